@@ -1,0 +1,145 @@
+"""Model cost against the numbers in the papers and in docs/, and against the arrays themselves."""
+
+import subprocess
+import sys
+
+import pytest
+from transformers import BertConfig, BertModel
+
+from tinybert_jax.cost import (
+    forward_flops_per_token,
+    measure_gemm_peak,
+    num_encoder_parameters,
+    num_parameters,
+    peak_flops,
+    training_flops_per_token,
+)
+
+BERT_BASE = BertConfig()
+TINYBERT4 = BertConfig(hidden_size=312, num_hidden_layers=4, intermediate_size=1200)
+TINYBERT6 = BertConfig(num_hidden_layers=6)
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [(BERT_BASE, 109_482_240), (TINYBERT4, 14_350_248), (TINYBERT6, 66_955_008)],
+)
+def test_parameters_of_the_papers(config, expected):
+    assert num_parameters(config) == expected
+
+
+@pytest.mark.parametrize("pooler", [True, False])
+def test_parameters_equal_those_of_a_torch_model(pooler):
+    config = BertConfig(
+        vocab_size=97,
+        hidden_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=56,
+        max_position_embeddings=19,
+        type_vocab_size=3,
+    )
+    model = BertModel(config, add_pooling_layer=pooler)
+    assert num_parameters(config, pooler=pooler) == sum(p.numel() for p in model.parameters())
+    encoder = sum(p.numel() for p in model.encoder.parameters())
+    assert num_encoder_parameters(config) == encoder
+
+
+def test_flops_of_platform_notes():
+    # docs/platform-notes.md, T = 128: teacher forward 174.6 M, student 36.4 M, together 211.0 M.
+    assert forward_flops_per_token(BERT_BASE, 128) == pytest.approx(174.6e6, abs=0.05e6)
+    student = 3 * forward_flops_per_token(TINYBERT4, 128, projection_dim=768)
+    assert student == pytest.approx(36.4e6, abs=0.05e6)
+    step = training_flops_per_token(TINYBERT4, 128, projection_dim=768, teacher=BERT_BASE)
+    assert step == pytest.approx(211.0e6, abs=0.05e6)
+
+
+def test_flops_count_every_matrix_product_of_a_forward_pass():
+    """Against torch's own counter; eager attention, so that it sees both of its products."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    batch, seq_len = 2, 16
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=56,
+        attn_implementation="eager",
+    )
+    model = BertModel(config, add_pooling_layer=False).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.ones(batch, seq_len, dtype=torch.long))
+    counted = counter.get_total_flops()
+    assert counted == batch * seq_len * forward_flops_per_token(config, seq_len)
+
+
+def test_training_is_three_forward_passes():
+    forward = forward_flops_per_token(TINYBERT6, 64)
+    assert training_flops_per_token(TINYBERT6, 64) == 3 * forward
+
+
+@pytest.mark.parametrize(
+    "device_kind, million_tokens",
+    [("NVIDIA H200", 4.69), ("TPU v5 lite", 0.93), ("TPU v5", 2.18), ("TPU v6 lite", 4.35)],
+)
+def test_peaks_give_the_ceilings_of_platform_notes(device_kind, million_tokens):
+    flops = training_flops_per_token(TINYBERT4, 128, projection_dim=768, teacher=BERT_BASE)
+    ceiling = peak_flops(device_kind, "bfloat16") / flops
+    assert ceiling == pytest.approx(million_tokens * 1e6, abs=0.005e6)
+
+
+@pytest.mark.parametrize(
+    "device_kind, dtype, tflops",
+    [
+        ("TPU v4", "bfloat16", 275.0),
+        ("TPU v5p", "bfloat16", 459.0),
+        ("TPU7x", "bfloat16", 1153.5),
+        ("TPU v5e", "float32", 197.0),
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", 312.0),
+        ("NVIDIA H100 80GB HBM3", "float32", 494.7),
+        ("NVIDIA H100 PCIe", "bfloat16", 756.0),
+        ("NVIDIA L4", "float16", 121.0),
+        ("Tesla T4", "float16", 65.0),
+        ("Tesla V100-SXM2-16GB", "float32", 15.7),
+        ("Tesla V100-PCIE-32GB", "float16", 112.0),
+    ],
+)
+def test_peak_by_device_kind(device_kind, dtype, tflops):
+    assert peak_flops(device_kind, dtype) == tflops * 1e12
+
+
+@pytest.mark.parametrize(
+    "device_kind, dtype",
+    [
+        ("cpu", "float32"),
+        ("NVIDIA L40S", "bfloat16"),
+        ("NVIDIA GH200 480GB", "bfloat16"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16"),
+        ("Tesla T4", "bfloat16"),
+        ("TPU v5 lite", "int4"),
+    ],
+)
+def test_unknown_peak_is_none_rather_than_a_guess(device_kind, dtype):
+    assert peak_flops(device_kind, dtype) is None
+
+
+def test_peak_takes_any_spelling_of_a_dtype():
+    import jax.numpy as jnp
+    import numpy as np
+
+    kind = "NVIDIA H100 80GB HBM3"
+    for name in ("bfloat16", "float32"):
+        spellings = (name, getattr(jnp, name), jnp.dtype(name))
+        assert {peak_flops(kind, d) for d in spellings} == {peak_flops(kind, name)}
+    assert peak_flops(kind, np.float32) == peak_flops(kind, "float32")
+
+
+def test_gemm_peak_is_a_plausible_rate():
+    assert 1e9 < measure_gemm_peak(budget_s=0.1) < 1e14
+
+
+def test_importing_cost_does_not_import_jax():
+    code = "import sys, tinybert_jax.cost; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

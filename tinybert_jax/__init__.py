@@ -1,0 +1,19 @@
+"""Pretrain, distil, fine-tune and ship compact Transformer encoders on JAX."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "TinyBertModel": "tinybert_jax.models",
+    "TinyBertForMaskedLM": "tinybert_jax.models",
+    "TinyBertForSequenceClassification": "tinybert_jax.models",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    """Imports the public classes on first use, so that `tinybert --help` never waits for JAX."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'tinybert_jax' has no attribute '{name}'")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -1,0 +1,143 @@
+"""The `tinybert` command. Parses and validates; everything heavy is imported by what runs it."""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tinybert_jax import __version__, config
+
+_STAGES = {
+    "run": (config.STAGES, "run all stages of a config, then export and report"),
+    "pretrain": (("pretrain",), "run only the masked-LM stage of a config"),
+    "finetune": (("finetune", "baseline"), "run only the supervised stages of a config"),
+    "distill": (
+        ("general", "intermediate", "prediction"),
+        "run only the distillation stages of a config",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 after one clear message about wrong input."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.act(arguments, shlex.join(["tinybert", *argv])) or 0
+    except (ValueError, FloatingPointError) as error:
+        print(f"tinybert: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tinybert", description="Compact Transformers on JAX.")
+    parser.add_argument("--version", action="version", version=f"tinybert_jax {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (_, text) in _STAGES.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
+        command.add_argument("overrides", nargs="*", metavar="key.path=value")
+        command.add_argument(
+            "--print-config", action="store_true", help="print the resolved config and stop"
+        )
+        command.set_defaults(act=_run)
+    _add_evaluate(commands)
+    _add_predict(commands)
+    _add_convert(commands)
+    return parser
+
+
+def _add_evaluate(commands) -> None:
+    text = "score a Hugging Face classifier folder on labelled text"
+    command = commands.add_parser("evaluate", help=text, description=text)
+    command.add_argument("model", help="a model folder or hub id")
+    command.add_argument("data", help=".tsv, .csv or .jsonl, a saved datasets folder, hub:…")
+    command.add_argument("--label", default="label", help="column of the label")
+    _add_columns(command)
+    command.set_defaults(act=_evaluate)
+
+
+def _add_predict(commands) -> None:
+    text = "label text with a Hugging Face classifier folder; one JSON object a line"
+    command = commands.add_parser("predict", help=text, description=text)
+    command.add_argument("model", help="a model folder or hub id")
+    command.add_argument("data", nargs="?", help=".tsv, .csv or .jsonl")
+    command.add_argument("-t", "--sentence", action="append", help="a text to label instead")
+    command.add_argument("-o", "--output", help="write to this file; default: standard output")
+    _add_columns(command)
+    command.set_defaults(act=_predict)
+
+
+def _add_columns(command) -> None:
+    command.add_argument("--text", default="text", help="column of the text")
+    command.add_argument("--text-pair", help="column of a second text")
+    command.add_argument("--split", help="of a datasets folder or hub id")
+    command.add_argument("--max-length", type=int, help="default: the model's positions")
+
+
+def _add_convert(commands) -> None:
+    text = (
+        "write a BERT folder (old names, sharded, without prefix) or a run's checkpoint as a "
+        "Hugging Face folder"
+    )
+    command = commands.add_parser("convert", help=text, description=text)
+    command.add_argument("source", help="a model folder, a hub id, or RUN/checkpoints/STAGE/last")
+    command.add_argument("target", help="the folder to write; must not exist")
+    command.set_defaults(act=_convert)
+
+
+def _run(arguments, command: str) -> int:
+    settings = config.load(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(config.dump(settings), end="")
+        return 0
+    from tinybert_jax.recipes import pipeline
+
+    pipeline.main(settings, _STAGES[arguments.command][0], command)
+    return 0
+
+
+def _evaluate(arguments, command: str) -> int:
+    from tinybert_jax import inference
+
+    scores = inference.evaluate_file(
+        arguments.model,
+        arguments.data,
+        text=arguments.text,
+        text_pair=arguments.text_pair,
+        label=arguments.label,
+        split=arguments.split,
+        max_length=arguments.max_length,
+    )
+    print(json.dumps(scores, indent=2))
+    return 0
+
+
+def _predict(arguments, command: str) -> int:
+    from tinybert_jax import inference
+
+    if bool(arguments.data) == bool(arguments.sentence):
+        raise ValueError("predict: expected a data file or --sentence, exactly one of them")
+    rows = inference.predict(
+        arguments.model,
+        arguments.data or arguments.sentence,
+        text=arguments.text,
+        text_pair=arguments.text_pair,
+        split=arguments.split,
+        max_length=arguments.max_length,
+    )
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if arguments.output:
+        Path(arguments.output).write_text(lines, encoding="utf-8")
+    else:
+        print(lines, end="")
+    return 0
+
+
+def _convert(arguments, command: str) -> int:
+    from tinybert_jax import export
+
+    print(export.convert(arguments.source, arguments.target))
+    return 0

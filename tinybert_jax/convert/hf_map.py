@@ -1,0 +1,133 @@
+"""The one table between our parameter paths and Hugging Face's BERT names, for both directions."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Entry(NamedTuple):
+    """`{i}` in the name marks a layer: our array stacks all layers along axis 0."""
+
+    path: str
+    name: str
+    is_kernel: bool = False  # ours is [in, out], Hugging Face's [out, in]
+
+
+def _linear(path: str, name: str) -> tuple[Entry, Entry]:
+    return Entry(f"{path}/kernel", f"{name}.weight", True), Entry(f"{path}/bias", f"{name}.bias")
+
+
+def _norm(path: str, name: str) -> tuple[Entry, Entry]:
+    return Entry(f"{path}/scale", f"{name}.weight"), Entry(f"{path}/bias", f"{name}.bias")
+
+
+_LAYER = "bert.encoder.layer.{i}"
+TABLE: tuple[Entry, ...] = (
+    Entry("encoder/embeddings/word/embedding", "bert.embeddings.word_embeddings.weight"),
+    Entry("encoder/embeddings/position/embedding", "bert.embeddings.position_embeddings.weight"),
+    Entry(
+        "encoder/embeddings/token_type/embedding", "bert.embeddings.token_type_embeddings.weight"
+    ),
+    *_norm("encoder/embeddings/norm", "bert.embeddings.LayerNorm"),
+    *_linear("encoder/layers/attention/query", f"{_LAYER}.attention.self.query"),
+    *_linear("encoder/layers/attention/key", f"{_LAYER}.attention.self.key"),
+    *_linear("encoder/layers/attention/value", f"{_LAYER}.attention.self.value"),
+    *_linear("encoder/layers/attention/output", f"{_LAYER}.attention.output.dense"),
+    *_norm("encoder/layers/attention_norm", f"{_LAYER}.attention.output.LayerNorm"),
+    *_linear("encoder/layers/intermediate", f"{_LAYER}.intermediate.dense"),
+    *_linear("encoder/layers/output", f"{_LAYER}.output.dense"),
+    *_norm("encoder/layers/output_norm", f"{_LAYER}.output.LayerNorm"),
+    *_linear("encoder/pooler", "bert.pooler.dense"),
+    *_linear("classifier", "classifier"),
+    *_linear("transform", "cls.predictions.transform.dense"),
+    *_norm("norm", "cls.predictions.transform.LayerNorm"),
+    Entry("decoder/bias", "cls.predictions.bias"),
+)
+
+# Names that carry no weight of their own, or a part we do not have.
+_IGNORED = re.compile(
+    r"embeddings\.position_ids$|cls\.predictions\.decoder\.(weight|bias)$|cls\.seq_relationship\."
+)
+
+
+def to_hf(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Our flat parameters to Hugging Face's names and layouts, bit for bit."""
+    tensors: dict[str, np.ndarray] = {}
+    for entry in TABLE:
+        if entry.path not in flat:
+            continue
+        stacked = flat[entry.path]
+        layers = stacked if "{i}" in entry.name else [stacked]
+        for i, array in enumerate(layers):
+            name = entry.name.format(i=i)
+            tensors[name] = np.ascontiguousarray(array.T if entry.is_kernel else array)
+    unknown = set(flat) - {entry.path for entry in TABLE}
+    assert not unknown, f"paths without a Hugging Face name: {sorted(unknown)}"
+    return tensors
+
+
+class Conversion(NamedTuple):
+    """`missing`: our paths that the source lacks; `surplus`: its names that we have no place for."""
+
+    flat: dict[str, np.ndarray]
+    missing: tuple[str, ...]
+    surplus: tuple[str, ...]
+
+
+def from_hf(
+    tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> Conversion:
+    """Hugging Face tensors to our flat parameters of the given shapes, bit for bit in fp32.
+
+    Accepts names with or without the `bert.` prefix and the old `LayerNorm.gamma/beta`. Raises
+    ValueError where a tensor's shape is not the one that the config calls for.
+    """
+    named = {_modern_name(name): array for name, array in tensors.items()}
+    flat, missing, used = {}, [], set()
+    for entry in TABLE:
+        if entry.path not in shapes:
+            continue
+        shape = shapes[entry.path]
+        names = _layer_names(entry, shape)
+        if not all(name in named for name in names):
+            absent = [name for name in names if name not in named]
+            if 0 < len(absent) < len(names):
+                raise ValueError(f"expected all of {entry.name}, the checkpoint lacks {absent}")
+            missing.append(entry.path)
+            continue
+        used.update(names)
+        flat[entry.path] = _stack(entry, [named[name] for name in names], names, shape)
+    surplus = [n for n in named if n not in used and not _IGNORED.search(n)]
+    return Conversion(flat, tuple(missing), tuple(sorted(surplus)))
+
+
+def _layer_names(entry: Entry, shape: tuple[int, ...]) -> list[str]:
+    is_stacked = "{i}" in entry.name
+    return [entry.name.format(i=i) for i in range(shape[0])] if is_stacked else [entry.name]
+
+
+def _stack(
+    entry: Entry, arrays: list[np.ndarray], names: Iterable[str], shape: tuple[int, ...]
+) -> np.ndarray:
+    each = shape[1:] if "{i}" in entry.name else shape
+    expected = each[::-1] if entry.is_kernel else each
+    for name, array in zip(names, arrays, strict=True):
+        if array.shape != expected:
+            raise ValueError(
+                f"{name}: expected shape {list(expected)} from config.json, "
+                f"got {list(array.shape)}: the weights belong to another configuration"
+            )
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name}: expected finite weights, got NaN or infinity")
+    kernels = [np.ascontiguousarray(a.T if entry.is_kernel else a, np.float32) for a in arrays]
+    return np.stack(kernels) if "{i}" in entry.name else kernels[0]
+
+
+def _modern_name(name: str) -> str:
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+    name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+    if name.startswith(("embeddings.", "encoder.", "pooler.")):
+        return f"bert.{name}"
+    return name

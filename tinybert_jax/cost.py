@@ -1,0 +1,156 @@
+"""Owns the arithmetic of model size and speed: parameters, FLOPs and what the hardware can do.
+
+Plain Python: jax is imported only by `measure_gemm_peak`, so launchers and --help stay instant.
+A FLOP count is two per multiply-add of the matrix products; softmax, LayerNorm, GELU, biases and
+the embedding look-up are left out, as in every published model-FLOPs-utilisation figure.
+"""
+
+import re
+import time
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class BertShape(Protocol):
+    """The size fields of a BERT under Hugging Face's `BertConfig` names."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def type_vocab_size(self) -> int: ...
+
+
+def num_parameters(config: BertShape, *, pooler: bool = True) -> int:
+    """All parameters without a task head: embeddings, layers and (by default) the pooler.
+
+    Source: docs/algorithm.md section 1; BERT-base 109,482,240, TinyBERT4 14,350,248.
+    """
+    d = config.hidden_size
+    rows = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
+    embeddings = rows * d + 2 * d
+    return embeddings + num_encoder_parameters(config) + (d * d + d if pooler else 0)
+
+
+def num_encoder_parameters(config: BertShape) -> int:
+    """Parameters of the layers alone: what sets the speed, since an embedding is a look-up."""
+    d, f = config.hidden_size, config.intermediate_size
+    attention = 4 * (d * d + d)
+    feed_forward = 2 * d * f + f + d
+    layer_norms = 4 * d
+    return config.num_hidden_layers * (attention + feed_forward + layer_norms)
+
+
+def forward_flops_per_token(config: BertShape, seq_len: int, *, projection_dim: int = 0) -> int:
+    """FLOPs of one forward pass divided by its tokens, padding counted as tokens.
+
+    Counts the six weight matrices of a layer and the two products of attention (scores, and
+    probabilities times values: 2·seq_len·hidden_size multiply-adds per token). No task head.
+    `projection_dim` adds the student's share of hidden-state distillation: every entry of `hidden`
+    (num_hidden_layers + 1) projected to a teacher of that width.
+
+    At T = 128: BERT-base 174.6 M; TinyBERT4 9.7 M, and 12.1 M with projection_dim=768, a third of
+    the 36.4 M per trained token in docs/platform-notes.md.
+    """
+    d, f, num_layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    layer = 4 * d * d + 2 * d * f + 2 * seq_len * d
+    projection = (num_layers + 1) * d * projection_dim
+    return 2 * (num_layers * layer + projection)
+
+
+def training_flops_per_token(
+    config: BertShape,
+    seq_len: int,
+    *,
+    projection_dim: int = 0,
+    teacher: BertShape | None = None,
+) -> int:
+    """FLOPs of one training step per token: three forward passes, and one of the teacher if any.
+
+    The backward pass costs two forward passes: a gradient for the weights and one for the inputs.
+    Recomputation (remat) is not counted: it is a cost of the machine, not of the model.
+    """
+    student = 3 * forward_flops_per_token(config, seq_len, projection_dim=projection_dim)
+    return student + (forward_flops_per_token(teacher, seq_len) if teacher else 0)
+
+
+def peak_flops(device_kind: str, dtype: Any) -> float | None:
+    """Dense FLOP/s one device can reach, by `jax.Device.device_kind`; None where unknown.
+
+    `dtype` is float32, bfloat16 or float16, as a string or a numpy/jax dtype. float32 means what
+    XLA runs for float32 operands at default precision: TF32 on Ampere and later, one bfloat16
+    pass on TPU. A MIG slice and a CPU have no entry (for a CPU: `measure_gemm_peak`).
+    A "TPU7x" device is half a chip (one of two chiplets), a "TPU v4" or "v5p" one a whole chip.
+
+    Sources: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x system architecture), agreeing
+    with jax/_src/pallas/mosaic/tpu_info.py; NVIDIA data sheets for V100, T4, A100, L4, H100 and
+    H200, halved where they quote structured sparsity.
+    """
+    if "MIG" in device_kind.split():
+        return None
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+    for pattern, peaks in _PEAK_TFLOPS:
+        if re.search(pattern, device_kind):
+            tflops = peaks.get(name)
+            return None if tflops is None else tflops * 1e12
+    return None
+
+
+def _tpu(tflops: float) -> dict[str, float]:
+    return {"bfloat16": tflops, "float32": tflops}
+
+
+def _gpu(half: float, tf32: float) -> dict[str, float]:
+    return {"bfloat16": half, "float16": half, "float32": tf32}
+
+
+# First match wins, so a variant stands before its family.
+_PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
+    (r"^TPU v4$", _tpu(275.0)),
+    (r"^TPU v5( lite|e)$", _tpu(197.0)),
+    (r"^TPU v5p?$", _tpu(459.0)),
+    (r"^TPU v6( lite|e)$", _tpu(918.0)),
+    (r"^TPU ?7x$", _tpu(2307.0 / 2)),
+    (r"\bH(100|200) NVL\b", _gpu(835.5, 417.7)),
+    (r"\bH100 PCIe\b", _gpu(756.0, 378.0)),
+    (r"\bH(100|200)\b", _gpu(989.4, 494.7)),
+    (r"\bA100\b", _gpu(312.0, 156.0)),
+    (r"\bL4\b", _gpu(121.0, 60.5)),
+    (r"\bT4\b", {"float16": 65.0, "float32": 8.1}),
+    (r"\bV100S?-PCIE\b", {"float16": 112.0, "float32": 14.0}),
+    (r"\bV100\b", {"float16": 125.0, "float32": 15.7}),
+)
+
+
+def measure_gemm_peak(budget_s: float = 0.5) -> float:
+    """FLOP/s of a jitted float32 matrix product on this CPU, the best of a few tries.
+
+    The shape (2048×768 times 768×3072, a BERT-base feed-forward) is that of docs/platform-notes.md,
+    where 2 unloaded cores reach 438 GFLOP/s; other load on the machine lowers it.
+    `budget_s` bounds the tries, not the one compile.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    rows, inner, columns = 2048, 768, 3072
+    with jax.default_device(jax.devices("cpu")[0]):
+        left = jnp.full((rows, inner), 0.5, jnp.float32)
+        right = jnp.full((inner, columns), 0.5, jnp.float32)
+        multiply = jax.jit(jnp.matmul)
+        multiply(left, right).block_until_ready()
+        deadline = time.perf_counter() + budget_s
+        best = float("inf")
+        while best == float("inf") or time.perf_counter() < deadline:
+            start = time.perf_counter()
+            multiply(left, right).block_until_ready()
+            best = min(best, time.perf_counter() - start)
+    return 2 * rows * inner * columns / best

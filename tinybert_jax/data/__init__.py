@@ -1,0 +1,1 @@
+"""From raw text to batches: sources, the built-in data set, tokenizing and batch plans."""

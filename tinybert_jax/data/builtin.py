@@ -1,0 +1,317 @@
+"""Owns the built-in data set of the quickstart: text that every install already has on its disk.
+
+The text is the English prose in the docstrings of the installed packages; the labelled task is
+"which package does this sentence come from?". The packages are read as files, never imported.
+Knows nothing of tokens. The text moves a little with the package versions; for one installation
+every call gives the same answer.
+
+A sentence of the task never names a package, else the label could be read off: such sentences are
+dropped. Whole docstrings go to train or dev by the hash of their text. A sentence that stands in
+two packages or in both splits is dropped, and so is a dev sentence most of whose four-word runs
+stand in train. The corpus leaves the dev docstrings out, so dev is unseen text in every phase.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import inspect
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from tinybert_jax.data.sources import LabelledText
+
+_CLASSES = ("huggingface_hub", "jax", "orbax", "pandas", "scipy", "transformers")
+_TEXT_ONLY = ("datasets", "flax", "numpy", "optax", "pydantic")  # too short, or too like a class
+_MAX_CHARS = 300_000  # of prose per package, so that scipy does not drown the rest
+_MIN_WORDS = 6
+_DEV_SHARE = 8  # one docstring in eight
+
+
+def builtin_corpus() -> list[str]:
+    """About 2 MB of English: one document per docstring, its paragraphs on lines of their own."""
+    return [
+        "\n".join(" ".join(sentences) for sentences in doc.paragraphs)
+        for doc in _documents()
+        if not doc.is_dev
+    ]
+
+
+def builtin_task(split: Literal["train", "dev"], *, max_per_class: int = 2000) -> LabelledText:
+    """Sentences labelled with the package they come from, in a fixed mixed order.
+
+    Every class has equally many: the smallest class's number, at most `max_per_class`. A smaller
+    `max_per_class` gives a subset. Raises ValueError for another split or a missing package.
+    """
+    if split not in ("train", "dev"):
+        raise ValueError(f"built-in task: expected split 'train' or 'dev', got {split!r}")
+    if max_per_class < 1:
+        raise ValueError(f"built-in task: expected max_per_class of 1 or more, got {max_per_class}")
+    per_class = _task_sentences()[split]
+    count = min(max_per_class, *map(len, per_class))
+    rows = sorted(
+        (_stable_hash(text), text, label)
+        for label, texts in enumerate(per_class)
+        for text in texts[:count]
+    )
+    return LabelledText(
+        text=[text for _, text, _ in rows],
+        text_pair=None,
+        labels=np.array([label for *_, label in rows], np.int32),
+        label_names=_CLASSES,
+    )
+
+
+class _Document(NamedTuple):
+    package: str
+    is_dev: bool
+    paragraphs: list[list[str]]  # sentences of each paragraph
+
+
+@functools.cache
+def _task_sentences() -> dict[str, list[list[str]]]:
+    """Split -> sentences of each class, in hash order."""
+    homes: dict[str, set[tuple[str, bool]]] = defaultdict(set)
+    for doc in _documents():
+        for sentence in _sentences_of(doc):
+            homes[_normalised(sentence)].add((doc.package, doc.is_dev))
+
+    train: dict[str, dict[str, str]] = {package: {} for package in _CLASSES}
+    dev: dict[str, dict[str, str]] = {package: {} for package in _CLASSES}
+    for doc in _documents():
+        if doc.package not in _CLASSES:
+            continue
+        for sentence in _sentences_of(doc):
+            words = _normalised(sentence)
+            if len(homes[words]) == 1 and not _NAMES_A_PACKAGE.search(sentence):
+                (dev if doc.is_dev else train)[doc.package].setdefault(words, sentence)
+
+    seen = {run for texts in train.values() for words in texts for run in _runs(words)}
+    for texts in dev.values():
+        for words in list(texts):
+            runs = _runs(words)
+            if 2 * sum(run in seen for run in runs) > len(runs):
+                del texts[words]
+    return {
+        name: [sorted(texts.values(), key=_stable_hash) for texts in split.values()]
+        for name, split in (("train", train), ("dev", dev))
+    }
+
+
+@functools.cache
+def _documents() -> tuple[_Document, ...]:
+    """All docstrings that hold prose; of repeated paragraphs (boilerplate) only the first."""
+    documents, seen = [], set()
+    for package in _CLASSES + _TEXT_ONLY:
+        num_chars = 0
+        for docstring in _docstrings(package):
+            paragraphs = []
+            for paragraph in _paragraphs(docstring):
+                sentences = [s for s in _sentences(paragraph) if _is_prose(s)]
+                key = (package, *map(_normalised, sentences))
+                if sentences and key not in seen:
+                    seen.add(key)
+                    paragraphs.append(sentences)
+                    num_chars += sum(map(len, sentences))
+            if paragraphs:
+                is_dev = _stable_hash(docstring) % _DEV_SHARE == 0
+                documents.append(_Document(package, is_dev, paragraphs))
+            if num_chars >= _MAX_CHARS:
+                break
+    return tuple(documents)
+
+
+def _sentences_of(doc: _Document) -> Iterator[str]:
+    for sentences in doc.paragraphs:
+        yield from sentences
+
+
+def _normalised(sentence: str) -> str:
+    return " ".join(re.findall(r"[a-z]+", sentence.lower()))
+
+
+def _runs(words: str, length: int = 4) -> list[tuple[str, ...]]:
+    """The overlapping runs of `length` words."""
+    split = words.split()
+    return [tuple(split[i : i + length]) for i in range(max(1, len(split) - length + 1))]
+
+
+def _stable_hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+_NAMES_A_PACKAGE = re.compile(
+    r"\b(?:datasets|(?:flax|hf|hugging|jax|numpy|optax|orbax|pydantic|scipy)\w*|hub|jnp|np|ocp"
+    r"|pandas|pd|transformers)\b",
+    re.IGNORECASE,
+)
+_LEFT_OUT = (
+    re.compile(  # tests, other people's code, jax's retelling of numpy and scipy, boilerplate
+        r"/(?:\w*_)?test(?:s|ing)?(?:_\w+)?(?:/|\.py)|/conftest\.py|/_?(?:vendor|extern)\w*/"
+        r"|^jax/(?:_src/)?(?:numpy|scipy)/|^transformers/models/"
+    )
+)
+# One pass over Python source: comments and other strings are stepped over, so that a triple quote
+# is taken for what it is. Ten times faster than `ast`, and what `add_newdoc` is given comes along.
+_TOKEN = re.compile(
+    r"""(?=[#"'])(?:"""
+    r"""#[^\n]*+"""
+    r"""|(\"\"\"|\'\'\')(.*?)(?<!\\)\1"""
+    r"""|"(?:[^"\\\n]++|\\.)*+\""""
+    r"""|'(?:[^'\\\n]++|\\.)*+')""",
+    re.DOTALL,
+)
+
+
+def _docstrings(package: str) -> Iterator[str]:
+    """Every triple-quoted string that begins its line, files in hash order."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"built-in data: expected the package {package!r}, whose docstrings are part of the"
+            " data; got no such package; fix: reinstall tinybert_jax with its dependencies"
+        )
+    files = {
+        f"{package}/{file.relative_to(root).as_posix()}": file
+        for root in spec.submodule_search_locations
+        for file in Path(root).rglob("*.py")
+    }
+    for name in sorted(files, key=_stable_hash):
+        if _LEFT_OUT.search(name):
+            continue
+        source = files[name].read_text(encoding="utf-8", errors="replace")
+        for token in _TOKEN.finditer(source):
+            line_start = source.rfind("\n", 0, token.start()) + 1
+            if token[1] and source[line_start : token.start()].strip() in ("", "r"):
+                yield inspect.cleandoc(token[2].removeprefix("\\\n"))
+
+
+_SKIPPED_SECTIONS = {"methods", "reference", "references", "see also"}
+_PROSE_DIRECTIVES = {
+    "attention", "caution", "deprecated", "hint", "important", "note", "tip",
+    "versionadded", "versionchanged", "warning",
+}  # fmt: skip
+_DIRECTIVE = re.compile(r"\.\. ?(?:([\w:-]+)::|\[|_)")
+_UNDERLINE = re.compile(r"([=\-~^\"*+#.])\1{2,}$")
+_TITLE = re.compile(r"[A-Z][\w ]{2,30}:$")
+_NUMPY_ENTRY = re.compile(r"\*{0,2}[\w.]+(?:, ?\*{0,2}[\w.]+)* ?: |.*, optional$|.*, default ")
+_ENTRY = re.compile(  # `name (type): `, `name: ` and list markers: what follows is the prose
+    r"(?:[-*+•]|\(?\d+[.)]) +"
+    r"|\*{0,2}[`\"']?[\w.]+[`\"']?(?: ?\((?:[^()]|\([^()]*\))*\))?(?::| --?)(?: +|$)"
+)
+
+
+def _paragraphs(docstring: str) -> Iterator[str]:
+    """The running text of a docstring: no code, headings, references, or `name : type` lines."""
+    lines: list[str] = []
+    last_indent, hanging, skipping = 0, False, False
+    for indent, text in [*_without_code(docstring), (0, "")]:
+        if not text:
+            if lines:
+                yield " ".join(lines)
+                lines.clear()
+            continue
+        heading = _heading(text, lines)
+        if heading is not None:
+            skipping = heading.lower() in _SKIPPED_SECTIONS
+        elif indent > last_indent and len(lines) == 1 and not hanging:
+            lines.clear()  # a bare type above its indented description
+        is_header = heading is not None or bool(_NUMPY_ENTRY.match(text))
+        entry = _ENTRY.match(text)
+        if lines and (is_header or entry):
+            yield " ".join(lines)
+            lines.clear()
+        if not is_header and not skipping:
+            hanging = bool(entry) or (hanging and bool(lines))
+            lines.append(text[entry.end() :] if entry else text)
+        last_indent = indent
+
+
+def _heading(text: str, lines: list[str]) -> str | None:
+    """The section title that this line ends, `Returns:` or an underline; takes it off `lines`."""
+    if _UNDERLINE.match(text):
+        return lines.pop() if lines else ""
+    return text[:-1] if _TITLE.match(text) else None
+
+
+def _without_code(docstring: str) -> Iterator[tuple[int, str]]:
+    """Each line's indent and text, empty for fences, doctests, directives and literal blocks."""
+    fenced = doctest = False
+    block: int | None = None  # what is indented deeper than this is left out
+    for line in docstring.split("\n"):
+        text = line.strip()
+        indent = len(line) - len(line.lstrip())
+        is_fence = text.startswith(("```", "~~~"))
+        directive = _DIRECTIVE.match(text)
+        fenced ^= is_fence
+        doctest = bool(text) and (doctest or text.startswith((">>>", "$ ", "In [")))
+        if block is not None and text and indent <= block:
+            block = None
+        if fenced or is_fence or doctest or block is not None:
+            yield indent, ""
+        elif directive:
+            block = None if directive[1] in _PROSE_DIRECTIVES else indent
+            yield indent, ""
+        else:
+            block = indent if text.endswith("::") else None
+            yield indent, text.removeprefix("> ")
+
+
+_MARKUP = [  # a character it needs, pattern, plain text
+    (sign, re.compile(pattern), plain)
+    for sign, pattern, plain in (
+        # A backslash stands for what prose cannot hold, formulas and citations: the sentence goes.
+        ("`", r":math:`[^`]*`", r"\\"),
+        ("[", r"\[[\w, ]+\]_", r"\\"),
+        ("`", r":[\w:+-]+:`~?([^`<]*?) ?<[^`]*>`", r"\1"),
+        ("`", r":[\w:+-]+:`~?(?:[\w.]*\.)?([^`]*)`", r"\1"),
+        ("<", r"`([^`<]+?) ?<[^`]*>`__?", r"\1"),
+        ("[", r"\[`~?(?:[\w.]*\.)?([^`\]]*)`\](?:\([^)]*\))?", r"\1"),
+        ("[", r"\[([^\]]+)\]\([^)]*\)", r"\1"),
+        ("<", r"</?[A-Za-z]+>", ""),
+        ("`", r"`{1,2}([^`]*)`{1,2}_?", r"\1"),
+        ("*", r"\*{1,2}([^*\s](?:[^*]*[^*\s])?)\*{1,2}", r"\1"),
+        ("’", "[‘’]", "'"),
+        ("”", "[“”]", '"'),
+        ("  ", " {2,}", " "),
+    )
+]
+_SENTENCE_END = re.compile(
+    r"(?<=[.!?])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\betc\.)(?<!\bvs\.)(?<!\bcf\.)(?<!\bal\.)(?<!\bEq\.)"
+    r"(?<!\bFig\.)(?<!\bRef\.)(?<!\bDr\.)(?<![ .][A-Z]\.) +(?=[\"'(]?[A-Z])"
+)
+_PLAIN = re.compile(r"[A-Z][A-Za-z0-9 ,;:'\"()%/.\-]*\.")
+_WORD = re.compile(r"[Aa]|[A-Za-z]{2,}(?:['/-][A-Za-z]+)*")
+_CODE_LIKE = re.compile(
+    r"[A-Za-z]\.\w|\w\.[A-Za-z]|\(\)|\.\.|--|//|::| [.,;)]|[a-z]{2}\. [a-z]|\. -|[a-z0-9]: [A-Z]"
+)
+
+
+def _sentences(paragraph: str) -> list[str]:
+    if paragraph.count(" ") < _MIN_WORDS - 1 or "." not in paragraph:
+        return []
+    if not _PLAIN.fullmatch(paragraph):
+        for sign, pattern, plain in _MARKUP:
+            if sign in paragraph:
+                paragraph = pattern.sub(plain, paragraph)
+    return [sentence.strip() for sentence in _SENTENCE_END.split(paragraph)]
+
+
+def _is_prose(sentence: str) -> bool:
+    """Whether it reads as an English sentence: capital, full stop, 6 to 45 words, few symbols."""
+    if not _PLAIN.fullmatch(sentence):
+        return False
+    words = [word.strip(",;:'\"()%.") for word in sentence.split()]
+    if not _MIN_WORDS <= len(words) <= 45 or sentence.count('"') % 2:
+        return False
+    if sentence.count("(") != sentence.count(")"):
+        return False
+    if sum(c.isalpha() or c == " " for c in sentence) < 0.8 * len(sentence):
+        return False  # a list of quoted values
+    if _CODE_LIKE.search(sentence.replace("e.g.", "eg").replace("i.e.", "ie")):
+        return False
+    return sum(bool(_WORD.fullmatch(word)) for word in words) >= 0.85 * len(words)

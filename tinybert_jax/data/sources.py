@@ -1,0 +1,400 @@
+"""Owns reading raw text from disk or the hub: labelled tables and plain corpora. No tokens.
+
+A source is read whole or not at all: what is wrong with it becomes one ValueError that says what
+was expected, what was got and where (file, line, the first five places) and how to fix it.
+"""
+
+import csv
+import difflib
+import glob
+import io
+import itertools
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+
+
+class LabelledText(NamedTuple):
+    """The rows of a task: n texts, with n second texts and n labels where there are any."""
+
+    text: list[str]
+    text_pair: list[str] | None
+    labels: np.ndarray | None  # int32 [n] class ids or float32 [n] for regression; None: unlabelled
+    label_names: tuple[str, ...] | None  # None for regression
+
+
+def read_labelled(
+    path: str | os.PathLike[str],
+    *,
+    text: str,
+    text_pair: str | None = None,
+    label: str | None,
+    labels: Mapping[str, str] | Sequence[str] | None = None,
+    regression: bool = False,
+    format: str = "auto",
+    split: str | None = None,
+    max_rows: int | None = None,
+) -> LabelledText:
+    """Reads one table of texts and, unless `label` is None, their labels.
+
+    `path`: .tsv (no quoting), .csv (standard quoting), .jsonl, a folder saved by `datasets`, or
+    `hub:owner/name[:config]`; `split` belongs to the last two. `text`, `text_pair` and `label` name
+    columns. In a TSV or CSV without header all of them are positions ("0", "3"), and a row may have
+    further columns to their right.
+
+    `labels`: raw values in id order, or raw value -> class name in id order (raw values of one name
+    share its id); None: the classes that a data set declares, else the sorted raw values. Raw
+    values compare as `str(value)`. `max_rows` keeps the first rows; all rows are checked and
+    counted all the same, so that class ids do not depend on it.
+
+    Raises ValueError for all that is wrong with the source or the arguments.
+    """
+    path, known = os.fspath(path), _known_labels(labels)
+    if regression and known is not None:
+        _fail("labels", "none with regression, whose labels are numbers", repr(labels), "drop one")
+    if max_rows is not None and max_rows < 1:
+        _fail("max_rows", "1 or more", str(max_rows), "leave it out to read all rows")
+    wanted = [column for column in (text, text_pair, label) if column is not None]
+    table = _read_table(path, _format_of(path, format), split, wanted)
+
+    texts = _texts(table, text)
+    pairs = None if text_pair is None else _texts(table, text_pair)
+    values, names = None, None if known is None else tuple(dict.fromkeys(known.values()))
+    if label is not None and regression:
+        values = _numbers(table, label)
+    elif label is not None:
+        values, names = _class_ids(table, label, known)
+    return LabelledText(
+        text=texts[:max_rows],
+        text_pair=None if pairs is None else pairs[:max_rows],
+        labels=None if values is None else values[:max_rows],
+        label_names=names,
+    )
+
+
+def read_corpus(paths: Sequence[str]) -> list[str]:
+    """The documents of .txt files (parted by blank lines) and .jsonl files (each row's `text`).
+
+    `paths`: files, folders (walked in sorted order; hidden files and other kinds are passed over)
+    and globs of files (expanded in sorted order). The lines of a document are joined by single
+    newlines. Raises ValueError for all that is wrong.
+    """
+    if isinstance(paths, str) or not paths:
+        _fail("corpus", "a list of files, folders or globs", repr(paths), "write it as ['a.txt']")
+    files = [file for path in paths for file in _corpus_files(os.fspath(path))]
+    if len(set(files)) < len(files):
+        twice = next(file for file in files if files.count(file) > 1)
+        _fail("corpus", "every file once", f"{twice} more than once", "narrow the list of paths")
+    return [document for file in files for document in _documents(file)]
+
+
+class _Table(NamedTuple):
+    path: str
+    columns: dict[str, list[Any]]  # raw values of the wanted columns, None where missing
+    numbers: Sequence[int]  # each row's line in the file, or row in the data set, from 1
+    unit: str = "line"
+    class_names: Sequence[str] | None = None  # as declared by a data set, in id order
+
+
+def _known_labels(labels: Mapping[str, str] | Sequence[str] | None) -> dict[str, str] | None:
+    """Raw value -> class name."""
+    if labels is None:
+        return None
+    if isinstance(labels, str) or not labels:
+        _fail("labels", "a list or a mapping of raw values", repr(labels), "as in ['no', 'yes']")
+    pairs = labels.items() if isinstance(labels, Mapping) else zip(labels, labels, strict=True)
+    known = {str(raw): str(name) for raw, name in pairs}
+    if len(known) < len(labels):
+        _fail("labels", "every raw value once", repr(labels), "drop the repeated ones")
+    return known
+
+
+def _format_of(path: str, format: str) -> str:
+    formats = ["tsv", "csv", "jsonl", "datasets"]
+    if format not in ("auto", *formats):
+        _fail(path, f"format auto, {', '.join(formats)}", repr(format), _nearest(format, formats))
+    if path.startswith("hub:"):
+        if format not in ("auto", "datasets"):
+            _fail(path, "format auto for a hub id", repr(format), "leave format out")
+        return "hub"
+    if not os.path.exists(path):
+        _fail_missing(path)
+    is_folder, suffix = os.path.isdir(path), Path(path).suffix
+    if format == "auto":
+        format = "datasets" if is_folder else suffix.lower().removeprefix(".")
+    if format not in formats:
+        got = f"the suffix {suffix!r}" if suffix else "no suffix"
+        fix = "give format='tsv' (or csv, jsonl) if that is what the file holds"
+        _fail(path, "a .tsv, .csv or .jsonl file or a folder saved by datasets", got, fix)
+    if is_folder != (format == "datasets"):
+        expected = "a folder saved by datasets" if format == "datasets" else f"a {format} file"
+        _fail(path, expected, "a folder" if is_folder else "a file", "correct path or format")
+    return format
+
+
+def _read_table(path: str, format: str, split: str | None, wanted: list[str]) -> _Table:
+    if format in ("hub", "datasets"):
+        return _read_dataset(path, format, split, wanted)
+    if split is not None:
+        _fail(path, f"no split: a {format} file has none", repr(split), "leave split out")
+    if format == "jsonl":
+        return _read_jsonl(path, wanted)
+    if format == "csv":
+        return _by_column(path, *_csv_rows(path), wanted)
+    rows = [line.split("\t") for line in _lines(_read_text(path))]
+    return _by_column(path, rows, range(1, len(rows) + 1), wanted)
+
+
+def _csv_rows(path: str) -> tuple[list[list[str]], list[int]]:
+    reader = csv.reader(io.StringIO(_read_text(path).rstrip("\r\n"), newline=""), strict=True)
+    rows, numbers, start = [], [], 1
+    limit = csv.field_size_limit(2**31 - 1)  # the default cuts off at 128 KiB
+    try:
+        for row in reader:
+            rows.append(row)
+            numbers.append(start)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        fix = 'double every quote inside a quoted field (""), close the field; or format="tsv"'
+        _fail(f"{path}, line {start}", "a CSV row", f"a broken one ({error})", fix)
+    finally:
+        csv.field_size_limit(limit)
+    return rows, numbers
+
+
+def _by_column(
+    path: str, rows: list[list[str]], numbers: Sequence[int], wanted: list[str]
+) -> _Table:
+    """Splits off the header, unless columns are positions, and checks every row's width."""
+    num_positions = sum(column.isdecimal() for column in wanted)
+    if 0 < num_positions < len(wanted):
+        fix = "without a header give every column as a position; with one, every name"
+        _fail(path, "columns all named or all positions", ", ".join(wanted), fix)
+    if num_positions:
+        places = [int(column) for column in wanted]
+        amount, allowed = f"at least {max(places) + 1}", range(max(places) + 1, sys.maxsize)
+    else:
+        header, rows, numbers = rows[0], rows[1:], numbers[1:]
+        for column in wanted:
+            if header.count(column) != 1:
+                _fail_column(path, column, header, "; without a header give '0', '1' …")
+        places = [header.index(column) for column in wanted]
+        amount, allowed = f"{len(header)}", range(len(header), len(header) + 1)
+    if not rows:
+        _fail(path, "rows", "no rows, only a header", "check how the file was written")
+    table = _Table(path, {}, numbers)
+    ragged = [(n, f"{len(r)}") for n, r in zip(numbers, rows, strict=True) if len(r) not in allowed]
+    fix = "look for stray tabs, line breaks or missing fields; is the separator right?"
+    _fail_rows(table, f"{amount} columns in every row", ragged, fix)
+    for column, place in zip(wanted, places, strict=True):
+        table.columns[column] = [row[place] for row in rows]
+    return table
+
+
+def _read_jsonl(path: str, wanted: list[str]) -> _Table:
+    lines = _lines(_read_text(path))
+    rows, broken = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            broken.append((number, f"{error.msg} at column {error.colno} of {_short(line)}"))
+            continue
+        rows.append(row)
+        if not isinstance(row, dict):
+            broken.append((number, _short(row)))
+    table = _Table(path, {}, range(1, len(lines) + 1))
+    fix = "write one object a line, {...}; join an object that is spread over several lines"
+    _fail_rows(table, "one JSON object on every line", broken, fix)
+    for column in wanted:
+        missing = [(n, _short(list(row))) for n, row in enumerate(rows, 1) if column not in row]
+        if len(missing) == len(rows):
+            _fail_column(path, column, list(rows[0]))
+        _fail_rows(table, f"a key {column!r}", missing, "complete or remove these rows")
+        table.columns[column] = [row[column] for row in rows]
+    return table
+
+
+def _read_dataset(path: str, format: str, split: str | None, wanted: list[str]) -> _Table:
+    import datasets
+
+    hub_id = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?::([^:]+))?", path)
+    if format == "hub" and not hub_id:
+        _fail(path, "hub:owner/name or hub:owner/name:config", path, "as in hub:nyu-mll/glue:sst2")
+    options: dict[str, Any] = {"split": split}
+    data: Any
+    try:
+        if hub_id:
+            data = datasets.load_dataset(*hub_id.groups(), **options)
+        else:
+            data = datasets.load_from_disk(path)
+    except (OSError, ValueError) as error:
+        source = "a data set on the hub" if hub_id else "a folder written by save_to_disk"
+        fix = "check name, split and connection" if hub_id else "save it with save_to_disk"
+        _fail(path, source, f"{type(error).__name__}: {error}", fix)
+    if isinstance(data, dict):
+        if split not in data:
+            _fail(path, f"one of the splits {', '.join(data)}", repr(split), "give split")
+        data = data[split]
+    elif format == "datasets" and split not in (None, str(data.split)):
+        _fail(path, f"split {data.split}, the only one here", repr(split), "leave split out")
+    for column in wanted:
+        if column not in data.column_names:
+            _fail_column(path, column, data.column_names)
+    if not len(data):
+        _fail(path, "rows", "no rows", "check how the data set was saved")
+    class_names = getattr(data.features[wanted[-1]], "names", None)  # the label comes last
+    columns = data.with_format(None).select_columns(list(dict.fromkeys(wanted)))[:]
+    return _Table(path, columns, range(1, len(data) + 1), "row", class_names)
+
+
+def _corpus_files(path: str) -> Iterator[str]:
+    kinds = (".txt", ".jsonl")
+    if os.path.isdir(path):
+        found = [f for f in sorted(Path(path).rglob("*")) if f.suffix.lower() in kinds]
+        files = [str(f) for f in found if f.is_file() and "/." not in f"/{f.relative_to(path)}"]
+        if not files:
+            _fail(path, "a folder with .txt or .jsonl files", "none", "check the folder")
+        yield from files
+    elif os.path.isfile(path):
+        if not path.lower().endswith(kinds):
+            _fail(path, "a .txt or .jsonl file", repr(Path(path).suffix), "convert or leave it out")
+        yield path
+    elif glob.has_magic(path):
+        matches = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+        if not matches:
+            _fail(path, "a glob that matches files", "none", f"check it; we are in {os.getcwd()}")
+        for match in matches:
+            yield from _corpus_files(match)
+    else:
+        _fail_missing(path)
+
+
+def _documents(path: str) -> list[str]:
+    if path.lower().endswith(".jsonl"):
+        blocks = [text.split("\n") for text in _texts(_read_jsonl(path, ["text"]), "text")]
+    else:
+        lines = _read_text(path).split("\n")
+        by_blank = itertools.groupby(lines, key=lambda line: not line.strip())
+        blocks = [list(block) for is_blank, block in by_blank if not is_blank]
+    return ["\n".join(line.strip() for line in block if line.strip()) for block in blocks]
+
+
+def _read_text(path: str) -> str:
+    content = Path(path).read_bytes()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        _fail_bytes(path, content)
+        raise
+    text = text.removeprefix("\ufeff").removeprefix("\u00ef\u00bb\u00bf")  # the same, encoded twice
+    if not text.strip():
+        _fail(path, "text", "an empty file", "check how the file was written")
+    return text
+
+
+def _fail_bytes(path: str, content: bytes) -> None:
+    wrong, offset = [], 0
+    for number, line in enumerate(content.split(b"\n"), 1):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            wrong.append((number, f"0x{line[error.start]:02x} at byte {offset + error.start}"))
+        offset += len(line) + 1
+    encoding = "UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
+    fix = f"if it is {encoding}: iconv -f {encoding} -t UTF-8"
+    _fail_rows(_Table(path, {}, range(content.count(b"\n") + 1)), "UTF-8", wrong, fix)
+
+
+def _lines(text: str) -> list[str]:
+    r"""By \n alone, since texts hold U+0085, U+2028 and the like; blank lines at the end go."""
+    return [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
+
+
+def _texts(table: _Table, column: str) -> list[str]:
+    values = table.columns[column]
+    wrong = [
+        (n, _short(value))
+        for n, value in zip(table.numbers, values, strict=True)
+        if not isinstance(value, str) or not value.strip()
+    ]
+    _fail_rows(table, f"text in column {column!r}", wrong, "fill in or remove these rows")
+    return values
+
+
+def _numbers(table: _Table, column: str) -> np.ndarray:
+    numbers, wrong, largest = [], [], float(np.finfo(np.float32).max)
+    for n, value in zip(table.numbers, table.columns[column], strict=True):
+        try:
+            numbers.append(float("nan" if isinstance(value, bool) else value))
+        except (TypeError, ValueError, OverflowError):
+            numbers.append(float("nan"))
+        if not abs(numbers[-1]) <= largest:
+            wrong.append((n, _short(value)))
+    fix = "correct or remove these rows; for classes turn regression off"
+    _fail_rows(table, f"a finite number in label column {column!r}", wrong, fix)
+    return np.array(numbers, np.float32)
+
+
+def _class_ids(
+    table: _Table, column: str, known: dict[str, str] | None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    raw = ["" if value is None else str(value) for value in table.columns[column]]
+    missing = [(n, "none") for n, value in zip(table.numbers, raw, strict=True) if not value]
+    fix = "fill in or remove these rows; give no label column to read unlabelled text"
+    _fail_rows(table, f"a label in column {column!r}", missing, fix)
+    if known is None and table.class_names is not None:
+        known = {str(i): name for i, name in enumerate(table.class_names)}
+    if known is None:
+        found = set(raw)
+        integers = all(re.fullmatch(r"-?\d+", value) for value in found)
+        known = {v: v for v in sorted(found, key=lambda v: (int(v) if integers else 0, v))}
+    unknown = [(n, _short(v)) for n, v in zip(table.numbers, raw, strict=True) if v not in known]
+    shown = ", ".join(map(repr, list(known)[:20])) + ", …" * (len(known) > 20)
+    fix = "correct these rows or complete `labels`"
+    _fail_rows(table, f"one of the labels {shown} in column {column!r}", unknown, fix)
+    names = tuple(dict.fromkeys(known.values()))
+    ids = {value: names.index(name) for value, name in known.items()}
+    return np.array([ids[value] for value in raw], np.int32), names
+
+
+def _fail(where: str, expected: str, got: str, fix: str) -> NoReturn:
+    raise ValueError(f"{where}: expected {expected}; got {got}; fix: {fix}")
+
+
+def _fail_rows(table: _Table, expected: str, wrong: list[tuple[int, str]], fix: str) -> None:
+    """Fails if any row is wrong, naming the first five and the number of all."""
+    if wrong:
+        places = ", ".join(f"{table.unit} {number}: {got}" for number, got in wrong[:5])
+        more = ", …" * (len(wrong) > 5)
+        got = f"other in {len(wrong)} of {len(table.numbers)} {table.unit}s ({places}{more})"
+        _fail(table.path, expected, got, fix)
+
+
+def _fail_column(path: str, column: str, available: list[str], hint: str = "") -> NoReturn:
+    if column in available:
+        _fail(path, f"one column {column!r}", f"{available.count(column)}", "rename the others")
+    columns = ", ".join(map(_short, available))
+    _fail(path, f"a column {column!r}", f"columns {columns}", _nearest(column, available) + hint)
+
+
+def _fail_missing(path: str) -> NoReturn:
+    parent = Path(path).parent
+    siblings = os.listdir(parent) if parent.is_dir() else []
+    _fail(path, "a file or folder", "nothing", _nearest(Path(path).name, siblings))
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, 1, 0.5)
+    return f"did you mean {close[0]!r}?" if close else "check the name"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:59] + "…"

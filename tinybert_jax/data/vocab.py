@@ -1,0 +1,53 @@
+"""Trains a WordPiece vocabulary and wraps it as the tokenizer that Hugging Face users load."""
+
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MAX_ALPHABET = 1000  # characters kept, the commonest first; BERT's own limit
+
+
+def train_wordpiece(
+    documents: Sequence[str], *, vocab_size: int, lowercase: bool = True, max_length: int = 512
+) -> Any:
+    """A `BertTokenizer` of `vocab_size` pieces; fewer where the text is short.
+
+    Chinese characters become words of their own, accents are stripped when `lowercase` is set, as
+    in BERT. The same documents give the same vocabulary.
+    """
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizer
+
+    if vocab_size <= len(SPECIAL_TOKENS):
+        raise ValueError(f"tokenizer.vocab_size: expected more than 5 pieces, got {vocab_size}")
+    trainer = BertWordPieceTokenizer(lowercase=lowercase)
+    alphabet = _alphabet(trainer, documents)
+    trainer.train_from_iterator(
+        documents,
+        vocab_size=max(vocab_size, len(SPECIAL_TOKENS) + 2 * len(alphabet)),
+        min_frequency=2,
+        limit_alphabet=len(alphabet),
+        initial_alphabet=alphabet,
+        # The library numbers the inner letters in hash order and breaks ties by number, so that
+        # each run learns other pieces. Listing them here fixes their numbers.
+        special_tokens=[*SPECIAL_TOKENS, *(f"##{letter}" for letter in alphabet)],
+        show_progress=False,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        vocab = Path(folder) / "vocab.txt"
+        pieces = trainer.get_vocab()
+        vocab.write_text("\n".join(sorted(pieces, key=pieces.__getitem__)) + "\n", encoding="utf-8")
+        return BertTokenizer.from_pretrained(
+            folder, do_lower_case=lowercase, model_max_length=max_length
+        )
+
+
+def _alphabet(trainer: Any, documents: Sequence[str]) -> list[str]:
+    counts: Counter[str] = Counter()
+    for document in documents:
+        counts.update(trainer.normalizer.normalize_str(document))
+    letters = [letter for letter in counts if not letter.isspace()]
+    return sorted(sorted(letters, key=lambda c: (-counts[c], c))[:MAX_ALPHABET])

@@ -1,0 +1,109 @@
+"""Labels and scores text with a classifier folder: what `tinybert predict` and `evaluate` do."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tinybert_jax.convert import hf_files
+from tinybert_jax.data import sources
+from tinybert_jax.data.pipeline import tokenize_task
+from tinybert_jax.data.sources import LabelledText
+from tinybert_jax.evaluate import make_scorer, task_metrics
+from tinybert_jax.model.heads import make_classifier
+
+
+class Classifier(NamedTuple):
+    label_names: tuple[str, ...]
+    regression: bool
+    logits: np.ndarray
+
+
+def predict(
+    model: str,
+    data: str | Sequence[str],
+    *,
+    text: str = "text",
+    text_pair: str | None = None,
+    split: str | None = None,
+    max_length: int | None = None,
+) -> list[dict[str, Any]]:
+    """One row a text, in order: `label`, `probability`, `logits`; for regression `value`.
+
+    `data` is a file or a list of texts. Texts longer than `max_length` (default: the model's
+    positions) are cut.
+    """
+    if isinstance(data, str):
+        labelled = sources.read_labelled(
+            data, text=text, text_pair=text_pair, label=None, split=split
+        )
+    else:
+        labelled = LabelledText(list(data), None, None, None)
+    scored = _score(model, labelled, max_length)
+    if scored.regression:
+        return [{"value": float(row[0])} for row in scored.logits]
+    shifted = np.exp(scored.logits - scored.logits.max(-1, keepdims=True))
+    probabilities = shifted / shifted.sum(-1, keepdims=True)
+    return [
+        {
+            "label": scored.label_names[best],
+            "probability": float(p[best]),
+            "logits": [float(value) for value in row],
+        }
+        for best, p, row in zip(
+            scored.logits.argmax(-1), probabilities, scored.logits, strict=True
+        )
+    ]
+
+
+def evaluate_file(
+    model: str,
+    data: str,
+    *,
+    text: str = "text",
+    text_pair: str | None = None,
+    label: str = "label",
+    split: str | None = None,
+    max_length: int | None = None,
+) -> dict[str, float]:
+    """The task's metrics on labelled text; raw labels are the model's names or their ids."""
+    source = hf_files.read_model(model)
+    regression = source.problem_type == "regression"
+    names = source.label_names or ()
+    raw = _read(data, text, text_pair, label, split, names, regression)
+    scored = _score(model, raw, max_length)
+    return {
+        **task_metrics(scored.logits, raw.labels, regression=regression),
+        "num_examples": len(raw.text),
+    }
+
+
+def _read(data, text, text_pair, label, split, names, regression) -> LabelledText:
+    options = {"text": text, "text_pair": text_pair, "label": label, "split": split}
+    if regression:
+        return sources.read_labelled(data, regression=True, **options)
+    found = sources.read_labelled(data, **options)
+    ids = tuple(str(i) for i in range(len(names)))
+    known = ids if set(found.label_names) <= set(ids) else names
+    return sources.read_labelled(data, labels=known, **options)
+
+
+def _score(model: str, labelled: LabelledText, max_length: int | None) -> Classifier:
+    source = hf_files.read_model(model)
+    if "classifier.weight" not in source.tensors:
+        raise ValueError(f"{model}: expected a model with a classification head, found none")
+    tokenizer = hf_files.load_tokenizer(model)
+    positions = source.config.max_position_embeddings
+    max_length = positions if max_length is None else max_length
+    if max_length > positions:
+        raise ValueError(
+            f"max_length: expected at most {positions} (the model's positions), got {max_length}"
+        )
+    num_outputs = source.tensors["classifier.weight"].shape[0]
+    apply, init = make_classifier(source.config, num_outputs)
+    params = hf_files.start_params(model, init, whole=True)
+    rows = tokenize_task(tokenizer, labelled, max_length)
+    buckets = [width for width in (16, 32, 64, 128, 256) if width < max_length] + [max_length]
+    score = make_scorer(apply, buckets=buckets, pad_token_id=tokenizer.pad_token_id)
+    names = source.label_names or tuple(f"LABEL_{i}" for i in range(num_outputs))
+    return Classifier(names, source.problem_type == "regression", score(params, rows))

@@ -1,0 +1,89 @@
+"""What a run says: one line on the console, one JSON object in `metrics.jsonl`, per report."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+class MetricLog:
+    """Appends to `metrics.jsonl` and prints progress; process 0 only.
+
+    The file is the truth: after a resume, `rewind` drops what the run is about to repeat, so that
+    it holds every step once, whenever the run was killed.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.is_writer = jax.process_index() == 0
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Drops this stage's lines after `step`, and a last line cut short by a kill."""
+        if not self.is_writer or not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").split("\n"):
+            row = _parse(line)
+            if row is not None and not (row["stage"] == stage and row["step"] > step):
+                kept.append(line + "\n")
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(self.path)
+
+    def write(self, kind: str, stage: str, step: int, values: dict[str, Any]) -> None:
+        if not self.is_writer:
+            return
+        row = {"kind": kind, "stage": stage, "step": step, "time": round(time.time(), 3)}
+        row |= {name: _plain(value) for name, value in values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def say(self, text: str) -> None:
+        if self.is_writer:
+            print(text, flush=True)
+
+    def progress(self, stage: str, step: int, num_steps: int, values: dict[str, Any]) -> None:
+        """The line a user watches."""
+        parts = [
+            f"{name.removeprefix('loss/')} {value:.4g}"
+            for name, value in values.items()
+            if name == "loss" or name.startswith("loss/")
+        ]
+        remaining = _duration(values["seconds_left"])
+        self.say(
+            f"{stage:<12} {step:>6}/{num_steps}  {'  '.join(parts)}  "
+            f"lr {values['learning_rate']:.2g}  |g| {values['grad_norm']:.2f}  "
+            f"{_thousands(values['tokens_per_second'])} tok/s  "
+            f"pad {values['padding_share']:.0%}  mfu {values['mfu']:.0%}  {remaining} left"
+        )
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return round(value, 8) if isinstance(value, float) else value
+
+
+def _thousands(value: float) -> str:
+    return f"{value / 1000:.1f}k" if value < 1e6 else f"{value / 1e6:.2f}M"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

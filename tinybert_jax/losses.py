@@ -1,0 +1,248 @@
+"""Training losses: pure functions of arrays, each with its mask inside.
+
+This module owns the formulas, their normalisation and their numerics (everything in fp32, whatever
+the dtype of the inputs). It does not know modules, configs or meshes. Summing over layers, weights
+of terms, the temperature² factor and stopping the teacher's gradient are the caller's.
+
+Every loss is `total / number of valid units` and takes `count`, the denominator to use in place of
+the local number of valid units: with the count of the whole batch, the losses (and gradients) of
+its microbatches add up to those of the batch. A batch without any valid unit has loss 0, not NaN.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+IGNORED_LABEL = -100
+
+Normalisation = Literal["paper_code", "valid_only"]
+
+
+def softmax_cross_entropy(
+    logits: Float[Array, "batch classes"],
+    labels: Int[Array, " batch"],
+    weights: Float[Array, " batch"],
+    *,
+    label_smoothing: float = 0.0,
+    count: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """Cross-entropy with hard labels, mean over weighted examples (unit: example).
+
+    `label_smoothing` mixes the label with the uniform distribution (Szegedy et al. 2016, as in
+    `torch.nn.CrossEntropyLoss`). The label of an example of weight 0 is never read; any other must
+    lie in 0..classes-1.
+    """
+    logits = logits.astype(jnp.float32)
+    nll = _negative_log_likelihood(logits, jnp.where(weights != 0, labels, 0))
+    uniform_nll = jax.nn.logsumexp(logits, axis=-1) - logits.mean(-1)
+    per_example = (1 - label_smoothing) * nll + label_smoothing * uniform_nll
+    return _weighted_mean(per_example, weights, count)
+
+
+def masked_lm(
+    logits: Float[Array, "n vocab"],
+    labels: Int[Array, " n"],
+    *,
+    count: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """Masked-LM cross-entropy, mean over the labels that are not -100 (unit: label).
+
+    Takes flat positions, so that the LM head may be run on gathered ones only. Source: Devlin et
+    al. 2019, section 3.1; -100 is the ignored label of PyTorch and Hugging Face.
+    """
+    is_label = labels != IGNORED_LABEL
+    nll = _negative_log_likelihood(logits.astype(jnp.float32), jnp.where(is_label, labels, 0))
+    return _weighted_mean(nll, is_label.astype(jnp.float32), count)
+
+
+def soft_cross_entropy(
+    student_logits: Float[Array, "batch classes"],
+    teacher_logits: Float[Array, "batch classes"],
+    weights: Float[Array, " batch"],
+    *,
+    temperature: float = 1.0,
+    reduction: Literal["sum", "mean_classes"],
+    count: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """Prediction-layer distillation -softmax(z_T/t)·log_softmax(z_S/t) (unit: example).
+
+    `reduction` over classes: "sum" is the usual cross-entropy (TinyBERT equation 10),
+    "mean_classes" the released code's, smaller by the number of classes. No temperature² factor.
+    """
+    teacher_probs = jax.nn.softmax(teacher_logits.astype(jnp.float32) / temperature)
+    student_log_probs = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
+    per_class = -teacher_probs * student_log_probs
+    if reduction == "sum":
+        per_example = per_class.sum(-1)
+    elif reduction == "mean_classes":
+        per_example = per_class.mean(-1)
+    else:
+        raise ValueError(
+            f"reduction: expected 'sum' or 'mean_classes', got {reduction!r}; use 'sum' unless the "
+            "released code is to be reproduced"
+        )
+    return _weighted_mean(per_example, weights, count)
+
+
+def kl(
+    student_logits: Float[Array, "batch classes"],
+    teacher_logits: Float[Array, "batch classes"],
+    weights: Float[Array, " batch"],
+    *,
+    temperature: float = 1.0,
+    count: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """KL(p_T ‖ p_S) at the given temperature, mean over weighted examples (unit: example).
+
+    No temperature² factor (Hinton et al. 2015, section 2): the caller scales.
+    """
+    teacher_log_probs = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
+    student_log_probs = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
+    per_class = jnp.exp(teacher_log_probs) * (teacher_log_probs - student_log_probs)
+    return _weighted_mean(per_class.sum(-1), weights, count)
+
+
+def logits_mse(
+    student_logits: Float[Array, "batch k"],
+    target: Float[Array, "batch k"],
+    weights: Float[Array, " batch"],
+    *,
+    count: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """Squared error to teacher logits or gold scores, mean over k and weighted examples.
+
+    Unit: example. Source: regression tasks (STS-B), teacher logits in the TinyBERT paper, gold
+    scores in its released code.
+    """
+    difference = student_logits.astype(jnp.float32) - target.astype(jnp.float32)
+    return _weighted_mean(jnp.square(difference).mean(-1), weights, count)
+
+
+def hidden_mse(
+    student: Float[Array, "batch seq dim"],
+    teacher: Float[Array, "batch seq dim"],
+    mask: Bool[Array, "batch seq"],
+    *,
+    normalisation: Normalisation,
+    count: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """Mean squared error between projected student and teacher hidden states (unit: token).
+
+    "valid_only" is the mean over real tokens and dim, so that padding neither counts nor dilutes;
+    "paper_code" the plain mean over everything, whose unit count is batch·seq. Source: TinyBERT
+    equations 8 and 9.
+    """
+    difference = student.astype(jnp.float32) - teacher.astype(jnp.float32)
+    if normalisation == "valid_only":
+        difference = jnp.where(mask[:, :, None], difference, 0)
+        num_tokens = mask.sum(dtype=jnp.float32)
+    elif normalisation == "paper_code":
+        num_tokens = jnp.float32(mask.size)
+    else:
+        raise ValueError(_unknown_normalisation(normalisation))
+    return _divide(jnp.square(difference).mean(-1).sum(), num_tokens, count)
+
+
+def attention_mse(
+    student_query: Float[Array, "batch seq heads student_head_dim"],
+    student_key: Float[Array, "batch seq heads student_head_dim"],
+    teacher_query: Float[Array, "batch seq heads teacher_head_dim"],
+    teacher_key: Float[Array, "batch seq heads teacher_head_dim"],
+    mask: Bool[Array, "batch seq"],
+    *,
+    normalisation: Normalisation,
+    count: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """MSE between the score maps QKᵀ/√head_dim of one layer, without building a map (unit: pair).
+
+    "valid_only" leaves padded rows and columns out and averages over valid pairs and heads;
+    "paper_code" zeroes padded key columns, keeps padded query rows and averages over (batch, heads,
+    seq, seq), so that its unit count is batch·seq². Source: TinyBERT equation 7, in Gram form:
+    O(seq·head_dim²) time and O(head_dim²) memory per head, the same number.
+
+    Numerics: the terms cancel where the maps agree. With unequal head dims the value's relative
+    error is about 1e-7·‖A‖²/‖A_S − A_T‖² (A: a score map) and the gradient's 1e-7·‖A‖/‖A_S − A_T‖,
+    so a value many orders below the maps' own size may come out slightly negative; it is
+    returned as it is, because clamping would also zero the gradient. Equal head dims avoid this.
+    """
+    if normalisation == "valid_only":
+        query_mask = mask
+        num_pairs = jnp.square(mask.sum(-1, dtype=jnp.float32)).sum()
+    elif normalisation == "paper_code":
+        query_mask = jnp.ones_like(mask)
+        num_pairs = jnp.float32(mask.size * mask.shape[1])
+    else:
+        raise ValueError(_unknown_normalisation(normalisation))
+
+    sq, tq = _by_head(student_query, query_mask), _by_head(teacher_query, query_mask)
+    sk, tk = _by_head(student_key, mask), _by_head(teacher_key, mask)
+    student_scale, teacher_scale = sq.shape[-1] ** -0.5, tq.shape[-1] ** -0.5
+    if sq.shape[-1] == tq.shape[-1]:
+        # A_S − A_T = (Q−Q')Kᵀ + Q'(K−K')ᵀ: both products are small when the models are close.
+        factors = (sq - tq) * student_scale, sk, tq * student_scale, sk - tk
+    else:
+        factors = sq * student_scale, sk, tq * -teacher_scale, tk
+    num_heads = student_query.shape[2]
+    return _divide(_squared_norm_of_sum(*factors) / num_heads, num_pairs, count)
+
+
+def _by_head(x: Array, mask: Array) -> Array:
+    """[b, t, h, k] to fp32 [b, h, t, k], masked rows zero.
+
+    One explicit transpose, fused with the mask and shared by all Gram products, where XLA:CPU would
+    else insert a slower one into each of them.
+    """
+    masked = jnp.where(mask[:, :, None, None], x.astype(jnp.float32), 0)
+    return masked.transpose(0, 2, 1, 3)
+
+
+def _squared_norm_of_sum(left: Array, right: Array, left2: Array, right2: Array) -> Array:
+    """Σ‖left·rightᵀ + left2·right2ᵀ‖² over b and h, each factor [b, h, t, k], by Gram matrices.
+
+    The terms cancel within each head, before the sum over heads can round: 10× more accurate.
+    """
+    first = jnp.sum(_gram(left) * _gram(right), axis=(-2, -1))
+    cross = jnp.sum(_cross_gram(left, left2) * _cross_gram(right, right2), axis=(-2, -1))
+    second = jnp.sum(_gram(left2) * _gram(right2), axis=(-2, -1))
+    return jnp.sum(first + 2 * cross + second)
+
+
+def _cross_gram(x: Array, y: Array) -> Array:
+    return jnp.einsum("bhtk,bhtl->bhkl", x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.custom_jvp
+def _gram(x: Array) -> Array:
+    return _cross_gram(x, x)
+
+
+@_gram.defjvp
+def _gram_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """Symmetry makes one product of the two that autodiff would compute."""
+    (x,), (dx,) = primals, tangents
+    half = _cross_gram(dx, x)
+    return _gram(x), half + half.mT
+
+
+def _negative_log_likelihood(logits: Array, labels: Array) -> Array:
+    picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def _weighted_mean(per_unit: Array, weights: Array, count: Array | None) -> Array:
+    weights = weights.astype(jnp.float32)
+    return _divide(jnp.sum(per_unit * weights), weights.sum(), count)
+
+
+def _divide(total: Array, num_units: Array, count: Array | None) -> Array:
+    denominator = num_units if count is None else count.astype(jnp.float32)
+    return total / jnp.where(denominator == 0, 1, denominator)
+
+
+def _unknown_normalisation(normalisation: object) -> str:
+    return (
+        f"normalisation: expected 'paper_code' or 'valid_only', got {normalisation!r}; use "
+        "'valid_only' unless the released code is to be reproduced"
+    )

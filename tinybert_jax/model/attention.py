@@ -1,0 +1,63 @@
+"""Multi-head self-attention that hands out its queries, keys and values as taps."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from tinybert_jax.config import ModelConfig
+
+
+class AttentionTaps(NamedTuple):
+    """What distillation reads of one layer: each [batch, seq, heads, head_dim], before softmax."""
+
+    queries: jax.Array
+    keys: jax.Array
+    values: jax.Array
+
+
+class SelfAttention(nnx.Module):
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.initializer_range)
+        width = config.hidden_size
+
+        def linear() -> nnx.Linear:
+            return nnx.Linear(width, width, dtype=dtype, kernel_init=init, rngs=rngs)
+
+        self.num_heads = config.num_attention_heads
+        self.query, self.key, self.value = linear(), linear(), linear()
+        self.output = linear()
+        self.dropout = nnx.Dropout(config.attention_probs_dropout_prob)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "batch seq dim"],
+        mask: Bool[Array, "batch seq"],
+        key: jax.Array | None,
+    ) -> tuple[Float[Array, "batch seq dim"], AttentionTaps]:
+        heads = (*hidden.shape[:2], self.num_heads, hidden.shape[-1] // self.num_heads)
+        taps = AttentionTaps(
+            self.query(hidden).reshape(heads),
+            self.key(hidden).reshape(heads),
+            self.value(hidden).reshape(heads),
+        )
+        scores = attention_scores(taps.queries, taps.keys)
+        probs = jax.nn.softmax(jnp.where(mask[:, None, None, :], scores, _MASKED), axis=-1)
+        probs = self.dropout(probs.astype(hidden.dtype), rngs=key, deterministic=key is None)
+        context = jnp.einsum("bhts,bshk->bthk", probs, taps.values)
+        return self.output(context.reshape(hidden.shape)), taps
+
+
+def attention_scores(
+    queries: Float[Array, "batch seq heads head_dim"],
+    keys: Float[Array, "batch seq heads head_dim"],
+) -> Float[Array, "batch heads seq seq"]:
+    """QKᵀ/√head_dim in fp32, before masking and softmax (arXiv 1909.10351, equation 1)."""
+    scaled = queries * jnp.asarray(queries.shape[-1] ** -0.5, queries.dtype)
+    return jnp.einsum("bthk,bshk->bhts", scaled, keys, preferred_element_type=jnp.float32)
+
+
+# Far below any score, finite: a row whose keys are all masked gives uniform weights, never NaN.
+_MASKED = -1e30

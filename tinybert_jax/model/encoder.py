@@ -1,0 +1,150 @@
+"""BERT's encoder: post-LayerNorm blocks, stacked by `vmap` and run by `scan`."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from tinybert_jax.config import ModelConfig
+from tinybert_jax.model.attention import AttentionTaps, SelfAttention
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class EncoderOutput(NamedTuple):
+    """Everything a head or a loss may read; under `jit` what nobody reads is never computed."""
+
+    hidden: jax.Array  # [layers + 1, batch, seq, dim]; 0 = embeddings after LayerNorm
+    queries: jax.Array  # [layers, batch, seq, heads, head_dim]
+    keys: jax.Array  # [layers, batch, seq, heads, head_dim]
+    values: jax.Array  # [layers, batch, seq, heads, head_dim]
+    pooled: jax.Array  # [batch, dim]; tanh of a linear map of the first token
+
+
+class Encoder(nnx.Module):
+    """Token ids to hidden states. `dtype` is the compute dtype; parameters stay fp32."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        unroll: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.unroll = config.num_hidden_layers if unroll else 1
+        self.embeddings = Embeddings(config, dtype=dtype, rngs=rngs)
+        self.layers = _stacked_blocks(config, dtype, rngs)
+        self.pooler = nnx.Linear(
+            config.hidden_size,
+            config.hidden_size,
+            dtype=dtype,
+            kernel_init=nnx.initializers.normal(config.initializer_range),
+            rngs=rngs,
+        )
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch seq"],
+        attention_mask: Bool[Array, "batch seq"],
+        token_type_ids: Int[Array, "batch seq"],
+        key: jax.Array | None = None,
+    ) -> EncoderOutput:
+        """`key` turns dropout on; without one the pass is deterministic."""
+        graphdef, stacked = nnx.split(self.layers, nnx.Param)
+        num_layers = jax.tree.leaves(stacked)[0].shape[0]
+        keys = None if key is None else jax.random.split(key, num_layers + 1)
+        embedded = self.embeddings(input_ids, token_type_ids, None if keys is None else keys[0])
+
+        def layer(hidden, params_and_key):
+            params, layer_key = params_and_key
+            hidden, taps = nnx.merge(graphdef, params)(hidden, attention_mask, layer_key)
+            return hidden, (hidden, taps)
+
+        layer_keys = None if keys is None else keys[1:]
+        last, (hiddens, taps) = jax.lax.scan(
+            layer, embedded, (stacked, layer_keys), unroll=self.unroll
+        )
+        return EncoderOutput(
+            hidden=jnp.concatenate([embedded[None], hiddens]),
+            queries=taps.queries,
+            keys=taps.keys,
+            values=taps.values,
+            pooled=jnp.tanh(self.pooler(last[:, 0])),
+        )
+
+
+class Embeddings(nnx.Module):
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        def table(num_rows: int) -> nnx.Embed:
+            init = nnx.initializers.normal(config.initializer_range)
+            return nnx.Embed(num_rows, config.hidden_size, embedding_init=init, rngs=rngs)
+
+        self.word = table(config.vocab_size)
+        self.position = table(config.max_position_embeddings)
+        self.token_type = table(config.type_vocab_size)
+        self.norm = make_layer_norm(config, dtype, rngs)
+        self.dropout = nnx.Dropout(config.hidden_dropout_prob)
+
+    def __call__(self, input_ids, token_type_ids, key):
+        positions = self.position.embedding[: input_ids.shape[1]]
+        summed = self.word(input_ids) + positions[None] + self.token_type(token_type_ids)
+        return self.dropout(self.norm(summed), rngs=key, deterministic=key is None)
+
+
+class Block(nnx.Module):
+    """Attention and feed-forward, each with a residual and a LayerNorm after it."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.initializer_range)
+        width, inner = config.hidden_size, config.intermediate_size
+        self.attention = SelfAttention(config, dtype=dtype, rngs=rngs)
+        self.attention_norm = make_layer_norm(config, dtype, rngs)
+        self.intermediate = nnx.Linear(width, inner, dtype=dtype, kernel_init=init, rngs=rngs)
+        self.output = nnx.Linear(inner, width, dtype=dtype, kernel_init=init, rngs=rngs)
+        self.output_norm = make_layer_norm(config, dtype, rngs)
+        self.dropout = nnx.Dropout(config.hidden_dropout_prob)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def __call__(
+        self,
+        hidden: Float[Array, "batch seq dim"],
+        mask: Bool[Array, "batch seq"],
+        key: jax.Array | None,
+    ) -> tuple[Float[Array, "batch seq dim"], AttentionTaps]:
+        keys = (None, None, None) if key is None else jax.random.split(key, 3)
+        attended, taps = self.attention(hidden, mask, keys[0])
+        attended = self.dropout(attended, rngs=keys[1], deterministic=key is None)
+        hidden = self.attention_norm(hidden + attended)
+        inner = self.activation(self.intermediate(hidden))
+        outer = self.dropout(self.output(inner), rngs=keys[2], deterministic=key is None)
+        return self.output_norm(hidden + outer), taps
+
+
+def make_layer_norm(config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Statistics in fp32; two-pass variance: E[x²]−E[x]² loses BERT's eps of 1e-12 to rounding."""
+    return nnx.LayerNorm(
+        config.hidden_size,
+        epsilon=config.layer_norm_eps,
+        dtype=dtype,
+        use_fast_variance=False,
+        rngs=rngs,
+    )
+
+
+def _stacked_blocks(config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> Block:
+    """One `Block` whose every parameter has a leading [layers] axis."""
+
+    def block(key: jax.Array) -> Block:
+        return Block(config, dtype=dtype, rngs=nnx.Rngs(key))
+
+    keys = jax.random.split(rngs.params(), config.num_hidden_layers)
+    graphdef = nnx.graphdef(nnx.eval_shape(block, keys[0]))
+    return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(block(key), nnx.Param))(keys))

@@ -1,0 +1,121 @@
+"""Task heads over the encoder, and the pure `apply` functions that training calls.
+
+A model crosses into training as `(apply, params)`: `params` a plain nested dict of arrays,
+`apply(params, batch fields…, key)` a pure function. No module travels further.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from tinybert_jax.config import ModelConfig
+from tinybert_jax.model.encoder import ACTIVATIONS, Encoder, EncoderOutput, make_layer_norm
+
+Params = dict[str, Any]
+Apply = Callable[..., Any]
+
+
+class ClassifierOutput(NamedTuple):
+    logits: jax.Array  # [batch, num_labels], fp32
+    encoder: EncoderOutput
+
+
+class SequenceClassifier(nnx.Module):
+    """Dropout and a linear map over the pooled first token; one output for regression."""
+
+    def __init__(self, config: ModelConfig, num_labels: int, *, rngs: nnx.Rngs, **options):
+        self.encoder = Encoder(config, rngs=rngs, **options)
+        self.dropout = nnx.Dropout(config.hidden_dropout_prob)
+        self.classifier = nnx.Linear(
+            config.hidden_size,
+            num_labels,
+            kernel_init=nnx.initializers.normal(config.initializer_range),
+            rngs=rngs,
+        )
+
+    def __call__(self, input_ids, attention_mask, token_type_ids, key=None) -> ClassifierOutput:
+        keys = (None, None) if key is None else jax.random.split(key)
+        encoded = self.encoder(input_ids, attention_mask, token_type_ids, keys[0])
+        pooled = self.dropout(encoded.pooled, rngs=keys[1], deterministic=key is None)
+        return ClassifierOutput(self.classifier(pooled.astype(jnp.float32)), encoded)
+
+
+class MaskedLM(nnx.Module):
+    """BERT's masked-LM head. The decoder is the word table itself, passed as an argument."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, **options):
+        dtype = options.get("dtype", jnp.float32)
+        self.encoder = Encoder(config, rngs=rngs, **options)
+        self.transform = nnx.Linear(
+            config.hidden_size,
+            config.hidden_size,
+            dtype=dtype,
+            kernel_init=nnx.initializers.normal(config.initializer_range),
+            rngs=rngs,
+        )
+        self.norm = make_layer_norm(config, dtype, rngs)
+        self.decoder = TiedDecoder(config.vocab_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def __call__(
+        self,
+        input_ids,
+        attention_mask,
+        token_type_ids,
+        key=None,
+        *,
+        positions: Int[Array, "batch picked"] | None = None,
+    ) -> Float[Array, "batch picked vocab"]:
+        """Logits at `positions`, or at every position (costly: [batch, seq, vocab])."""
+        encoded = self.encoder(input_ids, attention_mask, token_type_ids, key)
+        hidden = encoded.hidden[-1]
+        if positions is not None:
+            hidden = jnp.take_along_axis(hidden, positions[:, :, None], axis=1)
+        hidden = self.norm(self.activation(self.transform(hidden)))
+        return self.decoder(hidden, self.encoder.embeddings.word.embedding[...])
+
+
+class TiedDecoder(nnx.Module):
+    def __init__(self, vocab_size: int):
+        self.bias = nnx.Param(jnp.zeros(vocab_size))
+
+    def __call__(self, hidden, table):
+        logits = jnp.einsum(
+            "btd,vd->btv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
+        )
+        return logits + self.bias[...][None, None]
+
+
+def make_encoder(config: ModelConfig, **options) -> tuple[Apply, Callable[[jax.Array], Params]]:
+    return _functional(lambda rngs: Encoder(config, rngs=rngs, **options))
+
+
+def make_classifier(
+    config: ModelConfig, num_labels: int, **options
+) -> tuple[Apply, Callable[[jax.Array], Params]]:
+    """`(apply, init_params)` of a sequence classifier; options: `dtype`, `unroll`."""
+    return _functional(lambda rngs: SequenceClassifier(config, num_labels, rngs=rngs, **options))
+
+
+def make_masked_lm(
+    config: ModelConfig, **options
+) -> tuple[Apply, Callable[[jax.Array], Params]]:
+    return _functional(lambda rngs: MaskedLM(config, rngs=rngs, **options))
+
+
+def _functional(
+    build: Callable[[nnx.Rngs], nnx.Module],
+) -> tuple[Apply, Callable[[jax.Array], Params]]:
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+
+    def init_params(key: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))
+
+    def apply(params: Params, *args, **kwargs):
+        return nnx.merge(graphdef, params)(*args, **kwargs)
+
+    return apply, init_params

@@ -1,0 +1,216 @@
+"""What a stage minimises: losses put together, as pure functions of parameters and a batch."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tinybert_jax import losses, masking
+from tinybert_jax.config import DistillSection
+from tinybert_jax.data.pipeline import Batch
+from tinybert_jax.distill import LayerMap, project
+
+Metrics = dict[str, jax.Array]
+
+
+class Counts(NamedTuple):
+    """Units of the whole global batch, fp32 scalars: the denominators of the losses."""
+
+    examples: jax.Array
+    tokens: jax.Array
+    pairs: jax.Array  # token pairs of the same example
+    predictions: jax.Array  # masked tokens
+
+
+class Objective(NamedTuple):
+    """`prepare(batch, key)` sees the whole batch: corruption and unit counts.
+
+    `loss(params, batch, counts, key, frozen)` may see a microbatch; the values over all
+    microbatches add up. `frozen` are arrays that are read and never trained: the teacher.
+    """
+
+    prepare: Callable[[Batch, jax.Array], tuple[Batch, Counts]]
+    loss: Callable[[Any, Batch, Counts, jax.Array, Any], tuple[jax.Array, Metrics]]
+
+
+def count_units(batch: Batch, normalisation: str = "valid_only") -> Counts:
+    if normalisation == "paper_code":  # padding counts
+        num_rows, width = batch.input_ids.shape
+        tokens, pairs = num_rows * width, num_rows * width**2
+    else:
+        lengths = batch.attention_mask.sum(-1, dtype=jnp.float32)
+        tokens, pairs = lengths.sum(), jnp.square(lengths).sum()
+    return Counts(
+        examples=batch.weights.sum(),
+        tokens=jnp.asarray(tokens, jnp.float32),
+        pairs=jnp.asarray(pairs, jnp.float32),
+        predictions=jnp.zeros(()),
+    )
+
+
+def make_supervised(
+    apply: Callable, *, regression: bool = False, label_smoothing: float = 0.0
+) -> Objective:
+    """Gold labels: cross-entropy, or mean squared error of the single output."""
+
+    def loss(params, batch, counts, key, frozen):
+        logits = apply(params, *_inputs(batch), key).logits
+        value = _gold_loss(logits, batch, counts, regression, label_smoothing)
+        return value, {"loss/label": value}
+
+    return Objective(lambda batch, key: (batch, count_units(batch)), loss)
+
+
+def make_mlm(
+    apply: Callable,
+    *,
+    mask_rate: float,
+    mask_token_id: int,
+    special_token_ids: tuple[int, ...],
+    vocab_size: int,
+) -> Objective:
+    """BERT's masked LM; logits only at masked positions."""
+
+    def prepare(batch: Batch, key: jax.Array) -> tuple[Batch, Counts]:
+        special = jnp.isin(batch.input_ids, jnp.asarray(special_token_ids))
+        inputs, labels = masking.mask_tokens(
+            batch.input_ids,
+            batch.attention_mask & ~special,
+            key,
+            rate=mask_rate,
+            mask_token_id=mask_token_id,
+            vocab_size=vocab_size,
+        )
+        width = batch.input_ids.shape[1]
+        room = min(width, int(mask_rate * width * 1.3) + 4)
+        positions, labels = masking.gather_masked(labels, room)
+        predictions = jnp.sum(labels != masking.IGNORED_LABEL, dtype=jnp.float32)
+        counts = count_units(batch)._replace(predictions=predictions)
+        labels = jnp.stack([positions, labels], axis=1)
+        return batch._replace(input_ids=inputs, labels=labels), counts
+
+    def loss(params, batch, counts, key, frozen):
+        positions, labels = batch.labels[:, 0], batch.labels[:, 1]
+        logits = apply(params, *_inputs(batch), key, positions=positions)
+        value = losses.masked_lm(
+            logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), count=counts.predictions
+        )
+        return value, {"loss/masked_lm": value}
+
+    return Objective(prepare, loss)
+
+
+def make_distill_layers(
+    student_apply: Callable,
+    teacher_apply: Callable,
+    layer_map: LayerMap,
+    section: DistillSection,
+) -> Objective:
+    """Attention scores, hidden states and embeddings: TinyBERT's equations 7 to 9.
+
+    `params` = {"student": encoder, "projection": …}; `frozen` = the teacher's encoder.
+    """
+    weights = {
+        "loss/attention": section.attention_weight,
+        "loss/hidden": section.hidden_weight,
+        "loss/embedding": section.embedding_weight,
+    }
+
+    def prepare(batch: Batch, key: jax.Array) -> tuple[Batch, Counts]:
+        return batch, count_units(batch, section.normalisation)
+
+    def loss(params, batch, counts, key, frozen):
+        teacher = jax.lax.stop_gradient(teacher_apply(frozen, *_inputs(batch)))
+        student = student_apply(params["student"], *_inputs(batch), key)
+
+        def hidden(entry: int, teacher_entry: int) -> jax.Array:
+            return losses.hidden_mse(
+                project(params["projection"], entry, student.hidden[entry]),
+                teacher.hidden[teacher_entry],
+                batch.attention_mask,
+                normalisation=section.normalisation,
+                count=counts.tokens,
+            )
+
+        def attention(layer: int, teacher_layer: int) -> jax.Array:
+            return losses.attention_mse(
+                student.queries[layer],
+                student.keys[layer],
+                teacher.queries[teacher_layer],
+                teacher.keys[teacher_layer],
+                batch.attention_mask,
+                normalisation=section.normalisation,
+                count=counts.pairs,
+            )
+
+        pairs = list(enumerate(layer_map, start=1))
+        parts: Metrics = {}
+        if section.attention_weight:
+            parts["loss/attention"] = jnp.stack([attention(i - 1, g - 1) for i, g in pairs]).sum()
+        if section.hidden_weight:
+            parts["loss/hidden"] = jnp.stack([hidden(i, g) for i, g in pairs]).sum()
+        if section.embedding_weight:
+            parts["loss/embedding"] = hidden(0, 0)
+        return _weighted_sum(parts, weights), parts
+
+    return Objective(prepare, loss)
+
+
+def make_distill_prediction(
+    student_apply: Callable,
+    teacher_apply: Callable,
+    section: DistillSection,
+    *,
+    regression: bool = False,
+) -> Objective:
+    """The teacher's logits (equation 10), mixed with gold labels by `hard_weight`.
+
+    `params` = the student's classifier; `frozen` = the teacher's.
+    """
+    weights = {"loss/soft": 1.0 - section.hard_weight, "loss/label": section.hard_weight}
+
+    def loss(params, batch, counts, key, frozen):
+        teacher = jax.lax.stop_gradient(teacher_apply(frozen, *_inputs(batch)).logits)
+        logits = student_apply(params, *_inputs(batch), key).logits
+        parts: Metrics = {}
+        if regression:
+            parts["loss/soft"] = losses.logits_mse(
+                logits, teacher, batch.weights, count=counts.examples
+            )
+        else:
+            parts["loss/soft"] = losses.soft_cross_entropy(
+                logits,
+                teacher,
+                batch.weights,
+                temperature=section.temperature,
+                reduction=section.soft_reduction,
+                count=counts.examples,
+            )
+        if section.hard_weight:
+            parts["loss/label"] = _gold_loss(logits, batch, counts, regression, 0.0)
+        return _weighted_sum(parts, weights), parts
+
+    return Objective(lambda batch, key: (batch, count_units(batch)), loss)
+
+
+def _inputs(batch: Batch) -> tuple[jax.Array, ...]:
+    return batch.input_ids, batch.attention_mask, batch.token_type_ids
+
+
+def _gold_loss(logits, batch: Batch, counts: Counts, regression: bool, label_smoothing: float):
+    if regression:
+        return losses.logits_mse(
+            logits, batch.labels[:, None], batch.weights, count=counts.examples
+        )
+    return losses.softmax_cross_entropy(
+        logits,
+        batch.labels,
+        batch.weights,
+        label_smoothing=label_smoothing,
+        count=counts.examples,
+    )
+
+
+def _weighted_sum(parts: Metrics, weights: Mapping[str, float]) -> jax.Array:
+    return jnp.stack([weights[name] * value for name, value in parts.items()]).sum()

@@ -1,0 +1,157 @@
+"""Learning-rate schedules and the optimizer, from plain values.
+
+This module owns the schedule shapes, which parameters decay, and the order of the optax chain. It
+does not own the train state, gradient accumulation or skipping of bad steps.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+SCHEDULES = (
+    "constant",
+    "cosine",
+    "inverse_sqrt",
+    "linear",
+    "polynomial",
+    "warmup_stable_decay",
+    "wsd",
+)
+
+# What a leaf's name says about weight decay: weights decay, offsets and LayerNorm scales do not.
+DECAYS = {"kernel": True, "embedding": True, "bias": False, "scale": False}
+
+
+def make_schedule(
+    name: str,
+    *,
+    learning_rate: float,
+    num_steps: int,
+    warmup_steps: int,
+    end_factor: float = 0.0,
+    decay_steps: int = 0,
+    power: float = 1.0,
+) -> optax.Schedule:
+    """Linear warm-up to `learning_rate`, then the named shape; step -> learning rate.
+
+    Step s (from 0) has `learning_rate`·s/`warmup_steps` during warm-up, the Hugging Face and torch
+    convention: with warm-up the first update has rate 0, and step `warmup_steps` is the peak.
+    linear, cosine and polynomial (of `power`) fall to `end_factor`·`learning_rate` at `num_steps`;
+    warmup_stable_decay (short: wsd) stays at the peak and falls linearly over the last
+    `decay_steps`; inverse_sqrt is learning_rate·√(w/s) with w = `warmup_steps`, or without
+    warm-up learning_rate·√(w/(s + w)) with w = 10000; constant stays. Past `num_steps`, the
+    falling ones keep their last rate. Raises ValueError for an unknown name, a step count out of
+    range, and an `end_factor` or `power` that the named shape would ignore; `decay_steps` is read
+    by warmup_stable_decay only.
+    """
+    _check_schedule(name, num_steps, warmup_steps, end_factor, decay_steps, power)
+    end = end_factor * learning_rate
+    num_after = max(num_steps - warmup_steps, 1)
+    schedules = [optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1))]
+    boundaries = [warmup_steps]
+    if name == "linear":
+        schedules += [optax.linear_schedule(learning_rate, end, num_after)]
+    elif name == "cosine":
+        schedules += [optax.cosine_decay_schedule(learning_rate, num_after, alpha=end_factor)]
+    elif name == "polynomial":
+        schedules += [optax.polynomial_schedule(learning_rate, end, power, num_after)]
+    elif name == "constant":
+        schedules += [optax.constant_schedule(learning_rate)]
+    elif name == "inverse_sqrt":
+        schedules += [_inverse_sqrt(learning_rate, timescale=warmup_steps or 10_000)]
+    else:
+        schedules += [
+            optax.constant_schedule(learning_rate),
+            optax.linear_schedule(learning_rate, end, decay_steps),
+        ]
+        boundaries += [num_steps - decay_steps]
+    return optax.join_schedules(schedules, boundaries)
+
+
+def decay_mask(params: PyTree) -> PyTree:
+    """True for each leaf of a nested dict that takes weight decay, by the leaf's own name.
+
+    Kernels and embeddings decay, biases and LayerNorm scales do not (Devlin et al.'s optimizer).
+    Raises ValueError for any other leaf name.
+    """
+
+    def decays(path: tuple, _: object) -> bool:
+        leaf_name = path[-1].key
+        if leaf_name not in DECAYS:
+            raise ValueError(
+                f"decay_mask: expected a leaf named one of {', '.join(DECAYS)}, got "
+                f"{jax.tree_util.keystr(path, simple=True, separator='/')!r}; rename the leaf or "
+                "add its name to optim.DECAYS"
+            )
+        return DECAYS[leaf_name]
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(
+    schedule: optax.Schedule,
+    *,
+    weight_decay: float = 0.01,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    clip_norm: float | None = 1.0,
+) -> optax.GradientTransformation:
+    """AdamW with bias correction after global-norm clipping; weight decay by `decay_mask`.
+
+    The decay is decoupled and follows the schedule (Loshchilov and Hutter 2019, as in
+    `torch.optim.AdamW`). `clip_norm=None` does not clip; the state has the same structure.
+    """
+    return optax.chain(
+        optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        optax.add_decayed_weights(weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _inverse_sqrt(learning_rate: float, timescale: int) -> optax.Schedule:
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        # join_schedules also evaluates this during warm-up, with negative steps.
+        return learning_rate * jnp.sqrt(timescale / (jnp.maximum(step, 0) + timescale))
+
+    return schedule
+
+
+def _check_schedule(
+    name: str,
+    num_steps: int,
+    warmup_steps: int,
+    end_factor: float,
+    decay_steps: int,
+    power: float,
+) -> None:
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {name!r}")
+    if num_steps < 1:
+        raise ValueError(f"num_steps: expected at least 1, got {num_steps}; train for some steps")
+    if not 0 <= warmup_steps <= num_steps:
+        raise ValueError(
+            f"warmup_steps: expected 0..num_steps = 0..{num_steps}, got {warmup_steps}; shorten "
+            "the warm-up or train longer"
+        )
+    if not 0 <= end_factor <= 1:
+        raise ValueError(
+            f"end_factor: expected a share of learning_rate in 0..1, got {end_factor}; it is a "
+            "factor, not a learning rate"
+        )
+    if end_factor != 0 and name in ("constant", "inverse_sqrt"):
+        raise ValueError(
+            f"end_factor: expected 0 for {name}, which has no end value, got {end_factor}; remove "
+            "it or use linear, cosine, polynomial or wsd"
+        )
+    if power != 1 and name != "polynomial":
+        raise ValueError(f"power: expected 1 for {name}, got {power}; remove it or use polynomial")
+    is_stable_decay = name in ("warmup_stable_decay", "wsd")
+    num_after = num_steps - warmup_steps
+    if is_stable_decay and not 1 <= decay_steps <= num_after:
+        raise ValueError(
+            f"decay_steps: expected 1..num_steps - warmup_steps = 1..{num_after} for {name}, got "
+            f"{decay_steps}; a tenth to a fifth of num_steps is usual"
+        )

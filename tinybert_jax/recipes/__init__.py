@@ -1,0 +1,1 @@
+"""The stages, one flat recipe each; `pipeline` runs them in order."""

@@ -1,0 +1,168 @@
+"""TinyBERT's distillation: general on a corpus, then intermediate and prediction on the task."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from tinybert_jax import cost, distill, evaluate
+from tinybert_jax.convert import hf_files
+from tinybert_jax.data.pipeline import TokenRows, tokenize_corpus, tokenize_task
+from tinybert_jax.model.heads import make_classifier, make_encoder
+from tinybert_jax.objectives import make_distill_layers, make_distill_prediction
+from tinybert_jax.run import Run, compute_options, dev_judge, with_dropout
+from tinybert_jax.stage import Training, run_stage
+
+_PROJECTION = "projection.safetensors"
+
+
+def general(run: Run) -> None:
+    """Layers of the pretrained teacher, on the corpus."""
+    rows = tokenize_corpus(run.tokenizer, run.corpus, run.config.general.max_length)
+    _layers(run, "general", rows, run.pretrained_teacher)
+
+
+def intermediate(run: Run) -> None:
+    """Layers of the fine-tuned teacher, on the task's text."""
+    check_teacher(run)
+    rows = tokenize_task(run.tokenizer, run.task.train, run.config.intermediate.max_length)
+    _layers(run, "intermediate", rows, run.task_teacher)
+
+
+def prediction(run: Run) -> None:
+    """Logits of the fine-tuned teacher, on the task's text."""
+    check_teacher(run)
+    section, options = run.config.prediction, compute_options(run.config)
+    rows = tokenize_task(run.tokenizer, run.task.train, section.max_length)
+    _announce(run, "prediction", rows)
+
+    # Teacher and student.
+    teacher_apply, teacher_init = make_classifier(run.teacher, run.task.num_outputs, **options)
+    teacher = hf_files.start_params(run.task_teacher, teacher_init, whole=True)
+    apply, init = make_classifier(
+        with_dropout(run.student, section), run.task.num_outputs, **options
+    )
+    start = run.latest("intermediate", "general") or run.config.student.path
+
+    def init_params(key: jax.Array):
+        params = hf_files.start_params(start, init, key)
+        if start is None and run.config.student.init == "teacher_embeddings":
+            encoder, _ = distill.start_from_teacher_embeddings(params["encoder"], teacher["encoder"])
+            params = {**params, "encoder": encoder}
+        return params
+
+    # Train and hand on the best by dev score.
+    params = run_stage(
+        run,
+        Training(
+            name="prediction",
+            section=section,
+            objective=make_distill_prediction(
+                apply,
+                teacher_apply,
+                run.config.distillation,
+                regression=run.config.task.regression,
+            ),
+            init_params=init_params,
+            rows=rows,
+            frozen=teacher,
+            flops_per_token=lambda width: cost.training_flops_per_token(
+                run.student, width, teacher=run.teacher
+            ),
+            evaluate=dev_judge(run, apply, section),
+            score=run.config.task.score,
+        ),
+    )
+    hf_files.save_model(
+        run.model_folder("prediction"),
+        params,
+        run.student,
+        run.tokenizer,
+        label_names=run.task.label_names,
+        regression=run.config.task.regression,
+    )
+
+
+def check_teacher(run: Run) -> None:
+    """Refuses a teacher that has nothing to teach: near the majority class on the dev set."""
+    if run.task.label_names is None:
+        return
+    section = run.config.prediction or run.config.intermediate
+    apply, init = make_classifier(
+        run.teacher, run.task.num_outputs, **compute_options(run.config)
+    )
+    params = hf_files.start_params(run.task_teacher, init, whole=True)
+    accuracy = dev_judge(run, apply, section)(params)["accuracy"]
+    chance = evaluate.majority_share(run.task.dev.labels)
+    needed = min(chance + run.config.distillation.teacher_margin, 1.0)
+    if accuracy < needed:
+        raise ValueError(
+            f"teacher: expected a dev accuracy of at least {needed:.4f} (the majority class has "
+            f"{chance:.4f}), got {accuracy:.4f} from {run.task_teacher}; check its label order, "
+            "fine-tune it on the task, or lower distillation.teacher_margin"
+        )
+
+
+def _layers(run: Run, stage: str, rows: TokenRows, teacher_folder: str | Path) -> None:
+    section, options = getattr(run.config, stage), compute_options(run.config)
+    _announce(run, stage, rows)
+
+    # Teacher, frozen; student with its projection, from the stage before where there is one.
+    teacher_apply, teacher_init = make_encoder(run.teacher, **options)
+    teacher = hf_files.start_params(teacher_folder, teacher_init, whole=True)
+    student_apply, student_init = make_encoder(with_dropout(run.student, section), **options)
+    before = run.latest("general") if stage == "intermediate" else None
+
+    def init_params(key: jax.Array):
+        student_key, projection_key = jax.random.split(key)
+        start = before or run.config.student.path
+        student = hf_files.start_params(start, student_init, student_key)
+        num_projections = 1
+        if run.config.distillation.projection == "per_layer":
+            num_projections = run.student.num_hidden_layers + 1
+        projection = distill.init_projection(
+            projection_key, run.student.hidden_size, run.teacher.hidden_size, num_projections
+        )
+        if before:
+            projection = load_file(before / _PROJECTION)
+        elif start is None and run.config.student.init == "teacher_embeddings":
+            student, directions = distill.start_from_teacher_embeddings(student, teacher)
+            projection["kernel"] = np.tile(directions.T[None], (num_projections, 1, 1))
+        return {"student": student, "projection": projection}
+
+    # Train and hand on the last: there is no dev score without a head.
+    params = run_stage(
+        run,
+        Training(
+            name=stage,
+            section=section,
+            objective=make_distill_layers(
+                student_apply,
+                teacher_apply,
+                distill.make_layer_map(
+                    run.config.distillation.layer_map,
+                    run.student.num_hidden_layers,
+                    run.teacher.num_hidden_layers,
+                ),
+                run.config.distillation,
+            ),
+            init_params=init_params,
+            rows=rows,
+            frozen=teacher,
+            flops_per_token=lambda width: cost.training_flops_per_token(
+                run.student, width, projection_dim=run.teacher.hidden_size, teacher=run.teacher
+            ),
+        ),
+    )
+    extra = {_PROJECTION: lambda path: save_file(params["projection"], path)}
+    hf_files.save_model(
+        run.model_folder(stage), params["student"], run.student, run.tokenizer, extra=extra
+    )
+
+
+def _announce(run: Run, stage: str, rows: TokenRows) -> None:
+    run.log.say(
+        f"{stage}: {len(rows.lengths):,} rows, {len(rows.ids):,} tokens, "
+        f"{rows.num_truncated:,} cut"
+    )

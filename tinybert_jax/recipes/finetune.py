@@ -1,0 +1,59 @@
+"""Supervised training on the task: the teacher (`finetune`), or the student alone (`baseline`)."""
+
+from tinybert_jax import cost
+from tinybert_jax.convert import hf_files
+from tinybert_jax.data.pipeline import tokenize_task
+from tinybert_jax.model.heads import make_classifier
+from tinybert_jax.objectives import make_supervised
+from tinybert_jax.run import Run, compute_options, dev_judge, with_dropout
+from tinybert_jax.stage import Training, run_stage
+
+
+def main(run: Run, stage: str = "finetune") -> None:
+    """`finetune` starts from the pretrained teacher, `baseline` from a fresh student."""
+    section = getattr(run.config, stage)
+    model, start = (
+        (run.student, run.config.student.path)
+        if stage == "baseline"
+        else (run.teacher, run.pretrained_teacher)
+    )
+
+    # Data.
+    rows = tokenize_task(run.tokenizer, run.task.train, section.max_length)
+    run.log.say(
+        f"{stage}: {len(rows.lengths):,} examples, {len(rows.ids):,} tokens, "
+        f"{rows.num_truncated:,} cut at {section.max_length}"
+    )
+
+    # Model.
+    apply, init = make_classifier(
+        with_dropout(model, section), run.task.num_outputs, **compute_options(run.config)
+    )
+
+    # Train and hand on the best by dev score.
+    params = run_stage(
+        run,
+        Training(
+            name=stage,
+            section=section,
+            objective=make_supervised(
+                apply,
+                regression=run.config.task.regression,
+                label_smoothing=section.label_smoothing,
+            ),
+            init_params=lambda key: hf_files.start_params(start, init, key),
+            rows=rows,
+            frozen=(),
+            flops_per_token=lambda width: cost.training_flops_per_token(model, width),
+            evaluate=dev_judge(run, apply, section),
+            score=run.config.task.score,
+        ),
+    )
+    hf_files.save_model(
+        run.model_folder(stage),
+        params,
+        model,
+        run.tokenizer,
+        label_names=run.task.label_names,
+        regression=run.config.task.regression,
+    )

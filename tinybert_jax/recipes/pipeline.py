@@ -1,0 +1,62 @@
+"""Runs the stages of a config in order, then compares the models, exports and reports."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tinybert_jax import results
+from tinybert_jax.config import STAGES, RunConfig
+from tinybert_jax.recipes import distill, finetune, pretrain
+from tinybert_jax.report import write_report
+from tinybert_jax.run import Run, open_run, publish
+
+_RECIPES = {
+    "pretrain": pretrain.main,
+    "finetune": finetune.main,
+    "general": distill.general,
+    "intermediate": distill.intermediate,
+    "prediction": distill.prediction,
+    "baseline": lambda run: finetune.main(run, "baseline"),
+}
+
+
+def main(config: RunConfig, stages: Sequence[str] = STAGES, command: str = "") -> Path:
+    """Runs those of `stages` that the config has and that are not done; returns the run folder."""
+    chosen = [name for name in STAGES if name in stages and name in config.stages]
+    if not chosen:
+        raise ValueError(
+            f"expected a config with one of the stages {list(stages)}, got {list(config.stages)}"
+        )
+    with open_run(config, chosen) as run:
+        for name in chosen:
+            _run_once(run, name)
+        product = [name for name in chosen if name != "baseline"][-1:]
+        if product:
+            publish(run, product[0])
+        summary = results.collect(run, _seconds(run), command)
+        (run.folder / "results.json").write_text(
+            json.dumps(summary, indent=2) + "\n", encoding="utf-8"
+        )
+        report = write_report(run.folder)
+        run.log.say(results.headline(summary))
+        run.log.say(f"model:  {run.folder / 'hf'}\nreport: {report}")
+        return run.folder
+
+
+def _run_once(run: Run, name: str) -> None:
+    if run.is_done(name):
+        run.log.say(f"{name}: done before, kept")
+        return
+    start = time.perf_counter()
+    _RECIPES[name](run)
+    seconds = time.perf_counter() - start
+    run.log.write("stage", name, 0, {"seconds": seconds})
+    run.log.say(f"{name}: finished in {seconds:.0f} s")
+
+
+def _seconds(run: Run) -> dict[str, float]:
+    """Wall seconds of each finished stage, the parts before a kill left out."""
+    lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {row["stage"]: row["seconds"] for row in rows if row["kind"] == "stage"}

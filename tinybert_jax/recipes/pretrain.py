@@ -1,0 +1,42 @@
+"""Masked-LM pretraining of the teacher, from random or from a folder ("update a model")."""
+
+from tinybert_jax import cost
+from tinybert_jax.convert import hf_files
+from tinybert_jax.data.pipeline import tokenize_corpus
+from tinybert_jax.model.heads import make_masked_lm
+from tinybert_jax.objectives import make_mlm
+from tinybert_jax.run import Run, compute_options, with_dropout
+from tinybert_jax.stage import Training, run_stage
+
+
+def main(run: Run) -> None:
+    section, tokenizer = run.config.pretrain, run.tokenizer
+
+    # Data: each document cut into full rows.
+    rows = tokenize_corpus(tokenizer, run.corpus, section.max_length)
+    run.log.say(f"pretrain: {len(rows.lengths):,} rows, {len(rows.ids):,} tokens")
+
+    # Model.
+    apply, init = make_masked_lm(with_dropout(run.teacher, section), **compute_options(run.config))
+    special = tuple(int(i) for i in tokenizer.all_special_ids)
+
+    # Train and hand on.
+    params = run_stage(
+        run,
+        Training(
+            name="pretrain",
+            section=section,
+            objective=make_mlm(
+                apply,
+                mask_rate=section.mask_rate,
+                mask_token_id=tokenizer.mask_token_id,
+                special_token_ids=special,
+                vocab_size=len(tokenizer),
+            ),
+            init_params=lambda key: hf_files.start_params(run.config.teacher.path, init, key),
+            rows=rows,
+            frozen=(),
+            flops_per_token=lambda width: cost.training_flops_per_token(run.teacher, width),
+        ),
+    )
+    hf_files.save_model(run.model_folder("pretrain"), params, run.teacher, tokenizer)

@@ -1,0 +1,368 @@
+"""Owns the result half of a report: headline, scale mark, comparison table, confusion matrix.
+
+Takes the parsed `results.json` and returns escaped HTML. Reads no file and draws no curve.
+A role (teacher, student, baseline) keeps one colour wherever it is named.
+"""
+
+import html
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+NBSP = "\u00a0"
+MISSING = "–"
+SAME = "same"
+MAX_MATRIX_CLASSES = 20
+MAX_CONFUSED_PAIRS = 15
+ROLES = ("teacher", "student", "baseline")
+LOWER_IS_BETTER = frozenset({"mse", "loss", "perplexity"})
+METRIC_NAMES = {
+    "f1": "F1",
+    "matthews": "Matthews correlation",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
+    "mse": "mean squared error",
+}
+Model = dict[str, Any]
+
+
+def headline(results: dict[str, Any]) -> str:
+    """The run in one sentence of words; what is unknown is left out of the sentence."""
+    teacher, student = find_model(results, "teacher"), find_model(results, "student")
+    metric = html.escape(metric_name(results.get("metric")))
+    model = student or next(iter(models_of(results)), None)
+    score = score_of(results, model)
+    if model is None or score is None:
+        return f"{html.escape(str(results.get('name', 'This run')))} has no scored model."
+    subject = "The student" if student else html.escape(str(model.get("name", "The model")))
+    kept = share_kept(results, model) if student else None
+    if kept is None:
+        sentence = f"{subject} reaches {_figure(f'{score:.3f}', role_of(model))} {metric}"
+    else:
+        verb = "keeps" if kept <= 1 else "reaches"
+        sentence = f"{subject} {verb} {_figure(percent(kept))} of its teacher’s {metric}"
+    return sentence + (_savings(teacher, student) if teacher and student else "") + "."
+
+
+def _savings(teacher: Model, student: Model) -> str:
+    """“ with 8.0× fewer encoder parameters and runs 4.1× faster”, as far as both were measured."""
+    sizes = [number(m.get("num_encoder_parameters")) for m in (teacher, student)]
+    size = compare(sizes[0], sizes[1], "fewer", "more")
+    times = [_latency(m) for m in (teacher, student)]
+    speed = compare(times[0], times[1], "faster", "slower")
+    sentence = f" with {_figure(size)} encoder parameters" if size not in ("", SAME) else ""
+    if speed not in ("", SAME) and _conditions(teacher) == _conditions(student):
+        sentence += f" and runs {_figure(speed)}"
+    return sentence
+
+
+def baseline_sentence(results: dict[str, Any]) -> str:
+    """What the baseline reaches and what distillation adds to it; empty without both scores."""
+    baseline = find_model(results, "baseline")
+    score = score_of(results, baseline)
+    student_score = score_of(results, find_model(results, "student"))
+    if baseline is None or score is None or student_score is None:
+        return ""
+    points = 100 * (student_score - score)
+    if results.get("metric") in LOWER_IS_BETTER:
+        verdict = f"the student {student_score:.3f}"
+    else:
+        verdict = f"distillation {'adds' if points >= 0 else 'costs'} {abs(points):.1f} points"
+    name = html.escape(str(baseline.get("name", "baseline")))
+    return f"The baseline, {name}, reaches {_figure(f'{score:.3f}', 'baseline')}: {verdict}."
+
+
+def scale_mark(results: dict[str, Any]) -> str:
+    """Teacher and student as nested squares whose areas are their encoder parameters."""
+    teacher, student = find_model(results, "teacher"), find_model(results, "student")
+    sizes = [number((m or {}).get("num_encoder_parameters")) for m in (teacher, student)]
+    if not sizes[0] or not sizes[1] or min(sizes[0], sizes[1]) <= 0:
+        return ""
+    largest = max(sizes[0], sizes[1])
+    squares = sorted(zip(sizes, ("teacher", "student"), strict=True), reverse=True)
+    marks = ""
+    for size, role in squares:
+        side = 158 * math.sqrt((size or 0) / largest)
+        marks += (
+            f'<rect class="{role}" x="1" y="{159 - side:.1f}" '
+            f'width="{side:.1f}" height="{side:.1f}"/>'
+        )
+    return (
+        '<figure class="mark"><svg viewBox="0 0 160 160" role="img" '
+        f'aria-label="Encoder parameters: teacher {si(sizes[0])}, student {si(sizes[1])}">'
+        f"{marks}</svg><figcaption>Encoder parameters, drawn to scale:<br>"
+        f'<b class="teacher">{si(sizes[0])}</b> to <b class="student">{si(sizes[1])}</b>'
+        "</figcaption></figure>"
+    )
+
+
+class Row(NamedTuple):
+    """One line of the comparison: how to read a value, to print it and to set it beside another."""
+
+    label: str
+    read: Callable[[Model], float | None]
+    show: Callable[[float], str]
+    relate: Callable[[float | None, float], str]
+    is_main: bool = False
+
+
+def comparison_table(results: dict[str, Any]) -> str:
+    """Every model a column, every quantity a row, a bar to scale under every number."""
+    models = models_of(results)
+    if not models:
+        return '<p class="note">results.json lists no models, so there is nothing to compare.</p>'
+    head = "".join(
+        f'<th scope="col" class="{role_of(m)}"><span>{html.escape(str(m.get("role", "model")))}'
+        f"</span>{html.escape(str(m.get('name', '')))}</th>"
+        for m in models
+    )
+    rows = "".join(_table_row(row, models) for row in _rows(results, models))
+    return (
+        '<div class="scroll"><table class="compare">'
+        f"<thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        + _uncertainty_note(results)
+    )
+
+
+def _rows(results: dict[str, Any], models: list[Model]) -> Iterator[Row]:
+    main = results.get("metric")
+    names = list(dict.fromkeys(k for m in models for k in _mapping(m, "metrics")))
+    for name in sorted(names, key=lambda n: n != main):
+        label = metric_name(name)
+        yield Row(
+            label[0].upper() + label[1:],
+            lambda m, name=name: _metric(m, name),
+            lambda v: f"{v:.3f}",
+            lambda ref, v: "" if ref is None else f"{v - ref:+.3f}".replace("-", "−"),
+            name == main,
+        )
+    yield Row("Share of teacher kept", lambda m: share_kept(results, m), percent, lambda _, v: "")
+
+    def cost(label: str, key: str, unit: str, less: str, more: str) -> Row:
+        return Row(
+            label,
+            lambda m: number(m.get(key)),
+            lambda v: si(v, unit),
+            lambda ref, v: compare(ref, v, less, more),
+        )
+
+    yield cost("Parameters", "num_parameters", "", "fewer", "more")
+    yield cost("Encoder parameters", "num_encoder_parameters", "", "fewer", "more")
+    yield cost("FLOPs per token", "flops_per_token", "", "fewer", "more")
+    yield cost("Size on disk", "bytes_on_disk", "B", "smaller", "larger")
+    shared = {_conditions(m) for m in models if _latency(m) is not None}
+    yield Row(
+        f"CPU latency{', ' + shared.pop() if len(shared) == 1 else ' (conditions differ)'}",
+        _latency,
+        lambda v: f"{v:.3g}{NBSP}ms",
+        lambda ref, v: compare(ref, v, "faster", "slower") if not shared else "",
+    )
+
+
+def _table_row(row: Row, models: list[Model]) -> str:
+    values = [row.read(m) for m in models]
+    if all(v is None for v in values):
+        return ""
+    teachers = [i for i, m in enumerate(models) if m.get("role") == "teacher"]
+    reference = values[teachers[0]] if teachers else None
+    largest = max(v for v in values if v is not None)
+    cells = ""
+    for i, (model, value) in enumerate(zip(models, values, strict=True)):
+        if value is None:
+            cells += f"<td>{MISSING}</td>"
+            continue
+        width = 100 * max(value, 0) / largest if largest > 0 else 0
+        bar = f'<i class="bar {role_of(model)}" style="width:{width:.1f}%"></i>'
+        relation = "" if i in teachers[:1] else row.relate(reference, value)
+        cells += (
+            f'<td title="{value:,.10g}"><b>{row.show(value)}</b>'
+            f"{bar if len(models) > 1 else ''}<small>{relation}</small></td>"
+        )
+    main = ' class="main"' if row.is_main else ""
+    return f'<tr{main}><th scope="row">{html.escape(row.label)}</th>{cells}</tr>'
+
+
+def _uncertainty_note(results: dict[str, Any]) -> str:
+    """The standard error of an accuracy: how much of a gap between columns is chance."""
+    count = number(results.get("dev_examples"))
+    accuracy = _metric(find_model(results, "student") or {}, "accuracy")
+    if not count or count < 1 or accuracy is None or not 0 <= accuracy <= 1:
+        return ""
+    error = math.sqrt(accuracy * (1 - accuracy) / count)
+    return (
+        f'<p class="note">Measured on {count:,.0f} examples: one standard error of the student’s '
+        f"accuracy is {error:.3f}.</p>"
+    )
+
+
+def confusion_section(results: dict[str, Any]) -> str:
+    """The student's confusion matrix as a heat map, or its worst pairs beyond 20 classes."""
+    student = find_model(results, "student") or next(iter(models_of(results)), {})
+    counts = _square(student.get("confusion"))
+    if counts is None:
+        return '<p class="note">No confusion matrix: results.json holds none for the student.</p>'
+    names = results.get("label_names")
+    if not isinstance(names, list) or len(names) != len(counts):
+        names = list(range(len(counts)))
+    labels = [html.escape(str(name)) for name in names]
+    if len(counts) > MAX_MATRIX_CLASSES:
+        return _confused_pairs(counts, labels)
+    return _heat_map(counts, labels)
+
+
+def _heat_map(counts: list[list[float]], labels: list[str]) -> str:
+    size = "few" if len(labels) <= 6 else "many"
+    head = "".join(f'<th scope="col"><span>{label}</span></th>' for label in labels)
+    body = ""
+    for i, row in enumerate(counts):
+        total = sum(row)
+        cells = ""
+        for j, count in enumerate(row):
+            share = count / total if total else 0.0
+            kind = ("hit" if i == j else "miss") + (" deep" if math.sqrt(share) > 0.6 else "")
+            kind += "" if count else " none"
+            text = f"<b>{count:,.0f}</b>" + (f"<small>{percent(share)}</small>" if total else "")
+            cells += f'<td class="{kind}" style="--v:{math.sqrt(share):.2f}">{text}</td>'
+        body += f'<tr><th scope="row">{labels[i]}</th>{cells}</tr>'
+    return (
+        f'<div class="scroll"><table class="heat {size}"><thead><tr><td>true ↓ predicted →</td>'
+        f"{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        '<p class="note">The stronger the colour, the larger the share of the true class: '
+        '<b class="hit">right</b>, <b class="miss">wrong</b>.</p>'
+    )
+
+
+def _confused_pairs(counts: list[list[float]], labels: list[str]) -> str:
+    pairs = [
+        (count, i, j)
+        for i, row in enumerate(counts)
+        for j, count in enumerate(row)
+        if i != j and count > 0
+    ]
+    pairs = sorted(pairs, key=lambda p: -p[0])[:MAX_CONFUSED_PAIRS]
+    if not pairs:
+        return f'<p class="note">No mistakes in {len(labels)} classes.</p>'
+    rows = "".join(
+        f'<tr><th scope="row">{labels[i]}</th><td>{labels[j]}</td>'
+        f'<td class="num"><b>{count:,.0f}</b>'
+        f'<i class="bar miss" style="width:{100 * count / pairs[0][0]:.1f}%"></i></td>'
+        f'<td class="num">{percent(count / sum(counts[i]))}</td></tr>'
+        for count, i, j in pairs
+    )
+    return (
+        '<div class="scroll"><table class="pairs"><thead><tr><th>True class</th><th>Taken for</th>'
+        f"<th>Examples</th><th>Of the true class</th></tr></thead><tbody>{rows}</tbody>"
+        "</table></div>"
+        f'<p class="note">The most confused of {len(labels)} classes.</p>'
+    )
+
+
+def _square(matrix: Any) -> list[list[float]] | None:
+    """The matrix as floats, or None where it is not a square of counts."""
+    if not isinstance(matrix, list) or not matrix:
+        return None
+    rows = [[number(v) for v in row] for row in matrix if isinstance(row, list)]
+    known = [[v for v in row if v is not None and v >= 0] for row in rows]
+    is_square = len(known) == len(matrix) and all(len(row) == len(matrix) for row in known)
+    return known if is_square else None
+
+
+def share_kept(results: dict[str, Any], model: Model) -> float | None:
+    """Main metric of a model over its teacher's; None where that ratio means nothing.
+
+    For the student the run's own `share_kept` comes first: it may know a teacher not listed here.
+    """
+    given = number(results.get("share_kept"))
+    if given is not None and model is find_model(results, "student"):
+        return given
+    teacher = score_of(results, find_model(results, "teacher"))
+    score = score_of(results, model)
+    if results.get("metric") in LOWER_IS_BETTER or score is None or not teacher or teacher <= 0:
+        return None
+    return score / teacher
+
+
+def compare(reference: float | None, value: float | None, less: str, more: str) -> str:
+    """“8.0× fewer”: a cost beside the reference's; empty where it cannot be said."""
+    if reference is None or value is None or reference <= 0 or value <= 0:
+        return ""
+    ratio, word = (reference / value, less) if value <= reference else (value / reference, more)
+    if ratio < 1.05:
+        return SAME
+    return (f"{ratio:.1f}×" if ratio < 100 else f"{ratio:,.0f}×") + NBSP + word
+
+
+def models_of(results: dict[str, Any]) -> list[Model]:
+    """The models of a run: teacher, student, baseline, then the rest."""
+    models = results.get("models")
+    known = [m for m in models if isinstance(m, dict)] if isinstance(models, list) else []
+    return sorted(known, key=lambda m: (*ROLES, "other").index(role_of(m)))
+
+
+def find_model(results: dict[str, Any], role: str) -> Model | None:
+    """The first model of that role, if any."""
+    return next((m for m in models_of(results) if m.get("role") == role), None)
+
+
+def role_of(model: Model) -> str:
+    """The model's role as a CSS class; an unknown role is drawn in grey."""
+    role = model.get("role")
+    return role if role in ROLES else "other"
+
+
+def score_of(results: dict[str, Any], model: Model | None) -> float | None:
+    """The run's main metric of a model."""
+    return _metric(model or {}, str(results.get("metric")))
+
+
+def metric_name(metric: Any) -> str:
+    """A metric in words, not escaped."""
+    return METRIC_NAMES.get(str(metric), str(metric).replace("_", " ") or "metric")
+
+
+def number(value: Any) -> float | None:
+    """The value as a float, or None for anything that is not a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def si(value: float, unit: str = "") -> str:
+    """Three significant digits with a decimal prefix: 22.7 M, 90.9 MB, 870."""
+    value = float(f"{value:.3g}")
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{_three_digits(value / factor)}{NBSP}{prefix}{unit}"
+    return _three_digits(value) + (NBSP + unit if unit else "")
+
+
+def percent(share: float) -> str:
+    """97.8 %, with a space that does not break."""
+    return f"{100 * share:.1f}{NBSP}%"
+
+
+def _three_digits(value: float) -> str:
+    exponent = math.floor(math.log10(abs(value) or 1))
+    return f"{value:.2e}" if exponent < -4 else f"{value:.{max(0, 2 - exponent)}f}"
+
+
+def _figure(text: str, role: str = "student") -> str:
+    return f'<b class="{role}">{text}</b>'
+
+
+def _metric(model: Model, name: str) -> float | None:
+    return number(_mapping(model, "metrics").get(name))
+
+
+def _latency(model: Model) -> float | None:
+    return number(_mapping(model, "latency_ms").get("median"))
+
+
+def _conditions(model: Model) -> str:
+    latency = _mapping(model, "latency_ms")
+    return f"batch {latency.get('batch', '?')}, {latency.get('seq_len', '?')} tokens"
+
+
+def _mapping(model: Model, key: str) -> dict[str, Any]:
+    value = model.get(key)
+    return value if isinstance(value, dict) else {}

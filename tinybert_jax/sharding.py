@@ -1,0 +1,91 @@
+"""Where arrays live: the mesh, and one pure function from a parameter's path and shape to its spec.
+
+Mesh axes: `data` (batch), `fsdp` (batch and parameters), `tensor` (heads and feed-forward width).
+One device is a mesh of one.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tinybert_jax.config import MeshSection
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# The dim (counted from the end) that the `tensor` axis splits, by path.
+_TENSOR_DIM = (
+    (re.compile(r"attention/(query|key|value)/kernel$|intermediate/kernel$"), -1),
+    (re.compile(r"attention/(query|key|value)/bias$|intermediate/bias$"), -1),
+    (re.compile(r"(attention/output|layers/output)/kernel$"), -2),
+    (re.compile(r"word/embedding$"), -2),
+)
+
+
+def make_mesh(section: MeshSection, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices; raises ValueError where the axis sizes do not multiply to them."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [section.data, section.fsdp, section.tensor]
+    if sizes[0] == -1:
+        sizes[0] = len(devices) // (section.fsdp * section.tensor)
+    if int(np.prod(sizes)) != len(devices):
+        raise ValueError(
+            f"mesh: expected data × fsdp × tensor = {len(devices)} devices, got "
+            f"{section.data} × {section.fsdp} × {section.tensor}; use data: -1 for all that are left"
+        )
+    return Mesh(
+        np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+    )
+
+
+def param_specs(abstract: Mapping[str, Any], mesh: Mesh) -> Any:
+    """A tree of PartitionSpec like `abstract` (arrays or ShapeDtypeStructs).
+
+    `tensor` splits the dim named by the path where it divides; `fsdp` the largest other dim that
+    it divides. What neither divides is replicated.
+    """
+
+    def spec(path, leaf) -> PartitionSpec:
+        name = "/".join(str(getattr(part, "key", part)) for part in path)
+        return _spec(name, tuple(leaf.shape), mesh)
+
+    return jax.tree_util.tree_map_with_path(spec, abstract)
+
+
+def shardings(specs: Any, mesh: Mesh) -> Any:
+    is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Examples over `data` and `fsdp`; each example whole on its device."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    dims: list[str | None] = [None] * len(shape)
+    for pattern, dim in _TENSOR_DIM:
+        if pattern.search(name) and _divides(mesh.shape["tensor"], shape[dim]):
+            dims[dim] = "tensor"
+    is_stacked = "/layers/" in f"/{name}"
+    free = [i for i in range(int(is_stacked), len(shape)) if dims[i] is None]
+    free = [i for i in free if _divides(mesh.shape["fsdp"], shape[i])]
+    if free and len(shape) - int(is_stacked) >= 2:
+        dims[max(free, key=lambda i: shape[i])] = "fsdp"
+    return PartitionSpec(*dims)
+
+
+def _divides(size: int, dim: int) -> bool:
+    return size > 1 and dim % size == 0

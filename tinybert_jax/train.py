@@ -1,0 +1,123 @@
+"""The train step: one jitted function of (state, batch, frozen), the same for every stage."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from tinybert_jax import sharding
+from tinybert_jax.data.pipeline import Batch
+from tinybert_jax.objectives import Objective
+
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    step: jax.Array  # int32 []
+    params: Any
+    opt_state: optax.OptState
+    key: jax.Array  # never changes: every draw comes from fold_in(key, step)
+
+
+def abstract_state(
+    params: Any, optimizer: optax.GradientTransformation, key: jax.Array, mesh: Mesh
+) -> TrainState:
+    """The state's shapes, dtypes and shardings; nothing is computed."""
+    abstract = jax.eval_shape(lambda: _new_state(params, optimizer, key))
+    placed = state_shardings(abstract, mesh)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract,
+        placed,
+    )
+
+
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, key: jax.Array, mesh: Mesh
+) -> TrainState:
+    """A fresh state, born with its final shardings, the optimizer's moments too.
+
+    `jit(optimizer.init)` does not inherit the parameters' sharding: it is asked for.
+    """
+    placed = jax.tree.map(lambda a: a.sharding, abstract_state(params, optimizer, key, mesh))
+    params = jax.device_put(params, placed.params)
+    new = jax.jit(lambda params, key: _new_state(params, optimizer, key), out_shardings=placed)
+    return new(params, key)
+
+
+def state_shardings(abstract: TrainState, mesh: Mesh) -> TrainState:
+    """The moments carry their parameter's path, so the parameters' rule places them too."""
+    return sharding.shardings(sharding.param_specs(abstract, mesh), mesh)
+
+
+def make_train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: Mesh,
+    state_sharding: TrainState,
+    *,
+    gradient_accumulation_steps: int = 1,
+) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
+    """The donated, sharded step.
+
+    With accumulation, a microbatch takes every n-th example, and every loss is divided by the
+    whole batch's unit counts: the sum over microbatches is the full batch's loss, padding or not.
+    """
+
+    def gradients(params, batch, key, frozen):
+        prepare_key, key = jax.random.split(key)
+        batch, counts = objective.prepare(batch, prepare_key)
+        differentiate = jax.value_and_grad(objective.loss, has_aux=True)
+        if gradient_accumulation_steps == 1:
+            return differentiate(params, batch, counts, key, frozen)
+
+        def micro(total, part):
+            micro_batch, micro_key = part
+            out = differentiate(params, micro_batch, counts, micro_key, frozen)
+            return jax.tree.map(jnp.add, total, out), None
+
+        parts = jax.tree.map(_split(gradient_accumulation_steps), batch)
+        keys = jax.random.split(key, gradient_accumulation_steps)
+        first = jax.tree.map(lambda leaf: leaf[0], (parts, keys))
+        shapes = jax.eval_shape(
+            lambda part: differentiate(params, part[0], counts, part[1], frozen), first
+        )
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.lax.scan(micro, zeros, (parts, keys))[0]
+
+    def train_step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        num_tokens = jnp.sum(batch.attention_mask)
+        (loss, metrics), grads = gradients(state.params, batch, key, frozen)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = metrics | {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "num_tokens": num_tokens,
+        }
+        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(state_sharding, sharding.batch_sharding(mesh), None),
+        out_shardings=(state_sharding, sharding.replicated(mesh)),
+    )
+
+
+def _new_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
+
+
+def _split(num_parts: int) -> Callable[[jax.Array], jax.Array]:
+    def split(leaf: jax.Array) -> jax.Array:
+        shape = (leaf.shape[0] // num_parts, num_parts, *leaf.shape[1:])
+        return jnp.moveaxis(leaf.reshape(shape), 1, 0)
+
+    return split
