@@ -10,7 +10,7 @@ import pytest
 
 from tinybert_jax.data.builtin import builtin_corpus, builtin_task
 
-CODE = re.compile(r">>>|```|::|[_=<>{}\[\]\\|@#$^~*`]|https?:|\.\.|\w\(\)|[^\x20-\x7e]")
+CODE = re.compile(r">>>|```|::|[_=<>{}\[\]\\|@#$^~*`]|https?:|\.\.|\w\(\)| [.,;)]|[^\x20-\x7e]")
 NAMES = re.compile(r"\b(?:huggingface\w*|jax\w*|orbax\w*|pandas|scipy\w*|transformers|numpy\w*)\b")
 
 
@@ -131,7 +131,8 @@ Parameters
 values : array_like, optional
     The values that are *added* together here.
     They may be of ``any`` numeric type you like.
-axis (`int`, *optional*): The axis along which the sum is taken.
+axis (`int`, *optional*): The axis along
+    which the sum is taken.
 
 .. math::
 
@@ -150,14 +151,19 @@ The result is shown here by an example::
 This is also code and not prose.
 ```
 >>> print(total)
-This is what the example prints out.
+This is printed. This is the second sentence that is printed.
+
+Returns
+-------
+Series
+    A series that holds the sum of each row.
 
 Texts that cite another text [1]_ go away as a whole.
 The value of :math:`x` is gone with its sentence too.
 
 References
 ----------
-Anybody, "A reference is not a sentence of the docstring."
+Anybody wrote this reference and it is left out.
 """
     found = [s for p in _paragraphs(docstring) for s in _sentences(p) if _is_prose(s)]
     assert found == [
@@ -167,6 +173,7 @@ Anybody, "A reference is not a sentence of the docstring."
         "The axis along which the sum is taken.",
         "This note is a sentence to be kept.",
         "A listed sentence is kept as it stands.",
+        "A series that holds the sum of each row.",
     ]
 
 

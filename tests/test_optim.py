@@ -102,7 +102,7 @@ def test_a_traced_step_gives_the_same_rate(name):
     np.testing.assert_allclose(traced, rates(schedule, NUM_STEPS), rtol=1e-6, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["linear", "constant", "inverse_sqrt"])
+@pytest.mark.parametrize("name", ["linear", "cosine", "polynomial", "constant", "inverse_sqrt"])
 def test_warmup_may_take_the_whole_run(name):
     got = rates(make(name, warmup_steps=NUM_STEPS), NUM_STEPS)
 

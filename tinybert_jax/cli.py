@@ -78,12 +78,9 @@ def _add_columns(command) -> None:
 
 
 def _add_convert(commands) -> None:
-    text = (
-        "write a BERT folder (old names, sharded, without prefix) or a run's checkpoint as a "
-        "Hugging Face folder"
-    )
+    text = "rewrite a BERT folder (old names, sharded, without prefix) in today's form, checked"
     command = commands.add_parser("convert", help=text, description=text)
-    command.add_argument("source", help="a model folder, a hub id, or RUN/checkpoints/STAGE/last")
+    command.add_argument("source", help="a model folder or hub id")
     command.add_argument("target", help="the folder to write; must not exist")
     command.set_defaults(act=_convert)
 

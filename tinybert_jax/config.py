@@ -125,7 +125,9 @@ class ModelSection(Section):
 
     def sizes(self) -> dict[str, Any]:
         """Fields for `ModelConfig` of a fresh model: preset first, explicit values over it."""
-        explicit = self.model_dump(exclude_none=True, exclude={"path", "preset", "init"})
+        explicit = self.model_dump(
+            exclude_none=True, exclude={"path", "preset", "init", "finetuned"}
+        )
         return {**(PRESETS[self.preset] if self.preset else {}), **explicit}
 
 
@@ -136,6 +138,12 @@ _SIZE_FIELDS = (
     "intermediate_size",
     "max_position_embeddings",
 )
+
+
+class TeacherSection(ModelSection):
+    finetuned: str | None = Field(
+        None, description="a folder of the same model that knows the task; instead of finetune"
+    )
 
 
 class StudentSection(ModelSection):
@@ -295,7 +303,9 @@ class DistillSection(Section):
     embedding_weight: NonNegative = 1.0
     temperature: Positive = 1.0
     soft_reduction: Literal["sum", "mean_classes"] = "sum"
-    hard_weight: Fraction = Field(0.0, description="share of the gold labels in the prediction loss")
+    hard_weight: Fraction = Field(
+        0.0, description="share of the gold labels in the prediction loss"
+    )
     teacher_margin: Fraction = Field(
         0.02, description="how far above the majority class the teacher has to score on dev"
     )
@@ -327,7 +337,7 @@ class RunConfig(Section):
     name: str = "run"
     run_dir: str
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    teacher: ModelSection
+    teacher: TeacherSection
     student: StudentSection | None = None
     tokenizer: TokenizerSection = TokenizerSection()
     corpus: CorpusSection | None = None
@@ -364,6 +374,8 @@ def _missing_needs(config: RunConfig) -> Iterator[str]:
         yield "the stages finetune, intermediate, prediction and baseline need a task section"
     if stages & {"general", "intermediate", "prediction", "baseline"} and config.student is None:
         yield "the distillation stages and baseline need a student section"
+    if config.finetune and config.teacher.finetuned:
+        yield "expected a finetune section or teacher.finetuned, got both"
     if config.tokenizer.vocab_size and config.corpus is None:
         yield "tokenizer.vocab_size trains a vocabulary on the corpus: it needs a corpus section"
     if config.tokenizer.vocab_size and (config.tokenizer.path or config.teacher.path):

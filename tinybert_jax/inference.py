@@ -50,9 +50,7 @@ def predict(
             "probability": float(p[best]),
             "logits": [float(value) for value in row],
         }
-        for best, p, row in zip(
-            scored.logits.argmax(-1), probabilities, scored.logits, strict=True
-        )
+        for best, p, row in zip(scored.logits.argmax(-1), probabilities, scored.logits, strict=True)
     ]
 
 

@@ -23,7 +23,7 @@ def collect(run: Run, seconds: dict[str, float], command: str) -> dict[str, Any]
     """The content of `results.json`: every judged model of the run, and what the student kept."""
     models = []
     if run.task is not None:
-        teacher = run.latest("finetune") or run.config.teacher.path
+        teacher = run.latest("finetune") or run.config.teacher.finetuned or run.config.teacher.path
         places = [
             ("teacher", "finetune", teacher, run.teacher),
             ("student", "prediction", run.latest("prediction"), run.student),
@@ -60,16 +60,12 @@ def headline(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _describe(
-    run: Run, role: str, stage: str, folder: Path, model: ModelConfig
-) -> dict[str, Any]:
+def _describe(run: Run, role: str, stage: str, folder: Path, model: ModelConfig) -> dict[str, Any]:
     section = getattr(run.config, stage) or run.config.prediction or run.config.baseline
     apply, init = make_classifier(model, run.task.num_outputs)
     params = hf_files.start_params(folder, init, whole=True)
     rows = tokenize_task(run.tokenizer, run.task.dev, section.max_length)
-    score = make_scorer(
-        apply, buckets=section.buckets(), pad_token_id=run.tokenizer.pad_token_id
-    )
+    score = make_scorer(apply, buckets=section.buckets(), pad_token_id=run.tokenizer.pad_token_id)
     logits, labels = score(params, rows), run.task.dev.labels
     description = {
         "role": role,

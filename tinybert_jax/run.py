@@ -74,11 +74,12 @@ class Run(NamedTuple):
     @property
     def task_teacher(self) -> str | Path:
         """The teacher that knows the task; raises ValueError where there is none."""
-        folder = self.latest("finetune") or self.config.teacher.path
+        teacher = self.config.teacher
+        folder = self.latest("finetune") or teacher.finetuned or teacher.path
         if folder is None:
             raise ValueError(
                 "teacher: expected one that knows the task, got none; add a finetune section or "
-                "give a fine-tuned folder as teacher.path"
+                "give a fine-tuned folder as teacher.finetuned"
             )
         return folder
 
@@ -133,9 +134,7 @@ def compute_options(config: RunConfig) -> dict[str, Any]:
 def dev_judge(run: Run, apply: Callable, section: StageSection) -> Callable[[Any], dict]:
     """parameters -> metrics on the dev set."""
     rows = tokenize_task(run.tokenizer, run.task.dev, section.max_length)
-    score = make_scorer(
-        apply, buckets=section.buckets(), pad_token_id=run.tokenizer.pad_token_id
-    )
+    score = make_scorer(apply, buckets=section.buckets(), pad_token_id=run.tokenizer.pad_token_id)
     regression = run.config.task.regression
     return lambda params: task_metrics(
         score(params, rows), run.task.dev.labels, regression=regression
@@ -155,9 +154,7 @@ def publish(run: Run, stage: str) -> Path:
 
 def _read_corpus(config: RunConfig) -> tuple[str, ...]:
     section = config.corpus
-    documents = (
-        builtin.builtin_corpus() if section.builtin else sources.read_corpus(section.files)
-    )
+    documents = builtin.builtin_corpus() if section.builtin else sources.read_corpus(section.files)
     return tuple(documents[: section.max_documents])
 
 
@@ -189,9 +186,7 @@ def _read_task(config: RunConfig) -> TaskData:
 
 def _first(text: LabelledText, max_rows: int | None) -> LabelledText:
     pair = text.text_pair[:max_rows] if text.text_pair else None
-    return text._replace(
-        text=text.text[:max_rows], text_pair=pair, labels=text.labels[:max_rows]
-    )
+    return text._replace(text=text.text[:max_rows], text_pair=pair, labels=text.labels[:max_rows])
 
 
 def _make_tokenizer(config: RunConfig, folder: Path, corpus: Sequence[str]) -> Any:
@@ -210,7 +205,10 @@ def _teacher_config(config: RunConfig, tokenizer: Any) -> ModelConfig:
         teacher = hf_files.read_model(config.teacher.path).config
     else:
         teacher = _sized(
-            config.teacher.sizes(), "teacher", vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id
+            config.teacher.sizes(),
+            "teacher",
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
         )
     if len(tokenizer) > teacher.vocab_size:
         raise ValueError(
@@ -263,8 +261,9 @@ def _check(config, stages, mesh, teacher, student, task: TaskData | None) -> Non
         )
     if "prediction" in stages:
         distill.check_fit(student, teacher, needs_heads=False)
-    if config.teacher.path and config.finetune is None and task is not None:
-        check_labels(config.teacher.path, task.label_names)
+    task_teacher = config.teacher.finetuned or config.teacher.path
+    if task_teacher and {"intermediate", "prediction"} & set(stages) and not config.finetune:
+        check_labels(task_teacher, task.label_names)
 
 
 def check_labels(path: str | Path, label_names: Sequence[str] | None) -> None:
@@ -324,7 +323,15 @@ def _locked(folder: Path) -> Iterator[None]:
 def _write_identity(folder: Path, config: RunConfig, mesh: Mesh) -> None:
     if not (folder / "config.yaml").is_file():
         (folder / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
-    packages = ("tinybert-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+    packages = (
+        "tinybert-jax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "transformers",
+    )
     versions = {name: importlib.metadata.version(name) for name in packages}
     environment = {
         **versions,

@@ -37,9 +37,7 @@ def make_mesh(section: MeshSection, devices: list[jax.Device] | None = None) -> 
             f"mesh: expected data × fsdp × tensor = {len(devices)} devices, got "
             f"{section.data} × {section.fsdp} × {section.tensor}; use data: -1 for all that are left"
         )
-    return Mesh(
-        np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES)
-    )
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def param_specs(abstract: Mapping[str, Any], mesh: Mesh) -> Any:

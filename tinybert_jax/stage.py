@@ -59,7 +59,8 @@ def run_stage(run: Run, training: Training) -> Any:
         gradient_accumulation_steps=section.gradient_accumulation_steps,
     )
     frozen = jax.device_put(
-        training.frozen, sharding.shardings(sharding.param_specs(training.frozen, run.mesh), run.mesh)
+        training.frozen,
+        sharding.shardings(sharding.param_specs(training.frozen, run.mesh), run.mesh),
     )
     meter = _Meter(run, training, num_steps, start_step)
     judge = _Judge(run, training, folder, per_epoch, num_steps, progress, meter)

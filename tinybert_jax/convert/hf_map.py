@@ -76,9 +76,7 @@ class Conversion(NamedTuple):
     surplus: tuple[str, ...]
 
 
-def from_hf(
-    tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
-) -> Conversion:
+def from_hf(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> Conversion:
     """Hugging Face tensors to our flat parameters of the given shapes, bit for bit in fp32.
 
     Accepts names with or without the `bert.` prefix and the old `LayerNorm.gamma/beta`. Raises
@@ -101,6 +99,18 @@ def from_hf(
         flat[entry.path] = _stack(entry, [named[name] for name in names], names, shape)
     surplus = [n for n in named if n not in used and not _IGNORED.search(n)]
     return Conversion(flat, tuple(missing), tuple(sorted(surplus)))
+
+
+def our_shapes(tensors: Mapping[str, np.ndarray], num_layers: int) -> dict[str, tuple[int, ...]]:
+    """Our paths and shapes for whatever of the table the tensors hold."""
+    named = {_modern_name(name): array.shape for name, array in tensors.items()}
+    shapes = {}
+    for entry in TABLE:
+        each = named.get(entry.name.format(i=0))
+        if each is not None:
+            each = each[::-1] if entry.is_kernel else each
+            shapes[entry.path] = (num_layers, *each) if "{i}" in entry.name else each
+    return shapes
 
 
 def _layer_names(entry: Entry, shape: tuple[int, ...]) -> list[str]:

@@ -264,9 +264,7 @@ def _without_code(docstring: str) -> Iterator[tuple[int, str]]:
 _MARKUP = [  # a character it needs, pattern, plain text
     (sign, re.compile(pattern), plain)
     for sign, pattern, plain in (
-        # A backslash stands for what prose cannot hold, formulas and citations: the sentence goes.
-        ("`", r":math:`[^`]*`", r"\\"),
-        ("[", r"\[[\w, ]+\]_", r"\\"),
+        ("`", r":math:`[^`]*`", r"\\"),  # no prose holds a backslash: the sentence goes
         ("`", r":[\w:+-]+:`~?([^`<]*?) ?<[^`]*>`", r"\1"),
         ("`", r":[\w:+-]+:`~?(?:[\w.]*\.)?([^`]*)`", r"\1"),
         ("<", r"`([^`<]+?) ?<[^`]*>`__?", r"\1"),

@@ -111,9 +111,7 @@ def plan_epoch(
         groups.extend(np.split(rows[:full], full // global_batch_size) if full else [])
         rest.append(rows[full:])
     left = np.concatenate(rest)
-    groups.extend(
-        left[i : i + global_batch_size] for i in range(0, len(left), global_batch_size)
-    )
+    groups.extend(left[i : i + global_batch_size] for i in range(0, len(left), global_batch_size))
     plans = [_plan(rows, bucket_of, buckets, global_batch_size) for rows in groups]
     return plans if rng is None else [plans[i] for i in rng.permutation(len(plans))]
 

@@ -39,15 +39,15 @@ class SelfAttention(nnx.Module):
     ) -> tuple[Float[Array, "batch seq dim"], AttentionTaps]:
         heads = (*hidden.shape[:2], self.num_heads, hidden.shape[-1] // self.num_heads)
         taps = AttentionTaps(
-            self.query(hidden).reshape(heads),
-            self.key(hidden).reshape(heads),
-            self.value(hidden).reshape(heads),
+            dense(self.query, hidden).reshape(heads),
+            dense(self.key, hidden).reshape(heads),
+            dense(self.value, hidden).reshape(heads),
         )
         scores = attention_scores(taps.queries, taps.keys)
         probs = jax.nn.softmax(jnp.where(mask[:, None, None, :], scores, _MASKED), axis=-1)
         probs = self.dropout(probs.astype(hidden.dtype), rngs=key, deterministic=key is None)
         context = jnp.einsum("bhts,bshk->bthk", probs, taps.values)
-        return self.output(context.reshape(hidden.shape)), taps
+        return dense(self.output, context.reshape(hidden.shape)), taps
 
 
 def attention_scores(
@@ -57,6 +57,15 @@ def attention_scores(
     """QKᵀ/√head_dim in fp32, before masking and softmax (arXiv 1909.10351, equation 1)."""
     scaled = queries * jnp.asarray(queries.shape[-1] ** -0.5, queries.dtype)
     return jnp.einsum("bthk,bshk->bhts", scaled, keys, preferred_element_type=jnp.float32)
+
+
+def dense(linear: nnx.Linear, x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq out"]:
+    """A linear map over tokens as one matrix product.
+
+    XLA:CPU runs the kernel's gradient, a contraction over batch and seq, at about half the speed of
+    the same product over one merged dim.
+    """
+    return linear(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
 
 
 # Far below any score, finite: a row whose keys are all masked gives uniform weights, never NaN.

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from tinybert_jax.config import ModelConfig
-from tinybert_jax.model.attention import AttentionTaps, SelfAttention
+from tinybert_jax.model.attention import AttentionTaps, SelfAttention, dense
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -123,8 +123,8 @@ class Block(nnx.Module):
         attended, taps = self.attention(hidden, mask, keys[0])
         attended = self.dropout(attended, rngs=keys[1], deterministic=key is None)
         hidden = self.attention_norm(hidden + attended)
-        inner = self.activation(self.intermediate(hidden))
-        outer = self.dropout(self.output(inner), rngs=keys[2], deterministic=key is None)
+        inner = self.activation(dense(self.intermediate, hidden))
+        outer = self.dropout(dense(self.output, inner), rngs=keys[2], deterministic=key is None)
         return self.output_norm(hidden + outer), taps
 
 

@@ -101,9 +101,7 @@ def make_classifier(
     return _functional(lambda rngs: SequenceClassifier(config, num_labels, rngs=rngs, **options))
 
 
-def make_masked_lm(
-    config: ModelConfig, **options
-) -> tuple[Apply, Callable[[jax.Array], Params]]:
+def make_masked_lm(config: ModelConfig, **options) -> tuple[Apply, Callable[[jax.Array], Params]]:
     return _functional(lambda rngs: MaskedLM(config, rngs=rngs, **options))
 
 

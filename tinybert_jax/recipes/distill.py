@@ -48,7 +48,9 @@ def prediction(run: Run) -> None:
     def init_params(key: jax.Array):
         params = hf_files.start_params(start, init, key)
         if start is None and run.config.student.init == "teacher_embeddings":
-            encoder, _ = distill.start_from_teacher_embeddings(params["encoder"], teacher["encoder"])
+            encoder, _ = distill.start_from_teacher_embeddings(
+                params["encoder"], teacher["encoder"]
+            )
             params = {**params, "encoder": encoder}
         return params
 
@@ -89,9 +91,7 @@ def check_teacher(run: Run) -> None:
     if run.task.label_names is None:
         return
     section = run.config.prediction or run.config.intermediate
-    apply, init = make_classifier(
-        run.teacher, run.task.num_outputs, **compute_options(run.config)
-    )
+    apply, init = make_classifier(run.teacher, run.task.num_outputs, **compute_options(run.config))
     params = hf_files.start_params(run.task_teacher, init, whole=True)
     accuracy = dev_judge(run, apply, section)(params)["accuracy"]
     chance = evaluate.majority_share(run.task.dev.labels)
@@ -113,10 +113,10 @@ def _layers(run: Run, stage: str, rows: TokenRows, teacher_folder: str | Path) -
     teacher = hf_files.start_params(teacher_folder, teacher_init, whole=True)
     student_apply, student_init = make_encoder(with_dropout(run.student, section), **options)
     before = run.latest("general") if stage == "intermediate" else None
+    start = before or run.config.student.path
 
     def init_params(key: jax.Array):
         student_key, projection_key = jax.random.split(key)
-        start = before or run.config.student.path
         student = hf_files.start_params(start, student_init, student_key)
         num_projections = 1
         if run.config.distillation.projection == "per_layer":
@@ -124,8 +124,8 @@ def _layers(run: Run, stage: str, rows: TokenRows, teacher_folder: str | Path) -
         projection = distill.init_projection(
             projection_key, run.student.hidden_size, run.teacher.hidden_size, num_projections
         )
-        if before:
-            projection = load_file(before / _PROJECTION)
+        if start is not None and (Path(start) / _PROJECTION).is_file():
+            projection = load_file(Path(start) / _PROJECTION)
         elif start is None and run.config.student.init == "teacher_embeddings":
             student, directions = distill.start_from_teacher_embeddings(student, teacher)
             projection["kernel"] = np.tile(directions.T[None], (num_projections, 1, 1))
@@ -163,6 +163,5 @@ def _layers(run: Run, stage: str, rows: TokenRows, teacher_folder: str | Path) -
 
 def _announce(run: Run, stage: str, rows: TokenRows) -> None:
     run.log.say(
-        f"{stage}: {len(rows.lengths):,} rows, {len(rows.ids):,} tokens, "
-        f"{rows.num_truncated:,} cut"
+        f"{stage}: {len(rows.lengths):,} rows, {len(rows.ids):,} tokens, {rows.num_truncated:,} cut"
     )
