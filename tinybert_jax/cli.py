@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinybert_jax import __version__, config
+from tinybert_jax.sections import STAGES
 
 _STAGES = {
-    "run": (config.STAGES, "run all stages of a config, then export and report"),
+    "run": (STAGES, "run all stages of a config, then export and report"),
     "pretrain": (("pretrain",), "run only the masked-LM stage of a config"),
     "finetune": (("finetune", "baseline"), "run only the supervised stages of a config"),
     "distill": (

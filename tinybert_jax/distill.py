@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinybert_jax.config import ModelConfig
+from tinybert_jax.sections import ModelConfig
 
 LayerMap = tuple[int, ...]  # for each student layer 1..M the teacher layer 1..N it learns from
 

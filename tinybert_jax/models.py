@@ -1,6 +1,6 @@
 """The public Python face: Hugging Face-like classes over the pure functions.
 
-Inputs are PyTorch, NumPy or JAX arrays or nested lists; outputs are JAX arrays, by key or attribute.
+Inputs: PyTorch, NumPy or JAX arrays, or nested lists. Outputs: JAX arrays, by key or attribute.
 """
 
 from pathlib import Path
@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinybert_jax.config import ModelConfig
 from tinybert_jax.convert import hf_files
 from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.sections import ModelConfig
 
 
 class ModelOutput(dict):
@@ -26,7 +26,7 @@ class ModelOutput(dict):
 
 
 class TinyBertModel:
-    """The bare encoder: `last_hidden_state`, `pooler_output`, and the taps that distillation reads."""
+    """The bare encoder: `last_hidden_state`, `pooler_output`, and what distillation reads."""
 
     def __init__(
         self,

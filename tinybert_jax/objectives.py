@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from tinybert_jax import losses, masking
-from tinybert_jax.config import DistillSection
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import LayerMap, project
+from tinybert_jax.sections import DistillSection
 
 Metrics = dict[str, jax.Array]
 

@@ -1,4 +1,4 @@
-"""Named encoder sizes: plain data, read by the config. Field names are Hugging Face's `BertConfig`."""
+"""Named encoder sizes: plain data under Hugging Face's `BertConfig` names."""
 
 
 def _sizes(num_layers: int, hidden: int, intermediate: int, heads: int) -> dict[str, int]:

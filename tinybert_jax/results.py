@@ -8,12 +8,12 @@ import jax
 import numpy as np
 
 from tinybert_jax import cost, metrics
-from tinybert_jax.config import ModelConfig
 from tinybert_jax.convert import hf_files
 from tinybert_jax.data.pipeline import tokenize_task
 from tinybert_jax.evaluate import make_scorer, task_metrics
 from tinybert_jax.model.heads import make_classifier
 from tinybert_jax.run import Run
+from tinybert_jax.sections import ModelConfig
 from tinybert_jax.tree import num_parameters
 
 _LATENCY_BATCH, _LATENCY_LENGTH, _LATENCY_RUNS = 1, 32, 30

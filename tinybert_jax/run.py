@@ -1,4 +1,4 @@
-"""One run: its checked inputs, its folder, its mesh. Everything is read and checked before anything is written."""
+"""One run: its inputs, its folder, its mesh. All is read and checked before anything is written."""
 
 import contextlib
 import difflib
@@ -20,13 +20,13 @@ from jax.sharding import Mesh
 
 from tinybert_jax import config as configs
 from tinybert_jax import cost, distill, sharding
-from tinybert_jax.config import ModelConfig, RunConfig, StageSection, StudentSection
 from tinybert_jax.convert import hf_files
 from tinybert_jax.data import builtin, sources, vocab
 from tinybert_jax.data.pipeline import tokenize_task
 from tinybert_jax.data.sources import LabelledText
 from tinybert_jax.evaluate import make_scorer, task_metrics
 from tinybert_jax.log import MetricLog
+from tinybert_jax.sections import ModelConfig, RunConfig, StageSection, StudentSection
 
 
 class TaskData(NamedTuple):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tinybert_jax.config import MeshSection
+from tinybert_jax.sections import MeshSection
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -35,7 +35,7 @@ def make_mesh(section: MeshSection, devices: list[jax.Device] | None = None) -> 
     if int(np.prod(sizes)) != len(devices):
         raise ValueError(
             f"mesh: expected data × fsdp × tensor = {len(devices)} devices, got "
-            f"{section.data} × {section.fsdp} × {section.tensor}; use data: -1 for all that are left"
+            f"{section.data} × {section.fsdp} × {section.tensor}; data: -1 takes all that are left"
         )
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

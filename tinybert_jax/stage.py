@@ -1,4 +1,4 @@
-"""One training stage from initial parameters to final ones: resume, train, evaluate, keep the best."""
+"""One training stage, first to last parameters: resume, train, evaluate, keep the best."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,10 +9,10 @@ import numpy as np
 import optax
 
 from tinybert_jax import checkpoint, loop, optim, sharding, train
-from tinybert_jax.config import StageSection
 from tinybert_jax.data.pipeline import Batch, TokenRows, num_batches, train_batches
 from tinybert_jax.objectives import Objective
 from tinybert_jax.run import Run
+from tinybert_jax.sections import StageSection
 
 Evaluate = Callable[[Any], dict[str, float]]
 

@@ -1,1 +1,1 @@
-"""Bridges to other checkpoint formats: the one weight table and what reads and writes files by it."""
+"""Bridges to other checkpoint formats: the one weight table, and what reads and writes by it."""

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import ValidationError
 
-from tinybert_jax.config import ModelConfig
 from tinybert_jax.convert import hf_map
+from tinybert_jax.sections import ModelConfig
 from tinybert_jax.tree import flatten, unflatten
 
 _INDEX = "model.safetensors.index.json"
@@ -93,7 +93,7 @@ def start_params(
     *,
     whole: bool = False,
 ) -> dict[str, Any]:
-    """What a stage starts from: a folder's weights, fresh where it has none; `init(key)` if no path.
+    """What a stage starts from: a folder's weights, fresh where it has none; no path: `init(key)`.
 
     A head of another task (labels that do not fit) is refused. `whole`: missing weights are
     refused too, except the pooler's.
@@ -168,7 +168,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def find_folder(path: str | Path) -> Path:
-    """A local folder as it is; a hub id through the hub's cache (safetensors and text files only)."""
+    """A local folder as it is; a hub id through the hub's cache (safetensors and text only)."""
     folder = Path(path)
     if folder.is_dir():
         return folder

@@ -69,7 +69,7 @@ def to_hf(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 class Conversion(NamedTuple):
-    """`missing`: our paths that the source lacks; `surplus`: its names that we have no place for."""
+    """`missing`: our paths that the source lacks; `surplus`: its names that have no place."""
 
     flat: dict[str, np.ndarray]
     missing: tuple[str, ...]

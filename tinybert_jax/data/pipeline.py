@@ -49,7 +49,9 @@ def tokenize_task(tokenizer: Any, text: LabelledText, max_length: int) -> TokenR
     """[CLS] text [SEP], or [CLS] text [SEP] text_pair [SEP]; the longer part is cut first."""
     backend = _backend(tokenizer)
     backend.enable_truncation(max_length, strategy="longest_first")
-    pairs = text.text if text.text_pair is None else list(zip(text.text, text.text_pair))
+    pairs = (
+        text.text if text.text_pair is None else list(zip(text.text, text.text_pair, strict=True))
+    )
     encoded = backend.encode_batch(pairs)
     second = [len(e.ids) if 1 not in e.type_ids else e.type_ids.index(1) for e in encoded]
     num_truncated = sum(bool(e.overflowing) for e in encoded)

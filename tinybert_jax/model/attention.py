@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from tinybert_jax.config import ModelConfig
+from tinybert_jax.sections import ModelConfig
 
 
 class AttentionTaps(NamedTuple):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from tinybert_jax.config import ModelConfig
 from tinybert_jax.model.attention import AttentionTaps, SelfAttention, dense
+from tinybert_jax.sections import ModelConfig
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),

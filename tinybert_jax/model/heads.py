@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tinybert_jax.config import ModelConfig
 from tinybert_jax.model.encoder import ACTIVATIONS, Encoder, EncoderOutput, make_layer_norm
+from tinybert_jax.sections import ModelConfig
 
 Params = dict[str, Any]
 Apply = Callable[..., Any]

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinybert_jax import results
-from tinybert_jax.config import STAGES, RunConfig
 from tinybert_jax.recipes import distill, finetune, pretrain
 from tinybert_jax.report import write_report
 from tinybert_jax.run import Run, open_run, publish
+from tinybert_jax.sections import STAGES, RunConfig
 
 _RECIPES = {
     "pretrain": pretrain.main,

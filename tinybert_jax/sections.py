@@ -1,0 +1,335 @@
+"""The sections of a run configuration: every field, its default and what it may be.
+
+Code holds defaults, YAML holds choices. Imports no JAX: `--help` and launchers stay instant.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tinybert_jax.presets import PRESETS
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """An encoder's sizes under Hugging Face's `BertConfig` names."""
+
+    vocab_size: PositiveInt = 30522
+    hidden_size: PositiveInt = 768
+    num_hidden_layers: PositiveInt = 12
+    num_attention_heads: PositiveInt = 12
+    intermediate_size: PositiveInt = 3072
+    hidden_act: Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"] = "gelu"
+    max_position_embeddings: PositiveInt = 512
+    type_vocab_size: PositiveInt = 2
+    layer_norm_eps: Positive = 1e-12
+    hidden_dropout_prob: Probability = 0.1
+    attention_probs_dropout_prob: Probability = 0.1
+    initializer_range: Positive = 0.02
+    pad_token_id: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "ModelConfig":
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"expected hidden_size to be a multiple of num_attention_heads, "
+                f"got {self.hidden_size} and {self.num_attention_heads}"
+            )
+        return self
+
+
+class ModelSection(Section):
+    """Which encoder: a Hugging Face folder or hub id (`path`), or a fresh one from sizes."""
+
+    path: str | None = None
+    preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
+    hidden_size: PositiveInt | None = None
+    num_hidden_layers: PositiveInt | None = None
+    num_attention_heads: PositiveInt | None = None
+    intermediate_size: PositiveInt | None = None
+    max_position_embeddings: PositiveInt | None = None
+    hidden_dropout_prob: Probability | None = None
+    attention_probs_dropout_prob: Probability | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "ModelSection":
+        sizes = [name for name in _SIZE_FIELDS if getattr(self, name) is not None]
+        if self.path and (self.preset or sizes):
+            raise ValueError(
+                f"expected either path or sizes, got path '{self.path}' together with "
+                f"{[*(['preset'] if self.preset else []), *sizes]}: a folder brings its own sizes"
+            )
+        required = [name for name in _SIZE_FIELDS[:4] if name not in sizes]
+        if not self.path and not self.preset and required:
+            raise ValueError(f"expected a path, a preset or all sizes; missing {required}")
+        return self
+
+    def sizes(self) -> dict[str, Any]:
+        """Fields for `ModelConfig` of a fresh model: preset first, explicit values over it."""
+        explicit = self.model_dump(
+            exclude_none=True, exclude={"path", "preset", "init", "finetuned"}
+        )
+        return {**(PRESETS[self.preset] if self.preset else {}), **explicit}
+
+
+_SIZE_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+
+
+class TeacherSection(ModelSection):
+    finetuned: str | None = Field(
+        None, description="a folder of the same model that knows the task; instead of finetune"
+    )
+
+
+class StudentSection(ModelSection):
+    init: Literal["random", "teacher_embeddings"] = Field(
+        "random",
+        description="teacher_embeddings: word, position and type tables are the teacher's, "
+        "projected on the principal directions of its word table",
+    )
+
+
+class TokenizerSection(Section):
+    """The teacher's own by default; another folder's; or a WordPiece trained on the corpus."""
+
+    path: str | None = None
+    vocab_size: PositiveInt | None = None
+    lowercase: bool = True
+
+
+class CorpusSection(Section):
+    """Plain text: .txt (blank lines part documents), .jsonl with `text`; folders and globs."""
+
+    files: tuple[str, ...] = ()
+    builtin: bool = False
+    max_documents: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "CorpusSection":
+        if self.builtin == bool(self.files):
+            raise ValueError("expected files or builtin: true, exactly one of them")
+        return self
+
+
+class TaskSection(Section):
+    """Labelled text: .tsv, .csv, .jsonl, a saved `datasets` folder or `hub:owner/name`."""
+
+    name: str = "task"
+    builtin: bool = False
+    train: str | None = None
+    dev: str | None = None
+    train_split: str | None = None
+    dev_split: str | None = None
+    format: Literal["auto", "tsv", "csv", "jsonl", "datasets", "hub"] = "auto"
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    labels: dict[str, str] | tuple[str, ...] | None = None
+    regression: bool = False
+    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman"] | None = None
+    max_train_rows: PositiveInt | None = None
+    max_dev_rows: PositiveInt | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _label_keys_are_text(cls, tree: Any) -> Any:
+        """YAML reads `{0: negative}` and `[0, 1]` as integers; raw label values are text."""
+        if isinstance(tree, dict) and isinstance(tree.get("labels"), dict):
+            return {**tree, "labels": {str(k): str(v) for k, v in tree["labels"].items()}}
+        if isinstance(tree, dict) and isinstance(tree.get("labels"), list):
+            return {**tree, "labels": tuple(str(v) for v in tree["labels"])}
+        return tree
+
+    @model_validator(mode="after")
+    def _sources_and_metric(self) -> "TaskSection":
+        if self.builtin and (self.train or self.dev):
+            raise ValueError("expected builtin: true or files, got both")
+        if not self.builtin and not (self.train and self.dev):
+            raise ValueError("expected both train and dev (or builtin: true)")
+        regression_metric = self.metric in ("pearson", "spearman")
+        if self.metric and regression_metric != self.regression:
+            raise ValueError(f"metric '{self.metric}' does not fit regression: {self.regression}")
+        if self.regression and self.labels:
+            raise ValueError("expected no labels for regression: its labels are numbers")
+        return self
+
+    @property
+    def score(self) -> str:
+        """The metric that chooses the best checkpoint and is reported first."""
+        return self.metric or ("pearson" if self.regression else "accuracy")
+
+
+class StageSection(Section):
+    """One training stage: how long, how fast, how often it is looked at and saved."""
+
+    num_epochs: Positive | None = None
+    num_steps: PositiveInt | None = None
+    global_batch_size: PositiveInt = 32
+    gradient_accumulation_steps: PositiveInt = 1
+    max_length: Annotated[int, Field(ge=4)] = 128
+    length_buckets: tuple[PositiveInt, ...] | None = Field(
+        None, description="padded widths of batches; default: 16, 32, 64, … up to max_length"
+    )
+    learning_rate: Positive
+    schedule: Literal[
+        "linear", "cosine", "constant", "polynomial", "inverse_sqrt", "warmup_stable_decay"
+    ] = "linear"
+    warmup: Fraction = Field(0.1, description="share of the steps spent on linear warm-up")
+    decay: Fraction = Field(0.2, description="share of the steps that warmup_stable_decay decays")
+    end_factor: Fraction = 0.0
+    power: Positive = 1.0
+    weight_decay: NonNegative = 0.01
+    b1: Probability = 0.9
+    b2: Probability = 0.999
+    eps: Positive = 1e-6
+    clip_norm: Positive | None = 1.0
+    dropout: Probability | None = Field(None, description="overrides both of the model's rates")
+    log_every: PositiveInt = 50
+    save_every: PositiveInt = 500
+    eval_every: PositiveInt | None = Field(None, description="steps; default: once an epoch")
+    patience: PositiveInt | None = Field(
+        None, description="stop after so many evaluations in a row without a better dev score"
+    )
+
+    @model_validator(mode="after")
+    def _length_is_given_once(self) -> "StageSection":
+        if (self.num_epochs is None) == (self.num_steps is None):
+            raise ValueError("expected num_epochs or num_steps, exactly one of them")
+        if self.global_batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"expected global_batch_size to be a multiple of gradient_accumulation_steps, "
+                f"got {self.global_batch_size} and {self.gradient_accumulation_steps}"
+            )
+        if self.length_buckets and max(self.length_buckets) != self.max_length:
+            raise ValueError(
+                f"expected the longest of length_buckets to be max_length = {self.max_length}, "
+                f"got {list(self.length_buckets)}"
+            )
+        return self
+
+    def buckets(self) -> tuple[int, ...]:
+        """Padded widths in rising order; the last is `max_length`."""
+        if self.length_buckets:
+            return tuple(sorted(set(self.length_buckets)))
+        widths = []
+        width = 16
+        while width < self.max_length:
+            widths.append(width)
+            width *= 2
+        return (*widths, self.max_length)
+
+
+class PretrainSection(StageSection):
+    mask_rate: Probability = 0.15
+
+
+class SupervisedSection(StageSection):
+    label_smoothing: Probability = 0.0
+
+
+class DistillSection(Section):
+    """What the student is asked to match, arXiv 1909.10351 equations 7 to 11."""
+
+    layer_map: Literal["uniform", "top", "bottom"] | tuple[int, ...] = "uniform"
+    projection: Literal["shared", "per_layer"] = "shared"
+    normalisation: Literal["valid_only", "paper_code"] = "valid_only"
+    attention_weight: NonNegative = 1.0
+    hidden_weight: NonNegative = 1.0
+    embedding_weight: NonNegative = 1.0
+    temperature: Positive = 1.0
+    soft_reduction: Literal["sum", "mean_classes"] = "sum"
+    hard_weight: Fraction = Field(
+        0.0, description="share of the gold labels in the prediction loss"
+    )
+    teacher_margin: Fraction = Field(
+        0.02, description="how far above the majority class the teacher has to score on dev"
+    )
+
+
+class MeshSection(Section):
+    """Devices along each mesh axis; one axis may be -1: all that are left."""
+
+    data: int = -1
+    fsdp: PositiveInt = 1
+    tensor: PositiveInt = 1
+
+
+class ComputeSection(Section):
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    unroll_layers: bool = False
+
+
+STAGES = ("pretrain", "finetune", "general", "intermediate", "prediction", "baseline")
+
+
+class RunConfig(Section):
+    """A whole run. A stage is run when its section is there, in the order of `STAGES`.
+
+    pretrain: masked LM of the teacher; finetune: the teacher on the task; general, intermediate,
+    prediction: TinyBERT's three distillation steps; baseline: the same student without a teacher.
+    """
+
+    name: str = "run"
+    run_dir: str
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    teacher: TeacherSection
+    student: StudentSection | None = None
+    tokenizer: TokenizerSection = TokenizerSection()
+    corpus: CorpusSection | None = None
+    task: TaskSection | None = None
+    distillation: DistillSection = DistillSection()
+    mesh: MeshSection = MeshSection()
+    compute: ComputeSection = ComputeSection()
+    pretrain: PretrainSection | None = None
+    finetune: SupervisedSection | None = None
+    general: StageSection | None = None
+    intermediate: StageSection | None = None
+    prediction: StageSection | None = None
+    baseline: SupervisedSection | None = None
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return tuple(name for name in STAGES if getattr(self, name) is not None)
+
+    @model_validator(mode="after")
+    def _stages_have_what_they_need(self) -> "RunConfig":
+        mistakes = list(_missing_needs(self))
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
+        return self
+
+
+def _missing_needs(config: RunConfig) -> Iterator[str]:
+    stages = set(config.stages)
+    if not stages:
+        yield f"expected at least one stage of {list(STAGES)}, got none"
+    if stages & {"pretrain", "general"} and config.corpus is None:
+        yield "the stages pretrain and general need a corpus section"
+    if stages & {"finetune", "intermediate", "prediction", "baseline"} and config.task is None:
+        yield "the stages finetune, intermediate, prediction and baseline need a task section"
+    if stages & {"general", "intermediate", "prediction", "baseline"} and config.student is None:
+        yield "the distillation stages and baseline need a student section"
+    if config.finetune and config.teacher.finetuned:
+        yield "expected a finetune section or teacher.finetuned, got both"
+    if config.tokenizer.vocab_size and config.corpus is None:
+        yield "tokenizer.vocab_size trains a vocabulary on the corpus: it needs a corpus section"
+    if config.tokenizer.vocab_size and (config.tokenizer.path or config.teacher.path):
+        yield "tokenizer.vocab_size trains a vocabulary: give no tokenizer.path or teacher.path"
+    if not (config.tokenizer.path or config.tokenizer.vocab_size or config.teacher.path):
+        yield "expected a tokenizer: tokenizer.path, tokenizer.vocab_size or teacher.path"
