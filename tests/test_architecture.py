@@ -15,7 +15,7 @@ LEVELS = [
     ["model"],
     ["data", "convert", "checkpoint"],
     ["distill", "evaluate"],
-    ["objectives", "inference", "export"],
+    ["objectives", "checks", "inference", "export"],
     ["train", "loop"],
     ["run"],
     ["stage", "results"],

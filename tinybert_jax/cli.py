@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.act(arguments, shlex.join(["tinybert", *argv])) or 0
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         print(f"tinybert: {error}", file=sys.stderr)
         return 2
 
@@ -117,7 +117,14 @@ def _predict(arguments, command: str) -> int:
     from tinybert_jax import inference
 
     if bool(arguments.data) == bool(arguments.sentence):
-        raise ValueError("predict: expected a data file or --sentence, exactly one of them")
+        got = "both" if arguments.data else "neither"
+        raise ValueError(f"predict: expected a data file or --sentence, got {got}; give one")
+    output = Path(arguments.output) if arguments.output else None
+    if output and (output.is_dir() or not output.parent.is_dir()):
+        raise ValueError(
+            f"--output: expected the name of a file in a folder that exists, got {output}; "
+            "correct it, or create the folder"
+        )
     rows = inference.predict(
         arguments.model,
         arguments.data or arguments.sentence,
@@ -127,8 +134,8 @@ def _predict(arguments, command: str) -> int:
         max_length=arguments.max_length,
     )
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if arguments.output:
-        Path(arguments.output).write_text(lines, encoding="utf-8")
+    if output:
+        output.write_text(lines, encoding="utf-8")
     else:
         print(lines, end="")
     return 0

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 from tinybert_jax.sections import RunConfig
 
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+
 
 class ConfigError(ValueError):
     """Everything wrong with a config, one mistake a line, each with its dotted path."""
@@ -28,16 +30,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: expected a YAML config file, found none{_near_file(path)}")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{path}: expected a mapping of sections at the top level, got {type(tree).__name__}"
-        )
+    tree = _read(path)
     for override in overrides:
         _apply_override(tree, override)
+    unset = list(_unset_variables(tree))
+    if unset:
+        raise ConfigError("\n".join([_num_mistakes(path, unset), *unset]))
     return validate(_expand_variables(tree), str(path))
 
 
@@ -47,13 +45,56 @@ def validate(tree: dict[str, Any], origin: str = "config") -> RunConfig:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         lines = [f"  {_explain(item)}" for item in error.errors()]
-        plural = "mistake" if len(lines) == 1 else "mistakes"
-        raise ConfigError("\n".join([f"{origin}: {len(lines)} {plural}", *lines])) from None
+        raise ConfigError("\n".join([_num_mistakes(origin, lines), *lines])) from None
 
 
 def dump(config: BaseModel) -> str:
     """The resolved config as YAML, defaults included: loading it again gives the same config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(path: Path, config: BaseModel) -> list[str]:
+    """Where a file that `dump` wrote says otherwise than `config`, each with its dotted path."""
+    before, now = dict(_leaves(_read(path))), dict(_leaves(config.model_dump(mode="json")))
+    return [
+        f"{dotted}: {before.get(dotted)!r} there, {now.get(dotted)!r} here"
+        for dotted in dict.fromkeys([*now, *before])
+        if before.get(dotted) != now.get(dotted)
+    ]
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice: YAML would silently keep the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"found the key '{key.value}' twice in one section"
+                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return node
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path}: expected a mapping of sections at the top level, got {type(tree).__name__}"
+        )
+    return tree
+
+
+def _leaves(node: Any, dotted: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(node, dict):
+        yield dotted, node
+        return
+    for key, child in node.items():
+        yield from _leaves(child, f"{dotted}.{key}".lstrip("."))
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -78,20 +119,29 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[keys[-1]] = value
 
 
-def _expand_variables(node: Any, dotted: str = "") -> Any:
+def _unset_variables(tree: dict[str, Any]) -> Iterator[str]:
+    for dotted, leaf in _leaves(tree):
+        for text in leaf if isinstance(leaf, list) else [leaf]:
+            for name in _VARIABLE.findall(text) if isinstance(text, str) else ():
+                if name not in os.environ:
+                    yield (
+                        f"  {dotted}: '{text}' names the environment variable {name}, which is "
+                        f"not set; set it (export {name}=…) or override the value ({dotted}=…)"
+                    )
+
+
+def _expand_variables(node: Any) -> Any:
     if isinstance(node, dict):
-        return {k: _expand_variables(v, f"{dotted}.{k}".lstrip(".")) for k, v in node.items()}
+        return {key: _expand_variables(value) for key, value in node.items()}
     if isinstance(node, list):
-        return [_expand_variables(v, dotted) for v in node]
+        return [_expand_variables(value) for value in node]
     if not isinstance(node, str):
         return node
-    for name in re.findall(r"\$\{(\w+)\}", node):
-        if name not in os.environ:
-            raise ConfigError(
-                f"{dotted}: '{node}' names the environment variable {name}, which is not set; "
-                f"set it (export {name}=…) or override the value ({dotted}=…)"
-            )
-    return re.sub(r"\$\{(\w+)\}", lambda match: os.environ[match[1]], node)
+    return _VARIABLE.sub(lambda match: os.environ[match[1]], node)
+
+
+def _num_mistakes(origin: str | Path, lines: Sequence[str]) -> str:
+    return f"{origin}: {len(lines)} {'mistake' if len(lines) == 1 else 'mistakes'}"
 
 
 def _explain(item: Any) -> str:

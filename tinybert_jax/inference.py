@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinybert_jax.convert import hf_files
+from tinybert_jax.convert import hf_files, hf_folder
+from tinybert_jax.convert.hf_files import HfModel
 from tinybert_jax.data import sources
-from tinybert_jax.data.pipeline import tokenize_task
+from tinybert_jax.data.pipeline import MIN_TOKENS, tokenize_task
 from tinybert_jax.data.sources import LabelledText
 from tinybert_jax.evaluate import make_scorer, task_metrics
 from tinybert_jax.model.heads import make_classifier
@@ -65,10 +66,9 @@ def evaluate_file(
     max_length: int | None = None,
 ) -> dict[str, float]:
     """The task's metrics on labelled text; raw labels are the model's names or their ids."""
-    source = hf_files.read_model(model)
+    source = _read_classifier(model)
     regression = source.problem_type == "regression"
-    names = source.label_names or ()
-    raw = _read(data, text, text_pair, label, split, names, regression)
+    raw = _read(data, text, text_pair, label, split, source.label_names, regression)
     scored = _score(model, raw, max_length)
     return {
         **task_metrics(scored.logits, raw.labels, regression=regression),
@@ -86,22 +86,30 @@ def _read(data, text, text_pair, label, split, names, regression) -> LabelledTex
     return sources.read_labelled(data, labels=known, **options)
 
 
-def _score(model: str, labelled: LabelledText, max_length: int | None) -> Classifier:
+def _read_classifier(model: str) -> HfModel:
     source = hf_files.read_model(model)
     if "classifier.weight" not in source.tensors:
-        raise ValueError(f"{model}: expected a model with a classification head, found none")
-    tokenizer = hf_files.load_tokenizer(model)
+        raise ValueError(
+            f"{model}: expected a model with a classification head, found none; fine-tune it first "
+            "(tinybert finetune)"
+        )
+    return source
+
+
+def _score(model: str, labelled: LabelledText, max_length: int | None) -> Classifier:
+    source = _read_classifier(model)
+    tokenizer = hf_folder.load_tokenizer(model)
+    hf_folder.check_table(tokenizer, source.config, "the model")
     positions = source.config.max_position_embeddings
     max_length = positions if max_length is None else max_length
-    if max_length > positions:
+    if not MIN_TOKENS <= max_length <= positions:
         raise ValueError(
-            f"max_length: expected at most {positions} (the model's positions), got {max_length}"
+            f"max_length: expected at least {MIN_TOKENS} and at most {positions} (the model's "
+            f"positions), got {max_length}"
         )
-    num_outputs = source.tensors["classifier.weight"].shape[0]
-    apply, init = make_classifier(source.config, num_outputs)
+    apply, init = make_classifier(source.config, len(source.label_names))
     params = hf_files.start_params(model, init, whole=True)
     rows = tokenize_task(tokenizer, labelled, max_length)
     buckets = [width for width in (16, 32, 64, 128, 256) if width < max_length] + [max_length]
     score = make_scorer(apply, buckets=buckets, pad_token_id=tokenizer.pad_token_id)
-    names = source.label_names or tuple(f"LABEL_{i}" for i in range(num_outputs))
-    return Classifier(names, source.problem_type == "regression", score(params, rows))
+    return Classifier(source.label_names, source.problem_type == "regression", score(params, rows))

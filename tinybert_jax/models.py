@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinybert_jax.convert import hf_files
+from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.sections import ModelConfig
 
@@ -45,18 +45,21 @@ class TinyBertModel:
         """Reads a Hugging Face folder or hub id.
 
         A folder without this class's head gets a fresh one, and says so; `label_names` sizes it.
-        Raises ValueError where the folder is not a readable BERT.
+        Raises ValueError where the folder is not a readable BERT, or where it has a head that was
+        trained with other labels.
         """
         source = hf_files.read_model(path)
-        names = label_names or source.label_names
-        num_outputs = len(names or ()) or 1
-        if names is None and "classifier.weight" in source.tensors:
-            num_outputs = source.tensors["classifier.weight"].shape[0]
-            names = tuple(f"LABEL_{i}" for i in range(num_outputs))
-        _, init = cls._functions(source.config, num_outputs)
+        names = tuple(label_names or ()) or source.label_names
+        theirs = source.label_names if "classifier.weight" in source.tensors else None
+        if theirs and names != theirs and not all(name.startswith("LABEL_") for name in theirs):
+            raise ValueError(
+                f"label_names: expected those of the head in {path}, {list(theirs)}, got "
+                f"{list(names)}; leave label_names out"
+            )
+        _, init = cls._functions(source.config, len(names or ()) or 1)
         params = hf_files.start_params(path, init)
         try:
-            tokenizer = hf_files.load_tokenizer(path)
+            tokenizer = hf_folder.load_tokenizer(path)
         except ValueError:
             tokenizer = None  # only save_pretrained needs it, and says so
         return cls(source.config, params, names, tokenizer)
@@ -68,22 +71,32 @@ class TinyBertModel:
         token_type_ids: Any = None,
         **unused: Any,
     ) -> ModelOutput:
-        """A deterministic forward pass of ids [batch, seq]; a mask of ones where none is given."""
+        """A deterministic forward pass of ids [batch, seq]; a mask of ones where none is given.
+
+        Raises ValueError where an input has another shape, type or range than the model's.
+        """
         if unused:
             raise ValueError(
                 f"expected input_ids, attention_mask and token_type_ids, got also {sorted(unused)}"
             )
-        ids = self._checked_ids(input_ids)
-        mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
-        types = np.zeros_like(ids) if token_type_ids is None else np.asarray(token_type_ids)
-        for name, array in (("attention_mask", mask), ("token_type_ids", types)):
-            if array.shape != ids.shape:
-                raise ValueError(
-                    f"{name}: expected the shape of input_ids {list(ids.shape)}, "
-                    f"got {list(array.shape)}"
-                )
-        outputs = self._forward(self.params, ids, mask.astype(bool), types.astype(np.int32))
-        return ModelOutput(outputs)
+        ids = _checked(
+            "input_ids",
+            input_ids,
+            below=self.config.vocab_size,
+            fix="; use the tokenizer that belongs to the model",
+        )
+        if ids.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"input_ids: expected at most {self.config.max_position_embeddings} positions, "
+                f"got {ids.shape[1]}; tokenize with truncation=True"
+            )
+        mask, types = np.ones_like(ids), np.zeros_like(ids)
+        if attention_mask is not None:
+            mask = _checked("attention_mask", attention_mask, below=2, like=ids)
+        if token_type_ids is not None:
+            num_types = self.config.type_vocab_size
+            types = _checked("token_type_ids", token_type_ids, below=num_types, like=ids)
+        return ModelOutput(self._forward(self.params, ids, mask.astype(bool), types))
 
     def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> Path:
         """Writes a folder that `AutoModel….from_pretrained` loads; reads it back and compares."""
@@ -91,24 +104,13 @@ class TinyBertModel:
         if tokenizer is None:
             raise ValueError("save_pretrained: expected a tokenizer; pass tokenizer=…")
         return hf_files.save_model(
-            folder, self.params, self.config, tokenizer, label_names=self.label_names
+            folder,
+            self.params,
+            self.config,
+            tokenizer,
+            label_names=self.label_names,
+            regression=len(self.label_names or ()) < 2,
         )
-
-    def _checked_ids(self, input_ids: Any) -> np.ndarray:
-        ids = np.asarray(input_ids)
-        if ids.ndim != 2:
-            raise ValueError(f"input_ids: expected shape [batch, seq], got {list(ids.shape)}")
-        if ids.shape[1] > self.config.max_position_embeddings:
-            raise ValueError(
-                f"input_ids: expected at most {self.config.max_position_embeddings} positions, "
-                f"got {ids.shape[1]}; tokenize with truncation=True"
-            )
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
-            raise ValueError(
-                f"input_ids: expected ids from 0 to {self.config.vocab_size - 1}, got "
-                f"{ids.min()} to {ids.max()}; use the tokenizer that belongs to the model"
-            )
-        return ids.astype(np.int32)
 
     @staticmethod
     def _functions(config: ModelConfig, num_outputs: int):
@@ -120,9 +122,10 @@ class TinyBertModel:
             "last_hidden_state": encoded.hidden[-1],
             "pooler_output": encoded.pooled,
             "hidden_states": encoded.hidden,
-            "queries": encoded.queries,
-            "keys": encoded.keys,
-            "values": encoded.values,
+            # Not "keys" and "values": as attributes these are methods of every dict.
+            "attention_queries": encoded.queries,
+            "attention_keys": encoded.keys,
+            "attention_values": encoded.values,
         }
 
 
@@ -148,3 +151,29 @@ class TinyBertForMaskedLM(TinyBertModel):
     @staticmethod
     def _outputs(logits) -> dict[str, jax.Array]:
         return {"logits": logits.astype(jnp.float32)}
+
+
+def _checked(
+    name: str, values: Any, *, below: int, like: np.ndarray | None = None, fix: str = ""
+) -> np.ndarray:
+    """Whole numbers from 0 to below `below`, [batch, seq] or shaped as `like`."""
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise ValueError(
+            f"{name}: expected rows of one length, got ragged ones; tokenize with padding=True"
+        ) from None
+    if like is not None and array.shape != like.shape:
+        raise ValueError(
+            f"{name}: expected the shape of input_ids {list(like.shape)}, got {list(array.shape)}"
+        )
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(f"{name}: expected shape [batch, seq], got {list(array.shape)}")
+    if not (np.issubdtype(array.dtype, np.integer) or array.dtype == bool):
+        raise ValueError(f"{name}: expected whole numbers, got {array.dtype}")
+    if not 0 <= array.min() <= array.max() < below:
+        raise ValueError(
+            f"{name}: expected numbers from 0 to {below - 1}, got {array.min()} to "
+            f"{array.max()}{fix}"
+        )
+    return array.astype(np.int32)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from tinybert_jax import cost, metrics
-from tinybert_jax.convert import hf_files
+from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.data.pipeline import tokenize_task
 from tinybert_jax.evaluate import make_scorer, task_metrics
 from tinybert_jax.model.heads import make_classifier
@@ -61,7 +61,9 @@ def headline(summary: dict[str, Any]) -> str:
 
 
 def _describe(run: Run, role: str, stage: str, folder: Path, model: ModelConfig) -> dict[str, Any]:
-    section = getattr(run.config, stage) or run.config.prediction or run.config.baseline
+    known = (getattr(run.config, name) for name in (stage, "prediction", *run.config.stages))
+    section = next(section for section in known if section is not None)
+    weights = hf_folder.find_folder(folder).glob("model*.safetensors")  # one, or shards
     apply, init = make_classifier(model, run.task.num_outputs)
     params = hf_files.start_params(folder, init, whole=True)
     rows = tokenize_task(run.tokenizer, run.task.dev, section.max_length)
@@ -74,7 +76,7 @@ def _describe(run: Run, role: str, stage: str, folder: Path, model: ModelConfig)
         "num_parameters": num_parameters(params),
         "num_encoder_parameters": cost.num_encoder_parameters(model),
         "flops_per_token": cost.forward_flops_per_token(model, _LATENCY_LENGTH),
-        "bytes_on_disk": (hf_files.find_folder(folder) / "model.safetensors").stat().st_size,
+        "bytes_on_disk": sum(file.stat().st_size for file in weights),
         "latency_ms": _latency(apply, params, min(_LATENCY_LENGTH, model.max_position_embeddings)),
         "metrics": task_metrics(logits, labels, regression=run.config.task.regression),
     }

@@ -1,7 +1,6 @@
 """One run: its inputs, its folder, its mesh. All is read and checked before anything is written."""
 
 import contextlib
-import difflib
 import fcntl
 import importlib.metadata
 import json
@@ -15,17 +14,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import yaml
 from jax.sharding import Mesh
 
+from tinybert_jax import checks, cost, sharding
 from tinybert_jax import config as configs
-from tinybert_jax import cost, distill, sharding
-from tinybert_jax.convert import hf_files
+from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.data import builtin, sources, vocab
 from tinybert_jax.data.pipeline import tokenize_task
 from tinybert_jax.data.sources import LabelledText
-from tinybert_jax.evaluate import make_scorer, task_metrics
+from tinybert_jax.evaluate import majority_share, make_scorer, task_metrics
 from tinybert_jax.log import MetricLog
+from tinybert_jax.model.heads import make_classifier
 from tinybert_jax.sections import ModelConfig, RunConfig, StageSection, StudentSection
 
 
@@ -92,30 +91,14 @@ def open_run(config: RunConfig, stages: Sequence[str]) -> Iterator[Run]:
     another config or to a run that is still going.
     """
     folder = Path(config.run_dir).resolve()
-    _check_same_config(folder, config)
-    mesh = sharding.make_mesh(config.mesh)
-    corpus = _read_corpus(config) if config.corpus else ()
-    task = _read_task(config) if config.task else None
-    tokenizer = _make_tokenizer(config, folder, corpus)
-    teacher = _teacher_config(config, tokenizer)
-    student = _student_config(config.student, teacher) if config.student else None
-    _check(config, stages, mesh, teacher, student, task)
+    checks.check_folder(folder, config)
+    run = _read_inputs(config, folder)
+    _check(run, stages)
     with _locked(folder):
-        _write_identity(folder, config, mesh)
+        _write_identity(folder, config, run.mesh)
         if not (folder / "tokenizer").is_dir():
-            tokenizer.save_pretrained(str(folder / "tokenizer"))
-        yield Run(
-            config=config,
-            folder=folder,
-            mesh=mesh,
-            log=MetricLog(folder / "metrics.jsonl"),
-            tokenizer=tokenizer,
-            teacher=teacher,
-            student=student,
-            task=task,
-            corpus=corpus,
-            peak_flops=_peak_flops(config.compute.dtype, mesh.size),
-        )
+            run.tokenizer.save_pretrained(str(folder / "tokenizer"))
+        yield run._replace(peak_flops=_peak_flops(config.compute.dtype, run.mesh.size))
 
 
 def with_dropout(model: ModelConfig, section: StageSection) -> ModelConfig:
@@ -141,6 +124,24 @@ def dev_judge(run: Run, apply: Callable, section: StageSection) -> Callable[[Any
     )
 
 
+def check_teacher(run: Run) -> None:
+    """Refuses a teacher that has nothing to teach: near the majority class on the dev set."""
+    if run.task.label_names is None:
+        return
+    section = run.config.prediction or run.config.intermediate
+    apply, init = make_classifier(run.teacher, run.task.num_outputs, **compute_options(run.config))
+    params = hf_files.start_params(run.task_teacher, init, whole=True)
+    accuracy = dev_judge(run, apply, section)(params)["accuracy"]
+    chance = majority_share(run.task.dev.labels)
+    needed = min(chance + run.config.distillation.teacher_margin, 1.0)
+    if accuracy < needed:
+        raise ValueError(
+            f"teacher: expected a dev accuracy of at least {needed:.4f} (the majority class has "
+            f"{chance:.4f}), got {accuracy:.4f} from {run.task_teacher}; check its label order, "
+            "fine-tune it on the task, or lower distillation.teacher_margin"
+        )
+
+
 def publish(run: Run, stage: str) -> Path:
     """Copies a finished stage's model to `folder/hf`, the run's product."""
     partial = run.folder / ".hf-partial"
@@ -150,6 +151,28 @@ def publish(run: Run, stage: str) -> Path:
     )
     shutil.rmtree(run.folder / "hf", ignore_errors=True)
     return partial.rename(run.folder / "hf")
+
+
+def _read_inputs(config: RunConfig, folder: Path) -> Run:
+    mesh = sharding.make_mesh(config.mesh)
+    corpus = _read_corpus(config) if config.corpus else ()
+    task = _read_task(config) if config.task else None
+    # Before its tokenizer: transformers reads config.json too, and fails less clearly.
+    given = hf_files.read_model(config.teacher.path).config if config.teacher.path else None
+    tokenizer = _make_tokenizer(config, folder, corpus)
+    teacher = given or _fresh_teacher(config, tokenizer)
+    return Run(
+        config=config,
+        folder=folder,
+        mesh=mesh,
+        log=MetricLog(folder / "metrics.jsonl"),
+        tokenizer=tokenizer,
+        teacher=teacher,
+        student=_student_config(config.student, teacher) if config.student else None,
+        task=task,
+        corpus=corpus,
+        peak_flops=np.nan,  # measured once the run is sure to start
+    )
 
 
 def _read_corpus(config: RunConfig) -> tuple[str, ...]:
@@ -178,6 +201,11 @@ def _read_task(config: RunConfig) -> TaskData:
         )
 
     train = read(section.train, section.train_split, section.max_train_rows, section.labels)
+    if train.label_names is not None and len(train.label_names) < 2:
+        raise ValueError(
+            f"{section.train}: expected at least 2 labels in column '{section.label}', got "
+            f"{list(train.label_names)}; for numbers set task.regression=true"
+        )
     # Labels named only by the training split are the only ones that the dev split may hold.
     labels = section.labels or train.label_names
     dev = read(section.dev, section.dev_split, section.max_dev_rows, labels)
@@ -191,31 +219,18 @@ def _first(text: LabelledText, max_rows: int | None) -> LabelledText:
 
 def _make_tokenizer(config: RunConfig, folder: Path, corpus: Sequence[str]) -> Any:
     if (folder / "tokenizer").is_dir():
-        return hf_files.load_tokenizer(folder / "tokenizer")
+        return hf_folder.load_tokenizer(folder / "tokenizer")
     section = config.tokenizer
     if section.vocab_size:
         return vocab.train_wordpiece(
             corpus, vocab_size=section.vocab_size, lowercase=section.lowercase
         )
-    return hf_files.load_tokenizer(section.path or config.teacher.path)
+    return hf_folder.load_tokenizer(section.path or config.teacher.path)
 
 
-def _teacher_config(config: RunConfig, tokenizer: Any) -> ModelConfig:
-    if config.teacher.path:
-        teacher = hf_files.read_model(config.teacher.path).config
-    else:
-        teacher = _sized(
-            config.teacher.sizes(),
-            "teacher",
-            vocab_size=len(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    if len(tokenizer) > teacher.vocab_size:
-        raise ValueError(
-            f"vocabulary: expected a tokenizer of at most {teacher.vocab_size} pieces (the "
-            f"teacher's table), got {len(tokenizer)}; use the tokenizer that belongs to the teacher"
-        )
-    return teacher
+def _fresh_teacher(config: RunConfig, tokenizer: Any) -> ModelConfig:
+    ours = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    return _sized({**config.teacher.sizes(), **ours}, "teacher")
 
 
 def _student_config(section: StudentSection, teacher: ModelConfig) -> ModelConfig:
@@ -225,84 +240,28 @@ def _student_config(section: StudentSection, teacher: ModelConfig) -> ModelConfi
     return _sized({**inherited, **section.sizes()}, "student")
 
 
-def _sized(fields: dict[str, Any], role: str, **more: Any) -> ModelConfig:
+def _sized(fields: dict[str, Any], role: str) -> ModelConfig:
     try:
-        return ModelConfig(**{**fields, **more})
+        return ModelConfig(**fields)
     except ValueError as error:
         raise ValueError(f"{role}: {error.errors()[0]['msg']}") from None
 
 
-def _check(config, stages, mesh, teacher, student, task: TaskData | None) -> None:
-    for name in stages:
-        section = getattr(config, name)
-        models = {"teacher": teacher} if name in ("pretrain", "finetune") else {}
-        if name in ("general", "intermediate", "prediction"):
-            models = {"teacher": teacher, "student": student}
-        if name == "baseline":
-            models = {"student": student}
-        for role, model in models.items():
-            if section.max_length > model.max_position_embeddings:
-                raise ValueError(
-                    f"{name}.max_length: expected at most {model.max_position_embeddings} (the "
-                    f"{role}'s positions), got {section.max_length}"
-                )
-        per_step = section.global_batch_size // section.gradient_accumulation_steps
-        if per_step % sharding.num_batch_shards(mesh):
-            raise ValueError(
-                f"{name}.global_batch_size: expected a multiple of "
-                f"{sharding.num_batch_shards(mesh) * section.gradient_accumulation_steps} (batch "
-                f"devices × accumulation steps), got {section.global_batch_size}"
-            )
-    if {"general", "intermediate"} & set(stages):
-        needs_heads = config.distillation.attention_weight > 0
-        distill.check_fit(student, teacher, needs_heads=needs_heads)
-        distill.make_layer_map(
-            config.distillation.layer_map, student.num_hidden_layers, teacher.num_hidden_layers
-        )
-    if "prediction" in stages:
-        distill.check_fit(student, teacher, needs_heads=False)
-    task_teacher = config.teacher.finetuned or config.teacher.path
-    if task_teacher and {"intermediate", "prediction"} & set(stages) and not config.finetune:
-        check_labels(task_teacher, task.label_names)
-
-
-def check_labels(path: str | Path, label_names: Sequence[str] | None) -> None:
-    """Refuses a teacher whose labels, or their order, are not the task's."""
-    theirs = hf_files.read_model(path).label_names
-    if label_names is None or theirs is None or all(n.startswith("LABEL_") for n in theirs):
-        if label_names is not None and theirs is not None and len(theirs) != len(label_names):
-            raise ValueError(
-                f"labels: expected {len(label_names)} ({list(label_names)}), the teacher {path} "
-                f"has {len(theirs)}; fine-tune it on this task first (finetune section)"
-            )
-        return
-    if tuple(theirs) != tuple(label_names):
-        raise ValueError(
-            f"labels: expected the teacher's order {list(theirs)}, got the task's "
-            f"{list(label_names)}; write task.labels in the teacher's order, or fine-tune the "
-            f"teacher on this task first (finetune section)"
-        )
-
-
-def _check_same_config(folder: Path, config: RunConfig) -> None:
-    file = folder / "config.yaml"
-    if not file.is_file():
-        if folder.is_dir() and any(p for p in folder.iterdir() if p.name != ".lock"):
-            raise ValueError(
-                f"run_dir: expected an empty or new folder or one of an earlier run, got {folder} "
-                "with files of something else"
-            )
-        return
-    before, now = file.read_text(encoding="utf-8"), configs.dump(config)
-    if yaml.safe_load(before) != yaml.safe_load(now):
-        lines = difflib.unified_diff(
-            before.splitlines(), now.splitlines(), "folder", "this command", lineterm="", n=0
-        )
-        changes = "\n  ".join(line for line in lines if not line.startswith("@@"))
-        raise ValueError(
-            f"run_dir: {folder} holds a run of another config; choose another run_dir, or undo "
-            f"these changes:\n  {changes}"
-        )
+def _check(run: Run, stages: Sequence[str]) -> None:
+    config = run.config
+    checks.check_order(config, stages, run.is_done)
+    checks.check_sizes(config, stages, run.mesh, run.tokenizer, run.teacher, run.student)
+    checks.check_vocabularies(config, run.tokenizer)
+    if {"pretrain", "general"} & set(stages):
+        checks.check_corpus(run.tokenizer, run.corpus)
+    pending = {name for name in stages if not run.is_done(name)}
+    learns_now = bool(pending & {"intermediate", "prediction"}) and "finetune" not in pending
+    if learns_now:
+        checks.check_labels(run.task_teacher, run.task.label_names)
+    num_outputs = run.task.num_outputs if run.task else 0
+    checks.check_weights(config, stages, run.teacher, run.student, num_outputs)
+    if learns_now:
+        check_teacher(run)
 
 
 @contextlib.contextmanager

@@ -104,6 +104,15 @@ class StudentSection(ModelSection):
         "projected on the principal directions of its word table",
     )
 
+    @model_validator(mode="after")
+    def _one_start(self) -> "StudentSection":
+        if self.path and self.init != "random":
+            raise ValueError(
+                f"expected path or init: {self.init}, got both: a student from path "
+                f"'{self.path}' starts from the folder's weights; drop one of them"
+            )
+        return self
+
 
 class TokenizerSection(Section):
     """The teacher's own by default; another folder's; or a WordPiece trained on the corpus."""
@@ -331,5 +340,18 @@ def _missing_needs(config: RunConfig) -> Iterator[str]:
         yield "tokenizer.vocab_size trains a vocabulary on the corpus: it needs a corpus section"
     if config.tokenizer.vocab_size and (config.tokenizer.path or config.teacher.path):
         yield "tokenizer.vocab_size trains a vocabulary: give no tokenizer.path or teacher.path"
+    teacher, distillation = config.teacher, config.distillation
+    if "general" in stages and not (config.pretrain or teacher.path):
+        yield "general needs a teacher with weights: add a pretrain section or set teacher.path"
+    given = config.finetune or teacher.finetuned or teacher.path
+    if stages & {"intermediate", "prediction"} and not given:
+        yield (
+            "intermediate and prediction need a teacher that knows the task: add a finetune "
+            "section or set teacher.finetuned"
+        )
+    weights = ("attention_weight", "hidden_weight", "embedding_weight")
+    is_idle = not any(getattr(distillation, name) for name in weights)
+    if stages & {"general", "intermediate"} and is_idle:
+        yield f"distillation: expected one of {list(weights)} above 0, got 0 for all"
     if not (config.tokenizer.path or config.tokenizer.vocab_size or config.teacher.path):
         yield "expected a tokenizer: tokenizer.path, tokenizer.vocab_size or teacher.path"

@@ -5,7 +5,6 @@ One device is a mesh of one.
 """
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,7 +21,6 @@ _TENSOR_DIM = (
     (re.compile(r"attention/(query|key|value)/kernel$|intermediate/kernel$"), -1),
     (re.compile(r"attention/(query|key|value)/bias$|intermediate/bias$"), -1),
     (re.compile(r"(attention/output|layers/output)/kernel$"), -2),
-    (re.compile(r"word/embedding$"), -2),
 )
 
 
@@ -40,11 +38,11 @@ def make_mesh(section: MeshSection, devices: list[jax.Device] | None = None) -> 
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def param_specs(abstract: Mapping[str, Any], mesh: Mesh) -> Any:
+def param_specs(abstract: Any, mesh: Mesh) -> Any:
     """A tree of PartitionSpec like `abstract` (arrays or ShapeDtypeStructs).
 
     `tensor` splits the dim named by the path where it divides; `fsdp` the largest other dim that
-    it divides. What neither divides is replicated.
+    it divides. Embedding tables are split by rows over both. What neither divides is replicated.
     """
 
     def spec(path, leaf) -> PartitionSpec:
@@ -64,6 +62,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def constrain(hidden: jax.Array) -> jax.Array:
+    """Keeps activations [batch, …] split by example, whatever their parameters' sharding suggests.
+
+    Without it XLA may carry a parameter's split into the residual stream and regather at each
+    block. Outside of a mesh context (`jax.set_mesh`) it does nothing.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return hidden
+    return jax.lax.with_sharding_constraint(hidden, PartitionSpec(BATCH_AXES))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
@@ -73,6 +82,10 @@ def num_batch_shards(mesh: Mesh) -> int:
 
 
 def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    if name.endswith("/embedding"):  # by rows: split columns would regather after every look-up
+        axes = tuple(a for a in ("fsdp", "tensor") if mesh.shape[a] > 1)
+        size = int(np.prod([mesh.shape[axis] for axis in axes]))
+        return PartitionSpec(axes if size > 1 and shape[0] % size == 0 else None)
     dims: list[str | None] = [None] * len(shape)
     for pattern, dim in _TENSOR_DIM:
         if pattern.search(name) and _divides(mesh.shape["tensor"], shape[dim]):

@@ -103,12 +103,18 @@ def make_train_step(
         }
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
-    return jax.jit(
+    compiled = jax.jit(
         train_step,
         donate_argnums=0,
         in_shardings=(state_sharding, sharding.batch_sharding(mesh), None),
         out_shardings=(state_sharding, sharding.replicated(mesh)),
     )
+
+    def step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
+        with jax.set_mesh(mesh):
+            return compiled(state, batch, frozen)
+
+    return step
 
 
 def _new_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:

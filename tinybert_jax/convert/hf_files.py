@@ -1,13 +1,11 @@
-"""Reads and writes Hugging Face model folders: config.json, safetensors, tokenizer files.
+"""Reads and writes Hugging Face model folders: config.json and safetensors.
 
 Only safetensors are read: no pickle is ever opened and no code from a folder is run.
 """
 
 import json
-import os
-import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +13,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from tinybert_jax.convert import hf_map
+from tinybert_jax.convert.hf_folder import find_folder
 from tinybert_jax.sections import ModelConfig
 from tinybert_jax.tree import flatten, unflatten
 
@@ -23,7 +22,10 @@ _WEIGHTS = "model.safetensors"
 
 
 class HfModel(NamedTuple):
-    """A model folder as read: sizes, label names in id order (or None), and raw tensors."""
+    """A model folder as read: sizes, label names in id order (or None), and raw tensors.
+
+    A folder with a head always has names (`LABEL_0` … where it gives none), one for each output.
+    """
 
     folder: Path
     config: ModelConfig
@@ -42,13 +44,11 @@ def read_model(path: str | Path) -> HfModel:
     """Reads and checks a local folder or a hub id; touches no device."""
     folder = find_folder(path)
     raw = _read_json(folder / "config.json")
-    return HfModel(
-        folder=folder,
-        config=_model_config(raw, folder),
-        label_names=_label_names(raw),
-        problem_type=raw.get("problem_type"),
-        tensors=_read_tensors(folder),
-    )
+    config, names = _model_config(raw, folder), _label_names(raw, folder)
+    model = HfModel(folder, config, names, raw.get("problem_type"), _read_tensors(folder))
+    if "classifier.weight" not in model.tensors:
+        return model
+    return _with_head(model, raw.get("architectures") or [])
 
 
 def has_classifier(path: str | Path) -> bool:
@@ -60,7 +60,8 @@ def load_params(
 ) -> Loaded:
     """Parameters of the given abstract tree; what the folder lacks comes from `init()`.
 
-    The encoder has to be complete except for the pooler; heads may be missing (reported).
+    The encoder has to be complete except for the pooler, and nothing of it may be left over; heads
+    may be missing or left over (reported). Raises ValueError where the folder does not fit.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(abstract).items()}
     if "embeddings/word/embedding" in shapes:  # a bare encoder
@@ -71,9 +72,21 @@ def load_params(
     if head is not None and shapes.get("classifier/kernel", head.T.shape) != head.T.shape:
         raise ValueError(
             f"{model.folder}: expected a head with {shapes['classifier/kernel'][1]} labels, "
-            f"got one with {head.shape[0]}: {list(model.label_names or ())}"
+            f"got one with {head.shape[0]}: {list(model.label_names or ())}; give the labels it "
+            "was trained with (task.labels), or a folder without a head"
         )
-    flat, missing, surplus = hf_map.from_hf(tensors, shapes)
+    flat, missing, surplus = to_ours(model, shapes)
+    foreign = [name for name in surplus if name.startswith("bert.")]
+    if foreign:
+        raise ValueError(
+            f"{model.folder}: expected the weights of a plain BERT with "
+            f"{model.config.num_hidden_layers} layers, got also {foreign[:4]}"
+        )
+    if "classifier/kernel" in shapes and any(name.startswith("fit_dense") for name in surplus):
+        raise ValueError(
+            f"{model.folder}: expected a linear head over the pooled token, got one of the "
+            "released TinyBERT code, which puts a ReLU between: its logits would differ"
+        )
     broken = [p for p in missing if p.startswith(("encoder/embeddings", "encoder/layers"))]
     if broken:
         raise ValueError(
@@ -86,6 +99,25 @@ def load_params(
     return Loaded(unflatten({path: flat[path] for path in shapes}), missing, surplus)
 
 
+def to_ours(model: HfModel, shapes: Mapping[str, tuple[int, ...]]) -> hf_map.Conversion:
+    """The folder's tensors as our flat parameters; raises ValueError that names the folder."""
+    try:
+        return hf_map.from_hf(model.tensors, shapes)
+    except ValueError as error:
+        raise ValueError(f"{model.folder}: {error}") from None
+
+
+def check_start(
+    path: str | Path, init: Callable[[Any], Mapping[str, Any]], *, whole: bool = False
+) -> None:
+    """Raises the ValueError that `start_params` would, and makes no array."""
+    import jax
+
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    empty = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), abstract)
+    _absent(path, load_params(read_model(path), abstract, lambda: empty), whole)
+
+
 def start_params(
     path: str | Path | None,
     init: Callable[[Any], Mapping[str, Any]],
@@ -96,7 +128,7 @@ def start_params(
     """What a stage starts from: a folder's weights, fresh where it has none; no path: `init(key)`.
 
     A head of another task (labels that do not fit) is refused. `whole`: missing weights are
-    refused too, except the pooler's.
+    refused too, except the pooler's where there is no classifier to read it.
     """
     import jax
 
@@ -105,12 +137,23 @@ def start_params(
     if path is None:
         return fresh(key)
     loaded = load_params(read_model(path), jax.eval_shape(init, key), lambda: fresh(key))
-    absent = [p for p in loaded.missing if not p.startswith(("encoder/pooler", "pooler"))]
-    if whole and absent:
-        raise ValueError(f"{path}: expected trained weights for {absent}, the folder has none")
+    absent = _absent(path, loaded, whole)
     if absent:
         print(f"{path}: no weights for {', '.join(absent)}: they start fresh", flush=True)
+    if loaded.surplus:
+        print(f"{path}: not used: {', '.join(loaded.surplus)}", flush=True)
     return loaded.params
+
+
+def _absent(path: str | Path, loaded: Loaded, whole: bool) -> list[str]:
+    optional = () if "classifier" in loaded.params else ("encoder/pooler", "pooler")
+    absent = [name for name in loaded.missing if not name.startswith(optional)]
+    if whole and absent:
+        raise ValueError(
+            f"{path}: expected trained weights for {absent}, the folder has none; give one that "
+            "is fine-tuned on the task (finetune section)"
+        )
+    return absent
 
 
 def save_model(
@@ -126,91 +169,98 @@ def save_model(
     """Writes a folder that `AutoModel….from_pretrained` loads, then reads it back and compares.
 
     `params` is a bare encoder or one with a head. `extra` writes further files by name. The
-    folder appears whole or not at all: it is written beside its place and renamed.
+    folder appears whole or not at all: it is written beside its place and renamed. An earlier one
+    is replaced, and untouched where this fails. Raises ValueError where `folder` holds files that
+    a save does not write: they would be lost.
     """
     from safetensors.numpy import save_file
 
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(folder)
     flat = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(params).items()}
     if "embeddings/word/embedding" in flat:
         flat = {f"encoder/{path}": leaf for path, leaf in flat.items()}
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    tokenizer.save_pretrained(str(partial))
     settings = _config_json(flat, config, label_names, regression)
-    (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    save_file(hf_map.to_hf(flat), str(partial / _WEIGHTS), metadata={"format": "pt"})
-    for name, write in (extra or {}).items():
-        write(partial / name)
-    os.chmod(partial, 0o755)
-    _compare(partial, flat, config)
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        partial = Path(scratch) / "new"
+        partial.mkdir()
+        tokenizer.save_pretrained(str(partial))
+        text = json.dumps(settings, indent=2) + "\n"
+        (partial / "config.json").write_text(text, encoding="utf-8")
+        save_file(hf_map.to_hf(flat), str(partial / _WEIGHTS), metadata={"format": "pt"})
+        for name, write in (extra or {}).items():
+            write(partial / name)
+        _compare(partial, flat, config)
+        _replace(folder, partial)
     return folder
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """The fast tokenizer of a folder; raises ValueError where the folder has none."""
-    from transformers import AutoTokenizer
-
-    folder = find_folder(path)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-        raise ValueError(
-            f"{folder}: expected tokenizer.json or vocab.txt, found neither; "
-            "copy the tokenizer files into the folder or set tokenizer.path"
-        )
-    if not (folder / "tokenizer.json").is_file():
-        from transformers import BertTokenizer
-
-        return BertTokenizer.from_pretrained(str(folder))
-    return AutoTokenizer.from_pretrained(str(folder), use_fast=True)
-
-
-def find_folder(path: str | Path) -> Path:
-    """A local folder as it is; a hub id through the hub's cache (safetensors and text only)."""
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    is_hub_id = str(path).count("/") <= 1 and not str(path).startswith((".", "/", "~"))
-    if not is_hub_id:
-        raise ValueError(f"{path}: expected a Hugging Face model folder, found none")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json", "vocab.txt"])
-        )
-    except Exception as error:  # the hub's many network errors, retold with what to do
-        raise ValueError(
-            f"'{path}': expected a local model folder or a hub id; no such folder, and the hub "
-            f"could not be read ({type(error).__name__})"
-        ) from error
+# Fields with which the same weights give other numbers, and the one value that we compute.
+_FIXED = {
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+}
 
 
 def _model_config(raw: Mapping[str, Any], folder: Path) -> ModelConfig:
     kind = raw.get("model_type", "bert")  # the released TinyBERT folders have none
     if kind != "bert":
         raise ValueError(f"{folder}: expected model_type 'bert', got '{kind}'")
-    if raw.get("position_embedding_type", "absolute") != "absolute":
-        raise ValueError(
-            f"{folder}: expected absolute positions, got '{raw['position_embedding_type']}'"
-        )
+    for name, expected in _FIXED.items():
+        if raw.get(name) not in (None, expected):
+            raise ValueError(f"{folder}: expected {name} {expected!r}, got {raw[name]!r}")
     if raw.get("auto_map") or raw.get("quantization_config"):
         raise ValueError(f"{folder}: refusing auto_map and quantization_config in config.json")
-    known = {name: raw[name] for name in ModelConfig.model_fields if raw.get(name) is not None}
+    known = {name: raw[name] for name in ModelConfig.model_fields if name in raw}
+    if known.get("pad_token_id", 0) is None:  # the one size that Hugging Face leaves open
+        del known["pad_token_id"]
     try:
         return ModelConfig(**known)
     except ValidationError as error:
-        details = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"{folder / 'config.json'}: {details}") from None
+        details = [
+            f"{e['loc'][0]}: {e['msg']}, got {e['input']!r}" if e["loc"] else e["msg"]
+            for e in error.errors()
+        ]
+        raise ValueError(
+            f"{folder / 'config.json'}: expected a BERT that we compute; {'; '.join(details)}"
+        ) from None
 
 
-def _label_names(raw: Mapping[str, Any]) -> tuple[str, ...] | None:
+def _label_names(raw: Mapping[str, Any], folder: Path) -> tuple[str, ...] | None:
     names = raw.get("id2label")
     if not names:
         return None
-    return tuple(str(names[key]) for key in sorted(names, key=int))
+    by_id = {str(key): str(name) for key, name in names.items()} if isinstance(names, dict) else {}
+    ids = [str(i) for i in range(len(by_id))]
+    if not ids or set(ids) != set(by_id):
+        raise ValueError(f"{folder}: expected id2label with the ids from 0 on, got {names}")
+    return tuple(by_id[i] for i in ids)
+
+
+def _with_head(model: HfModel, architectures: Sequence[str]) -> HfModel:
+    """Checks what the classifier weights are for; names and problem type as transformers infers."""
+    if architectures and not any("SequenceClassification" in name for name in architectures):
+        raise ValueError(
+            f"{model.folder}: expected a head for whole sequences, got one of {architectures}"
+        )
+    num_outputs = len(model.tensors["classifier.weight"])
+    names = model.label_names or tuple(f"LABEL_{i}" for i in range(num_outputs))
+    if len(names) != num_outputs:
+        raise ValueError(
+            f"{model.folder}: expected one label name for each of the head's {num_outputs} "
+            f"outputs, config.json has {len(names)}: {list(names)}"
+        )
+    problem_type = model.problem_type or ("regression" if num_outputs == 1 else None)
+    if problem_type == "multi_label_classification" or (
+        problem_type == "regression" and num_outputs > 1
+    ):
+        raise ValueError(
+            f"{model.folder}: expected a head with one label or one number for each text, got "
+            f"problem_type '{problem_type}' with {num_outputs} outputs"
+        )
+    return model._replace(label_names=names, problem_type=problem_type)
 
 
 def _config_json(
@@ -230,11 +280,44 @@ def _config_json(
     settings = {"architectures": [architecture], "model_type": "bert", **config.model_dump()}
     settings |= {"dtype": "float32", "tie_word_embeddings": True}
     if has_head:
-        names = label_names or ("LABEL_0",)
+        num_outputs = flat["classifier/kernel"].shape[1]
+        names = label_names or tuple(f"LABEL_{i}" for i in range(num_outputs))
+        if len(names) != num_outputs:
+            raise ValueError(
+                f"label_names: expected one for each of the head's {num_outputs} outputs, got "
+                f"{list(names)}"
+            )
         settings["id2label"] = {str(i): name for i, name in enumerate(names)}
         settings["label2id"] = {name: i for i, name in enumerate(names)}
         settings["problem_type"] = "regression" if regression else "single_label_classification"
     return settings
+
+
+def _make_parent(folder: Path) -> None:
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{folder}: expected a folder to write, but {path} is a file")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Moves `new` to `folder`; a failure leaves, or puts back, what was there."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    lost = sorted({p.name for p in folder.iterdir()} - {p.name for p in new.iterdir()})
+    if lost:
+        raise ValueError(
+            f"{folder}: expected an empty folder or an earlier save, got one with {lost[:4]}"
+            f"{' …' if len(lost) > 4 else ''}, which would be lost; choose another folder"
+        )
+    old = new.with_name("old")
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -260,13 +343,16 @@ def _read_file(file: Path) -> dict[str, np.ndarray]:
 
     if not file.is_file():
         others = sorted(p.name for p in file.parent.glob("*.bin"))
-        hint = f"; {others} holds pickles, which are not read: convert it" if others else ""
+        hint = f"; {others} are pickles, which are not read: load the folder in transformers and "
+        hint = hint + "write it with save_pretrained" if others else ""
         raise ValueError(f"{file.parent}: expected {file.name}, found none{hint}")
     try:
         with safe_open(str(file), framework="numpy") as opened:
             return {name: _as_float32(opened, name) for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{file}: expected a whole safetensors file, got: {error}") from error
+        raise ValueError(
+            f"{file}: expected a whole safetensors file, got: {error}; copy it again"
+        ) from error
 
 
 def _as_float32(opened: Any, name: str) -> np.ndarray:

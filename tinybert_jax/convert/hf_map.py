@@ -46,6 +46,10 @@ TABLE: tuple[Entry, ...] = (
     Entry("decoder/bias", "cls.predictions.bias"),
 )
 
+_WORD_TABLE = "bert.embeddings.word_embeddings.weight"
+_LM_BIAS = "cls.predictions.bias"
+_DECODER_WEIGHT, _DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
+
 # Names that carry no weight of their own, or a part we do not have.
 _IGNORED = re.compile(
     r"embeddings\.position_ids$|cls\.predictions\.decoder\.(weight|bias)$|cls\.seq_relationship\."
@@ -80,9 +84,12 @@ def from_hf(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, .
     """Hugging Face tensors to our flat parameters of the given shapes, bit for bit in fp32.
 
     Accepts names with or without the `bert.` prefix and the old `LayerNorm.gamma/beta`. Raises
-    ValueError where a tensor's shape is not the one that the config calls for.
+    ValueError where a tensor's shape is not the one that the config calls for, where one is not
+    finite or not floating-point, and where a masked-LM decoder is not the word table.
     """
-    named = {_modern_name(name): array for name, array in tensors.items()}
+    named = _named(tensors)
+    if "decoder/bias" in shapes:
+        _check_tied(named)
     flat, missing, used = {}, [], set()
     for entry in TABLE:
         if entry.path not in shapes:
@@ -103,14 +110,34 @@ def from_hf(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, .
 
 def our_shapes(tensors: Mapping[str, np.ndarray], num_layers: int) -> dict[str, tuple[int, ...]]:
     """Our paths and shapes for whatever of the table the tensors hold."""
-    named = {_modern_name(name): array.shape for name, array in tensors.items()}
+    named = _named(tensors)
     shapes = {}
     for entry in TABLE:
-        each = named.get(entry.name.format(i=0))
-        if each is not None:
-            each = each[::-1] if entry.is_kernel else each
+        array = named.get(entry.name.format(i=0))
+        if array is not None:
+            each = array.shape[::-1] if entry.is_kernel else array.shape
             shapes[entry.path] = (num_layers, *each) if "{i}" in entry.name else each
     return shapes
+
+
+def _named(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors under today's names."""
+    named = {_modern_name(name): array for name, array in tensors.items()}
+    if len(named) != len(tensors):
+        twice = sorted(name for name in tensors if _modern_name(name) != name)[:4]
+        raise ValueError(f"expected each tensor once, got an old and a new name of {twice}")
+    if _DECODER_BIAS in named:  # the same tensor by its other name; some writers keep only this
+        named.setdefault(_LM_BIAS, named[_DECODER_BIAS])
+    return named
+
+
+def _check_tied(named: Mapping[str, np.ndarray]) -> None:
+    for name, twin in ((_DECODER_WEIGHT, _WORD_TABLE), (_DECODER_BIAS, _LM_BIAS)):
+        if name in named and not np.array_equal(named[name], named.get(twin)):
+            raise ValueError(
+                f"expected {name} to equal {twin}, got a masked-LM decoder with weights of its "
+                "own, which this model does not have"
+            )
 
 
 def _layer_names(entry: Entry, shape: tuple[int, ...]) -> list[str]:
@@ -129,8 +156,13 @@ def _stack(
                 f"{name}: expected shape {list(expected)} from config.json, "
                 f"got {list(array.shape)}: the weights belong to another configuration"
             )
+        if not np.issubdtype(array.dtype, np.floating):
+            raise ValueError(f"{name}: expected floating-point weights, got {array.dtype}")
         if not np.isfinite(array).all():
-            raise ValueError(f"{name}: expected finite weights, got NaN or infinity")
+            raise ValueError(
+                f"{name}: expected finite weights, got NaN or infinity: the training diverged or "
+                "the file is damaged; use an earlier checkpoint"
+            )
     kernels = [np.ascontiguousarray(a.T if entry.is_kernel else a, np.float32) for a in arrays]
     return np.stack(kernels) if "{i}" in entry.name else kernels[0]
 

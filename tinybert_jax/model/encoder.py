@@ -5,10 +5,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from tinybert_jax.model.attention import AttentionTaps, SelfAttention, dense
 from tinybert_jax.sections import ModelConfig
+from tinybert_jax.sharding import constrain
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -35,7 +37,7 @@ class Encoder(nnx.Module):
         self,
         config: ModelConfig,
         *,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         unroll: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -62,10 +64,12 @@ class Encoder(nnx.Module):
         num_layers = jax.tree.leaves(stacked)[0].shape[0]
         keys = None if key is None else jax.random.split(key, num_layers + 1)
         embedded = self.embeddings(input_ids, token_type_ids, None if keys is None else keys[0])
+        embedded = constrain(embedded)
 
         def layer(hidden, params_and_key):
             params, layer_key = params_and_key
             hidden, taps = nnx.merge(graphdef, params)(hidden, attention_mask, layer_key)
+            hidden = constrain(hidden)
             return hidden, (hidden, taps)
 
         layer_keys = None if keys is None else keys[1:]
@@ -82,7 +86,7 @@ class Encoder(nnx.Module):
 
 
 class Embeddings(nnx.Module):
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         def table(num_rows: int) -> nnx.Embed:
             init = nnx.initializers.normal(config.initializer_range)
             return nnx.Embed(num_rows, config.hidden_size, embedding_init=init, rngs=rngs)
@@ -102,7 +106,7 @@ class Embeddings(nnx.Module):
 class Block(nnx.Module):
     """Attention and feed-forward, each with a residual and a LayerNorm after it."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         init = nnx.initializers.normal(config.initializer_range)
         width, inner = config.hidden_size, config.intermediate_size
         self.attention = SelfAttention(config, dtype=dtype, rngs=rngs)
@@ -128,7 +132,7 @@ class Block(nnx.Module):
         return self.output_norm(hidden + outer), taps
 
 
-def make_layer_norm(config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def make_layer_norm(config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Statistics in fp32; two-pass variance: E[x²]−E[x]² loses BERT's eps of 1e-12 to rounding."""
     return nnx.LayerNorm(
         config.hidden_size,
@@ -139,7 +143,7 @@ def make_layer_norm(config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nn
     )
 
 
-def _stacked_blocks(config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> Block:
+def _stacked_blocks(config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> Block:
     """One `Block` whose every parameter has a leading [layers] axis."""
 
     def block(key: jax.Array) -> Block:

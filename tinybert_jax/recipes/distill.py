@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from tinybert_jax import cost, distill, evaluate
+from tinybert_jax import cost, distill
 from tinybert_jax.convert import hf_files
 from tinybert_jax.data.pipeline import TokenRows, tokenize_corpus, tokenize_task
 from tinybert_jax.model.heads import make_classifier, make_encoder
@@ -25,14 +25,12 @@ def general(run: Run) -> None:
 
 def intermediate(run: Run) -> None:
     """Layers of the fine-tuned teacher, on the task's text."""
-    check_teacher(run)
     rows = tokenize_task(run.tokenizer, run.task.train, run.config.intermediate.max_length)
     _layers(run, "intermediate", rows, run.task_teacher)
 
 
 def prediction(run: Run) -> None:
     """Logits of the fine-tuned teacher, on the task's text."""
-    check_teacher(run)
     section, options = run.config.prediction, compute_options(run.config)
     rows = tokenize_task(run.tokenizer, run.task.train, section.max_length)
     _announce(run, "prediction", rows)
@@ -84,24 +82,6 @@ def prediction(run: Run) -> None:
         label_names=run.task.label_names,
         regression=run.config.task.regression,
     )
-
-
-def check_teacher(run: Run) -> None:
-    """Refuses a teacher that has nothing to teach: near the majority class on the dev set."""
-    if run.task.label_names is None:
-        return
-    section = run.config.prediction or run.config.intermediate
-    apply, init = make_classifier(run.teacher, run.task.num_outputs, **compute_options(run.config))
-    params = hf_files.start_params(run.task_teacher, init, whole=True)
-    accuracy = dev_judge(run, apply, section)(params)["accuracy"]
-    chance = evaluate.majority_share(run.task.dev.labels)
-    needed = min(chance + run.config.distillation.teacher_margin, 1.0)
-    if accuracy < needed:
-        raise ValueError(
-            f"teacher: expected a dev accuracy of at least {needed:.4f} (the majority class has "
-            f"{chance:.4f}), got {accuracy:.4f} from {run.task_teacher}; check its label order, "
-            "fine-tune it on the task, or lower distillation.teacher_margin"
-        )
 
 
 def _layers(run: Run, stage: str, rows: TokenRows, teacher_folder: str | Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tinybert_jax import results
 from tinybert_jax.recipes import distill, finetune, pretrain
 from tinybert_jax.report import write_report
-from tinybert_jax.run import Run, open_run, publish
+from tinybert_jax.run import Run, check_teacher, open_run, publish
 from tinybert_jax.sections import STAGES, RunConfig
 
 _RECIPES = {
@@ -30,7 +30,9 @@ def main(config: RunConfig, stages: Sequence[str] = STAGES, command: str = "") -
         )
     with open_run(config, chosen) as run:
         for name in chosen:
-            _run_once(run, name)
+            is_new = _run_once(run, name)
+            if is_new and name == "finetune" and {"intermediate", "prediction"} & set(chosen):
+                check_teacher(run)
         product = [name for name in chosen if name != "baseline"][-1:]
         if product:
             publish(run, product[0])
@@ -44,15 +46,17 @@ def main(config: RunConfig, stages: Sequence[str] = STAGES, command: str = "") -
         return run.folder
 
 
-def _run_once(run: Run, name: str) -> None:
+def _run_once(run: Run, name: str) -> bool:
+    """False for a stage that was done before."""
     if run.is_done(name):
         run.log.say(f"{name}: done before, kept")
-        return
+        return False
     start = time.perf_counter()
     _RECIPES[name](run)
     seconds = time.perf_counter() - start
     run.log.write("stage", name, 0, {"seconds": seconds})
     run.log.say(f"{name}: finished in {seconds:.0f} s")
+    return True
 
 
 def _seconds(run: Run) -> dict[str, float]:

@@ -1,0 +1,72 @@
+"""A checkpoint is whole, verified and bit-exact, or it is set aside by name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinybert_jax import checkpoint
+
+
+def _tree(value=0.0):
+    return {
+        "w": jnp.arange(2048, dtype=jnp.float32) + value,
+        "n": {"count": jnp.int32(7)},
+        "key": jax.random.key(3),
+    }
+
+
+def _abstract(tree):
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
+
+
+def _array_file(step_folder):
+    """The largest data file: the one that holds `w`."""
+    files = [p for p in (step_folder / "state").rglob("*") if p.is_file()]
+    return max(files, key=lambda p: p.stat().st_size)
+
+
+def test_round_trip_is_bit_exact_with_key_and_meta(tmp_path):
+    tree = _tree(0.1)
+    checkpoint.save(tmp_path / "c", 5, tree, {"best_score": 0.5})
+    restored = checkpoint.restore_newest(tmp_path / "c", _abstract(tree))
+    assert restored.step == 5 and restored.meta == {"best_score": 0.5}
+    assert np.array_equal(restored.tree["w"], tree["w"])
+    draw = lambda key: jax.random.normal(key, (3,))  # noqa: E731
+    assert np.array_equal(draw(restored.tree["key"]), draw(tree["key"]))
+
+
+def test_nothing_there_gives_none(tmp_path):
+    assert checkpoint.restore_newest(tmp_path / "c", _abstract(_tree())) is None
+
+
+def test_only_the_newest_are_kept_and_partial_ones_are_invisible(tmp_path):
+    folder = tmp_path / "c"
+    (folder / "partial-9").mkdir(parents=True)
+    for step in (1, 2, 10):
+        checkpoint.save(folder, step, _tree(step), {}, keep=2)
+    assert checkpoint.steps(folder) == [2, 10]
+    assert not (folder / "partial-9").exists()
+    assert float(checkpoint.restore_newest(folder, _abstract(_tree())).tree["w"][0]) == 10
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])
+def test_damage_is_found_set_aside_and_the_step_before_is_taken(tmp_path, damage):
+    folder = tmp_path / "c"
+    for step in (1, 2):
+        checkpoint.save(folder, step, _tree(step), {})
+    file = _array_file(folder / "2")
+    if damage == "flip":
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "truncate":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "delete":
+        file.unlink()
+    else:
+        (folder / "2" / "manifest.json").write_text("{")
+    with pytest.warns(UserWarning, match="set aside as damaged-2"):
+        restored = checkpoint.restore_newest(folder, _abstract(_tree()))
+    assert restored.step == 1 and float(restored.tree["w"][0]) == 1
+    assert (folder / "damaged-2").is_dir()

@@ -1,0 +1,97 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tinybert_jax import config
+from tinybert_jax.config import ConfigError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+MINIMAL = {
+    "run_dir": "r",
+    "teacher": {"preset": "bert-tiny"},
+    "tokenizer": {"path": "t"},
+    "task": {"train": "a.tsv", "dev": "b.tsv"},
+    "finetune": {"num_epochs": 1, "learning_rate": 1e-4},
+}
+
+
+def _written(tmp_path, **changes):
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({**MINIMAL, **changes}))
+    return file
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_are_valid_and_say_how_to_run_them(path, monkeypatch):
+    for name in ("TEACHER", "TINYBERT_DATA"):
+        monkeypatch.setenv(name, "somewhere")
+    assert config.load(path).stages
+    assert "# Command:" in path.read_text()
+    assert "# Expected:" in path.read_text()
+
+
+def test_dump_loads_back_to_the_same_config(tmp_path):
+    first = config.load(_written(tmp_path), ["seed=3", "task.labels={0: no, 1: yes}"])
+    again = tmp_path / "again.yaml"
+    again.write_text(config.dump(first))
+    assert config.load(again) == first
+
+
+def test_overrides_set_remove_and_create(tmp_path):
+    file = _written(tmp_path, baseline={"num_epochs": 1, "learning_rate": 1e-3})
+    loaded = config.load(
+        file,
+        [
+            "finetune.learning_rate=2e-5",
+            "baseline=null",
+            "student.preset=bert-mini",
+            "finetune.num_epochs=null",
+            "finetune.num_steps=7",
+        ],
+    )
+    assert loaded.finetune.learning_rate == 2e-5
+    assert loaded.finetune.num_steps == 7
+    assert loaded.stages == ("finetune",)
+    assert loaded.student.preset == "bert-mini"
+
+
+def test_all_mistakes_at_once_with_paths_and_nearest_names(tmp_path):
+    file = _written(tmp_path, finetune={"lerning_rate": 1, "num_epochs": 1}, sede=1)
+    with pytest.raises(ConfigError) as caught:
+        config.load(file, ["mesh.fsdp=0"])
+    message = str(caught.value)
+    assert "4 mistakes" in message
+    assert "finetune.lerning_rate: unknown key; did you mean 'learning_rate'?" in message
+    assert "sede: unknown key; did you mean 'seed'?" in message
+    assert "finetune.learning_rate: expected a value" in message
+    assert "mesh.fsdp" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("finetune.num_steps=3", "exactly one"),
+        ("finetune.gradient_accumulation_steps=5", "multiple of gradient_accumulation_steps"),
+        ("finetune.length_buckets=[16]", "max_length = 128"),
+        ("teacher.path=somewhere", "either path or sizes"),
+        ("task.metric=pearson", "does not fit regression"),
+        ("teacher.preset=bert-bass", "did you mean 'bert-base'"),
+        ("pretrain={num_steps: 1, learning_rate: 1}", "need a corpus section"),
+        ("general={num_steps: 1, learning_rate: 1}", "need a student section"),
+        ("tokenizer.path=null", "expected a tokenizer"),
+        ("finetune=null", "at least one stage"),
+        ("seed", "expected key.path=value"),
+        ("run_dir.x=1", "expected a section at 'run_dir'"),
+        ("task.train=${SURELY_NOT_SET_ANYWHERE}", "SURELY_NOT_SET_ANYWHERE, which is not set"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, override, expected):
+    with pytest.raises(ConfigError, match=expected.replace("[", r"\[")):
+        config.load(_written(tmp_path), [override])
+
+
+def test_default_buckets_double_up_to_max_length(tmp_path):
+    assert config.load(_written(tmp_path)).finetune.buckets() == (16, 32, 64, 128)
+    shorter = config.load(_written(tmp_path), ["finetune.max_length=48"])
+    assert shorter.finetune.buckets() == (16, 32, 48)

@@ -1,0 +1,84 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinybert_jax import distill
+from tinybert_jax.sections import ModelConfig
+
+
+@pytest.mark.parametrize(
+    ("kind", "student", "teacher", "expected"),
+    [
+        ("uniform", 4, 12, (3, 6, 9, 12)),
+        ("uniform", 3, 6, (2, 4, 6)),
+        ("top", 4, 12, (9, 10, 11, 12)),
+        ("bottom", 4, 12, (1, 2, 3, 4)),
+        ((1, 5, 12), 3, 12, (1, 5, 12)),
+    ],
+)
+def test_layer_maps(kind, student, teacher, expected):
+    assert distill.make_layer_map(kind, student, teacher) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "student", "teacher", "words"),
+    [
+        ("uniform", 5, 12, ["12", "5", "top"]),
+        ("uniform", 13, 12, ["13", "12"]),
+        ((1, 2), 3, 12, ["3 teacher layers", "[1, 2]"]),
+        ((0, 1, 2), 3, 12, ["1 to 12", "[0, 1, 2]"]),
+    ],
+)
+def test_layer_maps_that_do_not_fit_name_both(kind, student, teacher, words):
+    with pytest.raises(ValueError) as caught:
+        distill.make_layer_map(kind, student, teacher)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_fit_names_both_values():
+    student = ModelConfig(num_attention_heads=8, hidden_size=64)
+    with pytest.raises(ValueError, match="8 for the student and 12 for the teacher"):
+        distill.check_fit(student, ModelConfig(), needs_heads=True)
+    distill.check_fit(student, ModelConfig(), needs_heads=False)
+    with pytest.raises(ValueError, match="100 entries for the student and 30522"):
+        distill.check_fit(ModelConfig(vocab_size=100), ModelConfig(), needs_heads=False)
+
+
+def test_principal_directions_are_the_best_basis_of_their_size():
+    """Equals the truncated SVD: no other basis of 3 directions loses less."""
+    table = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+    basis = distill.principal_directions(table, 3)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(3), atol=1e-6)
+    singular = np.linalg.svd(table.astype(np.float64), compute_uv=False)
+    residual = table - table @ basis @ basis.T
+    np.testing.assert_allclose((residual**2).sum(), (singular[3:] ** 2).sum(), rtol=1e-5)
+
+
+def test_start_from_teacher_embeddings_reconstructs_what_its_directions_hold():
+    def tables(width):
+        rng = np.random.default_rng(width)
+        names = {"word": 40, "position": 10, "token_type": 2}
+        return {
+            "embeddings": {n: {"embedding": rng.normal(size=(r, width))} for n, r in names.items()}
+        }
+
+    teacher, student = tables(12), tables(4)
+    started, directions = distill.start_from_teacher_embeddings(student, teacher)
+    for name in ("word", "position", "token_type"):
+        ours = started["embeddings"][name]["embedding"]
+        theirs = teacher["embeddings"][name]["embedding"]
+        np.testing.assert_allclose(ours @ directions.T, theirs @ directions @ directions.T)
+
+
+def test_shared_and_per_layer_projection():
+    key = jax.random.key(0)
+    hidden = jax.random.normal(key, (2, 3, 4))
+    shared = distill.init_projection(key, 4, 6, 1)
+    own = distill.init_projection(key, 4, 6, 3)
+    own["kernel"] = own["kernel"].at[2].multiply(2.0)
+    first = distill.project(shared, 0, hidden)
+    assert jnp.array_equal(distill.project(shared, 2, hidden), first)
+    np.testing.assert_allclose(distill.project(own, 2, hidden), 2 * first, rtol=1e-6)
+    same_width = distill.init_projection(key, 4, 4, 1)
+    assert jnp.array_equal(distill.project(same_width, 1, hidden), hidden)

@@ -1,0 +1,169 @@
+"""The whole pipeline as a user runs it; then the same killed in every stage: the same bits."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+STAGES = ["pretrain", "finetune", "general", "intermediate", "prediction", "baseline"]
+WORDS = {
+    "sea": "wave tide harbour sail anchor gull salt deck storm shore".split(),
+    "kitchen": "oven spoon butter flour kettle onion plate knife soup bread".split(),
+}
+
+
+def _write_inputs(folder):
+    rng = random.Random(0)
+
+    def sentence(label):
+        filler = ["the", "a", "was", "and", "near", "with", "old", "new"]
+        return " ".join(rng.choice(WORDS[label] + filler) for _ in range(rng.randint(4, 14)))
+
+    for name, count in (("train", 160), ("dev", 40)):
+        rows = [(sentence(label), label) for label in WORDS for _ in range(count // 2)]
+        lines = "".join(f"{text}\t{label}\n" for text, label in rows)
+        (folder / f"{name}.tsv").write_text("text\tlabel\n" + lines)
+    documents = [". ".join(sentence(label) for _ in range(6)) for label in WORDS for _ in range(30)]
+    (folder / "corpus.txt").write_text("\n\n".join(documents))
+    model = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32}
+    stage = {
+        "num_steps": 40,
+        "global_batch_size": 8,
+        "max_length": 16,
+        "learning_rate": 5e-3,
+        "log_every": 4,
+        "save_every": 8,
+    }
+    settings = {
+        "run_dir": "set below",
+        "tokenizer": {"vocab_size": 120},
+        "corpus": {"files": [str(folder / "corpus.txt")]},
+        "task": {"train": str(folder / "train.tsv"), "dev": str(folder / "dev.tsv")},
+        "teacher": {**model, "num_attention_heads": 2, "max_position_embeddings": 16},
+        "student": {**model, "num_attention_heads": 2, "num_hidden_layers": 1, "hidden_size": 8},
+        **{name: stage for name in STAGES},
+    }
+    for name in ("finetune", "prediction", "baseline"):
+        settings[name] = {**stage, "eval_every": 10}
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+
+
+def _command(folder, run_dir):
+    return [sys.executable, "-m", "tinybert_jax", "run", "run.yaml", f"run_dir={run_dir}"]
+
+
+def _environment():
+    return {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    _write_inputs(folder)
+    done = subprocess.run(
+        _command(folder, "golden"), cwd=folder, env=_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def _metrics(run):
+    """Everything but clocks."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    clocks = {"time", "seconds", "seconds_left", "tokens_per_second", "mfu"}
+    return [
+        {k: v for k, v in row.items() if k not in clocks} for row in rows if row["kind"] != "stage"
+    ]
+
+
+def test_run_folder_holds_what_it_promises(golden):
+    folder, output = golden
+    run = folder / "golden"
+    for name in ("config.yaml", "env.json", "metrics.jsonl", "results.json", "report.html"):
+        assert (run / name).is_file()
+    assert (run / "checkpoints" / "finetune" / "last").is_dir()
+    results = json.loads((run / "results.json").read_text())
+    scores = {m["role"]: m["metrics"]["accuracy"] for m in results["models"]}
+    assert scores["teacher"] >= 0.9, "two words of a kind are enough for any model"
+    assert set(scores) == {"teacher", "student", "baseline"}
+    assert results["share_kept"] == scores["student"] / scores["teacher"]
+    assert np.sum(results["models"][0]["confusion"]) == 40
+    train = [row for row in _metrics(run) if row["kind"] == "train"]
+    assert {row["stage"] for row in train} == set(STAGES)
+    layers = [row["loss"] for row in train if row["stage"] == "intermediate"]
+    assert layers[-1] < layers[0]
+    assert "left" in output and "tok/s" in output and "mfu" in output
+
+
+def test_product_loads_in_transformers_with_the_same_predictions(golden):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder, _ = golden
+    texts = [line.split("\t")[0] for line in (folder / "dev.tsv").read_text().splitlines()[1:]]
+    done = subprocess.run(
+        [sys.executable, "-m", "tinybert_jax", "predict", "golden/hf", "dev.tsv"],
+        cwd=folder,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    ours = [json.loads(line) for line in done.stdout.splitlines()]
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "golden" / "hf").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "golden" / "hf")
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        theirs = model(**inputs).logits.numpy()
+    np.testing.assert_allclose([row["logits"] for row in ours], theirs, atol=1e-4)
+    names = [model.config.id2label[i] for i in theirs.argmax(-1)]
+    assert [row["label"] for row in ours] == names
+
+
+def test_killed_in_every_stage_it_ends_with_the_same_bits(golden):
+    folder, _ = golden
+    run = folder / "killed"
+    num_resumed = 0
+    for stage in STAGES:
+        num_resumed += "resumes at step" in _run_until_killed(folder, run, stage)
+    done = subprocess.run(
+        _command(folder, "killed"), cwd=folder, env=_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    num_resumed += "resumes at step" in done.stdout
+    assert num_resumed >= 4, "the kills came too late to test anything"
+    assert _metrics(run) == _metrics(folder / "golden")
+    for stage in STAGES:
+        file = f"models/{stage}/model.safetensors"
+        assert (run / file).read_bytes() == (folder / "golden" / file).read_bytes(), stage
+    before, now = (json.loads((p / "results.json").read_text()) for p in (folder / "golden", run))
+    assert before["share_kept"] == now["share_kept"]
+
+
+def _run_until_killed(folder, run, stage):
+    """Starts or resumes the run and SIGKILLs it as soon as `stage` has logged step 12."""
+    process = subprocess.Popen(
+        _command(folder, run.name),
+        cwd=folder,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wanted = f'"stage": "{stage}", "step": 12,'
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        metrics = run / "metrics.jsonl"
+        if metrics.exists() and wanted in metrics.read_text():
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    output, _ = process.communicate(timeout=60)
+    return output

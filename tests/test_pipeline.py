@@ -1,0 +1,110 @@
+import numpy as np
+import pytest
+
+from tinybert_jax.data import pipeline, vocab
+from tinybert_jax.data.sources import LabelledText
+
+SENTENCES = [
+    "a cat sat on the mat .",
+    "dogs bark .",
+    "the quick brown fox jumps over the lazy dog and runs away into the deep dark wood .",
+] * 7
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return vocab.train_wordpiece(SENTENCES, vocab_size=120)
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer):
+    labels = np.arange(len(SENTENCES), dtype=np.int32)
+    return pipeline.tokenize_task(
+        tokenizer, LabelledText(SENTENCES, None, labels, tuple(map(str, labels))), 32
+    )
+
+
+def test_rows_are_the_tokenizers_own_encoding(tokenizer, rows):
+    for i, text in enumerate(SENTENCES):
+        expected = tokenizer(text)["input_ids"]
+        assert rows.ids[rows.offsets[i] : rows.offsets[i + 1]].tolist() == expected
+
+
+def test_pairs_carry_token_types_and_cut_the_longer_part(tokenizer):
+    text = LabelledText([SENTENCES[2]], [SENTENCES[1]], np.zeros(1, np.int32), ("x",))
+    rows = pipeline.tokenize_task(tokenizer, text, 12)
+    expected = tokenizer(SENTENCES[2], SENTENCES[1], truncation="longest_first", max_length=12)
+    plan = pipeline.Plan(np.array([0]), 16)
+    batch = pipeline.make_batch(rows, plan, tokenizer.pad_token_id)
+    assert rows.num_truncated == 1
+    assert batch.input_ids[0, :12].tolist() == expected["input_ids"]
+    assert batch.token_type_ids[0, :12].tolist() == expected["token_type_ids"]
+    assert not batch.token_type_ids[0, 12:].any() and not batch.attention_mask[0, 12:].any()
+
+
+def test_truncation_does_not_leak_into_the_tokenizer(tokenizer):
+    before = tokenizer.backend_tokenizer.to_str()
+    text = LabelledText([SENTENCES[2]], None, np.zeros(1, np.int32), ("x",))
+    pipeline.tokenize_task(tokenizer, text, 8)
+    assert tokenizer.backend_tokenizer.to_str() == before
+
+
+def test_corpus_rows_hold_every_token_in_order(tokenizer):
+    documents = [" ".join(SENTENCES), SENTENCES[2]]
+    rows = pipeline.tokenize_corpus(tokenizer, documents, 16)
+    assert rows.lengths.max() == 16
+    special = {tokenizer.cls_token_id, tokenizer.sep_token_id}
+    kept = [i for i in rows.ids.tolist() if i not in special]
+    expected = [i for d in documents for i in tokenizer(d, add_special_tokens=False)["input_ids"]]
+    # Only a document's last piece of fewer than MIN_TOKENS may be missing.
+    assert len(expected) - len(kept) < len(documents) * pipeline.MIN_TOKENS
+    assert kept[: 14 * 8] == expected[: 14 * 8]
+
+
+@pytest.mark.parametrize("seed", [None, 0, 5])
+@pytest.mark.parametrize("size", [1, 4, 8, 64])
+def test_an_epoch_holds_every_row_once_in_the_narrowest_bucket(seed, size):
+    lengths = np.random.default_rng(1).integers(3, 33, 101)
+    plans = pipeline.plan_epoch(
+        lengths, buckets=(8, 16, 32), global_batch_size=size, seed=seed, epoch=2
+    )
+    chosen = np.concatenate([plan.rows for plan in plans])
+    assert sorted(chosen[chosen >= 0].tolist()) == list(range(101))
+    assert len(plans) == pipeline.num_batches(101, size)
+    assert all(lengths[plan.rows[plan.rows >= 0]].max() <= plan.width for plan in plans)
+    slots = sum(len(plan.rows) * plan.width for plan in plans)
+    assert slots <= len(plans) * size * 32
+
+
+def test_order_is_a_function_of_seed_and_step(rows):
+    def first(start, seed, count):
+        batches = pipeline.train_batches(
+            rows,
+            buckets=(8, 32),
+            global_batch_size=4,
+            seed=seed,
+            start_step=start,
+            pad_token_id=0,
+        )
+        return [next(batches) for _ in range(count)]
+
+    straight = first(0, 7, 20)  # 6 steps an epoch: crosses three
+    resumed = first(8, 7, 12)
+    for a, b in zip(straight[8:], resumed, strict=True):
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    labels = [tuple(batch.labels) for batch in straight[:6]]
+    assert labels != [tuple(batch.labels) for batch in straight[6:12]]
+    assert labels != [tuple(batch.labels) for batch in first(0, 8, 6)]
+
+
+def test_filler_rows_have_no_weight_and_no_mask(rows):
+    plan = pipeline.Plan(np.array([2, -1]), 32)
+    batch = pipeline.make_batch(rows, plan, 0)
+    assert batch.weights.tolist() == [1.0, 0.0]
+    assert batch.attention_mask[0].any() and not batch.attention_mask[1].any()
+
+
+def test_wordpiece_training_is_deterministic(tokenizer):
+    again = vocab.train_wordpiece(SENTENCES, vocab_size=120)
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert tokenizer.tokenize("Café MAT") == again.tokenize("cafe mat")

@@ -1,0 +1,224 @@
+"""Properties of the step: accumulation, devices, donation, objectives against PyTorch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tinybert_jax import objectives, sharding, train
+from tinybert_jax.data.pipeline import Batch
+from tinybert_jax.distill import init_projection
+from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.sections import DistillSection, MeshSection, ModelConfig
+
+TEACHER = ModelConfig(
+    vocab_size=52,
+    hidden_size=16,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=32,
+    max_position_embeddings=16,
+)
+STUDENT = TEACHER.model_copy(
+    update={"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 16}
+)
+DRY = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def _batch(rows=16, width=12, seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, width + 1, rows)
+    lengths[-1] = 0  # a filler row
+    mask = np.arange(width)[None] < lengths[:, None]
+    batch = Batch(
+        input_ids=np.where(mask, rng.integers(5, 50, (rows, width)), 0).astype(np.int32),
+        attention_mask=mask,
+        token_type_ids=np.zeros((rows, width), np.int32),
+        labels=rng.integers(0, 3, rows).astype(np.int32),
+        weights=(lengths > 0).astype(np.float32),
+    )
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def _mesh(num_devices, **axes):
+    return sharding.make_mesh(MeshSection(**axes), jax.devices()[:num_devices])
+
+
+@functools.cache
+def _stage(kind, normalisation="valid_only"):
+    """(objective, params, frozen) of a small stage without dropout."""
+    key = jax.random.key(0)
+    student, teacher = STUDENT.model_copy(update=DRY), TEACHER.model_copy(update=DRY)
+    section = DistillSection(normalisation=normalisation, hard_weight=0.3, temperature=2.0)
+    if kind == "supervised":
+        apply, init = make_classifier(student, 3)
+        return objectives.make_supervised(apply, label_smoothing=0.1), jax.jit(init)(key), ()
+    if kind == "masked_lm":
+        apply, init = make_masked_lm(student)
+        objective = objectives.make_mlm(
+            apply, mask_rate=0.3, mask_token_id=4, special_token_ids=(0, 1, 2), vocab_size=52
+        )
+        return objective, jax.jit(init)(key), ()
+    if kind == "prediction":
+        apply, init = make_classifier(student, 3)
+        teacher_apply, teacher_init = make_classifier(teacher, 3)
+        frozen = jax.jit(teacher_init)(jax.random.key(1))
+        return (
+            objectives.make_distill_prediction(apply, teacher_apply, section),
+            jax.jit(init)(key),
+            frozen,
+        )
+    apply, init = make_encoder(student)
+    teacher_apply, teacher_init = make_encoder(teacher)
+    params = {"student": jax.jit(init)(key), "projection": init_projection(key, 8, 16, 1)}
+    objective = objectives.make_distill_layers(apply, teacher_apply, (2, 4), section)
+    return objective, params, jax.jit(teacher_init)(jax.random.key(1))
+
+
+def _run(kind, mesh, *, accumulation=1, num_steps=2, normalisation="valid_only"):
+    objective, params, frozen = _stage(kind, normalisation)
+    schedule = optax.constant_schedule(1e-2)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(schedule))
+    key = jax.random.key(3)
+    state = train.init_state(params, optimizer, key, mesh)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = train.make_train_step(
+        objective, optimizer, schedule, mesh, placed, gradient_accumulation_steps=accumulation
+    )
+    history = []
+    for i in range(num_steps):
+        batch = jax.device_put(_batch(seed=i), sharding.batch_sharding(mesh))
+        state, metrics = step(state, batch, frozen)
+        history.append({name: float(value) for name, value in metrics.items()})
+    return jax.device_get(state.params), history
+
+
+def _loss(objective, params, batch, frozen):
+    key = jax.random.key(0)
+
+    @jax.jit
+    def loss(params, batch, frozen):
+        return objective.loss(params, *objective.prepare(batch, key), key, frozen)
+
+    return loss(params, batch, frozen)
+
+
+KINDS = ["supervised", "masked_lm", "layers", "prediction"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eight_devices_equal_one(kind):
+    one, history_one = _run(kind, _mesh(1))
+    eight, history_eight = _run(kind, _mesh(8, fsdp=2, tensor=2))
+    for a, b in zip(history_one, history_eight, strict=True):
+        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=2e-5, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), one, eight)
+
+
+@pytest.mark.parametrize(
+    ("kind", "normalisation"),
+    [("masked_lm", "valid_only"), ("layers", "valid_only"), ("layers", "paper_code")],
+)
+def test_accumulation_equals_the_whole_batch(kind, normalisation):
+    """Rows differ in length, so a mean of microbatch means would not."""
+    whole, history_whole = _run(kind, _mesh(1), normalisation=normalisation)
+    parts, history_parts = _run(kind, _mesh(1), accumulation=2, normalisation=normalisation)
+    for a, b in zip(history_whole, history_parts, strict=True):
+        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=2e-5, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole, parts)
+
+
+@pytest.mark.parametrize("kind", ["supervised", "prediction"])
+def test_filler_rows_change_nothing(kind):
+    objective, params, frozen = _stage(kind)
+    batch = _batch()
+    other = batch._replace(
+        input_ids=jnp.where(batch.weights[:, None] == 0, 7, batch.input_ids),
+        labels=jnp.where(batch.weights == 0, 2, batch.labels),
+    )
+    losses = [_loss(objective, params, b, frozen)[0] for b in (batch, other)]
+    assert losses[0] == losses[1]
+
+
+def test_layer_objective_equals_the_papers_sum_written_in_torch():
+    torch = pytest.importorskip("torch")
+    objective, params, frozen = _stage("layers")
+    batch = _batch()
+    value, parts = _loss(objective, params, batch, frozen)
+    config = {"student": STUDENT, "teacher": TEACHER}
+    taps = {
+        role: jax.jit(make_encoder(config[role].model_copy(update=DRY))[0])(
+            p, batch.input_ids, batch.attention_mask, batch.token_type_ids
+        )
+        for role, p in (("student", params["student"]), ("teacher", frozen))
+    }
+    taps = {
+        role: jax.tree.map(lambda a: torch.tensor(np.asarray(a)), t) for role, t in taps.items()
+    }
+    mask = torch.tensor(np.asarray(batch.attention_mask))
+    pair = mask[:, None, :, None] & mask[:, None, None, :]
+
+    def scores(t, layer):
+        q, k = t.queries[layer], t.keys[layer]
+        return torch.einsum("bthk,bshk->bhts", q, k) / q.shape[-1] ** 0.5
+
+    kernel = torch.tensor(np.asarray(params["projection"]["kernel"][0]))
+    attention = hidden = 0.0
+    for ours, theirs in ((0, 1), (1, 3)):
+        squared = (scores(taps["student"], ours) - scores(taps["teacher"], theirs)) ** 2
+        attention += (squared * pair).sum() / (pair.sum() * 4)
+    mapped = taps["student"].hidden @ kernel
+    for ours, theirs in ((1, 2), (2, 4)):
+        squared = (mapped[ours] - taps["teacher"].hidden[theirs]) ** 2
+        hidden += squared.mean(-1)[mask].mean()
+    embedding = ((mapped[0] - taps["teacher"].hidden[0]) ** 2).mean(-1)[mask].mean()
+    np.testing.assert_allclose(parts["loss/attention"], attention, rtol=1e-5)
+    np.testing.assert_allclose(parts["loss/hidden"], hidden, rtol=1e-5)
+    np.testing.assert_allclose(parts["loss/embedding"], embedding, rtol=1e-5)
+    np.testing.assert_allclose(value, attention + hidden + embedding, rtol=1e-5)
+
+
+def test_weights_of_zero_leave_a_term_out():
+    apply, _ = make_encoder(STUDENT.model_copy(update=DRY))
+    teacher_apply, _ = make_encoder(TEACHER.model_copy(update=DRY))
+    _, params, frozen = _stage("layers")
+    section = DistillSection(attention_weight=0, embedding_weight=0, hidden_weight=2)
+    objective = objectives.make_distill_layers(apply, teacher_apply, (2, 4), section)
+    value, parts = _loss(objective, params, _batch(), frozen)
+    assert set(parts) == {"loss/hidden"}
+    np.testing.assert_allclose(value, 2 * parts["loss/hidden"], rtol=1e-6)
+
+
+def test_state_is_born_sharded_and_moments_with_their_parameters():
+    mesh = _mesh(8, fsdp=2, tensor=2)
+    _, init = make_encoder(STUDENT)
+    state = train.init_state(
+        jax.jit(init)(jax.random.key(0)), optax.adam(1e-3), jax.random.key(0), mesh
+    )
+    kernel = state.params["layers"]["intermediate"]["kernel"]
+    moment = state.opt_state[0].mu["layers"]["intermediate"]["kernel"]
+    assert kernel.sharding.spec == moment.sharding.spec == jax.P(None, "fsdp", "tensor")
+    word = state.params["embeddings"]["word"]["embedding"]
+    assert word.sharding.spec == jax.P(("fsdp", "tensor"))
+    assert len({s.device for s in kernel.addressable_shards}) == 8
+
+
+def test_mesh_that_does_not_multiply_to_the_devices_is_refused():
+    with pytest.raises(ValueError, match="= 8 devices"):
+        sharding.make_mesh(MeshSection(data=3))
+
+
+def test_dropout_draws_differ_by_step_and_repeat_by_seed():
+    apply, init = make_classifier(STUDENT, 3)
+    params, batch = jax.jit(init)(jax.random.key(0)), _batch()
+    inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
+
+    @jax.jit
+    def draw(step):
+        return apply(params, *inputs, jax.random.fold_in(jax.random.key(9), step)).logits
+
+    assert jnp.array_equal(draw(0), draw(0))
+    assert not jnp.array_equal(draw(0), draw(1))

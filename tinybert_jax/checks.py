@@ -1,0 +1,200 @@
+"""What has to hold before a run writes anything. Each raises ValueError: expected, got, the fix.
+
+Reads configs and folders; neither trains nor scores, and writes nothing.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from tinybert_jax import config as configs
+from tinybert_jax import distill, sharding
+from tinybert_jax.convert import hf_files, hf_folder
+from tinybert_jax.data.pipeline import MIN_TOKENS
+from tinybert_jax.model.heads import make_classifier, make_encoder
+from tinybert_jax.sections import ModelConfig, RunConfig
+
+# The stage that makes the model which a stage starts from or learns from, where the config has it.
+_STAGE_BEFORE = {
+    "finetune": "pretrain",
+    "general": "pretrain",
+    "intermediate": "finetune",
+    "prediction": "finetune",
+}
+
+
+def check_folder(folder: Path, config: RunConfig) -> None:
+    """Refuses a run folder that is a file, has foreign files or holds another config's run."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(
+                f"run_dir: expected a folder, got {folder}, but {path} is a file; choose another"
+            )
+    file = folder / "config.yaml"
+    if not file.is_file():
+        foreign = sorted(p.name for p in folder.glob("*") if p.name != ".lock")
+        if foreign:
+            raise ValueError(
+                f"run_dir: expected an empty or new folder or one of an earlier run, got {folder} "
+                f"with {', '.join(foreign[:3])}{', …' if len(foreign) > 3 else ''}; choose another"
+            )
+        return
+    changes = configs.differences(file, config)
+    if changes:
+        raise ValueError(
+            f"run_dir: {folder} holds a run of another config; choose another run_dir, or undo "
+            "these changes:\n  " + "\n  ".join(changes)
+        )
+
+
+def check_order(config: RunConfig, stages: Sequence[str], is_done: Callable[[str], bool]) -> None:
+    """Refuses a stage whose teacher the config wants trained first, by a stage not run yet."""
+    for name in stages:
+        before = _STAGE_BEFORE.get(name)
+        if before and getattr(config, before) and before not in stages and not is_done(before):
+            raise ValueError(
+                f"{name}: expected a finished {before} stage in {config.run_dir}, found none; do "
+                f"`tinybert {before}` with this config first, or all at once with `tinybert run`"
+            )
+
+
+def check_vocabularies(config: RunConfig, tokenizer: Any) -> None:
+    """Refuses a given model whose folder has another tokenizer than the run's."""
+    if config.teacher.path:
+        hf_folder.check_same_pieces(tokenizer, config.teacher.path, "teacher")
+    if config.teacher.finetuned:
+        hf_folder.check_same_pieces(tokenizer, config.teacher.finetuned, "teacher")
+    if config.student and config.student.path:
+        hf_folder.check_same_pieces(tokenizer, config.student.path, "student")
+    if config.pretrain and tokenizer.mask_token is None:
+        raise ValueError("pretrain: expected a tokenizer with a mask_token, got one without")
+
+
+def check_sizes(
+    config: RunConfig,
+    stages: Sequence[str],
+    mesh: Mesh,
+    tokenizer: Any,
+    teacher: ModelConfig,
+    student: ModelConfig | None,
+) -> None:
+    """Word tables, positions, batches, and what distillation asks of a pair of models."""
+    for name in stages:
+        section = getattr(config, name)
+        for role, model in _models_of(name, teacher, student):
+            hf_folder.check_table(tokenizer, model, f"the {role}")
+            if section.max_length > model.max_position_embeddings:
+                raise ValueError(
+                    f"{name}.max_length: expected at most {model.max_position_embeddings} (the "
+                    f"{role}'s positions), got {section.max_length}"
+                )
+        per_step = section.global_batch_size // section.gradient_accumulation_steps
+        if per_step % sharding.num_batch_shards(mesh):
+            raise ValueError(
+                f"{name}.global_batch_size: expected a multiple of "
+                f"{sharding.num_batch_shards(mesh) * section.gradient_accumulation_steps} (batch "
+                f"devices × accumulation steps), got {section.global_batch_size}"
+            )
+    if student and {"general", "intermediate", "prediction"} & set(stages):
+        reads_layers = bool({"general", "intermediate"} & set(stages))
+        _check_pair(config, teacher, student, reads_layers)
+
+
+def check_corpus(tokenizer: Any, corpus: Sequence[str]) -> None:
+    """Refuses a corpus without a document long enough to learn from."""
+    if not any(len(tokenizer.tokenize(text[:1000])) + 2 >= MIN_TOKENS for text in corpus):
+        raise ValueError(
+            f"corpus: expected documents of {MIN_TOKENS - 2} pieces or more, got none in "
+            f"{len(corpus)} documents; in a .txt file a blank line ends a document"
+        )
+
+
+def check_weights(
+    config: RunConfig,
+    stages: Sequence[str],
+    teacher: ModelConfig,
+    student: ModelConfig | None,
+    num_outputs: int,
+) -> None:
+    """Reads every given folder as the stages will, so that none fails in the middle of a run."""
+    if config.teacher.finetuned:
+        _check_same_sizes(config.teacher.finetuned, teacher)
+    models = {"teacher": teacher, "student": student}
+    for path, role, reads_head, teaches in _starts(config, stages):
+        make = make_encoder if not reads_head else lambda model: make_classifier(model, num_outputs)
+        _, init = make(models[role])
+        hf_files.check_start(path, init, whole=teaches)
+
+
+def check_labels(path: str | Path, label_names: Sequence[str] | None) -> None:
+    """Refuses a teacher whose labels, or their order, are not the task's."""
+    theirs = hf_files.read_model(path).label_names
+    if label_names is None or theirs is None or all(n.startswith("LABEL_") for n in theirs):
+        if label_names is not None and theirs is not None and len(theirs) != len(label_names):
+            raise ValueError(
+                f"labels: expected {len(label_names)} ({list(label_names)}), the teacher {path} "
+                f"has {len(theirs)}; fine-tune it on this task first (finetune section)"
+            )
+        return
+    if tuple(theirs) != tuple(label_names):
+        raise ValueError(
+            f"labels: expected the teacher's order {list(theirs)}, got the task's "
+            f"{list(label_names)}; write task.labels in the teacher's order, or fine-tune the "
+            f"teacher on this task first (finetune section)"
+        )
+
+
+def _models_of(
+    stage: str, teacher: ModelConfig, student: ModelConfig | None
+) -> list[tuple[str, ModelConfig]]:
+    roles = {"pretrain": "teacher", "finetune": "teacher", "baseline": "student"}
+    each = {"teacher": teacher, "student": student}
+    return [(role, each[role]) for role in each if roles.get(stage, role) == role]
+
+
+def _check_pair(
+    config: RunConfig, teacher: ModelConfig, student: ModelConfig, reads_layers: bool
+) -> None:
+    needs_heads = reads_layers and config.distillation.attention_weight > 0
+    distill.check_fit(student, teacher, needs_heads=needs_heads)
+    if reads_layers:
+        distill.make_layer_map(
+            config.distillation.layer_map, student.num_hidden_layers, teacher.num_hidden_layers
+        )
+    if config.student.init == "teacher_embeddings":
+        for name in ("hidden_size", "max_position_embeddings"):
+            most, got = getattr(teacher, name), getattr(student, name)
+            if got > most:
+                raise ValueError(
+                    f"student.{name}: expected at most {most} (the teacher's), got {got}, because "
+                    "student.init is teacher_embeddings; lower it, or set student.init=random"
+                )
+
+
+def _starts(config: RunConfig, stages: Sequence[str]) -> Iterator[tuple[str, str, bool, bool]]:
+    """Given folders that the stages read: path, role, whether with its head, whether it teaches."""
+    chosen, teacher, student = set(stages), config.teacher, config.student
+    if teacher.path and chosen & {"pretrain", "finetune", "general"}:
+        yield teacher.path, "teacher", "finetune" in chosen and not config.pretrain, False
+    if chosen & {"intermediate", "prediction"} and not config.finetune:
+        yield teacher.finetuned or teacher.path, "teacher", True, True
+    if student and student.path and chosen - {"pretrain", "finetune"}:
+        has_layers = bool(config.general or config.intermediate)
+        yield student.path, "student", "baseline" in chosen or not has_layers, False
+
+
+def _check_same_sizes(path: str, teacher: ModelConfig) -> None:
+    """Of all that changes what the weights compute."""
+    free = {"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"}
+    expected = teacher.model_dump(exclude=free | {"pad_token_id"})
+    got = hf_files.read_model(path).config.model_dump()
+    different = [name for name in expected if got[name] != expected[name]]
+    if different:
+        raise ValueError(
+            f"teacher.finetuned: expected the teacher's "
+            f"{', '.join(f'{name} {expected[name]}' for name in different)}, got "
+            f"{', '.join(f'{name} {got[name]}' for name in different)} in {path}; give "
+            "teacher.path and teacher.finetuned of one model"
+        )

@@ -1,0 +1,90 @@
+"""Finds a Hugging Face folder, reads its tokenizer and checks that it belongs to a model."""
+
+from pathlib import Path
+from typing import Any
+
+from tinybert_jax.sections import ModelConfig
+
+_FILES = ("tokenizer.json", "vocab.txt")
+
+
+def find_folder(path: str | Path) -> Path:
+    """A local folder as it is; a hub id through the hub's cache (safetensors and text only)."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    is_hub_id = str(path).count("/") <= 1 and not str(path).startswith((".", "/", "~"))
+    if not is_hub_id:
+        raise ValueError(f"{path}: expected a Hugging Face model folder, found none")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json", "vocab.txt"])
+        )
+    except Exception as error:  # the hub's many network errors, retold with what to do
+        raise ValueError(
+            f"'{path}': expected a local model folder or a hub id; no such folder, and the hub "
+            f"could not be read ({type(error).__name__})"
+        ) from error
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The fast tokenizer of a folder; raises ValueError where it has none that suits a BERT."""
+    folder = find_folder(path)
+    if not has_tokenizer(folder):
+        raise ValueError(
+            f"{folder}: expected tokenizer.json or vocab.txt, found neither; "
+            "copy the tokenizer files into the folder or set tokenizer.path"
+        )
+    try:
+        tokenizer = _read(folder)
+    except Exception as error:  # the many errors of two libraries, retold with what to do
+        raise ValueError(
+            f"{folder}: expected tokenizer files that can be read, got {type(error).__name__} "
+            f"({error}); copy them again"
+        ) from error
+    needed = ("pad_token", "cls_token", "sep_token")
+    absent = [name for name in needed if getattr(tokenizer, name) is None]
+    if absent:
+        raise ValueError(
+            f"{folder}: expected a tokenizer with {', '.join(needed)}, got one without "
+            f"{', '.join(absent)}; name them in tokenizer_config.json or use a BERT tokenizer"
+        )
+    return tokenizer
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    return any((Path(folder) / name).is_file() for name in _FILES)
+
+
+def check_table(tokenizer: Any, config: ModelConfig, owner: str) -> None:
+    """Refuses a tokenizer with ids beyond the model's word table: JAX would clamp them silently."""
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"vocabulary: expected a tokenizer of at most {config.vocab_size} pieces ({owner}'s "
+            f"table), got {len(tokenizer)}; use the tokenizer that belongs to {owner}"
+        )
+
+
+def check_same_pieces(tokenizer: Any, path: str | Path, role: str) -> None:
+    """Refuses a model folder whose own tokenizer, if any, numbers its pieces in another way."""
+    folder = find_folder(path)
+    if not has_tokenizer(folder):
+        return
+    ours, theirs = tokenizer.get_vocab(), load_tokenizer(folder).get_vocab()
+    different = sorted(ours.items() ^ theirs.items())
+    if different:
+        raise ValueError(
+            f"vocabulary: expected the run's tokenizer to be that of the {role} {path}, they "
+            f"differ in {len({piece for piece, _ in different})} pieces, such as "
+            f"{different[0][0]!r}; use models of one vocabulary"
+        )
+
+
+def _read(folder: Path) -> Any:
+    from transformers import AutoTokenizer, BertTokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        return BertTokenizer.from_pretrained(str(folder))
+    return AutoTokenizer.from_pretrained(str(folder), use_fast=True)
