@@ -104,7 +104,7 @@ class World:
         for name, value in sections.items():
             changes_section = isinstance(value, dict) and isinstance(tree.get(name), dict)
             tree[name] = {**tree[name], **value} if changes_section else value
-        return self.file("config.yaml", yaml.safe_dump(tree))
+        return self.file("config.yaml", yaml.safe_dump(tree, sort_keys=False))
 
     def distil(self, **sections) -> str:
         """A distillation from a teacher that already knows the task."""
@@ -222,6 +222,11 @@ def test_nothing_to_match(world):
     weights = dict.fromkeys(("attention_weight", "hidden_weight", "embedding_weight"), 0)
     path = world.distil(distillation=weights)
     world.fails("run", path, naming=("distillation", "attention_weight", "above 0"))
+
+
+def test_ignored_lowercase(world):
+    path = world.config("finetune", tokenizer={"lowercase": False})
+    world.fails("run", path, naming=("tokenizer.lowercase", "tokenizer.vocab_size", "leave it out"))
 
 
 def test_ignored_student_start(world):
@@ -402,6 +407,16 @@ def test_teacher_near_chance(world):
     world.fails("run", world.distil(teacher=teacher), naming=named)
 
 
+def test_finetuned_teacher_near_chance(world):
+    """It stays, the student is not begun, and asking again changes nothing."""
+    margin = {"distillation": {"teacher_margin": 0.5}}
+    path = world.config("finetune", "prediction", finetune={"learning_rate": 1e-9}, **margin)
+    assert cli.main(["run", path]) == 2
+    assert sorted(p.name for p in (world.run_dir / "models").iterdir()) == ["finetune"]
+    assert sorted(p.name for p in (world.run_dir / "checkpoints").iterdir()) == ["finetune"]
+    world.fails("run", path, naming=("teacher", "at least 1.0000", "models/finetune"))
+
+
 # Model folders
 
 
@@ -415,6 +430,16 @@ def test_weights_that_are_not_finite(world, stage):
     world.fails("run", path, naming=(str(folder), name, "finite", "NaN"))
     target = str(world.folder / "target")
     world.fails("convert", str(folder), target, naming=(str(folder), name, "finite"))
+
+
+def test_pretraining_from_an_untied_decoder(world):
+    folder = world.model("encoder")
+    name = "cls.predictions.decoder.weight"
+    table = load_file(folder / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
+    _change(folder, name, table + 1)
+    corpus = {"files": [world.file("corpus.txt", "\n\n".join(TEXTS))]}
+    path = world.config("pretrain", teacher={"path": str(folder)}, corpus=corpus)
+    world.fails("run", path, naming=(str(folder), name, "word_embeddings"))
 
 
 def test_weights_of_other_sizes(world):
@@ -475,13 +500,19 @@ def test_tokenizer_without_bert_tokens(world):
     "setting, named",
     [
         ({"model_type": "roberta"}, ("model_type 'bert'", "'roberta'")),
-        ({"position_embedding_type": "relative_key"}, ("position_embedding_type", "'absolute'", "relative_key")),
+        (
+            {"position_embedding_type": "relative_key"},
+            ("position_embedding_type", "'absolute'", "relative_key"),
+        ),
         ({"is_decoder": True}, ("is_decoder",)),
         ({"hidden_act": "silu"}, ("hidden_act", "gelu", "'silu'")),
         ({"num_attention_heads": 3}, ("config.json", "multiple of num_attention_heads", "16")),
         ({"id2label": {"a": "neg"}}, ("id2label", "ids from 0 on", "'a'")),
         ({"id2label": ["neg", "pos"]}, ("id2label", "ids from 0 on", "['neg', 'pos']")),
-        ({"id2label": {"0": "a", "1": "b", "2": "c"}}, ("one label name for each", "2 outputs", "has 3", "'c'")),
+        (
+            {"id2label": {"0": "a", "1": "b", "2": "c"}},
+            ("one label name for each", "2 outputs", "has 3", "'c'"),
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -513,6 +544,14 @@ def test_run_folder_of_another_config(existing):
     named = (str(existing.run_dir), "seed", "7", "finetune.learning_rate", "0.5", "0.001")
     message = existing.fails("run", path, naming=named)
     assert "num_steps" not in message
+
+
+def test_run_folder_of_another_label_order(world):
+    settings = config.load(world.config("finetune", task={"labels": {"neg": "neg", "pos": "pos"}}))
+    with open_run(settings, settings.stages):
+        pass
+    path = world.config("finetune", task={"labels": {"pos": "pos", "neg": "neg"}})
+    world.fails("run", path, naming=("run_dir", "task.labels", "order"))
 
 
 def test_wrong_data_of_an_existing_run(existing):
@@ -593,6 +632,16 @@ def test_evaluate_on_unknown_labels(world):
     data = world.table("data.tsv", labels=["good", "bad"] * 6)
     argv = ("evaluate", str(world.models / "classifier"), data)
     world.fails(*argv, naming=("data.tsv", "'neg', 'pos'", "line 2: 'good'"))
+
+
+def test_output_over_the_data(world):
+    argv = ("predict", str(world.models / "classifier"), world.dev, "-o", world.dev)
+    world.fails(*argv, naming=("--output", "another file than the data", "dev.tsv"))
+
+
+def test_empty_sentence(world):
+    argv = ("predict", str(world.models / "classifier"), "-t", "tea", "-t", " ")
+    world.fails(*argv, naming=("text in every sentence", "number 2"))
 
 
 def test_convert_to_what_exists(world):

@@ -1,7 +1,6 @@
 """The whole pipeline as a user runs it; then the same killed in every stage: the same bits."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -52,6 +51,7 @@ def _write_inputs(folder):
     }
     for name in ("finetune", "prediction", "baseline"):
         settings[name] = {**stage, "eval_every": 10}
+    settings["finetune"] |= {"num_steps": 80, "learning_rate": 1e-2}
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
 
 
@@ -59,17 +59,22 @@ def _command(folder, run_dir):
     return [sys.executable, "-m", "tinybert_jax", "run", "run.yaml", f"run_dir={run_dir}"]
 
 
-def _environment():
-    return {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+@pytest.fixture(scope="module", autouse=True)
+def _shared_compilation_cache(tmp_path_factory):
+    """Eight runs of one program: compiled once."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    yield
+    patch.undo()
 
 
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     _write_inputs(folder)
-    done = subprocess.run(
-        _command(folder, "golden"), cwd=folder, env=_environment(), capture_output=True, text=True
-    )
+    done = subprocess.run(_command(folder, "golden"), cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -111,7 +116,6 @@ def test_product_loads_in_transformers_with_the_same_predictions(golden):
     done = subprocess.run(
         [sys.executable, "-m", "tinybert_jax", "predict", "golden/hf", "dev.tsv"],
         cwd=folder,
-        env=_environment(),
         capture_output=True,
         text=True,
     )
@@ -133,9 +137,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_bits(golden):
     num_resumed = 0
     for stage in STAGES:
         num_resumed += "resumes at step" in _run_until_killed(folder, run, stage)
-    done = subprocess.run(
-        _command(folder, "killed"), cwd=folder, env=_environment(), capture_output=True, text=True
-    )
+    done = subprocess.run(_command(folder, "killed"), cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     num_resumed += "resumes at step" in done.stdout
     assert num_resumed >= 4, "the kills came too late to test anything"
@@ -152,7 +154,6 @@ def _run_until_killed(folder, run, stage):
     process = subprocess.Popen(
         _command(folder, run.name),
         cwd=folder,
-        env=_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -13,7 +13,7 @@ from tinybert_jax import config as configs
 from tinybert_jax import distill, sharding
 from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.data.pipeline import MIN_TOKENS
-from tinybert_jax.model.heads import make_classifier, make_encoder
+from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.sections import ModelConfig, RunConfig
 
 # The stage that makes the model which a stage starts from or learns from, where the config has it.
@@ -122,9 +122,13 @@ def check_weights(
     if config.teacher.finetuned:
         _check_same_sizes(config.teacher.finetuned, teacher)
     models = {"teacher": teacher, "student": student}
-    for path, role, reads_head, teaches in _starts(config, stages):
-        make = make_encoder if not reads_head else lambda model: make_classifier(model, num_outputs)
-        _, init = make(models[role])
+    make = {
+        "encoder": make_encoder,
+        "masked_lm": make_masked_lm,
+        "classifier": lambda model: make_classifier(model, num_outputs),
+    }
+    for path, role, kind, teaches in _starts(config, stages):
+        _, init = make[kind](models[role])
         hf_files.check_start(path, init, whole=teaches)
 
 
@@ -173,16 +177,23 @@ def _check_pair(
                 )
 
 
-def _starts(config: RunConfig, stages: Sequence[str]) -> Iterator[tuple[str, str, bool, bool]]:
-    """Given folders that the stages read: path, role, whether with its head, whether it teaches."""
+def _starts(config: RunConfig, stages: Sequence[str]) -> Iterator[tuple[str, str, str, bool]]:
+    """Given folders that the stages read: path, role, what they make of it, whether it teaches."""
     chosen, teacher, student = set(stages), config.teacher, config.student
-    if teacher.path and chosen & {"pretrain", "finetune", "general"}:
-        yield teacher.path, "teacher", "finetune" in chosen and not config.pretrain, False
+    if teacher.path and "pretrain" in chosen:
+        yield teacher.path, "teacher", "masked_lm", False
+    elif teacher.path and "finetune" in chosen and not config.pretrain:
+        yield teacher.path, "teacher", "classifier", False
+    elif teacher.path and "general" in chosen:
+        yield teacher.path, "teacher", "encoder", False
     if chosen & {"intermediate", "prediction"} and not config.finetune:
-        yield teacher.finetuned or teacher.path, "teacher", True, True
-    if student and student.path and chosen - {"pretrain", "finetune"}:
-        has_layers = bool(config.general or config.intermediate)
-        yield student.path, "student", "baseline" in chosen or not has_layers, False
+        yield teacher.finetuned or teacher.path, "teacher", "classifier", True
+    if student and student.path and chosen & {"general", "intermediate"}:
+        yield student.path, "student", "encoder", False
+    elif student and student.path and "prediction" in chosen:
+        yield student.path, "student", "classifier", False
+    if student and student.path and "baseline" in chosen:
+        yield student.path, "student", "classifier", False
 
 
 def _check_same_sizes(path: str, teacher: ModelConfig) -> None:

@@ -125,6 +125,8 @@ def _predict(arguments, command: str) -> int:
             f"--output: expected the name of a file in a folder that exists, got {output}; "
             "correct it, or create the folder"
         )
+    if output and arguments.data and output.exists() and output.samefile(arguments.data):
+        raise ValueError(f"--output: expected another file than the data, got {output} for both")
     rows = inference.predict(
         arguments.model,
         arguments.data or arguments.sentence,

@@ -56,11 +56,15 @@ def dump(config: BaseModel) -> str:
 def differences(path: Path, config: BaseModel) -> list[str]:
     """Where a file that `dump` wrote says otherwise than `config`, each with its dotted path."""
     before, now = dict(_leaves(_read(path))), dict(_leaves(config.model_dump(mode="json")))
-    return [
+    changes = [
         f"{dotted}: {before.get(dotted)!r} there, {now.get(dotted)!r} here"
         for dotted in dict.fromkeys([*now, *before])
         if before.get(dotted) != now.get(dotted)
     ]
+    first, second = ([name for name in leaves if "labels." in name] for leaves in (before, now))
+    if first != second and not changes:  # their order numbers them
+        changes = [f"task.labels: in the order {first} there, {second} here"]
+    return changes
 
 
 class _Loader(yaml.SafeLoader):

@@ -39,6 +39,9 @@ def predict(
             data, text=text, text_pair=text_pair, label=None, split=split
         )
     else:
+        empty = [number for number, sentence in enumerate(data, 1) if not sentence.strip()]
+        if empty:
+            raise ValueError(f"expected text in every sentence, got none in number {empty[0]}")
         labelled = LabelledText(list(data), None, None, None)
     scored = _score(model, labelled, max_length)
     if scored.regression:

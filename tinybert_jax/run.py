@@ -90,7 +90,7 @@ def open_run(config: RunConfig, stages: Sequence[str]) -> Iterator[Run]:
     Raises ValueError, with nothing written, where an input is wrong or the folder belongs to
     another config or to a run that is still going.
     """
-    folder = Path(config.run_dir).resolve()
+    folder = Path(config.run_dir).expanduser().resolve()
     checks.check_folder(folder, config)
     run = _read_inputs(config, folder)
     _check(run, stages)

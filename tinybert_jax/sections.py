@@ -340,6 +340,11 @@ def _missing_needs(config: RunConfig) -> Iterator[str]:
         yield "tokenizer.vocab_size trains a vocabulary on the corpus: it needs a corpus section"
     if config.tokenizer.vocab_size and (config.tokenizer.path or config.teacher.path):
         yield "tokenizer.vocab_size trains a vocabulary: give no tokenizer.path or teacher.path"
+    if not (config.tokenizer.lowercase or config.tokenizer.vocab_size):
+        yield (
+            "tokenizer.lowercase is for a vocabulary that is trained (tokenizer.vocab_size); a "
+            "folder's tokenizer has its own: leave it out"
+        )
     teacher, distillation = config.teacher, config.distillation
     if "general" in stages and not (config.pretrain or teacher.path):
         yield "general needs a teacher with weights: add a pretrain section or set teacher.path"

