@@ -43,7 +43,7 @@ def random_bert(kind, *, seed: int = 0, **fields):
             elif parameter.ndim == 1:
                 parameter.copy_(0.2 * noise)
             elif "embeddings" in name:
-                parameter.copy_(noise)
+                parameter.copy_(0.3 * noise)
             else:
                 gain = 1.5 if ".query." in name or ".key." in name else 1.0
                 parameter.copy_(gain * noise / parameter.shape[1] ** 0.5)

@@ -167,7 +167,7 @@ def _check_pair(
         distill.make_layer_map(
             config.distillation.layer_map, student.num_hidden_layers, teacher.num_hidden_layers
         )
-    if config.student.init == "teacher_embeddings":
+    if config.student and config.student.init == "teacher_embeddings":
         for name in ("hidden_size", "max_position_embeddings"):
             most, got = getattr(teacher, name), getattr(student, name)
             if got > most:
@@ -186,8 +186,9 @@ def _starts(config: RunConfig, stages: Sequence[str]) -> Iterator[tuple[str, str
         yield teacher.path, "teacher", "classifier", False
     elif teacher.path and "general" in chosen:
         yield teacher.path, "teacher", "encoder", False
-    if chosen & {"intermediate", "prediction"} and not config.finetune:
-        yield teacher.finetuned or teacher.path, "teacher", "classifier", True
+    given = teacher.finetuned or teacher.path
+    if given and chosen & {"intermediate", "prediction"} and not config.finetune:
+        yield given, "teacher", "classifier", True
     if student and student.path and chosen & {"general", "intermediate"}:
         yield student.path, "student", "encoder", False
     elif student and student.path and "prediction" in chosen:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from yaml.composer import ComposerError
 
 from tinybert_jax.sections import RunConfig
 
@@ -70,13 +71,13 @@ def differences(path: Path, config: BaseModel) -> list[str]:
 class _Loader(yaml.SafeLoader):
     """Refuses a key that is given twice: YAML would silently keep the last."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 problem = f"found the key '{key.value}' twice in one section"
-                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                raise ComposerError(None, None, problem, key.start_mark)
             seen.add(key.value)
         return node
 

@@ -110,9 +110,10 @@ def _score(model: str, labelled: LabelledText, max_length: int | None) -> Classi
             f"max_length: expected at least {MIN_TOKENS} and at most {positions} (the model's "
             f"positions), got {max_length}"
         )
-    apply, init = make_classifier(source.config, len(source.label_names))
+    names = source.label_names or ()
+    apply, init = make_classifier(source.config, len(names))
     params = hf_files.start_params(model, init, whole=True)
     rows = tokenize_task(tokenizer, labelled, max_length)
     buckets = [width for width in (16, 32, 64, 128, 256) if width < max_length] + [max_length]
     score = make_scorer(apply, buckets=buckets, pad_token_id=tokenizer.pad_token_id)
-    return Classifier(source.label_names, source.problem_type == "regression", score(params, rows))
+    return Classifier(names, source.problem_type == "regression", score(params, rows))

@@ -68,26 +68,7 @@ def make_train_step(
     whole batch's unit counts: the sum over microbatches is the full batch's loss, padding or not.
     """
 
-    def gradients(params, batch, key, frozen):
-        prepare_key, key = jax.random.split(key)
-        batch, counts = objective.prepare(batch, prepare_key)
-        differentiate = jax.value_and_grad(objective.loss, has_aux=True)
-        if gradient_accumulation_steps == 1:
-            return differentiate(params, batch, counts, key, frozen)
-
-        def micro(total, part):
-            micro_batch, micro_key = part
-            out = differentiate(params, micro_batch, counts, micro_key, frozen)
-            return jax.tree.map(jnp.add, total, out), None
-
-        parts = jax.tree.map(_split(gradient_accumulation_steps), batch)
-        keys = jax.random.split(key, gradient_accumulation_steps)
-        first = jax.tree.map(lambda leaf: leaf[0], (parts, keys))
-        shapes = jax.eval_shape(
-            lambda part: differentiate(params, part[0], counts, part[1], frozen), first
-        )
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return jax.lax.scan(micro, zeros, (parts, keys))[0]
+    gradients = _make_gradients(objective, gradient_accumulation_steps)
 
     def train_step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
@@ -115,6 +96,30 @@ def make_train_step(
             return compiled(state, batch, frozen)
 
     return step
+
+
+def _make_gradients(objective: Objective, num_parts: int) -> Callable:
+    """(params, batch, key, frozen) -> ((loss, metrics), gradients), over microbatches if asked."""
+    differentiate = jax.value_and_grad(objective.loss, has_aux=True)
+
+    def gradients(params, batch, key, frozen):
+        prepare_key, key = jax.random.split(key)
+        batch, counts = objective.prepare(batch, prepare_key)
+        if num_parts == 1:
+            return differentiate(params, batch, counts, key, frozen)
+
+        def micro(part):
+            return differentiate(params, part[0], counts, part[1], frozen)
+
+        def accumulate(total, part):
+            return jax.tree.map(jnp.add, total, micro(part)), None
+
+        parts = (jax.tree.map(_split(num_parts), batch), jax.random.split(key, num_parts))
+        shapes = jax.eval_shape(micro, jax.tree.map(lambda leaf: leaf[0], parts))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.lax.scan(accumulate, zeros, parts)[0]
+
+    return gradients
 
 
 def _new_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
