@@ -206,17 +206,17 @@ def test_gradients_equal_torch(head):
             assert max(norm, error) <= 1e-6 * whole, path
         else:
             assert norm > 1e-4 * whole, path
-            assert error <= 1e-4 * norm, path
+            assert error <= 2e-5 * norm, path
 
 
 def random_params(init) -> dict:
     """Every leaf random: fresh ones have neutral biases and scales."""
-    params = flatten(jax.jit(init)(jax.random.key(0)))
+    abstract = flatten(jax.eval_shape(init, jax.random.key(0)))
     rng = np.random.default_rng(0)
     return unflatten(
         {
-            path: leaf + 0.2 * rng.normal(size=leaf.shape).astype("f")
-            for path, leaf in params.items()
+            path: (path.endswith("scale") + 0.2 * rng.normal(size=leaf.shape)).astype(np.float32)
+            for path, leaf in abstract.items()
         }
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 _STATE, _META, _MANIFEST = "state", "meta.json", "manifest.json"
 _PARTIAL, _DAMAGED = "partial-", "damaged-"
@@ -103,7 +104,7 @@ def _hashes(checkpoint: Path) -> dict[str, str]:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _raw_key(leaf: Any) -> Any:

@@ -34,7 +34,7 @@ def check_folder(folder: Path, config: RunConfig) -> None:
             )
     file = folder / "config.yaml"
     if not file.is_file():
-        foreign = sorted(p.name for p in folder.glob("*") if p.name != ".lock")
+        foreign = sorted(p.name for p in folder.glob("*") if not p.name.startswith("."))
         if foreign:
             raise ValueError(
                 f"run_dir: expected an empty or new folder or one of an earlier run, got {folder} "

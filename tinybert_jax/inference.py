@@ -72,6 +72,7 @@ def evaluate_file(
     source = _read_classifier(model)
     regression = source.problem_type == "regression"
     raw = _read(data, text, text_pair, label, split, source.label_names, regression)
+    assert raw.labels is not None
     scored = _score(model, raw, max_length)
     return {
         **task_metrics(scored.logits, raw.labels, regression=regression),
@@ -85,7 +86,7 @@ def _read(data, text, text_pair, label, split, names, regression) -> LabelledTex
         return sources.read_labelled(data, regression=True, **options)
     found = sources.read_labelled(data, **options)
     ids = tuple(str(i) for i in range(len(names)))
-    known = ids if set(found.label_names) <= set(ids) else names
+    known = ids if set(found.label_names or ()) <= set(ids) else names
     return sources.read_labelled(data, labels=known, **options)
 
 

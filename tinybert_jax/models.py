@@ -54,7 +54,7 @@ class TinyBertModel:
         if theirs and names != theirs and not all(name.startswith("LABEL_") for name in theirs):
             raise ValueError(
                 f"label_names: expected those of the head in {path}, {list(theirs)}, got "
-                f"{list(names)}; leave label_names out"
+                f"{list(names or ())}; leave label_names out"
             )
         _, init = cls._functions(source.config, len(names or ()) or 1)
         params = hf_files.start_params(path, init)

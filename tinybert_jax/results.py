@@ -36,7 +36,7 @@ def collect(run: Run, seconds: dict[str, float], command: str) -> dict[str, Any]
         ]
     summary = {
         "name": run.config.name,
-        "metric": run.config.task.score if run.task else None,
+        "metric": run.score if run.task else None,
         "dev_examples": len(run.task.dev.text) if run.task else 0,
         "label_names": run.task.label_names if run.task else None,
         "models": models,
@@ -64,11 +64,11 @@ def _describe(run: Run, role: str, stage: str, folder: Path, model: ModelConfig)
     known = (getattr(run.config, name) for name in (stage, "prediction", *run.config.stages))
     section = next(section for section in known if section is not None)
     weights = hf_folder.find_folder(folder).glob("model*.safetensors")  # one, or shards
-    apply, init = make_classifier(model, run.task.num_outputs)
+    apply, init = make_classifier(model, run.data.num_outputs)
     params = hf_files.start_params(folder, init, whole=True)
-    rows = tokenize_task(run.tokenizer, run.task.dev, section.max_length)
+    rows = tokenize_task(run.tokenizer, run.data.dev, section.max_length)
     score = make_scorer(apply, buckets=section.buckets(), pad_token_id=run.tokenizer.pad_token_id)
-    logits, labels = score(params, rows), run.task.dev.labels
+    logits, labels = score(params, rows), run.data.dev_labels
     description = {
         "role": role,
         "name": f"{model.num_hidden_layers} layers × {model.hidden_size}",
@@ -78,10 +78,10 @@ def _describe(run: Run, role: str, stage: str, folder: Path, model: ModelConfig)
         "flops_per_token": cost.forward_flops_per_token(model, _LATENCY_LENGTH),
         "bytes_on_disk": sum(file.stat().st_size for file in weights),
         "latency_ms": _latency(apply, params, min(_LATENCY_LENGTH, model.max_position_embeddings)),
-        "metrics": task_metrics(logits, labels, regression=run.config.task.regression),
+        "metrics": task_metrics(logits, labels, regression=run.is_regression),
     }
-    if run.task.label_names:
-        counts = metrics.confusion_matrix(logits.argmax(-1), labels, run.task.num_outputs)
+    if run.data.label_names:
+        counts = metrics.confusion_matrix(logits.argmax(-1), labels, run.data.num_outputs)
         description["confusion"] = counts.tolist()
     return description
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from pydantic import ValidationError
 
 from tinybert_jax import checks, cost, sharding
 from tinybert_jax import config as configs
@@ -25,7 +26,14 @@ from tinybert_jax.data.sources import LabelledText
 from tinybert_jax.evaluate import majority_share, make_scorer, task_metrics
 from tinybert_jax.log import MetricLog
 from tinybert_jax.model.heads import make_classifier
-from tinybert_jax.sections import ModelConfig, RunConfig, StageSection, StudentSection
+from tinybert_jax.sections import (
+    CorpusSection,
+    ModelConfig,
+    RunConfig,
+    StageSection,
+    StudentSection,
+    TaskSection,
+)
 
 
 class TaskData(NamedTuple):
@@ -35,6 +43,11 @@ class TaskData(NamedTuple):
     @property
     def label_names(self) -> tuple[str, ...] | None:
         return self.train.label_names
+
+    @property
+    def dev_labels(self) -> np.ndarray:
+        assert self.dev.labels is not None  # read with a label column
+        return self.dev.labels
 
     @property
     def num_outputs(self) -> int:
@@ -54,6 +67,42 @@ class Run(NamedTuple):
     task: TaskData | None
     corpus: tuple[str, ...]
     peak_flops: float
+
+    @property
+    def data(self) -> TaskData:
+        """The task's text; `open_run` refuses stages without the task they need."""
+        assert self.task is not None
+        return self.task
+
+    @property
+    def student_sizes(self) -> ModelConfig:
+        """The student's sizes; `open_run` refuses stages without the student they need."""
+        assert self.student is not None
+        return self.student
+
+    @property
+    def student_path(self) -> str | None:
+        return self.config.student.path if self.config.student else None
+
+    @property
+    def starts_from_embeddings(self) -> bool:
+        return self.config.student is not None and self.config.student.init == "teacher_embeddings"
+
+    @property
+    def score(self) -> str:
+        """The metric that chooses the best checkpoint."""
+        assert self.config.task is not None
+        return self.config.task.score
+
+    def section(self, stage: str) -> Any:
+        """The section of a stage that runs; it is there, or the stage would not run."""
+        section = getattr(self.config, stage)
+        assert section is not None
+        return section
+
+    @property
+    def is_regression(self) -> bool:
+        return self.config.task is not None and self.config.task.regression
 
     def model_folder(self, stage: str) -> Path:
         return self.folder / "models" / stage
@@ -96,8 +145,7 @@ def open_run(config: RunConfig, stages: Sequence[str]) -> Iterator[Run]:
     _check(run, stages)
     with _locked(folder):
         _write_identity(folder, config, run.mesh)
-        if not (folder / "tokenizer").is_dir():
-            run.tokenizer.save_pretrained(str(folder / "tokenizer"))
+        _keep_tokenizer(folder, run.tokenizer)
         yield run._replace(peak_flops=_peak_flops(config.compute.dtype, run.mesh.size))
 
 
@@ -116,23 +164,22 @@ def compute_options(config: RunConfig) -> dict[str, Any]:
 
 def dev_judge(run: Run, apply: Callable, section: StageSection) -> Callable[[Any], dict]:
     """parameters -> metrics on the dev set."""
-    rows = tokenize_task(run.tokenizer, run.task.dev, section.max_length)
+    rows = tokenize_task(run.tokenizer, run.data.dev, section.max_length)
     score = make_scorer(apply, buckets=section.buckets(), pad_token_id=run.tokenizer.pad_token_id)
-    regression = run.config.task.regression
     return lambda params: task_metrics(
-        score(params, rows), run.task.dev.labels, regression=regression
+        score(params, rows), run.data.dev_labels, regression=run.is_regression
     )
 
 
 def check_teacher(run: Run) -> None:
     """Refuses a teacher that has nothing to teach: near the majority class on the dev set."""
-    if run.task.label_names is None:
+    if run.is_regression:
         return
-    section = run.config.prediction or run.config.intermediate
-    apply, init = make_classifier(run.teacher, run.task.num_outputs, **compute_options(run.config))
+    section = run.config.prediction or run.section("intermediate")
+    apply, init = make_classifier(run.teacher, run.data.num_outputs, **compute_options(run.config))
     params = hf_files.start_params(run.task_teacher, init, whole=True)
     accuracy = dev_judge(run, apply, section)(params)["accuracy"]
-    chance = majority_share(run.task.dev.labels)
+    chance = majority_share(run.data.dev_labels)
     needed = min(chance + run.config.distillation.teacher_margin, 1.0)
     if accuracy < needed:
         raise ValueError(
@@ -155,8 +202,8 @@ def publish(run: Run, stage: str) -> Path:
 
 def _read_inputs(config: RunConfig, folder: Path) -> Run:
     mesh = sharding.make_mesh(config.mesh)
-    corpus = _read_corpus(config) if config.corpus else ()
-    task = _read_task(config) if config.task else None
+    corpus = _read_corpus(config.corpus) if config.corpus else ()
+    task = _read_task(config.task) if config.task else None
     # Before its tokenizer: transformers reads config.json too, and fails less clearly.
     given = hf_files.read_model(config.teacher.path).config if config.teacher.path else None
     tokenizer = _make_tokenizer(config, folder, corpus)
@@ -175,19 +222,18 @@ def _read_inputs(config: RunConfig, folder: Path) -> Run:
     )
 
 
-def _read_corpus(config: RunConfig) -> tuple[str, ...]:
-    section = config.corpus
+def _read_corpus(section: CorpusSection) -> tuple[str, ...]:
     documents = builtin.builtin_corpus() if section.builtin else sources.read_corpus(section.files)
     return tuple(documents[: section.max_documents])
 
 
-def _read_task(config: RunConfig) -> TaskData:
-    section = config.task
+def _read_task(section: TaskSection) -> TaskData:
     if section.builtin:
         train, dev = builtin.builtin_task("train"), builtin.builtin_task("dev")
         return TaskData(_first(train, section.max_train_rows), _first(dev, section.max_dev_rows))
 
-    def read(path: str, split: str | None, max_rows: int | None, labels) -> LabelledText:
+    def read(path: str | None, split: str | None, max_rows: int | None, labels) -> LabelledText:
+        assert path is not None  # the section has both or is builtin
         return sources.read_labelled(
             path,
             text=section.text,
@@ -214,7 +260,8 @@ def _read_task(config: RunConfig) -> TaskData:
 
 def _first(text: LabelledText, max_rows: int | None) -> LabelledText:
     pair = text.text_pair[:max_rows] if text.text_pair else None
-    return text._replace(text=text.text[:max_rows], text_pair=pair, labels=text.labels[:max_rows])
+    labels = None if text.labels is None else text.labels[:max_rows]
+    return text._replace(text=text.text[:max_rows], text_pair=pair, labels=labels)
 
 
 def _make_tokenizer(config: RunConfig, folder: Path, corpus: Sequence[str]) -> Any:
@@ -225,7 +272,9 @@ def _make_tokenizer(config: RunConfig, folder: Path, corpus: Sequence[str]) -> A
         return vocab.train_wordpiece(
             corpus, vocab_size=section.vocab_size, lowercase=section.lowercase
         )
-    return hf_folder.load_tokenizer(section.path or config.teacher.path)
+    folder_of_pieces = section.path or config.teacher.path
+    assert folder_of_pieces is not None  # the config has one of the three
+    return hf_folder.load_tokenizer(folder_of_pieces)
 
 
 def _fresh_teacher(config: RunConfig, tokenizer: Any) -> ModelConfig:
@@ -243,7 +292,7 @@ def _student_config(section: StudentSection, teacher: ModelConfig) -> ModelConfi
 def _sized(fields: dict[str, Any], role: str) -> ModelConfig:
     try:
         return ModelConfig(**fields)
-    except ValueError as error:
+    except ValidationError as error:
         raise ValueError(f"{role}: {error.errors()[0]['msg']}") from None
 
 
@@ -257,7 +306,7 @@ def _check(run: Run, stages: Sequence[str]) -> None:
     pending = {name for name in stages if not run.is_done(name)}
     learns_now = bool(pending & {"intermediate", "prediction"}) and "finetune" not in pending
     if learns_now:
-        checks.check_labels(run.task_teacher, run.task.label_names)
+        checks.check_labels(run.task_teacher, run.data.label_names)
     num_outputs = run.task.num_outputs if run.task else 0
     checks.check_weights(config, stages, run.teacher, run.student, num_outputs)
     if learns_now:
@@ -279,9 +328,20 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def _keep_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Whole or not at all: a resumed run reads it back."""
+    if not (folder / "tokenizer").is_dir():
+        partial = folder / ".tokenizer-partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        tokenizer.save_pretrained(str(partial))
+        partial.rename(folder / "tokenizer")
+
+
 def _write_identity(folder: Path, config: RunConfig, mesh: Mesh) -> None:
     if not (folder / "config.yaml").is_file():
-        (folder / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
+        partial = folder / ".config-partial"
+        partial.write_text(configs.dump(config), encoding="utf-8")
+        partial.rename(folder / "config.yaml")
     packages = (
         "tinybert-jax",
         "jax",

@@ -264,10 +264,10 @@ class DistillSection(Section):
     temperature: Positive = 1.0
     soft_reduction: Literal["sum", "mean_classes"] = "sum"
     hard_weight: Fraction = Field(
-        0.0, description="share of the gold labels in the prediction loss"
+        default=0.0, description="share of the gold labels in the prediction loss"
     )
     teacher_margin: Fraction = Field(
-        0.02, description="how far above the majority class the teacher has to score on dev"
+        default=0.02, description="how far above the majority class the teacher has to score on dev"
     )
 
 
@@ -302,7 +302,7 @@ class RunConfig(Section):
     tokenizer: TokenizerSection = TokenizerSection()
     corpus: CorpusSection | None = None
     task: TaskSection | None = None
-    distillation: DistillSection = DistillSection()
+    distillation: DistillSection = Field(default_factory=lambda: DistillSection())
     mesh: MeshSection = MeshSection()
     compute: ComputeSection = ComputeSection()
     pretrain: PretrainSection | None = None

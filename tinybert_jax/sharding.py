@@ -5,6 +5,7 @@ One device is a mesh of one.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ _TENSOR_DIM = (
 )
 
 
-def make_mesh(section: MeshSection, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices; raises ValueError where the axis sizes do not multiply to them."""
     devices = jax.devices() if devices is None else devices
     sizes = [section.data, section.fsdp, section.tensor]

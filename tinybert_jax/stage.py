@@ -35,7 +35,7 @@ def run_stage(run: Run, training: Training) -> Any:
     """Trains a stage to its end, resuming where it was; returns the best (or last) parameters."""
     section, folder = training.section, run.folder / "checkpoints" / training.name
     per_epoch = num_batches(len(training.rows.lengths), section.global_batch_size)
-    num_steps = section.num_steps or max(1, round(section.num_epochs * per_epoch))
+    num_steps = section.num_steps or max(1, round((section.num_epochs or 0) * per_epoch))
     schedule, optimizer = _make_optimizer(section, num_steps)
     data_key, param_key, step_key = _keys(run.config.seed, training.name)
     params = training.init_params(param_key)
@@ -84,6 +84,7 @@ def run_stage(run: Run, training: Training) -> Any:
     if training.evaluate is None:
         return jax.device_get(state.params)
     best = checkpoint.restore_newest(folder / "best", target.params)
+    assert best is not None  # the first evaluation made one
     run.log.say(
         f"{training.name}: best {training.score} {progress['best_score']:.4f} "
         f"at step {progress['best_step']}"
@@ -130,7 +131,8 @@ class _Meter:
         self.last_step, self.since, self.pause = start_step, time.perf_counter(), 0.0
 
     def record(self, step: int, batch: Batch, metrics: dict[str, jax.Array]) -> None:
-        self.pending.append((metrics, *batch.input_ids.shape))
+        num_rows, width = batch.input_ids.shape
+        self.pending.append((metrics, num_rows, width))
         if step % self.training.section.log_every and step != self.num_steps:
             return
         values = self._average(step)

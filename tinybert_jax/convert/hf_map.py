@@ -158,7 +158,7 @@ def _named(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _check_tied(named: Mapping[str, np.ndarray]) -> None:
     for name, twin in ((_DECODER_WEIGHT, _WORD_TABLE), (_DECODER_BIAS, _LM_BIAS)):
-        if name in named and not np.array_equal(named[name], named.get(twin)):
+        if name in named and not np.array_equal(named[name], named.get(twin, np.empty(0))):
             raise ValueError(
                 f"expected {name} to equal {twin}, got a masked-LM decoder with weights of its "
                 "own, which this model does not have"

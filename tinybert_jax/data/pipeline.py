@@ -29,13 +29,16 @@ class TokenRows(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One step's examples, padded to one width. A row of weight 0 only fills the last batch."""
+    """One step's examples, padded to one width. A row of weight 0 only fills the last batch.
 
-    input_ids: jax.Array | np.ndarray  # int32 [batch, seq]
-    attention_mask: jax.Array | np.ndarray  # bool [batch, seq]
-    token_type_ids: jax.Array | np.ndarray  # int32 [batch, seq]
-    labels: jax.Array | np.ndarray  # int32 or fp32 [batch]
-    weights: jax.Array | np.ndarray  # fp32 [batch], 1 or 0
+    The fields are NumPy arrays until the batch is placed on devices.
+    """
+
+    input_ids: jax.Array  # int32 [batch, seq]
+    attention_mask: jax.Array  # bool [batch, seq]
+    token_type_ids: jax.Array  # int32 [batch, seq]
+    labels: jax.Array  # int32 or fp32 [batch]
+    weights: jax.Array  # fp32 [batch], 1 or 0
 
 
 class Plan(NamedTuple):
@@ -127,13 +130,14 @@ def make_batch(rows: TokenRows, plan: Plan, pad_token_id: int) -> Batch:
     mask = columns < lengths
     source = np.minimum(rows.offsets[chosen][:, None] + columns, len(rows.ids) - 1)
     labels = np.zeros(len(chosen), np.int32) if rows.labels is None else rows.labels[chosen]
-    return Batch(
+    fields: dict[str, Any] = dict(
         input_ids=np.where(mask, rows.ids[source], pad_token_id).astype(np.int32),
         attention_mask=mask,
         token_type_ids=(mask & (columns >= rows.second[chosen][:, None])).astype(np.int32),
         labels=labels,
         weights=real.astype(np.float32),
     )
+    return Batch(**fields)
 
 
 def train_batches(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from safetensors.numpy import load_file, save_file
 
 from tinybert_jax import cost, distill
@@ -19,33 +19,34 @@ _PROJECTION = "projection.safetensors"
 
 def general(run: Run) -> None:
     """Layers of the pretrained teacher, on the corpus."""
-    rows = tokenize_corpus(run.tokenizer, run.corpus, run.config.general.max_length)
+    rows = tokenize_corpus(run.tokenizer, run.corpus, run.section("general").max_length)
+    assert run.pretrained_teacher is not None  # open_run refuses a random teacher
     _layers(run, "general", rows, run.pretrained_teacher)
 
 
 def intermediate(run: Run) -> None:
     """Layers of the fine-tuned teacher, on the task's text."""
-    rows = tokenize_task(run.tokenizer, run.task.train, run.config.intermediate.max_length)
+    rows = tokenize_task(run.tokenizer, run.data.train, run.section("intermediate").max_length)
     _layers(run, "intermediate", rows, run.task_teacher)
 
 
 def prediction(run: Run) -> None:
     """Logits of the fine-tuned teacher, on the task's text."""
-    section, options = run.config.prediction, compute_options(run.config)
-    rows = tokenize_task(run.tokenizer, run.task.train, section.max_length)
+    section, options = run.section("prediction"), compute_options(run.config)
+    rows = tokenize_task(run.tokenizer, run.data.train, section.max_length)
     _announce(run, "prediction", rows)
 
     # Teacher and student.
-    teacher_apply, teacher_init = make_classifier(run.teacher, run.task.num_outputs, **options)
+    teacher_apply, teacher_init = make_classifier(run.teacher, run.data.num_outputs, **options)
     teacher = hf_files.start_params(run.task_teacher, teacher_init, whole=True)
     apply, init = make_classifier(
-        with_dropout(run.student, section), run.task.num_outputs, **options
+        with_dropout(run.student_sizes, section), run.data.num_outputs, **options
     )
-    start = run.latest("intermediate", "general") or run.config.student.path
+    start = run.latest("intermediate", "general") or run.student_path
 
     def init_params(key: jax.Array):
         params = hf_files.start_params(start, init, key)
-        if start is None and run.config.student.init == "teacher_embeddings":
+        if start is None and run.starts_from_embeddings:
             encoder, _ = distill.start_from_teacher_embeddings(
                 params["encoder"], teacher["encoder"]
             )
@@ -62,53 +63,53 @@ def prediction(run: Run) -> None:
                 apply,
                 teacher_apply,
                 run.config.distillation,
-                regression=run.config.task.regression,
+                regression=run.is_regression,
             ),
             init_params=init_params,
             rows=rows,
             frozen=teacher,
             flops_per_token=lambda width: cost.training_flops_per_token(
-                run.student, width, teacher=run.teacher
+                run.student_sizes, width, teacher=run.teacher
             ),
             evaluate=dev_judge(run, apply, section),
-            score=run.config.task.score,
+            score=run.score,
         ),
     )
     hf_files.save_model(
         run.model_folder("prediction"),
         params,
-        run.student,
+        run.student_sizes,
         run.tokenizer,
-        label_names=run.task.label_names,
-        regression=run.config.task.regression,
+        label_names=run.data.label_names,
+        regression=run.is_regression,
     )
 
 
 def _layers(run: Run, stage: str, rows: TokenRows, teacher_folder: str | Path) -> None:
-    section, options = getattr(run.config, stage), compute_options(run.config)
+    section, options = run.section(stage), compute_options(run.config)
     _announce(run, stage, rows)
 
     # Teacher, frozen; student with its projection, from the stage before where there is one.
     teacher_apply, teacher_init = make_encoder(run.teacher, **options)
     teacher = hf_files.start_params(teacher_folder, teacher_init, whole=True)
-    student_apply, student_init = make_encoder(with_dropout(run.student, section), **options)
+    student_apply, student_init = make_encoder(with_dropout(run.student_sizes, section), **options)
     before = run.latest("general") if stage == "intermediate" else None
-    start = before or run.config.student.path
+    start = before or run.student_path
 
     def init_params(key: jax.Array):
         student_key, projection_key = jax.random.split(key)
         student = hf_files.start_params(start, student_init, student_key)
         num_projections = 1
         if run.config.distillation.projection == "per_layer":
-            num_projections = run.student.num_hidden_layers + 1
+            num_projections = run.student_sizes.num_hidden_layers + 1
         projection = distill.init_projection(
-            projection_key, run.student.hidden_size, run.teacher.hidden_size, num_projections
+            projection_key, run.student_sizes.hidden_size, run.teacher.hidden_size, num_projections
         )
         if start is not None and (Path(start) / _PROJECTION).is_file():
             projection = load_file(Path(start) / _PROJECTION)
-        elif start is None and run.config.student.init == "teacher_embeddings":
+        elif start is None and run.starts_from_embeddings:
             student, directions = distill.start_from_teacher_embeddings(student, teacher)
-            projection["kernel"] = np.tile(directions.T[None], (num_projections, 1, 1))
+            projection["kernel"] = jnp.tile(directions.T[None], (num_projections, 1, 1))
         return {"student": student, "projection": projection}
 
     # Train and hand on the last: there is no dev score without a head.
@@ -122,7 +123,7 @@ def _layers(run: Run, stage: str, rows: TokenRows, teacher_folder: str | Path) -
                 teacher_apply,
                 distill.make_layer_map(
                     run.config.distillation.layer_map,
-                    run.student.num_hidden_layers,
+                    run.student_sizes.num_hidden_layers,
                     run.teacher.num_hidden_layers,
                 ),
                 run.config.distillation,
@@ -131,13 +132,16 @@ def _layers(run: Run, stage: str, rows: TokenRows, teacher_folder: str | Path) -
             rows=rows,
             frozen=teacher,
             flops_per_token=lambda width: cost.training_flops_per_token(
-                run.student, width, projection_dim=run.teacher.hidden_size, teacher=run.teacher
+                run.student_sizes,
+                width,
+                projection_dim=run.teacher.hidden_size,
+                teacher=run.teacher,
             ),
         ),
     )
     extra = {_PROJECTION: lambda path: save_file(params["projection"], path)}
     hf_files.save_model(
-        run.model_folder(stage), params["student"], run.student, run.tokenizer, extra=extra
+        run.model_folder(stage), params["student"], run.student_sizes, run.tokenizer, extra=extra
     )
 
 

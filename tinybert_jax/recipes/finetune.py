@@ -11,15 +11,15 @@ from tinybert_jax.stage import Training, run_stage
 
 def main(run: Run, stage: str = "finetune") -> None:
     """`finetune` starts from the pretrained teacher, `baseline` from a fresh student."""
-    section = getattr(run.config, stage)
+    section = run.section(stage)
     model, start = (
-        (run.student, run.config.student.path)
+        (run.student_sizes, run.student_path)
         if stage == "baseline"
         else (run.teacher, run.pretrained_teacher)
     )
 
     # Data.
-    rows = tokenize_task(run.tokenizer, run.task.train, section.max_length)
+    rows = tokenize_task(run.tokenizer, run.data.train, section.max_length)
     run.log.say(
         f"{stage}: {len(rows.lengths):,} examples, {len(rows.ids):,} tokens, "
         f"{rows.num_truncated:,} cut at {section.max_length}"
@@ -27,7 +27,7 @@ def main(run: Run, stage: str = "finetune") -> None:
 
     # Model.
     apply, init = make_classifier(
-        with_dropout(model, section), run.task.num_outputs, **compute_options(run.config)
+        with_dropout(model, section), run.data.num_outputs, **compute_options(run.config)
     )
 
     # Train and hand on the best by dev score.
@@ -38,7 +38,7 @@ def main(run: Run, stage: str = "finetune") -> None:
             section=section,
             objective=make_supervised(
                 apply,
-                regression=run.config.task.regression,
+                regression=run.is_regression,
                 label_smoothing=section.label_smoothing,
             ),
             init_params=lambda key: hf_files.start_params(start, init, key),
@@ -46,7 +46,7 @@ def main(run: Run, stage: str = "finetune") -> None:
             frozen=(),
             flops_per_token=lambda width: cost.training_flops_per_token(model, width),
             evaluate=dev_judge(run, apply, section),
-            score=run.config.task.score,
+            score=run.score,
         ),
     )
     hf_files.save_model(
@@ -54,6 +54,6 @@ def main(run: Run, stage: str = "finetune") -> None:
         params,
         model,
         run.tokenizer,
-        label_names=run.task.label_names,
-        regression=run.config.task.regression,
+        label_names=run.data.label_names,
+        regression=run.is_regression,
     )

@@ -10,7 +10,7 @@ from tinybert_jax.stage import Training, run_stage
 
 
 def main(run: Run) -> None:
-    section, tokenizer = run.config.pretrain, run.tokenizer
+    section, tokenizer = run.section("pretrain"), run.tokenizer
 
     # Data: each document cut into full rows.
     rows = tokenize_corpus(tokenizer, run.corpus, section.max_length)
