@@ -382,7 +382,7 @@ def assert_share(hits, probability: float) -> None:
     ],
 )
 def test_presets_have_the_published_sizes(preset, parameters):
-    """docs/algorithm.md, section 1; the miniatures are published to three digits."""
+    """BERT and TinyBERT's published sizes; the miniatures are published to three digits."""
     rounding = 0 if isinstance(parameters, int) else 0.05e6
     assert abs(cost.num_parameters(ModelConfig(**PRESETS[preset])) - parameters) <= rounding
 

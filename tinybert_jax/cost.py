@@ -33,7 +33,7 @@ class BertShape(Protocol):
 def num_parameters(config: BertShape, *, pooler: bool = True) -> int:
     """All parameters without a task head: embeddings, layers and (by default) the pooler.
 
-    Source: docs/algorithm.md section 1; BERT-base 109,482,240, TinyBERT4 14,350,248.
+    Source: arXiv 1810.04805 and 1909.10351 for the shapes; BERT-base 109,482,240, TinyBERT4 14,350,248.
     """
     d = config.hidden_size
     rows = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
@@ -59,7 +59,7 @@ def forward_flops_per_token(config: BertShape, seq_len: int, *, projection_dim: 
     (num_hidden_layers + 1) projected to a teacher of that width.
 
     At T = 128: BERT-base 174.6 M; TinyBERT4 9.7 M, and 12.1 M with projection_dim=768, a third of
-    the 36.4 M per trained token in docs/platform-notes.md.
+    the 36.4 M of a trained token.
     """
     d, f, num_layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     layer = 4 * d * d + 2 * d * f + 2 * seq_len * d
@@ -134,9 +134,9 @@ _PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
 def measure_gemm_peak(budget_s: float = 0.5) -> float:
     """FLOP/s of a jitted float32 matrix product on this CPU, the best of a few tries.
 
-    The shape (2048×768 times 768×3072, a BERT-base feed-forward) is that of docs/platform-notes.md,
-    where 2 unloaded cores reach 438 GFLOP/s; other load on the machine lowers it.
-    `budget_s` bounds the tries, not the one compile.
+    The shape (2048×768 times 768×3072) is a BERT-base feed-forward. Other load on the machine
+    lowers the figure, so that utilisation may come out above 1 when the load ends. `budget_s`
+    bounds the tries, not the one compile.
     """
     import jax
     import jax.numpy as jnp
