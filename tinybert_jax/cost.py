@@ -33,7 +33,7 @@ class BertShape(Protocol):
 def num_parameters(config: BertShape, *, pooler: bool = True) -> int:
     """All parameters without a task head: embeddings, layers and (by default) the pooler.
 
-    Source: arXiv 1810.04805 and 1909.10351 for the shapes; BERT-base 109,482,240, TinyBERT4 14,350,248.
+    BERT-base (arXiv 1810.04805) 109,482,240, TinyBERT4 (arXiv 1909.10351) 14,350,248.
     """
     d = config.hidden_size
     rows = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
