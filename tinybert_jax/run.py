@@ -20,38 +20,18 @@ from pydantic import ValidationError
 from tinybert_jax import checks, cost, sharding
 from tinybert_jax import config as configs
 from tinybert_jax.convert import hf_files, hf_folder
-from tinybert_jax.data import builtin, sources, vocab
+from tinybert_jax.data import vocab
 from tinybert_jax.data.pipeline import tokenize_task
-from tinybert_jax.data.sources import LabelledText
+from tinybert_jax.data.tasks import TaskData, read_corpus, read_task
 from tinybert_jax.evaluate import majority_share, make_scorer, task_metrics
 from tinybert_jax.log import MetricLog
 from tinybert_jax.model.heads import make_classifier
 from tinybert_jax.sections import (
-    CorpusSection,
     ModelConfig,
     RunConfig,
     StageSection,
     StudentSection,
-    TaskSection,
 )
-
-
-class TaskData(NamedTuple):
-    train: LabelledText
-    dev: LabelledText
-
-    @property
-    def label_names(self) -> tuple[str, ...] | None:
-        return self.train.label_names
-
-    @property
-    def dev_labels(self) -> np.ndarray:
-        assert self.dev.labels is not None  # read with a label column
-        return self.dev.labels
-
-    @property
-    def num_outputs(self) -> int:
-        return len(self.label_names) if self.label_names else 1
 
 
 class Run(NamedTuple):
@@ -202,8 +182,8 @@ def publish(run: Run, stage: str) -> Path:
 
 def _read_inputs(config: RunConfig, folder: Path) -> Run:
     mesh = sharding.make_mesh(config.mesh)
-    corpus = _read_corpus(config.corpus) if config.corpus else ()
-    task = _read_task(config.task) if config.task else None
+    corpus = read_corpus(config.corpus) if config.corpus else ()
+    task = read_task(config.task) if config.task else None
     # Before its tokenizer: transformers reads config.json too, and fails less clearly.
     given = hf_files.read_model(config.teacher.path).config if config.teacher.path else None
     tokenizer = _make_tokenizer(config, folder, corpus)
@@ -220,48 +200,6 @@ def _read_inputs(config: RunConfig, folder: Path) -> Run:
         corpus=corpus,
         peak_flops=np.nan,  # measured once the run is sure to start
     )
-
-
-def _read_corpus(section: CorpusSection) -> tuple[str, ...]:
-    documents = builtin.builtin_corpus() if section.builtin else sources.read_corpus(section.files)
-    return tuple(documents[: section.max_documents])
-
-
-def _read_task(section: TaskSection) -> TaskData:
-    if section.builtin:
-        train, dev = builtin.builtin_task("train"), builtin.builtin_task("dev")
-        return TaskData(_first(train, section.max_train_rows), _first(dev, section.max_dev_rows))
-
-    def read(path: str | None, split: str | None, max_rows: int | None, labels) -> LabelledText:
-        assert path is not None  # the section has both or is builtin
-        return sources.read_labelled(
-            path,
-            text=section.text,
-            text_pair=section.text_pair,
-            label=section.label,
-            labels=labels,
-            regression=section.regression,
-            format=section.format,
-            split=split,
-            max_rows=max_rows,
-        )
-
-    train = read(section.train, section.train_split, section.max_train_rows, section.labels)
-    if train.label_names is not None and len(train.label_names) < 2:
-        raise ValueError(
-            f"{section.train}: expected at least 2 labels in column '{section.label}', got "
-            f"{list(train.label_names)}; for numbers set task.regression=true"
-        )
-    # Labels named only by the training split are the only ones that the dev split may hold.
-    labels = section.labels or train.label_names
-    dev = read(section.dev, section.dev_split, section.max_dev_rows, labels)
-    return TaskData(train, dev)
-
-
-def _first(text: LabelledText, max_rows: int | None) -> LabelledText:
-    pair = text.text_pair[:max_rows] if text.text_pair else None
-    labels = None if text.labels is None else text.labels[:max_rows]
-    return text._replace(text=text.text[:max_rows], text_pair=pair, labels=labels)
 
 
 def _make_tokenizer(config: RunConfig, folder: Path, corpus: Sequence[str]) -> Any:

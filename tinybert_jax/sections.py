@@ -152,6 +152,11 @@ class TaskSection(Section):
     labels: dict[str, str] | tuple[str, ...] | None = None
     regression: bool = False
     metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman"] | None = None
+    unlabelled: str | None = Field(
+        default=None,
+        description="more text for intermediate and prediction, which need no labels: a file with "
+        "the same text columns, or 'rest': the training rows beyond max_train_rows",
+    )
     max_train_rows: PositiveInt | None = None
     max_dev_rows: PositiveInt | None = None
 
@@ -174,6 +179,8 @@ class TaskSection(Section):
         regression_metric = self.metric in ("pearson", "spearman")
         if self.metric and regression_metric != self.regression:
             raise ValueError(f"metric '{self.metric}' does not fit regression: {self.regression}")
+        if self.unlabelled == "rest" and not self.max_train_rows:
+            raise ValueError("unlabelled: 'rest' expects max_train_rows: what is beyond it?")
         if self.regression and self.labels:
             raise ValueError("expected no labels for regression: its labels are numbers")
         return self
@@ -336,6 +343,8 @@ def _missing_needs(config: RunConfig) -> Iterator[str]:
         yield "the distillation stages and baseline need a student section"
     if config.finetune and config.teacher.finetuned:
         yield "expected a finetune section or teacher.finetuned, got both"
+    if config.task and config.task.unlabelled and config.distillation.hard_weight:
+        yield "distillation.hard_weight needs labels: set it to 0 or give no task.unlabelled"
     if config.tokenizer.vocab_size and config.corpus is None:
         yield "tokenizer.vocab_size trains a vocabulary on the corpus: it needs a corpus section"
     if config.tokenizer.vocab_size and (config.tokenizer.path or config.teacher.path):

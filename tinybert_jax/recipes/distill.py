@@ -26,14 +26,14 @@ def general(run: Run) -> None:
 
 def intermediate(run: Run) -> None:
     """Layers of the fine-tuned teacher, on the task's text."""
-    rows = tokenize_task(run.tokenizer, run.data.train, run.section("intermediate").max_length)
+    rows = tokenize_task(run.tokenizer, run.data.distilled, run.section("intermediate").max_length)
     _layers(run, "intermediate", rows, run.task_teacher)
 
 
 def prediction(run: Run) -> None:
     """Logits of the fine-tuned teacher, on the task's text."""
     section, options = run.section("prediction"), compute_options(run.config)
-    rows = tokenize_task(run.tokenizer, run.data.train, section.max_length)
+    rows = tokenize_task(run.tokenizer, run.data.distilled, section.max_length)
     _announce(run, "prediction", rows)
 
     # Teacher and student.

@@ -1,0 +1,93 @@
+"""The text of a run, as its config names it: a task's splits and a corpus's documents."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from tinybert_jax.data import builtin, sources
+from tinybert_jax.data.sources import LabelledText
+from tinybert_jax.sections import CorpusSection, TaskSection
+
+
+class TaskData(NamedTuple):
+    train: LabelledText
+    dev: LabelledText
+    unlabelled: LabelledText | None = None  # more text to distil on
+
+    @property
+    def distilled(self) -> LabelledText:
+        """All text that a teacher can label: the training text, then the unlabelled."""
+        if self.unlabelled is None:
+            return self.train
+        pairs = None
+        if self.train.text_pair is not None and self.unlabelled.text_pair is not None:
+            pairs = self.train.text_pair + self.unlabelled.text_pair
+        return LabelledText(self.train.text + self.unlabelled.text, pairs, None, self.label_names)
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        return self.train.label_names
+
+    @property
+    def dev_labels(self) -> np.ndarray:
+        assert self.dev.labels is not None  # read with a label column
+        return self.dev.labels
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.label_names) if self.label_names else 1
+
+
+def read_corpus(section: CorpusSection) -> tuple[str, ...]:
+    """The documents of a corpus section."""
+    documents = builtin.builtin_corpus() if section.builtin else sources.read_corpus(section.files)
+    return tuple(documents[: section.max_documents])
+
+
+def read_task(section: TaskSection) -> TaskData:
+    """Train, dev and unlabelled text; raises ValueError naming file and line where one is wrong."""
+    if section.builtin:
+        train, dev = builtin.builtin_task("train"), builtin.builtin_task("dev")
+        return _task_data(section, train, _rows(dev, 0, section.max_dev_rows))
+
+    def read(path: str | None, split: str | None, max_rows: int | None, labels) -> LabelledText:
+        assert path is not None  # the section has both or is builtin
+        return sources.read_labelled(
+            path,
+            text=section.text,
+            text_pair=section.text_pair,
+            label=section.label,
+            labels=labels,
+            regression=section.regression,
+            format=section.format,
+            split=split,
+            max_rows=max_rows,
+        )
+
+    train = read(section.train, section.train_split, None, section.labels)
+    if train.label_names is not None and len(train.label_names) < 2:
+        raise ValueError(
+            f"{section.train}: expected at least 2 labels in column '{section.label}', got "
+            f"{list(train.label_names)}; for numbers set task.regression=true"
+        )
+    # Labels named only by the training split are the only ones that the dev split may hold.
+    labels = section.labels or train.label_names
+    dev = read(section.dev, section.dev_split, section.max_dev_rows, labels)
+    return _task_data(section, train, dev)
+
+
+def _task_data(section: TaskSection, train: LabelledText, dev: LabelledText) -> TaskData:
+    unlabelled = None
+    if section.unlabelled == "rest":
+        unlabelled = _rows(train, section.max_train_rows, None)
+    elif section.unlabelled:
+        unlabelled = sources.read_labelled(
+            section.unlabelled, text=section.text, text_pair=section.text_pair, label=None
+        )
+    return TaskData(_rows(train, 0, section.max_train_rows), dev, unlabelled)
+
+
+def _rows(text: LabelledText, start: int | None, stop: int | None) -> LabelledText:
+    pair = text.text_pair[start:stop] if text.text_pair else None
+    labels = None if text.labels is None else text.labels[start:stop]
+    return text._replace(text=text.text[start:stop], text_pair=pair, labels=labels)
