@@ -35,7 +35,7 @@ LEARNING_RATE, NUM_STEPS = 3e-4, 40
             {"num_decay_steps": 9, "decay_type": "linear"},
         ),
         (
-            "wsd",
+            "warmup_stable_decay",
             {"decay_steps": 33},
             "warmup_stable_decay",
             {"num_decay_steps": 33, "decay_type": "linear"},
@@ -75,7 +75,7 @@ def test_linear_to_a_floor_matches_torch():
 
 
 def test_warmup_stable_decay_to_a_floor():
-    schedule = make("wsd", warmup_steps=4, decay_steps=10, end_factor=0.2)
+    schedule = make("warmup_stable_decay", warmup_steps=4, decay_steps=10, end_factor=0.2)
 
     factors = rates(schedule, NUM_STEPS + 3) / LEARNING_RATE
 
@@ -119,8 +119,16 @@ def test_warmup_may_take_the_whole_run(name):
         ("linear", {"end_factor": 3e1}, "end_factor: expected a share"),
         ("constant", {"end_factor": 0.1}, "end_factor: expected 0 for constant"),
         ("cosine", {"power": 2.0}, "power: expected 1 for cosine, got 2.0"),
-        ("wsd", {}, "decay_steps: expected .* = 1..40 for wsd, got 0"),
-        ("wsd", {"decay_steps": 35, "warmup_steps": 10}, "decay_steps: expected .* = 1..30"),
+        (
+            "warmup_stable_decay",
+            {},
+            "decay_steps: expected .* = 1..40 for warmup_stable_decay, got 0",
+        ),
+        (
+            "warmup_stable_decay",
+            {"decay_steps": 35, "warmup_steps": 10},
+            "decay_steps: expected .* = 1..30",
+        ),
     ],
 )
 def test_mistakes_are_named(name, options, message):

@@ -47,6 +47,13 @@ def save(folder: Path, step: int, tree: Any, meta: dict[str, Any], *, keep: int 
     return final
 
 
+def discard_after(folder: Path, step: int) -> None:
+    """Removes the steps after `step`: they belong to a future that a resumed run may not repeat."""
+    for later in steps(folder):
+        if later > step:
+            shutil.rmtree(folder / str(later))
+
+
 def restore_newest(folder: Path, abstract: Any) -> Restored | None:
     """The newest step whose every byte is as written; None where there is none.
 

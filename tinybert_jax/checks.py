@@ -10,11 +10,11 @@ from typing import Any
 from jax.sharding import Mesh
 
 from tinybert_jax import config as configs
-from tinybert_jax import distill, sharding
+from tinybert_jax import distill, optim, sharding
 from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.data.pipeline import MIN_TOKENS
 from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
-from tinybert_jax.sections import ModelConfig, RunConfig
+from tinybert_jax.sections import ModelConfig, RunConfig, StageSection
 
 # The stage that makes the model which a stage starts from or learns from, where the config has it.
 _STAGE_BEFORE = {
@@ -90,6 +90,7 @@ def check_sizes(
                     f"{name}.max_length: expected at most {model.max_position_embeddings} (the "
                     f"{role}'s positions), got {section.max_length}"
                 )
+        check_schedule(name, section)
         per_step = section.global_batch_size // section.gradient_accumulation_steps
         if per_step % sharding.num_batch_shards(mesh):
             raise ValueError(
@@ -100,6 +101,22 @@ def check_sizes(
     if student and {"general", "intermediate", "prediction"} & set(stages):
         reads_layers = bool({"general", "intermediate"} & set(stages))
         _check_pair(config, teacher, student, reads_layers)
+
+
+def check_schedule(stage: str, section: StageSection) -> None:
+    """Refuses schedule settings that do not fit together, as the stage itself would, but now."""
+    try:
+        optim.make_schedule(
+            section.schedule,
+            learning_rate=section.learning_rate,
+            num_steps=1000,
+            warmup_steps=round(section.warmup * 1000),
+            end_factor=section.end_factor,
+            decay_steps=round(section.decay * 1000),
+            power=section.power,
+        )
+    except ValueError as error:
+        raise ValueError(f"{stage}.schedule {section.schedule}, for 1000 steps: {error}") from None
 
 
 def check_corpus(tokenizer: Any, corpus: Sequence[str]) -> None:

@@ -86,7 +86,8 @@ def _read(data, text, text_pair, label, split, names, regression) -> LabelledTex
         return sources.read_labelled(data, regression=True, **options)
     found = sources.read_labelled(data, **options)
     ids = tuple(str(i) for i in range(len(names)))
-    known = ids if set(found.label_names or ()) <= set(ids) else names
+    raw = set(found.label_names or ())
+    known = ids if raw <= set(ids) and not raw <= set(names) else names
     return sources.read_labelled(data, labels=known, **options)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -62,10 +61,6 @@ class MetricLog:
         )
 
 
-def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         return json.loads(line)
@@ -76,7 +71,7 @@ def _parse(line: str) -> dict[str, Any] | None:
 def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return round(value, 8) if isinstance(value, float) else value
+    return float(f"{value:.9g}") if isinstance(value, float) else value
 
 
 def _thousands(value: float) -> str:

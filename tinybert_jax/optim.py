@@ -16,7 +16,6 @@ SCHEDULES = (
     "linear",
     "polynomial",
     "warmup_stable_decay",
-    "wsd",
 )
 
 # What a leaf's name says about weight decay: weights decay, offsets and LayerNorm scales do not.
@@ -38,7 +37,7 @@ def make_schedule(
     Step s (from 0) has `learning_rate`·s/`warmup_steps` during warm-up, the Hugging Face and torch
     convention: with warm-up the first update has rate 0, and step `warmup_steps` is the peak.
     linear, cosine and polynomial (of `power`) fall to `end_factor`·`learning_rate` at `num_steps`;
-    warmup_stable_decay (short: wsd) stays at the peak and falls linearly over the last
+    warmup_stable_decay stays at the peak and falls linearly over the last
     `decay_steps`; inverse_sqrt is learning_rate·√(w/s) with w = `warmup_steps`, or without
     warm-up learning_rate·√(w/(s + w)) with w = 10000; constant stays. Past `num_steps`, the
     falling ones keep their last rate. Raises ValueError for an unknown name, a step count out of
@@ -144,11 +143,11 @@ def _check_schedule(
     if end_factor != 0 and name in ("constant", "inverse_sqrt"):
         raise ValueError(
             f"end_factor: expected 0 for {name}, which has no end value, got {end_factor}; remove "
-            "it or use linear, cosine, polynomial or wsd"
+            "it or use linear, cosine, polynomial or warmup_stable_decay"
         )
     if power != 1 and name != "polynomial":
         raise ValueError(f"power: expected 1 for {name}, got {power}; remove it or use polynomial")
-    is_stable_decay = name in ("warmup_stable_decay", "wsd")
+    is_stable_decay = name == "warmup_stable_decay"
     num_after = num_steps - warmup_steps
     if is_stable_decay and not 1 <= decay_steps <= num_after:
         raise ValueError(

@@ -23,7 +23,9 @@ def collect(run: Run, seconds: dict[str, float], command: str) -> dict[str, Any]
     """The content of `results.json`: every judged model of the run, and what the student kept."""
     models = []
     if run.task is not None:
-        teacher = run.latest("finetune") or run.config.teacher.finetuned or run.config.teacher.path
+        teacher = run.latest("finetune") or run.config.teacher.finetuned
+        if teacher is None and {"intermediate", "prediction"} & set(run.config.stages):
+            teacher = run.config.teacher.path  # it has the task's head, or the run had refused it
         places = [
             ("teacher", "finetune", teacher, run.teacher),
             ("student", "prediction", run.latest("prediction"), run.student),

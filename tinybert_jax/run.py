@@ -119,11 +119,16 @@ def open_run(config: RunConfig, stages: Sequence[str]) -> Iterator[Run]:
     Raises ValueError, with nothing written, where an input is wrong or the folder belongs to
     another config or to a run that is still going.
     """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"expected one process, got {jax.process_count()}: use one with all devices"
+        )
     folder = Path(config.run_dir).expanduser().resolve()
     checks.check_folder(folder, config)
     run = _read_inputs(config, folder)
     _check(run, stages)
     with _locked(folder):
+        checks.check_folder(folder, config)  # again: another run may have begun while we read
         _write_identity(folder, config, run.mesh)
         _keep_tokenizer(folder, run.tokenizer)
         yield run._replace(peak_flops=_peak_flops(config.compute.dtype, run.mesh.size))
@@ -176,8 +181,13 @@ def publish(run: Run, stage: str) -> Path:
     shutil.copytree(
         run.model_folder(stage), partial, ignore=shutil.ignore_patterns("projection.safetensors")
     )
-    shutil.rmtree(run.folder / "hf", ignore_errors=True)
-    return partial.rename(run.folder / "hf")
+    product, before = run.folder / "hf", run.folder / ".hf-before"
+    shutil.rmtree(before, ignore_errors=True)
+    if product.exists():
+        product.rename(before)
+    partial.rename(product)
+    shutil.rmtree(before, ignore_errors=True)
+    return product
 
 
 def _read_inputs(config: RunConfig, folder: Path) -> Run:
@@ -255,14 +265,13 @@ def _check(run: Run, stages: Sequence[str]) -> None:
 def _locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
-        if jax.process_index() == 0:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"run_dir: {folder} is in use by another process; wait for it or choose "
-                    "another run_dir"
-                ) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"run_dir: {folder} is in use by another process; wait for it or choose "
+                "another run_dir"
+            ) from None
         yield
 
 
@@ -296,7 +305,6 @@ def _write_identity(folder: Path, config: RunConfig, mesh: Mesh) -> None:
         "platform": platform.platform(),
         "device": jax.devices()[0].device_kind,
         "num_devices": jax.device_count(),
-        "num_processes": jax.process_count(),
         "mesh": " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
         "git_commit": _git_commit(),
     }

@@ -145,7 +145,7 @@ class TaskSection(Section):
     dev: str | None = None
     train_split: str | None = None
     dev_split: str | None = None
-    format: Literal["auto", "tsv", "csv", "jsonl", "datasets", "hub"] = "auto"
+    format: Literal["auto", "tsv", "csv", "jsonl", "datasets"] = "auto"
     text: str = "text"
     text_pair: str | None = None
     label: str = "label"
@@ -172,8 +172,10 @@ class TaskSection(Section):
 
     @model_validator(mode="after")
     def _sources_and_metric(self) -> "TaskSection":
-        if self.builtin and (self.train or self.dev):
-            raise ValueError("expected builtin: true or files, got both")
+        free = {"name", "builtin", "metric", "unlabelled", "max_train_rows", "max_dev_rows"}
+        ignored = sorted(self.model_fields_set - free) if self.builtin else []
+        if ignored:
+            raise ValueError(f"builtin: true brings its own text and labels; remove {ignored}")
         if not self.builtin and not (self.train and self.dev):
             raise ValueError("expected both train and dev (or builtin: true)")
         regression_metric = self.metric in ("pearson", "spearman")
@@ -345,6 +347,10 @@ def _missing_needs(config: RunConfig) -> Iterator[str]:
         yield "expected a finetune section or teacher.finetuned, got both"
     if config.task and config.task.unlabelled and config.distillation.hard_weight:
         yield "distillation.hard_weight needs labels: set it to 0 or give no task.unlabelled"
+    for name in stages & {"pretrain", "general", "intermediate"}:
+        section = getattr(config, name)
+        if section.patience or section.eval_every:
+            yield f"{name} is not evaluated: remove its patience and eval_every"
     if config.tokenizer.vocab_size and config.corpus is None:
         yield "tokenizer.vocab_size trains a vocabulary on the corpus: it needs a corpus section"
     if config.tokenizer.vocab_size and (config.tokenizer.path or config.teacher.path):

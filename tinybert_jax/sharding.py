@@ -84,9 +84,10 @@ def num_batch_shards(mesh: Mesh) -> int:
 
 def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     if name.endswith("/embedding"):  # by rows: split columns would regather after every look-up
-        axes = tuple(a for a in ("fsdp", "tensor") if mesh.shape[a] > 1)
-        size = int(np.prod([mesh.shape[axis] for axis in axes]))
-        return PartitionSpec(axes if size > 1 and shape[0] % size == 0 else None)
+        for axes in (("fsdp", "tensor"), ("fsdp",), ("tensor",)):
+            if _divides(int(np.prod([mesh.shape[axis] for axis in axes])), shape[0]):
+                return PartitionSpec(axes)
+        return PartitionSpec()
     dims: list[str | None] = [None] * len(shape)
     for pattern, dim in _TENSOR_DIM:
         if pattern.search(name) and _divides(mesh.shape["tensor"], shape[dim]):

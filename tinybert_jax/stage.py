@@ -1,7 +1,9 @@
 """One training stage, first to last parameters: resume, train, evaluate, keep the best."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +14,7 @@ from tinybert_jax import checkpoint, loop, optim, sharding, train
 from tinybert_jax.data.pipeline import Batch, TokenRows, num_batches, train_batches
 from tinybert_jax.objectives import Objective
 from tinybert_jax.run import Run
-from tinybert_jax.sections import StageSection
+from tinybert_jax.sections import STAGES, StageSection
 
 Evaluate = Callable[[Any], dict[str, float]]
 
@@ -37,37 +39,34 @@ def run_stage(run: Run, training: Training) -> Any:
     per_epoch = num_batches(len(training.rows.lengths), section.global_batch_size)
     num_steps = section.num_steps or max(1, round((section.num_epochs or 0) * per_epoch))
     schedule, optimizer = _make_optimizer(section, num_steps)
-    data_key, param_key, step_key = _keys(run.config.seed, training.name)
-    params = training.init_params(param_key)
-    target = train.abstract_state(params, optimizer, step_key, run.mesh)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, target)
-    restored = checkpoint.restore_newest(folder / "last", target)
-    if restored is None:
-        state, progress = train.init_state(params, optimizer, step_key, run.mesh), {}
-    else:
-        state, progress = restored.tree, restored.meta
-        run.log.say(f"{training.name}: resumes at step {restored.step} of {num_steps}")
+    state, target, progress = _open_state(run, training, optimizer, folder)
     start_step = int(state.step)
-    run.log.rewind(training.name, start_step)
+    if start_step:
+        run.log.say(f"{training.name}: resumes at step {start_step} of {num_steps}")
 
     step_fn = train.make_train_step(
         training.objective,
         optimizer,
         schedule,
         run.mesh,
-        placed,
+        jax.tree.map(lambda leaf: leaf.sharding, target),
         gradient_accumulation_steps=section.gradient_accumulation_steps,
     )
     frozen = jax.device_put(
         training.frozen,
         sharding.shardings(sharding.param_specs(training.frozen, run.mesh), run.mesh),
     )
-    meter = _Meter(run, training, num_steps, start_step)
+    meter = _Meter(run, training, num_steps, start_step, progress.get("pending", []))
     judge = _Judge(run, training, folder, per_epoch, num_steps, progress, meter)
 
+    def is_due(step: int) -> bool:
+        return step % section.save_every == 0 or step == num_steps or judge.is_due(step)
+
     def save(step: int, state: train.TrainState) -> bool:
-        if step % section.save_every == 0 or step == num_steps or progress.get("stopped"):
-            with meter.paused():
+        # A new best is only ever one save ahead of the state that knows of it.
+        if is_due(step):
+            with meter.paused(state):
+                progress["pending"] = meter.snapshot()
                 checkpoint.save(folder / "last", step, state, progress)
         return False
 
@@ -75,21 +74,59 @@ def run_stage(run: Run, training: Training) -> Any:
         state = loop.fit(
             state,
             lambda state, batch: step_fn(state, batch, frozen),
-            _placed_batches(run, training, data_key, start_step),
+            _placed_batches(run, training, start_step),
             start_step=start_step,
             num_steps=num_steps,
             record=meter.record,
+            is_due=is_due,
             hooks=(judge, save),
         )
     if training.evaluate is None:
         return jax.device_get(state.params)
-    best = checkpoint.restore_newest(folder / "best", target.params)
-    assert best is not None  # the first evaluation made one
+    return _restore_best(run, training, folder / "best", target.params, progress)
+
+
+def _open_state(
+    run: Run, training: Training, optimizer: optax.GradientTransformation, folder: Path
+) -> tuple[train.TrainState, train.TrainState, dict[str, Any]]:
+    """The state to go on from, its abstract form, and the progress that was saved with it."""
+    param_key, step_key = _keys(run.config.seed, training.name)
+    params = training.init_params(param_key)
+    target = train.abstract_state(params, optimizer, step_key, run.mesh)
+    fingerprint = training.rows.fingerprint()
+    restored = checkpoint.restore_newest(folder / "last", target)
+    if restored is None:
+        state = train.init_state(params, optimizer, step_key, run.mesh)
+        progress: dict[str, Any] = {"data": fingerprint}
+    else:
+        state, progress = restored.tree, restored.meta
+        _check_same_data(training.name, progress["data"], fingerprint)
+    run.log.rewind(training.name, int(state.step))
+    checkpoint.discard_after(folder / "best", int(state.step))
+    return state, target, progress
+
+
+def _restore_best(run: Run, training: Training, folder: Path, target: Any, progress: dict) -> Any:
+    best = checkpoint.restore_newest(folder, target)
+    if best is None or best.step != progress["best_step"]:
+        raise ValueError(
+            f"{training.name}: expected the best parameters of step {progress['best_step']} in "
+            f"{folder}, found {'none' if best is None else f'step {best.step}'} intact; delete "
+            f"{folder.parent} to train this stage again"
+        )
     run.log.say(
         f"{training.name}: best {training.score} {progress['best_score']:.4f} "
         f"at step {progress['best_step']}"
     )
     return jax.device_get(best.tree)
+
+
+def _check_same_data(stage: str, before: str, now: str) -> None:
+    if before != now:
+        raise ValueError(
+            f"{stage}: expected the data that this run began with ({before[:12]}), got other data "
+            f"({now[:12]}); restore the files or package versions, or choose another run_dir"
+        )
 
 
 class _Judge:
@@ -100,10 +137,14 @@ class _Judge:
         self.every = training.section.eval_every or per_epoch
         self.num_steps, self.progress, self.meter = num_steps, progress, meter
 
+    def is_due(self, step: int) -> bool:
+        is_time = step % self.every == 0 or step == self.num_steps
+        return self.training.evaluate is not None and is_time
+
     def __call__(self, step: int, state: train.TrainState) -> bool:
-        if self.training.evaluate is None or (step % self.every and step != self.num_steps):
+        if self.training.evaluate is None or not self.is_due(step):
             return False
-        with self.meter.paused():
+        with self.meter.paused(state):
             values = self.training.evaluate(state.params)
             self.run.log.write("eval", self.training.name, step, values)
             shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
@@ -113,7 +154,7 @@ class _Judge:
     def _keep(self, step: int, state: train.TrainState, score: float) -> bool:
         if score > self.progress.get("best_score", -np.inf):
             self.progress |= {"best_score": score, "best_step": step, "evals_since_best": 0}
-            checkpoint.save(self.folder / "best", step, state.params, {}, keep=1)
+            checkpoint.save(self.folder / "best", step, state.params, {}, keep=2)
             return False
         self.progress["evals_since_best"] += 1
         patience = self.training.section.patience
@@ -125,9 +166,11 @@ class _Judge:
 class _Meter:
     """Averages step metrics and turns them into rates, leaving pauses out of the clock."""
 
-    def __init__(self, run: Run, training: Training, num_steps: int, start_step: int):
+    def __init__(self, run: Run, training: Training, num_steps: int, start_step: int, pending):
         self.run, self.training, self.num_steps = run, training, num_steps
-        self.pending: list[tuple[dict[str, jax.Array], int, int]] = []
+        # (metrics, rows, width) of each step since the last line; a resume brings the first ones.
+        self.pending: list[tuple[dict[str, Any], int, int]] = [tuple(step) for step in pending]
+        self.num_restored = len(self.pending)
         self.last_step, self.since, self.pause = start_step, time.perf_counter(), 0.0
 
     def record(self, step: int, batch: Batch, metrics: dict[str, jax.Array]) -> None:
@@ -138,55 +181,51 @@ class _Meter:
         values = self._average(step)
         self.run.log.write("train", self.training.name, step, values)
         self.run.log.progress(self.training.name, step, self.num_steps, values)
-        if not np.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"{self.training.name}: expected a finite loss, got {values['loss']} within steps "
-                f"{self.last_step + 1}–{step}; lower {self.training.name}.learning_rate. The last "
-                "checkpoint before it is kept"
-            )
-        self.last_step, self.pause = step, 0.0
+        self.last_step, self.pause, self.num_restored = step, 0.0, 0
         self.since = time.perf_counter()
+        self.pending.clear()
+
+    def snapshot(self) -> list[tuple[dict[str, float], int, int]]:
+        """The steps that no line tells of yet, as plain numbers; raises where one is not finite."""
+        fetched = jax.device_get(self.pending)
+        plain = [({n: float(v) for n, v in m.items()}, rows, width) for m, rows, width in fetched]
+        for values, _, _ in plain:
+            if not np.isfinite([values["loss"], values["grad_norm"]]).all():
+                raise FloatingPointError(
+                    f"{self.training.name}: expected a finite loss and gradient, got "
+                    f"{values['loss']} and {values['grad_norm']} after step {self.last_step}; "
+                    f"lower {self.training.name}.learning_rate. The last checkpoint before is kept"
+                )
+        return plain
 
     def _average(self, step: int) -> dict[str, float]:
-        fetched = jax.device_get([metrics for metrics, _, _ in self.pending])
+        steps = self.snapshot()
         seconds = max(time.perf_counter() - self.since - self.pause, 1e-9)
-        tokens = [float(metrics["num_tokens"]) for metrics in fetched]
-        flops = sum(
-            count * self.training.flops_per_token(width)
-            for count, (_, _, width) in zip(tokens, self.pending, strict=True)
-        )
-        values = {
-            name: float(np.mean([metrics[name] for metrics in fetched]))
-            for name in fetched[0]
+        timed = steps[self.num_restored :]
+        tokens = sum(metrics["num_tokens"] for metrics, _, _ in timed)
+        flops = sum(m["num_tokens"] * self.training.flops_per_token(width) for m, _, width in timed)
+        all_tokens = sum(metrics["num_tokens"] for metrics, _, _ in steps)
+        means = {
+            name: float(np.mean([metrics[name] for metrics, _, _ in steps]))
+            for name in steps[0][0]
             if name not in ("num_tokens", "learning_rate")
         }
-        num_slots = sum(rows * width for _, rows, width in self.pending)
-        steps = len(self.pending)
-        self.pending.clear()
-        return values | {
-            "learning_rate": float(fetched[-1]["learning_rate"]),
-            "tokens_per_second": sum(tokens) / seconds,
-            "padding_share": 1 - sum(tokens) / num_slots,
+        return means | {
+            "learning_rate": steps[-1][0]["learning_rate"],
+            "tokens_per_second": tokens / seconds,
+            "padding_share": 1 - all_tokens / sum(rows * width for _, rows, width in steps),
             "mfu": flops / seconds / self.run.peak_flops,
             "seconds": seconds,
-            "seconds_left": seconds / steps * (self.num_steps - step),
+            "seconds_left": seconds / max(len(timed), 1) * (self.num_steps - step),
         }
 
-    def paused(self):
-        return _Pause(self)
-
-
-class _Pause:
-    def __init__(self, meter: _Meter):
-        self.meter = meter
-
-    def __enter__(self) -> None:
-        # Work still in flight belongs to training, not to the pause.
-        jax.block_until_ready([metrics for metrics, _, _ in self.meter.pending])
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.meter.pause += time.perf_counter() - self.start
+    @contextlib.contextmanager
+    def paused(self, state: train.TrainState) -> Iterator[None]:
+        """Leaves what runs inside out of the clock; work still in flight belongs to training."""
+        jax.block_until_ready(state)
+        start = time.perf_counter()
+        yield
+        self.pause += time.perf_counter() - start
 
 
 def _make_optimizer(
@@ -212,23 +251,21 @@ def _make_optimizer(
     return schedule, optimizer
 
 
-def _keys(seed: int, stage: str) -> tuple[int, jax.Array, jax.Array]:
-    """Data seed, parameter key and step key; each stage draws its own from the run's seed."""
-    stage_id = int.from_bytes(stage.encode(), "little") % 2**31
-    key = jax.random.fold_in(jax.random.key(seed), stage_id)
-    param_key, step_key = jax.random.split(key)
-    return (seed + stage_id) % 2**31, param_key, step_key
+def _keys(seed: int, stage: str) -> tuple[jax.Array, jax.Array]:
+    """Parameter key and step key; each stage draws its own from the run's seed."""
+    param_key, step_key = jax.random.split(
+        jax.random.fold_in(jax.random.key(seed), STAGES.index(stage))
+    )
+    return param_key, step_key
 
 
-def _placed_batches(
-    run: Run, training: Training, data_seed: int, start_step: int
-) -> Iterator[Batch]:
+def _placed_batches(run: Run, training: Training, start_step: int) -> Iterator[Batch]:
     placement = sharding.batch_sharding(run.mesh)
     batches = train_batches(
         training.rows,
         buckets=training.section.buckets(),
         global_batch_size=training.section.global_batch_size,
-        seed=data_seed,
+        seed=(run.config.seed, STAGES.index(training.name)),
         start_step=start_step,
         pad_token_id=run.tokenizer.pad_token_id,
     )

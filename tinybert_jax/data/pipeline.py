@@ -3,6 +3,7 @@
 The order of examples is a pure function of (seed, step): nothing has to be replayed to resume.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,13 @@ class TokenRows(NamedTuple):
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all content: what a resumed run compares."""
+        digest = hashlib.sha256()
+        for array in (self.ids, self.offsets, self.second, self.labels):
+            digest.update(b"none" if array is None else np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
 
 class Batch(NamedTuple):
@@ -80,13 +88,6 @@ def tokenize_corpus(tokenizer: Any, documents: Sequence[str], max_length: int) -
     return _rows(rows, [len(row) for row in rows], None, 0)
 
 
-def take_rows(rows: TokenRows, chosen: np.ndarray) -> TokenRows:
-    """The rows of the given indices, in that order."""
-    ids = [rows.ids[rows.offsets[i] : rows.offsets[i + 1]] for i in chosen]
-    labels = None if rows.labels is None else rows.labels[chosen]
-    return _rows(ids, rows.second[chosen], labels, rows.num_truncated)
-
-
 def num_batches(num_rows: int, global_batch_size: int) -> int:
     """Steps of one epoch: every row once; the last batch may hold filler."""
     return -(-num_rows // global_batch_size)
@@ -97,7 +98,7 @@ def plan_epoch(
     *,
     buckets: Sequence[int],
     global_batch_size: int,
-    seed: int | None,
+    seed: int | Sequence[int] | None,
     epoch: int = 0,
 ) -> list[Plan]:
     """Groups rows of like length into batches; each row exactly once, shuffled by (seed, epoch).
@@ -105,7 +106,7 @@ def plan_epoch(
     A batch holds rows of one bucket; what is left of all buckets makes the last, mixed batches.
     `seed=None` keeps the given order within each bucket, for evaluation.
     """
-    rng = None if seed is None else np.random.default_rng((seed, epoch))
+    rng = None if seed is None else np.random.default_rng([*np.atleast_1d(seed), epoch])
     order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
     bucket_of = np.searchsorted(buckets, lengths)
     assert bucket_of.max(initial=0) < len(buckets), "a row is longer than the widest bucket"
@@ -145,7 +146,7 @@ def train_batches(
     *,
     buckets: Sequence[int],
     global_batch_size: int,
-    seed: int,
+    seed: int | Sequence[int],
     start_step: int,
     pad_token_id: int,
 ) -> Iterator[Batch]:

@@ -19,6 +19,8 @@ _RECIPES = {
     "prediction": distill.prediction,
     "baseline": lambda run: finetune.main(run, "baseline"),
 }
+# What a run is for, the best first: a student before a teacher.
+_PRODUCTS = ("prediction", "intermediate", "general", "finetune", "pretrain")
 
 
 def main(config: RunConfig, stages: Sequence[str] = STAGES, command: str = "") -> Path:
@@ -33,9 +35,8 @@ def main(config: RunConfig, stages: Sequence[str] = STAGES, command: str = "") -
             is_new = _run_once(run, name)
             if is_new and name == "finetune" and {"intermediate", "prediction"} & set(chosen):
                 check_teacher(run)
-        product = [name for name in chosen if name != "baseline"][-1:]
-        if product:
-            publish(run, product[0])
+        product = next((name for name in _PRODUCTS if run.is_done(name)), "baseline")
+        publish(run, product)
         summary = results.collect(run, _seconds(run), command)
         (run.folder / "results.json").write_text(
             json.dumps(summary, indent=2) + "\n", encoding="utf-8"
