@@ -70,3 +70,11 @@ def test_damage_is_found_set_aside_and_the_step_before_is_taken(tmp_path, damage
         restored = checkpoint.restore_newest(folder, _abstract(_tree()))
     assert restored.step == 1 and float(restored.tree["w"][0]) == 1
     assert (folder / "damaged-2").is_dir()
+
+
+def test_steps_of_a_future_that_did_not_happen_are_discarded(tmp_path):
+    folder = tmp_path / "c"
+    for step in (3, 5):
+        checkpoint.save(folder, step, _tree(step), {})
+    checkpoint.discard_after(folder, 4)
+    assert checkpoint.restore_newest(folder, _abstract(_tree())).step == 3

@@ -82,6 +82,11 @@ def test_all_mistakes_at_once_with_paths_and_nearest_names(tmp_path):
         ("tokenizer.path=null", "expected a tokenizer"),
         ("finetune=null", "at least one stage"),
         ("task.unlabelled=rest", "expects max_train_rows"),
+        ("task={builtin: true, text: body}", "brings its own text"),
+        (
+            "general={num_steps: 1, learning_rate: 1, patience: 2}",
+            "general is not evaluated",
+        ),
         ("seed", "expected key.path=value"),
         ("run_dir.x=1", "expected a section at 'run_dir'"),
         ("task.train=${SURELY_NOT_SET_ANYWHERE}", "SURELY_NOT_SET_ANYWHERE, which is not set"),

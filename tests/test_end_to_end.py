@@ -149,6 +149,23 @@ def test_killed_in_every_stage_it_ends_with_the_same_bits(golden):
     assert before["share_kept"] == now["share_kept"]
 
 
+def test_data_changed_under_a_resume_is_refused(golden, tmp_path):
+    folder, _ = golden
+    for name in ("run.yaml", "train.tsv", "dev.tsv", "corpus.txt"):
+        text = (folder / name).read_text().replace(str(folder), str(tmp_path))
+        (tmp_path / name).write_text(text)
+    _run_until_killed(tmp_path, tmp_path / "run", "pretrain")
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(corpus.read_text() + "\n\none more document about the sea and the wave")
+    before = {
+        p: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").rglob("*") if p.is_file()
+    }
+    done = subprocess.run(_command(tmp_path, "run"), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "pretrain: expected the data that this run began with" in done.stderr
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
 def _run_until_killed(folder, run, stage):
     """Starts or resumes the run and SIGKILLs it as soon as `stage` has logged step 12."""
     process = subprocess.Popen(

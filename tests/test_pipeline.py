@@ -108,3 +108,13 @@ def test_wordpiece_training_is_deterministic(tokenizer):
     again = vocab.train_wordpiece(SENTENCES, vocab_size=120)
     assert again.get_vocab() == tokenizer.get_vocab()
     assert tokenizer.tokenize("Café MAT") == again.tokenize("cafe mat")
+
+
+def test_fingerprint_tells_any_change(rows):
+    same = rows._replace(ids=rows.ids.copy())
+    assert same.fingerprint() == rows.fingerprint()
+    ids, labels = rows.ids.copy(), rows.labels.copy()
+    ids[3] += 1
+    labels[0] += 1
+    changed = [rows._replace(ids=ids), rows._replace(labels=labels), rows._replace(labels=None)]
+    assert len({r.fingerprint() for r in (rows, *changed)}) == 4

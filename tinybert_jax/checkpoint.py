@@ -95,6 +95,8 @@ def _fault(checkpoint: Path) -> str | None:
         expected = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"expected a readable {_MANIFEST}, got {type(error).__name__}"
+    if not isinstance(expected, dict):
+        return f"expected an object in {_MANIFEST}, got {type(expected).__name__}"
     actual = _hashes(checkpoint)
     different = sorted(
         name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name)

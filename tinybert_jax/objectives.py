@@ -1,5 +1,6 @@
 """What a stage minimises: losses put together, as pure functions of parameters and a batch."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -83,7 +84,8 @@ def make_mlm(
             vocab_size=vocab_size,
         )
         width = batch.input_ids.shape[1]
-        room = min(width, int(mask_rate * width * 1.3) + 4)
+        mean = mask_rate * width
+        room = min(width, math.ceil(mean + 4 * math.sqrt(mean * (1 - mask_rate))) or 1)
         positions, labels = masking.gather_masked(labels, room)
         predictions = jnp.sum(labels != masking.IGNORED_LABEL, dtype=jnp.float32)
         counts = count_units(batch)._replace(predictions=predictions)

@@ -313,13 +313,14 @@ def _write_identity(folder: Path, config: RunConfig, mesh: Mesh) -> None:
 
 def _git_commit() -> str:
     """The commit of the package's own checkout, or 'none' for an installed package."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # or it is somebody else's checkout
+        return git("rev-parse", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return "none"
 

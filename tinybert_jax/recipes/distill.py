@@ -106,7 +106,7 @@ def _layers(run: Run, stage: str, rows: TokenRows, teacher_folder: str | Path) -
             projection_key, run.student_sizes.hidden_size, run.teacher.hidden_size, num_projections
         )
         if start is not None and (Path(start) / _PROJECTION).is_file():
-            projection = load_file(Path(start) / _PROJECTION)
+            projection = _load_projection(Path(start) / _PROJECTION, projection)
         elif start is None and run.starts_from_embeddings:
             student, directions = distill.start_from_teacher_embeddings(student, teacher)
             projection["kernel"] = jnp.tile(directions.T[None], (num_projections, 1, 1))
@@ -143,6 +143,18 @@ def _layers(run: Run, stage: str, rows: TokenRows, teacher_folder: str | Path) -
     hf_files.save_model(
         run.model_folder(stage), params["student"], run.student_sizes, run.tokenizer, extra=extra
     )
+
+
+def _load_projection(file: Path, expected: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+    loaded = load_file(file)
+    for name, array in expected.items():
+        if name not in loaded or loaded[name].shape != array.shape:
+            got = list(loaded[name].shape) if name in loaded else "none"
+            raise ValueError(
+                f"{file}: expected {name} of shape {list(array.shape)}, got {got}; set "
+                "distillation.projection as it was, or remove the file for a fresh projection"
+            )
+    return loaded
 
 
 def _announce(run: Run, stage: str, rows: TokenRows) -> None:
