@@ -75,7 +75,9 @@ def test_datasets_dict_wants_a_split_and_brings_its_class_names(tmp_path):
     _same(read_labelled(path, text="text", label="label", split="train"))
     dev = read_labelled(path, text="text", label="label", split="dev")
     assert (dev.labels.tolist(), dev.label_names) == ([0], ("neg", "pos"))
-    named = read_labelled(path, text="text", label="label", split="dev", labels={0: "no", 1: "yes"})
+    named = read_labelled(
+        path, text="text", label="label", split="dev", labels={"0": "no", "1": "yes"}
+    )
     assert named.label_names == ("no", "yes")
     _fails("splits train, dev", "None", path=path)
     _fails("splits train, dev", "'test'", path=path, split="test")

@@ -19,7 +19,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,7 +41,7 @@ def builtin_corpus() -> list[str]:
     ]
 
 
-def builtin_task(split: Literal["train", "dev"], *, max_per_class: int = 2000) -> LabelledText:
+def builtin_task(split: str, *, max_per_class: int = 2000) -> LabelledText:
     """Sentences labelled with the package they come from, in a fixed mixed order.
 
     Every class has equally many: the smallest class's number, at most `max_per_class`. A smaller
