@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from tinybert_jax import cost, distill
