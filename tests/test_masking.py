@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tinybert_jax.masking import gather_masked, mask_tokens
+from tinybert_jax.masking import MAX_SPAN, SPAN_STOP, gather_masked, mask_tokens, num_slots
 
 VOCAB_SIZE, MASK_TOKEN_ID = 1000, 999
 KEY = jax.random.key(0)
+UNITS = ["token", "whole_word", "span"]
+IS_CONTINUATION = np.random.default_rng(7).random(VOCAB_SIZE) < 0.25
 
 
 @pytest.mark.parametrize("rate", [0.15, 0.4])
@@ -35,10 +37,119 @@ def test_rates_and_shares(rate):
     np.testing.assert_array_equal(labels[chosen], input_ids[chosen])
 
 
-def test_only_maskable_tokens_are_touched():
+@pytest.mark.parametrize("unit", ["whole_word", "span"])
+@pytest.mark.parametrize("rate", [0.15, 0.4])
+def test_rates_and_shares_of_words_and_spans(unit, rate):
+    """The tokens of a row are drawn together, so sigma is that of the rows' own counts."""
+    input_ids, maskable = random_batch(1024, 128)
+
+    inputs, labels = mask(input_ids, maskable, KEY, rate, unit)
+
+    chosen = labels != -100
+    assert_mean(chosen.sum(-1) - rate * maskable.sum(-1))
+    for column in (slice(0, 4), slice(124, 128)):  # the ends of a row as often as its middle
+        assert_mean(chosen[:, column].sum(-1) - rate * maskable[:, column].sum(-1))
+    became_mask = chosen & (inputs == MASK_TOKEN_ID)
+    stayed = chosen & (inputs == input_ids)
+    assert_mean(became_mask.sum(-1) - 0.8 * chosen.sum(-1))
+    assert_mean(stayed.sum(-1) - (0.1 + 0.1 / VOCAB_SIZE) * chosen.sum(-1))
+    np.testing.assert_array_equal(labels[chosen], input_ids[chosen])
+    np.testing.assert_array_equal(inputs[~chosen], input_ids[~chosen])
+
+
+@pytest.mark.parametrize("unit", ["whole_word", "span"])
+def test_words_are_masked_whole(unit):
+    input_ids, maskable = random_batch(256, 64)
+
+    _, labels = mask(input_ids, maskable, KEY, 0.3, unit)
+
+    num_long = 0
+    for row in range(256):
+        for word in words_of(input_ids[row], maskable[row]):
+            assert len(set((labels[row, word] != -100).tolist())) == 1
+            num_long += len(word) > 1
+    assert num_long > 500
+
+
+def test_each_word_is_drawn_alone():
+    """Words of a row as independent as tokens: the number of chosen words is binomial."""
+    input_ids, maskable = random_batch(1024, 64)
+
+    _, labels = mask(input_ids, maskable, KEY, 0.15, "whole_word")
+
+    excess = []
+    for row in range(1024):
+        firsts = [word[0] for word in words_of(input_ids[row], maskable[row])]
+        num_chosen = (labels[row, firsts] != -100).sum()
+        excess.append((num_chosen - 0.15 * len(firsts)) ** 2 - 0.15 * 0.85 * len(firsts))
+    assert_mean(np.array(excess))
+
+
+def test_spans_are_as_long_as_those_laid_down_one_by_one():
+    """Runs of chosen words against a simulation: Poisson many spans at a word, each a Geo(0.2)."""
+    num_rows, num_words, rate = 4096, 64, 0.05
+    lengths = np.arange(1, MAX_SPAN + 1)
+    probs = SPAN_STOP * (1 - SPAN_STOP) ** (lengths - 1)
+    probs /= probs.sum()
+    assert 3.75 < probs @ lengths < 3.85  # the paper's mean, 3.8
+    rng = np.random.default_rng(0)
+    expected = np.zeros((num_rows, num_words), bool)
+    num_spans = -np.log(1 - rate) / (probs @ lengths)
+    for row, start in np.argwhere(rng.random((num_rows, num_words + MAX_SPAN)) < num_spans):
+        begin = start - MAX_SPAN
+        expected[row, max(begin, 0) : max(begin + rng.choice(lengths, p=probs), 0)] = True
+
+    input_ids = np.where(IS_CONTINUATION, 0, np.arange(VOCAB_SIZE))[
+        rng.integers(0, VOCAB_SIZE - 1, (num_rows, num_words))
+    ].astype(np.int32)
+    _, labels = mask(input_ids, np.ones_like(input_ids, bool), KEY, rate, "span")
+
+    got, want = (np.bincount(runs(chosen), minlength=80) for chosen in (labels != -100, expected))
+    for length in range(1, 14):
+        sigma = np.sqrt(got[length] + want[length])
+        assert abs(got[length] - want[length]) <= 3 * sigma, (length, got, want)
+
+
+def test_a_span_is_corrupted_in_one_way():
+    input_ids, maskable = random_batch(256, 64)
+    maskable = np.ones_like(maskable)
+
+    inputs, labels = mask(input_ids, maskable, KEY, 0.15, "span")
+
+    is_mask, is_kept = inputs == MASK_TOKEN_ID, inputs == input_ids
+    kind = 2 * is_mask + is_kept
+    together = (labels[:, 1:] != -100) & (labels[:, :-1] != -100)  # neighbours in one run
+    num_mixed = (together & (kind[:, 1:] != kind[:, :-1])).sum()
+    assert num_mixed <= 0.002 * together.sum()  # a random id may be the mask or the old one
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_row_has_room_for_what_is_masked(unit):
+    input_ids, maskable = random_batch(2048, 128)
+
+    _, labels = mask(input_ids, np.ones_like(maskable), KEY, 0.15, unit)
+
+    lost = np.maximum((labels != -100).sum(-1) - num_slots(0.15, 128, unit), 0)
+    assert lost.sum() <= 1e-4 * (labels != -100).sum()
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_traced_rate_masks_like_a_constant_one(unit):
     input_ids, maskable = random_batch(8, 32)
 
-    inputs, labels = mask(input_ids, maskable, KEY, 1.0)
+    traced = jax.jit(functools.partial(mask_with, unit=unit))(
+        input_ids, maskable, KEY, jnp.float32(0.25)
+    )
+
+    for got, want in zip(traced, mask(input_ids, maskable, KEY, 0.25, unit), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_only_maskable_tokens_are_touched(unit):
+    input_ids, maskable = random_batch(8, 32)
+
+    inputs, labels = mask(input_ids, maskable, KEY, 1.0, unit)
 
     np.testing.assert_array_equal(labels != -100, maskable)
     np.testing.assert_array_equal(inputs[~maskable], input_ids[~maskable])
@@ -52,23 +163,25 @@ def test_unchosen_tokens_are_kept():
     np.testing.assert_array_equal(inputs[labels == -100], input_ids[labels == -100])
 
 
-def test_rate_zero_masks_nothing():
+@pytest.mark.parametrize("unit", UNITS)
+def test_rate_zero_masks_nothing(unit):
     input_ids, maskable = random_batch(8, 32)
 
-    inputs, labels = mask(input_ids, maskable, KEY, 0.0)
+    inputs, labels = mask(input_ids, maskable, KEY, 0.0, unit)
 
     np.testing.assert_array_equal(inputs, input_ids)
     assert (labels == -100).all()
 
 
-def test_a_row_depends_on_key_and_index_only():
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_row_depends_on_key_and_index_only(unit):
     input_ids, maskable = random_batch(8, 32)
-    inputs, labels = mask(input_ids, maskable, KEY, 0.4)
+    inputs, labels = mask(input_ids, maskable, KEY, 0.4, unit)
 
-    few_inputs, few_labels = mask(input_ids[:3], maskable[:3], KEY, 0.4)
-    other_inputs, _ = mask(input_ids, maskable, jax.random.key(1), 0.4)
+    few_inputs, few_labels = mask(input_ids[:3], maskable[:3], KEY, 0.4, unit)
+    other_inputs, _ = mask(input_ids, maskable, jax.random.key(1), 0.4, unit)
     same = np.tile(input_ids[:1], (8, 1))
-    same_inputs, _ = mask(same, np.ones_like(maskable), KEY, 0.4)
+    same_inputs, _ = mask(same, np.ones_like(maskable), KEY, 0.4, unit)
 
     np.testing.assert_array_equal(few_inputs, inputs[:3])
     np.testing.assert_array_equal(few_labels, labels[:3])
@@ -76,7 +189,8 @@ def test_a_row_depends_on_key_and_index_only():
     assert len(np.unique(same_inputs, axis=0)) == 8
 
 
-def test_all_devices_draw_what_one_device_draws():
+@pytest.mark.parametrize("unit", UNITS)
+def test_all_devices_draw_what_one_device_draws(unit):
     batch = 2 * jax.device_count()
     input_ids, maskable = random_batch(batch, 32)
     mesh = Mesh(np.array(jax.devices()), ("data",))
@@ -84,7 +198,7 @@ def test_all_devices_draw_what_one_device_draws():
         (input_ids, maskable), NamedSharding(mesh, PartitionSpec("data", None))
     )
 
-    results = mask(*sharded, KEY, 0.4), mask(input_ids, maskable, KEY, 0.4)
+    results = mask(*sharded, KEY, 0.4, unit), mask(input_ids, maskable, KEY, 0.4, unit)
 
     for got, want in zip(*results, strict=True):
         np.testing.assert_array_equal(got, want)
@@ -124,15 +238,47 @@ def random_batch(batch, seq):
     return input_ids, rng.random((batch, seq)) < 0.8
 
 
-def mask(input_ids, maskable, key, rate):
-    return tuple(map(np.asarray, jitted_mask_tokens(input_ids, maskable, key, rate)))
+def words_of(input_ids, maskable):
+    """Positions of each maskable word: a piece and those that continue it without a gap."""
+    words = []
+    for i in np.flatnonzero(maskable):
+        if words and words[-1][-1] == i - 1 and IS_CONTINUATION[input_ids[i]]:
+            words[-1].append(i)
+        else:
+            words.append([i])
+    return words
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def jitted_mask_tokens(input_ids, maskable, key, rate):
+def runs(chosen):
+    """Lengths of the runs of True within the rows; those cut by a row's end left out."""
+    padded = np.pad(chosen, ((0, 0), (1, 1))).astype(int)
+    change = np.diff(padded, axis=1)
+    begins, ends = np.argwhere(change == 1), np.argwhere(change == -1)
+    inner = (begins[:, 1] > 0) & (ends[:, 1] < chosen.shape[1])
+    return (ends[:, 1] - begins[:, 1])[inner]
+
+
+def mask(input_ids, maskable, key, rate, unit="token"):
+    jitted = jax.jit(mask_with, static_argnums=(3, 4))
+    return tuple(map(np.asarray, jitted(input_ids, maskable, key, rate, unit)))
+
+
+def mask_with(input_ids, maskable, key, rate, unit):
     return mask_tokens(
-        input_ids, maskable, key, rate=rate, mask_token_id=MASK_TOKEN_ID, vocab_size=VOCAB_SIZE
+        input_ids,
+        maskable,
+        key,
+        rate=rate,
+        mask_token_id=MASK_TOKEN_ID,
+        vocab_size=VOCAB_SIZE,
+        unit=unit,
+        is_continuation=jnp.asarray(IS_CONTINUATION),
     )
+
+
+def assert_mean(per_row):
+    """Zero within three standard errors; the key is fixed, so this never flakes."""
+    assert abs(per_row.mean()) <= 3 * per_row.std() / np.sqrt(len(per_row))
 
 
 def assert_share(successes, trials, share):

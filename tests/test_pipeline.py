@@ -110,6 +110,15 @@ def test_wordpiece_training_is_deterministic(tokenizer):
     assert tokenizer.tokenize("Café MAT") == again.tokenize("cafe mat")
 
 
+def test_pieces_that_continue_a_word_are_the_tokenizers_own(tokenizer):
+    table = vocab.is_continuation(tokenizer)
+    encoded = tokenizer("foxes jumping over zebras .", add_special_tokens=False)
+    words = encoded.word_ids()
+    expected = [i > 0 and words[i] == words[i - 1] for i in range(len(words))]
+    assert table[encoded["input_ids"]].tolist() == expected
+    assert any(expected) and not table[tokenizer.all_special_ids].any()
+
+
 def test_fingerprint_tells_any_change(rows):
     same = rows._replace(ids=rows.ids.copy())
     assert same.fingerprint() == rows.fingerprint()

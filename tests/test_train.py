@@ -101,7 +101,7 @@ def _loss(objective, params, batch, frozen):
 
     @jax.jit
     def loss(params, batch, frozen):
-        return objective.loss(params, *objective.prepare(batch, key), key, frozen)
+        return objective.loss(params, *objective.prepare(batch, key, jnp.int32(0)), key, frozen)
 
     return loss(params, batch, frozen)
 
@@ -141,6 +141,38 @@ def test_filler_rows_change_nothing(kind):
     )
     losses = [_loss(objective, params, b, frozen)[0] for b in (batch, other)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("unit", ["token", "whole_word", "span"])
+def test_the_mask_rate_moves_over_the_stage_and_every_step_draws_anew(unit):
+    num_steps, step_key = 11, jax.random.key(5)
+    objective = objectives.make_mlm(
+        make_masked_lm(STUDENT)[0],
+        mask_rate=0.4,
+        mask_rate_end=0.1,
+        num_steps=num_steps,
+        mask_token_id=4,
+        special_token_ids=(0, 1, 2),
+        vocab_size=52,
+        unit=unit,
+        is_continuation=np.arange(52) % 4 == 3,
+    )
+    ids = np.random.default_rng(0).integers(5, 50, (2048, 64)).astype(np.int32)
+    batch = Batch(ids, np.ones(ids.shape, bool), 0 * ids, ids[:, 0], np.ones(len(ids), np.float32))
+    batch = jax.tree.map(jnp.asarray, batch)
+
+    @jax.jit
+    def predictions(step):
+        masked, counts = objective.prepare(batch, jax.random.fold_in(step_key, step), step)
+        return masked.labels[:, 0], (masked.labels[:, 1] != -100).sum(-1), counts.predictions
+
+    for step, rate in ((0, 0.4), (5, 0.25), (num_steps - 1, 0.1), (50, 0.1)):
+        _, per_row, total = predictions(jnp.int32(step))
+        assert total == per_row.sum()
+        error = 3 * per_row.std() / np.sqrt(len(ids))
+        assert abs(per_row.mean() - 64 * rate) <= error
+    chosen = [np.asarray(predictions(jnp.int32(step))[0]) for step in (49, 50)]  # one rate
+    assert (chosen[0] != chosen[1]).any(-1).mean() > 0.9  # few rows have no span in either
 
 
 def test_layer_objective_equals_the_papers_sum_written_in_torch():

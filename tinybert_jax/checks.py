@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from tinybert_jax import config as configs
 from tinybert_jax import distill, optim, sharding
 from tinybert_jax.convert import hf_files, hf_folder
+from tinybert_jax.data import vocab
 from tinybert_jax.data.pipeline import MIN_TOKENS
 from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.sections import ModelConfig, RunConfig, StageSection
@@ -70,6 +71,8 @@ def check_vocabularies(config: RunConfig, tokenizer: Any) -> None:
         hf_folder.check_same_pieces(tokenizer, config.student.path, "student")
     if config.pretrain and tokenizer.mask_token is None:
         raise ValueError("pretrain: expected a tokenizer with a mask_token, got one without")
+    if config.pretrain and config.pretrain.mask_unit != "token":
+        vocab.is_continuation(tokenizer)
 
 
 def check_sizes(

@@ -4,11 +4,22 @@ This module owns which tokens are masked, with what, and where the masked positi
 own which tokens may be masked at all (the data pipeline marks them) nor the loss.
 """
 
+import math
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 IGNORED_LABEL = -100
+MAX_SPAN = 10  # words; SpanBERT's clip and its geometric parameter
+SPAN_STOP = 0.2
+
+Unit = Literal["token", "whole_word", "span"]
+
+# The variance of the number of masked tokens in a row, against that of independent tokens. Words
+# of 1.3 pieces and spans of 3.8 words that may touch stay well below.
+_CLUSTER = {"token": 1, "whole_word": 3, "span": 12}
 
 
 def mask_tokens(
@@ -16,34 +27,64 @@ def mask_tokens(
     maskable: Bool[Array, "batch seq"],
     key: PRNGKeyArray,
     *,
-    rate: float,
+    rate: float | Float[Array, ""],
     mask_token_id: int,
     vocab_size: int,
+    unit: Unit = "token",
+    is_continuation: Bool[Array, " vocab"] | None = None,
 ) -> tuple[Int[Array, "batch seq"], Int[Array, "batch seq"]]:
     """Choose each maskable token with probability `rate`; return (inputs, labels).
 
+    `unit` is what is chosen together: "token"; "whole_word", a piece and those after it that
+    `is_continuation` marks (Devlin's update of May 2019); "span", words in a row, their number
+    geometric up to `MAX_SPAN` (Joshi et al. 2020, section 3.1), a run of more where two meet.
+
     Of the chosen ones 80 % become `mask_token_id`, 10 % a uniformly random id below `vocab_size`,
-    10 % stay (Devlin et al. 2019, section 3.1). Labels hold the original id where chosen, else
-    -100. Row r depends only on its content, `key` and r, not on the batch size or the sharding.
-    Raises ValueError for a rate outside 0..1. Rate 0 masks nothing.
+    10 % stay (Devlin et al. 2019, section 3.1), drawn for each token, or for a span as a whole.
+    Labels hold the original id where chosen, else -100. Row r depends only on its content, `key`
+    and r, not on the batch size or the sharding. Raises ValueError for a rate outside 0..1 (a
+    traced one is trusted). Rate 0 masks nothing.
     """
-    if not 0 <= rate <= 1:
+    if isinstance(rate, int | float) and not 0 <= rate <= 1:
         raise ValueError(f"rate: expected a probability in 0..1, got {rate}; for 15 % write 0.15")
     batch, seq = input_ids.shape
 
-    def draw_row(row: Array) -> tuple[Array, Array]:
+    def draw_row(row: Array) -> tuple[Array, ...]:
         choice_key, token_key = jax.random.split(jax.random.fold_in(key, row))
-        choice = jax.random.uniform(choice_key, (seq,))
-        return choice, jax.random.randint(token_key, (seq,), 0, vocab_size, input_ids.dtype)
+        kind_key, before_key = jax.random.split(jax.random.fold_in(choice_key, 1))
+        random_ids = jax.random.randint(token_key, (seq,), 0, vocab_size, input_ids.dtype)
+        draws = (choice_key, (seq,)), (kind_key, (seq,)), (before_key, (MAX_SPAN - 1,))
+        return random_ids, *(jax.random.uniform(key, shape) for key, shape in draws)
 
-    choice, random_ids = jax.vmap(draw_row)(jnp.arange(batch))
-    # One draw decides both: below `rate` it is uniform there, so its quantiles are the 80/10/10.
-    is_chosen = maskable & (choice < rate)
-    corrupted = jnp.where(choice < 0.8 * rate, mask_token_id, random_ids)
-    corrupted = jnp.where(choice < 0.9 * rate, corrupted, input_ids)
+    random_ids, choice, kind, before = jax.vmap(draw_row)(jnp.arange(batch))
+    if unit == "token":
+        # One draw decides both: below `rate` it is uniform, so its quantiles are the 80/10/10.
+        is_chosen, kind = maskable & (choice < rate), choice
+    else:
+        assert is_continuation is not None, "words are made by the table of continuing pieces"
+        words = _word_index(is_continuation[input_ids], maskable)
+        covered = choice < rate if unit == "whole_word" else _cover(before, choice, rate)
+        is_chosen = jnp.take_along_axis(covered, words, axis=-1)
+        if unit == "span":
+            kind = jnp.take_along_axis(kind, _run_index(is_chosen), axis=-1)
+        is_chosen, kind = maskable & is_chosen, kind * rate
+    corrupted = jnp.where(kind < 0.8 * rate, mask_token_id, random_ids)
+    corrupted = jnp.where(kind < 0.9 * rate, corrupted, input_ids)
     inputs = jnp.where(is_chosen, corrupted, input_ids)
     labels = jnp.where(is_chosen, input_ids, IGNORED_LABEL)
     return inputs, labels
+
+
+def num_slots(rate: float, seq: int, unit: Unit = "token") -> int:
+    """Room for a row's masked tokens: their mean and four standard deviations, at most `seq`."""
+    mean = rate * seq
+    return min(seq, math.ceil(mean + 4 * math.sqrt(_CLUSTER[unit] * mean * (1 - rate))) or 1)
+
+
+def rate_at(step: Int[Array, ""], start: float, end: float, num_steps: int) -> Float[Array, ""]:
+    """`start` at step 0, `end` at the last of `num_steps`, a straight line between."""
+    share = jnp.minimum(step.astype(jnp.float32) / max(num_steps - 1, 1), 1.0)
+    return start + (end - start) * share
 
 
 def gather_masked(
@@ -67,3 +108,35 @@ def gather_masked(
     positions = jnp.where(is_used, positions, 0)
     picked = jnp.take_along_axis(labels, positions, axis=-1)
     return positions, jnp.where(is_used, picked, IGNORED_LABEL)
+
+
+def _word_index(continues: Array, maskable: Array) -> Array:
+    """Number of the word that each token belongs to, from 0; what is not maskable ends a word."""
+    after_maskable = jnp.pad(maskable[:, :-1], ((0, 0), (1, 0)))
+    is_first = ~(continues & maskable & after_maskable)
+    return jnp.cumsum(is_first, axis=-1) - 1
+
+
+def _cover(before: Array, draws: Array, rate: float | Array) -> Array:
+    """Which words a span covers, each with probability `rate`; one draw for each word.
+
+    At every word a Poisson number of spans begins, so that the longest of them has a closed form
+    and a word is left out with probability exp(−mean spans · mean length) = 1 − rate. Spans that
+    begin `before` the row reach into it: its first words are covered as often as the others.
+    """
+    num_words = draws.shape[-1]
+    stay = 1 - SPAN_STOP
+    # P(length > n) of the clipped geometric distribution, n = 0, 1, …
+    survival = (stay ** jnp.arange(MAX_SPAN) - stay**MAX_SPAN) / (1 - stay**MAX_SPAN)
+    num_spans = -jnp.log1p(-rate) / survival.sum()
+    draws = jnp.concatenate([before, draws], axis=-1)[None]
+    # [n, batch, before + words]: a span of more than n words begins there
+    is_longer = draws >= jnp.exp(-num_spans * survival)[:, None, None]
+    reached = [is_longer[n, :, MAX_SPAN - 1 - n :][:, :num_words] for n in range(MAX_SPAN)]
+    return jnp.stack(reached).any(0)
+
+
+def _run_index(is_chosen: Array) -> Array:
+    """Number of the run of chosen tokens that each token is in or after, from 0."""
+    begins = is_chosen & ~jnp.pad(is_chosen[:, :-1], ((0, 0), (1, 0)))
+    return jnp.maximum(jnp.cumsum(begins, axis=-1) - 1, 0)

@@ -1,11 +1,11 @@
 """What a stage minimises: losses put together, as pure functions of parameters and a batch."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tinybert_jax import losses, masking
 from tinybert_jax.data.pipeline import Batch
@@ -25,13 +25,14 @@ class Counts(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """`prepare(batch, key)` sees the whole batch: corruption and unit counts.
+    """`prepare(batch, key, step)` sees the whole batch: corruption and unit counts.
 
-    `loss(params, batch, counts, key, frozen)` may see a microbatch; the values over all
+    `step` is there for what changes along the way: a rate. `loss(params, batch, counts, key,
+    frozen)` may see a microbatch; the values over all
     microbatches add up. `frozen` are arrays that are read and never trained: the teacher.
     """
 
-    prepare: Callable[[Batch, jax.Array], tuple[Batch, Counts]]
+    prepare: Callable[[Batch, jax.Array, jax.Array], tuple[Batch, Counts]]
     loss: Callable[[Any, Batch, Counts, jax.Array, Any], tuple[jax.Array, Metrics]]
 
 
@@ -60,7 +61,7 @@ def make_supervised(
         value = _gold_loss(logits, batch, counts, regression, label_smoothing)
         return value, {"loss/label": value}
 
-    return Objective(lambda batch, key: (batch, count_units(batch)), loss)
+    return Objective(lambda batch, key, step: (batch, count_units(batch)), loss)
 
 
 def make_mlm(
@@ -70,22 +71,34 @@ def make_mlm(
     mask_token_id: int,
     special_token_ids: tuple[int, ...],
     vocab_size: int,
+    mask_rate_end: float | None = None,
+    num_steps: int = 1,
+    unit: masking.Unit = "token",
+    is_continuation: np.ndarray | None = None,
 ) -> Objective:
-    """BERT's masked LM; logits only at masked positions."""
+    """BERT's masked LM; logits only at masked positions.
 
-    def prepare(batch: Batch, key: jax.Array) -> tuple[Batch, Counts]:
+    With `mask_rate_end` the rate goes there in a straight line from `mask_rate` in `num_steps`.
+    """
+    highest_rate = max(mask_rate, mask_rate_end or 0.0)
+    continues = None if is_continuation is None else jnp.asarray(is_continuation)
+
+    def prepare(batch: Batch, key: jax.Array, step: jax.Array) -> tuple[Batch, Counts]:
+        rate = mask_rate
+        if mask_rate_end is not None:
+            rate = masking.rate_at(step, mask_rate, mask_rate_end, num_steps)
         special = jnp.isin(batch.input_ids, jnp.asarray(special_token_ids))
         inputs, labels = masking.mask_tokens(
             batch.input_ids,
             batch.attention_mask & ~special,
             key,
-            rate=mask_rate,
+            rate=rate,
             mask_token_id=mask_token_id,
             vocab_size=vocab_size,
+            unit=unit,
+            is_continuation=continues,
         )
-        width = batch.input_ids.shape[1]
-        mean = mask_rate * width
-        room = min(width, math.ceil(mean + 4 * math.sqrt(mean * (1 - mask_rate))) or 1)
+        room = masking.num_slots(highest_rate, batch.input_ids.shape[1], unit)
         positions, labels = masking.gather_masked(labels, room)
         predictions = jnp.sum(labels != masking.IGNORED_LABEL, dtype=jnp.float32)
         counts = count_units(batch)._replace(predictions=predictions)
@@ -119,7 +132,7 @@ def make_distill_layers(
         "loss/embedding": section.embedding_weight,
     }
 
-    def prepare(batch: Batch, key: jax.Array) -> tuple[Batch, Counts]:
+    def prepare(batch: Batch, key: jax.Array, step: jax.Array) -> tuple[Batch, Counts]:
         return batch, count_units(batch, section.normalisation)
 
     def loss(params, batch, counts, key, frozen):
@@ -193,7 +206,7 @@ def make_distill_prediction(
             parts["loss/label"] = _gold_loss(logits, batch, counts, regression, 0.0)
         return _weighted_sum(parts, weights), parts
 
-    return Objective(lambda batch, key: (batch, count_units(batch)), loss)
+    return Objective(lambda batch, key, step: (batch, count_units(batch)), loss)
 
 
 def _inputs(batch: Batch) -> tuple[jax.Array, ...]:

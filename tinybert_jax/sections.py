@@ -255,6 +255,12 @@ class StageSection(Section):
 
 class PretrainSection(StageSection):
     mask_rate: Probability = 0.15
+    mask_rate_end: Probability | None = Field(
+        None, description="the rate of the last step; in a straight line from mask_rate"
+    )
+    mask_unit: Literal["token", "whole_word", "span"] = Field(
+        "token", description="what is masked together; span: words in a row, as in SpanBERT"
+    )
 
 
 class SupervisedSection(StageSection):

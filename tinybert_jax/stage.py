@@ -37,7 +37,7 @@ def run_stage(run: Run, training: Training) -> Any:
     """Trains a stage to its end, resuming where it was; returns the best (or last) parameters."""
     section, folder = training.section, run.folder / "checkpoints" / training.name
     per_epoch = num_batches(len(training.rows.lengths), section.global_batch_size)
-    num_steps = section.num_steps or max(1, round((section.num_epochs or 0) * per_epoch))
+    num_steps = count_steps(section, training.rows)
     schedule, optimizer = _make_optimizer(section, num_steps)
     state, target, progress = _open_state(run, training, optimizer, folder)
     start_step = int(state.step)
@@ -84,6 +84,12 @@ def run_stage(run: Run, training: Training) -> Any:
     if training.evaluate is None:
         return jax.device_get(state.params)
     return _restore_best(run, training, folder / "best", target.params, progress)
+
+
+def count_steps(section: StageSection, rows: TokenRows) -> int:
+    """How many steps a stage takes on these rows."""
+    per_epoch = num_batches(len(rows.lengths), section.global_batch_size)
+    return section.num_steps or max(1, round((section.num_epochs or 0) * per_epoch))
 
 
 def _open_state(

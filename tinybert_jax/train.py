@@ -73,7 +73,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         num_tokens = jnp.sum(batch.attention_mask)
-        (loss, metrics), grads = gradients(state.params, batch, key, frozen)
+        (loss, metrics), grads = gradients(state.params, batch, key, state.step, frozen)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = metrics | {
@@ -99,12 +99,12 @@ def make_train_step(
 
 
 def _make_gradients(objective: Objective, num_parts: int) -> Callable:
-    """(params, batch, key, frozen) -> ((loss, metrics), gradients), over microbatches if asked."""
+    """(params, batch, key, step, frozen) -> ((loss, metrics), gradients), in parts if asked."""
     differentiate = jax.value_and_grad(objective.loss, has_aux=True)
 
-    def gradients(params, batch, key, frozen):
+    def gradients(params, batch, key, step, frozen):
         prepare_key, key = jax.random.split(key)
-        batch, counts = objective.prepare(batch, prepare_key)
+        batch, counts = objective.prepare(batch, prepare_key, step)
         if num_parts == 1:
             return differentiate(params, batch, counts, key, frozen)
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_ALPHABET = 1000  # characters kept, the commonest first; BERT's own limit
 
@@ -43,6 +45,22 @@ def train_wordpiece(
         return BertTokenizer.from_pretrained(
             folder, do_lower_case=lowercase, model_max_length=max_length
         )
+
+
+def is_continuation(tokenizer: Any) -> np.ndarray:
+    """Which pieces go on with a word: bool [vocab], True for '##ing'.
+
+    Raises ValueError for a vocabulary without such pieces: its words cannot be told.
+    """
+    pieces = tokenizer.get_vocab()
+    table = np.zeros(max(pieces.values()) + 1, bool)
+    table[[number for piece, number in pieces.items() if piece.startswith("##")]] = True
+    if not table.any():
+        raise ValueError(
+            "mask_unit: expected a WordPiece vocabulary, whose pieces within a word begin with "
+            "'##', got one without any; set mask_unit: token"
+        )
+    return table
 
 
 def _alphabet(trainer: Any, documents: Sequence[str]) -> list[str]:

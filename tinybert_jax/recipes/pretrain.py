@@ -3,10 +3,11 @@
 from tinybert_jax import cost
 from tinybert_jax.convert import hf_files
 from tinybert_jax.data.pipeline import tokenize_corpus
+from tinybert_jax.data.vocab import is_continuation
 from tinybert_jax.model.heads import make_masked_lm
 from tinybert_jax.objectives import make_mlm
 from tinybert_jax.run import Run, compute_options, with_dropout
-from tinybert_jax.stage import Training, run_stage
+from tinybert_jax.stage import Training, count_steps, run_stage
 
 
 def main(run: Run) -> None:
@@ -19,6 +20,7 @@ def main(run: Run) -> None:
     # Model.
     apply, init = make_masked_lm(with_dropout(run.teacher, section), **compute_options(run.config))
     special = tuple(int(i) for i in tokenizer.all_special_ids)
+    continuations = None if section.mask_unit == "token" else is_continuation(tokenizer)
 
     # Train and hand on.
     params = run_stage(
@@ -29,6 +31,10 @@ def main(run: Run) -> None:
             objective=make_mlm(
                 apply,
                 mask_rate=section.mask_rate,
+                mask_rate_end=section.mask_rate_end,
+                num_steps=count_steps(section, rows),
+                unit=section.mask_unit,
+                is_continuation=continuations,
                 mask_token_id=tokenizer.mask_token_id,
                 special_token_ids=special,
                 vocab_size=len(tokenizer),
