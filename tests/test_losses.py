@@ -52,6 +52,53 @@ def test_masked_lm_matches_torch():
     )
 
 
+VOCAB_LABELS = np.array([3, -100, 0, 10, -100, -100, -100, 7, 3, 0, 10, 9])
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+@pytest.mark.parametrize("chunk_size", [1, 4, 5, 100])
+def test_chunks_of_logits_give_the_loss_and_the_gradients_of_the_whole(chunk_size, num_shards):
+    """1e-6: what the order of fp32 sums over a dozen rows can make, and nothing else."""
+    inputs = normal(2, 12, 6, scale=2), normal(3, 11, 6), normal(4, 11)
+    labels = jnp.array(VOCAB_LABELS)
+
+    def whole(hidden, table, bias):
+        return losses.masked_lm(hidden @ table.T + bias[None], labels)
+
+    def chunked(hidden, table, bias):
+        return losses.masked_lm_from_hidden(
+            hidden, table, bias, labels, chunk_size=chunk_size, num_shards=num_shards
+        )
+
+    for got, want in zip(
+        value_and_grads(chunked, *inputs), value_and_grads(whole, *inputs), strict=True
+    ):
+        assert relative_error(got, want) <= 1e-6
+    alone, want = (loss(*map(jnp.array, inputs)) for loss in (chunked, whole))
+    np.testing.assert_allclose(alone, want, rtol=1e-6)  # without gradients
+    assert_same(
+        chunked,
+        lambda hidden, table, bias: F.cross_entropy(
+            hidden @ table.T + bias, torch.tensor(VOCAB_LABELS), ignore_index=-100
+        ),
+        *inputs,
+    )
+
+
+def test_chunks_never_hold_the_logits_of_all_predictions():
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1024, 8), (4096, 8), (4096,))]
+    labels = jax.ShapeDtypeStruct((1024,), jnp.int32)
+    whole_logits = 4 * 1024 * 4096
+
+    def temporaries(loss):
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+        return step.lower(*shapes, labels).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(lambda h, t, b, y: losses.masked_lm(h @ t.T + b[None], y)) >= whole_logits
+    chunked = functools.partial(losses.masked_lm_from_hidden, chunk_size=64)
+    assert temporaries(chunked) <= whole_logits / 4
+
+
 @pytest.mark.parametrize("reduction", ["sum", "mean_classes"])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_soft_cross_entropy_matches_torch(reduction, temperature):
@@ -207,6 +254,7 @@ def test_microbatches_of_examples_add_up_to_the_batch():
 
     assert_adds_up(losses.softmax_cross_entropy, [student, LABELS, WEIGHTS], WEIGHTS[:4].sum())
     assert_adds_up(losses.masked_lm, [student, LABELS], 3)
+    assert_adds_up(chunked_lm, [student, LABELS], 3)
     assert_adds_up(soft, [student, teacher, WEIGHTS], WEIGHTS[:4].sum())
     assert_adds_up(losses.kl, [student, teacher, WEIGHTS], WEIGHTS[:4].sum())
     assert_adds_up(losses.logits_mse, [student, teacher, WEIGHTS], WEIGHTS[:4].sum())
@@ -233,6 +281,7 @@ def test_a_batch_without_valid_units_has_loss_and_gradient_zero():
     cases = [
         lambda x: losses.softmax_cross_entropy(x, ignored, weights),
         lambda x: losses.masked_lm(x, ignored),
+        lambda x: chunked_lm(x, ignored),
         lambda x: losses.kl(x, x + 1, weights),
         lambda x: losses.logits_mse(x, x + 1, weights),
         lambda x: losses.soft_cross_entropy(x, x + 1, weights, reduction="sum"),
@@ -241,7 +290,7 @@ def test_a_batch_without_valid_units_has_loss_and_gradient_zero():
             x * heads, heads, heads, heads, nothing, normalisation="valid_only"
         ),
     ]
-    inputs = [x, x, x, x, x, x[:, :, None], x[:, :, None, None]]
+    inputs = [x, x, x, x, x, x, x[:, :, None], x[:, :, None, None]]
     for loss, value in zip(cases, inputs, strict=True):
         for got in jax.jit(jax.value_and_grad(loss))(value):
             assert not got.any()
@@ -255,6 +304,7 @@ def test_bfloat16_inputs_are_computed_in_float32():
     cases = [
         (lambda x: losses.softmax_cross_entropy(x, jnp.array(LABELS), weights), classes[:1]),
         (lambda x: losses.masked_lm(x, jnp.array(LABELS)), classes[:1]),
+        (lambda x: chunked_lm(x, jnp.array(LABELS)), classes[:1]),
         (lambda x, y: losses.soft_cross_entropy(x, y, weights, reduction="sum"), classes),
         (lambda x, y: losses.kl(x, y, weights), classes),
         (lambda x, y: losses.logits_mse(x, y, weights), classes),
@@ -316,6 +366,15 @@ def jitted_value_and_grad(loss, num_inputs):
 
 def relative_error(got, want):
     return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def chunked_lm(hidden, labels, count=None):
+    """Logits that are the hidden states and another two columns."""
+    table, bias = (
+        jnp.concatenate([jnp.eye(hidden.shape[1]), jnp.ones((2, 4))[:, : hidden.shape[1]]]),
+        jnp.arange(hidden.shape[1] + 2.0),
+    )
+    return losses.masked_lm_from_hidden(hidden, table, bias, labels, chunk_size=1, count=count)
 
 
 @functools.cache

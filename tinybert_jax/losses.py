@@ -9,6 +9,7 @@ the local number of valid units: with the count of the whole batch, the losses (
 its microbatches add up to those of the batch. A batch without any valid unit has loss 0, not NaN.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -55,6 +56,91 @@ def masked_lm(
     is_label = labels != IGNORED_LABEL
     nll = _negative_log_likelihood(logits.astype(jnp.float32), jnp.where(is_label, labels, 0))
     return _weighted_mean(nll, is_label.astype(jnp.float32), count)
+
+
+def masked_lm_from_hidden(
+    hidden: Float[Array, "n dim"],
+    table: Float[Array, "vocab dim"],
+    bias: Float[Array, " vocab"],
+    labels: Int[Array, " n"],
+    *,
+    chunk_size: int,
+    num_shards: int = 1,
+    count: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """`masked_lm` of the logits hidden·tableᵀ + bias, of which only `chunk_size` rows ever exist.
+
+    The gradients are made with the loss, chunk by chunk, so nothing is kept or computed twice.
+    Ignored rows go last, and chunks of nothing else are left out: room for predictions that no
+    label fills is free. `num_shards` equal runs of rows (a divisor of n) are chunked side by side,
+    so that none has to leave its device.
+    """
+    assert hidden.shape[0] % num_shards == 0
+    split = lambda rows: rows.reshape(num_shards, -1, *rows.shape[1:])  # noqa: E731
+    size = min(chunk_size, hidden.shape[0] // num_shards)
+    total = _summed_nll(size, split(hidden), table, bias, split(labels))
+    return _divide(total, jnp.sum(labels != IGNORED_LABEL, dtype=jnp.float32), count)
+
+
+def _over_chunks(
+    size: int, hidden: Array, table: Array, bias: Array, labels: Array, *, with_gradients: bool
+) -> tuple[Array, tuple[Array, ...]]:
+    """Σ −log p(label), and its gradients by hidden [s, n, d], table and bias.
+
+    Each shard adds up a table gradient of its own; they meet once, after the last chunk.
+    """
+    num_shards, num_rows, _ = hidden.shape
+    words = table.astype(hidden.dtype)
+    order = jnp.argsort(labels == IGNORED_LABEL, axis=-1, stable=True)
+    room = ((0, 0), (0, -num_rows % size))
+    rows = jnp.pad(jnp.take_along_axis(hidden, order[:, :, None], axis=1), (*room, (0, 0)))
+    sorted_labels = jnp.take_along_axis(labels, order, axis=1)
+    sorted_labels = jnp.pad(sorted_labels, room, constant_values=IGNORED_LABEL)
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def chunk(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        picked = jax.lax.dynamic_slice_in_dim(rows, i * size, size, axis=1)
+        label = jax.lax.dynamic_slice_in_dim(sorted_labels, i * size, size, axis=1)[:, :, None]
+        is_label = label != IGNORED_LABEL
+        logits = einsum("snd,vd->snv", picked, words) + bias[None, None]
+        log_sum = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        nll = log_sum - jnp.take_along_axis(logits, jnp.where(is_label, label, 0), axis=-1)
+        total = sums[0] + jnp.sum(nll * is_label, axis=(1, 2))
+        if not with_gradients:
+            return (total,)
+        is_target = jnp.arange(bias.shape[0])[None, None] == label
+        slope = jnp.where(is_label, jnp.exp(logits - log_sum) - is_target, 0).astype(hidden.dtype)
+        by_row = einsum("snv,vd->snd", slope, words).astype(hidden.dtype)
+        by_word = einsum("snv,snd->svd", slope, picked)
+        return (
+            total,
+            jax.lax.dynamic_update_slice_in_dim(sums[1], by_row, i * size, axis=1),
+            sums[2] + by_word,
+            sums[3] + slope.sum(1, dtype=jnp.float32),
+        )
+
+    zeros = [jnp.zeros(num_shards)]
+    if with_gradients:
+        zeros += [jnp.zeros_like(rows), *(jnp.zeros((num_shards, *a.shape)) for a in (table, bias))]
+    num_chunks = -(-jnp.sum(labels != IGNORED_LABEL, axis=-1).max() // size)
+    total, *sums = jax.lax.fori_loop(0, num_chunks, chunk, tuple(zeros))
+    if not with_gradients:
+        return total.sum(), ()
+    by_row = jnp.take_along_axis(sums[0], jnp.argsort(order, axis=-1)[:, :, None], axis=1)
+    by_word, by_bias = sums[1].sum(0).astype(table.dtype), sums[2].sum(0).astype(bias.dtype)
+    return total.sum(), (by_row, by_word, by_bias)
+
+
+def _nll_alone(size: int, hidden: Array, table: Array, bias: Array, labels: Array) -> Array:
+    return _over_chunks(size, hidden, table, bias, labels, with_gradients=False)[0]
+
+
+def _scaled(size: int, gradients: tuple[Array, ...], cotangent: Array) -> tuple[Array | None, ...]:
+    return *((cotangent * g).astype(g.dtype) for g in gradients), None
+
+
+_summed_nll = jax.custom_vjp(_nll_alone, nondiff_argnums=(0,))
+_summed_nll.defvjp(functools.partial(_over_chunks, with_gradients=True), _scaled)
 
 
 def soft_cross_entropy(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tinybert_jax.convert import hf_files, hf_folder
@@ -149,8 +148,8 @@ class TinyBertForMaskedLM(TinyBertModel):
         return make_masked_lm(config)
 
     @staticmethod
-    def _outputs(logits) -> dict[str, jax.Array]:
-        return {"logits": logits.astype(jnp.float32)}
+    def _outputs(output) -> dict[str, jax.Array]:
+        return {"logits": output.logits}
 
 
 def _checked(

@@ -75,10 +75,13 @@ def make_mlm(
     num_steps: int = 1,
     unit: masking.Unit = "token",
     is_continuation: np.ndarray | None = None,
+    chunk_size: int = 256,
+    num_shards: int = 1,
 ) -> Objective:
     """BERT's masked LM; logits only at masked positions.
 
     With `mask_rate_end` the rate goes there in a straight line from `mask_rate` in `num_steps`.
+    Logits exist for `chunk_size` predictions at a time on each of `num_shards` batch shards.
     """
     highest_rate = max(mask_rate, mask_rate_end or 0.0)
     continues = None if is_continuation is None else jnp.asarray(is_continuation)
@@ -107,9 +110,15 @@ def make_mlm(
 
     def loss(params, batch, counts, key, frozen):
         positions, labels = batch.labels[:, 0], batch.labels[:, 1]
-        logits = apply(params, *_inputs(batch), key, positions=positions)
-        value = losses.masked_lm(
-            logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), count=counts.predictions
+        output = apply(params, *_inputs(batch), key, positions=positions)
+        value = losses.masked_lm_from_hidden(
+            output.hidden.reshape(-1, output.hidden.shape[-1]),
+            output.table,
+            output.bias,
+            labels.reshape(-1),
+            chunk_size=chunk_size,
+            num_shards=num_shards,
+            count=counts.predictions,
         )
         return value, {"loss/masked_lm": value}
 

@@ -261,6 +261,9 @@ class PretrainSection(StageSection):
     mask_unit: Literal["token", "whole_word", "span"] = Field(
         "token", description="what is masked together; span: words in a row, as in SpanBERT"
     )
+    loss_chunk_size: PositiveInt = Field(
+        256, description="masked tokens whose logits exist at one time on a device"
+    )
 
 
 class SupervisedSection(StageSection):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from tinybert_jax.model.encoder import ACTIVATIONS, Encoder, EncoderOutput, make_layer_norm
 from tinybert_jax.sections import ModelConfig
@@ -21,6 +21,16 @@ Apply = Callable[..., Any]
 
 class ClassifierOutput(NamedTuple):
     logits: jax.Array  # [batch, num_labels], fp32
+    encoder: EncoderOutput
+
+
+class MaskedLMOutput(NamedTuple):
+    """A loss may make the logits itself, in parts: hidden·tableᵀ + bias."""
+
+    logits: jax.Array  # [batch, picked, vocab], fp32
+    hidden: jax.Array  # [batch, picked, dim]
+    table: jax.Array  # [vocab, dim], fp32
+    bias: jax.Array  # [vocab], fp32
     encoder: EncoderOutput
 
 
@@ -69,14 +79,16 @@ class MaskedLM(nnx.Module):
         key=None,
         *,
         positions: Int[Array, "batch picked"] | None = None,
-    ) -> Float[Array, "batch picked vocab"]:
+    ) -> MaskedLMOutput:
         """Logits at `positions`, or at every position (costly: [batch, seq, vocab])."""
         encoded = self.encoder(input_ids, attention_mask, token_type_ids, key)
         hidden = encoded.hidden[-1]
         if positions is not None:
             hidden = jnp.take_along_axis(hidden, positions[:, :, None], axis=1)
         hidden = self.norm(self.activation(self.transform(hidden)))
-        return self.decoder(hidden, self.encoder.embeddings.word.embedding[...])
+        table = self.encoder.embeddings.word.embedding[...]
+        logits = self.decoder(hidden, table)
+        return MaskedLMOutput(logits, hidden, table, self.decoder.bias[...], encoded)
 
 
 class TiedDecoder(nnx.Module):

@@ -1,6 +1,6 @@
 """Masked-LM pretraining of the teacher, from random or from a folder ("update a model")."""
 
-from tinybert_jax import cost
+from tinybert_jax import cost, sharding
 from tinybert_jax.convert import hf_files
 from tinybert_jax.data.pipeline import tokenize_corpus
 from tinybert_jax.data.vocab import is_continuation
@@ -35,6 +35,8 @@ def main(run: Run) -> None:
                 num_steps=count_steps(section, rows),
                 unit=section.mask_unit,
                 is_continuation=continuations,
+                chunk_size=section.loss_chunk_size,
+                num_shards=sharding.num_batch_shards(run.mesh),
                 mask_token_id=tokenizer.mask_token_id,
                 special_token_ids=special,
                 vocab_size=len(tokenizer),
