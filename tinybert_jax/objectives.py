@@ -40,8 +40,8 @@ def count_units(batch: Batch, normalisation: str = "valid_only") -> Counts:
         num_rows, width = batch.input_ids.shape
         tokens, pairs = num_rows * width, num_rows * width**2
     else:
-        lengths = batch.attention_mask.sum(-1, dtype=jnp.float32)
-        tokens, pairs = lengths.sum(), jnp.square(lengths).sum()
+        tokens = jnp.sum(batch.real, dtype=jnp.float32)
+        pairs = losses.num_pairs(batch.attention_mask)
     return Counts(
         examples=batch.weights.sum(),
         tokens=jnp.asarray(tokens, jnp.float32),
@@ -56,7 +56,7 @@ def make_supervised(
     """Gold labels: cross-entropy, or mean squared error of the single output."""
 
     def loss(params, batch, counts, key, frozen):
-        logits = apply(params, *_inputs(batch), key).logits
+        logits = _example_logits(apply, params, batch, key)
         value = _gold_loss(logits, batch, counts, regression, label_smoothing)
         return value, {"loss/label": value}
 
@@ -77,7 +77,7 @@ def make_mlm(
         special = jnp.isin(batch.input_ids, jnp.asarray(special_token_ids))
         inputs, labels = masking.mask_tokens(
             batch.input_ids,
-            batch.attention_mask & ~special,
+            batch.real & ~special,
             key,
             rate=mask_rate,
             mask_token_id=mask_token_id,
@@ -130,7 +130,7 @@ def make_distill_layers(
             return losses.hidden_mse(
                 project(params["projection"], entry, student.hidden[entry]),
                 teacher.hidden[teacher_entry],
-                batch.attention_mask,
+                batch.real,
                 normalisation=section.normalisation,
                 count=counts.tokens,
             )
@@ -173,18 +173,19 @@ def make_distill_prediction(
     weights = {"loss/soft": 1.0 - section.hard_weight, "loss/label": section.hard_weight}
 
     def loss(params, batch, counts, key, frozen):
-        teacher = jax.lax.stop_gradient(teacher_apply(frozen, *_inputs(batch)).logits)
-        logits = student_apply(params, *_inputs(batch), key).logits
+        teacher = jax.lax.stop_gradient(_example_logits(teacher_apply, frozen, batch, None))
+        logits = _example_logits(student_apply, params, batch, key)
+        example_weights = batch.weights.reshape(-1)
         parts: Metrics = {}
         if regression:
             parts["loss/soft"] = losses.logits_mse(
-                logits, teacher, batch.weights, count=counts.examples
+                logits, teacher, example_weights, count=counts.examples
             )
         else:
             parts["loss/soft"] = losses.soft_cross_entropy(
                 logits,
                 teacher,
-                batch.weights,
+                example_weights,
                 temperature=section.temperature,
                 reduction=section.soft_reduction,
                 count=counts.examples,
@@ -200,15 +201,20 @@ def _inputs(batch: Batch) -> tuple[jax.Array, ...]:
     return batch.input_ids, batch.attention_mask, batch.token_type_ids
 
 
+def _example_logits(apply, params, batch: Batch, key) -> jax.Array:
+    """[examples, num_labels]: rows, or every segment of packed rows."""
+    logits = apply(params, *_inputs(batch), key, num_segments=batch.num_segments).logits
+    return logits.reshape(-1, logits.shape[-1])
+
+
 def _gold_loss(logits, batch: Batch, counts: Counts, regression: bool, label_smoothing: float):
+    labels, weights = batch.labels.reshape(-1), batch.weights.reshape(-1)
     if regression:
-        return losses.logits_mse(
-            logits, batch.labels[:, None], batch.weights, count=counts.examples
-        )
+        return losses.logits_mse(logits, labels[:, None], weights, count=counts.examples)
     return losses.softmax_cross_entropy(
         logits,
-        batch.labels,
-        batch.weights,
+        labels,
+        weights,
         label_smoothing=label_smoothing,
         count=counts.examples,
     )

@@ -72,7 +72,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        num_tokens = jnp.sum(batch.attention_mask)
+        num_tokens = jnp.count_nonzero(batch.attention_mask)
         (loss, metrics), grads = gradients(state.params, batch, key, frozen)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
