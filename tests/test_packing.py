@@ -37,10 +37,15 @@ def _rows(num: int = 12, seed: int = 0) -> TokenRows:
 
 
 ROWS = _rows()
-PACKED = pipeline.make_batch(ROWS, Plan(packing.pack(ROWS.lengths, WIDTH, seed=0), WIDTH), 0)
-PADDED = pipeline.make_batch(ROWS, Plan(np.arange(12), WIDTH), 0)
-BUCKET = pipeline.make_batch(ROWS, Plan(np.arange(12), 12), 0)
 BINS = packing.pack(ROWS.lengths, WIDTH, seed=0)
+
+
+def _batch(rows: np.ndarray, width: int) -> pipeline.Batch:
+    return jax.tree.map(jnp.asarray, pipeline.make_batch(ROWS, Plan(rows, width), 0))
+
+
+PACKED = _batch(BINS, WIDTH)
+PADDED, BUCKET = _batch(np.arange(12), WIDTH), _batch(np.arange(12), 12)
 
 
 def _params(init, seed):
@@ -144,7 +149,7 @@ def test_losses_and_gradients_are_the_same(kind):
     objective, params, frozen = _objective(kind)
 
     def run(batch):
-        batch, counts = objective.prepare(jax.tree.map(jnp.asarray, batch), jax.random.key(0))
+        batch, counts = objective.prepare(batch, jax.random.key(0))
         differentiate = jax.value_and_grad(objective.loss, has_aux=True)
         return differentiate(params, batch, counts, None, frozen)
 

@@ -158,7 +158,7 @@ def attention_mse(
     """MSE between the score maps QKᵀ/√head_dim of one layer, without building a map (unit: pair).
 
     An integer mask holds segment ids of packed rows (0: padding): pairs within a segment count,
-    "valid_only". Segments are short, so there the maps are built: T·head_dim work a pair either way.
+    "valid_only". There the maps are built: cheaper than a Gram matrix for each segment.
 
     "valid_only" leaves padded rows and columns out and averages over valid pairs and heads;
     "paper_code" zeroes padded key columns, keeps padded query rows and averages over (batch, heads,

@@ -40,9 +40,9 @@ class TokenRows(NamedTuple):
 class Batch(NamedTuple):
     """One step's examples, padded to one width. An example of weight 0 is only filler.
 
-    Packed rows hold several examples: their `attention_mask` is the segment ids 1, 2, … (0: padding)
-    and labels and weights have a second axis. The fields are NumPy arrays until the batch is placed
-    on devices.
+    Packed rows hold several examples: their `attention_mask` is the segment ids 1, 2, … (0:
+    padding), labels and weights have a second axis. The fields are NumPy arrays until the batch is
+    placed on devices.
     """
 
     input_ids: jax.Array  # int32 [batch, seq]
