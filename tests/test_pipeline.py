@@ -78,14 +78,10 @@ def test_an_epoch_holds_every_row_once_in_the_narrowest_bucket(seed, size):
 
 def test_order_is_a_function_of_seed_and_step(rows):
     def first(start, seed, count):
-        batches = pipeline.train_batches(
-            rows,
-            buckets=(8, 32),
-            global_batch_size=4,
-            seed=seed,
-            start_step=start,
-            pad_token_id=0,
+        epochs = pipeline.bucketed_epochs(
+            rows.lengths, buckets=(8, 32), global_batch_size=4, seed=(seed,)
         )
+        batches = pipeline.train_batches(rows, epochs, start_step=start, pad_token_id=0)
         return [next(batches) for _ in range(count)]
 
     straight = first(0, 7, 20)  # 6 steps an epoch: crosses three

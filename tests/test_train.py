@@ -25,6 +25,7 @@ TEACHER = ModelConfig(
 STUDENT = TEACHER.model_copy(
     update={"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 16}
 )
+KEY = jax.random.key(5)
 DRY = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -86,7 +87,13 @@ def _run(kind, mesh, *, accumulation=1, num_steps=2, normalisation="valid_only")
     state = train.init_state(params, optimizer, key, mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = train.make_train_step(
-        objective, optimizer, schedule, mesh, placed, gradient_accumulation_steps=accumulation
+        objective,
+        optimizer,
+        schedule,
+        mesh,
+        placed,
+        num_steps=num_steps,
+        gradient_accumulation_steps=accumulation,
     )
     history = []
     for i in range(num_steps):
@@ -101,7 +108,7 @@ def _loss(objective, params, batch, frozen):
 
     @jax.jit
     def loss(params, batch, frozen):
-        return objective.loss(params, *objective.prepare(batch, key, jnp.int32(0)), key, frozen)
+        return objective.loss(params, *objective.prepare(batch, key, jnp.float32(0)), key, frozen)
 
     return loss(params, batch, frozen)
 
@@ -145,12 +152,10 @@ def test_filler_rows_change_nothing(kind):
 
 @pytest.mark.parametrize("unit", ["token", "whole_word", "span"])
 def test_the_mask_rate_moves_over_the_stage_and_every_step_draws_anew(unit):
-    num_steps, step_key = 11, jax.random.key(5)
     objective = objectives.make_mlm(
         make_masked_lm(STUDENT)[0],
         mask_rate=0.4,
         mask_rate_end=0.1,
-        num_steps=num_steps,
         mask_token_id=4,
         special_token_ids=(0, 1, 2),
         vocab_size=52,
@@ -162,17 +167,36 @@ def test_the_mask_rate_moves_over_the_stage_and_every_step_draws_anew(unit):
     batch = jax.tree.map(jnp.asarray, batch)
 
     @jax.jit
-    def predictions(step):
-        masked, counts = objective.prepare(batch, jax.random.fold_in(step_key, step), step)
+    def predictions(step, share):
+        masked, counts = objective.prepare(batch, jax.random.fold_in(KEY, step), share)
         return masked.labels[:, 0], (masked.labels[:, 1] != -100).sum(-1), counts.predictions
 
-    for step, rate in ((0, 0.4), (5, 0.25), (num_steps - 1, 0.1), (50, 0.1)):
-        _, per_row, total = predictions(jnp.int32(step))
+    for share, rate in ((0.0, 0.4), (0.5, 0.25), (1.0, 0.1)):
+        _, per_row, total = predictions(0, share)
         assert total == per_row.sum()
         error = 3 * per_row.std() / np.sqrt(len(ids))
         assert abs(per_row.mean() - 64 * rate) <= error
-    chosen = [np.asarray(predictions(jnp.int32(step))[0]) for step in (49, 50)]  # one rate
+    chosen = [np.asarray(predictions(step, 1.0)[0]) for step in (0, 1)]
     assert (chosen[0] != chosen[1]).any(-1).mean() > 0.9  # few rows have no span in either
+
+
+def test_an_objective_is_told_how_far_the_stage_is():
+    def prepare(batch, key, share):
+        return batch, objectives.count_units(batch)._replace(predictions=share)
+
+    def loss(params, batch, counts, key, frozen):
+        return params["w"] ** 2, {"share": counts.predictions}
+
+    params, mesh, optimizer = {"w": jnp.ones(())}, _mesh(1), optax.sgd(0.1)
+    state = train.init_state(params, optimizer, KEY, mesh)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    objective = objectives.Objective(prepare, loss)
+    step = train.make_train_step(objective, optimizer, lambda _: 0.1, mesh, placed, num_steps=5)
+    shares = []
+    for _ in range(6):
+        state, metrics = step(state, _batch(), ())
+        shares.append(float(metrics["share"]))
+    assert shares == [0, 0.25, 0.5, 0.75, 1, 1]
 
 
 def test_a_masked_lm_step_never_holds_the_logits_of_all_predictions():
@@ -185,7 +209,7 @@ def test_a_masked_lm_step_never_holds_the_logits_of_all_predictions():
         objective = objectives.make_mlm(apply, mask_rate=0.5, chunk_size=chunk_size, **options)
 
         def step(params, batch, key):
-            prepared = objective.prepare(batch, key, jnp.int32(0))
+            prepared = objective.prepare(batch, key, jnp.float32(0))
             return jax.grad(objective.loss, has_aux=True)(params, *prepared, key, ())
 
         compiled = jax.jit(step).lower(params, batch, jax.random.key(0)).compile()

@@ -236,12 +236,15 @@ def attention_mse(
     student_key: Float[Array, "batch seq heads student_head_dim"],
     teacher_query: Float[Array, "batch seq heads teacher_head_dim"],
     teacher_key: Float[Array, "batch seq heads teacher_head_dim"],
-    mask: Bool[Array, "batch seq"],
+    mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"],
     *,
     normalisation: Normalisation,
     count: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
     """MSE between the score maps QKᵀ/√head_dim of one layer, without building a map (unit: pair).
+
+    An integer mask holds segment ids of packed rows (0: padding): pairs within a segment count,
+    "valid_only". There the maps are built: cheaper than a Gram matrix for each segment.
 
     "valid_only" leaves padded rows and columns out and averages over valid pairs and heads;
     "paper_code" zeroes padded key columns, keeps padded query rows and averages over (batch, heads,
@@ -253,12 +256,17 @@ def attention_mse(
     so a value many orders below the maps' own size may come out slightly negative; it is
     returned as it is, because clamping would also zero the gradient. Equal head dims avoid this.
     """
+    if mask.dtype != bool:
+        assert normalisation == "valid_only", "the config refuses paper_code for packed rows"
+        return _packed_attention_mse(
+            student_query, student_key, teacher_query, teacher_key, mask, count
+        )
     if normalisation == "valid_only":
         query_mask = mask
-        num_pairs = jnp.square(mask.sum(-1, dtype=jnp.float32)).sum()
+        pairs = num_pairs(mask)
     elif normalisation == "paper_code":
         query_mask = jnp.ones_like(mask)
-        num_pairs = jnp.float32(mask.size * mask.shape[1])
+        pairs = jnp.float32(mask.size * mask.shape[1])
     else:
         raise ValueError(_unknown_normalisation(normalisation))
 
@@ -271,7 +279,35 @@ def attention_mse(
     else:
         factors = sq * student_scale, sk, tq * -teacher_scale, tk
     num_heads = student_query.shape[2]
-    return _divide(_squared_norm_of_sum(*factors) / num_heads, num_pairs, count)
+    return _divide(_squared_norm_of_sum(*factors) / num_heads, pairs, count)
+
+
+def num_pairs(mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"]) -> Float[Array, ""]:
+    """Token pairs of the same example, over the batch."""
+    if mask.dtype == bool:
+        return jnp.square(mask.sum(-1, dtype=jnp.float32)).sum()
+    return _same_segment(mask).sum(dtype=jnp.float32)
+
+
+def _same_segment(segment_ids: Int[Array, "batch seq"]) -> Bool[Array, "batch seq seq"]:
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return same & (segment_ids[:, None, :] > 0)
+
+
+def _packed_attention_mse(sq, sk, tq, tk, segment_ids, count) -> Array:
+    def scores(query: Array, key: Array) -> Array:
+        query, key = query.astype(jnp.float32), key.astype(jnp.float32)
+        return jnp.einsum(
+            "bthk,bshk->bhts",
+            query * query.shape[-1] ** -0.5,
+            key,
+            precision=jax.lax.Precision.HIGHEST,
+        )
+
+    same = _same_segment(segment_ids)[:, None]
+    difference = jnp.where(same, scores(sq, sk) - scores(tq, tk), 0)
+    total = jnp.square(difference).sum() / sq.shape[2]
+    return _divide(total, num_pairs(segment_ids), count)
 
 
 def _by_head(x: Array, mask: Array) -> Array:

@@ -81,12 +81,6 @@ def num_slots(rate: float, seq: int, unit: Unit = "token") -> int:
     return min(seq, math.ceil(mean + 4 * math.sqrt(_CLUSTER[unit] * mean * (1 - rate))) or 1)
 
 
-def rate_at(step: Int[Array, ""], start: float, end: float, num_steps: int) -> Float[Array, ""]:
-    """`start` at step 0, `end` at the last of `num_steps`, a straight line between."""
-    share = jnp.minimum(step.astype(jnp.float32) / max(num_steps - 1, 1), 1.0)
-    return start + (end - start) * share
-
-
 def gather_masked(
     labels: Int[Array, "batch seq"], max_predictions: int
 ) -> tuple[Int[Array, "batch max_predictions"], Int[Array, "batch max_predictions"]]:

@@ -25,10 +25,10 @@ class Counts(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """`prepare(batch, key, step)` sees the whole batch: corruption and unit counts.
+    """`prepare(batch, key, share)` sees the whole batch: corruption and unit counts.
 
-    `step` is there for what changes along the way: a rate. `loss(params, batch, counts, key,
-    frozen)` may see a microbatch; the values over all
+    `share` says how far the stage is, 0 at its first step and 1 at its last. `loss(params, batch,
+    counts, key, frozen)` may see a microbatch; the values over all
     microbatches add up. `frozen` are arrays that are read and never trained: the teacher.
     """
 
@@ -41,8 +41,8 @@ def count_units(batch: Batch, normalisation: str = "valid_only") -> Counts:
         num_rows, width = batch.input_ids.shape
         tokens, pairs = num_rows * width, num_rows * width**2
     else:
-        lengths = batch.attention_mask.sum(-1, dtype=jnp.float32)
-        tokens, pairs = lengths.sum(), jnp.square(lengths).sum()
+        tokens = jnp.sum(batch.real, dtype=jnp.float32)
+        pairs = losses.num_pairs(batch.attention_mask)
     return Counts(
         examples=batch.weights.sum(),
         tokens=jnp.asarray(tokens, jnp.float32),
@@ -57,11 +57,11 @@ def make_supervised(
     """Gold labels: cross-entropy, or mean squared error of the single output."""
 
     def loss(params, batch, counts, key, frozen):
-        logits = apply(params, *_inputs(batch), key).logits
+        logits = _example_logits(apply, params, batch, key)
         value = _gold_loss(logits, batch, counts, regression, label_smoothing)
         return value, {"loss/label": value}
 
-    return Objective(lambda batch, key, step: (batch, count_units(batch)), loss)
+    return Objective(lambda batch, key, share: (batch, count_units(batch)), loss)
 
 
 def make_mlm(
@@ -72,7 +72,6 @@ def make_mlm(
     special_token_ids: tuple[int, ...],
     vocab_size: int,
     mask_rate_end: float | None = None,
-    num_steps: int = 1,
     unit: masking.Unit = "token",
     is_continuation: np.ndarray | None = None,
     chunk_size: int = 256,
@@ -80,20 +79,20 @@ def make_mlm(
 ) -> Objective:
     """BERT's masked LM; logits only at masked positions.
 
-    With `mask_rate_end` the rate goes there in a straight line from `mask_rate` in `num_steps`.
+    With `mask_rate_end` the rate goes there in a straight line from `mask_rate`.
     Logits exist for `chunk_size` predictions at a time on each of `num_shards` batch shards.
     """
     highest_rate = max(mask_rate, mask_rate_end or 0.0)
     continues = None if is_continuation is None else jnp.asarray(is_continuation)
 
-    def prepare(batch: Batch, key: jax.Array, step: jax.Array) -> tuple[Batch, Counts]:
+    def prepare(batch: Batch, key: jax.Array, share: jax.Array) -> tuple[Batch, Counts]:
         rate = mask_rate
         if mask_rate_end is not None:
-            rate = masking.rate_at(step, mask_rate, mask_rate_end, num_steps)
+            rate = mask_rate + (mask_rate_end - mask_rate) * share
         special = jnp.isin(batch.input_ids, jnp.asarray(special_token_ids))
         inputs, labels = masking.mask_tokens(
             batch.input_ids,
-            batch.attention_mask & ~special,
+            batch.real & ~special,
             key,
             rate=rate,
             mask_token_id=mask_token_id,
@@ -141,7 +140,7 @@ def make_distill_layers(
         "loss/embedding": section.embedding_weight,
     }
 
-    def prepare(batch: Batch, key: jax.Array, step: jax.Array) -> tuple[Batch, Counts]:
+    def prepare(batch: Batch, key: jax.Array, share: jax.Array) -> tuple[Batch, Counts]:
         return batch, count_units(batch, section.normalisation)
 
     def loss(params, batch, counts, key, frozen):
@@ -152,7 +151,7 @@ def make_distill_layers(
             return losses.hidden_mse(
                 project(params["projection"], entry, student.hidden[entry]),
                 teacher.hidden[teacher_entry],
-                batch.attention_mask,
+                batch.real,
                 normalisation=section.normalisation,
                 count=counts.tokens,
             )
@@ -195,18 +194,19 @@ def make_distill_prediction(
     weights = {"loss/soft": 1.0 - section.hard_weight, "loss/label": section.hard_weight}
 
     def loss(params, batch, counts, key, frozen):
-        teacher = jax.lax.stop_gradient(teacher_apply(frozen, *_inputs(batch)).logits)
-        logits = student_apply(params, *_inputs(batch), key).logits
+        teacher = jax.lax.stop_gradient(_example_logits(teacher_apply, frozen, batch, None))
+        logits = _example_logits(student_apply, params, batch, key)
+        example_weights = batch.weights.reshape(-1)
         parts: Metrics = {}
         if regression:
             parts["loss/soft"] = losses.logits_mse(
-                logits, teacher, batch.weights, count=counts.examples
+                logits, teacher, example_weights, count=counts.examples
             )
         else:
             parts["loss/soft"] = losses.soft_cross_entropy(
                 logits,
                 teacher,
-                batch.weights,
+                example_weights,
                 temperature=section.temperature,
                 reduction=section.soft_reduction,
                 count=counts.examples,
@@ -215,22 +215,27 @@ def make_distill_prediction(
             parts["loss/label"] = _gold_loss(logits, batch, counts, regression, 0.0)
         return _weighted_sum(parts, weights), parts
 
-    return Objective(lambda batch, key, step: (batch, count_units(batch)), loss)
+    return Objective(lambda batch, key, share: (batch, count_units(batch)), loss)
 
 
 def _inputs(batch: Batch) -> tuple[jax.Array, ...]:
     return batch.input_ids, batch.attention_mask, batch.token_type_ids
 
 
+def _example_logits(apply, params, batch: Batch, key) -> jax.Array:
+    """[examples, num_labels]: rows, or every segment of packed rows."""
+    logits = apply(params, *_inputs(batch), key, num_segments=batch.num_segments).logits
+    return logits.reshape(-1, logits.shape[-1])
+
+
 def _gold_loss(logits, batch: Batch, counts: Counts, regression: bool, label_smoothing: float):
+    labels, weights = batch.labels.reshape(-1), batch.weights.reshape(-1)
     if regression:
-        return losses.logits_mse(
-            logits, batch.labels[:, None], batch.weights, count=counts.examples
-        )
+        return losses.logits_mse(logits, labels[:, None], weights, count=counts.examples)
     return losses.softmax_cross_entropy(
         logits,
-        batch.labels,
-        batch.weights,
+        labels,
+        weights,
         label_smoothing=label_smoothing,
         count=counts.examples,
     )

@@ -204,6 +204,11 @@ class StageSection(Section):
     length_buckets: tuple[PositiveInt, ...] | None = Field(
         None, description="padded widths of batches; default: 16, 32, 64, … up to max_length"
     )
+    batching: Literal["bucket", "pack", "pad"] = Field(
+        "bucket",
+        description="bucket: a row an example, padded to its bucket's width; pad: to max_length; "
+        "pack: rows of max_length hold several examples, global_batch_size a batch on average",
+    )
     learning_rate: Positive
     schedule: Literal[
         "linear", "cosine", "constant", "polynomial", "inverse_sqrt", "warmup_stable_decay"
@@ -234,6 +239,8 @@ class StageSection(Section):
                 f"expected global_batch_size to be a multiple of gradient_accumulation_steps, "
                 f"got {self.global_batch_size} and {self.gradient_accumulation_steps}"
             )
+        if self.length_buckets and self.batching == "pad":
+            raise ValueError("batching: pad has one width, max_length; remove length_buckets")
         if self.length_buckets and max(self.length_buckets) != self.max_length:
             raise ValueError(
                 f"expected the longest of length_buckets to be max_length = {self.max_length}, "
@@ -243,6 +250,8 @@ class StageSection(Section):
 
     def buckets(self) -> tuple[int, ...]:
         """Padded widths in rising order; the last is `max_length`."""
+        if self.batching == "pad":
+            return (self.max_length,)
         if self.length_buckets:
             return tuple(sorted(set(self.length_buckets)))
         widths = []
@@ -378,6 +387,9 @@ def _missing_needs(config: RunConfig) -> Iterator[str]:
             "intermediate and prediction need a teacher that knows the task: add a finetune "
             "section or set teacher.finetuned"
         )
+    for name in stages & {"general", "intermediate"}:
+        if distillation.normalisation == "paper_code" and getattr(config, name).batching == "pack":
+            yield f"{name}: batching pack has no padding to count: set valid_only or bucket"
     weights = ("attention_weight", "hidden_weight", "embedding_weight")
     is_idle = not any(getattr(distillation, name) for name in weights)
     if stages & {"general", "intermediate"} and is_idle:

@@ -11,7 +11,8 @@ import numpy as np
 import optax
 
 from tinybert_jax import checkpoint, loop, optim, sharding, train
-from tinybert_jax.data.pipeline import Batch, TokenRows, num_batches, train_batches
+from tinybert_jax.data import pipeline
+from tinybert_jax.data.pipeline import Batch, Epochs, TokenRows
 from tinybert_jax.objectives import Objective
 from tinybert_jax.run import Run
 from tinybert_jax.sections import STAGES, StageSection
@@ -36,8 +37,8 @@ class Training(NamedTuple):
 def run_stage(run: Run, training: Training) -> Any:
     """Trains a stage to its end, resuming where it was; returns the best (or last) parameters."""
     section, folder = training.section, run.folder / "checkpoints" / training.name
-    per_epoch = num_batches(len(training.rows.lengths), section.global_batch_size)
-    num_steps = count_steps(section, training.rows)
+    epochs = _epochs(run, training)
+    num_steps = section.num_steps or max(1, round((section.num_epochs or 0) * epochs.num_batches))
     schedule, optimizer = _make_optimizer(section, num_steps)
     state, target, progress = _open_state(run, training, optimizer, folder)
     start_step = int(state.step)
@@ -50,6 +51,7 @@ def run_stage(run: Run, training: Training) -> Any:
         schedule,
         run.mesh,
         jax.tree.map(lambda leaf: leaf.sharding, target),
+        num_steps=num_steps,
         gradient_accumulation_steps=section.gradient_accumulation_steps,
     )
     frozen = jax.device_put(
@@ -57,7 +59,7 @@ def run_stage(run: Run, training: Training) -> Any:
         sharding.shardings(sharding.param_specs(training.frozen, run.mesh), run.mesh),
     )
     meter = _Meter(run, training, num_steps, start_step, progress.get("pending", []))
-    judge = _Judge(run, training, folder, per_epoch, num_steps, progress, meter)
+    judge = _Judge(run, training, folder, epochs.num_batches, num_steps, progress, meter)
 
     def is_due(step: int) -> bool:
         return step % section.save_every == 0 or step == num_steps or judge.is_due(step)
@@ -74,7 +76,7 @@ def run_stage(run: Run, training: Training) -> Any:
         state = loop.fit(
             state,
             lambda state, batch: step_fn(state, batch, frozen),
-            _placed_batches(run, training, start_step),
+            _placed_batches(run, training, epochs, start_step),
             start_step=start_step,
             num_steps=num_steps,
             record=meter.record,
@@ -84,12 +86,6 @@ def run_stage(run: Run, training: Training) -> Any:
     if training.evaluate is None:
         return jax.device_get(state.params)
     return _restore_best(run, training, folder / "best", target.params, progress)
-
-
-def count_steps(section: StageSection, rows: TokenRows) -> int:
-    """How many steps a stage takes on these rows."""
-    per_epoch = num_batches(len(rows.lengths), section.global_batch_size)
-    return section.num_steps or max(1, round((section.num_epochs or 0) * per_epoch))
 
 
 def _open_state(
@@ -265,13 +261,30 @@ def _keys(seed: int, stage: str) -> tuple[jax.Array, jax.Array]:
     return param_key, step_key
 
 
-def _placed_batches(run: Run, training: Training, start_step: int) -> Iterator[Batch]:
+def _epochs(run: Run, training: Training) -> Epochs:
+    section, lengths = training.section, training.rows.lengths
+    size, seed = section.global_batch_size, (run.config.seed, STAGES.index(training.name))
+    if section.batching == "pack":
+        shards = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+        return pipeline.packed_epochs(
+            lengths,
+            width=section.max_length,
+            global_batch_size=size,
+            seed=seed,
+            multiple=shards * section.gradient_accumulation_steps,
+        )
+    return pipeline.bucketed_epochs(
+        lengths, buckets=section.buckets(), global_batch_size=size, seed=seed
+    )
+
+
+def _placed_batches(
+    run: Run, training: Training, epochs: Epochs, start_step: int
+) -> Iterator[Batch]:
     placement = sharding.batch_sharding(run.mesh)
-    batches = train_batches(
+    batches = pipeline.train_batches(
         training.rows,
-        buckets=training.section.buckets(),
-        global_batch_size=training.section.global_batch_size,
-        seed=(run.config.seed, STAGES.index(training.name)),
+        epochs,
         start_step=start_step,
         pad_token_id=run.tokenizer.pad_token_id,
     )

@@ -60,6 +60,7 @@ def make_train_step(
     mesh: Mesh,
     state_sharding: TrainState,
     *,
+    num_steps: int,
     gradient_accumulation_steps: int = 1,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
     """The donated, sharded step.
@@ -72,8 +73,9 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        num_tokens = jnp.sum(batch.attention_mask)
-        (loss, metrics), grads = gradients(state.params, batch, key, state.step, frozen)
+        num_tokens = jnp.count_nonzero(batch.attention_mask)
+        share = jnp.minimum(state.step / max(num_steps - 1, 1), 1.0)
+        (loss, metrics), grads = gradients(state.params, batch, key, share, frozen)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = metrics | {
@@ -99,12 +101,12 @@ def make_train_step(
 
 
 def _make_gradients(objective: Objective, num_parts: int) -> Callable:
-    """(params, batch, key, step, frozen) -> ((loss, metrics), gradients), in parts if asked."""
+    """(params, batch, key, share, frozen) -> ((loss, metrics), gradients), in parts if asked."""
     differentiate = jax.value_and_grad(objective.loss, has_aux=True)
 
-    def gradients(params, batch, key, step, frozen):
+    def gradients(params, batch, key, share, frozen):
         prepare_key, key = jax.random.split(key)
-        batch, counts = objective.prepare(batch, prepare_key, step)
+        batch, counts = objective.prepare(batch, prepare_key, share)
         if num_parts == 1:
             return differentiate(params, batch, counts, key, frozen)
 

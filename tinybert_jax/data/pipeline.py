@@ -4,12 +4,13 @@ The order of examples is a pure function of (seed, step): nothing has to be repl
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from tinybert_jax.data import packing
 from tinybert_jax.data.sources import LabelledText
 
 MIN_TOKENS = 4  # a corpus chunk shorter than this teaches nothing: [CLS] one word [SEP]
@@ -37,23 +38,79 @@ class TokenRows(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One step's examples, padded to one width. A row of weight 0 only fills the last batch.
+    """One step's examples, padded to one width. An example of weight 0 is only filler.
 
-    The fields are NumPy arrays until the batch is placed on devices.
+    Packed rows hold several examples: their `attention_mask` is the segment ids 1, 2, … (0:
+    padding), labels and weights have a second axis. The fields are NumPy arrays until the batch is
+    placed on devices.
     """
 
     input_ids: jax.Array  # int32 [batch, seq]
-    attention_mask: jax.Array  # bool [batch, seq]
+    attention_mask: jax.Array  # bool [batch, seq]; packed: int32, segment ids
     token_type_ids: jax.Array  # int32 [batch, seq]
-    labels: jax.Array  # int32 or fp32 [batch]
-    weights: jax.Array  # fp32 [batch], 1 or 0
+    labels: jax.Array  # int32 or fp32 [batch]; packed: [batch, segments]
+    weights: jax.Array  # fp32 [batch], 1 or 0; packed: [batch, segments]
+
+    @property
+    def real(self) -> jax.Array:
+        """bool [batch, seq]: no padding."""
+        return self.attention_mask.astype(bool)
+
+    @property
+    def num_segments(self) -> int | None:
+        """Examples that a packed row has room for; None for a row an example."""
+        return self.weights.shape[1] if self.weights.ndim == 2 else None
 
 
 class Plan(NamedTuple):
-    """Which rows make a batch (−1: filler) and how wide it is padded."""
+    """Which examples make a batch (−1: filler) and how wide it is padded."""
 
-    rows: np.ndarray  # int64 [batch]
+    rows: np.ndarray  # int64 [batch]; packed: [batch, segments]
     width: int
+
+
+class Epochs(NamedTuple):
+    """The order of training: a pure function of (seed, step)."""
+
+    num_batches: int  # of every epoch
+    plan: Callable[[int], list[Plan]]  # epoch -> its batches
+
+
+def bucketed_epochs(
+    lengths: np.ndarray, *, buckets: Sequence[int], global_batch_size: int, seed: Sequence[int]
+) -> Epochs:
+    """A row an example; a batch is padded to the bucket of its longest row."""
+    return Epochs(
+        num_batches(len(lengths), global_batch_size),
+        lambda epoch: plan_epoch(
+            lengths, buckets=buckets, global_batch_size=global_batch_size, seed=seed, epoch=epoch
+        ),
+    )
+
+
+def packed_epochs(
+    lengths: np.ndarray,
+    *,
+    width: int,
+    global_batch_size: int,
+    seed: Sequence[int],
+    multiple: int = 1,
+) -> Epochs:
+    """Rows of several examples; `global_batch_size` examples a batch on average.
+
+    The number of rows in a batch is the same for all, and a multiple of `multiple`.
+    """
+    bins = packing.pack(lengths, width, seed=tuple(seed))
+    size = packing.rows_per_batch(len(bins), len(lengths), global_batch_size, multiple)
+    num = num_batches(len(bins), size)
+
+    def plan(epoch: int) -> list[Plan]:
+        order = np.random.default_rng([*seed, epoch]).permutation(len(bins))
+        filled = np.full((num * size, bins.shape[1]), -1, np.int64)
+        filled[: len(bins)] = bins[order]
+        return [Plan(rows, width) for rows in np.split(filled, num)]
+
+    return Epochs(num, plan)
 
 
 def tokenize_task(tokenizer: Any, text: LabelledText, max_length: int) -> TokenRows:
@@ -123,45 +180,50 @@ def plan_epoch(
 
 
 def make_batch(rows: TokenRows, plan: Plan, pad_token_id: int) -> Batch:
-    """Gathers a plan's rows into padded arrays."""
-    real = plan.rows >= 0
-    chosen = np.where(real, plan.rows, 0)
-    lengths = np.where(real, rows.lengths[chosen], 0)[:, None]
-    columns = np.arange(plan.width)[None]
-    mask = columns < lengths
-    source = np.minimum(rows.offsets[chosen][:, None] + columns, len(rows.ids) - 1)
-    labels = np.zeros(len(chosen), np.int32) if rows.labels is None else rows.labels[chosen]
+    """Gathers a plan's examples into padded arrays, those of a packed row end to end."""
+    is_packed = plan.rows.ndim == 2
+    examples = plan.rows if is_packed else plan.rows[:, None]
+    real = examples >= 0
+    chosen = np.where(real, examples, 0)
+    lengths = np.where(real, np.diff(rows.offsets)[chosen], 0)
+    starts = np.cumsum(lengths, axis=1) - lengths
+
+    # One entry a token: its row, its column, its place in `rows.ids`.
+    per_example = lengths.ravel()
+    within = np.arange(per_example.sum()) - np.repeat(
+        np.cumsum(per_example) - per_example, per_example
+    )
+    row = np.repeat(np.repeat(np.arange(len(examples)), examples.shape[1]), per_example)
+    column = within + np.repeat(starts.ravel(), per_example)
+    source = within + np.repeat(rows.offsets[chosen].ravel(), per_example)
+
+    shape = (len(examples), plan.width)
+    ids = np.full(shape, pad_token_id, np.int32)
+    segments, types = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    ids[row, column] = rows.ids[source]
+    segments[row, column] = np.repeat(
+        np.tile(np.arange(1, examples.shape[1] + 1), len(examples)), per_example
+    )
+    types[row, column] = within >= np.repeat(rows.second[chosen].ravel(), per_example)
+    labels = np.zeros(chosen.shape, np.int32) if rows.labels is None else rows.labels[chosen]
+    weights = real.astype(np.float32)
     fields: dict[str, Any] = dict(
-        input_ids=np.where(mask, rows.ids[source], pad_token_id).astype(np.int32),
-        attention_mask=mask,
-        token_type_ids=(mask & (columns >= rows.second[chosen][:, None])).astype(np.int32),
-        labels=labels,
-        weights=real.astype(np.float32),
+        input_ids=ids,
+        attention_mask=segments if is_packed else segments > 0,
+        token_type_ids=types,
+        labels=labels if is_packed else labels[:, 0],
+        weights=weights if is_packed else weights[:, 0],
     )
     return Batch(**fields)
 
 
 def train_batches(
-    rows: TokenRows,
-    *,
-    buckets: Sequence[int],
-    global_batch_size: int,
-    seed: int | Sequence[int],
-    start_step: int,
-    pad_token_id: int,
+    rows: TokenRows, epochs: Epochs, *, start_step: int, pad_token_id: int
 ) -> Iterator[Batch]:
     """Batches from `start_step` on, for ever; batch n is the same whatever the start."""
-    per_epoch = num_batches(len(rows.lengths), global_batch_size)
-    epoch, index = divmod(start_step, per_epoch)
+    epoch, index = divmod(start_step, epochs.num_batches)
     while True:
-        plans = plan_epoch(
-            rows.lengths,
-            buckets=buckets,
-            global_batch_size=global_batch_size,
-            seed=seed,
-            epoch=epoch,
-        )
-        for plan in plans[index:]:
+        for plan in epochs.plan(epoch)[index:]:
             yield make_batch(rows, plan, pad_token_id)
         epoch, index = epoch + 1, 0
 

@@ -35,9 +35,10 @@ class SelfAttention(nnx.Module):
     def __call__(
         self,
         hidden: Float[Array, "batch seq dim"],
-        mask: Bool[Array, "batch seq"],
+        mask: Bool[Array, "batch one_or_seq seq"],
         key: jax.Array | None,
     ) -> tuple[Float[Array, "batch seq dim"], AttentionTaps]:
+        """`mask[b, t, s]`: may query t read key s; the middle axis is 1 where all may alike."""
         heads = (*hidden.shape[:2], self.num_heads, hidden.shape[-1] // self.num_heads)
         taps = AttentionTaps(
             dense(self.query, hidden).reshape(heads),
@@ -45,7 +46,7 @@ class SelfAttention(nnx.Module):
             dense(self.value, hidden).reshape(heads),
         )
         scores = attention_scores(taps.queries, taps.keys)
-        probs = jax.nn.softmax(jnp.where(mask[:, None, None, :], scores, _MASKED), axis=-1)
+        probs = jax.nn.softmax(jnp.where(mask[:, None], scores, _MASKED), axis=-1)
         probs = self.dropout(probs.astype(hidden.dtype), rngs=key, deterministic=key is None)
         context = jnp.einsum("bhts,bshk->bthk", probs, taps.values)
         return dense(self.output, context.reshape(hidden.shape)), taps

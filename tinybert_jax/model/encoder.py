@@ -27,7 +27,8 @@ class EncoderOutput(NamedTuple):
     queries: jax.Array  # [layers, batch, seq, heads, head_dim]
     keys: jax.Array  # [layers, batch, seq, heads, head_dim]
     values: jax.Array  # [layers, batch, seq, heads, head_dim]
-    pooled: jax.Array  # [batch, dim]; tanh of a linear map of the first token
+    pooled: jax.Array  # [batch, dim] or, packed, [batch, segments, dim]; tanh of a linear map of
+    # the first token of a row or of each segment
 
 
 class Encoder(nnx.Module):
@@ -55,20 +56,29 @@ class Encoder(nnx.Module):
     def __call__(
         self,
         input_ids: Int[Array, "batch seq"],
-        attention_mask: Bool[Array, "batch seq"],
+        attention_mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"],
         token_type_ids: Int[Array, "batch seq"],
         key: jax.Array | None = None,
+        num_segments: int | None = None,
     ) -> EncoderOutput:
-        """`key` turns dropout on; without one the pass is deterministic."""
+        """`key` turns dropout on; without one the pass is deterministic.
+
+        An integer `attention_mask` holds segment ids of packed rows: 0 is padding, 1, 2, … the
+        examples of a row. Each sees itself alone and has positions of its own; with `num_segments`
+        each has its own `pooled` (of a segment that is not there: something finite).
+        """
+        pairs = attention_pairs(attention_mask)
         graphdef, stacked = nnx.split(self.layers, nnx.Param)
         num_layers = jax.tree.leaves(stacked)[0].shape[0]
         keys = None if key is None else jax.random.split(key, num_layers + 1)
-        embedded = self.embeddings(input_ids, token_type_ids, None if keys is None else keys[0])
+        embedded = self.embeddings(
+            input_ids, attention_mask, token_type_ids, None if keys is None else keys[0]
+        )
         embedded = constrain(embedded)
 
         def layer(hidden, params_and_key):
             params, layer_key = params_and_key
-            hidden, taps = nnx.merge(graphdef, params)(hidden, attention_mask, layer_key)
+            hidden, taps = nnx.merge(graphdef, params)(hidden, pairs, layer_key)
             hidden = constrain(hidden)
             return hidden, (hidden, taps)
 
@@ -76,12 +86,16 @@ class Encoder(nnx.Module):
         last, (hiddens, taps) = jax.lax.scan(
             layer, embedded, (stacked, layer_keys), unroll=self.unroll
         )
+        first = last[:, 0]
+        if num_segments is not None:
+            starts = _segment_starts(attention_mask, num_segments)
+            first = jnp.take_along_axis(last, starts[:, :, None], axis=1)
         return EncoderOutput(
             hidden=jnp.concatenate([embedded[None], hiddens]),
             queries=taps.queries,
             keys=taps.keys,
             values=taps.values,
-            pooled=jnp.tanh(self.pooler(last[:, 0])),
+            pooled=jnp.tanh(self.pooler(first)),
         )
 
 
@@ -97,9 +111,12 @@ class Embeddings(nnx.Module):
         self.norm = make_layer_norm(config, dtype, rngs)
         self.dropout = nnx.Dropout(config.hidden_dropout_prob)
 
-    def __call__(self, input_ids, token_type_ids, key):
-        positions = self.position.embedding[: input_ids.shape[1]]
-        summed = self.word(input_ids) + positions[None] + self.token_type(token_type_ids)
+    def __call__(self, input_ids, attention_mask, token_type_ids, key):
+        if attention_mask.dtype == bool:
+            positions = self.position.embedding[: input_ids.shape[1]][None]
+        else:
+            positions = self.position(_restarted_positions(attention_mask))
+        summed = self.word(input_ids) + positions + self.token_type(token_type_ids)
         return self.dropout(self.norm(summed), rngs=key, deterministic=key is None)
 
 
@@ -120,7 +137,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         hidden: Float[Array, "batch seq dim"],
-        mask: Bool[Array, "batch seq"],
+        mask: Bool[Array, "batch one_or_seq seq"],
         key: jax.Array | None,
     ) -> tuple[Float[Array, "batch seq dim"], AttentionTaps]:
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
@@ -130,6 +147,28 @@ class Block(nnx.Module):
         inner = self.activation(dense(self.intermediate, hidden))
         outer = self.dropout(dense(self.output, inner), rngs=keys[2], deterministic=key is None)
         return self.output_norm(hidden + outer), taps
+
+
+def attention_pairs(attention_mask: Array) -> Bool[Array, "batch one_or_seq seq"]:
+    """Which keys a query reads: the real ones; of packed rows those of its own segment."""
+    if attention_mask.dtype == bool:
+        return attention_mask[:, None, :]
+    same = attention_mask[:, :, None] == attention_mask[:, None, :]
+    return same & (attention_mask[:, None, :] > 0)
+
+
+def _restarted_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+    """Positions that begin at 0 with every segment."""
+    index = jnp.arange(segment_ids.shape[1])[None]
+    is_start = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
+    return index - jax.lax.cummax(jnp.where(is_start, index, 0), axis=1)
+
+
+def _segment_starts(
+    segment_ids: Int[Array, "batch seq"], num_segments: int
+) -> Int[Array, "batch segments"]:
+    wanted = jnp.arange(1, num_segments + 1)[None, :, None]
+    return jnp.argmax(segment_ids[:, None, :] == wanted, axis=-1)
 
 
 def make_layer_norm(config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -20,7 +20,7 @@ Apply = Callable[..., Any]
 
 
 class ClassifierOutput(NamedTuple):
-    logits: jax.Array  # [batch, num_labels], fp32
+    logits: jax.Array  # [batch, num_labels] or, packed, [batch, segments, num_labels], fp32
     encoder: EncoderOutput
 
 
@@ -47,9 +47,11 @@ class SequenceClassifier(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, input_ids, attention_mask, token_type_ids, key=None) -> ClassifierOutput:
+    def __call__(
+        self, input_ids, attention_mask, token_type_ids, key=None, num_segments=None
+    ) -> ClassifierOutput:
         keys = (None, None) if key is None else jax.random.split(key)
-        encoded = self.encoder(input_ids, attention_mask, token_type_ids, keys[0])
+        encoded = self.encoder(input_ids, attention_mask, token_type_ids, keys[0], num_segments)
         pooled = self.dropout(encoded.pooled, rngs=keys[1], deterministic=key is None)
         return ClassifierOutput(self.classifier(pooled.astype(jnp.float32)), encoded)
 

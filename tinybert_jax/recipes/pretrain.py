@@ -7,7 +7,7 @@ from tinybert_jax.data.vocab import is_continuation
 from tinybert_jax.model.heads import make_masked_lm
 from tinybert_jax.objectives import make_mlm
 from tinybert_jax.run import Run, compute_options, with_dropout
-from tinybert_jax.stage import Training, count_steps, run_stage
+from tinybert_jax.stage import Training, run_stage
 
 
 def main(run: Run) -> None:
@@ -32,7 +32,6 @@ def main(run: Run) -> None:
                 apply,
                 mask_rate=section.mask_rate,
                 mask_rate_end=section.mask_rate_end,
-                num_steps=count_steps(section, rows),
                 unit=section.mask_unit,
                 is_continuation=continuations,
                 chunk_size=section.loss_chunk_size,

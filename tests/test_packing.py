@@ -1,0 +1,204 @@
+"""Packed, bucketed and padded rows of the same examples are the same training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinybert_jax import objectives
+from tinybert_jax.data import packing, pipeline
+from tinybert_jax.data.pipeline import Plan, TokenRows
+from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.sections import DistillSection, ModelConfig
+
+WIDTH = 24
+CONFIG = ModelConfig(
+    vocab_size=50,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    max_position_embeddings=WIDTH,
+)
+STUDENT = CONFIG.model_copy(update={"hidden_size": 16, "num_hidden_layers": 1})
+
+
+def _rows(num: int = 12, seed: int = 0) -> TokenRows:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(4, 12, num)
+    ids = rng.integers(5, CONFIG.vocab_size, lengths.sum()).astype(np.int32)
+    return TokenRows(
+        ids=ids,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        second=rng.integers(2, lengths + 1).astype(np.int32),
+        labels=rng.integers(0, 3, num).astype(np.int32),
+        num_truncated=0,
+    )
+
+
+ROWS = _rows()
+BINS = packing.pack(ROWS.lengths, WIDTH, seed=0)
+
+
+def _batch(rows: np.ndarray, width: int) -> pipeline.Batch:
+    return jax.tree.map(jnp.asarray, pipeline.make_batch(ROWS, Plan(rows, width), 0))
+
+
+PACKED = _batch(BINS, WIDTH)
+PADDED, BUCKET = _batch(np.arange(12), WIDTH), _batch(np.arange(12), 12)
+
+
+def _params(init, seed):
+    """Weights of a size at which scores and logits differ between examples."""
+    keys = iter(jax.random.split(jax.random.key(seed), 100))
+    return jax.tree.map(
+        lambda leaf: leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), init(jax.random.key(0))
+    )
+
+
+@pytest.mark.parametrize("width", [16, 24, 64])
+def test_every_example_is_packed_once_and_fits(width):
+    lengths = np.random.default_rng(2).integers(3, 16, 500)
+    bins = packing.pack(lengths, width, seed=3)
+    chosen = bins[bins >= 0]
+    assert sorted(chosen.tolist()) == list(range(500))
+    filled = np.where(bins >= 0, lengths[bins], 0).sum(1)
+    assert filled.max() <= width
+    assert len(bins) <= 11 / 9 * np.ceil(lengths.sum() / width) + 1, "best fit's own bound"
+    assert np.array_equal(bins, packing.pack(lengths, width, seed=3))
+    assert not np.array_equal(bins, packing.pack(lengths, width, seed=4))
+
+
+def test_packed_epochs_hold_every_example_once_in_batches_of_one_shape():
+    lengths = np.random.default_rng(2).integers(3, 16, 500)
+    epochs = pipeline.packed_epochs(lengths, width=32, global_batch_size=24, seed=(1,), multiple=2)
+    first, second = epochs.plan(0), epochs.plan(1)
+    assert len(first) == len(second) == epochs.num_batches
+    assert {plan.rows.shape for plan in first + second} == {first[0].rows.shape}
+    assert first[0].rows.shape[0] % 2 == 0
+    for plans in (first, second):
+        chosen = np.concatenate([plan.rows.ravel() for plan in plans])
+        assert sorted(chosen[chosen >= 0].tolist()) == list(range(500))
+    sizes = [int((plan.rows >= 0).sum()) for plan in first[:-1]]
+    assert 20 <= np.mean(sizes) <= 28
+    assert not np.array_equal(first[0].rows, second[0].rows)
+
+
+def test_a_packed_row_holds_its_examples_end_to_end():
+    assert len(PACKED.input_ids) < len(PADDED.input_ids)
+    for row, examples in enumerate(BINS):
+        expected, types = [], []
+        for number, example in enumerate(examples[examples >= 0], 1):
+            begin, end = ROWS.offsets[example], ROWS.offsets[example + 1]
+            place = PACKED.attention_mask[row] == number
+            assert PACKED.input_ids[row][place].tolist() == ROWS.ids[begin:end].tolist()
+            expected += ROWS.ids[begin:end].tolist()
+            types += (np.arange(end - begin) >= ROWS.second[example]).astype(int).tolist()
+            assert PACKED.labels[row, number - 1] == ROWS.labels[example]
+        assert PACKED.input_ids[row, : len(expected)].tolist() == expected
+        assert PACKED.token_type_ids[row, : len(types)].tolist() == types
+    assert PACKED.weights.sum() == 12
+
+
+def _by_example(packed: np.ndarray) -> np.ndarray:
+    """[bins, segments, …] to [examples, …], in the order of `ROWS`."""
+    values = np.zeros((12, *packed.shape[2:]), packed.dtype)
+    for row, examples in enumerate(BINS):
+        for segment, example in enumerate(examples[examples >= 0]):
+            values[example] = packed[row, segment]
+    return values
+
+
+def test_logits_of_packed_padded_and_bucketed_rows_are_the_same():
+    apply, init = make_classifier(CONFIG, 3)
+    params = _params(init, 1)
+
+    def logits(batch):
+        inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
+        return np.asarray(apply(params, *inputs, num_segments=batch.num_segments).logits)
+
+    padded, packed = logits(PADDED), _by_example(logits(PACKED))
+    assert np.ptp(padded, axis=0).min() > 0.1, "else the comparison says nothing"
+    np.testing.assert_allclose(packed, padded, atol=1e-5)
+    np.testing.assert_allclose(logits(BUCKET), padded, atol=1e-5)
+
+
+def _objective(kind):
+    apply, init = make_classifier(STUDENT, 3)
+    teacher_apply, teacher_init = make_classifier(CONFIG, 3)
+    if kind == "classification":
+        return objectives.make_supervised(apply), _params(init, 1), ()
+    if kind == "prediction":
+        section = DistillSection(temperature=2.0, hard_weight=0.3)
+        objective = objectives.make_distill_prediction(apply, teacher_apply, section)
+        return objective, _params(init, 1), _params(teacher_init, 2)
+    apply, init = make_encoder(STUDENT)
+    teacher_apply, teacher_init = make_encoder(CONFIG)
+    objective = objectives.make_distill_layers(apply, teacher_apply, (2,), DistillSection())
+    kernel = jax.random.normal(jax.random.key(4), (1, 16, 32))
+    projection = {"kernel": kernel, "bias": jnp.ones((1, 32))}
+    return (
+        objective,
+        {"student": _params(init, 1), "projection": projection},
+        _params(teacher_init, 2),
+    )
+
+
+@pytest.mark.parametrize("kind", ["classification", "prediction", "layers"])
+def test_losses_and_gradients_are_the_same(kind):
+    objective, params, frozen = _objective(kind)
+
+    def run(batch):
+        batch, counts = objective.prepare(batch, jax.random.key(0), jnp.float32(0))
+        differentiate = jax.value_and_grad(objective.loss, has_aux=True)
+        return differentiate(params, batch, counts, None, frozen)
+
+    (value, parts), grads = run(PADDED)
+    for other in (BUCKET, PACKED):
+        (same, same_parts), same_grads = run(other)
+        np.testing.assert_allclose(same, value, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), same_parts, parts)
+        largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
+        jax.tree.map(
+            lambda a, b, s=largest: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * s),
+            same_grads,
+            grads,
+        )
+
+
+def test_masked_lm_loss_of_given_labels_is_the_same():
+    apply, init = make_masked_lm(CONFIG)
+    params = _params(init, 1)
+
+    def nll(batch):
+        inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
+        log_probs = jax.nn.log_softmax(apply(params, *inputs).logits)
+        picked = jnp.take_along_axis(log_probs, batch.input_ids[:, :, None], axis=2)[..., 0]
+        return np.sort(np.asarray(picked)[np.asarray(batch.real)])
+
+    np.testing.assert_allclose(nll(PACKED), nll(PADDED), atol=1e-5)
+
+
+def test_a_segment_sees_nothing_of_the_others():
+    apply, init = make_classifier(CONFIG, 3)
+    params = _params(init, 1)
+    forward = jax.jit(
+        lambda ids: apply(
+            params,
+            ids,
+            PACKED.attention_mask,
+            PACKED.token_type_ids,
+            num_segments=PACKED.num_segments,
+        )
+    )
+    row = int(np.argmax((BINS >= 0).sum(1)))
+    segments = PACKED.attention_mask[row]
+    changed = np.array(PACKED.input_ids)
+    changed[row, segments == 1] = (changed[row, segments == 1] + 7) % 45 + 5
+    before, after = forward(PACKED.input_ids), forward(changed)
+    others = (segments > 1)[None, :]
+    assert not np.array_equal(before.logits[row, 0], after.logits[row, 0])
+    assert np.array_equal(before.logits[row, 1:], after.logits[row, 1:])
+    hidden = np.asarray(before.encoder.hidden)[:, row], np.asarray(after.encoder.hidden)[:, row]
+    kept = np.broadcast_to(others, hidden[0].shape[:2])
+    assert np.array_equal(hidden[0][kept], hidden[1][kept])
