@@ -87,6 +87,11 @@ def test_all_mistakes_at_once_with_paths_and_nearest_names(tmp_path):
             "general={num_steps: 1, learning_rate: 1, patience: 2}",
             "general is not evaluated",
         ),
+        (
+            "pretrain={num_steps: 1, learning_rate: 1, eval_every: 2}",
+            "eval_every needs corpus.heldout_share",
+        ),
+        ("corpus={builtin: true, heldout_share: 1.0}", "corpus.heldout_share"),
         ("seed", "expected key.path=value"),
         ("run_dir.x=1", "expected a section at 'run_dir'"),
         ("task.train=${SURELY_NOT_SET_ANYWHERE}", "SURELY_NOT_SET_ANYWHERE, which is not set"),

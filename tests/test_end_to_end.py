@@ -43,7 +43,7 @@ def _write_inputs(folder):
     settings = {
         "run_dir": "set below",
         "tokenizer": {"vocab_size": 120},
-        "corpus": {"files": [str(folder / "corpus.txt")]},
+        "corpus": {"files": [str(folder / "corpus.txt")], "heldout_share": 0.2},
         "task": {"train": str(folder / "train.tsv"), "dev": str(folder / "dev.tsv")},
         "teacher": {**model, "num_attention_heads": 2, "max_position_embeddings": 16},
         "student": {**model, "num_attention_heads": 2, "num_hidden_layers": 1, "hidden_size": 8},
@@ -52,7 +52,7 @@ def _write_inputs(folder):
     for name in ("finetune", "prediction", "baseline"):
         settings[name] = {**stage, "eval_every": 10}
     settings["finetune"] |= {"learning_rate": 1e-2}
-    settings["pretrain"] = {**stage, "learning_rate": 1e-3}
+    settings["pretrain"] = {**stage, "learning_rate": 1e-3, "eval_every": 40}
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
 
 
@@ -103,6 +103,10 @@ def test_run_folder_holds_what_it_promises(golden):
     assert np.sum(results["models"][0]["confusion"]) == 40
     train = [row for row in _metrics(run) if row["kind"] == "train"]
     assert {row["stage"] for row in train} == set(STAGES)
+    heldout = [r for r in _metrics(run) if r["kind"] == "eval" and r["stage"] == "pretrain"]
+    assert [row["step"] for row in heldout] == [40, 80]
+    assert heldout[1]["perplexity"] < heldout[0]["perplexity"] < 120  # the vocabulary's size
+    assert not (run / "checkpoints" / "pretrain" / "best").exists()
     layers = [row["loss"] for row in train if row["stage"] == "intermediate"]
     assert layers[-1] < layers[0]
     assert "left" in output and "tok/s" in output and "mfu" in output

@@ -85,6 +85,26 @@ def test_chunks_of_logits_give_the_loss_and_the_gradients_of_the_whole(chunk_siz
     )
 
 
+def test_sums_over_chunks_count_losses_and_hits():
+    logits, real = normal(2, 12, 11, scale=2), VOCAB_LABELS >= 0
+    logits[0, VOCAB_LABELS[0]] = logits[9, VOCAB_LABELS[9]] = 20  # two hits at least
+    hidden, table, bias = logits, np.eye(11, dtype=np.float32), np.zeros(11, np.float32)
+
+    got = jax.jit(functools.partial(losses.masked_lm_sums, chunk_size=5))(
+        *map(jnp.array, (hidden, table, bias, VOCAB_LABELS))
+    )
+
+    nll = F.cross_entropy(
+        torch.tensor(logits).double(),
+        torch.tensor(VOCAB_LABELS),
+        ignore_index=-100,
+        reduction="sum",
+    )
+    np.testing.assert_allclose(got[0], nll, rtol=1e-6)
+    num_hits = (logits.argmax(-1) == VOCAB_LABELS)[real].sum()
+    assert got[1] == num_hits and 2 <= num_hits < real.sum()
+
+
 def test_chunks_never_hold_the_logits_of_all_predictions():
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1024, 8), (4096, 8), (4096,))]
     labels = jax.ShapeDtypeStruct((1024,), jnp.int32)

@@ -122,11 +122,11 @@ def check_schedule(stage: str, section: StageSection) -> None:
         raise ValueError(f"{stage}.schedule {section.schedule}, for 1000 steps: {error}") from None
 
 
-def check_corpus(tokenizer: Any, corpus: Sequence[str]) -> None:
+def check_corpus(tokenizer: Any, corpus: Sequence[str], origin: str = "corpus") -> None:
     """Refuses a corpus without a document long enough to learn from."""
     if not any(len(tokenizer.tokenize(text[:1000])) + 2 >= MIN_TOKENS for text in corpus):
         raise ValueError(
-            f"corpus: expected documents of {MIN_TOKENS - 2} pieces or more, got none in "
+            f"{origin}: expected documents of {MIN_TOKENS - 2} pieces or more, got none in "
             f"{len(corpus)} documents; in a .txt file a blank line ends a document"
         )
 

@@ -1,15 +1,18 @@
-"""Runs a classifier over a whole data set. Knows nothing of training."""
+"""Runs a model over a whole data set. Knows nothing of training."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from tinybert_jax import metrics
-from tinybert_jax.data.pipeline import TokenRows, make_batch, plan_epoch
+from tinybert_jax import losses, masking, metrics
+from tinybert_jax.data.pipeline import Batch, TokenRows, make_batch, plan_epoch
 
 Scorer = Callable[[Any, TokenRows], np.ndarray]
+EVAL_MASK_RATE = 0.15  # whatever a stage trains with, so that its figures compare with others'
 
 
 def make_scorer(apply: Callable, *, buckets: Sequence[int], pad_token_id: int) -> Scorer:
@@ -26,6 +29,60 @@ def make_scorer(apply: Callable, *, buckets: Sequence[int], pad_token_id: int) -
             real = plan.rows >= 0
             logits[plan.rows[real]] = np.asarray(values)[real]
         return logits
+
+    return score
+
+
+def make_masked_lm_scorer(
+    apply: Callable,
+    *,
+    key: jax.Array,
+    mask_token_id: int,
+    special_token_ids: tuple[int, ...],
+    vocab_size: int,
+    buckets: Sequence[int],
+    pad_token_id: int,
+    chunk_size: int = 256,
+) -> Callable[[Any, TokenRows], dict[str, float]]:
+    """A function (params, rows) -> masked-LM loss, perplexity (its exp) and masked accuracy.
+
+    15 % of the tokens are masked, each alone, 80/10/10, always the same ones for one `key`.
+    """
+
+    def sums(params: Any, number: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
+        special = jnp.isin(batch.input_ids, jnp.asarray(special_token_ids))
+        inputs, labels = masking.mask_tokens(
+            batch.input_ids,
+            batch.real & ~special,
+            jax.random.fold_in(key, number),
+            rate=EVAL_MASK_RATE,
+            mask_token_id=mask_token_id,
+            vocab_size=vocab_size,
+        )
+        room = masking.num_slots(EVAL_MASK_RATE, inputs.shape[1])
+        positions, labels = masking.gather_masked(labels, room)
+        output = apply(
+            params, inputs, batch.attention_mask, batch.token_type_ids, positions=positions
+        )
+        hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
+        nll, hits = losses.masked_lm_sums(
+            hidden, output.table, output.bias, labels.reshape(-1), chunk_size=chunk_size
+        )
+        return nll, hits, jnp.sum(labels != masking.IGNORED_LABEL, dtype=jnp.float32)
+
+    forward = jax.jit(sums)
+
+    def score(params: Any, rows: TokenRows, *, global_batch_size: int = 64) -> dict[str, float]:
+        plans = plan_epoch(
+            rows.lengths, buckets=buckets, global_batch_size=global_batch_size, seed=None
+        )
+        pending = [
+            forward(params, jnp.int32(number), make_batch(rows, plan, pad_token_id))
+            for number, plan in enumerate(plans)
+        ]
+        nll, hits, count = np.asarray(jax.device_get(pending), np.float64).sum(0)
+        loss = float(nll / count)
+        return {"loss": loss, "perplexity": math.exp(loss), "masked_accuracy": float(hits / count)}
 
     return score
 

@@ -10,7 +10,7 @@ its microbatches add up to those of the batch. A batch without any valid unit ha
 """
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -82,10 +82,23 @@ def masked_lm_from_hidden(
     return _divide(total, jnp.sum(labels != IGNORED_LABEL, dtype=jnp.float32), count)
 
 
+def masked_lm_sums(
+    hidden: Float[Array, "n dim"],
+    table: Float[Array, "vocab dim"],
+    bias: Float[Array, " vocab"],
+    labels: Int[Array, " n"],
+    *,
+    chunk_size: int,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Σ −log p(label), and how many labels have the largest logit; ignored ones count nothing."""
+    size = min(chunk_size, hidden.shape[0])
+    return _over_chunks(size, hidden[None], table, bias, labels[None], with_gradients=False)
+
+
 def _over_chunks(
     size: int, hidden: Array, table: Array, bias: Array, labels: Array, *, with_gradients: bool
-) -> tuple[Array, tuple[Array, ...]]:
-    """Σ −log p(label), and its gradients by hidden [s, n, d], table and bias.
+) -> tuple[Array, Any]:
+    """Σ −log p(label), and its gradients by hidden [s, n, d], table and bias, or the hits.
 
     Each shard adds up a table gradient of its own; they meet once, after the last chunk.
     """
@@ -107,7 +120,8 @@ def _over_chunks(
         nll = log_sum - jnp.take_along_axis(logits, jnp.where(is_label, label, 0), axis=-1)
         total = sums[0] + jnp.sum(nll * is_label, axis=(1, 2))
         if not with_gradients:
-            return (total,)
+            hits = jnp.argmax(logits, axis=-1, keepdims=True) == label
+            return total, sums[1] + jnp.sum(hits, axis=(1, 2))
         is_target = jnp.arange(bias.shape[0])[None, None] == label
         slope = jnp.where(is_label, jnp.exp(logits - log_sum) - is_target, 0).astype(hidden.dtype)
         by_row = einsum("snv,vd->snd", slope, words).astype(hidden.dtype)
@@ -120,12 +134,14 @@ def _over_chunks(
         )
 
     zeros = [jnp.zeros(num_shards)]
-    if with_gradients:
+    if not with_gradients:
+        zeros += [jnp.zeros(num_shards)]
+    else:
         zeros += [jnp.zeros_like(rows), *(jnp.zeros((num_shards, *a.shape)) for a in (table, bias))]
     num_chunks = -(-jnp.sum(labels != IGNORED_LABEL, axis=-1).max() // size)
     total, *sums = jax.lax.fori_loop(0, num_chunks, chunk, tuple(zeros))
     if not with_gradients:
-        return total.sum(), ()
+        return total.sum(), sums[0].sum()
     by_row = jnp.take_along_axis(sums[0], jnp.argsort(order, axis=-1)[:, :, None], axis=1)
     by_word, by_bias = sums[1].sum(0).astype(table.dtype), sums[2].sum(0).astype(bias.dtype)
     return total.sum(), (by_row, by_word, by_bias)

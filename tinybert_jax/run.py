@@ -22,7 +22,7 @@ from tinybert_jax import config as configs
 from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.data import vocab
 from tinybert_jax.data.pipeline import tokenize_task
-from tinybert_jax.data.tasks import TaskData, read_corpus, read_task
+from tinybert_jax.data.tasks import TaskData, read_corpus, read_task, split_heldout
 from tinybert_jax.evaluate import majority_share, make_scorer, task_metrics
 from tinybert_jax.log import MetricLog
 from tinybert_jax.model.heads import make_classifier
@@ -46,6 +46,7 @@ class Run(NamedTuple):
     student: ModelConfig | None
     task: TaskData | None
     corpus: tuple[str, ...]
+    heldout: tuple[str, ...]  # documents of the corpus that no stage trains on
     peak_flops: float
 
     @property
@@ -192,7 +193,9 @@ def publish(run: Run, stage: str) -> Path:
 
 def _read_inputs(config: RunConfig, folder: Path) -> Run:
     mesh = sharding.make_mesh(config.mesh)
-    corpus = read_corpus(config.corpus) if config.corpus else ()
+    corpus, heldout = (), ()
+    if config.corpus:
+        corpus, heldout = split_heldout(read_corpus(config.corpus), config.corpus.heldout_share)
     task = read_task(config.task) if config.task else None
     # Before its tokenizer: transformers reads config.json too, and fails less clearly.
     given = hf_files.read_model(config.teacher.path).config if config.teacher.path else None
@@ -208,6 +211,7 @@ def _read_inputs(config: RunConfig, folder: Path) -> Run:
         student=_student_config(config.student, teacher) if config.student else None,
         task=task,
         corpus=corpus,
+        heldout=heldout,
         peak_flops=np.nan,  # measured once the run is sure to start
     )
 
@@ -251,6 +255,8 @@ def _check(run: Run, stages: Sequence[str]) -> None:
     checks.check_vocabularies(config, run.tokenizer)
     if {"pretrain", "general"} & set(stages):
         checks.check_corpus(run.tokenizer, run.corpus)
+        if run.heldout and "pretrain" in stages:
+            checks.check_corpus(run.tokenizer, run.heldout, "corpus.heldout_share")
     pending = {name for name in stages if not run.is_done(name)}
     learns_now = bool(pending & {"intermediate", "prediction"}) and "finetune" not in pending
     if learns_now:

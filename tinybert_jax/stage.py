@@ -30,8 +30,8 @@ class Training(NamedTuple):
     rows: TokenRows
     frozen: Any  # arrays the objective reads and never changes
     flops_per_token: Callable[[int], float]  # padded width -> FLOPs of a step per token
-    evaluate: Evaluate | None = None  # parameters -> dev metrics; None: keep the last
-    score: str = ""  # the metric that chooses the best
+    evaluate: Evaluate | None = None  # parameters -> metrics of text that is not trained on
+    score: str = ""  # the metric that chooses the best parameters; none: the last are kept
 
 
 def run_stage(run: Run, training: Training) -> Any:
@@ -83,7 +83,7 @@ def run_stage(run: Run, training: Training) -> Any:
             is_due=is_due,
             hooks=(judge, save),
         )
-    if training.evaluate is None:
+    if not training.score:
         return jax.device_get(state.params)
     return _restore_best(run, training, folder / "best", target.params, progress)
 
@@ -150,8 +150,10 @@ class _Judge:
             values = self.training.evaluate(state.params)
             self.run.log.write("eval", self.training.name, step, values)
             shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-            self.run.log.say(f"{self.training.name:<12} {step:>6}/{self.num_steps}  dev: {shown}")
-            return self._keep(step, state, values[self.training.score])
+            name, score = self.training.name, self.training.score
+            text = "dev" if score else "held out"
+            self.run.log.say(f"{name:<12} {step:>6}/{self.num_steps}  {text}: {shown}")
+            return self._keep(step, state, values[score]) if score else False
 
     def _keep(self, step: int, state: train.TrainState, score: float) -> bool:
         if score > self.progress.get("best_score", -np.inf):

@@ -1,5 +1,7 @@
 """The text of a run, as its config names it: a task's splits and a corpus's documents."""
 
+import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +44,30 @@ def read_corpus(section: CorpusSection) -> tuple[str, ...]:
     """The documents of a corpus section."""
     documents = builtin.builtin_corpus() if section.builtin else sources.read_corpus(section.files)
     return tuple(documents[: section.max_documents])
+
+
+def split_heldout(
+    documents: Sequence[str], share: float
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(for training, held out): by the hash of its text, so that equal documents stay together.
+
+    Raises ValueError where a share is asked for and either side is empty.
+    """
+    limit = share * 2**64
+    is_heldout = [
+        int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < limit for text in documents
+    ]
+    kept, heldout = (
+        tuple(text for text, out in zip(documents, is_heldout, strict=True) if out == side)
+        for side in (False, True)
+    )
+    if share and not (kept and heldout):
+        raise ValueError(
+            f"corpus.heldout_share: expected documents on both sides of the split, got {len(kept)} "
+            f"to train on and {len(heldout)} held out; give more documents (in a .txt file a blank "
+            "line ends one) or another share"
+        )
+    return kept, heldout
 
 
 def read_task(section: TaskSection) -> TaskData:

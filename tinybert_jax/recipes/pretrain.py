@@ -1,13 +1,18 @@
 """Masked-LM pretraining of the teacher, from random or from a folder ("update a model")."""
 
+from typing import Any
+
+import jax
+
 from tinybert_jax import cost, sharding
 from tinybert_jax.convert import hf_files
 from tinybert_jax.data.pipeline import tokenize_corpus
 from tinybert_jax.data.vocab import is_continuation
-from tinybert_jax.model.heads import make_masked_lm
+from tinybert_jax.evaluate import make_masked_lm_scorer
+from tinybert_jax.model.heads import Apply, make_masked_lm
 from tinybert_jax.objectives import make_mlm
 from tinybert_jax.run import Run, compute_options, with_dropout
-from tinybert_jax.stage import Training, run_stage
+from tinybert_jax.stage import Evaluate, Training, run_stage
 
 
 def main(run: Run) -> None:
@@ -44,6 +49,31 @@ def main(run: Run) -> None:
             rows=rows,
             frozen=(),
             flops_per_token=lambda width: cost.training_flops_per_token(run.teacher, width),
+            evaluate=_heldout_judge(run, apply, special),
         ),
     )
     hf_files.save_model(run.model_folder("pretrain"), params, run.teacher, tokenizer)
+
+
+def _heldout_judge(run: Run, apply: Apply, special: tuple[int, ...]) -> Evaluate | None:
+    """parameters -> loss, perplexity and masked accuracy on the held-out documents, if any."""
+    if not run.heldout:
+        return None
+    section = run.section("pretrain")
+    rows = tokenize_corpus(run.tokenizer, run.heldout, section.max_length)
+    run.log.say(f"pretrain: {len(rows.lengths):,} rows, {len(rows.ids):,} tokens held out")
+    score = make_masked_lm_scorer(
+        apply,
+        key=jax.random.key(run.config.seed),
+        mask_token_id=run.tokenizer.mask_token_id,
+        special_token_ids=special,
+        vocab_size=len(run.tokenizer),
+        buckets=section.buckets(),
+        pad_token_id=run.tokenizer.pad_token_id,
+        chunk_size=section.loss_chunk_size,
+    )
+
+    def judge(params: Any) -> dict[str, float]:
+        return score(params, rows)
+
+    return judge

@@ -1,0 +1,104 @@
+"""Held-out text: the split by hash, and a masked-LM score against closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinybert_jax.data.pipeline import TokenRows
+from tinybert_jax.data.tasks import split_heldout
+from tinybert_jax.evaluate import EVAL_MASK_RATE, make_masked_lm_scorer
+from tinybert_jax.model.heads import MaskedLMOutput
+
+VOCAB, DIM = 50, 4
+SPECIAL = (0, 1, 2, 3)
+
+
+def rows_of(*, num_rows=600, seed=0):
+    """Rows 2 … 3 of common and rare words."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(8, 33, num_rows)
+    words = 4 + np.minimum(rng.geometric(0.2, lengths.sum()) - 1, VOCAB - 5)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    words[offsets[:-1]], words[offsets[1:] - 1] = 2, 3
+    return TokenRows(words.astype(np.int32), offsets, lengths.astype(np.int32), None, 0)
+
+
+def scorer(key=0, seen=None):
+    """Of a model that only knows its bias: the same logits at every position."""
+
+    def apply(params, input_ids, attention_mask, token_type_ids, *, positions):
+        if seen is not None:
+            jax.debug.callback(
+                lambda ids, mask: seen.append((ids, mask)), input_ids, attention_mask
+            )
+        hidden = jnp.zeros((*positions.shape, DIM))
+        return MaskedLMOutput(None, hidden, jnp.zeros((VOCAB, DIM)), params["bias"], None)
+
+    return make_masked_lm_scorer(
+        apply,
+        key=jax.random.key(key),
+        mask_token_id=1,
+        special_token_ids=SPECIAL,
+        vocab_size=VOCAB,
+        buckets=(16, 32),
+        pad_token_id=0,
+        chunk_size=32,
+    )
+
+
+def test_a_model_that_knows_nothing_is_as_perplexed_as_the_vocabulary_is_large():
+    values = scorer()({"bias": jnp.zeros(VOCAB)}, rows_of())
+    assert set(values) == {"loss", "perplexity", "masked_accuracy"}
+    np.testing.assert_allclose(values["loss"], np.log(VOCAB), rtol=1e-6)
+    np.testing.assert_allclose(values["perplexity"], VOCAB, rtol=1e-5)
+
+
+def test_a_model_of_word_frequencies_has_their_cross_entropy():
+    """Over a seventh of the words, drawn at random: within three standard errors."""
+    rows = rows_of()
+    words = rows.ids[~np.isin(rows.ids, SPECIAL)]
+    counts = np.bincount(words, minlength=VOCAB) + 0.5
+    probs = counts / counts.sum()
+    values = scorer()({"bias": jnp.log(jnp.asarray(probs, jnp.float32))}, rows)
+    surprise, is_commonest = -np.log(probs[words]), words == probs.argmax()
+    root = np.sqrt(EVAL_MASK_RATE * len(words))
+    assert abs(values["loss"] - surprise.mean()) <= 3 * surprise.std() / root
+    share = values["masked_accuracy"]
+    assert abs(share - is_commonest.mean()) <= 3 * is_commonest.std() / root
+    assert values["perplexity"] == np.exp(values["loss"])
+
+
+def test_the_masks_are_those_of_the_key():
+    rows, params = rows_of(num_rows=70), {"bias": jnp.arange(VOCAB) / 10}
+    score = scorer()
+    assert score(params, rows) == score(params, rows) == scorer()(params, rows)
+    assert score(params, rows) != scorer(key=1)(params, rows)
+
+
+def test_masked_words_are_hidden_from_the_model():
+    rows, seen = rows_of(num_rows=200), []
+    scorer(seen=seen)({"bias": jnp.zeros(VOCAB)}, rows)
+    jax.effects_barrier()
+    shown = np.concatenate([np.asarray(ids)[np.asarray(mask)] for ids, mask in seen])
+    num_words = (~np.isin(rows.ids, SPECIAL)).sum()
+    rate = 0.8 * EVAL_MASK_RATE
+    num_masks = (shown == 1).sum()
+    assert abs(num_masks - rate * num_words) <= 3 * np.sqrt(rate * num_words) + num_words / VOCAB
+
+
+def test_documents_are_held_out_by_the_hash_of_their_text():
+    documents = [f"document {i % 900} of many" for i in range(1000)]
+    kept, heldout = split_heldout(documents, 0.2)
+    assert sorted((*kept, *heldout)) == sorted(documents) and not set(kept) & set(heldout)
+    assert abs(len(set(heldout)) - 180) <= 3 * np.sqrt(900 * 0.2 * 0.8)
+    assert list(kept) == [text for text in documents if text in set(kept)]
+    more_kept, more_heldout = split_heldout(["another one", *documents[::-1]], 0.2)
+    assert set(kept) <= set(more_kept) and set(heldout) <= set(more_heldout)
+    assert set(heldout) <= set(split_heldout(documents, 0.3)[1])
+    assert split_heldout(documents, 0.0) == (tuple(documents), ())
+
+
+def test_a_split_with_an_empty_side_is_refused():
+    with pytest.raises(ValueError, match="corpus.heldout_share: expected documents on both sides"):
+        split_heldout(["one document"], 0.5)
