@@ -299,3 +299,39 @@ def test_dropout_draws_differ_by_step_and_repeat_by_seed():
 
     assert jnp.array_equal(draw(0), draw(0))
     assert not jnp.array_equal(draw(0), draw(1))
+
+
+def test_the_average_follows_its_formula_on_one_and_eight_devices():
+    """Written out in NumPy from the parameters of each step; the trained ones are untouched."""
+    decay, num_steps = 0.4, 6
+    plain, _ = _run("supervised", _mesh(1), num_steps=num_steps)
+    for mesh in (_mesh(1), _mesh(8, fsdp=2, tensor=2)):
+        objective, params, frozen = _stage("supervised")
+        schedule = optax.constant_schedule(1e-2)
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(schedule))
+        state = train.init_state(params, optimizer, jax.random.key(3), mesh, averaged=True)
+        placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+        step = train.make_train_step(
+            objective,
+            optimizer,
+            schedule,
+            mesh,
+            placed,
+            num_steps=num_steps,
+            average_decay=decay,
+        )
+        expected = jax.device_get(params)
+        for i in range(num_steps):
+            batch = jax.device_put(_batch(seed=i), sharding.batch_sharding(mesh))
+            state, _ = step(state, batch, frozen)
+            kept = min(decay, (1 + i) / (10 + i))
+            expected = jax.tree.map(
+                lambda old, new, kept=kept: kept * old + (1 - kept) * new,
+                expected,
+                jax.device_get(state.params),
+            )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), state.params, plain)
+        assert state.evaluated is state.average
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), state.average, expected
+        )

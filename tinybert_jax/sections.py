@@ -227,6 +227,11 @@ class StageSection(Section):
     b2: Probability = 0.999
     eps: Positive = 1e-6
     clip_norm: Positive | None = 1.0
+    average_decay: Probability | None = Field(
+        None,
+        description="decay of a moving average of the weights, which is then what is evaluated and "
+        "kept; 0.998 looks back about 500 steps",
+    )
     dropout: Probability | None = Field(None, description="overrides both of the model's rates")
     log_every: PositiveInt = 50
     save_every: PositiveInt = 500

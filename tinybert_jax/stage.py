@@ -53,6 +53,7 @@ def run_stage(run: Run, training: Training) -> Any:
         jax.tree.map(lambda leaf: leaf.sharding, target),
         num_steps=num_steps,
         gradient_accumulation_steps=section.gradient_accumulation_steps,
+        average_decay=section.average_decay or 0.0,
     )
     frozen = jax.device_put(
         training.frozen,
@@ -84,7 +85,7 @@ def run_stage(run: Run, training: Training) -> Any:
             hooks=(judge, save),
         )
     if not training.score:
-        return jax.device_get(state.params)
+        return jax.device_get(state.evaluated)
     return _restore_best(run, training, folder / "best", target.params, progress)
 
 
@@ -94,11 +95,12 @@ def _open_state(
     """The state to go on from, its abstract form, and the progress that was saved with it."""
     param_key, step_key = _keys(run.config.seed, training.name)
     params = training.init_params(param_key)
-    target = train.abstract_state(params, optimizer, step_key, run.mesh)
+    averaged = training.section.average_decay is not None
+    target = train.abstract_state(params, optimizer, step_key, run.mesh, averaged=averaged)
     fingerprint = training.rows.fingerprint()
     restored = checkpoint.restore_newest(folder / "last", target)
     if restored is None:
-        state = train.init_state(params, optimizer, step_key, run.mesh)
+        state = train.init_state(params, optimizer, step_key, run.mesh, averaged=averaged)
         progress: dict[str, Any] = {"data": fingerprint}
     else:
         state, progress = restored.tree, restored.meta
@@ -147,7 +149,7 @@ class _Judge:
         if self.training.evaluate is None or not self.is_due(step):
             return False
         with self.meter.paused(state):
-            values = self.training.evaluate(state.params)
+            values = self.training.evaluate(state.evaluated)
             self.run.log.write("eval", self.training.name, step, values)
             shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
             name, score = self.training.name, self.training.score
@@ -158,7 +160,7 @@ class _Judge:
     def _keep(self, step: int, state: train.TrainState, score: float) -> bool:
         if score > self.progress.get("best_score", -np.inf):
             self.progress |= {"best_score": score, "best_step": step, "evals_since_best": 0}
-            checkpoint.save(self.folder / "best", step, state.params, {}, keep=2)
+            checkpoint.save(self.folder / "best", step, state.evaluated, {}, keep=2)
             return False
         self.progress["evals_since_best"] += 1
         patience = self.training.section.patience

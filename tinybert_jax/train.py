@@ -20,13 +20,24 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: optax.OptState
     key: jax.Array  # never changes: every draw comes from fold_in(key, step)
+    average: Any = ()  # the parameters' moving average; () where none is kept
+
+    @property
+    def evaluated(self) -> Any:
+        """The parameters that evaluation, the best checkpoint and the export take."""
+        return self.average or self.params
 
 
 def abstract_state(
-    params: Any, optimizer: optax.GradientTransformation, key: jax.Array, mesh: Mesh
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    mesh: Mesh,
+    *,
+    averaged: bool = False,
 ) -> TrainState:
     """The state's shapes, dtypes and shardings; nothing is computed."""
-    abstract = jax.eval_shape(lambda: _new_state(params, optimizer, key))
+    abstract = jax.eval_shape(lambda: _new_state(params, optimizer, key, averaged))
     placed = state_shardings(abstract, mesh)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -36,15 +47,23 @@ def abstract_state(
 
 
 def init_state(
-    params: Any, optimizer: optax.GradientTransformation, key: jax.Array, mesh: Mesh
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    mesh: Mesh,
+    *,
+    averaged: bool = False,
 ) -> TrainState:
     """A fresh state, born with its final shardings, the optimizer's moments too.
 
     `jit(optimizer.init)` does not inherit the parameters' sharding: it is asked for.
     """
-    placed = jax.tree.map(lambda a: a.sharding, abstract_state(params, optimizer, key, mesh))
+    abstract = abstract_state(params, optimizer, key, mesh, averaged=averaged)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     params = jax.device_put(params, placed.params)
-    new = jax.jit(lambda params, key: _new_state(params, optimizer, key), out_shardings=placed)
+    new = jax.jit(
+        lambda params, key: _new_state(params, optimizer, key, averaged), out_shardings=placed
+    )
     return new(params, key)
 
 
@@ -62,8 +81,12 @@ def make_train_step(
     *,
     num_steps: int,
     gradient_accumulation_steps: int = 1,
+    average_decay: float = 0.0,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
     """The donated, sharded step.
+
+    A state that keeps an average moves it by 1 − d towards the new parameters, with
+    d = min(`average_decay`, (1 + s)/(10 + s)) after s steps: the first ones are soon forgotten.
 
     With accumulation, a microbatch takes every n-th example, and every loss is divided by the
     whole batch's unit counts: the sum over microbatches is the full batch's loss, padding or not.
@@ -84,7 +107,13 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "num_tokens": num_tokens,
         }
-        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+        decay = jnp.minimum(average_decay, (1 + state.step) / (10 + state.step))
+        average = jax.tree.map(
+            lambda old, new: old + (1 - decay) * (new - old),
+            state.average,
+            params if state.average else (),
+        )
+        return TrainState(state.step + 1, params, opt_state, state.key, average), metrics
 
     compiled = jax.jit(
         train_step,
@@ -124,8 +153,12 @@ def _make_gradients(objective: Objective, num_parts: int) -> Callable:
     return gradients
 
 
-def _new_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
+def _new_state(
+    params: Any, optimizer: optax.GradientTransformation, key: jax.Array, averaged: bool
+) -> TrainState:
+    # A copy of its own: the step donates both.
+    average = jax.tree.map(jnp.copy, params) if averaged else ()
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, average)
 
 
 def _split(num_parts: int) -> Callable[[jax.Array], jax.Array]:
