@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tinybert_jax import __version__, config
+from tinybert_jax import __version__, config, host
 from tinybert_jax.sections import STAGES
 
 _STAGES = {
@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after one clear message about wrong input."""
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser().parse_args(argv)
+    host.keep_freed_memory()
     try:
         return arguments.act(arguments, shlex.join(["tinybert", *argv])) or 0
     except (ValueError, FloatingPointError, OSError) as error:
