@@ -151,7 +151,7 @@ def test_losses_and_gradients_are_the_same(kind):
     def run(batch):
         batch, counts = objective.prepare(batch, jax.random.key(0), jnp.float32(0))
         differentiate = jax.value_and_grad(objective.loss, has_aux=True)
-        return differentiate(params, batch, counts, None, frozen)
+        return differentiate(params, batch, counts, None, objective.targets(batch, frozen))
 
     (value, parts), grads = run(PADDED)
     for other in (BUCKET, PACKED):

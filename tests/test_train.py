@@ -108,7 +108,8 @@ def _loss(objective, params, batch, frozen):
 
     @jax.jit
     def loss(params, batch, frozen):
-        return objective.loss(params, *objective.prepare(batch, key, jnp.float32(0)), key, frozen)
+        batch, counts = objective.prepare(batch, key, jnp.float32(0))
+        return objective.loss(params, batch, counts, key, objective.targets(batch, frozen))
 
     return loss(params, batch, frozen)
 
@@ -136,6 +137,49 @@ def test_accumulation_equals_the_whole_batch(kind, normalisation):
     for a, b in zip(history_whole, history_parts, strict=True):
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=2e-5, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole, parts)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("kind", ["supervised", "layers", "prediction"])
+def test_students_side_by_side_equal_each_alone(kind, accumulation):
+    """Same batches, a start and a dropout key of their own; one clips its gradient, one does not."""
+    objective, params, frozen = _stage(kind)
+    starts = [params, jax.tree.map(lambda leaf: 1.5 * leaf, params)]
+    keys = [jax.random.key(3), jax.random.key(4)]
+    schedule = optax.constant_schedule(1e-2)
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(schedule))
+
+    def run(start, key, mesh):
+        state = train.init_state(start, optimizer, key, mesh, averaged=True)
+        step = train.make_train_step(
+            objective,
+            optimizer,
+            schedule,
+            mesh,
+            jax.tree.map(lambda leaf: leaf.sharding, state),
+            num_steps=3,
+            gradient_accumulation_steps=accumulation,
+            average_decay=0.5,
+        )
+        for i in range(3):
+            batch = jax.device_put(_batch(seed=i), sharding.batch_sharding(mesh))
+            state, metrics = step(state, batch, frozen)
+        return state, metrics
+
+    alone = [run(*start, _mesh(1)) for start in zip(starts, keys, strict=True)]
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts), jnp.stack(keys)
+    for mesh in (_mesh(1), _mesh(8, fsdp=2, tensor=2)):
+        state, metrics = run(*together, mesh)
+        for name, value in metrics.items():
+            mean = np.mean([float(own[name]) for _, own in alone])
+            np.testing.assert_allclose(value, mean, rtol=2e-5, atol=1e-6)
+        for i, (own, _) in enumerate(alone):
+            for field in ("params", "opt_state", "average"):
+                jax.tree.map(
+                    lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=5e-6),
+                    getattr(state, field),
+                    getattr(own, field),
+                )
 
 
 @pytest.mark.parametrize("kind", ["supervised", "prediction"])
@@ -184,7 +228,7 @@ def test_an_objective_is_told_how_far_the_stage_is():
     def prepare(batch, key, share):
         return batch, objectives.count_units(batch)._replace(predictions=share)
 
-    def loss(params, batch, counts, key, frozen):
+    def loss(params, batch, counts, key, targets):
         return params["w"] ** 2, {"share": counts.predictions}
 
     params, mesh, optimizer = {"w": jnp.ones(())}, _mesh(1), optax.sgd(0.1)

@@ -10,6 +10,7 @@ import numpy as np
 from tinybert_jax import losses, masking
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import LayerMap, project
+from tinybert_jax.model.encoder import EncoderOutput
 from tinybert_jax.sections import DistillSection
 
 Metrics = dict[str, jax.Array]
@@ -24,16 +25,22 @@ class Counts(NamedTuple):
     predictions: jax.Array  # masked tokens
 
 
+def _no_targets(batch: Batch, frozen: Any) -> tuple[()]:
+    return ()
+
+
 class Objective(NamedTuple):
     """`prepare(batch, key, share)` sees the whole batch: corruption and unit counts.
 
-    `share` says how far the stage is, 0 at its first step and 1 at its last. `loss(params, batch,
-    counts, key, frozen)` may see a microbatch; the values over all
-    microbatches add up. `frozen` are arrays that are read and never trained: the teacher.
+    `share` says how far the stage is, 0 at its first step and 1 at its last. `targets(batch,
+    frozen)` is what a teacher says of a batch: made once, however many students read it; `frozen`
+    are its parameters, read and never trained. `loss(params, batch, counts, key, targets)` is one
+    student's. Both may see a microbatch; the losses over all microbatches add up.
     """
 
     prepare: Callable[[Batch, jax.Array, jax.Array], tuple[Batch, Counts]]
     loss: Callable[[Any, Batch, Counts, jax.Array, Any], tuple[jax.Array, Metrics]]
+    targets: Callable[[Batch, Any], Any] = _no_targets
 
 
 def count_units(batch: Batch, normalisation: str = "valid_only") -> Counts:
@@ -56,7 +63,7 @@ def make_supervised(
 ) -> Objective:
     """Gold labels: cross-entropy, or mean squared error of the single output."""
 
-    def loss(params, batch, counts, key, frozen):
+    def loss(params, batch, counts, key, targets):
         logits = _example_logits(apply, params, batch, key)
         value = _gold_loss(logits, batch, counts, regression, label_smoothing)
         return value, {"loss/label": value}
@@ -107,7 +114,7 @@ def make_mlm(
         labels = jnp.stack([positions, labels], axis=1)
         return batch._replace(input_ids=inputs, labels=labels), counts
 
-    def loss(params, batch, counts, key, frozen):
+    def loss(params, batch, counts, key, targets):
         positions, labels = batch.labels[:, 0], batch.labels[:, 1]
         output = apply(params, *_inputs(batch), key, positions=positions)
         value = losses.masked_lm_from_hidden(
@@ -143,8 +150,10 @@ def make_distill_layers(
     def prepare(batch: Batch, key: jax.Array, share: jax.Array) -> tuple[Batch, Counts]:
         return batch, count_units(batch, section.normalisation)
 
-    def loss(params, batch, counts, key, frozen):
-        teacher = jax.lax.stop_gradient(teacher_apply(frozen, *_inputs(batch)))
+    def targets(batch: Batch, frozen: Any) -> EncoderOutput:
+        return jax.lax.stop_gradient(teacher_apply(frozen, *_inputs(batch)))
+
+    def loss(params, batch, counts, key, teacher):
         student = student_apply(params["student"], *_inputs(batch), key)
 
         def hidden(entry: int, teacher_entry: int) -> jax.Array:
@@ -177,7 +186,7 @@ def make_distill_layers(
             parts["loss/embedding"] = hidden(0, 0)
         return _weighted_sum(parts, weights), parts
 
-    return Objective(prepare, loss)
+    return Objective(prepare, loss, targets)
 
 
 def make_distill_prediction(
@@ -193,8 +202,10 @@ def make_distill_prediction(
     """
     weights = {"loss/soft": 1.0 - section.hard_weight, "loss/label": section.hard_weight}
 
-    def loss(params, batch, counts, key, frozen):
-        teacher = jax.lax.stop_gradient(_example_logits(teacher_apply, frozen, batch, None))
+    def targets(batch: Batch, frozen: Any) -> jax.Array:
+        return jax.lax.stop_gradient(_example_logits(teacher_apply, frozen, batch, None))
+
+    def loss(params, batch, counts, key, teacher):
         logits = _example_logits(student_apply, params, batch, key)
         example_weights = batch.weights.reshape(-1)
         parts: Metrics = {}
@@ -215,7 +226,7 @@ def make_distill_prediction(
             parts["loss/label"] = _gold_loss(logits, batch, counts, regression, 0.0)
         return _weighted_sum(parts, weights), parts
 
-    return Objective(lambda batch, key, share: (batch, count_units(batch)), loss)
+    return Objective(lambda batch, key, share: (batch, count_units(batch)), loss, targets)
 
 
 def _inputs(batch: Batch) -> tuple[jax.Array, ...]:

@@ -39,8 +39,10 @@ def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mes
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def param_specs(abstract: Any, mesh: Mesh) -> Any:
+def param_specs(abstract: Any, mesh: Mesh, *, num_leading: int = 0) -> Any:
     """A tree of PartitionSpec like `abstract` (arrays or ShapeDtypeStructs).
+
+    `num_leading` axes in front, those of several models side by side, are left whole.
 
     `tensor` splits the dim named by the path where it divides; `fsdp` the largest other dim that
     it divides. Embedding tables are split by rows over both. What neither divides is replicated.
@@ -48,7 +50,8 @@ def param_specs(abstract: Any, mesh: Mesh) -> Any:
 
     def spec(path, leaf) -> PartitionSpec:
         name = "/".join(str(getattr(part, "key", part)) for part in path)
-        return _spec(name, tuple(leaf.shape), mesh)
+        own = _spec(name, tuple(leaf.shape[num_leading:]), mesh)
+        return PartitionSpec(*(None,) * min(num_leading, leaf.ndim), *own)
 
     return jax.tree_util.tree_map_with_path(spec, abstract)
 

@@ -16,10 +16,16 @@ Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
+    """Everything a step reads and changes.
+
+    Several students that learn side by side, each from a seed of its own, have one more axis, the
+    first, in all fields but `step`.
+    """
+
     step: jax.Array  # int32 []
     params: Any
     opt_state: optax.OptState
-    key: jax.Array  # never changes: every draw comes from fold_in(key, step)
+    key: jax.Array  # [] or [seeds]; never changes: every draw comes from fold_in(key, step)
     average: Any = ()  # the parameters' moving average; () where none is kept
 
     @property
@@ -56,6 +62,7 @@ def init_state(
 ) -> TrainState:
     """A fresh state, born with its final shardings, the optimizer's moments too.
 
+    With a vector of keys `params` has an axis of that length in front: one student a key.
     `jit(optimizer.init)` does not inherit the parameters' sharding: it is asked for.
     """
     abstract = abstract_state(params, optimizer, key, mesh, averaged=averaged)
@@ -69,7 +76,8 @@ def init_state(
 
 def state_shardings(abstract: TrainState, mesh: Mesh) -> TrainState:
     """The moments carry their parameter's path, so the parameters' rule places them too."""
-    return sharding.shardings(sharding.param_specs(abstract, mesh), mesh)
+    specs = sharding.param_specs(abstract, mesh, num_leading=abstract.key.ndim)
+    return sharding.shardings(specs, mesh)
 
 
 def make_train_step(
@@ -83,7 +91,9 @@ def make_train_step(
     gradient_accumulation_steps: int = 1,
     average_decay: float = 0.0,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
-    """The donated, sharded step.
+    """The donated, sharded step; of several students it is each one's own step on one batch.
+
+    They share the batch, its corruption and the teacher's pass; the metrics are their mean.
 
     A state that keeps an average moves it by 1 − d towards the new parameters, with
     d = min(`average_decay`, (1 + s)/(10 + s)) after s steps: the first ones are soon forgotten.
@@ -94,16 +104,18 @@ def make_train_step(
 
     gradients = _make_gradients(objective, gradient_accumulation_steps)
 
+    def update(grads, opt_state, params):
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, optax.tree.norm(grads)
+
     def train_step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(state.key, state.step)
         num_tokens = jnp.count_nonzero(batch.attention_mask)
         share = jnp.minimum(state.step / max(num_steps - 1, 1), 1.0)
-        (loss, metrics), grads = gradients(state.params, batch, key, share, frozen)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = metrics | {
-            "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
+        (loss, metrics), grads = gradients(state, batch, share, frozen)
+        each_update = _for_each(update, state.key, (0, 0, 0))
+        params, opt_state, grad_norm = each_update(grads, state.opt_state, state.params)
+        metrics = metrics | {"loss": loss, "grad_norm": grad_norm}
+        metrics = jax.tree.map(jnp.mean, metrics) | {
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "num_tokens": num_tokens,
         }
@@ -130,27 +142,38 @@ def make_train_step(
 
 
 def _make_gradients(objective: Objective, num_parts: int) -> Callable:
-    """(params, batch, key, share, frozen) -> ((loss, metrics), gradients), in parts if asked."""
+    """(state, batch, share, frozen) -> ((loss, metrics), gradients), in parts if asked."""
     differentiate = jax.value_and_grad(objective.loss, has_aux=True)
 
-    def gradients(params, batch, key, share, frozen):
-        prepare_key, key = jax.random.split(key)
-        batch, counts = objective.prepare(batch, prepare_key, share)
-        if num_parts == 1:
-            return differentiate(params, batch, counts, key, frozen)
+    def gradients(state: TrainState, batch: Batch, share: jax.Array, frozen: Any):
+        split = _for_each(
+            lambda key: jax.random.split(jax.random.fold_in(key, state.step)), state.key, (0,)
+        )
+        prepare_keys, keys = jnp.moveaxis(split(state.key), -1, 0)
+        batch, counts = objective.prepare(batch, prepare_keys.ravel()[0], share)
+        each = _for_each(differentiate, state.key, (0, None, None, 0, None))
 
-        def micro(part):
-            return differentiate(params, part[0], counts, part[1], frozen)
+        def micro(batch: Batch, keys: jax.Array):
+            return each(state.params, batch, counts, keys, objective.targets(batch, frozen))
+
+        if num_parts == 1:
+            return micro(batch, keys)
 
         def accumulate(total, part):
-            return jax.tree.map(jnp.add, total, micro(part)), None
+            return jax.tree.map(jnp.add, total, micro(*part)), None
 
-        parts = (jax.tree.map(_split(num_parts), batch), jax.random.split(key, num_parts))
-        shapes = jax.eval_shape(micro, jax.tree.map(lambda leaf: leaf[0], parts))
+        split = _for_each(lambda key: jax.random.split(key, num_parts), state.key, (0,))
+        parts = (jax.tree.map(_split(num_parts), batch), jnp.moveaxis(split(keys), -1, 0))
+        shapes = jax.eval_shape(micro, *jax.tree.map(lambda leaf: leaf[0], parts))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return jax.lax.scan(accumulate, zeros, parts)[0]
 
     return gradients
+
+
+def _for_each(function: Callable, key: jax.Array, in_axes: tuple[int | None, ...]) -> Callable:
+    """The function itself for one student's key, mapped over students for a vector of keys."""
+    return jax.vmap(function, in_axes=in_axes) if key.ndim else function
 
 
 def _new_state(
@@ -158,7 +181,8 @@ def _new_state(
 ) -> TrainState:
     # A copy of its own: the step donates both.
     average = jax.tree.map(jnp.copy, params) if averaged else ()
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, average)
+    opt_state = _for_each(optimizer.init, key, (0,))(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, average)
 
 
 def _split(num_parts: int) -> Callable[[jax.Array], jax.Array]:
