@@ -56,8 +56,8 @@ def _write_inputs(folder):
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
 
 
-def _command(folder, run_dir):
-    return [sys.executable, "-m", "tinybert_jax", "run", "run.yaml", f"run_dir={run_dir}"]
+def _command(run_dir, config="run.yaml"):
+    return [sys.executable, "-m", "tinybert_jax", "run", config, f"run_dir={run_dir}"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,7 +75,7 @@ def _shared_compilation_cache(tmp_path_factory):
 def golden(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     _write_inputs(folder)
-    done = subprocess.run(_command(folder, "golden"), cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(_command("golden"), cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -140,7 +140,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_bits(golden):
     folder, _ = golden
     run = folder / "killed"
     outputs = [_run_until_killed(folder, run, stage) for stage in STAGES]
-    done = subprocess.run(_command(folder, "killed"), cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(_command("killed"), cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for stage, after in zip(STAGES, [*outputs[1:], done.stdout], strict=True):
         assert f"{stage}: resumes at step" in after, f"the kill in {stage} came too late"
@@ -150,6 +150,45 @@ def test_killed_in_every_stage_it_ends_with_the_same_bits(golden):
         assert (run / file).read_bytes() == (folder / "golden" / file).read_bytes(), stage
     before, now = (json.loads((p / "results.json").read_text()) for p in (folder / "golden", run))
     assert before["share_kept"] == now["share_kept"]
+
+
+def test_seeds_share_a_run_and_the_best_is_exported_also_when_killed(golden):
+    folder, _ = golden
+    settings = yaml.safe_load((folder / "run.yaml").read_text())
+    for name in ("pretrain", "finetune", "tokenizer"):
+        del settings[name]
+    models = folder / "golden" / "models"
+    settings["teacher"] = {"path": str(models / "pretrain"), "finetuned": str(models / "finetune")}
+    settings |= {"num_seeds": 3, "prediction": settings["prediction"] | {"learning_rate": 1e-3}}
+    (folder / "seeds.yaml").write_text(yaml.safe_dump(settings))
+    stages = ["general", "intermediate", "prediction", "baseline"]
+    run, killed = folder / "seeds", folder / "seeds-killed"
+    for stage in stages:
+        _run_until_killed(folder, killed, stage, "seeds.yaml")
+    for name in ("seeds", "seeds-killed"):
+        done = subprocess.run(
+            _command(name, "seeds.yaml"), cwd=folder, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert _metrics(run) == _metrics(killed)
+
+    results = json.loads((run / "results.json").read_text())
+    described = {model["role"]: model for model in results["models"]}
+    assert "by_seed" not in described["teacher"]
+    for role in ("student", "baseline"):
+        scores = [own["accuracy"] for own in described[role]["by_seed"]]
+        assert len(scores) == 3
+        assert described[role]["metrics"]["accuracy"] == np.mean(scores)
+        assert described[role]["deviation"]["accuracy"] == np.std(scores, ddof=1)
+    names = ["prediction", "prediction-seed-1", "prediction-seed-2"]
+    weights = [(run / "models" / name / "model.safetensors").read_bytes() for name in names]
+    assert len(set(weights)) == 3
+    best = np.argmax([own["accuracy"] for own in described["student"]["by_seed"]])
+    assert (run / "hf" / "model.safetensors").read_bytes() == weights[best]
+    for folder_name in (run / "models").iterdir():
+        same = killed / "models" / folder_name.name / "model.safetensors"
+        assert (folder_name / "model.safetensors").read_bytes() == same.read_bytes()
+    assert "means of 3 seeds" in (run / "report.html").read_text()
 
 
 def test_data_changed_under_a_resume_is_refused(golden, tmp_path):
@@ -163,16 +202,16 @@ def test_data_changed_under_a_resume_is_refused(golden, tmp_path):
     before = {
         p: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").rglob("*") if p.is_file()
     }
-    done = subprocess.run(_command(tmp_path, "run"), cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(_command("run"), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert "pretrain: expected the data that this run began with" in done.stderr
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-def _run_until_killed(folder, run, stage):
+def _run_until_killed(folder, run, stage, config="run.yaml"):
     """Starts or resumes the run and SIGKILLs it as soon as `stage` has logged step 12."""
     process = subprocess.Popen(
-        _command(folder, run.name),
+        _command(run.name, config),
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

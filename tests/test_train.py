@@ -142,7 +142,7 @@ def test_accumulation_equals_the_whole_batch(kind, normalisation):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("kind", ["supervised", "layers", "prediction"])
 def test_students_side_by_side_equal_each_alone(kind, accumulation):
-    """Same batches, a start and a dropout key of their own; one clips its gradient, one does not."""
+    """Same batches; a start of its own, and the gradient of one is clipped."""
     objective, params, frozen = _stage(kind)
     starts = [params, jax.tree.map(lambda leaf: 1.5 * leaf, params)]
     keys = [jax.random.key(3), jax.random.key(4)]

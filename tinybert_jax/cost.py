@@ -73,14 +73,16 @@ def training_flops_per_token(
     *,
     projection_dim: int = 0,
     teacher: BertShape | None = None,
+    num_students: int = 1,
 ) -> int:
     """FLOPs of one training step per token: three forward passes, and one of the teacher if any.
 
+    `num_students` of one size that read the same batch share the teacher's.
     The backward pass costs two forward passes: a gradient for the weights and one for the inputs.
     Recomputation (remat) is not counted: it is a cost of the machine, not of the model.
     """
     student = 3 * forward_flops_per_token(config, seq_len, projection_dim=projection_dim)
-    return student + (forward_flops_per_token(teacher, seq_len) if teacher else 0)
+    return num_students * student + (forward_flops_per_token(teacher, seq_len) if teacher else 0)
 
 
 def peak_flops(device_kind: str, dtype: Any) -> float | None:

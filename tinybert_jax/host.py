@@ -1,4 +1,4 @@
-"""What a `tinybert` process asks of the machine it runs on. A library user's process is left alone."""
+"""What a `tinybert` process asks of its machine. The process of a library's user is left alone."""
 
 import ctypes
 import sys

@@ -184,14 +184,33 @@ def _table_row(row: Row, models: list[Model]) -> str:
 
 def _uncertainty_note(results: dict[str, Any]) -> str:
     """The standard error of an accuracy: how much of a gap between columns is chance."""
+    seeds = _seeds_note(results)
     count = number(results.get("dev_examples"))
     accuracy = _metric(find_model(results, "student") or {}, "accuracy")
     if not count or count < 1 or accuracy is None or not 0 <= accuracy <= 1:
-        return ""
+        return seeds
     error = math.sqrt(accuracy * (1 - accuracy) / count)
     return (
         f'<p class="note">Measured on {count:,.0f} examples: one standard error of the student’s '
-        f"accuracy is {error:.3f}.</p>"
+        f"accuracy is {error:.3f}.</p>{seeds}"
+    )
+
+
+def _seeds_note(results: dict[str, Any]) -> str:
+    """Which scores are means over seeds, and how far the seeds lie apart."""
+    several = [m for m in models_of(results) if isinstance(m.get("by_seed"), list)]
+    if not several:
+        return ""
+    metric = str(results.get("metric"))
+    spreads = ", ".join(
+        f"{html.escape(str(m.get('role', 'model')))} "
+        f"{number(_mapping(m, 'deviation').get(metric)) or 0:.4f}"
+        for m in several
+    )
+    return (
+        f'<p class="note">Scores are means of {len(several[0]["by_seed"])} seeds; standard '
+        f"deviation of the {html.escape(metric_name(metric))}: {spreads}. The model of the best "
+        "seed is the one exported, and the one whose confusion is shown.</p>"
     )
 
 

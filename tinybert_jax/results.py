@@ -1,6 +1,8 @@
 """Compares a run's models: scores, sizes, FLOPs, measured latency. Feeds `results.json`."""
 
+import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,14 @@ def collect(run: Run, seconds: dict[str, float], command: str) -> dict[str, Any]
         if teacher is None and {"intermediate", "prediction"} & set(run.config.stages):
             teacher = run.config.teacher.path  # it has the task's head, or the run had refused it
         places = [
-            ("teacher", "finetune", teacher, run.teacher),
-            ("student", "prediction", run.latest("prediction"), run.student),
-            ("baseline", "baseline", run.latest("baseline"), run.student),
+            ("teacher", "finetune", [teacher] if teacher else [], run.teacher),
+            ("student", "prediction", _folders(run, "prediction"), run.student),
+            ("baseline", "baseline", _folders(run, "baseline"), run.student),
         ]
         models = [
-            _describe(run, role, stage, Path(folder), model)
-            for role, stage, folder, model in places
-            if folder is not None and hf_files.has_classifier(folder)
+            _describe(run, role, stage, [Path(folder) for folder in folders], model)
+            for role, stage, folders, model in places
+            if folders and hf_files.has_classifier(folders[0])
         ]
     summary = {
         "name": run.config.name,
@@ -52,7 +54,8 @@ def collect(run: Run, seconds: dict[str, float], command: str) -> dict[str, Any]
 def headline(summary: dict[str, Any]) -> str:
     """One line a model for the console."""
     lines = [
-        f"{m['role']:<9} {summary['metric']} {m['metrics'][summary['metric']]:.4f}  "
+        f"{m['role']:<9} {summary['metric']} {m['metrics'][summary['metric']]:.4f}"
+        f"{_spread(summary['metric'], m)}  "
         f"{m['num_encoder_parameters'] / 1e6:.2f} M encoder parameters  "
         f"{m['latency_ms']['median']:.1f} ms"
         for m in summary["models"]
@@ -62,30 +65,66 @@ def headline(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _describe(run: Run, role: str, stage: str, folder: Path, model: ModelConfig) -> dict[str, Any]:
+def best_seed(summary: dict[str, Any], stage: str) -> int:
+    """The number of the model with the best dev score among a stage's seeds; 0 where unjudged."""
+    described = next((m for m in summary["models"] if m["stage"] == stage), None)
+    if described is None or "by_seed" not in described:
+        return 0
+    return int(np.argmax([own[summary["metric"]] for own in described["by_seed"]]))
+
+
+def _spread(metric: str, model: dict[str, Any]) -> str:
+    if "by_seed" not in model:
+        return ""
+    return f" ± {model['deviation'][metric]:.4f} ({len(model['by_seed'])} seeds)"
+
+
+def _folders(run: Run, stage: str) -> list[Path]:
+    """The model of each seed of a stage, where it is done."""
+    seeds = run.config.seeds(stage) if run.is_done(stage) else ()
+    return [run.model_folder(stage, number) for number, _ in enumerate(seeds)]
+
+
+def _describe(
+    run: Run, role: str, stage: str, folders: list[Path], model: ModelConfig
+) -> dict[str, Any]:
+    """Sizes and scores; of several seeds `metrics` is the mean, `confusion` the best one's."""
     known = (getattr(run.config, name) for name in (stage, "prediction", *run.config.stages))
     section = next(section for section in known if section is not None)
-    weights = hf_folder.find_folder(folder).glob("model*.safetensors")  # one, or shards
+    weights = hf_folder.find_folder(folders[0]).glob("model*.safetensors")  # one, or shards
     apply, init = make_classifier(model, run.data.num_outputs)
-    params = hf_files.start_params(folder, init, whole=True)
+    params = [hf_files.start_params(folder, init, whole=True) for folder in folders]
     rows = tokenize_task(run.tokenizer, run.data.dev, section.max_length)
     score = make_scorer(apply, buckets=section.buckets(), pad_token_id=run.tokenizer.pad_token_id)
-    logits, labels = score(params, rows), run.data.dev_labels
+    logits, labels = [score(own, rows) for own in params], run.data.dev_labels
+    by_seed = [task_metrics(own, labels, regression=run.is_regression) for own in logits]
     description = {
         "role": role,
         "name": f"{model.num_hidden_layers} layers × {model.hidden_size}",
         "stage": stage,
-        "num_parameters": num_parameters(params),
+        "num_parameters": num_parameters(params[0]),
         "num_encoder_parameters": cost.num_encoder_parameters(model),
         "flops_per_token": cost.forward_flops_per_token(model, _LATENCY_LENGTH),
         "bytes_on_disk": sum(file.stat().st_size for file in weights),
-        "latency_ms": _latency(apply, params, min(_LATENCY_LENGTH, model.max_position_embeddings)),
-        "metrics": task_metrics(logits, labels, regression=run.is_regression),
+        "latency_ms": _latency(
+            apply, params[0], min(_LATENCY_LENGTH, model.max_position_embeddings)
+        ),
+        "metrics": _over_seeds(np.mean, by_seed),
     }
+    if len(by_seed) > 1:
+        deviation = _over_seeds(functools.partial(np.std, ddof=1), by_seed)
+        description |= {"by_seed": by_seed, "deviation": deviation}
     if run.data.label_names:
-        counts = metrics.confusion_matrix(logits.argmax(-1), labels, run.data.num_outputs)
+        best = max(range(len(logits)), key=lambda number: by_seed[number][run.score])
+        counts = metrics.confusion_matrix(logits[best].argmax(-1), labels, run.data.num_outputs)
         description["confusion"] = counts.tolist()
     return description
+
+
+def _over_seeds(
+    summarise: Callable[[list[float]], Any], by_seed: list[dict[str, float]]
+) -> dict[str, float]:
+    return {name: float(summarise([own[name] for own in by_seed])) for name in by_seed[0]}
 
 
 def _latency(apply, params, length: int) -> dict[str, Any]:

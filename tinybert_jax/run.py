@@ -85,15 +85,21 @@ class Run(NamedTuple):
     def is_regression(self) -> bool:
         return self.config.task is not None and self.config.task.regression
 
-    def model_folder(self, stage: str) -> Path:
-        return self.folder / "models" / stage
+    def model_folder(self, stage: str, student: int = 0) -> Path:
+        """`models/<stage>`; of several students the others are `models/<stage>-seed-<seed>`."""
+        suffix = f"-seed-{self.config.seed + student}" if student else ""
+        return self.folder / "models" / f"{stage}{suffix}"
 
     def is_done(self, stage: str) -> bool:
-        return (self.model_folder(stage) / "config.json").is_file()
+        return all(
+            (self.model_folder(stage, student) / "config.json").is_file()
+            for student, _ in enumerate(self.config.seeds(stage))
+        )
 
-    def latest(self, *stages: str) -> Path | None:
+    def latest(self, *stages: str, student: int = 0) -> Path | None:
         """The model of the first of the given stages that is done."""
-        return next((self.model_folder(name) for name in stages if self.is_done(name)), None)
+        done = (name for name in stages if self.is_done(name))
+        return next((self.model_folder(name, student) for name in done), None)
 
     @property
     def pretrained_teacher(self) -> str | Path | None:
@@ -175,13 +181,11 @@ def check_teacher(run: Run) -> None:
         )
 
 
-def publish(run: Run, stage: str) -> Path:
+def publish(run: Run, model: Path) -> Path:
     """Copies a finished stage's model to `folder/hf`, the run's product."""
     partial = run.folder / ".hf-partial"
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(
-        run.model_folder(stage), partial, ignore=shutil.ignore_patterns("projection.safetensors")
-    )
+    shutil.copytree(model, partial, ignore=shutil.ignore_patterns("projection.safetensors"))
     product, before = run.folder / "hf", run.folder / ".hf-before"
     shutil.rmtree(before, ignore_errors=True)
     if product.exists():

@@ -322,6 +322,7 @@ class ComputeSection(Section):
 
 
 STAGES = ("pretrain", "finetune", "general", "intermediate", "prediction", "baseline")
+TEACHER_STAGES = STAGES[:2]
 
 
 class RunConfig(Section):
@@ -334,6 +335,11 @@ class RunConfig(Section):
     name: str = "run"
     run_dir: str
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    num_seeds: PositiveInt = Field(
+        1,
+        description="students that are trained side by side, from seeds seed, seed + 1, …, in the "
+        "same batches: they share the teacher's passes; the best by dev score is exported",
+    )
     teacher: TeacherSection
     student: StudentSection | None = None
     tokenizer: TokenizerSection = TokenizerSection()
@@ -352,6 +358,12 @@ class RunConfig(Section):
     @property
     def stages(self) -> tuple[str, ...]:
         return tuple(name for name in STAGES if getattr(self, name) is not None)
+
+    def seeds(self, stage: str) -> tuple[int, ...]:
+        """The seed of each model that a stage trains; there is one teacher."""
+        return tuple(
+            range(self.seed, self.seed + (1 if stage in TEACHER_STAGES else self.num_seeds))
+        )
 
     @model_validator(mode="after")
     def _stages_have_what_they_need(self) -> "RunConfig":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -26,7 +27,7 @@ class Training(NamedTuple):
     name: str
     section: StageSection
     objective: Objective
-    init_params: Callable[[jax.Array], Any]  # key -> parameters
+    init_params: Callable[[jax.Array, int], Any]  # (key, number of the model) -> parameters
     rows: TokenRows
     frozen: Any  # arrays the objective reads and never changes
     flops_per_token: Callable[[int], float]  # padded width -> FLOPs of a step per token
@@ -34,8 +35,12 @@ class Training(NamedTuple):
     score: str = ""  # the metric that chooses the best parameters; none: the last are kept
 
 
-def run_stage(run: Run, training: Training) -> Any:
-    """Trains a stage to its end, resuming where it was; returns the best (or last) parameters."""
+def run_stage(run: Run, training: Training) -> list[Any]:
+    """Trains a stage to its end, resuming where it was.
+
+    Returns the best (or last) parameters of each seed's model: of the one teacher, or of as many
+    students as the run has seeds.
+    """
     section, folder = training.section, run.folder / "checkpoints" / training.name
     epochs = _epochs(run, training)
     num_steps = section.num_steps or max(1, round((section.num_epochs or 0) * epochs.num_batches))
@@ -84,17 +89,26 @@ def run_stage(run: Run, training: Training) -> Any:
             is_due=is_due,
             hooks=(judge, save),
         )
-    if not training.score:
-        return jax.device_get(state.evaluated)
-    return _restore_best(run, training, folder / "best", target.params, progress)
+    chosen = state.evaluated
+    if training.score:
+        chosen = _restore_best(run, training, folder / "best", target.params, progress)
+    return _models(jax.device_get(chosen), state.key)
+
+
+def _models(params: Any, key: jax.Array) -> list[Any]:
+    """The parameters of each model that is trained: a vector of keys has one for each."""
+
+    def model(number: int) -> Any:
+        return jax.tree.map(lambda leaf: leaf[number], params)
+
+    return [model(number) for number in range(len(key))] if key.ndim else [params]
 
 
 def _open_state(
     run: Run, training: Training, optimizer: optax.GradientTransformation, folder: Path
 ) -> tuple[train.TrainState, train.TrainState, dict[str, Any]]:
     """The state to go on from, its abstract form, and the progress that was saved with it."""
-    param_key, step_key = _keys(run.config.seed, training.name)
-    params = training.init_params(param_key)
+    params, step_key = _start(run, training)
     averaged = training.section.average_decay is not None
     target = train.abstract_state(params, optimizer, step_key, run.mesh, averaged=averaged)
     fingerprint = training.rows.fingerprint()
@@ -110,19 +124,33 @@ def _open_state(
     return state, target, progress
 
 
+def _start(run: Run, training: Training) -> tuple[Any, jax.Array]:
+    """First parameters and step key; of several models, stacked."""
+    seeds = run.config.seeds(training.name)
+    keys = [_keys(seed, training.name) for seed in seeds]
+    starts = [training.init_params(key, model) for model, (key, _) in enumerate(keys)]
+    if len(seeds) == 1:
+        return starts[0], keys[0][1]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+    return stacked, jnp.stack([step_key for _, step_key in keys])
+
+
 def _restore_best(run: Run, training: Training, folder: Path, target: Any, progress: dict) -> Any:
+    best = _best(training.name, folder, target, progress)
+    shown = ", ".join(f"{score:.4f}" for score in progress["best_scores"])
+    run.log.say(f"{training.name}: best {training.score} {shown} by step {progress['best_step']}")
+    return best
+
+
+def _best(stage: str, folder: Path, target: Any, progress: dict) -> Any:
     best = checkpoint.restore_newest(folder, target)
     if best is None or best.step != progress["best_step"]:
         raise ValueError(
-            f"{training.name}: expected the best parameters of step {progress['best_step']} in "
+            f"{stage}: expected the best parameters of step {progress['best_step']} in "
             f"{folder}, found {'none' if best is None else f'step {best.step}'} intact; delete "
             f"{folder.parent} to train this stage again"
         )
-    run.log.say(
-        f"{training.name}: best {training.score} {progress['best_score']:.4f} "
-        f"at step {progress['best_step']}"
-    )
-    return jax.device_get(best.tree)
+    return best.tree
 
 
 def _check_same_data(stage: str, before: str, now: str) -> None:
@@ -149,24 +177,48 @@ class _Judge:
         if self.training.evaluate is None or not self.is_due(step):
             return False
         with self.meter.paused(state):
-            values = self.training.evaluate(state.evaluated)
+            models = _models(state.evaluated, state.key)
+            each = [self.training.evaluate(params) for params in models]
+            values = {name: float(np.mean([own[name] for own in each])) for name in each[0]}
             self.run.log.write("eval", self.training.name, step, values)
             shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
             name, score = self.training.name, self.training.score
             text = "dev" if score else "held out"
+            text += f", mean of {len(each)}" if len(each) > 1 else ""
             self.run.log.say(f"{name:<12} {step:>6}/{self.num_steps}  {text}: {shown}")
-            return self._keep(step, state, values[score]) if score else False
+            return self._keep(step, state, [own[score] for own in each]) if score else False
 
-    def _keep(self, step: int, state: train.TrainState, score: float) -> bool:
-        if score > self.progress.get("best_score", -np.inf):
-            self.progress |= {"best_score": score, "best_step": step, "evals_since_best": 0}
-            checkpoint.save(self.folder / "best", step, state.evaluated, {}, keep=2)
+    def _keep(self, step: int, state: train.TrainState, scores: list[float]) -> bool:
+        """Keeps each model's best parameters; True where none got better for too long."""
+        before = self.progress.get("best_scores", [-np.inf] * len(scores))
+        is_better = np.greater(scores, before)
+        if is_better.any():
+            best = state.evaluated if is_better.all() else self._merged(state, is_better)
+            checkpoint.save(self.folder / "best", step, best, {}, keep=2)
+            self.progress |= {
+                "best_scores": np.maximum(scores, before).tolist(),
+                "best_step": step,
+                "evals_since_best": 0,
+            }
             return False
         self.progress["evals_since_best"] += 1
         patience = self.training.section.patience
         if patience is not None and self.progress["evals_since_best"] >= patience:
             self.progress["stopped"] = True
         return bool(self.progress.get("stopped"))
+
+    def _merged(self, state: train.TrainState, is_better: np.ndarray) -> Any:
+        """The new parameters of the models that got better, the kept ones of the others."""
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+            state.evaluated,
+        )
+        kept = _best(self.training.name, self.folder / "best", target, self.progress)
+        return jax.tree.map(
+            lambda new, old: jnp.where(jnp.expand_dims(is_better, range(1, new.ndim)), new, old),
+            state.evaluated,
+            kept,
+        )
 
 
 class _Meter:

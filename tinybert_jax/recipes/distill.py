@@ -1,5 +1,6 @@
 """TinyBERT's distillation: general on a corpus, then intermediate and prediction on the task."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -43,9 +44,9 @@ def prediction(run: Run) -> None:
     apply, init = make_classifier(
         with_dropout(run.student_sizes, section), run.data.num_outputs, **options
     )
-    start = run.latest("intermediate", "general") or run.student_path
 
-    def init_params(key: jax.Array):
+    def init_params(key: jax.Array, student: int):
+        start = run.latest("intermediate", "general", student=student) or run.student_path
         params = hf_files.start_params(start, init, key)
         if start is None and run.starts_from_embeddings:
             encoder, _ = distill.start_from_teacher_embeddings(
@@ -54,8 +55,8 @@ def prediction(run: Run) -> None:
             params = {**params, "encoder": encoder}
         return params
 
-    # Train and hand on the best by dev score.
-    params = run_stage(
+    # Train and hand on the best by dev score, of each seed.
+    students = run_stage(
         run,
         Training(
             name="prediction",
@@ -70,20 +71,24 @@ def prediction(run: Run) -> None:
             rows=rows,
             frozen=teacher,
             flops_per_token=lambda width: cost.training_flops_per_token(
-                run.student_sizes, width, teacher=run.teacher
+                run.student_sizes,
+                width,
+                teacher=run.teacher,
+                num_students=run.config.num_seeds,
             ),
             evaluate=dev_judge(run, apply, section),
             score=run.score,
         ),
     )
-    hf_files.save_model(
-        run.model_folder("prediction"),
-        params,
-        run.student_sizes,
-        run.tokenizer,
-        label_names=run.data.label_names,
-        regression=run.is_regression,
-    )
+    for student, params in enumerate(students):
+        hf_files.save_model(
+            run.model_folder("prediction", student),
+            params,
+            run.student_sizes,
+            run.tokenizer,
+            label_names=run.data.label_names,
+            regression=run.is_regression,
+        )
 
 
 def _layers(run: Run, stage: str, rows: TokenRows, teacher_folder: str | Path) -> None:
@@ -94,10 +99,10 @@ def _layers(run: Run, stage: str, rows: TokenRows, teacher_folder: str | Path) -
     teacher_apply, teacher_init = make_encoder(run.teacher, **options)
     teacher = hf_files.start_params(teacher_folder, teacher_init, whole=True)
     student_apply, student_init = make_encoder(with_dropout(run.student_sizes, section), **options)
-    before = run.latest("general") if stage == "intermediate" else None
-    start = before or run.student_path
 
-    def init_params(key: jax.Array):
+    def init_params(key: jax.Array, number: int):
+        before = run.latest("general", student=number) if stage == "intermediate" else None
+        start = before or run.student_path
         student_key, projection_key = jax.random.split(key)
         student = hf_files.start_params(start, student_init, student_key)
         num_projections = 1
@@ -114,7 +119,7 @@ def _layers(run: Run, stage: str, rows: TokenRows, teacher_folder: str | Path) -
         return {"student": student, "projection": projection}
 
     # Train and hand on the last: there is no dev score without a head.
-    params = run_stage(
+    students = run_stage(
         run,
         Training(
             name=stage,
@@ -137,13 +142,18 @@ def _layers(run: Run, stage: str, rows: TokenRows, teacher_folder: str | Path) -
                 width,
                 projection_dim=run.teacher.hidden_size,
                 teacher=run.teacher,
+                num_students=run.config.num_seeds,
             ),
         ),
     )
-    extra = {_PROJECTION: lambda path: save_file(params["projection"], path)}
-    hf_files.save_model(
-        run.model_folder(stage), params["student"], run.student_sizes, run.tokenizer, extra=extra
-    )
+    for number, params in enumerate(students):
+        hf_files.save_model(
+            run.model_folder(stage, number),
+            params["student"],
+            run.student_sizes,
+            run.tokenizer,
+            extra={_PROJECTION: functools.partial(save_file, params["projection"])},
+        )
 
 
 def _load_projection(file: Path, expected: dict[str, jax.Array]) -> dict[str, np.ndarray]:

@@ -31,7 +31,7 @@ def main(run: Run, stage: str = "finetune") -> None:
     )
 
     # Train and hand on the best by dev score.
-    params = run_stage(
+    models = run_stage(
         run,
         Training(
             name=stage,
@@ -41,19 +41,22 @@ def main(run: Run, stage: str = "finetune") -> None:
                 regression=run.is_regression,
                 label_smoothing=section.label_smoothing,
             ),
-            init_params=lambda key: hf_files.start_params(start, init, key),
+            init_params=lambda key, _: hf_files.start_params(start, init, key),
             rows=rows,
             frozen=(),
-            flops_per_token=lambda width: cost.training_flops_per_token(model, width),
+            flops_per_token=lambda width: cost.training_flops_per_token(
+                model, width, num_students=len(run.config.seeds(stage))
+            ),
             evaluate=dev_judge(run, apply, section),
             score=run.score,
         ),
     )
-    hf_files.save_model(
-        run.model_folder(stage),
-        params,
-        model,
-        run.tokenizer,
-        label_names=run.data.label_names,
-        regression=run.is_regression,
-    )
+    for number, params in enumerate(models):
+        hf_files.save_model(
+            run.model_folder(stage, number),
+            params,
+            model,
+            run.tokenizer,
+            label_names=run.data.label_names,
+            regression=run.is_regression,
+        )

@@ -28,7 +28,7 @@ def main(run: Run) -> None:
     continuations = None if section.mask_unit == "token" else is_continuation(tokenizer)
 
     # Train and hand on.
-    params = run_stage(
+    (params,) = run_stage(
         run,
         Training(
             name="pretrain",
@@ -45,7 +45,7 @@ def main(run: Run) -> None:
                 special_token_ids=special,
                 vocab_size=len(tokenizer),
             ),
-            init_params=lambda key: hf_files.start_params(run.config.teacher.path, init, key),
+            init_params=lambda key, _: hf_files.start_params(run.config.teacher.path, init, key),
             rows=rows,
             frozen=(),
             flops_per_token=lambda width: cost.training_flops_per_token(run.teacher, width),
