@@ -5,6 +5,7 @@ A FLOP count is two per multiply-add of the matrix products; softmax, LayerNorm,
 the embedding look-up are left out, as in every published model-FLOPs-utilisation figure.
 """
 
+import functools
 import re
 import time
 from typing import Any, Protocol, runtime_checkable
@@ -133,8 +134,8 @@ _PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
 )
 
 
-def measure_gemm_peak(budget_s: float = 0.5) -> float:
-    """FLOP/s of a jitted float32 matrix product on this CPU, the best of a few tries.
+def measure_gemm_peak(dtype: str = "float32", budget_s: float = 0.5) -> float:
+    """FLOP/s of a jitted matrix product on this CPU, accumulated in fp32, the best of a few tries.
 
     The shape (2048×768 times 768×3072) is a BERT-base feed-forward. Other load on the machine
     lowers the figure, so that utilisation may come out above 1 when the load ends. `budget_s`
@@ -145,9 +146,9 @@ def measure_gemm_peak(budget_s: float = 0.5) -> float:
 
     rows, inner, columns = 2048, 768, 3072
     with jax.default_device(jax.devices("cpu")[0]):
-        left = jnp.full((rows, inner), 0.5, jnp.float32)
-        right = jnp.full((inner, columns), 0.5, jnp.float32)
-        multiply = jax.jit(jnp.matmul)
+        left = jnp.full((rows, inner), 0.5, dtype)
+        right = jnp.full((inner, columns), 0.5, dtype)
+        multiply = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
         multiply(left, right).block_until_ready()
         deadline = time.perf_counter() + budget_s
         best = float("inf")

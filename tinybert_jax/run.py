@@ -151,7 +151,12 @@ def with_dropout(model: ModelConfig, section: StageSection) -> ModelConfig:
 
 def compute_options(config: RunConfig) -> dict[str, Any]:
     """Keyword options for `make_classifier` and its kin."""
-    return {"dtype": jnp.dtype(config.compute.dtype), "unroll": config.compute.unroll_layers}
+    only_products = config.compute.dtype == "bfloat16_products"
+    return {
+        "dtype": jnp.dtype("float32" if only_products else config.compute.dtype),
+        "product_dtype": jnp.bfloat16 if only_products else None,
+        "unroll": config.compute.unroll_layers,
+    }
 
 
 def dev_judge(run: Run, apply: Callable, section: StageSection) -> Callable[[Any], dict]:
@@ -337,7 +342,7 @@ def _git_commit() -> str:
 
 def _peak_flops(dtype: str, num_devices: int) -> float:
     """All devices together. Host devices share one CPU, measured; an unknown accelerator: NaN."""
-    device = jax.devices()[0]
+    device, dtype = jax.devices()[0], dtype.removesuffix("_products")
     if device.platform == "cpu":
-        return cost.measure_gemm_peak()
+        return cost.measure_gemm_peak(dtype)
     return (cost.peak_flops(device.device_kind, dtype) or np.nan) * num_devices

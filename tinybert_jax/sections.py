@@ -317,7 +317,11 @@ class MeshSection(Section):
 
 
 class ComputeSection(Section):
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "bfloat16_products"] = Field(
+        default="float32",
+        description="of all activations; bfloat16_products: fp32 activations whose matrix products "
+        "read bfloat16, the faster choice on CPUs with bfloat16 instructions",
+    )
     unroll_layers: bool = False
 
 

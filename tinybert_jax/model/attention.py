@@ -1,13 +1,13 @@
 """Multi-head self-attention that hands out its queries, keys and values as taps."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from tinybert_jax.model.linear import dense, make_linear
 from tinybert_jax.sections import ModelConfig
 
 
@@ -20,12 +20,11 @@ class AttentionTaps(NamedTuple):
 
 
 class SelfAttention(nnx.Module):
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(config.initializer_range)
+    def __init__(self, config: ModelConfig, **options: Any):
         width = config.hidden_size
 
         def linear() -> nnx.Linear:
-            return nnx.Linear(width, width, dtype=dtype, kernel_init=init, rngs=rngs)
+            return make_linear(width, width, config, **options)
 
         self.num_heads = config.num_attention_heads
         self.query, self.key, self.value = linear(), linear(), linear()
@@ -59,15 +58,6 @@ def attention_scores(
     """QKᵀ/√head_dim in fp32, before masking and softmax (arXiv 1909.10351, equation 1)."""
     scaled = queries * jnp.asarray(queries.shape[-1] ** -0.5, queries.dtype)
     return jnp.einsum("bthk,bshk->bhts", scaled, keys, preferred_element_type=jnp.float32)
-
-
-def dense(linear: nnx.Linear, x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq out"]:
-    """A linear map over tokens as one matrix product.
-
-    XLA:CPU runs the kernel's gradient, a contraction over batch and seq, at about half the speed of
-    the same product over one merged dim.
-    """
-    return linear(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
 
 
 # Far below any score, finite: a row whose keys are all masked gives uniform weights, never NaN.

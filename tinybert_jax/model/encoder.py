@@ -1,6 +1,6 @@
 """BERT's encoder: post-LayerNorm blocks, stacked by `vmap` and run by `scan`."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from tinybert_jax.model.attention import AttentionTaps, SelfAttention, dense
+from tinybert_jax.model.attention import AttentionTaps, SelfAttention
+from tinybert_jax.model.linear import dense, make_linear
 from tinybert_jax.sections import ModelConfig
 from tinybert_jax.sharding import constrain
 
@@ -32,26 +33,25 @@ class EncoderOutput(NamedTuple):
 
 
 class Encoder(nnx.Module):
-    """Token ids to hidden states. `dtype` is the compute dtype; parameters stay fp32."""
+    """Token ids to hidden states. `dtype` is the compute dtype; parameters stay fp32.
+
+    `product_dtype` is what the matrix products of the layers read, where it is not `dtype`.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
         *,
         dtype: DTypeLike = jnp.float32,
+        product_dtype: DTypeLike | None = None,
         unroll: bool = False,
         rngs: nnx.Rngs,
     ):
         self.unroll = config.num_hidden_layers if unroll else 1
         self.embeddings = Embeddings(config, dtype=dtype, rngs=rngs)
-        self.layers = _stacked_blocks(config, dtype, rngs)
-        self.pooler = nnx.Linear(
-            config.hidden_size,
-            config.hidden_size,
-            dtype=dtype,
-            kernel_init=nnx.initializers.normal(config.initializer_range),
-            rngs=rngs,
-        )
+        self.layers = _stacked_blocks(config, rngs, dtype=dtype, product_dtype=product_dtype)
+        width = config.hidden_size
+        self.pooler = make_linear(width, width, config, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -123,13 +123,20 @@ class Embeddings(nnx.Module):
 class Block(nnx.Module):
     """Attention and feed-forward, each with a residual and a LayerNorm after it."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(config.initializer_range)
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: DTypeLike,
+        product_dtype: DTypeLike | None,
+        rngs: nnx.Rngs,
+    ):
         width, inner = config.hidden_size, config.intermediate_size
-        self.attention = SelfAttention(config, dtype=dtype, rngs=rngs)
+        options: dict[str, Any] = dict(dtype=dtype, product_dtype=product_dtype, rngs=rngs)
+        self.attention = SelfAttention(config, **options)
         self.attention_norm = make_layer_norm(config, dtype, rngs)
-        self.intermediate = nnx.Linear(width, inner, dtype=dtype, kernel_init=init, rngs=rngs)
-        self.output = nnx.Linear(inner, width, dtype=dtype, kernel_init=init, rngs=rngs)
+        self.intermediate = make_linear(width, inner, config, **options)
+        self.output = make_linear(inner, width, config, **options)
         self.output_norm = make_layer_norm(config, dtype, rngs)
         self.dropout = nnx.Dropout(config.hidden_dropout_prob)
         self.activation = ACTIVATIONS[config.hidden_act]
@@ -182,11 +189,11 @@ def make_layer_norm(config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nn
     )
 
 
-def _stacked_blocks(config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> Block:
+def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs, **dtypes: Any) -> Block:
     """One `Block` whose every parameter has a leading [layers] axis."""
 
     def block(key: jax.Array) -> Block:
-        return Block(config, dtype=dtype, rngs=nnx.Rngs(key))
+        return Block(config, rngs=nnx.Rngs(key), **dtypes)
 
     keys = jax.random.split(rngs.params(), config.num_hidden_layers)
     graphdef = nnx.graphdef(nnx.eval_shape(block, keys[0]))

@@ -111,7 +111,7 @@ def make_encoder(config: ModelConfig, **options) -> tuple[Apply, Callable[[jax.A
 def make_classifier(
     config: ModelConfig, num_labels: int, **options
 ) -> tuple[Apply, Callable[[jax.Array], Params]]:
-    """`(apply, init_params)` of a sequence classifier; options: `dtype`, `unroll`."""
+    """`(apply, init_params)` of a sequence classifier; options: those of `Encoder`."""
     return _functional(lambda rngs: SequenceClassifier(config, num_labels, rngs=rngs, **options))
 
 

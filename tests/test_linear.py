@@ -1,0 +1,69 @@
+"""Linear maps: merged tokens, and products that read bfloat16."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+
+from tinybert_jax.model.heads import make_classifier
+from tinybert_jax.model.linear import dense, make_linear
+from tinybert_jax.sections import ModelConfig
+
+CONFIG = ModelConfig(
+    vocab_size=50,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=32,
+    max_position_embeddings=16,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
+
+
+def _rounded(x):
+    return np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def test_bfloat16_products_round_their_operands_and_nothing_else():
+    """Forward and both gradients, against float64 sums over rounded operands."""
+    linear = make_linear(
+        24, 12, CONFIG, dtype=jnp.float32, product_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    )
+    linear.bias[...] = jnp.linspace(-1, 1, 12)  # 12 values that bfloat16 does not have
+    x = jax.random.normal(jax.random.key(1), (4, 5, 24))
+    slope = jax.random.normal(jax.random.key(2), (4, 5, 12))
+    graphdef, params = nnx.split(linear, nnx.Param)
+
+    def loss(params, x):
+        return jnp.sum(dense(nnx.merge(graphdef, params), x) * slope)
+
+    y = dense(linear, x)
+    by_params, by_x = jax.grad(loss, argnums=(0, 1))(params, x)
+    kernel, bias = _rounded(linear.kernel[...]), np.asarray(linear.bias[...])
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, _rounded(x) @ kernel + bias, atol=1e-6)
+    np.testing.assert_allclose(by_x, _rounded(slope) @ kernel.T, atol=1e-6)
+    expected = np.einsum("btd,btf->df", _rounded(x), _rounded(slope))
+    np.testing.assert_allclose(by_params["kernel"][...], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(by_params["bias"][...], slope.sum((0, 1)), rtol=1e-5, atol=1e-5)
+    exact = np.asarray(x) @ np.asarray(linear.kernel[...]) + bias
+    assert np.abs(y - exact).max() > 1e-4
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_a_classifier_with_bfloat16_products_is_near_the_exact_one(unroll):
+    ids = jax.random.randint(jax.random.key(0), (3, 8), 5, 50)
+    inputs = (ids, jnp.ones(ids.shape, bool), jnp.zeros_like(ids))
+    exact, init = make_classifier(CONFIG, 3, unroll=unroll)
+    rounded, _ = make_classifier(CONFIG, 3, unroll=unroll, product_dtype=jnp.bfloat16)
+    params = jax.tree.map(lambda leaf: 5 * leaf, init(jax.random.key(1)))
+    outputs = [jax.jit(apply)(params, *inputs) for apply in (exact, rounded)]
+    errors = [
+        float(jnp.abs(getattr(outputs[0].encoder, name) - getattr(outputs[1].encoder, name)).max())
+        for name in ("hidden", "queries", "values")
+    ]
+    assert all(0 < error < 0.05 for error in errors), errors
+    assert outputs[1].logits.dtype == outputs[1].encoder.hidden.dtype == jnp.float32
