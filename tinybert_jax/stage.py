@@ -285,10 +285,8 @@ def _epochs(run: Run, training: Training) -> Epochs:
 def _placed_batches(
     run: Run, training: Training, epochs: Epochs, start_step: int
 ) -> Iterator[Batch]:
-    placement = sharding.batch_sharding(run.mesh)
     batch_at = loader.planned_batches(
         training.rows, epochs, pad_token_id=run.tokenizer.pad_token_id
     )
-    return loader.prefetched(
-        batch_at, start_step=start_step, place=lambda batch: jax.device_put(batch, placement)
-    )
+    placement = sharding.batch_sharding(run.mesh)
+    return loader.prefetched(batch_at, start_step=start_step, placement=placement)

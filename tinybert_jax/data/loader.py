@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import grain
+import jax
 import numpy as np
 
 from tinybert_jax.data.pipeline import Batch, Epochs, Plan, TokenRows, make_batch
@@ -59,17 +60,25 @@ def prefetched(
     batch_at: BatchAt,
     *,
     start_step: int,
-    place: Callable[[Batch], Batch] = lambda batch: batch,
+    placement: jax.sharding.Sharding | None = None,
     num_threads: int = 4,
     num_ahead: int = 8,
 ) -> Iterator[Batch]:
-    """Batches from `start_step` on, for ever; `num_ahead` of them are made and placed in advance.
+    """Batches from `start_step` on, for ever; `num_ahead` of them are made in advance.
 
-    `place` puts a batch on its devices. It runs in the threads too: copies overlap with steps.
+    With a `placement` they are on their devices too, as one global batch of all processes.
     """
-    steps = grain.MapDataset.range(start_step, sys.maxsize)
+
+    def placed(step: int) -> Batch:
+        batch = batch_at(step)
+        if placement is None:
+            return batch
+        put = functools.partial(jax.make_array_from_process_local_data, placement)
+        return jax.tree.map(put, batch)
+
+    steps = grain.MapDataset.range(start_step, sys.maxsize).map(placed)
     ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_ahead)
-    return iter(steps.map(batch_at).map(place).to_iter_dataset(ahead))
+    return iter(steps.to_iter_dataset(ahead))
 
 
 def planned_batches(
@@ -159,34 +168,36 @@ def make_draws(
         count = cycle * quotas[corpus] + rank[place]
         epoch, index = np.divmod(count, np.asarray(sizes)[corpus])
         row = np.empty(len(places), np.int64)
-        for c, e in set(zip(corpus.tolist(), epoch.tolist(), strict=True)):
-            here = (corpus == c) & (epoch == e)
-            row[here] = shuffled(index[here], sizes[c], (*seed, c, e))
+        for number in np.unique(corpus).tolist():
+            here = np.flatnonzero(corpus == number)
+            row[here] = shuffled(index[here], epoch[here], sizes[number], (*seed, number))
         return corpus, row
 
     return draw
 
 
-def shuffled(index: np.ndarray, size: int, seed: Sequence[int]) -> np.ndarray:
-    """What a random order of range(size) has at places `index`; the order is never in memory.
+def shuffled(index: np.ndarray, epoch: np.ndarray, size: int, seed: Sequence[int]) -> np.ndarray:
+    """What an epoch's random order of range(size) has at places `index`, without the order itself.
 
-    A Feistel network on pairs below ⌈√size⌉; a value beyond `size` goes through it again.
+    A Feistel network on pairs below ⌈√size⌉, the epoch a part of its key; a value that comes out
+    beyond `size` goes through it again.
     """
     side = np.uint64(math.isqrt(size - 1) + 1)
-    keys = np.random.default_rng(seed).integers(0, 2**64, (_ROUNDS, 2), np.uint64)
+    keys = np.random.default_rng(seed).integers(0, 2**64, (_ROUNDS, 3), np.uint64)
     half = np.uint64(32)
 
-    def permuted(values: np.ndarray) -> np.ndarray:
+    def permuted(values: np.ndarray, epoch: np.ndarray) -> np.ndarray:
         left, right = np.divmod(values, side)
-        for addend, factor in zip(keys[:, 0], keys[:, 1] | np.uint64(1), strict=True):
-            hashed = (right + addend) * factor
+        for addend, factor, epoch_factor in keys | np.uint64(1):
+            hashed = right * factor + (epoch * epoch_factor + addend)
             hashed = (hashed ^ hashed >> half) * factor >> half
             left, right = right, (left + hashed) % side
         return left * side + right
 
-    rows = permuted(index.astype(np.uint64))
+    epoch = epoch.astype(np.uint64)
+    rows = permuted(index.astype(np.uint64), epoch)
     while (beyond := np.flatnonzero(rows >= size)).size:
-        rows[beyond] = permuted(rows[beyond])
+        rows[beyond] = permuted(rows[beyond], epoch[beyond])
     return rows.astype(np.int64)
 
 
