@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tinybert_jax.data import pipeline, vocab
+from tinybert_jax.data import loader, pipeline, vocab
 from tinybert_jax.data.sources import LabelledText
 
 SENTENCES = [
@@ -81,7 +81,8 @@ def test_order_is_a_function_of_seed_and_step(rows):
         epochs = pipeline.bucketed_epochs(
             rows.lengths, buckets=(8, 32), global_batch_size=4, seed=(seed,)
         )
-        batches = pipeline.train_batches(rows, epochs, start_step=start, pad_token_id=0)
+        batch_at = loader.planned_batches(rows, epochs, pad_token_id=0)
+        batches = loader.prefetched(batch_at, start_step=start)
         return [next(batches) for _ in range(count)]
 
     straight = first(0, 7, 20)  # 6 steps an epoch: crosses three

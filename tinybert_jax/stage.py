@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from tinybert_jax import checkpoint, loop, optim, sharding, train
-from tinybert_jax.data import pipeline
+from tinybert_jax.data import loader, pipeline
 from tinybert_jax.data.pipeline import Batch, Epochs, TokenRows
 from tinybert_jax.objectives import Objective
 from tinybert_jax.run import Run
@@ -337,11 +337,8 @@ def _epochs(run: Run, training: Training) -> Epochs:
 def _placed_batches(
     run: Run, training: Training, epochs: Epochs, start_step: int
 ) -> Iterator[Batch]:
-    placement = sharding.batch_sharding(run.mesh)
-    batches = pipeline.train_batches(
-        training.rows,
-        epochs,
-        start_step=start_step,
-        pad_token_id=run.tokenizer.pad_token_id,
+    batch_at = loader.planned_batches(
+        training.rows, epochs, pad_token_id=run.tokenizer.pad_token_id
     )
-    return (jax.device_put(batch, placement) for batch in batches)
+    placement = sharding.batch_sharding(run.mesh)
+    return loader.prefetched(batch_at, start_step=start_step, placement=placement)

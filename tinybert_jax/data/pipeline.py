@@ -4,7 +4,7 @@ The order of examples is a pure function of (seed, step): nothing has to be repl
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -215,17 +215,6 @@ def make_batch(rows: TokenRows, plan: Plan, pad_token_id: int) -> Batch:
         weights=weights if is_packed else weights[:, 0],
     )
     return Batch(**fields)
-
-
-def train_batches(
-    rows: TokenRows, epochs: Epochs, *, start_step: int, pad_token_id: int
-) -> Iterator[Batch]:
-    """Batches from `start_step` on, for ever; batch n is the same whatever the start."""
-    epoch, index = divmod(start_step, epochs.num_batches)
-    while True:
-        for plan in epochs.plan(epoch)[index:]:
-            yield make_batch(rows, plan, pad_token_id)
-        epoch, index = epoch + 1, 0
 
 
 def _plan(

@@ -1,0 +1,332 @@
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tinybert_jax import sharding
+from tinybert_jax.data import loader, pipeline
+from tinybert_jax.sections import MeshSection
+
+WIDTH = 8
+
+
+class MappedRows:
+    """A memory-mapped matrix of token ids; the first id of a row is its own number."""
+
+    width = WIDTH
+
+    def __init__(self, path, num_rows, first):
+        ids = np.arange(num_rows)[:, None] * [[1] + [0] * (WIDTH - 1)] + first
+        ids.astype(np.uint16).tofile(path)
+        self.matrix = np.memmap(path, np.uint16, mode="r", shape=(num_rows, WIDTH))
+        self.num_rows = num_rows
+
+    def gather(self, rows):
+        ids = self.matrix[rows].astype(np.int32)
+        return ids, np.ones_like(ids), np.zeros_like(ids), np.arange(len(rows), dtype=np.int32) * 0
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    return [
+        MappedRows(folder / str(first), num_rows, first)
+        for num_rows, first in ((501, 0), (67, 1000), (7, 2000))
+    ]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 17, 150)
+    return pipeline.TokenRows(
+        ids=rng.integers(5, 99, lengths.sum()).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        second=lengths.astype(np.int32),
+        labels=np.arange(150, dtype=np.int32),
+        num_truncated=0,
+    )
+
+
+def _makers(corpora, rows):
+    """Every kind of order, as a function of the process -> step -> batch."""
+    lengths, size = rows.lengths, 16
+    bucketed = pipeline.bucketed_epochs(
+        lengths, buckets=(8, 16), global_batch_size=size, seed=(3, 1)
+    )
+    packed = pipeline.packed_epochs(
+        lengths, width=16, global_batch_size=size, seed=(3, 1), multiple=4
+    )
+    return {
+        "mixed": lambda **process: loader.mixed_batches(
+            corpora, (0.5, 0.3, 0.2), global_batch_size=size, seed=(3, 1), **process
+        ),
+        "one corpus": lambda **process: loader.mixed_batches(
+            corpora[:1], (1.0,), global_batch_size=size, seed=(3, 1), **process
+        ),
+        "bucketed": lambda **process: loader.planned_batches(
+            rows, bucketed, pad_token_id=0, **process
+        ),
+        "packed": lambda **process: loader.planned_batches(rows, packed, pad_token_id=0, **process),
+    }
+
+
+KINDS = ["mixed", "one corpus", "bucketed", "packed"]
+
+
+def _assert_equal(got, expected):
+    assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert [a.dtype for a in got] == [b.dtype for b in expected]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_the_slices_of_all_processes_are_the_global_batch(corpora, rows, kind, process_count):
+    make = _makers(corpora, rows)[kind]
+    whole = make()
+    parts = [make(process_index=i, process_count=process_count) for i in range(process_count)]
+    for step in range(40):
+        slices = [part(step) for part in parts]
+        _assert_equal([np.concatenate(field) for field in zip(*slices, strict=True)], whole(step))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_threads, num_ahead", [(0, 0), (1, 1), (8, 16)])
+def test_threads_do_not_change_the_batches(corpora, rows, kind, num_threads, num_ahead):
+    batch_at = _makers(corpora, rows)[kind]()
+    batches = loader.prefetched(
+        batch_at, start_step=3, num_threads=num_threads, num_ahead=num_ahead
+    )
+    for step in range(3, 40):
+        _assert_equal(next(batches), batch_at(step))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resume_at_step_a_million_takes_no_replay(corpora, rows, kind):
+    make = _makers(corpora, rows)[kind]
+    start = time.perf_counter()
+    batches = loader.prefetched(make(), start_step=1_000_000)
+    first, second = next(batches), next(batches)
+    assert time.perf_counter() - start < 1
+    _assert_equal(first, make()(1_000_000))
+    _assert_equal(second, make()(1_000_001))
+
+
+def test_batches_are_made_and_placed_ahead():
+    made = []
+
+    def batch_at(step):
+        made.append(step)
+        ids, labels = np.full((8, 2), step, np.int32), np.full(8, step, np.int32)
+        return pipeline.Batch(ids, ids, ids, labels, labels)
+
+    placement = sharding.batch_sharding(sharding.make_mesh(MeshSection()))
+    batches = loader.prefetched(batch_at, start_step=0, placement=placement, num_ahead=5)
+    assert {field.sharding for field in next(batches)} == {placement}
+    deadline = time.monotonic() + 10
+    while len(made) < 6 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert sorted(made) == list(range(6))  # the one that was taken and five more, not one beyond
+
+
+def test_an_error_in_a_thread_reaches_the_caller():
+    def batch_at(step):
+        raise OSError("shard 3 is gone")
+
+    with pytest.raises(OSError, match="shard 3 is gone"):
+        next(loader.prefetched(batch_at, start_step=0))
+
+
+def _stream(sizes, weights, seed, count):
+    return loader.make_draws(sizes, weights, seed)(np.arange(count))
+
+
+def test_each_corpus_shows_every_row_once_an_epoch():
+    sizes = (501, 67, 13)
+    corpus, row = _stream(sizes, (0.5, 0.3, 0.2), (0,), 150_000)  # crosses two cycles
+    for number, size in enumerate(sizes):
+        drawn = row[corpus == number]
+        epochs = drawn[: len(drawn) // size * size].reshape(-1, size)
+        assert len(epochs) > 100
+        assert (np.sort(epochs, axis=1) == np.arange(size)).all()
+        assert len(np.unique(epochs[:50], axis=0)) == 50  # each in an order of its own
+
+
+def test_order_differs_by_seed_and_corpus_and_comes_again():
+    corpus, row = _stream((500, 500), (1.0, 1.0), (0,), 2000)
+    again = _stream((500, 500), (1.0, 1.0), (0,), 2000)
+    other = _stream((500, 500), (1.0, 1.0), (1,), 2000)
+    assert np.array_equal(corpus, again[0]) and np.array_equal(row, again[1])
+    assert (corpus != other[0]).any() and (row != other[1]).any()
+    assert (row[corpus == 0][:500] != row[corpus == 1][:500]).any()
+
+
+def test_corpora_come_by_weight():
+    weights = (0.6, 0.3, 0.0999, 0.0001)
+    expected = np.array(weights)
+    for count in (1024, 20_000):
+        corpus, _ = _stream((1000, 10, 1, 100), weights, (4,), count)
+        share = np.bincount(corpus, minlength=4) / count
+        sigma = np.sqrt(expected * (1 - expected) / count)
+        assert (np.abs(share - expected) < 3 * sigma).all(), (share, weights)
+    cycles = 3 * 2**16
+    corpus, _ = _stream((1000, 10, 1, 100), weights, (4,), cycles)
+    assert np.abs(np.bincount(corpus) / cycles - expected).max() < 2**-16
+
+
+def _order(size, epoch, seed):
+    return loader.shuffled(np.arange(size), np.full(size, epoch), size, seed)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 99, 100, 101, 4096, 65_537])
+def test_shuffled_is_a_permutation(size):
+    order = _order(size, epoch=3, seed=(size,))
+    assert np.array_equal(np.sort(order), np.arange(size))
+
+
+def test_shuffled_looks_random():
+    """Where rows land, and whether neighbours stay neighbours, as chance would have it."""
+    size, num_orders = 5000, 40
+    orders = np.stack([_order(size, e, (7,)) for e in range(num_orders)])
+    # The first 250 places of all orders, in 50 classes of rows: chi-square with 49 degrees.
+    counts = np.bincount(orders[:, :250].ravel() * 50 // size, minlength=50)
+    expected = num_orders * 250 / 50
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert abs(chi_square - 49) < 4 * np.sqrt(2 * 49)
+    # The number of places where row r + 1 follows row r is Poisson with mean 1 in each order.
+    followed = np.count_nonzero(np.diff(orders, axis=1) == 1)
+    assert abs(followed - num_orders) < 4 * np.sqrt(num_orders)
+    correlation = [np.corrcoef(order[:-1], order[1:])[0, 1] for order in orders]
+    assert np.abs(correlation).max() < 4 / np.sqrt(size)
+
+
+def test_shuffled_reaches_rows_beyond_32_bits():
+    size = 10**12
+    rows = loader.shuffled(np.arange(size - 1000, size), np.zeros(1000, np.int64), size, (0,))
+    assert len(set(rows.tolist())) == 1000
+    assert rows.min() >= 0 and rows.max() < size and (rows > 2**32).mean() > 0.9
+
+
+def test_a_mixed_batch_holds_each_corpus_rows_at_their_places(corpora):
+    batch_at = loader.mixed_batches(corpora, (0.5, 0.3, 0.2), global_batch_size=64, seed=(9,))
+    draw = loader.make_draws([c.num_rows for c in corpora], (0.5, 0.3, 0.2), (9,))
+    for step in (0, 5, 2000):
+        batch = batch_at(step)
+        corpus, row = draw(np.arange(step * 64, step * 64 + 64))
+        assert len(set(corpus)) == 3
+        assert batch.input_ids[:, 0].tolist() == (corpus * 1000 + row).tolist()
+        assert batch.attention_mask.all() and (batch.weights == 1).all()
+
+
+def test_rows_in_memory_are_a_row_source(rows):
+    source = loader.PaddedRows(rows, 16, pad_token_id=2)
+    chosen = np.array([5, 149, 0])
+    ids, segment_ids, types, labels = source.gather(chosen)
+    expected = pipeline.make_batch(rows, pipeline.Plan(chosen, 16), 2)
+    assert np.array_equal(ids, expected.input_ids) and np.array_equal(labels, expected.labels)
+    assert np.array_equal(segment_ids, expected.attention_mask.astype(np.int32))
+    assert np.array_equal(types, expected.token_type_ids)
+    batch = loader.mixed_batches([source], [1.0], global_batch_size=150, seed=(0,))(0)
+    assert sorted(batch.labels) == list(range(150))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"weights": (1.0, 1.0)}, "got 2 for 3 corpora"),
+        ({"sources": [], "weights": ()}, "got 0 for 0"),
+        ({"weights": (1.0, 1.0, 0.0)}, "leave a corpus out"),
+        ({"weights": (1.0, 1.0, -1.0)}, "leave a corpus out"),
+        ({"weights": (1.0, 1.0, float("nan"))}, "leave a corpus out"),
+        ({"weights": (1.0, 1.0, 1e-6)}, "above 1/65536"),
+        ({"global_batch_size": 18, "process_count": 4}, "multiple of the 4 processes, got 18"),
+    ],
+)
+def test_wrong_mixtures_are_refused(corpora, change, message):
+    arguments = {
+        "sources": corpora,
+        "weights": (1.0, 1.0, 1.0),
+        "global_batch_size": 16,
+        "seed": (0,),
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        loader.mixed_batches(**arguments)
+
+
+def test_corpora_of_two_widths_or_without_rows_are_refused(corpora, rows):
+    wide = loader.PaddedRows(rows, 16, 0)
+    with pytest.raises(ValueError, match=r"one width for all, got \[8, 16\]"):
+        loader.mixed_batches([corpora[0], wide], (1.0, 1.0), global_batch_size=4, seed=(0,))
+    empty = rows._replace(offsets=rows.offsets[:1])
+    with pytest.raises(ValueError, match=r"rows in each, got \[0\]"):
+        loader.mixed_batches(
+            [loader.PaddedRows(empty, 16, 0)], (1.0,), global_batch_size=4, seed=(0,)
+        )
+
+
+_PROCESS = """
+import sys, jax, numpy as np
+index, port = int(sys.argv[1]), sys.argv[2]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
+from tests.test_loader import distributed_sums
+print(distributed_sums())
+"""
+
+
+def distributed_sums():
+    """Per step, every row's number times its place in the global batch, summed over devices."""
+    mesh = sharding.make_mesh(MeshSection())
+    placement = sharding.batch_sharding(mesh)
+    source = loader.PaddedRows(_numbered_rows(), 4, 0)
+    batch_at = loader.mixed_batches(
+        [source],
+        [1.0],
+        global_batch_size=16,
+        seed=(2,),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    batches = loader.prefetched(batch_at, start_step=0, placement=placement)
+    places = np.arange(1, 17, dtype=np.int32)
+    weigh = jax.jit(lambda labels: (labels * places).sum())
+    return [int(weigh(next(batches).labels)) for _ in range(5)]
+
+
+def _numbered_rows():
+    return pipeline.TokenRows(
+        ids=np.full(100 * 4, 7, np.int32),
+        offsets=np.arange(101, dtype=np.int64) * 4,
+        second=np.full(100, 4, np.int32),
+        labels=np.arange(100, dtype=np.int32),
+        num_truncated=0,
+    )
+
+
+def test_two_processes_place_one_global_batch():
+    """Real processes with a coordinator, four devices each, against this one with eight."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path]),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PROCESS, str(i), port],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
+    assert outputs == [str(distributed_sums())] * 2
