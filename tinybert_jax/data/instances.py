@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinybert_jax.data.packing import pack
-from tinybert_jax.data.store import Rows, row_dtype
+from tinybert_jax.data.store import MAX_SEGMENTS, Rows, row_dtype
 
 Ids = list[int]
 
@@ -37,6 +37,10 @@ def pack_documents(documents: Sequence[Ids], layout: Layout, rng: np.random.Gene
     pieces = [ids[at : at + room] for ids in documents for at in range(0, len(ids), room)]
     lengths = np.array([len(piece) + 2 for piece in pieces], np.int64)
     bins = pack(lengths, layout.width, seed=int(rng.integers(2**31)))
+    if bins.shape[1] > MAX_SEGMENTS:
+        spare = -bins.shape[1] % MAX_SEGMENTS
+        bins = np.pad(bins, ((0, 0), (0, spare)), constant_values=-1).reshape(-1, MAX_SEGMENTS)
+        bins = bins[bins[:, 0] >= 0]
     rows = _empty(len(bins), layout)
     for row, members in enumerate(rng.permutation(bins).tolist()):
         starts, at = [], 0
@@ -81,8 +85,8 @@ def pair_instances(
 
 
 def _split_long(sentences: Sequence[Ids], room: int) -> list[Ids]:
-    """A sentence that no row can hold becomes several, so that nothing of it is lost."""
-    half = room // 2
+    """A sentence that no row can hold becomes several, two of which fill a row."""
+    half = -(-room // 2)
     return [
         sentence[at : at + half] if len(sentence) > room else sentence
         for sentence in sentences

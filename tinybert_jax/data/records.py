@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from tinybert_jax.data.mistakes import fail, fail_column, short
 from tinybert_jax.data.sources import corpus_files, load_dataset
@@ -182,7 +182,7 @@ def _lined(source: Source, options: Options) -> Iterator[tuple[Piece, int]]:
             first += block.count(b"\n")
 
 
-def _blocks(stream: IO[bytes], size: int, by_blank: bool, path: str) -> Iterator[bytes]:
+def _blocks(stream: io.BufferedIOBase, size: int, by_blank: bool, path: str) -> Iterator[bytes]:
     """About `size` bytes each, ending where a record ends."""
     buffer = b""
     while more := _read_full(stream, size):
@@ -201,7 +201,7 @@ def _blocks(stream: IO[bytes], size: int, by_blank: bool, path: str) -> Iterator
         yield buffer
 
 
-def _read_full(stream: IO[bytes], size: int) -> bytes:
+def _read_full(stream: io.BufferedIOBase, size: int) -> bytes:
     """Exactly `size` bytes but at the end: where chunks end must not hang on the decompressor."""
     parts, left = [], size
     while left and (part := stream.read(left)):
@@ -225,7 +225,8 @@ def _listed(
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[IO[bytes]]:
+def _opened(source: Source) -> Iterator[Any]:
+    """A binary stream of the unpacked file."""
     suffix = Path(source.path).suffix.lower()
     if suffix == ".zst":
         import pyarrow
@@ -238,7 +239,7 @@ def _opened(source: Source) -> Iterator[IO[bytes]]:
         yield stream
 
 
-def _tsv_header(path: str, stream: IO[bytes], column: str) -> tuple[tuple[int, int], int]:
+def _tsv_header(path: str, stream: io.BufferedIOBase, column: str) -> tuple[tuple[int, int], int]:
     """((place of the column, number of columns), number of the first line)."""
     if column.isdecimal():
         return (int(column), 0), 1
