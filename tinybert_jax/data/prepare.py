@@ -95,7 +95,6 @@ def make_transform(work: Work) -> Callable[[Chunk], Done]:
     """The pure function of a chunk."""
     from tokenizers import Tokenizer
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     backend = Tokenizer.from_str(work.tokenizer)
     backend.encode_special_tokens = True  # "[SEP]" in a text is text
     settings, options = work.settings, read_options(work.settings)
@@ -266,6 +265,7 @@ _here: dict[str, Callable[[Chunk], Done]] = {}  # of a worker process
 
 
 def _start_worker(work: Work) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _here["transform"] = make_transform(work)
 
