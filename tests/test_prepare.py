@@ -357,6 +357,30 @@ def test_an_output_that_is_something_else_is_refused(world):
     world.refused("store: expected a new folder or a store; got something else")
 
 
+def test_an_output_among_the_sources_is_refused(world):
+    inside = world.folder / "text" / "store"
+    inside.parent.mkdir()
+    world.text.rename(inside.parent / "text.txt")
+    world.refused("outside of", sources=[str(inside.parent)], output=str(inside))
+    world.prepare(sources=[str(inside.parent)])
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(world):
+    world.text.write_text(_text(3000))
+    output = world.folder / "store"
+    process = subprocess.Popen(
+        world.command(output), cwd=ROOT, stderr=subprocess.PIPE, text=True, bufsize=0
+    )
+    while _entries(output) < 2:
+        assert process.poll() is None
+        time.sleep(0.002)
+    with world.text.open("a") as file:
+        file.write("\n\nmore\n")
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 2 and not output.exists()
+    assert f"{world.text}: expected text that stays as it is" in told
+
+
 def test_an_output_in_use_is_refused(world):
     partial = partial_of(world.folder / "store")
     partial.mkdir()

@@ -43,6 +43,7 @@ class Work(NamedTuple):
     settings: dict[str, Any]  # PrepareConfig.transform()
     layout: Layout
     unk_id: int | None
+    mask_id: int | None
 
 
 class Done(NamedTuple):
@@ -60,6 +61,7 @@ def prepare(config: PrepareConfig, tokenizer: Any) -> Path:
     output = Path(config.output)
     if output.exists() and not (output / store.MANIFEST).is_file():
         fail(f"output: {output}", "a new folder or a store", "something else", "name another")
+    _refuse_output_in_sources(config)
     work = _work(config, tokenizer)
     sources = records.find_sources(config.sources)
     options = read_options(work.settings)
@@ -78,6 +80,7 @@ def prepare(config: PrepareConfig, tokenizer: Any) -> Path:
             layout, shard_rows = work.layout, config.shard_rows
             writer = StoreWriter(partial, layout.width, np.dtype(layout.dtype), shard_rows)
             _fill(config, writer, work, sources)
+            _refuse_moving_sources(config, sources)
             _finish(output, writer, work, identity)
     except OSError as error:
         if error.errno not in _DISK_FULL:
@@ -179,7 +182,13 @@ def _work(config: PrepareConfig, tokenizer: Any) -> Work:
         dtype=store.ids_dtype(len(tokenizer)).str,
     )
     backend = plain_backend(tokenizer)
-    return Work(backend.to_str(pretty=True), config.transform(), layout, tokenizer.unk_token_id)
+    return Work(
+        tokenizer=backend.to_str(pretty=True),
+        settings=config.transform(),
+        layout=layout,
+        unk_id=tokenizer.unk_token_id,
+        mask_id=tokenizer.mask_token_id,
+    )
 
 
 def _keep_identity(partial: Path, identity: dict[str, Any], config: PrepareConfig) -> None:
@@ -210,6 +219,22 @@ def _refuse_changes(
             fail(name, expected, repr(value), fix)
     if list(before["sources"]) != list(now["sources"]):
         fail("sources", f"the order that {folder} was begun with", "another", fix)
+
+
+def _refuse_output_in_sources(config: PrepareConfig) -> None:
+    output = Path(config.output).resolve()
+    for source in config.sources:
+        if Path(source).is_dir() and output.is_relative_to(Path(source).resolve()):
+            fix = "else the next run would read what this one wrote"
+            fail(f"output: {config.output}", f"a folder outside of {source}", "one in it", fix)
+
+
+def _refuse_moving_sources(config: PrepareConfig, sources: list[Source]) -> None:
+    now = records.find_sources(config.sources)
+    if now != sources:
+        changed = next((a.path for a, b in zip(sources, now, strict=False) if a != b), "sources")
+        fix = f"remove {store.partial_of(Path(config.output))} and prepare again"
+        fail(changed, "text that stays as it is while it is read", "a changed one", fix)
 
 
 def _fill(config: PrepareConfig, writer: StoreWriter, work: Work, sources: list[Source]) -> None:
@@ -336,8 +361,13 @@ def _finish(output: Path, writer: StoreWriter, work: Work, identity: dict[str, A
         "num_bad_records": sum(len(entry["bad"]) for entry in writer.entries),
         "num_unknown_tokens": total("unknown"),
         "labels": dict(sorted(labels.items())),
-        "special_ids": {"cls": layout.cls_id, "sep": layout.sep_id, "pad": layout.pad_id}
-        | {"unk": work.unk_id},
+        "special_ids": {
+            "pad": layout.pad_id,
+            "cls": layout.cls_id,
+            "sep": layout.sep_id,
+            "unk": work.unk_id,
+            "mask": work.mask_id,
+        },
         **identity,
     }
     writer.finish(output, manifest, {_BAD: _bad_lines(writer), store.TOKENIZER: work.tokenizer})

@@ -36,6 +36,7 @@ class Source(NamedTuple):
     path: str
     kind: str  # a suffix, or "datasets"
     num_bytes: int  # on disk; 0 for a data set
+    modified: int  # in nanoseconds of the file system's clock; 0 for a data set
 
 
 class Options(NamedTuple):
@@ -82,11 +83,12 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
     sources = []
     for path in paths:
         if path.startswith("hub:") or _is_saved_dataset(Path(path)):
-            sources.append(Source(path, "datasets", 0))
+            sources.append(Source(path, "datasets", 0, 0))
             continue
         named = f"{', '.join(_KINDS)} (or {', '.join(_COMPRESSED)} of it)"
         for file in corpus_files([path], _SUFFIXES, named):
-            sources.append(Source(file, _kind(file), os.path.getsize(file)))
+            found = os.stat(file)
+            sources.append(Source(file, _kind(file), found.st_size, found.st_mtime_ns))
     seen: set[str] = set()
     for source in sources:
         if source.path in seen:

@@ -230,6 +230,7 @@ class StoreWriter:
         for path in self.folder.iterdir():
             if path.name not in entries and path.name != MANIFEST:
                 path.unlink()
+        _sync(self.folder)
         self.folder.rename(final)
         _sync(final.parent)
 
@@ -276,7 +277,7 @@ def _append(path: Path, content: bytes | memoryview) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Makes a rename last."""
+    """Makes the names in a folder last."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
