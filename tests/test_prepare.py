@@ -202,7 +202,7 @@ def _killed_until_done(world, golden, num_kills, moments, **settings):
 
 
 def test_killed_while_it_writes_it_goes_on_with_the_same_bytes(world):
-    world.text.write_text(_text(4000))
+    world.text.write_text(_text(1500))
     golden = world.prepare(output=str(world.folder / "golden"))
     num_chunks = len((golden / INDEX).read_text().splitlines())
 
@@ -237,7 +237,7 @@ def test_killed_at_ten_random_moments(world, mode):
 
 
 def test_a_killed_worker_is_told_and_the_next_run_goes_on(world):
-    world.text.write_text(_text(4000))
+    world.text.write_text(_text(1500))
     output = world.folder / "store"
     command = world.command(output, workers=2)
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -303,7 +303,7 @@ def test_a_full_disk_is_told(world):
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("may not mount a file system")
     try:
-        world.text.write_text(_text(4000))
+        world.text.write_text(_text(1500))
         world.refused("room on the disk; got No space left", output=str(disk / "store"))
         assert not (disk / "store").exists()
         assert subprocess.run(["mount", "-o", "remount,size=20m", str(disk)]).returncode == 0
@@ -366,7 +366,7 @@ def test_an_output_among_the_sources_is_refused(world):
 
 
 def test_a_source_that_changes_while_it_is_read_is_refused(world):
-    world.text.write_text(_text(3000))
+    world.text.write_text(_text(1500))
     output = world.folder / "store"
     process = subprocess.Popen(
         world.command(output), cwd=ROOT, stderr=subprocess.PIPE, text=True, bufsize=0
