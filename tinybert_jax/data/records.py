@@ -187,7 +187,7 @@ def _lined(source: Source, options: Options) -> Iterator[tuple[Piece, int]]:
 def _blocks(stream: io.BufferedIOBase, size: int, by_blank: bool, path: str) -> Iterator[bytes]:
     """About `size` bytes each, ending where a record ends."""
     buffer = b""
-    while more := _read_full(stream, size):
+    while more := stream.read(size):  # buffered: less than `size` only at the end
         buffer += more
         blank = _LAST_BLANK.match(buffer) if by_blank else None
         cut = blank.end() if blank else 0 if by_blank else buffer.rfind(b"\n") + 1
@@ -201,15 +201,6 @@ def _blocks(stream: io.BufferedIOBase, size: int, by_blank: bool, path: str) -> 
             buffer = buffer[cut:]
     if buffer:
         yield buffer
-
-
-def _read_full(stream: io.BufferedIOBase, size: int) -> bytes:
-    """Exactly `size` bytes but at the end: where chunks end must not hang on the decompressor."""
-    parts, left = [], size
-    while left and (part := stream.read(left)):
-        parts.append(part)
-        left -= len(part)
-    return b"".join(parts)
 
 
 def _listed(
