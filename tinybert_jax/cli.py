@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinybert_jax import __version__, config, host
+from tinybert_jax.data_sections import PrepareConfig
 from tinybert_jax.sections import STAGES
 
 _STAGES = {
@@ -39,16 +40,21 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (_, text) in _STAGES.items():
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
-        command.add_argument("overrides", nargs="*", metavar="key.path=value")
-        command.add_argument(
-            "--print-config", action="store_true", help="print the resolved config and stop"
-        )
+        _add_config(command, "configs/quickstart.yaml")
         command.set_defaults(act=_run)
     _add_evaluate(commands)
     _add_predict(commands)
     _add_convert(commands)
+    _add_data(commands)
     return parser
+
+
+def _add_config(command, example: str) -> None:
+    command.add_argument("config", help=f"a YAML file, such as {example}")
+    command.add_argument("overrides", nargs="*", metavar="key.path=value")
+    command.add_argument(
+        "--print-config", action="store_true", help="print the resolved config and stop"
+    )
 
 
 def _add_evaluate(commands) -> None:
@@ -85,6 +91,35 @@ def _add_convert(commands) -> None:
     command.add_argument("source", help="a model folder or hub id")
     command.add_argument("target", help="the folder to write; must not exist")
     command.set_defaults(act=_convert)
+
+
+def _add_data(commands) -> None:
+    text = "text to token shards, a look at them, vocabularies"
+    actions = commands.add_parser("data", help=text, description=text).add_subparsers(
+        dest="action", required=True, metavar="action"
+    )
+    text = "tokenise text files into a token store; run again, it goes on"
+    action = actions.add_parser("prepare", help=text, description=text)
+    _add_config(action, "configs/data/documents.yaml")
+    action.set_defaults(act=_prepare)
+
+    text = "counts, lengths and decoded rows of a token store"
+    action = actions.add_parser("inspect", help=text, description=text)
+    action.add_argument("store", help="a folder that `tinybert data prepare` wrote")
+    action.add_argument("-n", "--rows", type=int, default=3, help="rows to decode (3)")
+    action.add_argument("--verify", action="store_true", help="check every SHA-256")
+    action.set_defaults(act=_inspect)
+
+    text = "train a WordPiece vocabulary and write its tokenizer folder"
+    action = actions.add_parser("vocab", help=text, description=text)
+    action.add_argument("sources", nargs="+", help="what `data prepare` reads")
+    action.add_argument("-o", "--output", required=True, help="the folder to write")
+    action.add_argument("--size", type=int, default=30522, help="pieces (30522)")
+    action.add_argument("--cased", action="store_true", help="keep capitals and accents")
+    action.add_argument("--text", default="text", help="column of the text")
+    action.add_argument("--split", help="of a datasets folder or hub id")
+    action.add_argument("--max-length", type=int, default=512, help="of the tokenizer (512)")
+    action.set_defaults(act=_vocab)
 
 
 def _run(arguments, command: str) -> int:
@@ -148,4 +183,41 @@ def _convert(arguments, command: str) -> int:
     from tinybert_jax import export
 
     print(export.convert(arguments.source, arguments.target))
+    return 0
+
+
+def _prepare(arguments, command: str) -> int:
+    settings = config.load_as(PrepareConfig, arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(config.dump(settings), end="")
+        return 0
+    from tinybert_jax.convert import hf_folder
+    from tinybert_jax.data import prepare, summary
+
+    folder = prepare.prepare(settings, hf_folder.load_tokenizer(settings.tokenizer))
+    print(summary.counts(folder))
+    return 0
+
+
+def _inspect(arguments, command: str) -> int:
+    from tinybert_jax.data import summary
+
+    print(summary.describe(arguments.store, num_rows=arguments.rows, verify=arguments.verify))
+    return 0
+
+
+def _vocab(arguments, command: str) -> int:
+    from tinybert_jax.data import corpus_vocab
+
+    print(
+        corpus_vocab.write_vocab(
+            arguments.sources,
+            arguments.output,
+            vocab_size=arguments.size,
+            lowercase=not arguments.cased,
+            text=arguments.text,
+            split=arguments.split,
+            max_length=arguments.max_length,
+        )
+    )
     return 0

@@ -1,4 +1,4 @@
-"""Loads a run configuration: YAML files, `key.path=value` overrides, all mistakes at once."""
+"""Loads a configuration: YAML files, `key.path=value` overrides, all mistakes at once."""
 
 import difflib
 import os
@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,6 +15,7 @@ from yaml.composer import ComposerError
 
 from tinybert_jax.sections import RunConfig
 
+Root = TypeVar("Root", bound=BaseModel)
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
@@ -23,6 +24,11 @@ class ConfigError(ValueError):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run's configuration; see `load_as`."""
+    return load_as(RunConfig, path, overrides)
+
+
+def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -> Root:
     """Reads a YAML file, applies `key.path=value` overrides and validates the whole.
 
     Values of overrides are YAML (`seed=1`, `general=null`, `task.labels=[neg,pos]`); `${NAME}` in a
@@ -37,16 +43,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     unset = list(_unset_variables(tree))
     if unset:
         raise ConfigError("\n".join([_num_mistakes(path, unset), *unset]))
-    return validate(_expand_variables(tree), str(path))
-
-
-def validate(tree: dict[str, Any], origin: str = "config") -> RunConfig:
-    """Validates a plain tree; raises `ConfigError` listing every mistake with its dotted path."""
     try:
-        return RunConfig.model_validate(tree)
+        return root.model_validate(_expand_variables(tree))
     except ValidationError as error:
-        lines = [f"  {_explain(item)}" for item in error.errors()]
-        raise ConfigError("\n".join([_num_mistakes(origin, lines), *lines])) from None
+        lines = [f"  {_explain(item, root)}" for item in error.errors()]
+        raise ConfigError("\n".join([_num_mistakes(path, lines), *lines])) from None
 
 
 def dump(config: BaseModel) -> str:
@@ -149,12 +150,12 @@ def _num_mistakes(origin: str | Path, lines: Sequence[str]) -> str:
     return f"{origin}: {len(lines)} {'mistake' if len(lines) == 1 else 'mistakes'}"
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, root: type[BaseModel]) -> str:
     """One pydantic error as `dotted.path: expected …, got …`, with the nearest valid name."""
     location = [part for part in item["loc"] if isinstance(part, str | int)]
     dotted = ".".join(str(part) for part in location) or "(whole config)"
     if item["type"] == "extra_forbidden":
-        known = _fields_at(RunConfig, location[:-1])
+        known = _fields_at(root, location[:-1])
         return f"{dotted}: unknown key{_nearest(str(location[-1]), known)}"
     if item["type"] == "missing":
         return f"{dotted}: expected a value, got none"

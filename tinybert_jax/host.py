@@ -1,7 +1,11 @@
 """What a `tinybert` process asks of its machine. The process of a library's user is left alone."""
 
+import contextlib
 import ctypes
+import fcntl
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -21,3 +25,18 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1))
     return all([mallopt(name, value) for name, value in settings])
+
+
+@contextlib.contextmanager
+def locked(folder: Path, setting: str) -> Iterator[None]:
+    """Makes the folder and holds it; ValueError, naming the setting, where another process does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{setting}: {folder} is in use by another process; wait for it or choose "
+                f"another {setting}"
+            ) from None
+        yield

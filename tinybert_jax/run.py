@@ -1,7 +1,6 @@
 """One run: its inputs, its folder, its mesh. All is read and checked before anything is written."""
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import platform
@@ -17,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from pydantic import ValidationError
 
-from tinybert_jax import checks, cost, sharding
+from tinybert_jax import checks, cost, host, sharding
 from tinybert_jax import config as configs
 from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.data import vocab
@@ -134,7 +133,7 @@ def open_run(config: RunConfig, stages: Sequence[str]) -> Iterator[Run]:
     checks.check_folder(folder, config)
     run = _read_inputs(config, folder)
     _check(run, stages)
-    with _locked(folder):
+    with host.locked(folder, "run_dir"):
         checks.check_folder(folder, config)  # again: another run may have begun while we read
         _write_identity(folder, config, run.mesh)
         _keep_tokenizer(folder, run.tokenizer)
@@ -274,20 +273,6 @@ def _check(run: Run, stages: Sequence[str]) -> None:
     checks.check_weights(config, stages, run.teacher, run.student, num_outputs)
     if learns_now:
         check_teacher(run)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"run_dir: {folder} is in use by another process; wait for it or choose "
-                "another run_dir"
-            ) from None
-        yield
 
 
 def _keep_tokenizer(folder: Path, tokenizer: Any) -> None:

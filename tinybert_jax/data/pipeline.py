@@ -12,6 +12,7 @@ import numpy as np
 
 from tinybert_jax.data import packing
 from tinybert_jax.data.sources import LabelledText
+from tinybert_jax.data.vocab import plain_backend
 
 MIN_TOKENS = 4  # a corpus chunk shorter than this teaches nothing: [CLS] one word [SEP]
 
@@ -115,7 +116,7 @@ def packed_epochs(
 
 def tokenize_task(tokenizer: Any, text: LabelledText, max_length: int) -> TokenRows:
     """[CLS] text [SEP], or [CLS] text [SEP] text_pair [SEP]; the longer part is cut first."""
-    backend = _backend(tokenizer)
+    backend = plain_backend(tokenizer)
     backend.enable_truncation(max_length, strategy="longest_first")
     pairs = (
         text.text if text.text_pair is None else list(zip(text.text, text.text_pair, strict=True))
@@ -128,7 +129,7 @@ def tokenize_task(tokenizer: Any, text: LabelledText, max_length: int) -> TokenR
 
 def tokenize_corpus(tokenizer: Any, documents: Sequence[str], max_length: int) -> TokenRows:
     """Each document cut into full rows [CLS] … [SEP] of `max_length`; its rest is a shorter row."""
-    backend = _backend(tokenizer)
+    backend = plain_backend(tokenizer)
     cls_id, sep_id, room = tokenizer.cls_token_id, tokenizer.sep_token_id, max_length - 2
     rows = []
     for start in range(0, len(documents), 4096):
@@ -234,13 +235,3 @@ def _rows(ids, second, labels, num_truncated: int) -> TokenRows:
         labels=labels,
         num_truncated=num_truncated,
     )
-
-
-def _backend(tokenizer: Any) -> Any:
-    """A copy of the Rust tokenizer, so that our truncation setting never leaks into a saved one."""
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()
-    backend.no_truncation()
-    return backend

@@ -5,7 +5,6 @@ was expected, what was got and where (file, line, the first five places) and how
 """
 
 import csv
-import difflib
 import glob
 import io
 import itertools
@@ -15,9 +14,11 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from tinybert_jax.data.mistakes import fail, fail_column, fail_missing, nearest, short
 
 
 class LabelledText(NamedTuple):
@@ -57,9 +58,9 @@ def read_labelled(
     """
     path, known = os.fspath(path), _known_labels(labels)
     if regression and known is not None:
-        _fail("labels", "none with regression, whose labels are numbers", repr(labels), "drop one")
+        fail("labels", "none with regression, whose labels are numbers", repr(labels), "drop one")
     if max_rows is not None and max_rows < 1:
-        _fail("max_rows", "1 or more", str(max_rows), "leave it out to read all rows")
+        fail("max_rows", "1 or more", str(max_rows), "leave it out to read all rows")
     wanted = [column for column in (text, text_pair, label) if column is not None]
     table = _read_table(path, _format_of(path, format), split, wanted)
 
@@ -86,12 +87,18 @@ def read_corpus(paths: Sequence[str]) -> list[str]:
     newlines. Raises ValueError for all that is wrong.
     """
     if isinstance(paths, str) or not paths:
-        _fail("corpus", "a list of files, folders or globs", repr(paths), "write it as ['a.txt']")
-    files = [file for path in paths for file in _corpus_files(os.fspath(path))]
+        fail("corpus", "a list of files, folders or globs", repr(paths), "write it as ['a.txt']")
+    files = corpus_files(paths, (".txt", ".jsonl"), ".txt or .jsonl")
+    return [document for file in files for document in _documents(file)]
+
+
+def corpus_files(paths: Sequence[str], suffixes: tuple[str, ...], named: str) -> list[str]:
+    """Files, folders and globs as files, each once; `named` is what an error calls the suffixes."""
+    files = [file for path in paths for file in _files_at(os.fspath(path), suffixes, named)]
     if len(set(files)) < len(files):
         twice = next(file for file in files if files.count(file) > 1)
-        _fail("corpus", "every file once", f"{twice} more than once", "narrow the list of paths")
-    return [document for file in files for document in _documents(file)]
+        fail("corpus", "every file once", f"{twice} more than once", "narrow the list of paths")
+    return files
 
 
 class _Table(NamedTuple):
@@ -107,42 +114,42 @@ def _known_labels(labels: Mapping[str, str] | Sequence[str] | None) -> dict[str,
     if labels is None:
         return None
     if isinstance(labels, str) or not labels:
-        _fail("labels", "a list or a mapping of raw values", repr(labels), "as in ['no', 'yes']")
+        fail("labels", "a list or a mapping of raw values", repr(labels), "as in ['no', 'yes']")
     pairs = labels.items() if isinstance(labels, Mapping) else zip(labels, labels, strict=True)
     known = {str(raw): str(name) for raw, name in pairs}
     if len(known) < len(labels):
-        _fail("labels", "every raw value once", repr(labels), "drop the repeated ones")
+        fail("labels", "every raw value once", repr(labels), "drop the repeated ones")
     return known
 
 
 def _format_of(path: str, format: str) -> str:
     formats = ["tsv", "csv", "jsonl", "datasets"]
     if format not in ("auto", *formats):
-        _fail(path, f"format auto, {', '.join(formats)}", repr(format), _nearest(format, formats))
+        fail(path, f"format auto, {', '.join(formats)}", repr(format), nearest(format, formats))
     if path.startswith("hub:"):
         if format not in ("auto", "datasets"):
-            _fail(path, "format auto for a hub id", repr(format), "leave format out")
+            fail(path, "format auto for a hub id", repr(format), "leave format out")
         return "hub"
     if not os.path.exists(path):
-        _fail_missing(path)
+        fail_missing(path)
     is_folder, suffix = os.path.isdir(path), Path(path).suffix
     if format == "auto":
         format = "datasets" if is_folder else suffix.lower().removeprefix(".")
     if format not in formats:
         got = f"the suffix {suffix!r}" if suffix else "no suffix"
         fix = "give format='tsv' (or csv, jsonl) if that is what the file holds"
-        _fail(path, "a .tsv, .csv or .jsonl file or a folder saved by datasets", got, fix)
+        fail(path, "a .tsv, .csv or .jsonl file or a folder saved by datasets", got, fix)
     if is_folder != (format == "datasets"):
         expected = "a folder saved by datasets" if format == "datasets" else f"a {format} file"
-        _fail(path, expected, "a folder" if is_folder else "a file", "correct path or format")
+        fail(path, expected, "a folder" if is_folder else "a file", "correct path or format")
     return format
 
 
 def _read_table(path: str, format: str, split: str | None, wanted: list[str]) -> _Table:
     if format in ("hub", "datasets"):
-        return _read_dataset(path, format, split, wanted)
+        return _read_dataset(path, split, wanted)
     if split is not None:
-        _fail(path, f"no split: a {format} file has none", repr(split), "leave split out")
+        fail(path, f"no split: a {format} file has none", repr(split), "leave split out")
     if format == "jsonl":
         return _read_jsonl(path, wanted)
     if format == "csv":
@@ -162,7 +169,7 @@ def _csv_rows(path: str) -> tuple[list[list[str]], list[int]]:
             start = reader.line_num + 1
     except csv.Error as error:
         fix = 'double every quote inside a quoted field (""), close the field; or format="tsv"'
-        _fail(f"{path}, line {start}", "a CSV row", f"a broken one ({error})", fix)
+        fail(f"{path}, line {start}", "a CSV row", f"a broken one ({error})", fix)
     finally:
         csv.field_size_limit(limit)
     return rows, numbers
@@ -175,7 +182,7 @@ def _by_column(
     num_positions = sum(column.isdecimal() for column in wanted)
     if 0 < num_positions < len(wanted):
         fix = "without a header give every column as a position; with one, every name"
-        _fail(path, "columns all named or all positions", ", ".join(wanted), fix)
+        fail(path, "columns all named or all positions", ", ".join(wanted), fix)
     if num_positions:
         places = [int(column) for column in wanted]
         amount, allowed = f"at least {max(places) + 1}", range(max(places) + 1, sys.maxsize)
@@ -183,11 +190,11 @@ def _by_column(
         header, rows, numbers = rows[0], rows[1:], numbers[1:]
         for column in wanted:
             if header.count(column) != 1:
-                _fail_column(path, column, header, "; without a header give '0', '1' …")
+                fail_column(path, column, header, "; without a header give '0', '1' …")
         places = [header.index(column) for column in wanted]
         amount, allowed = f"{len(header)}", range(len(header), len(header) + 1)
     if not rows:
-        _fail(path, "rows", "no rows, only a header", "check how the file was written")
+        fail(path, "rows", "no rows, only a header", "check how the file was written")
     table = _Table(path, {}, numbers)
     ragged = [(n, f"{len(r)}") for n, r in zip(numbers, rows, strict=True) if len(r) not in allowed]
     fix = "look for stray tabs, line breaks or missing fields; is the separator right?"
@@ -204,29 +211,37 @@ def _read_jsonl(path: str, wanted: list[str]) -> _Table:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            broken.append((number, f"{error.msg} at column {error.colno} of {_short(line)}"))
+            broken.append((number, f"{error.msg} at column {error.colno} of {short(line)}"))
             continue
         rows.append(row)
         if not isinstance(row, dict):
-            broken.append((number, _short(row)))
+            broken.append((number, short(row)))
     table = _Table(path, {}, range(1, len(lines) + 1))
     fix = "write one object a line, {...}; join an object that is spread over several lines"
     _fail_rows(table, "one JSON object on every line", broken, fix)
     for column in wanted:
-        missing = [(n, _short(list(row))) for n, row in enumerate(rows, 1) if column not in row]
+        missing = [(n, short(list(row))) for n, row in enumerate(rows, 1) if column not in row]
         if len(missing) == len(rows):
-            _fail_column(path, column, list(rows[0]))
+            fail_column(path, column, list(rows[0]))
         _fail_rows(table, f"a key {column!r}", missing, "complete or remove these rows")
         table.columns[column] = [row[column] for row in rows]
     return table
 
 
-def _read_dataset(path: str, format: str, split: str | None, wanted: list[str]) -> _Table:
+def _read_dataset(path: str, split: str | None, wanted: list[str]) -> _Table:
+    data = load_dataset(path, split, wanted)
+    class_names = getattr(data.features[wanted[-1]], "names", None)  # the label comes last
+    columns = data.with_format(None).select_columns(list(dict.fromkeys(wanted)))[:]
+    return _Table(path, columns, range(1, len(data) + 1), "row", class_names)
+
+
+def load_dataset(path: str, split: str | None, wanted: list[str]) -> Any:
+    """A `datasets.Dataset` with the wanted columns, from a saved folder or `hub:owner/name`."""
     import datasets
 
     hub_id = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?::([^:]+))?", path)
-    if format == "hub" and not hub_id:
-        _fail(path, "hub:owner/name or hub:owner/name:config", path, "as in hub:nyu-mll/glue:sst2")
+    if path.startswith("hub:") and not hub_id:
+        fail(path, "hub:owner/name or hub:owner/name:config", path, "as in hub:nyu-mll/glue:sst2")
     options: dict[str, Any] = {"split": split}
     data: Any
     try:
@@ -237,43 +252,40 @@ def _read_dataset(path: str, format: str, split: str | None, wanted: list[str]) 
     except (OSError, ValueError) as error:
         source = "a data set on the hub" if hub_id else "a folder written by save_to_disk"
         fix = "check name, split and connection" if hub_id else "save it with save_to_disk"
-        _fail(path, source, f"{type(error).__name__}: {error}", fix)
+        fail(path, source, f"{type(error).__name__}: {error}", fix)
     if isinstance(data, dict):
         if split not in data:
-            _fail(path, f"one of the splits {', '.join(data)}", repr(split), "give split")
+            fail(path, f"one of the splits {', '.join(data)}", repr(split), "give split")
         data = data[split]
-    elif format == "datasets" and split not in (None, str(data.split)):
-        _fail(path, f"split {data.split}, the only one here", repr(split), "leave split out")
+    elif not hub_id and split not in (None, str(data.split)):
+        fail(path, f"split {data.split}, the only one here", repr(split), "leave split out")
     for column in wanted:
         if column not in data.column_names:
-            _fail_column(path, column, data.column_names)
+            fail_column(path, column, data.column_names)
     if not len(data):
-        _fail(path, "rows", "no rows", "check how the data set was saved")
-    class_names = getattr(data.features[wanted[-1]], "names", None)  # the label comes last
-    columns = data.with_format(None).select_columns(list(dict.fromkeys(wanted)))[:]
-    return _Table(path, columns, range(1, len(data) + 1), "row", class_names)
+        fail(path, "rows", "no rows", "check how the data set was saved")
+    return data
 
 
-def _corpus_files(path: str) -> Iterator[str]:
-    kinds = (".txt", ".jsonl")
+def _files_at(path: str, suffixes: tuple[str, ...], named: str) -> Iterator[str]:
     if os.path.isdir(path):
-        found = [f for f in sorted(Path(path).rglob("*")) if f.suffix.lower() in kinds]
+        found = [f for f in sorted(Path(path).rglob("*")) if f.name.lower().endswith(suffixes)]
         files = [str(f) for f in found if f.is_file() and "/." not in f"/{f.relative_to(path)}"]
         if not files:
-            _fail(path, "a folder with .txt or .jsonl files", "none", "check the folder")
+            fail(path, f"a folder with {named} files", "none", "check the folder")
         yield from files
     elif os.path.isfile(path):
-        if not path.lower().endswith(kinds):
-            _fail(path, "a .txt or .jsonl file", repr(Path(path).suffix), "convert or leave it out")
+        if not path.lower().endswith(suffixes):
+            fail(path, f"a {named} file", repr(Path(path).suffix), "convert or leave it out")
         yield path
     elif glob.has_magic(path):
         matches = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
         if not matches:
-            _fail(path, "a glob that matches files", "none", f"check it; we are in {os.getcwd()}")
+            fail(path, "a glob that matches files", "none", f"check it; we are in {os.getcwd()}")
         for match in matches:
-            yield from _corpus_files(match)
+            yield from _files_at(match, suffixes, named)
     else:
-        _fail_missing(path)
+        fail_missing(path)
 
 
 def _documents(path: str) -> list[str]:
@@ -295,7 +307,7 @@ def _read_text(path: str) -> str:
         raise
     text = text.removeprefix("\ufeff").removeprefix("\u00ef\u00bb\u00bf")  # the same, encoded twice
     if not text.strip():
-        _fail(path, "text", "an empty file", "check how the file was written")
+        fail(path, "text", "an empty file", "check how the file was written")
     return text
 
 
@@ -320,7 +332,7 @@ def _lines(text: str) -> list[str]:
 def _texts(table: _Table, column: str) -> list[str]:
     values = table.columns[column]
     wrong = [
-        (n, _short(value))
+        (n, short(value))
         for n, value in zip(table.numbers, values, strict=True)
         if not isinstance(value, str) or not value.strip()
     ]
@@ -336,7 +348,7 @@ def _numbers(table: _Table, column: str) -> np.ndarray:
         except (TypeError, ValueError, OverflowError):
             numbers.append(float("nan"))
         if not abs(numbers[-1]) <= largest:
-            wrong.append((n, _short(value)))
+            wrong.append((n, short(value)))
     fix = "correct or remove these rows; for classes turn regression off"
     _fail_rows(table, f"a finite number in label column {column!r}", wrong, fix)
     return np.array(numbers, np.float32)
@@ -355,7 +367,7 @@ def _class_ids(
         found = set(raw)
         integers = all(re.fullmatch(r"-?\d+", value) for value in found)
         known = {v: v for v in sorted(found, key=lambda v: (int(v) if integers else 0, v))}
-    unknown = [(n, _short(v)) for n, v in zip(table.numbers, raw, strict=True) if v not in known]
+    unknown = [(n, short(v)) for n, v in zip(table.numbers, raw, strict=True) if v not in known]
     shown = ", ".join(map(repr, list(known)[:20])) + ", …" * (len(known) > 20)
     fix = "correct these rows or complete `labels`"
     _fail_rows(table, f"one of the labels {shown} in column {column!r}", unknown, fix)
@@ -364,37 +376,10 @@ def _class_ids(
     return np.array([ids[value] for value in raw], np.int32), names
 
 
-def _fail(where: str, expected: str, got: str, fix: str) -> NoReturn:
-    raise ValueError(f"{where}: expected {expected}; got {got}; fix: {fix}")
-
-
 def _fail_rows(table: _Table, expected: str, wrong: list[tuple[int, str]], fix: str) -> None:
     """Fails if any row is wrong, naming the first five and the number of all."""
     if wrong:
         places = ", ".join(f"{table.unit} {number}: {got}" for number, got in wrong[:5])
         more = ", …" * (len(wrong) > 5)
         got = f"other in {len(wrong)} of {len(table.numbers)} {table.unit}s ({places}{more})"
-        _fail(table.path, expected, got, fix)
-
-
-def _fail_column(path: str, column: str, available: list[str], hint: str = "") -> NoReturn:
-    if column in available:
-        _fail(path, f"one column {column!r}", f"{available.count(column)}", "rename the others")
-    columns = ", ".join(map(_short, available))
-    _fail(path, f"a column {column!r}", f"columns {columns}", _nearest(column, available) + hint)
-
-
-def _fail_missing(path: str) -> NoReturn:
-    parent = Path(path).parent
-    siblings = os.listdir(parent) if parent.is_dir() else []
-    _fail(path, "a file or folder", "nothing", _nearest(Path(path).name, siblings))
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, 1, 0.5)
-    return f"did you mean {close[0]!r}?" if close else "check the name"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:59] + "…"
+        fail(table.path, expected, got, fix)

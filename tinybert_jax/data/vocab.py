@@ -1,4 +1,4 @@
-"""Trains a WordPiece vocabulary and wraps it as the tokenizer that Hugging Face users load."""
+"""Vocabularies: trains a WordPiece one, as the tokenizer that Hugging Face users load."""
 
 import tempfile
 from collections import Counter
@@ -45,6 +45,16 @@ def train_wordpiece(
         return BertTokenizer.from_pretrained(
             folder, do_lower_case=lowercase, model_max_length=max_length
         )
+
+
+def plain_backend(tokenizer: Any) -> Any:
+    """A copy of the Rust tokenizer, so that our truncation setting never leaks into a saved one."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
 
 
 def is_continuation(tokenizer: Any) -> np.ndarray:

@@ -1,0 +1,146 @@
+"""store: what was written is what is gathered, across shards; damage and half a chunk are seen."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tinybert_jax.data.store import (
+    INDEX,
+    Rows,
+    StoreWriter,
+    open_store,
+    partial_of,
+    row_dtype,
+    shard_names,
+)
+
+
+def _rows(rng, num, width, dtype):
+    """Random rows and what a plain loop makes of them."""
+    rows = Rows(np.zeros((num, width), dtype), np.zeros(num, row_dtype(width)))
+    segments, types = np.zeros((num, width), np.int32), np.zeros((num, width), np.int32)
+    for row in range(num):
+        length = int(rng.integers(1, width + 1))
+        second = int(rng.integers(1, length + 1))
+        starts = np.unique([0, *rng.integers(0, length, 5)])
+        rows.ids[row, :length] = rng.integers(1, 2 ** (8 * dtype.itemsize - 1), length)
+        bits = np.zeros(-(-width // 8) * 8, bool)
+        bits[starts] = True
+        rows.meta[row] = (length, second, rng.integers(-1, 2), np.packbits(bits))
+        types[row, second:length] = 1
+        for place in range(length):
+            segments[row, place] = np.sum(starts <= place)
+    return rows, segments, types
+
+
+def _entry(rows):
+    return {"rows": len(rows.ids), "note": "é"}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """(folder, all rows, segments, types): three chunks in shards of 10 rows."""
+
+    def written(width=20, dtype="<u2"):
+        rng = np.random.default_rng(0)
+        partial = tmp_path / "new"
+        partial.mkdir()
+        writer = StoreWriter(partial, width, np.dtype(dtype), 10)
+        chunks = [_rows(rng, num, width, np.dtype(dtype)) for num in (7, 24, 4)]
+        for rows, _, _ in chunks:
+            writer.append(rows, _entry(rows))
+        facts = {
+            "width": width,
+            "ids_dtype": dtype,
+            "shard_rows": 10,
+            "num_rows": 35,
+            "num_tokens": 1,
+        }
+        writer.finish(tmp_path / "store", facts, {"notes.txt": "é\n"})
+        rows = Rows(*(np.concatenate([c[0][f] for c in chunks]) for f in (0, 1)))
+        return tmp_path / "store", rows, *(np.concatenate([c[i] for c in chunks]) for i in (1, 2))
+
+    return written
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(20, "<u2"), (128, "<u2"), (9, "<u4")])
+def test_gather_is_what_a_loop_over_the_rows_makes(written, width, dtype):
+    folder, rows, segments, types = written(width, dtype)
+    store = open_store(folder, verify=True)
+    wanted = np.array([34, 0, 9, 10, 0, 19, 31, 30, 6, 7] * 40)  # more than a block of rows
+    got = store.gather(wanted)
+    assert all(field.dtype == np.int32 for field in got)
+    np.testing.assert_array_equal(got.ids, rows.ids[wanted])
+    np.testing.assert_array_equal(got.segment_ids, segments[wanted])
+    np.testing.assert_array_equal(got.token_type_ids, types[wanted])
+    np.testing.assert_array_equal(got.labels, rows.meta["label"][wanted])
+    np.testing.assert_array_equal(store.lengths(wanted), rows.meta["length"][wanted])
+
+
+def test_a_row_that_is_not_there_is_refused(written):
+    store = open_store(written()[0])
+    assert store.gather(np.zeros(0, np.int64)).ids.shape == (0, 20)
+    for wrong in (-1, 35):
+        with pytest.raises(ValueError, match="expected row numbers below 35"):
+            store.gather(np.array([0, wrong]))
+
+
+def test_damage_is_named(written):
+    folder = written()[0]
+    for name in (*shard_names(3), INDEX, "notes.txt"):
+        path = folder / name
+        content = path.read_bytes()
+        path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        open_store(folder)  # the size is right
+        with pytest.raises(ValueError, match=f"{name}: expected its SHA-256"):
+            open_store(folder, verify=True)
+        path.write_bytes(content[:-1])
+        with pytest.raises(ValueError, match=f"{name}: expected {len(content)} bytes"):
+            open_store(folder)
+        path.unlink()
+        with pytest.raises(ValueError, match=f"{name}: expected a file of the store"):
+            open_store(folder)
+        path.write_bytes(content)
+
+
+def test_what_is_no_store_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="manifest.json; got none; fix: check the name"):
+        open_store(tmp_path / "books")
+    partial_of(tmp_path / "books").mkdir()
+    with pytest.raises(ValueError, match="unfinished; fix: run `tinybert data prepare` again"):
+        open_store(tmp_path / "books")
+
+
+def test_half_a_chunk_is_cut_off(tmp_path):
+    """Whatever was written after the last whole line of the index is gone when it goes on."""
+    rng = np.random.default_rng(1)
+    first, second = (_rows(rng, num, 16, np.dtype("<u2"))[0] for num in (7, 9))
+    for folder in ("straight", "cut"):
+        (tmp_path / folder).mkdir()
+        writer = StoreWriter(tmp_path / folder, 16, np.dtype("<u2"), 10)
+        writer.append(first, _entry(first))
+        if folder == "cut":
+            for name in (*shard_names(0), *shard_names(1)):
+                with (tmp_path / folder / name).open("ab") as file:
+                    file.write(b"half")
+            with (tmp_path / folder / INDEX).open("a") as file:
+                file.write(json.dumps(_entry(second))[:9])
+            writer = StoreWriter(tmp_path / folder, 16, np.dtype("<u2"), 10)
+            assert writer.num_rows == 7
+        writer.append(second, _entry(second))
+    for path in (tmp_path / "straight").iterdir():
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path.name
+
+
+def test_a_shard_shorter_than_the_index_tells_is_named(tmp_path):
+    writer = StoreWriter(tmp_path, 16, np.dtype("<u2"), 10)
+    rows = _rows(np.random.default_rng(0), 12, 16, np.dtype("<u2"))[0]
+    writer.append(rows, _entry(rows))
+    path = tmp_path / shard_names(0)[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="shard-00000.ids: expected 320 bytes; got 319"):
+        StoreWriter(tmp_path, 16, np.dtype("<u2"), 10)
+    path.unlink()
+    with pytest.raises(ValueError, match="shard-00000.ids: expected a file; got none"):
+        StoreWriter(tmp_path, 16, np.dtype("<u2"), 10)

@@ -1,0 +1,382 @@
+"""Owns text files of any size as a stream: sources, chunks of them, the records of a chunk.
+
+Where a chunk ends depends on the sources and on `chunk_bytes` alone, so that any worker may take
+any chunk. A record that cannot be read is passed on with the reason; a file that cannot be read
+is a ValueError.
+"""
+
+import bz2
+import csv
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tinybert_jax.data.mistakes import fail, fail_column, short
+from tinybert_jax.data.sources import corpus_files, load_dataset
+
+_KINDS = (".txt", ".jsonl", ".tsv", ".csv", ".parquet")
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_SUFFIXES = tuple(kind + end for kind in _KINDS for end in ("", *_COMPRESSED))
+_LONGEST = 16  # chunks without an end of record, after which a line end has to do
+
+
+_LAST_BLANK = re.compile(rb".*\n[ \t\r\f\v]*\n", re.DOTALL)
+
+
+class Source(NamedTuple):
+    path: str
+    kind: str  # a suffix, or "datasets"
+    num_bytes: int  # on disk; 0 for a data set
+    modified: int  # in nanoseconds of the file system's clock; 0 for a data set
+
+
+class Options(NamedTuple):
+    """What reading needs to know."""
+
+    text: str  # the column
+    split: str | None
+    document_end: str  # of .txt: blank_line or line
+    chunk_bytes: int
+
+
+class Piece(NamedTuple):
+    """A run of records of one source, whole records only."""
+
+    source: Source
+    first: int  # the number of the first line or row, from 1
+    content: bytes | list[tuple[int, Any]]  # raw lines; or (number, text or None or the reason)
+    header: tuple[int, int] = (0, 0)  # of a .tsv: place of the column, number of columns (0: any)
+
+
+class Chunk(NamedTuple):
+    """What is tokenised, packed and shuffled together; `group` and `number` say which."""
+
+    group: int
+    number: int
+    pieces: list[Piece]
+
+
+class Record(NamedTuple):
+    path: str
+    place: str  # "line 12", "row 3"
+    text: str | None  # None for a bad record
+    reason: str = ""
+
+
+class Unreadable(NamedTuple):
+    """Stands where a text should: why there is none."""
+
+    reason: str
+
+
+def find_sources(paths: Sequence[str]) -> list[Source]:
+    """Files and data sets in the order given, those of a folder sorted."""
+    sources = []
+    for path in paths:
+        if path.startswith("hub:") or _is_saved_dataset(Path(path)):
+            sources.append(Source(path, "datasets", 0, 0))
+            continue
+        named = f"{', '.join(_KINDS)} (or {', '.join(_COMPRESSED)} of it)"
+        for file in corpus_files([path], _SUFFIXES, named):
+            found = os.stat(file)
+            sources.append(Source(file, _kind(file), found.st_size, found.st_mtime_ns))
+    seen: set[str] = set()
+    for source in sources:
+        if source.path in seen:
+            fail("sources", "every file once", f"{source.path} twice", "narrow the list")
+        seen.add(source.path)
+    return sources
+
+
+def source_sha256(source: Source, options: Options) -> str:
+    """Of a file's bytes; of a data set's texts."""
+    if source.kind != "datasets":
+        with open(source.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for _, text in _dataset_texts(source, options):
+        digest.update(json.dumps(text).encode())
+    return digest.hexdigest()
+
+
+def group_sources(sources: Sequence[Source], chunk_bytes: int) -> list[list[Source]]:
+    """Small files in a row go together: a chunk of them has many documents."""
+    groups: list[list[Source]] = []
+    room = 0
+    for source in sources:
+        if source.num_bytes > room or source.kind == "datasets":
+            groups.append([])
+            room = chunk_bytes
+        groups[-1].append(source)
+        room = 0 if source.kind == "datasets" else room - source.num_bytes
+    return groups
+
+
+def read_chunks(group: int, sources: Sequence[Source], options: Options) -> Iterator[Chunk]:
+    """All text of a group, in chunks of about `chunk_bytes`."""
+    number, pieces, size = 0, [], 0
+    for source in sources:
+        for piece, num_bytes in _pieces(source, options):
+            pieces.append(piece)
+            size += num_bytes
+            if size >= options.chunk_bytes:
+                yield Chunk(group, number, pieces)
+                number, pieces, size = number + 1, [], 0
+    if pieces:
+        yield Chunk(group, number, pieces)
+
+
+def read_records(chunk: Chunk, options: Options) -> Iterator[Record]:
+    """The texts of a chunk in order. Blank lines are no records."""
+    for piece in chunk.pieces:
+        kind, path = piece.source.kind, piece.source.path
+        unit = "row" if kind in ("datasets", ".parquet") else "line"
+        for number, text in _texts(piece, options):
+            found = _checked(text)
+            if isinstance(found, Unreadable):
+                yield Record(path, f"{unit} {number}", None, found.reason)
+            else:
+                yield Record(path, f"{unit} {number}", found)
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _kind(file: str) -> str:
+    suffixes = [suffix.lower() for suffix in Path(file).suffixes]
+    return suffixes[-2] if suffixes[-1] in _COMPRESSED else suffixes[-1]
+
+
+def _pieces(source: Source, options: Options) -> Iterator[tuple[Piece, int]]:
+    """(piece, bytes of text in it)."""
+    try:
+        if source.kind == ".csv":
+            yield from _listed(source, _csv_texts(source, options), options)
+        elif source.kind == ".parquet":
+            yield from _listed(source, _parquet_texts(source, options), options)
+        elif source.kind == "datasets":
+            yield from _listed(source, _dataset_texts(source, options), options)
+        else:
+            yield from _lined(source, options)
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        fix = "unpack it by hand to see where it ends; fetch it again"
+        fail(source.path, "a file that can be read to its end", f"{error}", fix)
+
+
+def _lined(source: Source, options: Options) -> Iterator[tuple[Piece, int]]:
+    by_blank = source.kind == ".txt" and options.document_end == "blank_line"
+    with _opened(source) as stream:
+        header, first = (0, 0), 1
+        if source.kind == ".tsv":
+            header, first = _tsv_header(source.path, stream, options.text)
+        for block in _blocks(stream, options.chunk_bytes, by_blank, source.path):
+            yield Piece(source, first, block, header), len(block)
+            first += block.count(b"\n")
+
+
+def _blocks(stream: io.BufferedIOBase, size: int, by_blank: bool, path: str) -> Iterator[bytes]:
+    """About `size` bytes each, ending where a record ends."""
+    buffer = b""
+    while more := stream.read(size):  # buffered: less than `size` only at the end
+        buffer += more
+        blank = _LAST_BLANK.match(buffer) if by_blank else None
+        cut = blank.end() if blank else 0 if by_blank else buffer.rfind(b"\n") + 1
+        if not cut and len(buffer) >= _LONGEST * size:
+            cut = buffer.rfind(b"\n") + 1
+            if not cut:
+                got = f"none in {len(buffer):,}"
+                fail(path, "a line break now and then", got, "is this text? raise chunk_bytes")
+        if cut:
+            yield buffer[:cut]
+            buffer = buffer[cut:]
+    if buffer:
+        yield buffer
+
+
+def _listed(
+    source: Source, texts: Iterator[tuple[int, Any]], options: Options
+) -> Iterator[tuple[Piece, int]]:
+    batch, size = [], 0
+    for number, text in texts:
+        batch.append((number, text))
+        size += len(text) if isinstance(text, str | bytes) else 0
+        if size >= options.chunk_bytes:
+            yield Piece(source, batch[0][0], batch), size
+            batch, size = [], 0
+    if batch:
+        yield Piece(source, batch[0][0], batch), size
+
+
+@contextmanager
+def _opened(source: Source) -> Iterator[Any]:
+    """A binary stream of the unpacked file."""
+    suffix = Path(source.path).suffix.lower()
+    if suffix == ".zst":
+        import pyarrow
+
+        with pyarrow.input_stream(source.path, compression="zstd") as stream:
+            yield io.BufferedReader(stream)
+        return
+    opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)
+    with opener(source.path, "rb") as stream:
+        yield stream
+
+
+def _tsv_header(path: str, stream: io.BufferedIOBase, column: str) -> tuple[tuple[int, int], int]:
+    """((place of the column, number of columns), number of the first line)."""
+    if column.isdecimal():
+        return (int(column), 0), 1
+    line = b""
+    while not line.endswith(b"\n") and (more := stream.read(1)):
+        line += more
+    names = line.decode("utf-8-sig", errors="replace").rstrip("\r\n").split("\t")
+    return (_place(path, column, names), len(names)), 2
+
+
+def _place(path: str, column: str, names: list[str]) -> int:
+    if names.count(column) != 1:
+        fail_column(path, column, names, "; without a header give '0', '1' …")
+    return names.index(column)
+
+
+def _csv_texts(source: Source, options: Options) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(2**31 - 1)  # the default cuts off at 128 KiB
+    with _opened(source) as stream:
+        lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.reader(lines, strict=True)
+        place, num_columns = None, 0
+        if options.text.isdecimal():
+            place = int(options.text)
+        while True:
+            start = reader.line_num + 1
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                yield start, Unreadable(f"a broken CSV row: {error}")
+                continue
+            if row is None:
+                return
+            if not row:  # a blank line
+                continue
+            if place is None:
+                place, num_columns = _place(source.path, options.text, row), len(row)
+            else:
+                yield start, _field(row, place, num_columns)
+
+
+def _parquet_texts(source: Source, options: Options) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        with _opened(source) as stream:
+            plain = Path(source.path).suffix.lower() == ".parquet"
+            file = parquet.ParquetFile(source.path if plain else io.BytesIO(stream.read()))
+        if options.text not in file.schema_arrow.names:
+            fail_column(source.path, options.text, file.schema_arrow.names)
+        kind = file.schema_arrow.field(options.text).type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            fail(source.path, f"text in column {options.text!r}", str(kind), "name another column")
+        number = 0
+        for batch in file.iter_batches(1000, columns=[options.text]):
+            for text in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                number += 1
+                yield number, text
+    except pyarrow.ArrowException as error:
+        fail(source.path, "a Parquet file", f"{error}", "write it again")
+
+
+def _dataset_texts(source: Source, options: Options) -> Iterator[tuple[int, Any]]:
+    data = load_dataset(source.path, options.split, [options.text])
+    number = 0
+    for batch in data.with_format(None).select_columns([options.text]).iter(1000):
+        for text in batch[options.text]:
+            number += 1
+            yield number, text
+
+
+def _texts(piece: Piece, options: Options) -> Iterator[tuple[int, Any]]:
+    """(line or row, text or bytes or None or Unreadable) of each record."""
+    if isinstance(piece.content, list):
+        yield from piece.content
+        return
+    content = piece.content
+    if piece.first == 1:
+        content = content.removeprefix(b"\xef\xbb\xbf")
+    lines = content.split(b"\n")
+    if piece.source.kind == ".txt":
+        yield from _text_documents(lines, piece.first, options.document_end == "line")
+        return
+    for number, line in enumerate(lines, piece.first):
+        if line.strip():
+            read = _jsonl_text if piece.source.kind == ".jsonl" else _tsv_text
+            yield number, read(line, options.text, piece.header)
+
+
+def _text_documents(
+    lines: list[bytes], first: int, by_line: bool
+) -> Iterator[tuple[int, bytes | None]]:
+    block, start = [], first
+    for number, line in enumerate(lines, first):
+        stripped = line.strip()
+        if stripped:
+            start = start if block else number
+            block.append(stripped)
+        if block and (by_line or not stripped):
+            yield start, b"\n".join(block)
+            block = []
+    if block:
+        yield start, b"\n".join(block)
+
+
+def _jsonl_text(line: bytes, column: str, _: tuple[int, int]) -> Any:
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        return Unreadable(f"not UTF-8: {error.reason} at byte {error.start}")
+    except ValueError as error:
+        return Unreadable(f"not JSON: {error}")
+    except RecursionError:
+        return Unreadable("not JSON: nested too deeply")
+    if not isinstance(row, dict):
+        return Unreadable(f"expected an object, got {short(row)}")
+    return row[column] if column in row else Unreadable(f"no key {column!r}: {short(list(row))}")
+
+
+def _tsv_text(line: bytes, _: str, header: tuple[int, int]) -> Any:
+    fields = line.rstrip(b"\r").split(b"\t")
+    return _field(fields, *header)
+
+
+def _field(row: Sequence[Any], place: int, num_columns: int) -> Any:
+    if place < len(row) and num_columns in (0, len(row)):
+        return row[place]
+    return Unreadable(f"{len(row)} columns, expected {num_columns or f'at least {place + 1}'}")
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _checked(text: Any) -> str | Unreadable:
+    if isinstance(text, Unreadable):
+        return text
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return Unreadable(f"not UTF-8: {error.reason} at byte {error.start}")
+    if not isinstance(text, str):
+        return Unreadable(f"expected text, got {short(text)}")
+    if _SURROGATE.search(text):
+        return Unreadable("not UTF-8: a lone surrogate")
+    return text if text.strip() else Unreadable("no text")
