@@ -6,7 +6,7 @@ Real tokens (no padding) per second of the same model, start, optimizer and drop
 step (packed: on average). Each figure is the median of rounds that the sides run in turn, each in a
 process of its own; a ratio says how many times faster than that side the packed training is.
 Trainer pads to 128, or to the longest of a batch of like lengths; fp32, or bf16 autocast.
-A round of the grouped side is 50 steps: its sampler goes from long to short in just as many.
+The grouped sampler goes from long to short in 50 steps: a round of it has to be just as many.
 """
 
 import argparse
@@ -16,13 +16,14 @@ from pathlib import Path
 
 import sides
 
-MAX_LENGTH, BATCH_SIZE, GROUP = 64, 32, 50
+MAX_LENGTH, BATCH_SIZE = 64, 32
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=50, help="of our side in a round")
+    parser.add_argument("--grouped-steps", type=int, default=50, help="of the grouped sides")
     parser.add_argument("--padded-steps", type=int, default=8, help="of the padded sides")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -32,7 +33,10 @@ def main() -> None:
         for dtype in ("fp32", "bf16 autocast"):
             compared |= {
                 f"Trainer {dtype}, padded to 128": (padded, (rows, dtype, args.padded_steps)),
-                f"Trainer {dtype}, dynamic, length groups": (grouped, (rows, dtype, GROUP)),
+                f"Trainer {dtype}, dynamic, length groups": (
+                    grouped,
+                    (rows, dtype, args.grouped_steps),
+                ),
             }
         print(f"all-MiniLM-L6-v2 on SST-2, {BATCH_SIZE} examples a step")
         sides.show(sides.compare(compared, args.rounds), "real tokens")
@@ -83,21 +87,24 @@ def grouped(path: Path, dtype: str, num_steps: int) -> sides.Round:
 
 def trainer(path: Path, dtype: str, num_steps: int, padding: dict, sampling: str) -> sides.Round:
     import torch
-    from transformers import AutoTokenizer, BertForSequenceClassification, DataCollatorWithPadding
+    import transformers
 
-    tokenizer, rows = AutoTokenizer.from_pretrained(os.environ["TEACHER"]), sides.load_rows(path)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(os.environ["TEACHER"])
+    rows = sides.load_rows(path)
     ids, ends = rows.ids.tolist(), rows.offsets.tolist()
     examples = [
         {"input_ids": ids[a:b], "attention_mask": [1] * (b - a), "labels": int(label)}
         for a, b, label in zip(ends, ends[1:], rows.labels, strict=False)
     ]
-    model = BertForSequenceClassification.from_pretrained(
+    model = transformers.BertForSequenceClassification.from_pretrained(
         os.environ["TEACHER"], num_labels=2, dtype=torch.float32
     )
     return sides.trainer_rounds(
         model,
         examples,
-        DataCollatorWithPadding(tokenizer, **padding),
+        transformers.DataCollatorWithPadding(tokenizer, **padding),
         tokenizer,
         num_steps=num_steps,
         batch_size=BATCH_SIZE,

@@ -68,7 +68,7 @@ class MappedRows:
         self.ids = np.asarray(np.memmap(path, np.uint16, mode="r").reshape(-1, WIDTH))
         self.num_rows = len(self.ids)
 
-    def gather(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+    def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         ids = self.ids.take(rows, axis=0).astype(np.int32)
         segment_ids = (ids != PAD).astype(np.int32)
         return ids, segment_ids, np.zeros_like(ids), np.zeros(len(rows), np.int32)
