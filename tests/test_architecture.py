@@ -18,6 +18,7 @@ LEVELS = [
     ["objectives", "checks", "inference", "export"],
     ["train", "loop"],
     ["run"],
+    ["feed"],
     ["stage", "results"],
     ["recipes"],
     ["models", "cli", "__init__"],

@@ -14,6 +14,7 @@ from tinybert_jax import distill, optim, sharding
 from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.data import vocab
 from tinybert_jax.data.pipeline import MIN_TOKENS
+from tinybert_jax.data.store import Store
 from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.sections import ModelConfig, RunConfig, StageSection
 
@@ -120,6 +121,28 @@ def check_schedule(stage: str, section: StageSection) -> None:
         )
     except ValueError as error:
         raise ValueError(f"{stage}.schedule {section.schedule}, for 1000 steps: {error}") from None
+
+
+def check_stores(
+    config: RunConfig, stages: Sequence[str], tokenizer: Any, stores: Sequence[Store]
+) -> None:
+    """Refuses token stores of another tokenizer or another width than the stages'."""
+    expected = vocab.backend_sha256(tokenizer)
+    for store in stores:
+        if store.manifest["tokenizer_sha256"] != expected:
+            raise ValueError(
+                f"corpus.stores: expected the run's tokenizer ({expected[:12]}), {store.folder} is "
+                f"of another ({store.manifest['tokenizer_sha256'][:12]}); prepare the text with "
+                "the run's tokenizer, or set tokenizer.path to the store's"
+            )
+        for name in sorted({"pretrain", "general"} & set(stages)):
+            if getattr(config, name).max_length != store.width:
+                raise ValueError(
+                    f"{name}.max_length: expected {store.width}, the width of the rows in "
+                    f"{store.folder}, got {getattr(config, name).max_length}"
+                )
+        if not store.num_rows:
+            raise ValueError(f"corpus.stores: expected rows, got none in {store.folder}")
 
 
 def check_corpus(tokenizer: Any, corpus: Sequence[str], origin: str = "corpus") -> None:

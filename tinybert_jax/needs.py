@@ -19,10 +19,13 @@ def missing_needs(config: Any) -> Iterator[str]:
         yield "distillation.hard_weight needs labels: set it to 0 or give no task.unlabelled"
     for name in stages & {"pretrain", "general", "intermediate"}:
         section = getattr(config, name)
-        has_text = name == "pretrain" and config.corpus and config.corpus.heldout_share
+        has_text = name == "pretrain" and config.corpus and _holds_out(config.corpus)
         if section.patience or section.eval_every and not has_text:
-            fix = "; eval_every needs corpus.heldout_share" if name == "pretrain" else ""
+            needed = "corpus.heldout_share or heldout_store"
+            fix = f"; eval_every needs {needed}" if name == "pretrain" else ""
             yield f"{name} is not evaluated on a task: remove its patience and eval_every{fix}"
+    if config.corpus and config.corpus.stores:
+        yield from _needs_of_stores(config, stages)
     if config.tokenizer.vocab_size and config.corpus is None:
         yield "tokenizer.vocab_size trains a vocabulary on the corpus: it needs a corpus section"
     if config.tokenizer.vocab_size and (config.tokenizer.path or config.teacher.path):
@@ -42,7 +45,9 @@ def missing_needs(config: Any) -> Iterator[str]:
             "section or set teacher.finetuned"
         )
     for name in stages & {"general", "intermediate"}:
-        if distillation.normalisation == "paper_code" and getattr(config, name).batching == "pack":
+        is_packed = name == "general" and config.corpus and config.corpus.stores
+        is_packed = is_packed or getattr(config, name).batching == "pack"
+        if distillation.normalisation == "paper_code" and is_packed:
             yield f"{name}: batching pack has no padding to count: set valid_only or bucket"
     weights = ("attention_weight", "hidden_weight", "embedding_weight")
     is_idle = not any(getattr(distillation, name) for name in weights)
@@ -50,3 +55,16 @@ def missing_needs(config: Any) -> Iterator[str]:
         yield f"distillation: expected one of {list(weights)} above 0, got 0 for all"
     if not (config.tokenizer.path or config.tokenizer.vocab_size or config.teacher.path):
         yield "expected a tokenizer: tokenizer.path, tokenizer.vocab_size or teacher.path"
+
+
+def _holds_out(corpus: Any) -> bool:
+    return bool(corpus.heldout_share or corpus.heldout_store)
+
+
+def _needs_of_stores(config: Any, stages: set[str]) -> Iterator[str]:
+    if config.tokenizer.vocab_size:
+        yield "tokenizer.vocab_size trains a vocabulary on text: corpus.stores have one already"
+    for name in sorted(stages & {"pretrain", "general"}):
+        ignored = {"batching", "length_buckets"} & getattr(config, name).model_fields_set
+        if ignored:
+            yield f"{name}: the rows of corpus.stores are laid out: remove {sorted(ignored)}"

@@ -21,6 +21,7 @@ from tinybert_jax import config as configs
 from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.data import vocab
 from tinybert_jax.data.pipeline import tokenize_task
+from tinybert_jax.data.store import Store, open_store
 from tinybert_jax.data.tasks import TaskData, read_corpus, read_task, split_heldout
 from tinybert_jax.evaluate import majority_share, make_scorer, task_metrics
 from tinybert_jax.log import MetricLog
@@ -46,6 +47,8 @@ class Run(NamedTuple):
     task: TaskData | None
     corpus: tuple[str, ...]
     heldout: tuple[str, ...]  # documents of the corpus that no stage trains on
+    stores: tuple[tuple[Store, float], ...]  # the corpus as token stores, each with its weight
+    heldout_store: Store | None
     peak_flops: float
 
     @property
@@ -201,8 +204,12 @@ def publish(run: Run, model: Path) -> Path:
 
 def _read_inputs(config: RunConfig, folder: Path) -> Run:
     mesh = sharding.make_mesh(config.mesh)
-    corpus, heldout = (), ()
-    if config.corpus:
+    corpus, heldout, stores, heldout_store = (), (), (), None
+    if config.corpus and config.corpus.stores:
+        stores = tuple((open_store(path), share) for path, share in config.corpus.stores.items())
+        if config.corpus.heldout_store:
+            heldout_store = open_store(config.corpus.heldout_store)
+    elif config.corpus:
         corpus, heldout = split_heldout(read_corpus(config.corpus), config.corpus.heldout_share)
     task = read_task(config.task) if config.task else None
     # Before its tokenizer: transformers reads config.json too, and fails less clearly.
@@ -220,6 +227,8 @@ def _read_inputs(config: RunConfig, folder: Path) -> Run:
         task=task,
         corpus=corpus,
         heldout=heldout,
+        stores=stores,
+        heldout_store=heldout_store,
         peak_flops=np.nan,  # measured once the run is sure to start
     )
 
@@ -261,7 +270,11 @@ def _check(run: Run, stages: Sequence[str]) -> None:
     checks.check_order(config, stages, run.is_done)
     checks.check_sizes(config, stages, run.mesh, run.tokenizer, run.teacher, run.student)
     checks.check_vocabularies(config, run.tokenizer)
-    if {"pretrain", "general"} & set(stages):
+    if run.stores:
+        given = [store for store, _ in run.stores]
+        given += [run.heldout_store] if run.heldout_store else []
+        checks.check_stores(config, stages, run.tokenizer, given)
+    elif {"pretrain", "general"} & set(stages):
         checks.check_corpus(run.tokenizer, run.corpus)
         if run.heldout and "pretrain" in stages:
             checks.check_corpus(run.tokenizer, run.heldout, "corpus.heldout_share")

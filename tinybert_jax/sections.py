@@ -126,6 +126,12 @@ class CorpusSection(Section):
     """Plain text: .txt (blank lines part documents), .jsonl with `text`; folders and globs."""
 
     files: tuple[str, ...] = ()
+    stores: dict[str, Positive] = Field(
+        {},
+        description="instead of text: folders that `tinybert data prepare` wrote, and each one's "
+        "share of the rows of a batch",
+    )
+    heldout_store: str | None = Field(None, description="a store that pretrain is evaluated on")
     builtin: bool = False
     max_documents: PositiveInt | None = None
     heldout_share: Probability = Field(
@@ -136,8 +142,15 @@ class CorpusSection(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> "CorpusSection":
-        if self.builtin == bool(self.files):
-            raise ValueError("expected files or builtin: true, exactly one of them")
+        if [bool(self.files), bool(self.stores), self.builtin].count(True) != 1:
+            raise ValueError("expected files, stores or builtin: true, exactly one of them")
+        if self.stores and (self.max_documents or self.heldout_share):
+            raise ValueError(
+                "stores hold rows, not documents: remove max_documents and heldout_share (give "
+                "heldout_store instead)"
+            )
+        if self.heldout_store and not self.stores:
+            raise ValueError("heldout_store is for stores; text has heldout_share")
         return self
 
 

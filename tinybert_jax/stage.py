@@ -12,8 +12,9 @@ import numpy as np
 import optax
 
 from tinybert_jax import checkpoint, loop, optim, sharding, train
-from tinybert_jax.data import loader, pipeline
-from tinybert_jax.data.pipeline import Batch, Epochs, TokenRows
+from tinybert_jax.data import loader
+from tinybert_jax.data.pipeline import Batch
+from tinybert_jax.feed import Feed
 from tinybert_jax.objectives import Objective
 from tinybert_jax.run import Run
 from tinybert_jax.sections import STAGES, StageSection
@@ -28,11 +29,16 @@ class Training(NamedTuple):
     section: StageSection
     objective: Objective
     init_params: Callable[[jax.Array, int], Any]  # (key, number of the model) -> parameters
-    rows: TokenRows
+    feed: Feed
     frozen: Any  # arrays the objective reads and never changes
     flops_per_token: Callable[[int], float]  # padded width -> FLOPs of a step per token
     evaluate: Evaluate | None = None  # parameters -> metrics of text that is not trained on
     score: str = ""  # the metric that chooses the best parameters; none: the last are kept
+
+    @property
+    def num_steps(self) -> int:
+        num_epochs = self.section.num_epochs or 0
+        return self.section.num_steps or max(1, round(num_epochs * self.feed.num_batches))
 
 
 def run_stage(run: Run, training: Training) -> list[Any]:
@@ -42,8 +48,7 @@ def run_stage(run: Run, training: Training) -> list[Any]:
     students as the run has seeds.
     """
     section, folder = training.section, run.folder / "checkpoints" / training.name
-    epochs = _epochs(run, training)
-    num_steps = section.num_steps or max(1, round((section.num_epochs or 0) * epochs.num_batches))
+    num_steps = training.num_steps
     schedule, optimizer = _make_optimizer(section, num_steps)
     state, target, progress = _open_state(run, training, optimizer, folder)
     start_step = int(state.step)
@@ -65,7 +70,7 @@ def run_stage(run: Run, training: Training) -> list[Any]:
         sharding.shardings(sharding.param_specs(training.frozen, run.mesh), run.mesh),
     )
     meter = _Meter(run, training, num_steps, start_step, progress.get("pending", []))
-    judge = _Judge(run, training, folder, epochs.num_batches, num_steps, progress, meter)
+    judge = _Judge(run, training, folder, training.feed.num_batches, num_steps, progress, meter)
 
     def is_due(step: int) -> bool:
         return step % section.save_every == 0 or step == num_steps or judge.is_due(step)
@@ -82,7 +87,11 @@ def run_stage(run: Run, training: Training) -> list[Any]:
         state = loop.fit(
             state,
             lambda state, batch: step_fn(state, batch, frozen),
-            _placed_batches(run, training, epochs, start_step),
+            loader.prefetched(
+                training.feed.batch_at,
+                start_step=start_step,
+                placement=sharding.batch_sharding(run.mesh),
+            ),
             start_step=start_step,
             num_steps=num_steps,
             record=meter.record,
@@ -111,7 +120,7 @@ def _open_state(
     params, step_key = _start(run, training)
     averaged = training.section.average_decay is not None
     target = train.abstract_state(params, optimizer, step_key, run.mesh, averaged=averaged)
-    fingerprint = training.rows.fingerprint()
+    fingerprint = training.feed.fingerprint
     restored = checkpoint.restore_newest(folder / "last", target)
     if restored is None:
         state = train.init_state(params, optimizer, step_key, run.mesh, averaged=averaged)
@@ -315,30 +324,3 @@ def _keys(seed: int, stage: str) -> tuple[jax.Array, jax.Array]:
         jax.random.fold_in(jax.random.key(seed), STAGES.index(stage))
     )
     return param_key, step_key
-
-
-def _epochs(run: Run, training: Training) -> Epochs:
-    section, lengths = training.section, training.rows.lengths
-    size, seed = section.global_batch_size, (run.config.seed, STAGES.index(training.name))
-    if section.batching == "pack":
-        shards = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-        return pipeline.packed_epochs(
-            lengths,
-            width=section.max_length,
-            global_batch_size=size,
-            seed=seed,
-            multiple=shards * section.gradient_accumulation_steps,
-        )
-    return pipeline.bucketed_epochs(
-        lengths, buckets=section.buckets(), global_batch_size=size, seed=seed
-    )
-
-
-def _placed_batches(
-    run: Run, training: Training, epochs: Epochs, start_step: int
-) -> Iterator[Batch]:
-    batch_at = loader.planned_batches(
-        training.rows, epochs, pad_token_id=run.tokenizer.pad_token_id
-    )
-    placement = sharding.batch_sharding(run.mesh)
-    return loader.prefetched(batch_at, start_step=start_step, placement=placement)

@@ -28,7 +28,7 @@ from tinybert_jax.data.instances import Layout, pack_documents, pair_instances
 from tinybert_jax.data.mistakes import fail
 from tinybert_jax.data.records import Chunk, Source
 from tinybert_jax.data.store import Rows, StoreWriter
-from tinybert_jax.data.vocab import plain_backend
+from tinybert_jax.data.vocab import backend_json
 from tinybert_jax.data_sections import PrepareConfig
 
 _IDENTITY, _BAD = "identity.json", "bad_records.jsonl"
@@ -181,9 +181,8 @@ def _work(config: PrepareConfig, tokenizer: Any) -> Work:
         pad_id=tokenizer.pad_token_id,
         dtype=store.ids_dtype(len(tokenizer)).str,
     )
-    backend = plain_backend(tokenizer)
     return Work(
-        tokenizer=backend.to_str(pretty=True),
+        tokenizer=backend_json(tokenizer),
         settings=config.transform(),
         layout=layout,
         unk_id=tokenizer.unk_token_id,

@@ -1,5 +1,6 @@
 """Vocabularies: trains a WordPiece one, as the tokenizer that Hugging Face users load."""
 
+import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -55,6 +56,16 @@ def plain_backend(tokenizer: Any) -> Any:
     backend.no_padding()
     backend.no_truncation()
     return backend
+
+
+def backend_json(tokenizer: Any) -> str:
+    """All that decides what a text becomes, as `tokenizer.json`."""
+    return plain_backend(tokenizer).to_str(pretty=True)
+
+
+def backend_sha256(tokenizer: Any) -> str:
+    """What token stores are marked with."""
+    return hashlib.sha256(backend_json(tokenizer).encode()).hexdigest()
 
 
 def is_continuation(tokenizer: Any) -> np.ndarray:

@@ -10,7 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from tinybert_jax import cost, distill
 from tinybert_jax.convert import hf_files
-from tinybert_jax.data.pipeline import TokenRows, tokenize_corpus, tokenize_task
+from tinybert_jax.data.pipeline import tokenize_task
+from tinybert_jax.feed import Feed, corpus_feed, rows_feed
 from tinybert_jax.model.heads import make_classifier, make_encoder
 from tinybert_jax.objectives import make_distill_layers, make_distill_prediction
 from tinybert_jax.run import Run, compute_options, dev_judge, with_dropout
@@ -21,22 +22,19 @@ _PROJECTION = "projection.safetensors"
 
 def general(run: Run) -> None:
     """Layers of the pretrained teacher, on the corpus."""
-    rows = tokenize_corpus(run.tokenizer, run.corpus, run.section("general").max_length)
     assert run.pretrained_teacher is not None  # open_run refuses a random teacher
-    _layers(run, "general", rows, run.pretrained_teacher)
+    _layers(run, "general", corpus_feed(run, "general"), run.pretrained_teacher)
 
 
 def intermediate(run: Run) -> None:
     """Layers of the fine-tuned teacher, on the task's text."""
-    rows = tokenize_task(run.tokenizer, run.data.distilled, run.section("intermediate").max_length)
-    _layers(run, "intermediate", rows, run.task_teacher)
+    _layers(run, "intermediate", _task_feed(run, "intermediate"), run.task_teacher)
 
 
 def prediction(run: Run) -> None:
     """Logits of the fine-tuned teacher, on the task's text."""
     section, options = run.section("prediction"), compute_options(run.config)
-    rows = tokenize_task(run.tokenizer, run.data.distilled, section.max_length)
-    _announce(run, "prediction", rows)
+    feed = _task_feed(run, "prediction")
 
     # Teacher and student.
     teacher_apply, teacher_init = make_classifier(run.teacher, run.data.num_outputs, **options)
@@ -68,7 +66,7 @@ def prediction(run: Run) -> None:
                 regression=run.is_regression,
             ),
             init_params=init_params,
-            rows=rows,
+            feed=feed,
             frozen=teacher,
             flops_per_token=lambda width: cost.training_flops_per_token(
                 run.student_sizes,
@@ -91,9 +89,8 @@ def prediction(run: Run) -> None:
         )
 
 
-def _layers(run: Run, stage: str, rows: TokenRows, teacher_folder: str | Path) -> None:
+def _layers(run: Run, stage: str, feed: Feed, teacher_folder: str | Path) -> None:
     section, options = run.section(stage), compute_options(run.config)
-    _announce(run, stage, rows)
 
     # Teacher, frozen; student with its projection, from the stage before where there is one.
     teacher_apply, teacher_init = make_encoder(run.teacher, **options)
@@ -135,7 +132,7 @@ def _layers(run: Run, stage: str, rows: TokenRows, teacher_folder: str | Path) -
                 run.config.distillation,
             ),
             init_params=init_params,
-            rows=rows,
+            feed=feed,
             frozen=teacher,
             flops_per_token=lambda width: cost.training_flops_per_token(
                 run.student_sizes,
@@ -168,7 +165,10 @@ def _load_projection(file: Path, expected: dict[str, jax.Array]) -> dict[str, np
     return loaded
 
 
-def _announce(run: Run, stage: str, rows: TokenRows) -> None:
+def _task_feed(run: Run, stage: str) -> Feed:
+    """All text that the teacher can label."""
+    rows = tokenize_task(run.tokenizer, run.data.distilled, run.section(stage).max_length)
     run.log.say(
         f"{stage}: {len(rows.lengths):,} rows, {len(rows.ids):,} tokens, {rows.num_truncated:,} cut"
     )
+    return rows_feed(run, stage, rows)

@@ -3,6 +3,7 @@
 from tinybert_jax import cost
 from tinybert_jax.convert import hf_files
 from tinybert_jax.data.pipeline import tokenize_task
+from tinybert_jax.feed import rows_feed
 from tinybert_jax.model.heads import make_classifier
 from tinybert_jax.objectives import make_supervised
 from tinybert_jax.run import Run, compute_options, dev_judge, with_dropout
@@ -42,7 +43,7 @@ def main(run: Run, stage: str = "finetune") -> None:
                 label_smoothing=section.label_smoothing,
             ),
             init_params=lambda key, _: hf_files.start_params(start, init, key),
-            rows=rows,
+            feed=rows_feed(run, stage, rows),
             frozen=(),
             flops_per_token=lambda width: cost.training_flops_per_token(
                 model, width, num_students=len(run.config.seeds(stage))

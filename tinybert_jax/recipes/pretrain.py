@@ -6,9 +6,11 @@ import jax
 
 from tinybert_jax import cost, sharding
 from tinybert_jax.convert import hf_files
+from tinybert_jax.data.loader import segment_rows
 from tinybert_jax.data.pipeline import tokenize_corpus
 from tinybert_jax.data.vocab import is_continuation
 from tinybert_jax.evaluate import make_masked_lm_scorer
+from tinybert_jax.feed import corpus_feed
 from tinybert_jax.model.heads import Apply, make_masked_lm
 from tinybert_jax.objectives import make_mlm
 from tinybert_jax.run import Run, compute_options, with_dropout
@@ -17,10 +19,6 @@ from tinybert_jax.stage import Evaluate, Training, run_stage
 
 def main(run: Run) -> None:
     section, tokenizer = run.section("pretrain"), run.tokenizer
-
-    # Data: each document cut into full rows.
-    rows = tokenize_corpus(tokenizer, run.corpus, section.max_length)
-    run.log.say(f"pretrain: {len(rows.lengths):,} rows, {len(rows.ids):,} tokens")
 
     # Model.
     apply, init = make_masked_lm(with_dropout(run.teacher, section), **compute_options(run.config))
@@ -46,7 +44,7 @@ def main(run: Run) -> None:
                 vocab_size=len(tokenizer),
             ),
             init_params=lambda key, _: hf_files.start_params(run.config.teacher.path, init, key),
-            rows=rows,
+            feed=corpus_feed(run, "pretrain"),
             frozen=(),
             flops_per_token=lambda width: cost.training_flops_per_token(run.teacher, width),
             evaluate=_heldout_judge(run, apply, special),
@@ -57,10 +55,13 @@ def main(run: Run) -> None:
 
 def _heldout_judge(run: Run, apply: Apply, special: tuple[int, ...]) -> Evaluate | None:
     """parameters -> loss, perplexity and masked accuracy on the held-out documents, if any."""
-    if not run.heldout:
-        return None
     section = run.section("pretrain")
-    rows = tokenize_corpus(run.tokenizer, run.heldout, section.max_length)
+    if run.heldout_store:
+        rows = segment_rows(run.heldout_store)
+    elif run.heldout:
+        rows = tokenize_corpus(run.tokenizer, run.heldout, section.max_length)
+    else:
+        return None
     run.log.say(f"pretrain: {len(rows.lengths):,} rows, {len(rows.ids):,} tokens held out")
     score = make_masked_lm_scorer(
         apply,
