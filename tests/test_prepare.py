@@ -437,13 +437,6 @@ def test_settings_are_read_and_mistakes_named(world, capsys):
         config.load_as(PrepareConfig, world.config, ["widht=64"])
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "data").glob("*.yaml")))
-def test_example_configs_load(path, monkeypatch):
-    monkeypatch.setenv("TEXT", "text")
-    monkeypatch.setenv("TOKENIZER", "tokenizer")
-    assert config.load_as(PrepareConfig, path).sources == ("text",)
-
-
 def test_vocabularies_cased_uncased_and_chinese(world, capsys):
     text = "Der Ärger wächst. " * 9 + "我们在家里看电影。" * 9
     world.text.write_text(text)
