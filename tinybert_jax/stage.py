@@ -69,6 +69,7 @@ def run_stage(run: Run, training: Training) -> list[Any]:
         training.frozen,
         sharding.shardings(sharding.param_specs(training.frozen, run.mesh), run.mesh),
     )
+    placement = sharding.batch_sharding(run.mesh)
     meter = _Meter(run, training, num_steps, start_step, progress.get("pending", []))
     judge = _Judge(run, training, folder, training.feed.num_batches, num_steps, progress, meter)
 
@@ -87,11 +88,7 @@ def run_stage(run: Run, training: Training) -> list[Any]:
         state = loop.fit(
             state,
             lambda state, batch: step_fn(state, batch, frozen),
-            loader.prefetched(
-                training.feed.batch_at,
-                start_step=start_step,
-                placement=sharding.batch_sharding(run.mesh),
-            ),
+            loader.prefetched(training.feed.batch_at, start_step=start_step, placement=placement),
             start_step=start_step,
             num_steps=num_steps,
             record=meter.record,
