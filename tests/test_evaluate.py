@@ -1,12 +1,10 @@
-"""Held-out text: the split by hash, and a masked-LM score against closed forms."""
+"""A masked-LM score of held-out text, against closed forms."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from tinybert_jax.data.pipeline import TokenRows
-from tinybert_jax.data.tasks import split_heldout
 from tinybert_jax.evaluate import EVAL_MASK_RATE, make_masked_lm_scorer
 from tinybert_jax.model.heads import MaskedLMOutput
 
@@ -85,20 +83,3 @@ def test_masked_words_are_hidden_from_the_model():
     rate = 0.8 * EVAL_MASK_RATE
     num_masks = (shown == 1).sum()
     assert abs(num_masks - rate * num_words) <= 3 * np.sqrt(rate * num_words) + num_words / VOCAB
-
-
-def test_documents_are_held_out_by_the_hash_of_their_text():
-    documents = [f"document {i % 900} of many" for i in range(1000)]
-    kept, heldout = split_heldout(documents, 0.2)
-    assert sorted((*kept, *heldout)) == sorted(documents) and not set(kept) & set(heldout)
-    assert abs(len(set(heldout)) - 180) <= 3 * np.sqrt(900 * 0.2 * 0.8)
-    assert list(kept) == [text for text in documents if text in set(kept)]
-    more_kept, more_heldout = split_heldout(["another one", *documents[::-1]], 0.2)
-    assert set(kept) <= set(more_kept) and set(heldout) <= set(more_heldout)
-    assert set(heldout) <= set(split_heldout(documents, 0.3)[1])
-    assert split_heldout(documents, 0.0) == (tuple(documents), ())
-
-
-def test_a_split_with_an_empty_side_is_refused():
-    with pytest.raises(ValueError, match="corpus.heldout_share: expected documents on both sides"):
-        split_heldout(["one document"], 0.5)

@@ -161,6 +161,9 @@ class TaskSection(Section):
     builtin: bool = False
     train: str | None = None
     dev: str | None = None
+    dev_share: Probability | None = Field(
+        None, description="instead of dev: this share of the training rows, by the hash of the text"
+    )
     train_split: str | None = None
     dev_split: str | None = None
     format: Literal["auto", "tsv", "csv", "jsonl", "datasets"] = "auto"
@@ -194,8 +197,8 @@ class TaskSection(Section):
         ignored = sorted(self.model_fields_set - free) if self.builtin else []
         if ignored:
             raise ValueError(f"builtin: true brings its own text and labels; remove {ignored}")
-        if not self.builtin and not (self.train and self.dev):
-            raise ValueError("expected both train and dev (or builtin: true)")
+        if not self.builtin and (not self.train or bool(self.dev) == bool(self.dev_share)):
+            raise ValueError("expected train, and dev or dev_share (or builtin: true)")
         regression_metric = self.metric in ("pearson", "spearman")
         if self.metric and regression_metric != self.regression:
             raise ValueError(f"metric '{self.metric}' does not fit regression: {self.regression}")

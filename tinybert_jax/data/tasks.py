@@ -53,10 +53,7 @@ def split_heldout(
 
     Raises ValueError where a share is asked for and either side is empty.
     """
-    limit = share * 2**64
-    is_heldout = [
-        int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < limit for text in documents
-    ]
+    is_heldout = _is_heldout(documents, share)
     kept, heldout = (
         tuple(text for text, out in zip(documents, is_heldout, strict=True) if out == side)
         for side in (False, True)
@@ -96,10 +93,40 @@ def read_task(section: TaskSection) -> TaskData:
             f"{section.train}: expected at least 2 labels in column '{section.label}', got "
             f"{list(train.label_names)}; for numbers set task.regression=true"
         )
+    if section.dev_share:
+        return _task_data(section, *_split_dev(section, train))
     # Labels named only by the training split are the only ones that the dev split may hold.
     labels = section.labels or train.label_names
     dev = read(section.dev, section.dev_split, section.max_dev_rows, labels)
     return _task_data(section, train, dev)
+
+
+def _split_dev(section: TaskSection, text: LabelledText) -> tuple[LabelledText, LabelledText]:
+    """(train, dev): by the hash of the text, so that equal texts are on one side."""
+    assert section.dev_share is not None
+    pairs = text.text_pair or [""] * len(text.text)
+    keys = [f"{one}\n{two}" for one, two in zip(text.text, pairs, strict=True)]
+    is_dev = np.asarray(_is_heldout(keys, section.dev_share))
+    if is_dev.all() or not is_dev.any():
+        raise ValueError(
+            f"task.dev_share: expected rows on both sides of the split, got {is_dev.sum()} of "
+            f"{len(keys)} rows of {section.train} in dev; give another share, or a dev file"
+        )
+
+    def side(rows: np.ndarray) -> LabelledText:
+        chosen = np.flatnonzero(rows).tolist()
+        return text._replace(
+            text=[text.text[row] for row in chosen],
+            text_pair=text.text_pair and [text.text_pair[row] for row in chosen],
+            labels=None if text.labels is None else text.labels[chosen],
+        )
+
+    return side(~is_dev), _rows(side(is_dev), 0, section.max_dev_rows)
+
+
+def _is_heldout(texts: Sequence[str], share: float) -> list[bool]:
+    limit = share * 2**64
+    return [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < limit for text in texts]
 
 
 def _task_data(section: TaskSection, train: LabelledText, dev: LabelledText) -> TaskData:

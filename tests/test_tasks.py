@@ -1,0 +1,65 @@
+"""Which rows are held out: by the hash of the text, of documents and of labelled rows."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tinybert_jax.data.tasks import read_task, split_heldout
+from tinybert_jax.sections import TaskSection
+
+
+def test_documents_are_held_out_by_the_hash_of_their_text():
+    documents = [f"document {i % 900} of many" for i in range(1000)]
+    kept, heldout = split_heldout(documents, 0.2)
+    assert sorted((*kept, *heldout)) == sorted(documents) and not set(kept) & set(heldout)
+    assert abs(len(set(heldout)) - 180) <= 3 * np.sqrt(900 * 0.2 * 0.8)
+    assert list(kept) == [text for text in documents if text in set(kept)]
+    more_kept, more_heldout = split_heldout(["another one", *documents[::-1]], 0.2)
+    assert set(kept) <= set(more_kept) and set(heldout) <= set(more_heldout)
+    assert set(heldout) <= set(split_heldout(documents, 0.3)[1])
+    assert split_heldout(documents, 0.0) == (tuple(documents), ())
+
+
+def test_a_split_with_an_empty_side_is_refused():
+    with pytest.raises(ValueError, match="corpus.heldout_share: expected documents on both sides"):
+        split_heldout(["one document"], 0.5)
+
+
+def _task(tmp_path, rows, **settings):
+    file = tmp_path / "all.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return TaskSection.model_validate({"train": str(file), **settings})
+
+
+def test_dev_share_splits_labelled_rows_by_the_hash_of_their_text(tmp_path):
+    rows = [
+        {"text": f"text {i % 450}", "other": f"pair {i % 450}", "label": ["a", "b"][i % 2]}
+        for i in range(1000)
+    ]
+    data = read_task(_task(tmp_path, rows, dev_share=0.2, text_pair="other"))
+    train, dev = set(data.train.text), set(data.dev.text)
+    assert len(data.train.text) + len(data.dev.text) == 1000 and not train & dev
+    assert abs(len(dev) - 90) <= 3 * np.sqrt(450 * 0.2 * 0.8)
+    assert data.label_names == ("a", "b")
+    for side in (data.train, data.dev):
+        assert all(
+            (int(text.split()[1]) % 2 == label, pair) == (True, text.replace("text", "pair"))
+            for text, pair, label in zip(side.text, side.text_pair, side.labels, strict=True)
+        )
+    again = read_task(_task(tmp_path, rows[::-1], dev_share=0.2, text_pair="other"))
+    assert set(again.dev.text) == dev
+    cut = read_task(_task(tmp_path, rows, dev_share=0.2, text_pair="other", max_dev_rows=7))
+    assert cut.dev.text == data.dev.text[:7] and cut.train.text == data.train.text
+
+
+def test_a_dev_share_that_leaves_a_side_empty_is_refused(tmp_path):
+    rows = [{"text": "same", "label": label} for label in "ab"]
+    with pytest.raises(ValueError, match="task.dev_share: expected rows on both sides"):
+        read_task(_task(tmp_path, rows, dev_share=0.5))
+
+
+@pytest.mark.parametrize("settings", [{}, {"dev": "dev.tsv", "dev_share": 0.1}])
+def test_dev_comes_from_one_place(settings):
+    with pytest.raises(ValueError, match="dev or dev_share"):
+        TaskSection.model_validate({"train": "train.tsv", **settings})
