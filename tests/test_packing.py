@@ -8,6 +8,7 @@ import pytest
 from tinybert_jax import objectives
 from tinybert_jax.data import packing, pipeline
 from tinybert_jax.data.pipeline import Plan, TokenRows
+from tinybert_jax.evaluate import make_scorer
 from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.sections import DistillSection, ModelConfig
 
@@ -121,6 +122,16 @@ def test_logits_of_packed_padded_and_bucketed_rows_are_the_same():
     assert np.ptp(padded, axis=0).min() > 0.1, "else the comparison says nothing"
     np.testing.assert_allclose(packed, padded, atol=1e-5)
     np.testing.assert_allclose(logits(BUCKET), padded, atol=1e-5)
+
+
+def test_packed_evaluation_gives_every_example_its_own_logits():
+    apply, init = make_classifier(CONFIG, 3)
+    rows, params = _rows(num=50, seed=5), _params(init, 1)
+    options = {"buckets": (8, 12, WIDTH), "pad_token_id": 0}
+    padded = make_scorer(apply, **options)(params, rows, global_batch_size=16)
+    packed = make_scorer(apply, **options, packed=True)(params, rows, global_batch_size=16)
+    assert np.ptp(padded, axis=0).min() > 0.1, "else the comparison says nothing"
+    np.testing.assert_allclose(packed, padded, atol=1e-5)
 
 
 def _objective(kind):

@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -278,12 +277,16 @@ def test_no_room_is_told_and_leaves_whole_chunks(world):
     golden = world.prepare(output=str(world.folder / "golden"), shard_rows=10**6)
     limit = (golden / "shard-00000.ids").stat().st_size // 2
     output = world.folder / "store"
+    limited = (  # by the child itself: a fork of a process with JAX's threads may hang
+        "import os, resource, sys; limit = int(sys.argv[1]); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); "
+        "os.execv(sys.argv[2], sys.argv[2:])"
+    )
     done = subprocess.run(
-        world.command(output, shard_rows=10**6),
+        [sys.executable, "-c", limited, str(limit), *world.command(output, shard_rows=10**6)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert done.returncode == 2
     assert f"output: {output}.partial: expected room on the disk; got File too large" in done.stderr

@@ -1,5 +1,6 @@
 """Runs a model over a whole data set. Knows nothing of training."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,21 +10,45 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinybert_jax import losses, masking, metrics
-from tinybert_jax.data.pipeline import Batch, TokenRows, make_batch, plan_epoch
+from tinybert_jax.data.pipeline import (
+    Batch,
+    TokenRows,
+    make_batch,
+    packed_epochs,
+    plan_epoch,
+)
 
 Scorer = Callable[[Any, TokenRows], np.ndarray]
 EVAL_MASK_RATE = 0.15  # whatever a stage trains with, so that its figures compare with others'
 
 
-def make_scorer(apply: Callable, *, buckets: Sequence[int], pad_token_id: int) -> Scorer:
-    """A function (params, rows) -> logits [rows, num_labels], each row padded to its bucket."""
-    forward = jax.jit(lambda params, *inputs: apply(params, *inputs).logits)
+def make_scorer(
+    apply: Callable, *, buckets: Sequence[int], pad_token_id: int, packed: bool = False
+) -> Scorer:
+    """A function (params, rows) -> logits [rows, num_labels].
+
+    Each example is padded to its bucket or, packed, shares a row of the widest one with others.
+    """
+
+    @functools.partial(jax.jit, static_argnames="num_segments")
+    def forward(params: Any, *inputs: jax.Array, num_segments: int | None) -> jax.Array:
+        return apply(params, *inputs, num_segments=num_segments).logits
 
     def score(params: Any, rows: TokenRows, *, global_batch_size: int = 64) -> np.ndarray:
-        plans = plan_epoch(
-            rows.lengths, buckets=buckets, global_batch_size=global_batch_size, seed=None
-        )
-        pending = [(p, _forward(forward, params, rows, p, pad_token_id)) for p in plans]
+        if packed:
+            epochs = packed_epochs(
+                rows.lengths, width=max(buckets), global_batch_size=global_batch_size, seed=(0,)
+            )
+            plans = epochs.plan(0)
+        else:
+            plans = plan_epoch(
+                rows.lengths, buckets=buckets, global_batch_size=global_batch_size, seed=None
+            )
+        pending = []
+        for plan in plans:
+            batch = make_batch(rows, plan, pad_token_id)
+            inputs = batch.input_ids, batch.attention_mask, batch.token_type_ids
+            pending.append((plan, forward(params, *inputs, num_segments=batch.num_segments)))
         logits = np.zeros((len(rows.lengths), pending[0][1].shape[-1]), np.float32)
         for plan, values in pending:
             real = plan.rows >= 0
@@ -97,8 +122,3 @@ def task_metrics(logits: np.ndarray, labels: np.ndarray, *, regression: bool) ->
 def majority_share(labels: np.ndarray) -> float:
     """The accuracy of always answering the commonest class."""
     return float(np.bincount(labels).max() / len(labels))
-
-
-def _forward(forward, params, rows: TokenRows, plan, pad_token_id: int) -> jax.Array:
-    batch = make_batch(rows, plan, pad_token_id)
-    return forward(params, batch.input_ids, batch.attention_mask, batch.token_type_ids)

@@ -164,7 +164,12 @@ def compute_options(config: RunConfig) -> dict[str, Any]:
 def dev_judge(run: Run, apply: Callable, section: StageSection) -> Callable[[Any], dict]:
     """parameters -> metrics on the dev set."""
     rows = tokenize_task(run.tokenizer, run.data.dev, section.max_length)
-    score = make_scorer(apply, buckets=section.buckets(), pad_token_id=run.tokenizer.pad_token_id)
+    score = make_scorer(
+        apply,
+        buckets=section.buckets(),
+        pad_token_id=run.tokenizer.pad_token_id,
+        packed=section.batching == "pack",
+    )
     return lambda params: task_metrics(
         score(params, rows), run.data.dev_labels, regression=run.is_regression
     )
