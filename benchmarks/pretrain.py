@@ -4,7 +4,7 @@
 
 Tokens per second of the same model and optimizer on the same rows of text, all full: 32 rows a
 step, 15 % masked as in BERT. Each figure is the median of rounds that the sides run in turn, each
-in a process of its own; a ratio says how many times faster than that side ours is.
+in a process of its own; a ratio says how many times faster than that side our fp32 is.
 Trainer masks in `DataCollatorForLanguageModeling`; fp32, or bf16 autocast.
 """
 
@@ -31,7 +31,8 @@ def main() -> None:
         given = (rows, args.steps, args.batch_size)
         results = sides.compare(
             {
-                "ours": (ours, given),
+                "ours fp32": (ours, (*given, None)),
+                "ours bfloat16_products": (ours, (*given, "bfloat16")),
                 "Trainer fp32": (trainer, (*given, False)),
                 "Trainer bf16 autocast": (trainer, (*given, True)),
             },
@@ -68,7 +69,7 @@ def sizes(tokenizer) -> dict:
     return PRESETS[PRESET] | {"vocab_size": len(tokenizer)}
 
 
-def ours(path: Path, num_steps: int, batch_size: int) -> sides.Round:
+def ours(path: Path, num_steps: int, batch_size: int, product_dtype: str | None) -> sides.Round:
     from tinybert_jax import host
 
     host.keep_freed_memory()  # as the command does, before the first thread
@@ -84,7 +85,9 @@ def ours(path: Path, num_steps: int, batch_size: int) -> sides.Round:
     epochs = pipeline.bucketed_epochs(
         rows.lengths, buckets=(WIDTH,), global_batch_size=batch_size, seed=(0,)
     )
-    apply, init = make_masked_lm(ModelConfig(**sizes(tokenizer)), unroll=True)
+    apply, init = make_masked_lm(
+        ModelConfig(**sizes(tokenizer)), unroll=True, product_dtype=product_dtype
+    )
     objective = make_mlm(
         apply,
         mask_rate=MASK_RATE,

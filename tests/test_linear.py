@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tinybert_jax.model.heads import make_classifier
+from tinybert_jax.model.heads import make_classifier, make_masked_lm
 from tinybert_jax.model.linear import dense, make_linear
 from tinybert_jax.sections import ModelConfig
 
@@ -67,3 +67,20 @@ def test_a_classifier_with_bfloat16_products_is_near_the_exact_one(unroll):
     ]
     assert all(0 < error < 0.05 for error in errors), errors
     assert outputs[1].logits.dtype == outputs[1].encoder.hidden.dtype == jnp.float32
+
+
+def test_a_masked_lm_with_bfloat16_products_decodes_rounded_states():
+    """The head's own map and the product with the word table round what they read, too."""
+    ids = jax.random.randint(jax.random.key(0), (3, 8), 5, 50)
+    inputs = (ids, jnp.ones(ids.shape, bool), jnp.zeros_like(ids))
+    exact, init = make_masked_lm(CONFIG)
+    rounded, _ = make_masked_lm(CONFIG, product_dtype=jnp.bfloat16)
+    params = jax.tree.map(lambda leaf: 5 * leaf, init(jax.random.key(1)))
+    outputs = [jax.jit(apply)(params, *inputs) for apply in (exact, rounded)]
+    assert outputs[1].hidden.dtype == jnp.bfloat16
+    assert outputs[1].logits.dtype == outputs[0].logits.dtype == jnp.float32
+    table = _rounded(outputs[1].table)
+    expected = np.asarray(outputs[1].hidden, np.float64) @ table.T + np.asarray(outputs[1].bias)
+    np.testing.assert_allclose(outputs[1].logits, expected, atol=1e-5)
+    error = float(jnp.abs(outputs[0].logits - outputs[1].logits).max())
+    assert 0 < error < 0.05, error

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from tinybert_jax.model.encoder import ACTIVATIONS, Encoder, EncoderOutput, make_layer_norm
+from tinybert_jax.model.linear import dense, make_linear
 from tinybert_jax.sections import ModelConfig
 
 Params = dict[str, Any]
@@ -60,15 +61,11 @@ class MaskedLM(nnx.Module):
     """BERT's masked-LM head. The decoder is the word table itself, passed as an argument."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, **options):
-        dtype = options.get("dtype", jnp.float32)
+        dtype, product_dtype = options.get("dtype", jnp.float32), options.get("product_dtype")
         self.encoder = Encoder(config, rngs=rngs, **options)
-        self.transform = nnx.Linear(
-            config.hidden_size,
-            config.hidden_size,
-            dtype=dtype,
-            kernel_init=nnx.initializers.normal(config.initializer_range),
-            rngs=rngs,
-        )
+        width, dtypes = config.hidden_size, {"dtype": dtype, "product_dtype": product_dtype}
+        self.transform = make_linear(width, width, config, rngs=rngs, **dtypes)
+        self.decoded_dtype = product_dtype or dtype
         self.norm = make_layer_norm(config, dtype, rngs)
         self.decoder = TiedDecoder(config.vocab_size)
         self.activation = ACTIVATIONS[config.hidden_act]
@@ -87,7 +84,8 @@ class MaskedLM(nnx.Module):
         hidden = encoded.hidden[-1]
         if positions is not None:
             hidden = jnp.take_along_axis(hidden, positions[:, :, None], axis=1)
-        hidden = self.norm(self.activation(self.transform(hidden)))
+        hidden = self.norm(self.activation(dense(self.transform, hidden)))
+        hidden = hidden.astype(self.decoded_dtype)  # what the products with the word table read
         table = self.encoder.embeddings.word.embedding[...]
         logits = self.decoder(hidden, table)
         return MaskedLMOutput(logits, hidden, table, self.decoder.bias[...], encoded)
