@@ -51,7 +51,7 @@ def _write_inputs(folder):
     }
     for name in ("finetune", "prediction", "baseline"):
         settings[name] = {**stage, "eval_every": 10}
-    settings["finetune"] |= {"learning_rate": 1e-2}
+    settings["finetune"] |= {"learning_rate": 1e-2, "average_decay": 0.9, "batching": "pack"}
     settings["pretrain"] = {**stage, "learning_rate": 1e-3, "eval_every": 40}
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
 

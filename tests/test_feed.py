@@ -109,6 +109,10 @@ def test_a_store_of_another_tokenizer_or_width_is_refused_before_anything_is_wri
     )
     with pytest.raises(ValueError, match="corpus.stores: expected the run's tokenizer"):
         pipeline.main(config)
+    corpus = {"stores": {str(folder / "a"): 1, str(folder / "b"): 1e-6}}
+    config = _run_config(folder, tmp_path / "run", corpus=corpus, pretrain=STAGE)
+    with pytest.raises(ValueError, match="shares of corpora: expected each above"):
+        pipeline.main(config)
     config = _run_config(folder, tmp_path / "run", pretrain={**STAGE, "max_length": 12})
     with pytest.raises(ValueError, match="pretrain.max_length: expected 16, the width"):
         pipeline.main(config)
@@ -124,6 +128,8 @@ def test_a_store_of_another_tokenizer_or_width_is_refused_before_anything_is_wri
         ({"corpus": {"files": ["a.txt"], "heldout_store": "b"}}, "heldout_store is for stores"),
         ({"distillation": {"normalisation": "paper_code"}}, "no padding to count"),
         ({"tokenizer": {"vocab_size": 100}}, "corpus.stores have one already"),
+        ({"corpus": {"stores": {"a": 1}, "heldout_store": "a"}}, "is trained on"),
+        ({"num_seeds": 2, "general": None}, "num_seeds is for students"),
     ],
 )
 def test_settings_that_stores_cannot_meet_are_refused(prepared, tmp_path, change, message):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +13,25 @@ import pytest
 from tinybert_jax import sharding
 from tinybert_jax.data import loader, pipeline
 from tinybert_jax.sections import MeshSection
+
+
+class PaddedRows(NamedTuple):
+    """`TokenRows` in memory as a row source: each padded to one width."""
+
+    rows: pipeline.TokenRows
+    width: int
+    pad_token_id: int
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows.lengths)
+
+    def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        plan = pipeline.Plan(rows[:, None], self.width)
+        batch = pipeline.make_batch(self.rows, plan, self.pad_token_id)
+        ids, segment_ids, types, labels = (np.asarray(field) for field in batch[:4])
+        return ids, segment_ids, types, labels[:, 0]
+
 
 WIDTH = 8
 
@@ -225,7 +245,7 @@ def test_a_mixed_batch_holds_each_corpus_rows_at_their_places(corpora):
 
 
 def test_rows_in_memory_are_a_row_source(rows):
-    source = loader.PaddedRows(rows, 16, pad_token_id=2)
+    source = PaddedRows(rows, 16, pad_token_id=2)
     chosen = np.array([5, 149, 0])
     ids, segment_ids, types, labels = source.gather(chosen)
     expected = pipeline.make_batch(rows, pipeline.Plan(chosen, 16), 2)
@@ -261,14 +281,12 @@ def test_wrong_mixtures_are_refused(corpora, change, message):
 
 
 def test_corpora_of_two_widths_or_without_rows_are_refused(corpora, rows):
-    wide = loader.PaddedRows(rows, 16, 0)
+    wide = PaddedRows(rows, 16, 0)
     with pytest.raises(ValueError, match=r"one width for all, got \[8, 16\]"):
         loader.mixed_batches([corpora[0], wide], (1.0, 1.0), global_batch_size=4, seed=(0,))
     empty = rows._replace(offsets=rows.offsets[:1])
     with pytest.raises(ValueError, match=r"rows in each, got \[0\]"):
-        loader.mixed_batches(
-            [loader.PaddedRows(empty, 16, 0)], (1.0,), global_batch_size=4, seed=(0,)
-        )
+        loader.mixed_batches([PaddedRows(empty, 16, 0)], (1.0,), global_batch_size=4, seed=(0,))
 
 
 _PROCESS = """
@@ -284,7 +302,7 @@ def distributed_sums():
     """Per step, every row's number times its place in the global batch, summed over devices."""
     mesh = sharding.make_mesh(MeshSection())
     placement = sharding.batch_sharding(mesh)
-    source = loader.PaddedRows(_numbered_rows(), 4, 0)
+    source = PaddedRows(_numbered_rows(), 4, 0)
     batch_at = loader.mixed_batches(
         [source],
         [1.0],

@@ -59,7 +59,10 @@ def test_a_dev_share_that_leaves_a_side_empty_is_refused(tmp_path):
         read_task(_task(tmp_path, rows, dev_share=0.5))
 
 
-@pytest.mark.parametrize("settings", [{}, {"dev": "dev.tsv", "dev_share": 0.1}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"dev": "dev.tsv", "dev_share": 0.1}, {"dev_split": "validation", "dev_share": 0.1}],
+)
 def test_dev_comes_from_one_place(settings):
-    with pytest.raises(ValueError, match="dev or dev_share"):
+    with pytest.raises(ValueError, match="dev or dev_share|remove dev_split"):
         TaskSection.model_validate({"train": "train.tsv", **settings})

@@ -124,14 +124,14 @@ def check_schedule(stage: str, section: StageSection) -> None:
 
 
 def check_stores(
-    config: RunConfig, stages: Sequence[str], tokenizer: Any, stores: Sequence[Store]
+    config: RunConfig, stages: Sequence[str], tokenizer: Any, given: Sequence[tuple[str, Store]]
 ) -> None:
-    """Refuses token stores of another tokenizer or another width than the stages'."""
+    """Refuses token stores, each with its key in the config, of another tokenizer or width."""
     expected = vocab.backend_sha256(tokenizer)
-    for store in stores:
+    for origin, store in given:
         if store.manifest["tokenizer_sha256"] != expected:
             raise ValueError(
-                f"corpus.stores: expected the run's tokenizer ({expected[:12]}), {store.folder} is "
+                f"{origin}: expected the run's tokenizer ({expected[:12]}), {store.folder} is "
                 f"of another ({store.manifest['tokenizer_sha256'][:12]}); prepare the text with "
                 "the run's tokenizer, or set tokenizer.path to the store's"
             )
@@ -142,7 +142,7 @@ def check_stores(
                     f"{store.folder}, got {getattr(config, name).max_length}"
                 )
         if not store.num_rows:
-            raise ValueError(f"corpus.stores: expected rows, got none in {store.folder}")
+            raise ValueError(f"{origin}: expected rows, got none in {store.folder}")
 
 
 def check_corpus(tokenizer: Any, corpus: Sequence[str], origin: str = "corpus") -> None:

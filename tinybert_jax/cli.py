@@ -26,7 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after one clear message about wrong input."""
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser().parse_args(argv)
-    host.keep_freed_memory()
     try:
         return arguments.act(arguments, shlex.join(["tinybert", *argv])) or 0
     except (ValueError, FloatingPointError, OSError) as error:
@@ -127,6 +126,7 @@ def _run(arguments, command: str) -> int:
     if arguments.print_config:
         print(config.dump(settings), end="")
         return 0
+    host.keep_freed_memory()
     from tinybert_jax.recipes import pipeline
 
     pipeline.main(settings, _STAGES[arguments.command][0], command)

@@ -1,7 +1,6 @@
 """Runs a model over a whole data set. Knows nothing of training."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -106,8 +105,14 @@ def make_masked_lm_scorer(
             for number, plan in enumerate(plans)
         ]
         nll, hits, count = np.asarray(jax.device_get(pending), np.float64).sum(0)
+        if not count:
+            raise ValueError(
+                f"held-out text: expected some masked tokens, got none in {len(rows.lengths)} rows; "
+                "hold out more text"
+            )
         loss = float(nll / count)
-        return {"loss": loss, "perplexity": math.exp(loss), "masked_accuracy": float(hits / count)}
+        perplexity = float(np.exp(min(loss, 700.0)))  # no fp64 overflow
+        return {"loss": loss, "perplexity": perplexity, "masked_accuracy": float(hits / count)}
 
     return score
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 from typing import NamedTuple
 
+from tinybert_jax import sharding
 from tinybert_jax.data import loader, pipeline
 from tinybert_jax.data.loader import BatchAt
 from tinybert_jax.data.pipeline import TokenRows
@@ -14,14 +15,14 @@ from tinybert_jax.sections import STAGES
 class Feed(NamedTuple):
     batch_at: BatchAt
     num_batches: int  # of an epoch
-    fingerprint: str  # SHA-256 of all that is read: what a resumed run compares
+    fingerprint: str  # SHA-256 of the rows; of stores, of their manifests' file hashes
 
 
 def rows_feed(run: Run, stage: str, rows: TokenRows) -> Feed:
     """Rows in memory, as the stage's `batching` lays them out."""
     section, seed = run.section(stage), _seed(run, stage)
     if section.batching == "pack":
-        shards = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+        shards = sharding.num_batch_shards(run.mesh)
         epochs = pipeline.packed_epochs(
             rows.lengths,
             width=section.max_length,

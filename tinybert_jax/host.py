@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import fcntl
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,25 +10,28 @@ from pathlib import Path
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
-def keep_freed_memory() -> bool:
-    """Lets the C library keep what is freed; False where there is no glibc.
+def keep_freed_memory() -> None:
+    """Lets the C library keep what is freed; does nothing where there is no glibc.
 
     XLA:CPU allocates its scratch memory anew in every step. By default glibc gives large blocks
     back to the kernel each time, and the page faults of getting them again take a fifth of a step.
-    Has to be called before the first thread starts: those that exist keep arenas of their own.
+    One arena, since only the first can grow without mapping memory anew. Has to be called before
+    the first thread starts: those that exist keep arenas of their own.
     """
     if not sys.platform.startswith("linux"):
-        return False
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # musl
-        return False
-    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1))
-    return all([mallopt(name, value) for name, value in settings])
+        return
+    for name, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1)):
+        mallopt(name, value)
 
 
 @contextlib.contextmanager
 def locked(folder: Path, setting: str) -> Iterator[None]:
     """Makes the folder and holds it; ValueError, naming the setting, where another process does."""
+    import fcntl  # not on every system that only predicts
+
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:

@@ -24,6 +24,8 @@ def missing_needs(config: Any) -> Iterator[str]:
             needed = "corpus.heldout_share or heldout_store"
             fix = f"; eval_every needs {needed}" if name == "pretrain" else ""
             yield f"{name} is not evaluated on a task: remove its patience and eval_every{fix}"
+    if config.num_seeds > 1 and not stages - {"pretrain", "finetune"}:
+        yield "num_seeds is for students: add a stage that trains one, or remove it"
     if config.corpus and config.corpus.stores:
         yield from _needs_of_stores(config, stages)
     if config.tokenizer.vocab_size and config.corpus is None:

@@ -20,6 +20,7 @@ from tinybert_jax import checks, cost, host, sharding
 from tinybert_jax import config as configs
 from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.data import vocab
+from tinybert_jax.data.loader import check_mixture
 from tinybert_jax.data.pipeline import tokenize_task
 from tinybert_jax.data.store import Store, open_store
 from tinybert_jax.data.tasks import TaskData, read_corpus, read_task, split_heldout
@@ -211,7 +212,9 @@ def _read_inputs(config: RunConfig, folder: Path) -> Run:
     mesh = sharding.make_mesh(config.mesh)
     corpus, heldout, stores, heldout_store = (), (), (), None
     if config.corpus and config.corpus.stores:
-        stores = tuple((open_store(path), share) for path, share in config.corpus.stores.items())
+        stores = tuple(
+            (open_store(path), share) for path, share in sorted(config.corpus.stores.items())
+        )
         if config.corpus.heldout_store:
             heldout_store = open_store(config.corpus.heldout_store)
     elif config.corpus:
@@ -276,9 +279,10 @@ def _check(run: Run, stages: Sequence[str]) -> None:
     checks.check_sizes(config, stages, run.mesh, run.tokenizer, run.teacher, run.student)
     checks.check_vocabularies(config, run.tokenizer)
     if run.stores:
-        given = [store for store, _ in run.stores]
-        given += [run.heldout_store] if run.heldout_store else []
+        given = [("corpus.stores", store) for store, _ in run.stores]
+        given += [("corpus.heldout_store", run.heldout_store)] if run.heldout_store else []
         checks.check_stores(config, stages, run.tokenizer, given)
+        check_mixture(*zip(*run.stores, strict=True))
     elif {"pretrain", "general"} & set(stages):
         checks.check_corpus(run.tokenizer, run.corpus)
         if run.heldout and "pretrain" in stages:

@@ -151,6 +151,8 @@ class CorpusSection(Section):
             )
         if self.heldout_store and not self.stores:
             raise ValueError("heldout_store is for stores; text has heldout_share")
+        if self.heldout_store in self.stores:
+            raise ValueError(f"heldout_store: {self.heldout_store} is trained on; give another")
         return self
 
 
@@ -199,6 +201,8 @@ class TaskSection(Section):
             raise ValueError(f"builtin: true brings its own text and labels; remove {ignored}")
         if not self.builtin and (not self.train or bool(self.dev) == bool(self.dev_share)):
             raise ValueError("expected train, and dev or dev_share (or builtin: true)")
+        if self.dev_share and self.dev_split:
+            raise ValueError("dev_share takes dev from train: remove dev_split")
         regression_metric = self.metric in ("pearson", "spearman")
         if self.metric and regression_metric != self.regression:
             raise ValueError(f"metric '{self.metric}' does not fit regression: {self.regression}")
@@ -335,8 +339,8 @@ class MeshSection(Section):
 class ComputeSection(Section):
     dtype: Literal["float32", "bfloat16", "bfloat16_products"] = Field(
         default="float32",
-        description="of all activations; bfloat16_products: fp32 activations whose matrix products "
-        "read bfloat16, the faster choice on CPUs with bfloat16 instructions",
+        description="of all activations; bfloat16_products: fp32, and only the products with "
+        "weights of layers and vocabulary read bfloat16: fast on CPUs with bfloat16 instructions",
     )
     unroll_layers: bool = False
 

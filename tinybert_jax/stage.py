@@ -1,6 +1,7 @@
 """One training stage, first to last parameters: resume, train, evaluate, keep the best."""
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,7 +118,7 @@ def _open_state(
     params, step_key = _start(run, training)
     averaged = training.section.average_decay is not None
     target = train.abstract_state(params, optimizer, step_key, run.mesh, averaged=averaged)
-    fingerprint = training.feed.fingerprint
+    fingerprint = _fingerprint(training)
     restored = checkpoint.restore_newest(folder / "last", target)
     if restored is None:
         state = train.init_state(params, optimizer, step_key, run.mesh, averaged=averaged)
@@ -128,6 +129,14 @@ def _open_state(
     run.log.rewind(training.name, int(state.step))
     checkpoint.discard_after(folder / "best", int(state.step))
     return state, target, progress
+
+
+def _fingerprint(training: Training) -> str:
+    """SHA-256 of the training rows and of the frozen teacher."""
+    digest = hashlib.sha256(training.feed.fingerprint.encode())
+    for leaf in jax.tree.leaves(training.frozen):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def _start(run: Run, training: Training) -> tuple[Any, jax.Array]:
@@ -163,7 +172,8 @@ def _check_same_data(stage: str, before: str, now: str) -> None:
     if before != now:
         raise ValueError(
             f"{stage}: expected the data that this run began with ({before[:12]}), got other data "
-            f"({now[:12]}); restore the files or package versions, or choose another run_dir"
+            f"({now[:12]}): rows or teacher have changed; restore the files or package versions, or "
+            "choose another run_dir"
         )
 
 
@@ -200,7 +210,7 @@ class _Judge:
         is_better = np.greater(scores, before)
         if is_better.any():
             best = state.evaluated if is_better.all() else self._merged(state, is_better)
-            checkpoint.save(self.folder / "best", step, best, {}, keep=2)
+            checkpoint.save(self.folder / "best", step, best, {}, keep=3)
             self.progress |= {
                 "best_scores": np.maximum(scores, before).tolist(),
                 "best_step": step,

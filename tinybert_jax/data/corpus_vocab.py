@@ -38,7 +38,7 @@ def write_vocab(
     tokenizer = train_wordpiece(
         texts, vocab_size=vocab_size, lowercase=lowercase, max_length=max_length
     )
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = folder.with_name(f".{folder.name}-partial")
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer.save_pretrained(str(partial))
     partial.rename(folder)

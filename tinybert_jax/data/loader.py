@@ -10,7 +10,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import grain
 import jax
@@ -37,23 +37,6 @@ class RowSource(Protocol):
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """int64 [n] -> int32 ids, segment ids (0: padding), token types [n, width], labels [n]."""
         ...
-
-
-class PaddedRows(NamedTuple):
-    """`TokenRows` in memory as a row source: each padded to one width."""
-
-    rows: TokenRows
-    width: int
-    pad_token_id: int
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.rows.lengths)
-
-    def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        batch = make_batch(self.rows, Plan(rows[:, None], self.width), self.pad_token_id)
-        ids, segment_ids, types, labels = (np.asarray(field) for field in batch[:4])
-        return ids, segment_ids, types, labels[:, 0]
 
 
 def prefetched(
@@ -123,7 +106,7 @@ def mixed_batches(
     Every corpus is gone through epoch by epoch, each row once in each, in an order of its own.
     Raises ValueError for corpora of different widths and for shares that are no shares.
     """
-    _check_mixture(sources, weights)
+    check_mixture(sources, weights)
     draw = make_draws([source.num_rows for source in sources], weights, seed)
     part = process_slice(global_batch_size, process_index, process_count)
     within = np.arange(part.start, part.stop)
@@ -234,15 +217,16 @@ def _quotas(weights: Sequence[float]) -> np.ndarray:
     return quotas
 
 
-def _check_mixture(sources: Sequence[RowSource], weights: Sequence[float]) -> None:
+def check_mixture(sources: Sequence[RowSource], weights: Sequence[float]) -> None:
+    """Raises ValueError for shares, widths or sizes from which no batch can be made."""
     if len(sources) != len(weights) or not sources:
         raise ValueError(
-            f"weights: expected one for each corpus, got {len(weights)} for {len(sources)} corpora"
+            f"shares of corpora: expected one for each, got {len(weights)} for {len(sources)}"
         )
     least = np.sum(weights) / _CYCLE
     if not np.isfinite(weights).all() or not (np.asarray(weights) > least).all():
         raise ValueError(
-            f"weights: expected each above 1/{_CYCLE} of their sum, got {list(weights)}; leave a "
+            f"shares of corpora: expected each above 1/{_CYCLE} of their sum, got {list(weights)}; leave a "
             "corpus out instead of giving it next to nothing"
         )
     widths = [source.width for source in sources]

@@ -42,7 +42,8 @@ class Batch(NamedTuple):
     """One step's examples, padded to one width. An example of weight 0 is only filler.
 
     Packed rows hold several examples: their `attention_mask` is the segment ids 1, 2, … (0:
-    padding), labels and weights have a second axis. The fields are NumPy arrays until the batch is
+    padding), labels and weights have a second axis. Rows of a token store have segment ids too,
+    but one label and one weight a row. The fields are NumPy arrays until the batch is
     placed on devices.
     """
 

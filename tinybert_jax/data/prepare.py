@@ -192,8 +192,10 @@ def _work(config: PrepareConfig, tokenizer: Any) -> Work:
 
 def _keep_identity(partial: Path, identity: dict[str, Any], config: PrepareConfig) -> None:
     path = partial / _IDENTITY
-    if path.is_file():
-        _refuse_changes(partial, json.loads(path.read_text(encoding="utf-8")), identity, config)
+    # A manifest alone: killed when all was there but the folder's final name.
+    known = next((p for p in (path, partial / store.MANIFEST) if p.is_file()), None)
+    if known:
+        _refuse_changes(partial, json.loads(known.read_text(encoding="utf-8")), identity, config)
         return
     aside = partial / f"{_IDENTITY}.new"
     aside.write_text(json.dumps(identity, ensure_ascii=False), encoding="utf-8")

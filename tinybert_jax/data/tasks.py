@@ -53,12 +53,14 @@ def split_heldout(
 
     Raises ValueError where a share is asked for and either side is empty.
     """
+    if not share:
+        return tuple(documents), ()
     is_heldout = _is_heldout(documents, share)
     kept, heldout = (
         tuple(text for text, out in zip(documents, is_heldout, strict=True) if out == side)
         for side in (False, True)
     )
-    if share and not (kept and heldout):
+    if not (kept and heldout):
         raise ValueError(
             f"corpus.heldout_share: expected documents on both sides of the split, got {len(kept)} "
             f"to train on and {len(heldout)} held out; give more documents (in a .txt file a blank "

@@ -14,6 +14,7 @@ from tinybert_jax.feed import corpus_feed
 from tinybert_jax.model.heads import Apply, make_masked_lm
 from tinybert_jax.objectives import make_mlm
 from tinybert_jax.run import Run, compute_options, with_dropout
+from tinybert_jax.sections import STAGES
 from tinybert_jax.stage import Evaluate, Training, run_stage
 
 
@@ -65,7 +66,7 @@ def _heldout_judge(run: Run, apply: Apply, special: tuple[int, ...]) -> Evaluate
     run.log.say(f"pretrain: {len(rows.lengths):,} rows, {len(rows.ids):,} tokens held out")
     score = make_masked_lm_scorer(
         apply,
-        key=jax.random.key(run.config.seed),
+        key=jax.random.fold_in(jax.random.key(run.config.seed), len(STAGES)),
         mask_token_id=run.tokenizer.mask_token_id,
         special_token_ids=special,
         vocab_size=len(run.tokenizer),
