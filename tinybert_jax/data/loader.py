@@ -226,8 +226,8 @@ def check_mixture(sources: Sequence[RowSource], weights: Sequence[float]) -> Non
     least = np.sum(weights) / _CYCLE
     if not np.isfinite(weights).all() or not (np.asarray(weights) > least).all():
         raise ValueError(
-            f"shares of corpora: expected each above 1/{_CYCLE} of their sum, got {list(weights)}; leave a "
-            "corpus out instead of giving it next to nothing"
+            f"shares of corpora: expected each above 1/{_CYCLE} of their sum, got {list(weights)}; "
+            "leave a corpus out instead of giving it next to nothing"
         )
     widths = [source.width for source in sources]
     if len(set(widths)) > 1:
