@@ -107,8 +107,8 @@ def make_masked_lm_scorer(
         nll, hits, count = np.asarray(jax.device_get(pending), np.float64).sum(0)
         if not count:
             raise ValueError(
-                f"held-out text: expected masked tokens, got none in {len(rows.lengths)} rows; hold "
-                "out more text"
+                f"held-out text: expected masked tokens, got none in {len(rows.lengths)} rows; "
+                "hold out more text"
             )
         loss = float(nll / count)
         perplexity = float(np.exp(min(loss, 700.0)))  # no fp64 overflow

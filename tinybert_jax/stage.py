@@ -172,8 +172,8 @@ def _check_same_data(stage: str, before: str, now: str) -> None:
     if before != now:
         raise ValueError(
             f"{stage}: expected the data that this run began with ({before[:12]}), got other data "
-            f"({now[:12]}): rows or teacher changed; restore the files or package versions, or choose "
-            "another run_dir"
+            f"({now[:12]}): rows or teacher changed; restore the files or package versions, or "
+            "choose another run_dir"
         )
 
 
