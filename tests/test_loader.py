@@ -259,7 +259,7 @@ def test_rows_in_memory_are_a_row_source(rows):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"weights": (1.0, 1.0)}, "got 2 for 3 corpora"),
+        ({"weights": (1.0, 1.0)}, "one for each, got 2 for 3"),
         ({"sources": [], "weights": ()}, "got 0 for 0"),
         ({"weights": (1.0, 1.0, 0.0)}, "leave a corpus out"),
         ({"weights": (1.0, 1.0, -1.0)}, "leave a corpus out"),
