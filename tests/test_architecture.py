@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "tinybert_jax"
 LEVELS = [
-    ["presets", "needs", "cost", "log", "tree", "metrics", "charts", "host"],
+    ["presets", "needs", "fields", "cost", "log", "tree", "metrics", "charts", "host"],
+    ["stage_sections"],
     ["sections", "report_style"],
     ["report_results", "data_sections"],
     ["config"],

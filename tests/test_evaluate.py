@@ -22,8 +22,8 @@ def rows_of(*, num_rows=600, seed=0):
     return TokenRows(words.astype(np.int32), offsets, lengths.astype(np.int32), None, 0)
 
 
-def scorer(key=0, seen=None):
-    """Of a model that only knows its bias: the same logits at every position."""
+def scorer(key=0, seen=None, pair_logits=None):
+    """Of a model that only knows its bias: the same logits at every position, in every row."""
 
     def apply(params, input_ids, attention_mask, token_type_ids, *, positions):
         if seen is not None:
@@ -31,7 +31,8 @@ def scorer(key=0, seen=None):
                 lambda ids, mask: seen.append((ids, mask)), input_ids, attention_mask
             )
         hidden = jnp.zeros((*positions.shape, DIM))
-        return MaskedLMOutput(None, hidden, jnp.zeros((VOCAB, DIM)), params["bias"], None)
+        pair = pair_logits and jnp.broadcast_to(jnp.array(pair_logits), (len(input_ids), 2))
+        return MaskedLMOutput(None, hidden, jnp.zeros((VOCAB, DIM)), params["bias"], None, pair)
 
     return make_masked_lm_scorer(
         apply,
@@ -50,6 +51,17 @@ def test_a_model_that_knows_nothing_is_as_perplexed_as_the_vocabulary_is_large()
     assert set(values) == {"loss", "perplexity", "masked_accuracy"}
     np.testing.assert_allclose(values["loss"], np.log(VOCAB), rtol=1e-6)
     np.testing.assert_allclose(values["perplexity"], VOCAB, rtol=1e-5)
+
+
+def test_pairs_are_counted_where_there_is_one():
+    """600 rows make batches of 64: the filler, which repeats row 0, does not count."""
+    labels = np.random.default_rng(1).integers(-1, 2, 600).astype(np.int32)
+    labels[0] = 1
+    rows = rows_of()._replace(labels=labels)
+    share = (labels == 1).sum() / (labels >= 0).sum()
+    for logits, expected in (([0.0, 1.0], share), ([1.0, 0.0], 1 - share)):
+        values = scorer(pair_logits=logits)({"bias": jnp.zeros(VOCAB)}, rows)
+        np.testing.assert_allclose(values["pair_accuracy"], expected, rtol=1e-6)
 
 
 def test_a_model_of_word_frequencies_has_their_cross_entropy():

@@ -53,6 +53,23 @@ def test_dev_share_splits_labelled_rows_by_the_hash_of_their_text(tmp_path):
     assert cut.dev.text == data.dev.text[:7] and cut.train.text == data.train.text
 
 
+def test_a_dev_file_may_name_its_columns_otherwise(tmp_path):
+    (tmp_path / "dev.tsv").write_text("sentence\tclass\nfine\t1\nawful\t0\n")
+    rows = [{"text": "good", "label": "pos"}, {"text": "bad", "label": "neg"}]
+    data = read_task(
+        _task(
+            tmp_path,
+            rows,
+            dev=str(tmp_path / "dev.tsv"),
+            dev_columns={"text": "sentence", "label": "class"},
+            labels={"neg": "bad", "pos": "good", "0": "bad", "1": "good"},
+        )
+    )
+    assert data.label_names == ("bad", "good")
+    assert data.train.labels is not None and data.train.labels.tolist() == [1, 0]
+    assert data.dev.text == ["fine", "awful"] and data.dev_labels.tolist() == [1, 0]
+
+
 def test_a_dev_share_that_leaves_a_side_empty_is_refused(tmp_path):
     rows = [{"text": "same", "label": label} for label in "ab"]
     with pytest.raises(ValueError, match="task.dev_share: expected rows on both sides"):
@@ -61,7 +78,12 @@ def test_a_dev_share_that_leaves_a_side_empty_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"dev": "dev.tsv", "dev_share": 0.1}, {"dev_split": "validation", "dev_share": 0.1}],
+    [
+        {},
+        {"dev": "dev.tsv", "dev_share": 0.1},
+        {"dev_split": "validation", "dev_share": 0.1},
+        {"dev_columns": {"label": "class"}, "dev_share": 0.1},
+    ],
 )
 def test_dev_comes_from_one_place(settings):
     with pytest.raises(ValueError, match="dev or dev_share|remove dev_split"):

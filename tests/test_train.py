@@ -213,7 +213,8 @@ def test_the_mask_rate_moves_over_the_stage_and_every_step_draws_anew(unit):
     @jax.jit
     def predictions(step, share):
         masked, counts = objective.prepare(batch, jax.random.fold_in(KEY, step), share)
-        return masked.labels[:, 0], (masked.labels[:, 1] != -100).sum(-1), counts.predictions
+        positions, tokens, _ = masked.labels
+        return positions, (tokens != -100).sum(-1), counts.predictions
 
     for share, rate in ((0.0, 0.4), (0.5, 0.25), (1.0, 0.1)):
         _, per_row, total = predictions(0, share)

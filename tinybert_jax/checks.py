@@ -13,10 +13,12 @@ from tinybert_jax import config as configs
 from tinybert_jax import distill, optim, sharding
 from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.data import vocab
+from tinybert_jax.data.loader import check_mixture
 from tinybert_jax.data.pipeline import MIN_TOKENS
 from tinybert_jax.data.store import Store
 from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
-from tinybert_jax.sections import ModelConfig, RunConfig, StageSection
+from tinybert_jax.sections import ModelConfig, RunConfig
+from tinybert_jax.stage_sections import StageSection
 
 # The stage that makes the model which a stage starts from or learns from, where the config has it.
 _STAGE_BEFORE = {
@@ -95,13 +97,13 @@ def check_sizes(
                     f"{role}'s positions), got {section.max_length}"
                 )
         check_schedule(name, section)
-        per_step = section.global_batch_size // section.gradient_accumulation_steps
-        if per_step % sharding.num_batch_shards(mesh):
-            raise ValueError(
-                f"{name}.global_batch_size: expected a multiple of "
-                f"{sharding.num_batch_shards(mesh) * section.gradient_accumulation_steps} (batch "
-                f"devices × accumulation steps), got {section.global_batch_size}"
-            )
+        shards = sharding.num_batch_shards(mesh) * section.gradient_accumulation_steps
+        for size in (part.global_batch_size for _, part in section.by_phase()):
+            if size % shards:
+                raise ValueError(
+                    f"{name}.global_batch_size: expected a multiple of {shards} (batch devices × "
+                    f"accumulation steps), got {size}"
+                )
     if student and {"general", "intermediate", "prediction"} & set(stages):
         reads_layers = bool({"general", "intermediate"} & set(stages))
         _check_pair(config, teacher, student, reads_layers)
@@ -124,10 +126,16 @@ def check_schedule(stage: str, section: StageSection) -> None:
 
 
 def check_stores(
-    config: RunConfig, stages: Sequence[str], tokenizer: Any, given: Sequence[tuple[str, Store]]
+    config: RunConfig,
+    stages: Sequence[str],
+    tokenizer: Any,
+    stores: Sequence[tuple[Store, float]],
+    heldout: Store | None,
 ) -> None:
-    """Refuses token stores, each with its key in the config, of another tokenizer or width."""
+    """Refuses stores of another tokenizer, without rows, or of a width that no stage reads."""
     expected = vocab.backend_sha256(tokenizer)
+    given = [("corpus.stores", store) for store, _ in stores]
+    given += [("corpus.heldout_store", heldout)] if heldout else []
     for origin, store in given:
         if store.manifest["tokenizer_sha256"] != expected:
             raise ValueError(
@@ -135,14 +143,54 @@ def check_stores(
                 f"of another ({store.manifest['tokenizer_sha256'][:12]}); prepare the text with "
                 "the run's tokenizer, or set tokenizer.path to the store's"
             )
-        for name in sorted({"pretrain", "general"} & set(stages)):
-            if getattr(config, name).max_length != store.width:
-                raise ValueError(
-                    f"{name}.max_length: expected {store.width}, the width of the rows in "
-                    f"{store.folder}, got {getattr(config, name).max_length}"
-                )
         if not store.num_rows:
             raise ValueError(f"{origin}: expected rows, got none in {store.folder}")
+    read = set()
+    for name in (name for name in ("pretrain", "general") if getattr(config, name)):
+        for _, section in getattr(config, name).by_phase():
+            alike = [pair for pair in stores if pair[0].width == section.max_length]
+            if alike:
+                read.add(section.max_length)
+                check_mixture(*zip(*alike, strict=True))
+            elif name in stages:
+                widths = " or ".join(str(width) for width in sorted({s.width for s, _ in stores}))
+                raise ValueError(
+                    f"{name}.max_length: expected {widths}, the width of the rows in "
+                    f"corpus.stores, got {section.max_length}"
+                )
+    unread = [str(store.folder) for store, _ in stores if store.width not in read]
+    if unread:
+        raise ValueError(
+            f"corpus.stores: expected rows as wide as a stage's max_length, got others in "
+            f"{unread}; remove them, or give pretrain phases of that max_length"
+        )
+    if "pretrain" in stages and config.pretrain:
+        _check_heldout(config.pretrain, heldout)
+        if config.pretrain.pair_weight:
+            _check_pair_labels([store for _, store in given])
+
+
+def _check_heldout(section: StageSection, heldout: Store | None) -> None:
+    if heldout and heldout.width > section.max_length:
+        raise ValueError(
+            f"corpus.heldout_store: expected rows of at most pretrain.max_length = "
+            f"{section.max_length}, got {heldout.width} in {heldout.folder}; prepare it anew"
+        )
+
+
+def _check_pair_labels(stores: Sequence[Store]) -> None:
+    labels = {store.folder: _pair_label(store) for store in stores}
+    if None in labels.values() or len(set(labels.values())) > 1:
+        shown = ", ".join(f"{folder}: {label or 'none'}" for folder, label in labels.items())
+        raise ValueError(
+            f"pretrain.pair_weight: expected stores with one kind of pair label, got {shown}; "
+            "prepare the text with mode=pairs and one pair_label, or set pair_weight to 0"
+        )
+
+
+def _pair_label(store: Store) -> str | None:
+    settings = store.manifest["settings"]
+    return settings["pair_label"] if settings["mode"] == "pairs" else None
 
 
 def check_corpus(tokenizer: Any, corpus: Sequence[str], origin: str = "corpus") -> None:

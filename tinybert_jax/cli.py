@@ -120,6 +120,17 @@ def _add_data(commands) -> None:
     action.add_argument("--max-length", type=int, default=512, help="of the tokenizer (512)")
     action.set_defaults(act=_vocab)
 
+    text = "give a model pieces of its own for the commonest words of new text that it splits"
+    action = actions.add_parser("extend", help=text, description=text)
+    action.add_argument("model", help="a model folder or hub id; it is not changed")
+    action.add_argument("sources", nargs="+", help="what `data prepare` reads")
+    action.add_argument("-o", "--output", required=True, help="the model folder to write")
+    action.add_argument("--words", type=int, default=1000, help="at most so many (1000)")
+    action.add_argument("--min-count", type=int, default=5, help="of each in the text (5)")
+    action.add_argument("--text", default="text", help="column of the text")
+    action.add_argument("--split", help="of a datasets folder or hub id")
+    action.set_defaults(act=_extend)
+
 
 def _run(arguments, command: str) -> int:
     settings = config.load(arguments.config, arguments.overrides)
@@ -203,6 +214,25 @@ def _inspect(arguments, command: str) -> int:
     from tinybert_jax.data import summary
 
     print(summary.describe(arguments.store, num_rows=arguments.rows, verify=arguments.verify))
+    return 0
+
+
+def _extend(arguments, command: str) -> int:
+    from tinybert_jax import export
+    from tinybert_jax.data import corpus_vocab
+
+    texts, num_bad = corpus_vocab.read_texts(
+        arguments.sources, text=arguments.text, split=arguments.split
+    )
+    words = export.extend_vocabulary(
+        arguments.model,
+        texts,
+        arguments.output,
+        num_words=arguments.words,
+        min_count=arguments.min_count,
+    )
+    left_out = f"; {num_bad} records could not be read" if num_bad else ""
+    print(f"{arguments.output}: {len(words):,} new words, {', '.join(words[:8])} …{left_out}")
     return 0
 
 

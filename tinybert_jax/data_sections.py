@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tinybert_jax.sections import Fraction, PositiveInt, Section
+from tinybert_jax.fields import Fraction, PositiveInt, Section
 
 
 class PrepareConfig(Section):

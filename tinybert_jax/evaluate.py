@@ -70,41 +70,28 @@ def make_masked_lm_scorer(
 ) -> Callable[[Any, TokenRows], dict[str, float]]:
     """A function (params, rows) -> masked-LM loss, perplexity (its exp) and masked accuracy.
 
-    15 % of the tokens are masked, each alone, 80/10/10, always the same ones for one `key`.
+    15 % of the tokens are masked, each alone, 80/10/10, always the same ones for one `key`. Of a
+    model with a pair head also the accuracy on the rows with a label.
     """
 
-    def sums(params: Any, number: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
-        special = jnp.isin(batch.input_ids, jnp.asarray(special_token_ids))
-        inputs, labels = masking.mask_tokens(
-            batch.input_ids,
-            batch.real & ~special,
-            jax.random.fold_in(key, number),
-            rate=EVAL_MASK_RATE,
-            mask_token_id=mask_token_id,
-            vocab_size=vocab_size,
-        )
-        room = masking.num_slots(EVAL_MASK_RATE, inputs.shape[1])
-        positions, labels = masking.gather_masked(labels, room)
-        output = apply(
-            params, inputs, batch.attention_mask, batch.token_type_ids, positions=positions
-        )
-        hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
-        nll, hits = losses.masked_lm_sums(
-            hidden, output.table, output.bias, labels.reshape(-1), chunk_size=chunk_size
-        )
-        return nll, hits, jnp.sum(labels != masking.IGNORED_LABEL, dtype=jnp.float32)
-
-    forward = jax.jit(sums)
+    sums = _make_masked_sums(
+        apply,
+        key,
+        special_token_ids=special_token_ids,
+        mask_token_id=mask_token_id,
+        vocab_size=vocab_size,
+        chunk_size=chunk_size,
+    )
 
     def score(params: Any, rows: TokenRows, *, global_batch_size: int = 64) -> dict[str, float]:
         plans = plan_epoch(
             rows.lengths, buckets=buckets, global_batch_size=global_batch_size, seed=None
         )
         pending = [
-            forward(params, jnp.int32(number), make_batch(rows, plan, pad_token_id))
+            sums(params, jnp.int32(number), make_batch(rows, plan, pad_token_id))
             for number, plan in enumerate(plans)
         ]
-        nll, hits, count = np.asarray(jax.device_get(pending), np.float64).sum(0)
+        nll, hits, count, *pairs = np.asarray(jax.device_get(pending), np.float64).sum(0)
         if not count:
             raise ValueError(
                 f"held-out text: expected masked tokens, got none in {len(rows.lengths)} rows; "
@@ -112,9 +99,44 @@ def make_masked_lm_scorer(
             )
         loss = float(nll / count)
         perplexity = float(np.exp(min(loss, 700.0)))  # no fp64 overflow
-        return {"loss": loss, "perplexity": perplexity, "masked_accuracy": float(hits / count)}
+        values = {"loss": loss, "perplexity": perplexity, "masked_accuracy": float(hits / count)}
+        if pairs and pairs[1]:
+            values["pair_accuracy"] = float(pairs[0] / pairs[1])
+        return values
 
     return score
+
+
+def _make_masked_sums(
+    apply: Callable, key: jax.Array, *, chunk_size: int, **options: Any
+) -> Callable[[Any, jax.Array, Batch], tuple[jax.Array, ...]]:
+    """(params, number of the batch, batch) -> Σ nll, hits, masked tokens[, pair hits, pairs]."""
+
+    @jax.jit
+    def sums(params: Any, number: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
+        inputs, positions, labels = masking.mask_rows(
+            batch.input_ids,
+            batch.real,
+            jax.random.fold_in(key, number),
+            rate=EVAL_MASK_RATE,
+            num_slots=masking.num_slots(EVAL_MASK_RATE, batch.input_ids.shape[1]),
+            **options,
+        )
+        output = apply(
+            params, inputs, batch.attention_mask, batch.token_type_ids, positions=positions
+        )
+        hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
+        nll, hits = losses.masked_lm_sums(
+            hidden, output.table, output.bias, labels.reshape(-1), chunk_size=chunk_size
+        )
+        count = jnp.sum(labels != masking.IGNORED_LABEL, dtype=jnp.float32)
+        if output.pair_logits is None:
+            return nll, hits, count
+        is_pair = (batch.labels >= 0) & (batch.weights > 0)
+        is_right = jnp.argmax(output.pair_logits, axis=-1) == batch.labels
+        return nll, hits, count, jnp.sum(is_right & is_pair), jnp.sum(is_pair)
+
+    return sums
 
 
 def task_metrics(logits: np.ndarray, labels: np.ndarray, *, regression: bool) -> dict[str, float]:

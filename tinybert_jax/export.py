@@ -1,17 +1,69 @@
-"""Rewrites a BERT folder of any age as a Hugging Face folder of today."""
+"""Folder to folder: a BERT of any writer in today's form, or with more words."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from tinybert_jax.convert import hf_files, hf_folder, hf_map
+from tinybert_jax.data import vocab
 from tinybert_jax.tree import unflatten
 
+_WORD_TABLE, _WORD_BIAS = "encoder/embeddings/word/embedding", "decoder/bias"
 
-def convert(source: str, target: str) -> Path:
+
+def convert(source: str | Path, target: str | Path) -> Path:
     """`source`: a BERT folder or hub id, rewritten under today's names with every weight kept.
 
-    Only a next-sentence head is dropped. Raises ValueError where another weight would be lost or
-    is lacking (the pooler may be), where weights and config differ, or where the target exists.
+    Raises ValueError where a weight would be lost or is lacking (the pooler may be), where weights
+    and config differ, or where the target exists.
     """
+    model, flat, tokenizer = _read_whole(source, target)
+    return _save(target, model, flat, tokenizer)
+
+
+def extend_vocabulary(
+    source: str | Path,
+    texts: Iterable[str],
+    target: str | Path,
+    *,
+    num_words: int,
+    min_count: int = 5,
+) -> tuple[str, ...]:
+    """`source` with pieces for the commonest words of `texts` that it splits; returns the words.
+
+    A new word's embedding, and its bias in a masked-LM head, is the mean of its pieces': where
+    pretraining on the texts goes on from. All else is kept. Raises ValueError as `convert` does,
+    for a tokenizer that is no WordPiece, and where no word is common enough.
+    """
+    model, flat, tokenizer = _read_whole(source, target)
+    hf_folder.check_table(tokenizer, model.config, f"the model in {source}")
+    words = vocab.split_words(tokenizer, texts, num_words=num_words, min_count=min_count)
+    if not words:
+        raise ValueError(
+            f"--words: expected words that {source} splits, {min_count} times or more in the text, "
+            "found none; give more text, or lower --min-count"
+        )
+    first = len(tokenizer)
+    for path in (_WORD_TABLE, _WORD_BIAS):
+        if path in flat:
+            flat[path] = _with_means(flat[path], first, list(words.values()))
+    config = model.config.model_copy(update={"vocab_size": len(flat[_WORD_TABLE])})
+    _save(target, model._replace(config=config), flat, vocab.with_words(tokenizer, list(words)))
+    return tuple(words)
+
+
+def _with_means(rows: np.ndarray, first: int, pieces: Sequence[Sequence[int]]) -> np.ndarray:
+    """Rows [n, …] whose rows from `first` on are the means of the given ones."""
+    new = np.stack([rows[list(members)].mean(axis=0) for members in pieces])
+    return np.concatenate([rows[:first], new, rows[first + len(new) :]])
+
+
+def _read_whole(
+    source: str | Path, target: str | Path
+) -> tuple[hf_files.HfModel, dict[str, np.ndarray], Any]:
+    """(the folder, its weights under our paths, its tokenizer), if the target can be written."""
     if Path(target).exists():
         raise ValueError(
             f"{target}: expected a folder that does not exist yet; nothing is replaced"
@@ -24,6 +76,12 @@ def convert(source: str, target: str) -> Path:
         raise ValueError(f"{source}: lacks {list(missing)}; nothing was written")
     if surplus:
         raise ValueError(f"{source}: no place for {list(surplus)}; nothing was written")
+    return model, flat, tokenizer
+
+
+def _save(
+    target: str | Path, model: hf_files.HfModel, flat: dict[str, np.ndarray], tokenizer: Any
+) -> Path:
     return hf_files.save_model(
         target,
         unflatten(flat),

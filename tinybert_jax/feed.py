@@ -1,5 +1,6 @@
 """What a stage trains on: its batches by step number, from text in memory or from token stores."""
 
+import bisect
 import hashlib
 import json
 from typing import NamedTuple
@@ -7,9 +8,10 @@ from typing import NamedTuple
 from tinybert_jax import sharding
 from tinybert_jax.data import loader, pipeline
 from tinybert_jax.data.loader import BatchAt
-from tinybert_jax.data.pipeline import TokenRows
+from tinybert_jax.data.pipeline import Batch, TokenRows
 from tinybert_jax.run import Run
 from tinybert_jax.sections import STAGES
+from tinybert_jax.stage_sections import StageSection
 
 
 class Feed(NamedTuple):
@@ -20,7 +22,33 @@ class Feed(NamedTuple):
 
 def rows_feed(run: Run, stage: str, rows: TokenRows) -> Feed:
     """Rows in memory, as the stage's `batching` lays them out."""
+    return _rows_feed(run, run.section(stage), rows, _seed(run, stage))
+
+
+def corpus_feed(run: Run, stage: str) -> Feed:
+    """The run's corpus: documents cut into rows of `max_length`, or the rows of its stores.
+
+    An epoch of several stores has as many rows as they have together. Each phase of the stage has
+    an order of its own; the epoch is that of the last.
+    """
     section, seed = run.section(stage), _seed(run, stage)
+    make = _store_feed if run.stores else _text_feed
+    starts, feeds = [], []
+    for number, (share, part) in enumerate(section.by_phase()):
+        starts.append(round(share * (section.num_steps or 0)))
+        feeds.append(make(run, stage, part, (*seed, number) if number else seed))
+    if len(feeds) == 1:
+        return feeds[0]
+
+    def batch_at(step: int) -> Batch:
+        phase = bisect.bisect_right(starts, step) - 1
+        return feeds[phase].batch_at(step - starts[phase])
+
+    content = json.dumps([feed.fingerprint for feed in feeds])
+    return Feed(batch_at, feeds[-1].num_batches, hashlib.sha256(content.encode()).hexdigest())
+
+
+def _rows_feed(run: Run, section: StageSection, rows: TokenRows, seed: tuple[int, ...]) -> Feed:
     if section.batching == "pack":
         shards = sharding.num_batch_shards(run.mesh)
         epochs = pipeline.packed_epochs(
@@ -41,22 +69,20 @@ def rows_feed(run: Run, stage: str, rows: TokenRows) -> Feed:
     return Feed(batch_at, epochs.num_batches, rows.fingerprint())
 
 
-def corpus_feed(run: Run, stage: str) -> Feed:
-    """The run's corpus: documents cut into rows of `max_length`, or the rows of its stores.
+def _text_feed(run: Run, stage: str, section: StageSection, seed: tuple[int, ...]) -> Feed:
+    rows = pipeline.tokenize_corpus(run.tokenizer, run.corpus, section.max_length)
+    run.log.say(f"{stage}: {len(rows.lengths):,} rows, {len(rows.ids):,} tokens")
+    return _rows_feed(run, section, rows, seed)
 
-    An epoch of several stores has as many rows as they have together.
-    """
-    section = run.section(stage)
-    if not run.stores:
-        rows = pipeline.tokenize_corpus(run.tokenizer, run.corpus, section.max_length)
-        run.log.say(f"{stage}: {len(rows.lengths):,} rows, {len(rows.ids):,} tokens")
-        return rows_feed(run, stage, rows)
-    stores, weights = zip(*run.stores, strict=True)
+
+def _store_feed(run: Run, stage: str, section: StageSection, seed: tuple[int, ...]) -> Feed:
+    chosen = [pair for pair in run.stores if pair[0].width == section.max_length]
+    stores, weights = zip(*chosen, strict=True)
     num_rows = sum(store.num_rows for store in stores)
     num_tokens = sum(store.num_tokens for store in stores)
     run.log.say(f"{stage}: {num_rows:,} rows, {num_tokens:,} tokens in {len(stores)} stores")
     batch_at = loader.mixed_batches(
-        stores, weights, global_batch_size=section.global_batch_size, seed=_seed(run, stage)
+        stores, weights, global_batch_size=section.global_batch_size, seed=seed
     )
     content = json.dumps([[store.manifest["files"] for store in stores], weights], sort_keys=True)
     num_batches = pipeline.num_batches(num_rows, section.global_batch_size)

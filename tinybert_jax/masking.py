@@ -1,11 +1,12 @@
 """Masked-LM corruption on the device.
 
-This module owns which tokens are masked, with what, and where the masked positions are. It does not
-own which tokens may be masked at all (the data pipeline marks them) nor the loss.
+This module owns which tokens are masked, with what, and where the masked positions are; not the
+loss.
 """
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,25 @@ Unit = Literal["token", "whole_word", "span"]
 # The variance of the number of masked tokens in a row, against that of independent tokens. Words
 # of 1.3 pieces and spans of 3.8 words that may touch stay well below.
 _CLUSTER = {"token": 1, "whole_word": 3, "span": 12}
+
+
+def mask_rows(
+    input_ids: Int[Array, "batch seq"],
+    real: Bool[Array, "batch seq"],
+    key: PRNGKeyArray,
+    *,
+    rate: float | Float[Array, ""],
+    special_token_ids: Sequence[int],
+    num_slots: int,
+    **options: Any,
+) -> tuple[Int[Array, "batch seq"], Int[Array, "batch num_slots"], Int[Array, "batch num_slots"]]:
+    """(inputs, positions, labels): `mask_tokens` of all but padding and special tokens, gathered.
+
+    `options`: those of `mask_tokens`. Of a row at most `num_slots` are predicted.
+    """
+    maskable = real & ~jnp.isin(input_ids, jnp.asarray(special_token_ids))
+    inputs, labels = mask_tokens(input_ids, maskable, key, rate=rate, **options)
+    return inputs, *gather_masked(labels, num_slots)
 
 
 def mask_tokens(

@@ -28,6 +28,8 @@ def missing_needs(config: Any) -> Iterator[str]:
         yield "num_seeds is for students: add a stage that trains one, or remove it"
     if config.corpus and config.corpus.stores:
         yield from _needs_of_stores(config, stages)
+    elif config.pretrain and config.pretrain.pair_weight:
+        yield "pretrain.pair_weight needs corpus.stores, prepared with mode pairs"
     if config.tokenizer.vocab_size and config.corpus is None:
         yield "tokenizer.vocab_size trains a vocabulary on the corpus: it needs a corpus section"
     if config.tokenizer.vocab_size and (config.tokenizer.path or config.teacher.path):

@@ -23,6 +23,15 @@ class Counts(NamedTuple):
     tokens: jax.Array
     pairs: jax.Array  # token pairs of the same example
     predictions: jax.Array  # masked tokens
+    pair_labels: jax.Array  # rows whose two parts have a label
+
+
+class MaskedLabels(NamedTuple):
+    """A batch's labels once it is masked."""
+
+    positions: jax.Array  # int32 [batch, picked]
+    tokens: jax.Array  # int32 [batch, picked]; IGNORED_LABEL where nothing is masked
+    pairs: jax.Array  # int32 [batch]; -1 where there is no pair
 
 
 def _no_targets(batch: Batch, frozen: Any) -> tuple[()]:
@@ -55,6 +64,7 @@ def count_units(batch: Batch, normalisation: str = "valid_only") -> Counts:
         tokens=jnp.asarray(tokens, jnp.float32),
         pairs=jnp.asarray(pairs, jnp.float32),
         predictions=jnp.zeros(()),
+        pair_labels=jnp.zeros(()),
     )
 
 
@@ -83,50 +93,52 @@ def make_mlm(
     is_continuation: np.ndarray | None = None,
     chunk_size: int = 256,
     num_shards: int = 1,
+    pair_weight: float = 0.0,
 ) -> Objective:
     """BERT's masked LM; logits only at masked positions.
 
-    With `mask_rate_end` the rate goes there in a straight line from `mask_rate`.
+    `pair_weight` adds that of the pair in each row: its label is the batch's, -1 for none. With
+    `mask_rate_end` the rate goes there in a straight line from `mask_rate`.
     Logits exist for `chunk_size` predictions at a time on each of `num_shards` batch shards.
     """
     highest_rate = max(mask_rate, mask_rate_end or 0.0)
     continues = None if is_continuation is None else jnp.asarray(is_continuation)
 
     def prepare(batch: Batch, key: jax.Array, share: jax.Array) -> tuple[Batch, Counts]:
-        rate = mask_rate
-        if mask_rate_end is not None:
-            rate = mask_rate + (mask_rate_end - mask_rate) * share
-        special = jnp.isin(batch.input_ids, jnp.asarray(special_token_ids))
-        inputs, labels = masking.mask_tokens(
+        inputs, positions, tokens = masking.mask_rows(
             batch.input_ids,
-            batch.real & ~special,
+            batch.real,
             key,
-            rate=rate,
+            rate=_between(mask_rate, mask_rate_end, share),
+            special_token_ids=special_token_ids,
+            num_slots=masking.num_slots(highest_rate, batch.input_ids.shape[1], unit),
             mask_token_id=mask_token_id,
             vocab_size=vocab_size,
             unit=unit,
             is_continuation=continues,
         )
-        room = masking.num_slots(highest_rate, batch.input_ids.shape[1], unit)
-        positions, labels = masking.gather_masked(labels, room)
-        predictions = jnp.sum(labels != masking.IGNORED_LABEL, dtype=jnp.float32)
-        counts = count_units(batch)._replace(predictions=predictions)
-        labels = jnp.stack([positions, labels], axis=1)
+        counts = count_units(batch)._replace(
+            predictions=jnp.sum(tokens != masking.IGNORED_LABEL, dtype=jnp.float32),
+            pair_labels=jnp.sum(batch.labels >= 0, dtype=jnp.float32),
+        )
+        labels = MaskedLabels(positions, tokens, batch.labels)
         return batch._replace(input_ids=inputs, labels=labels), counts
 
     def loss(params, batch, counts, key, targets):
-        positions, labels = batch.labels[:, 0], batch.labels[:, 1]
-        output = apply(params, *_inputs(batch), key, positions=positions)
-        value = losses.masked_lm_from_hidden(
-            output.hidden.reshape(-1, output.hidden.shape[-1]),
-            output.table,
-            output.bias,
-            labels.reshape(-1),
-            chunk_size=chunk_size,
-            num_shards=num_shards,
-            count=counts.predictions,
+        labels: MaskedLabels = batch.labels
+        output = apply(params, *_inputs(batch), key, positions=labels.positions)
+        sizes = {"chunk_size": chunk_size, "num_shards": num_shards, "count": counts.predictions}
+        hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
+        parts: Metrics = {}
+        parts["loss/masked_lm"] = losses.masked_lm_from_hidden(
+            hidden, output.table, output.bias, labels.tokens.reshape(-1), **sizes
         )
-        return value, {"loss/masked_lm": value}
+        if pair_weight:
+            is_pair = (labels.pairs >= 0).astype(jnp.float32)
+            parts["loss/pair"] = losses.softmax_cross_entropy(
+                output.pair_logits, labels.pairs, is_pair, count=counts.pair_labels
+            )
+        return _weighted_sum(parts, {"loss/masked_lm": 1.0, "loss/pair": pair_weight}), parts
 
     return Objective(prepare, loss)
 
@@ -227,6 +239,10 @@ def make_distill_prediction(
         return _weighted_sum(parts, weights), parts
 
     return Objective(lambda batch, key, share: (batch, count_units(batch)), loss, targets)
+
+
+def _between(start: float, end: float | None, share: jax.Array) -> float | jax.Array:
+    return start if end is None else start + (end - start) * share
 
 
 def _inputs(batch: Batch) -> tuple[jax.Array, ...]:

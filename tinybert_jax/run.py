@@ -20,19 +20,14 @@ from tinybert_jax import checks, cost, host, sharding
 from tinybert_jax import config as configs
 from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.data import vocab
-from tinybert_jax.data.loader import check_mixture
 from tinybert_jax.data.pipeline import tokenize_task
 from tinybert_jax.data.store import Store, open_store
 from tinybert_jax.data.tasks import TaskData, read_corpus, read_task, split_heldout
 from tinybert_jax.evaluate import majority_share, make_scorer, task_metrics
 from tinybert_jax.log import MetricLog
 from tinybert_jax.model.heads import make_classifier
-from tinybert_jax.sections import (
-    ModelConfig,
-    RunConfig,
-    StageSection,
-    StudentSection,
-)
+from tinybert_jax.sections import ModelConfig, RunConfig, StudentSection
+from tinybert_jax.stage_sections import StageSection
 
 
 class Run(NamedTuple):
@@ -279,10 +274,7 @@ def _check(run: Run, stages: Sequence[str]) -> None:
     checks.check_sizes(config, stages, run.mesh, run.tokenizer, run.teacher, run.student)
     checks.check_vocabularies(config, run.tokenizer)
     if run.stores:
-        given = [("corpus.stores", store) for store, _ in run.stores]
-        given += [("corpus.heldout_store", run.heldout_store)] if run.heldout_store else []
-        checks.check_stores(config, stages, run.tokenizer, given)
-        check_mixture(*zip(*run.stores, strict=True))
+        checks.check_stores(config, stages, run.tokenizer, run.stores, run.heldout_store)
     elif {"pretrain", "general"} & set(stages):
         checks.check_corpus(run.tokenizer, run.corpus)
         if run.heldout and "pretrain" in stages:

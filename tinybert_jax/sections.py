@@ -5,20 +5,24 @@ Code holds defaults, YAML holds choices. Imports no JAX: `--help` and launchers 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from tinybert_jax.fields import (
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Probability,
+    Section,
+)
 from tinybert_jax.needs import missing_needs
 from tinybert_jax.presets import PRESETS
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-PositiveInt = Annotated[int, Field(gt=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+from tinybert_jax.stage_sections import (
+    CorpusStageSection,
+    PretrainSection,
+    StageSection,
+    SupervisedSection,
+)
 
 
 class ModelConfig(Section):
@@ -172,6 +176,9 @@ class TaskSection(Section):
     text: str = "text"
     text_pair: str | None = None
     label: str = "label"
+    dev_columns: dict[Literal["text", "text_pair", "label"], str] = Field(
+        {}, description="where dev names its columns otherwise, like {text: sentence}"
+    )
     labels: dict[str, str] | tuple[str, ...] | None = None
     regression: bool = False
     metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman"] | None = None
@@ -201,8 +208,8 @@ class TaskSection(Section):
             raise ValueError(f"builtin: true brings its own text and labels; remove {ignored}")
         if not self.builtin and (not self.train or bool(self.dev) == bool(self.dev_share)):
             raise ValueError("expected train, and dev or dev_share (or builtin: true)")
-        if self.dev_share and self.dev_split:
-            raise ValueError("dev_share takes dev from train: remove dev_split")
+        if self.dev_share and (self.dev_split or self.dev_columns):
+            raise ValueError("dev_share takes dev from train: remove dev_split and dev_columns")
         regression_metric = self.metric in ("pearson", "spearman")
         if self.metric and regression_metric != self.regression:
             raise ValueError(f"metric '{self.metric}' does not fit regression: {self.regression}")
@@ -216,97 +223,6 @@ class TaskSection(Section):
     def score(self) -> str:
         """The metric that chooses the best checkpoint and is reported first."""
         return self.metric or ("pearson" if self.regression else "accuracy")
-
-
-class StageSection(Section):
-    """One training stage: how long, how fast, how often it is looked at and saved."""
-
-    num_epochs: Positive | None = None
-    num_steps: PositiveInt | None = None
-    global_batch_size: PositiveInt = 32
-    gradient_accumulation_steps: PositiveInt = 1
-    max_length: Annotated[int, Field(ge=4)] = 128
-    length_buckets: tuple[PositiveInt, ...] | None = Field(
-        None, description="padded widths of batches; default: 16, 32, 64, … up to max_length"
-    )
-    batching: Literal["bucket", "pack", "pad"] = Field(
-        "bucket",
-        description="bucket: a row an example, padded to its bucket's width; pad: to max_length; "
-        "pack: rows of max_length hold several examples, global_batch_size a batch on average",
-    )
-    learning_rate: Positive
-    schedule: Literal[
-        "linear", "cosine", "constant", "polynomial", "inverse_sqrt", "warmup_stable_decay"
-    ] = "linear"
-    warmup: Fraction = Field(0.1, description="share of the steps spent on linear warm-up")
-    decay: Fraction = Field(0.2, description="share of the steps that warmup_stable_decay decays")
-    end_factor: Fraction = 0.0
-    power: Positive = 1.0
-    weight_decay: NonNegative = 0.01
-    b1: Probability = 0.9
-    b2: Probability = 0.999
-    eps: Positive = 1e-6
-    clip_norm: Positive | None = 1.0
-    average_decay: Probability | None = Field(
-        None,
-        description="decay of a moving average of the weights, which is then what is evaluated and "
-        "kept; 0.998 looks back about 500 steps",
-    )
-    dropout: Probability | None = Field(None, description="overrides both of the model's rates")
-    log_every: PositiveInt = 50
-    save_every: PositiveInt = 500
-    eval_every: PositiveInt | None = Field(None, description="steps; default: once an epoch")
-    patience: PositiveInt | None = Field(
-        None, description="stop after so many evaluations in a row without a better dev score"
-    )
-
-    @model_validator(mode="after")
-    def _length_is_given_once(self) -> "StageSection":
-        if (self.num_epochs is None) == (self.num_steps is None):
-            raise ValueError("expected num_epochs or num_steps, exactly one of them")
-        if self.global_batch_size % self.gradient_accumulation_steps:
-            raise ValueError(
-                f"expected global_batch_size to be a multiple of gradient_accumulation_steps, "
-                f"got {self.global_batch_size} and {self.gradient_accumulation_steps}"
-            )
-        if self.length_buckets and self.batching == "pad":
-            raise ValueError("batching: pad has one width, max_length; remove length_buckets")
-        if self.length_buckets and max(self.length_buckets) != self.max_length:
-            raise ValueError(
-                f"expected the longest of length_buckets to be max_length = {self.max_length}, "
-                f"got {list(self.length_buckets)}"
-            )
-        return self
-
-    def buckets(self) -> tuple[int, ...]:
-        """Padded widths in rising order; the last is `max_length`."""
-        if self.batching == "pad":
-            return (self.max_length,)
-        if self.length_buckets:
-            return tuple(sorted(set(self.length_buckets)))
-        widths = []
-        width = 16
-        while width < self.max_length:
-            widths.append(width)
-            width *= 2
-        return (*widths, self.max_length)
-
-
-class PretrainSection(StageSection):
-    mask_rate: Probability = 0.15
-    mask_rate_end: Probability | None = Field(
-        None, description="the rate of the last step; in a straight line from mask_rate"
-    )
-    mask_unit: Literal["token", "whole_word", "span"] = Field(
-        "token", description="what is masked together; span: words in a row, as in SpanBERT"
-    )
-    loss_chunk_size: PositiveInt = Field(
-        256, description="masked tokens whose logits exist at one time on a device"
-    )
-
-
-class SupervisedSection(StageSection):
-    label_smoothing: Probability = 0.0
 
 
 class DistillSection(Section):
@@ -374,7 +290,7 @@ class RunConfig(Section):
     compute: ComputeSection = ComputeSection()
     pretrain: PretrainSection | None = None
     finetune: SupervisedSection | None = None
-    general: StageSection | None = None
+    general: CorpusStageSection | None = None
     intermediate: StageSection | None = None
     prediction: StageSection | None = None
     baseline: SupervisedSection | None = None

@@ -18,7 +18,8 @@ from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.feed import Feed
 from tinybert_jax.objectives import Objective
 from tinybert_jax.run import Run
-from tinybert_jax.sections import STAGES, StageSection
+from tinybert_jax.sections import STAGES
+from tinybert_jax.stage_sections import StageSection
 
 Evaluate = Callable[[Any], dict[str, float]]
 

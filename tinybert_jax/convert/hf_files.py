@@ -270,14 +270,7 @@ def _config_json(
     regression: bool,
 ) -> dict[str, Any]:
     has_head = "classifier/kernel" in flat
-    architecture = (
-        "BertForSequenceClassification"
-        if has_head
-        else "BertForMaskedLM"
-        if "decoder/bias" in flat
-        else "BertModel"
-    )
-    settings = {"architectures": [architecture], "model_type": "bert", **config.model_dump()}
+    settings = {"architectures": [_architecture(flat)], "model_type": "bert", **config.model_dump()}
     settings |= {"dtype": "float32", "tie_word_embeddings": True}
     if has_head:
         num_outputs = flat["classifier/kernel"].shape[1]
@@ -291,6 +284,15 @@ def _config_json(
         settings["label2id"] = {name: i for i, name in enumerate(names)}
         settings["problem_type"] = "regression" if regression else "single_label_classification"
     return settings
+
+
+def _architecture(flat: Mapping[str, Any]) -> str:
+    """The class of transformers that reads every part of a folder with these parameters."""
+    if "classifier/kernel" in flat:
+        return "BertForSequenceClassification"
+    if "pair/kernel" in flat:
+        return "BertForPreTraining" if "decoder/bias" in flat else "BertForNextSentencePrediction"
+    return "BertForMaskedLM" if "decoder/bias" in flat else "BertModel"
 
 
 def _make_parent(folder: Path) -> None:

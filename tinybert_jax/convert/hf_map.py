@@ -49,6 +49,7 @@ TABLE: tuple[Entry, ...] = (
     *_linear("transform", "cls.predictions.transform.dense"),
     *_norm("norm", "cls.predictions.transform.LayerNorm"),
     Entry("decoder/bias", "cls.predictions.bias"),
+    *_linear("pair", "cls.seq_relationship"),
 )
 
 _WORD_TABLE = "bert.embeddings.word_embeddings.weight"
@@ -126,7 +127,12 @@ def our_shapes(tensors: Mapping[str, np.ndarray], num_layers: int) -> dict[str, 
 
 
 # Parts that a folder may have or not; one with a piece of a part has to have all of it.
-_PARTS = (("encoder/pooler/",), ("transform/", "norm/", "decoder/"), ("classifier/",))
+_PARTS = (
+    ("encoder/pooler/",),
+    ("transform/", "norm/", "decoder/"),
+    ("pair/",),
+    ("classifier/",),
+)
 
 
 def config_shapes(
@@ -136,8 +142,8 @@ def config_shapes(
     absent = [part for part in _PARTS if not any(path.startswith(part) for path in held)]
     unwanted = tuple(prefix for part in absent for prefix in part)
     models = [make_classifier(config, held.get("classifier/kernel", (1,))[-1])]
-    if "decoder/" not in unwanted:
-        models.append(make_masked_lm(config))
+    if not {"decoder/", "pair/"} <= set(unwanted):
+        models.append(make_masked_lm(config, pair_head=True))
     shapes = {}
     for _, init in models:
         abstract = flatten(jax.eval_shape(init, jax.random.key(0)))

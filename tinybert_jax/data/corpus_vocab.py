@@ -1,4 +1,4 @@
-"""A WordPiece vocabulary from text files, written as a tokenizer folder."""
+"""Text files as plain texts, and a WordPiece vocabulary from them, as a tokenizer folder."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -28,13 +28,7 @@ def write_vocab(
     folder = Path(output)
     if folder.exists():
         fail(f"--output: {folder}", "a new folder", "one that exists", "name another or remove it")
-    options = records.Options(text, split, "line", _CHUNK_BYTES)
-    found = list(_records(sources, options))
-    texts = [record.text for record in found if record.text is not None]
-    bad = len(found) - len(texts)
-    if not texts:
-        first = f"{found[0].path}, {found[0].place}: {found[0].reason}" if found else "no record"
-        fail("sources", "text", f"none in {len(found)} records ({first})", "correct the sources")
+    texts, num_bad = read_texts(sources, text=text, split=split)
     tokenizer = train_wordpiece(
         texts, vocab_size=vocab_size, lowercase=lowercase, max_length=max_length
     )
@@ -42,8 +36,23 @@ def write_vocab(
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer.save_pretrained(str(partial))
     partial.rename(folder)
-    left_out = f"; {bad} records could not be read" if bad else ""
+    left_out = f"; {num_bad} records could not be read" if num_bad else ""
     return f"{folder}: {len(tokenizer):,} pieces from {len(texts):,} texts{left_out}"
+
+
+def read_texts(
+    sources: Sequence[str], *, text: str = "text", split: str | None = None
+) -> tuple[list[str], int]:
+    """(texts, number of records that could not be read); a line of a .txt file is one text.
+
+    Raises ValueError where there is no text at all.
+    """
+    found = list(_records(sources, records.Options(text, split, "line", _CHUNK_BYTES)))
+    texts = [record.text for record in found if record.text is not None]
+    if not texts:
+        first = f"{found[0].path}, {found[0].place}: {found[0].reason}" if found else "no record"
+        fail("sources", "text", f"none in {len(found)} records ({first})", "correct the sources")
+    return texts, len(found) - len(texts)
 
 
 def _records(sources: Sequence[str], options: records.Options) -> Iterator[records.Record]:

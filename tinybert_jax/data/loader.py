@@ -120,14 +120,18 @@ def mixed_batches(
 
 
 def segment_rows(source: RowSource) -> TokenRows:
-    """Every segment of a source's rows as a row of its own, in order: for evaluation."""
-    ids, segment_ids, types, _ = source.gather(np.arange(source.num_rows))
+    """Every segment of a source's rows as a row of its own, in order: for evaluation.
+
+    It has the label of the row that it comes from.
+    """
+    ids, segment_ids, types, labels = source.gather(np.arange(source.num_rows))
     starts = np.diff(segment_ids, axis=1, prepend=0) > 0
     real = segment_ids > 0
     offsets = np.append(np.flatnonzero(starts[real]), real.sum())
     lengths = np.diff(offsets)
     num_second = np.add.reduceat(types[real], offsets[:-1])
-    return TokenRows(ids[real], offsets, (lengths - num_second).astype(np.int32), None, 0)
+    second = (lengths - num_second).astype(np.int32)
+    return TokenRows(ids[real], offsets, second, np.repeat(labels, starts.sum(axis=1)), 0)
 
 
 def process_slice(global_batch_size: int, process_index: int, process_count: int) -> slice:

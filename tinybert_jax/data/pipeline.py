@@ -50,7 +50,7 @@ class Batch(NamedTuple):
     input_ids: jax.Array  # int32 [batch, seq]
     attention_mask: jax.Array  # bool [batch, seq]; packed: int32, segment ids
     token_type_ids: jax.Array  # int32 [batch, seq]
-    labels: jax.Array  # int32 or fp32 [batch]; packed: [batch, segments]
+    labels: Any  # int32 or fp32 [batch]; packed: [batch, segments]; an objective may add to them
     weights: jax.Array  # fp32 [batch], 1 or 0; packed: [batch, segments]
 
     @property

@@ -75,21 +75,15 @@ def read_task(section: TaskSection) -> TaskData:
         train, dev = builtin.builtin_task("train"), builtin.builtin_task("dev")
         return _task_data(section, train, _rows(dev, 0, section.max_dev_rows))
 
-    def read(path: str | None, split: str | None, max_rows: int | None, labels) -> LabelledText:
+    columns = {"text": section.text, "text_pair": section.text_pair, "label": section.label}
+
+    def read(path: str | None, columns, **of_the_split) -> LabelledText:
         assert path is not None  # the section has both or is builtin
         return sources.read_labelled(
-            path,
-            text=section.text,
-            text_pair=section.text_pair,
-            label=section.label,
-            labels=labels,
-            regression=section.regression,
-            format=section.format,
-            split=split,
-            max_rows=max_rows,
+            path, **columns, **of_the_split, regression=section.regression, format=section.format
         )
 
-    train = read(section.train, section.train_split, None, section.labels)
+    train = read(section.train, columns, split=section.train_split, labels=section.labels)
     if train.label_names is not None and len(train.label_names) < 2:
         raise ValueError(
             f"{section.train}: expected at least 2 labels in column '{section.label}', got "
@@ -99,7 +93,13 @@ def read_task(section: TaskSection) -> TaskData:
         return _task_data(section, *_split_dev(section, train))
     # Labels named only by the training split are the only ones that the dev split may hold.
     labels = section.labels or train.label_names
-    dev = read(section.dev, section.dev_split, section.max_dev_rows, labels)
+    dev = read(
+        section.dev,
+        columns | section.dev_columns,
+        split=section.dev_split,
+        labels=labels,
+        max_rows=section.max_dev_rows,
+    )
     return _task_data(section, train, dev)
 
 

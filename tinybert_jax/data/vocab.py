@@ -1,9 +1,10 @@
-"""Vocabularies: trains a WordPiece one, as the tokenizer that Hugging Face users load."""
+"""WordPiece vocabularies, trained or extended, as tokenizers that Hugging Face users load."""
 
 import hashlib
+import json
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,50 @@ def train_wordpiece(
         return BertTokenizer.from_pretrained(
             folder, do_lower_case=lowercase, model_max_length=max_length
         )
+
+
+def split_words(
+    tokenizer: Any, texts: Iterable[str], *, num_words: int, min_count: int
+) -> dict[str, list[int]]:
+    """The commonest words that a WordPiece tokenizer has no piece for -> the pieces it makes.
+
+    At most `num_words`, each `min_count` times or more in the texts; of equally common ones those
+    first in the alphabet. Raises ValueError for a tokenizer that is no WordPiece.
+    """
+    backend = plain_backend(tokenizer)
+    kind = json.loads(backend.to_str())["model"]["type"]
+    if kind != "WordPiece":
+        raise ValueError(f"tokenizer: expected a WordPiece one, got {kind}: it has no words")
+    counts: Counter[str] = Counter()
+    for text in texts:
+        normal = backend.normalizer.normalize_str(text) if backend.normalizer else text
+        counts.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normal))
+    known = backend.get_vocab()
+    frequent = sorted((-count, word) for word, count in counts.items() if count >= min_count)
+    chosen = [word for _, word in frequent if word not in known][:num_words]
+    return {word: [piece.id for piece in backend.model.tokenize(word)] for word in chosen}
+
+
+def with_words(tokenizer: Any, words: Sequence[str]) -> Any:
+    """The tokenizer with these words as further pieces of its own, numbered from its end on."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        file = Path(folder) / "tokenizer.json"
+        state = json.loads(file.read_text(encoding="utf-8"))
+        first = len(tokenizer)
+        state["model"]["vocab"] |= {word: first + i for i, word in enumerate(words)}
+        file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
+        (Path(folder) / "vocab.txt").unlink(missing_ok=True)
+        extended = AutoTokenizer.from_pretrained(folder, use_fast=True)
+    numbers = extended.convert_tokens_to_ids(list(words))
+    if numbers != list(range(first, first + len(words))):
+        raise ValueError(
+            f"tokenizer: expected the new words to be numbered from {first} on, got "
+            f"{numbers[:3]} …: its numbers have gaps; train a vocabulary of your own"
+        )
+    return extended
 
 
 def plain_backend(tokenizer: Any) -> Any:

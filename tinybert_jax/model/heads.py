@@ -33,6 +33,7 @@ class MaskedLMOutput(NamedTuple):
     table: jax.Array  # [vocab, dim], fp32
     bias: jax.Array  # [vocab], fp32
     encoder: EncoderOutput
+    pair_logits: jax.Array | None = None  # [batch, 2], fp32
 
 
 class SequenceClassifier(nnx.Module):
@@ -58,9 +59,12 @@ class SequenceClassifier(nnx.Module):
 
 
 class MaskedLM(nnx.Module):
-    """BERT's masked-LM head. The decoder is the word table itself, passed as an argument."""
+    """BERT's masked-LM head. The decoder is the word table itself, passed as an argument.
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, **options):
+    With `pair_head` also its next-sentence head, a linear map of the pooled first token.
+    """
+
+    def __init__(self, config: ModelConfig, *, pair_head: bool = False, rngs: nnx.Rngs, **options):
         dtype, product_dtype = options.get("dtype", jnp.float32), options.get("product_dtype")
         self.encoder = Encoder(config, rngs=rngs, **options)
         width, dtypes = config.hidden_size, {"dtype": dtype, "product_dtype": product_dtype}
@@ -68,6 +72,10 @@ class MaskedLM(nnx.Module):
         self.decoded_dtype = product_dtype or dtype
         self.norm = make_layer_norm(config, dtype, rngs)
         self.decoder = TiedDecoder(config.vocab_size)
+        if pair_head:
+            self.pair = make_linear(width, 2, config, dtype=jnp.float32, rngs=rngs)
+        else:
+            self.pair = None
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def __call__(
@@ -88,7 +96,8 @@ class MaskedLM(nnx.Module):
         hidden = hidden.astype(self.decoded_dtype)  # what the products with the word table read
         table = self.encoder.embeddings.word.embedding[...]
         logits = self.decoder(hidden, table)
-        return MaskedLMOutput(logits, hidden, table, self.decoder.bias[...], encoded)
+        pair = None if self.pair is None else self.pair(encoded.pooled.astype(jnp.float32))
+        return MaskedLMOutput(logits, hidden, table, self.decoder.bias[...], encoded, pair)
 
 
 class TiedDecoder(nnx.Module):

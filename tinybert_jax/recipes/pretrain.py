@@ -22,7 +22,11 @@ def main(run: Run) -> None:
     section, tokenizer = run.section("pretrain"), run.tokenizer
 
     # Model.
-    apply, init = make_masked_lm(with_dropout(run.teacher, section), **compute_options(run.config))
+    apply, init = make_masked_lm(
+        with_dropout(run.teacher, section),
+        pair_head=section.pair_weight > 0,
+        **compute_options(run.config),
+    )
     special = tuple(int(i) for i in tokenizer.all_special_ids)
     continuations = None if section.mask_unit == "token" else is_continuation(tokenizer)
 
@@ -43,6 +47,7 @@ def main(run: Run) -> None:
                 mask_token_id=tokenizer.mask_token_id,
                 special_token_ids=special,
                 vocab_size=len(tokenizer),
+                pair_weight=section.pair_weight,
             ),
             init_params=lambda key, _: hf_files.start_params(run.config.teacher.path, init, key),
             feed=corpus_feed(run, "pretrain"),

@@ -1,0 +1,172 @@
+"""The sections of the training stages: how long, on what rows, how fast, how often judged."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tinybert_jax.fields import (
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Probability,
+    Section,
+)
+
+
+class StageSection(Section):
+    """One training stage: how long, how fast, how often it is looked at and saved."""
+
+    num_epochs: Positive | None = None
+    num_steps: PositiveInt | None = None
+    global_batch_size: PositiveInt = 32
+    gradient_accumulation_steps: PositiveInt = 1
+    max_length: Annotated[int, Field(ge=4)] = 128
+    length_buckets: tuple[PositiveInt, ...] | None = Field(
+        None, description="padded widths of batches; default: 16, 32, 64, … up to max_length"
+    )
+    batching: Literal["bucket", "pack", "pad"] = Field(
+        "bucket",
+        description="bucket: a row an example, padded to its bucket's width; pad: to max_length; "
+        "pack: rows of max_length hold several examples, global_batch_size a batch on average",
+    )
+    learning_rate: Positive
+    schedule: Literal[
+        "linear", "cosine", "constant", "polynomial", "inverse_sqrt", "warmup_stable_decay"
+    ] = "linear"
+    warmup: Fraction = Field(0.1, description="share of the steps spent on linear warm-up")
+    decay: Fraction = Field(0.2, description="share of the steps that warmup_stable_decay decays")
+    end_factor: Fraction = 0.0
+    power: Positive = 1.0
+    weight_decay: NonNegative = 0.01
+    b1: Probability = 0.9
+    b2: Probability = 0.999
+    eps: Positive = 1e-6
+    clip_norm: Positive | None = 1.0
+    average_decay: Probability | None = Field(
+        None,
+        description="decay of a moving average of the weights, which is then what is evaluated and "
+        "kept; 0.998 looks back about 500 steps",
+    )
+    dropout: Probability | None = Field(None, description="overrides both of the model's rates")
+    log_every: PositiveInt = 50
+    save_every: PositiveInt = 500
+    eval_every: PositiveInt | None = Field(None, description="steps; default: once an epoch")
+    patience: PositiveInt | None = Field(
+        None, description="stop after so many evaluations in a row without a better dev score"
+    )
+
+    @model_validator(mode="after")
+    def _length_is_given_once(self) -> "StageSection":
+        if (self.num_epochs is None) == (self.num_steps is None):
+            raise ValueError("expected num_epochs or num_steps, exactly one of them")
+        if self.global_batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"expected global_batch_size to be a multiple of gradient_accumulation_steps, "
+                f"got {self.global_batch_size} and {self.gradient_accumulation_steps}"
+            )
+        if self.length_buckets and self.batching == "pad":
+            raise ValueError("batching: pad has one width, max_length; remove length_buckets")
+        if self.length_buckets and max(self.length_buckets) != self.max_length:
+            raise ValueError(
+                f"expected the longest of length_buckets to be max_length = {self.max_length}, "
+                f"got {list(self.length_buckets)}"
+            )
+        return self
+
+    def buckets(self) -> tuple[int, ...]:
+        """Padded widths in rising order; the last is `max_length`."""
+        if self.batching == "pad":
+            return (self.max_length,)
+        if self.length_buckets:
+            return tuple(sorted(set(self.length_buckets)))
+        widths = []
+        width = 16
+        while width < self.max_length:
+            widths.append(width)
+            width *= 2
+        return (*widths, self.max_length)
+
+    def by_phase(self) -> "list[tuple[float, StageSection]]":
+        """(share of the steps before it, the section as it is then); one, or those of `phases`."""
+        return [(0.0, self)]
+
+
+class Phase(Section):
+    share: Annotated[float, Field(gt=0.0, lt=1.0, description="of the stage's steps")]
+    max_length: Annotated[int, Field(ge=4)] | None = None
+    global_batch_size: PositiveInt | None = None
+
+    @property
+    def changes(self) -> dict[str, int]:
+        return self.model_dump(exclude={"share"}, exclude_none=True)
+
+
+class CorpusStageSection(StageSection):
+    """A stage that trains on the corpus, and may begin with shorter rows or smaller batches."""
+
+    phases: tuple[Phase, ...] = Field(
+        (),
+        description="how the stage begins, in order: [{share: 0.9, max_length: 128}] is BERT's "
+        "recipe; what they leave is trained with max_length and global_batch_size. Of "
+        "corpus.stores a phase reads those of its max_length",
+    )
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> "CorpusStageSection":
+        if not self.phases:
+            return self
+        if not self.num_steps:
+            raise ValueError("phases are shares of num_steps: give it instead of num_epochs")
+        if sum(phase.share for phase in self.phases) >= 1:
+            shares = [phase.share for phase in self.phases]
+            raise ValueError(f"expected phases whose shares leave some steps, got {shares}")
+        for phase in self.phases:
+            size = phase.global_batch_size or self.global_batch_size
+            if not phase.changes:
+                raise ValueError("expected max_length or global_batch_size in each phase")
+            if (phase.max_length or 0) > self.max_length:
+                raise ValueError(
+                    f"expected phases of at most max_length = {self.max_length}, got "
+                    f"{phase.max_length}"
+                )
+            if size % self.gradient_accumulation_steps:
+                raise ValueError(
+                    f"expected phases whose global_batch_size is a multiple of "
+                    f"gradient_accumulation_steps = {self.gradient_accumulation_steps}, got {size}"
+                )
+        return self
+
+    def by_phase(self) -> list[tuple[float, StageSection]]:
+        parts: list[tuple[float, StageSection]] = []
+        done = 0.0
+        for phase in self.phases:
+            changes: dict = {"phases": (), **phase.changes}
+            if self.length_buckets and phase.max_length:
+                shorter = [width for width in self.buckets() if width < phase.max_length]
+                changes["length_buckets"] = (*shorter, phase.max_length)
+            parts.append((done, self.model_copy(update=changes)))
+            done += phase.share
+        return [*parts, (done, self.model_copy(update={"phases": ()}))]
+
+
+class PretrainSection(CorpusStageSection):
+    mask_rate: Probability = 0.15
+    mask_rate_end: Probability | None = Field(
+        None, description="the rate of the last step; in a straight line from mask_rate"
+    )
+    mask_unit: Literal["token", "whole_word", "span"] = Field(
+        "token", description="what is masked together; span: words in a row, as in SpanBERT"
+    )
+    loss_chunk_size: PositiveInt = Field(
+        256, description="masked tokens whose logits exist at one time on a device"
+    )
+    pair_weight: NonNegative = Field(
+        0.0,
+        description="weight of BERT's second loss, next sentence or sentence order: whichever the "
+        "stores were prepared with (mode: pairs)",
+    )
+
+
+class SupervisedSection(StageSection):
+    label_smoothing: Probability = 0.0
