@@ -191,20 +191,28 @@ def test_seeds_share_a_run_and_the_best_is_exported_also_when_killed(golden):
     assert "means of 3 seeds" in (run / "report.html").read_text()
 
 
-def test_data_changed_under_a_resume_is_refused(golden, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "name", "more"),
+    [
+        ("pretrain", "corpus.txt", "\n\none more document about the sea and the wave"),
+        ("finetune", "dev.tsv", None),
+    ],
+)
+def test_data_changed_under_a_resume_is_refused(golden, tmp_path, stage, name, more):
     folder, _ = golden
     for name in ("run.yaml", "train.tsv", "dev.tsv", "corpus.txt"):
         text = (folder / name).read_text().replace(str(folder), str(tmp_path))
         (tmp_path / name).write_text(text)
-    _run_until_killed(tmp_path, tmp_path / "run", "pretrain")
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text(corpus.read_text() + "\n\none more document about the sea and the wave")
+    _run_until_killed(tmp_path, tmp_path / "run", stage)
+    file = tmp_path / name
+    text = file.read_text()
+    file.write_text(text + (more or text.splitlines()[-1] + "\n"))
     before = {
         p: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").rglob("*") if p.is_file()
     }
     done = subprocess.run(_command("run"), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "pretrain: expected the data that this run began with" in done.stderr
+    assert f"{stage}: expected the data that this run began with" in done.stderr
     assert all(path.read_bytes() == content for path, content in before.items())
 
 

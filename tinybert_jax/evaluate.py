@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,13 @@ from tinybert_jax.data.pipeline import (
 
 Scorer = Callable[[Any, TokenRows], np.ndarray]
 EVAL_MASK_RATE = 0.15  # whatever a stage trains with, so that its figures compare with others'
+
+
+class Judge(NamedTuple):
+    """Measures parameters on text that is not trained on."""
+
+    measure: Callable[[Any], dict[str, float]]
+    fingerprint: str  # SHA-256 of the rows
 
 
 def make_scorer(

@@ -70,7 +70,7 @@ def best_seed(summary: dict[str, Any], stage: str) -> int:
     described = next((m for m in summary["models"] if m["stage"] == stage), None)
     if described is None or "by_seed" not in described:
         return 0
-    return int(np.argmax([own[summary["metric"]] for own in described["by_seed"]]))
+    return _best(described["by_seed"], summary["metric"])
 
 
 def _spread(metric: str, model: dict[str, Any]) -> str:
@@ -115,10 +115,14 @@ def _describe(
         deviation = _over_seeds(functools.partial(np.std, ddof=1), by_seed)
         description |= {"by_seed": by_seed, "deviation": deviation}
     if run.data.label_names:
-        best = max(range(len(logits)), key=lambda number: by_seed[number][run.score])
-        counts = metrics.confusion_matrix(logits[best].argmax(-1), labels, run.data.num_outputs)
+        chosen = logits[_best(by_seed, run.score)].argmax(-1)
+        counts = metrics.confusion_matrix(chosen, labels, run.data.num_outputs)
         description["confusion"] = counts.tolist()
     return description
+
+
+def _best(by_seed: list[dict[str, float]], metric: str) -> int:
+    return int(np.argmax([own[metric] for own in by_seed]))
 
 
 def _over_seeds(

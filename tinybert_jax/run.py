@@ -23,7 +23,7 @@ from tinybert_jax.data import vocab
 from tinybert_jax.data.pipeline import tokenize_task
 from tinybert_jax.data.store import Store, open_store
 from tinybert_jax.data.tasks import TaskData, read_corpus, read_task, split_heldout
-from tinybert_jax.evaluate import majority_share, make_scorer, task_metrics
+from tinybert_jax.evaluate import Judge, majority_share, make_scorer, task_metrics
 from tinybert_jax.log import MetricLog
 from tinybert_jax.model.heads import make_classifier
 from tinybert_jax.sections import ModelConfig, RunConfig, StudentSection
@@ -157,8 +157,8 @@ def compute_options(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def dev_judge(run: Run, apply: Callable, section: StageSection) -> Callable[[Any], dict]:
-    """parameters -> metrics on the dev set."""
+def dev_judge(run: Run, apply: Callable, section: StageSection) -> Judge:
+    """Metrics on the dev set."""
     rows = tokenize_task(run.tokenizer, run.data.dev, section.max_length)
     score = make_scorer(
         apply,
@@ -166,9 +166,11 @@ def dev_judge(run: Run, apply: Callable, section: StageSection) -> Callable[[Any
         pad_token_id=run.tokenizer.pad_token_id,
         packed=section.batching == "pack",
     )
-    return lambda params: task_metrics(
-        score(params, rows), run.data.dev_labels, regression=run.is_regression
-    )
+
+    def measure(params: Any) -> dict[str, float]:
+        return task_metrics(score(params, rows), run.data.dev_labels, regression=run.is_regression)
+
+    return Judge(measure, rows.fingerprint())
 
 
 def check_teacher(run: Run) -> None:
@@ -178,7 +180,7 @@ def check_teacher(run: Run) -> None:
     section = run.config.prediction or run.section("intermediate")
     apply, init = make_classifier(run.teacher, run.data.num_outputs, **compute_options(run.config))
     params = hf_files.start_params(run.task_teacher, init, whole=True)
-    accuracy = dev_judge(run, apply, section)(params)["accuracy"]
+    accuracy = dev_judge(run, apply, section).measure(params)["accuracy"]
     chance = majority_share(run.data.dev_labels)
     needed = min(chance + run.config.distillation.teacher_margin, 1.0)
     if accuracy < needed:

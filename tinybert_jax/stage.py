@@ -15,13 +15,12 @@ import optax
 from tinybert_jax import checkpoint, loop, optim, sharding, train
 from tinybert_jax.data import loader
 from tinybert_jax.data.pipeline import Batch
+from tinybert_jax.evaluate import Judge
 from tinybert_jax.feed import Feed
 from tinybert_jax.objectives import Objective
 from tinybert_jax.run import Run
 from tinybert_jax.sections import STAGES
 from tinybert_jax.stage_sections import StageSection
-
-Evaluate = Callable[[Any], dict[str, float]]
 
 
 class Training(NamedTuple):
@@ -34,7 +33,7 @@ class Training(NamedTuple):
     feed: Feed
     frozen: Any  # arrays the objective reads and never changes
     flops_per_token: Callable[[int], float]  # padded width -> FLOPs of a step per token
-    evaluate: Evaluate | None = None  # parameters -> metrics of text that is not trained on
+    judge: Judge | None = None
     score: str = ""  # the metric that chooses the best parameters; none: the last are kept
 
     @property
@@ -133,8 +132,10 @@ def _open_state(
 
 
 def _fingerprint(training: Training) -> str:
-    """SHA-256 of the training rows and of the frozen teacher."""
+    """SHA-256 of the training rows, of those it is judged on, and of the frozen teacher."""
     digest = hashlib.sha256(training.feed.fingerprint.encode())
+    if training.judge:
+        digest.update(training.judge.fingerprint.encode())
     for leaf in jax.tree.leaves(training.frozen):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
@@ -188,14 +189,14 @@ class _Judge:
 
     def is_due(self, step: int) -> bool:
         is_time = step % self.every == 0 or step == self.num_steps
-        return self.training.evaluate is not None and is_time
+        return self.training.judge is not None and is_time
 
     def __call__(self, step: int, state: train.TrainState) -> bool:
-        if self.training.evaluate is None or not self.is_due(step):
+        if self.training.judge is None or not self.is_due(step):
             return False
         with self.meter.paused(state):
             models = _models(state.evaluated, state.key)
-            each = [self.training.evaluate(params) for params in models]
+            each = [self.training.judge.measure(params) for params in models]
             values = {name: float(np.mean([own[name] for own in each])) for name in each[0]}
             self.run.log.write("eval", self.training.name, step, values)
             shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())

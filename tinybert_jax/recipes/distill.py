@@ -74,7 +74,7 @@ def prediction(run: Run) -> None:
                 teacher=run.teacher,
                 num_students=run.config.num_seeds,
             ),
-            evaluate=dev_judge(run, apply, section),
+            judge=dev_judge(run, apply, section),
             score=run.score,
         ),
     )

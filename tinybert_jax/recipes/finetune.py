@@ -48,7 +48,7 @@ def main(run: Run, stage: str = "finetune") -> None:
             flops_per_token=lambda width: cost.training_flops_per_token(
                 model, width, num_students=len(run.config.seeds(stage))
             ),
-            evaluate=dev_judge(run, apply, section),
+            judge=dev_judge(run, apply, section),
             score=run.score,
         ),
     )

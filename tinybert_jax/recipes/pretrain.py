@@ -1,7 +1,5 @@
 """Masked-LM pretraining of the teacher, from random or from a folder ("update a model")."""
 
-from typing import Any
-
 import jax
 
 from tinybert_jax import cost, sharding
@@ -9,13 +7,13 @@ from tinybert_jax.convert import hf_files
 from tinybert_jax.data.loader import segment_rows
 from tinybert_jax.data.pipeline import tokenize_corpus
 from tinybert_jax.data.vocab import is_continuation
-from tinybert_jax.evaluate import make_masked_lm_scorer
+from tinybert_jax.evaluate import Judge, make_masked_lm_scorer
 from tinybert_jax.feed import corpus_feed
 from tinybert_jax.model.heads import Apply, make_masked_lm
 from tinybert_jax.objectives import make_mlm
 from tinybert_jax.run import Run, compute_options, with_dropout
 from tinybert_jax.sections import STAGES
-from tinybert_jax.stage import Evaluate, Training, run_stage
+from tinybert_jax.stage import Training, run_stage
 
 
 def main(run: Run) -> None:
@@ -53,14 +51,14 @@ def main(run: Run) -> None:
             feed=corpus_feed(run, "pretrain"),
             frozen=(),
             flops_per_token=lambda width: cost.training_flops_per_token(run.teacher, width),
-            evaluate=_heldout_judge(run, apply, special),
+            judge=_heldout_judge(run, apply, special),
         ),
     )
     hf_files.save_model(run.model_folder("pretrain"), params, run.teacher, tokenizer)
 
 
-def _heldout_judge(run: Run, apply: Apply, special: tuple[int, ...]) -> Evaluate | None:
-    """parameters -> loss, perplexity and masked accuracy on the held-out documents, if any."""
+def _heldout_judge(run: Run, apply: Apply, special: tuple[int, ...]) -> Judge | None:
+    """Loss, perplexity and masked accuracy on the held-out documents, if any."""
     section = run.section("pretrain")
     if run.heldout_store:
         rows = segment_rows(run.heldout_store)
@@ -79,8 +77,4 @@ def _heldout_judge(run: Run, apply: Apply, special: tuple[int, ...]) -> Evaluate
         pad_token_id=run.tokenizer.pad_token_id,
         chunk_size=section.loss_chunk_size,
     )
-
-    def judge(params: Any) -> dict[str, float]:
-        return score(params, rows)
-
-    return judge
+    return Judge(lambda params: score(params, rows), rows.fingerprint())
