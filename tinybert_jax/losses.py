@@ -79,7 +79,7 @@ def masked_lm_from_hidden(
     split = lambda rows: rows.reshape(num_shards, -1, *rows.shape[1:])  # noqa: E731
     size = min(chunk_size, hidden.shape[0] // num_shards)
     total = _summed_nll(size, split(hidden), table, bias, split(labels))
-    return _divide(total, jnp.sum(labels != IGNORED_LABEL, dtype=jnp.float32), count)
+    return mean_over(total, jnp.sum(labels != IGNORED_LABEL, dtype=jnp.float32), count)
 
 
 def masked_lm_sums(
@@ -243,125 +243,8 @@ def hidden_mse(
     elif normalisation == "paper_code":
         num_tokens = jnp.float32(mask.size)
     else:
-        raise ValueError(_unknown_normalisation(normalisation))
-    return _divide(jnp.square(difference).mean(-1).sum(), num_tokens, count)
-
-
-def attention_mse(
-    student_query: Float[Array, "batch seq heads student_head_dim"],
-    student_key: Float[Array, "batch seq heads student_head_dim"],
-    teacher_query: Float[Array, "batch seq heads teacher_head_dim"],
-    teacher_key: Float[Array, "batch seq heads teacher_head_dim"],
-    mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"],
-    *,
-    normalisation: Normalisation,
-    count: Float[Array, ""] | None = None,
-) -> Float[Array, ""]:
-    """MSE between the score maps QKᵀ/√head_dim of one layer, without building a map (unit: pair).
-
-    An integer mask holds segment ids of packed rows (0: padding): pairs within a segment count,
-    "valid_only". There the maps are built: cheaper than a Gram matrix for each segment.
-
-    "valid_only" leaves padded rows and columns out and averages over valid pairs and heads;
-    "paper_code" zeroes padded key columns, keeps padded query rows and averages over (batch, heads,
-    seq, seq), so that its unit count is batch·seq². Source: TinyBERT equation 7, in Gram form:
-    O(seq·head_dim²) time and O(head_dim²) memory per head, the same number.
-
-    Numerics: the terms cancel where the maps agree. With unequal head dims the value's relative
-    error is about 1e-7·‖A‖²/‖A_S − A_T‖² (A: a score map) and the gradient's 1e-7·‖A‖/‖A_S − A_T‖,
-    so a value many orders below the maps' own size may come out slightly negative; it is
-    returned as it is, because clamping would also zero the gradient. Equal head dims avoid this.
-    """
-    if mask.dtype != bool:
-        assert normalisation == "valid_only", "the config refuses paper_code for packed rows"
-        return _packed_attention_mse(
-            student_query, student_key, teacher_query, teacher_key, mask, count
-        )
-    if normalisation == "valid_only":
-        query_mask = mask
-        pairs = num_pairs(mask)
-    elif normalisation == "paper_code":
-        query_mask = jnp.ones_like(mask)
-        pairs = jnp.float32(mask.size * mask.shape[1])
-    else:
-        raise ValueError(_unknown_normalisation(normalisation))
-
-    sq, tq = _by_head(student_query, query_mask), _by_head(teacher_query, query_mask)
-    sk, tk = _by_head(student_key, mask), _by_head(teacher_key, mask)
-    student_scale, teacher_scale = sq.shape[-1] ** -0.5, tq.shape[-1] ** -0.5
-    if sq.shape[-1] == tq.shape[-1]:
-        # A_S − A_T = (Q−Q')Kᵀ + Q'(K−K')ᵀ: both products are small when the models are close.
-        factors = (sq - tq) * student_scale, sk, tq * student_scale, sk - tk
-    else:
-        factors = sq * student_scale, sk, tq * -teacher_scale, tk
-    num_heads = student_query.shape[2]
-    return _divide(_squared_norm_of_sum(*factors) / num_heads, pairs, count)
-
-
-def num_pairs(mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"]) -> Float[Array, ""]:
-    """Token pairs of the same example, over the batch."""
-    if mask.dtype == bool:
-        return jnp.square(mask.sum(-1, dtype=jnp.float32)).sum()
-    return _same_segment(mask).sum(dtype=jnp.float32)
-
-
-def _same_segment(segment_ids: Int[Array, "batch seq"]) -> Bool[Array, "batch seq seq"]:
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return same & (segment_ids[:, None, :] > 0)
-
-
-def _packed_attention_mse(sq, sk, tq, tk, segment_ids, count) -> Array:
-    def scores(query: Array, key: Array) -> Array:
-        query, key = query.astype(jnp.float32), key.astype(jnp.float32)
-        return jnp.einsum(
-            "bthk,bshk->bhts",
-            query * query.shape[-1] ** -0.5,
-            key,
-            precision=jax.lax.Precision.HIGHEST,
-        )
-
-    same = _same_segment(segment_ids)[:, None]
-    difference = jnp.where(same, scores(sq, sk) - scores(tq, tk), 0)
-    total = jnp.square(difference).sum() / sq.shape[2]
-    return _divide(total, num_pairs(segment_ids), count)
-
-
-def _by_head(x: Array, mask: Array) -> Array:
-    """[b, t, h, k] to fp32 [b, h, t, k], masked rows zero.
-
-    One explicit transpose, fused with the mask and shared by all Gram products, where XLA:CPU would
-    else insert a slower one into each of them.
-    """
-    masked = jnp.where(mask[:, :, None, None], x.astype(jnp.float32), 0)
-    return masked.transpose(0, 2, 1, 3)
-
-
-def _squared_norm_of_sum(left: Array, right: Array, left2: Array, right2: Array) -> Array:
-    """Σ‖left·rightᵀ + left2·right2ᵀ‖² over b and h, each factor [b, h, t, k], by Gram matrices.
-
-    The terms cancel within each head, before the sum over heads can round: 10× more accurate.
-    """
-    first = jnp.sum(_gram(left) * _gram(right), axis=(-2, -1))
-    cross = jnp.sum(_cross_gram(left, left2) * _cross_gram(right, right2), axis=(-2, -1))
-    second = jnp.sum(_gram(left2) * _gram(right2), axis=(-2, -1))
-    return jnp.sum(first + 2 * cross + second)
-
-
-def _cross_gram(x: Array, y: Array) -> Array:
-    return jnp.einsum("bhtk,bhtl->bhkl", x, y, precision=jax.lax.Precision.HIGHEST)
-
-
-@jax.custom_jvp
-def _gram(x: Array) -> Array:
-    return _cross_gram(x, x)
-
-
-@_gram.defjvp
-def _gram_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """Symmetry makes one product of the two that autodiff would compute."""
-    (x,), (dx,) = primals, tangents
-    half = _cross_gram(dx, x)
-    return _gram(x), half + half.mT
+        raise ValueError(unknown_normalisation(normalisation))
+    return mean_over(jnp.square(difference).mean(-1).sum(), num_tokens, count)
 
 
 def _negative_log_likelihood(logits: Array, labels: Array) -> Array:
@@ -371,15 +254,17 @@ def _negative_log_likelihood(logits: Array, labels: Array) -> Array:
 
 def _weighted_mean(per_unit: Array, weights: Array, count: Array | None) -> Array:
     weights = weights.astype(jnp.float32)
-    return _divide(jnp.sum(per_unit * weights), weights.sum(), count)
+    return mean_over(jnp.sum(per_unit * weights), weights.sum(), count)
 
 
-def _divide(total: Array, num_units: Array, count: Array | None) -> Array:
+def mean_over(total: Array, num_units: Array, count: Array | None) -> Array:
+    """`total` by `count`, or by the local number of units where there is none; 0 of nothing."""
     denominator = num_units if count is None else count.astype(jnp.float32)
     return total / jnp.where(denominator == 0, 1, denominator)
 
 
-def _unknown_normalisation(normalisation: object) -> str:
+def unknown_normalisation(normalisation: object) -> str:
+    """The message for a normalisation that there is not."""
     return (
         f"normalisation: expected 'paper_code' or 'valid_only', got {normalisation!r}; use "
         "'valid_only' unless the released code is to be reproduced"

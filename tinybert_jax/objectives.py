@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinybert_jax import losses, masking
+from tinybert_jax import attention_losses, losses, masking
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import LayerMap, project
 from tinybert_jax.model.encoder import EncoderOutput
@@ -58,7 +58,7 @@ def count_units(batch: Batch, normalisation: str = "valid_only") -> Counts:
         tokens, pairs = num_rows * width, num_rows * width**2
     else:
         tokens = jnp.sum(batch.real, dtype=jnp.float32)
-        pairs = losses.num_pairs(batch.attention_mask)
+        pairs = attention_losses.num_pairs(batch.attention_mask)
     return Counts(
         examples=batch.weights.sum(),
         tokens=jnp.asarray(tokens, jnp.float32),
@@ -178,7 +178,7 @@ def make_distill_layers(
             )
 
         def attention(layer: int, teacher_layer: int) -> jax.Array:
-            return losses.attention_mse(
+            return attention_losses.attention_mse(
                 student.queries[layer],
                 student.keys[layer],
                 teacher.queries[teacher_layer],

@@ -1,0 +1,259 @@
+"""Losses between the attentions of two models: of one layer, from queries, keys and values.
+
+Conventions as in `losses`: fp32, the mask inside, `total / number of valid units`. No loss keeps a
+[seq, seq] map for its gradient, except for packed rows of the score loss, where a map is cheaper.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from tinybert_jax.losses import Normalisation, mean_over, unknown_normalisation
+
+
+def attention_mse(
+    student_query: Float[Array, "batch seq heads student_head_dim"],
+    student_key: Float[Array, "batch seq heads student_head_dim"],
+    teacher_query: Float[Array, "batch seq heads teacher_head_dim"],
+    teacher_key: Float[Array, "batch seq heads teacher_head_dim"],
+    mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"],
+    *,
+    normalisation: Normalisation,
+    count: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """MSE between the score maps QKᵀ/√head_dim of one layer, without building a map (unit: pair).
+
+    An integer mask holds segment ids of packed rows (0: padding): pairs within a segment count,
+    "valid_only". There the maps are built: cheaper than a Gram matrix for each segment.
+
+    "valid_only" leaves padded rows and columns out and averages over valid pairs and heads;
+    "paper_code" zeroes padded key columns, keeps padded query rows and averages over (batch, heads,
+    seq, seq), so that its unit count is batch·seq². Source: TinyBERT equation 7, in Gram form:
+    O(seq·head_dim²) time and O(head_dim²) memory per head, the same number.
+
+    Numerics: the terms cancel where the maps agree. With unequal head dims the value's relative
+    error is about 1e-7·‖A‖²/‖A_S − A_T‖² (A: a score map) and the gradient's 1e-7·‖A‖/‖A_S − A_T‖,
+    so a value many orders below the maps' own size may come out slightly negative; it is
+    returned as it is, because clamping would also zero the gradient. Equal head dims avoid this.
+    """
+    if mask.dtype != bool:
+        assert normalisation == "valid_only", "the config refuses paper_code for packed rows"
+        return _packed_attention_mse(
+            student_query, student_key, teacher_query, teacher_key, mask, count
+        )
+    if normalisation == "valid_only":
+        query_mask = mask
+        pairs = num_pairs(mask)
+    elif normalisation == "paper_code":
+        query_mask = jnp.ones_like(mask)
+        pairs = jnp.float32(mask.size * mask.shape[1])
+    else:
+        raise ValueError(unknown_normalisation(normalisation))
+
+    sq, tq = _by_head(student_query, query_mask), _by_head(teacher_query, query_mask)
+    sk, tk = _by_head(student_key, mask), _by_head(teacher_key, mask)
+    student_scale, teacher_scale = sq.shape[-1] ** -0.5, tq.shape[-1] ** -0.5
+    if sq.shape[-1] == tq.shape[-1]:
+        # A_S − A_T = (Q−Q')Kᵀ + Q'(K−K')ᵀ: both products are small when the models are close.
+        factors = (sq - tq) * student_scale, sk, tq * student_scale, sk - tk
+    else:
+        factors = sq * student_scale, sk, tq * -teacher_scale, tk
+    num_heads = student_query.shape[2]
+    return mean_over(_squared_norm_of_sum(*factors) / num_heads, pairs, count)
+
+
+def relation_kl(
+    student_left: Float[Array, "batch seq heads student_head_dim"],
+    student_right: Float[Array, "batch seq heads student_head_dim"],
+    teacher_left: Float[Array, "batch seq heads teacher_head_dim"],
+    teacher_right: Float[Array, "batch seq heads teacher_head_dim"],
+    mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"],
+    *,
+    block_size: int = 128,
+    count: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """KL(p_T ‖ p_S) of the relations p = softmax(left·rightᵀ/√head_dim) of one layer (unit: token).
+
+    Mean over heads and real tokens; a token relates to the real ones, of packed rows (an integer
+    mask, 0: padding) to those of its segment. Left and right are queries and keys, or twice the
+    same: MiniLMv2's Q/Q, K/K and V/V (arXiv 2012.15828, equation 4), regrouped into its heads.
+
+    Maps exist for `block_size` tokens of a row at one time, forward and backward: the gradients
+    are made with the loss, block by block, so that nothing is kept or computed twice. The teacher
+    gets none.
+    """
+    is_real, segment_ids = mask.astype(bool), mask.astype(jnp.int32)
+    sl, sr, tl, tr = (
+        _by_head(x, is_real) for x in (student_left, student_right, teacher_left, teacher_right)
+    )
+    total = _summed_kl(block_size, sl, sr, *jax.lax.stop_gradient((tl, tr)), segment_ids)
+    return mean_over(total / sl.shape[1], is_real.sum(dtype=jnp.float32), count)
+
+
+def regroup(
+    x: Float[Array, "batch seq heads head_dim"], num_heads: int
+) -> Float[Array, "batch seq relation_heads relation_dim"]:
+    """The same features as `num_heads` heads: MiniLMv2's relation heads.
+
+    Raises ValueError where the width is no multiple of them.
+    """
+    width = x.shape[2] * x.shape[3]
+    if width % num_heads:
+        raise ValueError(
+            f"relation heads: expected a divisor of the width {width}, got {num_heads}; choose one "
+            "that divides both models' widths"
+        )
+    return x.reshape(*x.shape[:2], num_heads, width // num_heads)
+
+
+def num_pairs(mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"]) -> Float[Array, ""]:
+    """Token pairs of the same example, over the batch."""
+    if mask.dtype == bool:
+        return jnp.square(mask.sum(-1, dtype=jnp.float32)).sum()
+    return _same_segment(mask).sum(dtype=jnp.float32)
+
+
+def _same_segment(segment_ids: Int[Array, "batch seq"]) -> Bool[Array, "batch seq seq"]:
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return same & (segment_ids[:, None, :] > 0)
+
+
+def _packed_attention_mse(sq, sk, tq, tk, segment_ids, count) -> Array:
+    def scores(query: Array, key: Array) -> Array:
+        query, key = query.astype(jnp.float32), key.astype(jnp.float32)
+        return jnp.einsum(
+            "bthk,bshk->bhts",
+            query * query.shape[-1] ** -0.5,
+            key,
+            precision=jax.lax.Precision.HIGHEST,
+        )
+
+    same = _same_segment(segment_ids)[:, None]
+    difference = jnp.where(same, scores(sq, sk) - scores(tq, tk), 0)
+    total = jnp.square(difference).sum() / sq.shape[2]
+    return mean_over(total, num_pairs(segment_ids), count)
+
+
+def _by_head(x: Array, mask: Array) -> Array:
+    """[b, t, h, k] to fp32 [b, h, t, k], masked rows zero.
+
+    One explicit transpose, fused with the mask and shared by all Gram products, where XLA:CPU would
+    else insert a slower one into each of them.
+    """
+    masked = jnp.where(mask[:, :, None, None], x.astype(jnp.float32), 0)
+    return masked.transpose(0, 2, 1, 3)
+
+
+def _squared_norm_of_sum(left: Array, right: Array, left2: Array, right2: Array) -> Array:
+    """Σ‖left·rightᵀ + left2·right2ᵀ‖² over b and h, each factor [b, h, t, k], by Gram matrices.
+
+    The terms cancel within each head, before the sum over heads can round: 10× more accurate.
+    """
+    first = jnp.sum(_gram(left) * _gram(right), axis=(-2, -1))
+    cross = jnp.sum(_cross_gram(left, left2) * _cross_gram(right, right2), axis=(-2, -1))
+    second = jnp.sum(_gram(left2) * _gram(right2), axis=(-2, -1))
+    return jnp.sum(first + 2 * cross + second)
+
+
+def _cross_gram(x: Array, y: Array) -> Array:
+    return jnp.einsum("bhtk,bhtl->bhkl", x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.custom_jvp
+def _gram(x: Array) -> Array:
+    return _cross_gram(x, x)
+
+
+@_gram.defjvp
+def _gram_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """Symmetry makes one product of the two that autodiff would compute."""
+    (x,), (dx,) = primals, tangents
+    half = _cross_gram(dx, x)
+    return _gram(x), half + half.mT
+
+
+def _over_blocks(
+    block_size: int, sl: Array, sr: Array, tl: Array, tr: Array, ids: Array, *, with_gradients: bool
+) -> tuple[Array, Any]:
+    """Σ KL over batch, heads and real tokens, and its gradients by the student's two factors."""
+    student_scale, teacher_scale = sl.shape[-1] ** -0.5, tl.shape[-1] ** -0.5
+    seq = ids.shape[1]
+    size = min(block_size, seq)
+    room = -seq % size
+    sl, tl = (jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0))) for x in (sl, tl))
+    row_ids = jnp.pad(ids, ((0, 0), (0, room)))
+    matmul = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+    def block(sums: tuple[Array, ...], i: Array) -> tuple[tuple[Array, ...], Array | None]:
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * size, slice_size=size)
+        student, teacher, rows = cut(sl, axis=2), cut(tl, axis=2), cut(row_ids, axis=1)
+        is_pair = (rows[:, :, None] == ids[:, None, :]) & (rows[:, :, None] > 0)
+        is_pair = is_pair[:, None]
+
+        goal = matmul("bhtk,bhsk->bhts", teacher * teacher_scale, tr)
+        if sl.shape == tl.shape:
+            # As in the score loss: each product is small where the models are close.
+            left = jnp.concatenate([student - teacher, teacher], axis=-1) * student_scale
+            difference = matmul("bhtk,bhsk->bhts", left, jnp.concatenate([sr, sr - tr], axis=-1))
+        else:
+            difference = matmul("bhtk,bhsk->bhts", student * student_scale, sr) - goal
+        divergence, slope = _divergence(goal, difference, is_pair)
+        total = sums[0] + divergence
+        if not with_gradients:
+            return (total,), None
+        slope = slope * student_scale
+        by_right = sums[1] + matmul("bhts,bhtk->bhsk", slope, student)
+        return (total, by_right), matmul("bhts,bhsk->bhtk", slope, sr)
+
+    start = (jnp.zeros(()), jnp.zeros_like(sr)) if with_gradients else (jnp.zeros(()),)
+    sums, by_left = jax.lax.scan(block, start, jnp.arange((seq + room) // size))
+    if not with_gradients:
+        return sums[0], None
+    by_left = jnp.moveaxis(by_left, 0, 2).reshape(sl.shape)[:, :, :seq]
+    return sums[0], (by_left, sums[1])
+
+
+def _divergence(goal: Array, difference: Array, is_pair: Array) -> tuple[Array, Array]:
+    """Σ KL(p_T ‖ p_S) and p_S − p_T, for p_T = softmax(goal), p_S = softmax(goal + difference).
+
+    With r = log p_S − log p_T each term is p_T·(exp(r) − 1 − r): what is added, Σ p_S − Σ p_T, is
+    zero, and all terms are positive. Where r is small nothing cancels: of order r², to 1e-7.
+    """
+    goal = jnp.where(is_pair, goal, _MASKED)
+    log_teacher = jax.nn.log_softmax(goal, axis=-1)
+    teacher = jnp.where(is_pair, jnp.exp(log_teacher), 0)
+    difference = jnp.where(is_pair, difference, 0)
+
+    # log of the student's normaliser by the teacher's.
+    is_close = jnp.abs(difference).max(axis=-1, keepdims=True) < 0.5
+    growth = teacher * jnp.expm1(jnp.where(is_close, difference, 0))
+    near = jnp.log1p(growth.sum(axis=-1, keepdims=True))
+    far = jax.nn.logsumexp(log_teacher + difference, axis=-1, keepdims=True)
+    ratio = jnp.where(is_pair, difference - jnp.where(is_close, near, far), 0)
+
+    is_small = jnp.abs(ratio) < 0.25
+    small = jnp.where(is_small, ratio, 0)
+    large_slope = jnp.where(is_pair, jnp.exp(log_teacher + ratio), 0) - teacher
+    slope = jnp.where(is_small, teacher * jnp.expm1(small), large_slope)
+    series = 1 / 2 + small * (1 / 6 + small * (1 / 24 + small * (1 / 120 + small / 720)))
+    terms = jnp.where(is_small, teacher * small**2 * series, slope - teacher * ratio)
+    return terms.sum(), slope
+
+
+def _kl_alone(block_size: int, *factors: Array) -> Array:
+    return _over_blocks(block_size, *factors, with_gradients=False)[0]
+
+
+def _scaled(
+    block_size: int, gradients: tuple[Array, Array], cotangent: Array
+) -> tuple[Array | None, ...]:
+    return *(cotangent * gradient for gradient in gradients), None, None, None
+
+
+_summed_kl = jax.custom_vjp(_kl_alone, nondiff_argnums=(0,))
+_summed_kl.defvjp(functools.partial(_over_blocks, with_gradients=True), _scaled)
+
+_MASKED = -1e30  # finite: a row without a pair gives uniform probabilities, never NaN
