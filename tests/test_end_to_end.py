@@ -52,7 +52,9 @@ def _write_inputs(folder):
     for name in ("finetune", "prediction", "baseline"):
         settings[name] = {**stage, "eval_every": 10}
     settings["finetune"] |= {"learning_rate": 1e-2, "average_decay": 0.9, "batching": "pack"}
-    settings["pretrain"] = {**stage, "learning_rate": 1e-3, "eval_every": 40}
+    phases = [{"share": 0.1, "max_length": 8}, {"share": 0.2, "global_batch_size": 16}]
+    settings["pretrain"] = {**stage, "learning_rate": 1e-3, "eval_every": 40, "phases": phases}
+    settings["general"] = {**stage, "phases": phases[:1]}
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
 
 

@@ -58,11 +58,14 @@ def _stage(kind, normalisation="valid_only"):
         apply, init = make_classifier(student, 3)
         return objectives.make_supervised(apply, label_smoothing=0.1), jax.jit(init)(key), ()
     if kind == "masked_lm":
-        apply, init = make_masked_lm(student)
-        objective = objectives.make_mlm(
-            apply, mask_rate=0.3, mask_token_id=4, special_token_ids=(0, 1, 2), vocab_size=52
-        )
-        return objective, jax.jit(init)(key), ()
+        apply, init = make_masked_lm(student, pair_head=True)
+        options = {"mask_token_id": 4, "special_token_ids": (0, 1, 2), "vocab_size": 52}
+        objective = objectives.make_mlm(apply, mask_rate=0.3, pair_weight=0.5, **options)
+
+        def prepare(batch, key, share):  # labels of pairs: none, 0 and 1
+            return objective.prepare(batch._replace(labels=batch.labels - 1), key, share)
+
+        return objective._replace(prepare=prepare), jax.jit(init)(key), ()
     if kind == "prediction":
         apply, init = make_classifier(student, 3)
         teacher_apply, teacher_init = make_classifier(teacher, 3)

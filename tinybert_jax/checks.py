@@ -96,17 +96,29 @@ def check_sizes(
                     f"{name}.max_length: expected at most {model.max_position_embeddings} (the "
                     f"{role}'s positions), got {section.max_length}"
                 )
+            if model.type_vocab_size < 2 and _has_second_part(config, name):
+                raise ValueError(
+                    f"{name}: expected a {role} with two token types for pairs of texts, got "
+                    f"type_vocab_size {model.type_vocab_size}; use another model, or no pairs"
+                )
         check_schedule(name, section)
         shards = sharding.num_batch_shards(mesh) * section.gradient_accumulation_steps
-        for size in (part.global_batch_size for _, part in section.by_phase()):
-            if size % shards:
+        for part in section.parts():
+            if part.section.global_batch_size % shards:
                 raise ValueError(
-                    f"{name}.global_batch_size: expected a multiple of {shards} (batch devices × "
-                    f"accumulation steps), got {size}"
+                    f"{name}.{part.key}global_batch_size: expected a multiple of {shards} (batch "
+                    f"devices × accumulation steps), got {part.section.global_batch_size}"
                 )
     if student and {"general", "intermediate", "prediction"} & set(stages):
         reads_layers = bool({"general", "intermediate"} & set(stages))
         _check_pair(config, teacher, student, reads_layers)
+
+
+def _has_second_part(config: RunConfig, stage: str) -> bool:
+    """Whether the rows of a stage are pairs of texts."""
+    if stage == "pretrain":
+        return config.pretrain is not None and config.pretrain.pair_weight > 0
+    return stage != "general" and config.task is not None and config.task.text_pair is not None
 
 
 def check_schedule(stage: str, section: StageSection) -> None:
@@ -147,19 +159,20 @@ def check_stores(
             raise ValueError(f"{origin}: expected rows, got none in {store.folder}")
     read = set()
     for name in (name for name in ("pretrain", "general") if getattr(config, name)):
-        for _, section in getattr(config, name).by_phase():
-            alike = [pair for pair in stores if pair[0].width == section.max_length]
+        for part in getattr(config, name).parts():
+            width = part.section.max_length
+            alike = [pair for pair in stores if pair[0].width == width]
             if alike:
-                read.add(section.max_length)
+                read.add(width)
                 check_mixture(*zip(*alike, strict=True))
             elif name in stages:
                 widths = " or ".join(str(width) for width in sorted({s.width for s, _ in stores}))
                 raise ValueError(
-                    f"{name}.max_length: expected {widths}, the width of the rows in "
-                    f"corpus.stores, got {section.max_length}"
+                    f"{name}.{part.key}max_length: expected {widths}, the width of the rows in "
+                    f"corpus.stores, got {width}"
                 )
     unread = [str(store.folder) for store, _ in stores if store.width not in read]
-    if unread:
+    if unread and (config.pretrain or config.general):
         raise ValueError(
             f"corpus.stores: expected rows as wide as a stage's max_length, got others in "
             f"{unread}; remove them, or give pretrain phases of that max_length"
@@ -167,7 +180,9 @@ def check_stores(
     if "pretrain" in stages and config.pretrain:
         _check_heldout(config.pretrain, heldout)
         if config.pretrain.pair_weight:
-            _check_pair_labels([store for _, store in given])
+            widths = {part.section.max_length for part in config.pretrain.parts()}
+            trained = [store for store, _ in stores if store.width in widths]
+            _check_pair_labels([*trained, *([heldout] if heldout else [])])
 
 
 def _check_heldout(section: StageSection, heldout: Store | None) -> None:
@@ -215,7 +230,9 @@ def check_weights(
     models = {"teacher": teacher, "student": student}
     make = {
         "encoder": make_encoder,
-        "masked_lm": make_masked_lm,
+        "masked_lm": lambda model: make_masked_lm(
+            model, pair_head=bool(config.pretrain and config.pretrain.pair_weight)
+        ),
         "classifier": lambda model: make_classifier(model, num_outputs),
     }
     for path, role, kind, teaches in _starts(config, stages):

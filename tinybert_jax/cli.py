@@ -221,18 +221,19 @@ def _extend(arguments, command: str) -> int:
     from tinybert_jax import export
     from tinybert_jax.data import corpus_vocab
 
-    texts, num_bad = corpus_vocab.read_texts(
-        arguments.sources, text=arguments.text, split=arguments.split
-    )
+    bad: list = []
     words = export.extend_vocabulary(
         arguments.model,
-        texts,
+        corpus_vocab.iter_texts(
+            arguments.sources, text=arguments.text, split=arguments.split, bad=bad
+        ),
         arguments.output,
         num_words=arguments.words,
         min_count=arguments.min_count,
     )
-    left_out = f"; {num_bad} records could not be read" if num_bad else ""
-    print(f"{arguments.output}: {len(words):,} new words, {', '.join(words[:8])} …{left_out}")
+    shown = ", ".join(words[:8]) + (" …" if len(words) > 8 else "")
+    left_out = f"; {len(bad)} records could not be read" if bad else ""
+    print(f"{arguments.output}: {len(words):,} new words, {shown}{left_out}")
     return 0
 
 

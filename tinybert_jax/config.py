@@ -170,7 +170,7 @@ def _explain(item: Any, root: type[BaseModel]) -> str:
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    for part in location:
+    for part in (part for part in location if isinstance(part, str)):  # no places in a list
         field = model.model_fields.get(str(part))
         sections = [] if field is None else list(_section_types(field.annotation))
         if not sections:
@@ -182,7 +182,7 @@ def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
 def _section_types(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple):
         for argument in typing.get_args(annotation):
             yield from _section_types(argument)
 

@@ -78,7 +78,7 @@ def make_masked_lm_scorer(
     """A function (params, rows) -> masked-LM loss, perplexity (its exp) and masked accuracy.
 
     15 % of the tokens are masked, each alone, 80/10/10, always the same ones for one `key`. Of a
-    model with a pair head also the accuracy on the rows with a label.
+    model with a pair head also `pair_accuracy`, on the rows with a label (0 or 1), if any.
     """
 
     sums = _make_masked_sums(
@@ -126,7 +126,7 @@ def _make_masked_sums(
             batch.real,
             jax.random.fold_in(key, number),
             rate=EVAL_MASK_RATE,
-            num_slots=masking.num_slots(EVAL_MASK_RATE, batch.input_ids.shape[1]),
+            max_predictions=masking.num_slots(EVAL_MASK_RATE, batch.input_ids.shape[1]),
             **options,
         )
         output = apply(

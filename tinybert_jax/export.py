@@ -33,24 +33,30 @@ def extend_vocabulary(
 ) -> tuple[str, ...]:
     """`source` with pieces for the commonest words of `texts` that it splits; returns the words.
 
-    A new word's embedding, and its bias in a masked-LM head, is the mean of its pieces': where
-    pretraining on the texts goes on from. All else is kept. Raises ValueError as `convert` does,
-    for a tokenizer that is no WordPiece, and where no word is common enough.
+    A new word's embedding, and its bias in a masked-LM head, is the mean of its pieces' (of a word
+    that had none, [UNK]'s): where pretraining on the texts goes on from. They are numbered after
+    the tokenizer's last piece, in rows that the table has to spare or gets; all else is kept. The
+    texts are gone through once, after everything else was checked. Raises ValueError as `convert`
+    does, for a tokenizer that cannot be extended, and where no word is common enough.
     """
+    for name, value in (("--words", num_words), ("--min-count", min_count)):
+        if value < 1:
+            raise ValueError(f"{name}: expected 1 or more, got {value}")
     model, flat, tokenizer = _read_whole(source, target)
     hf_folder.check_table(tokenizer, model.config, f"the model in {source}")
+    vocab.check_extendable(tokenizer)
     words = vocab.split_words(tokenizer, texts, num_words=num_words, min_count=min_count)
     if not words:
         raise ValueError(
             f"--words: expected words that {source} splits, {min_count} times or more in the text, "
             "found none; give more text, or lower --min-count"
         )
-    first = len(tokenizer)
+    numbers = {word: len(tokenizer) + place for place, word in enumerate(words)}
     for path in (_WORD_TABLE, _WORD_BIAS):
         if path in flat:
-            flat[path] = _with_means(flat[path], first, list(words.values()))
+            flat[path] = _with_means(flat[path], len(tokenizer), list(words.values()))
     config = model.config.model_copy(update={"vocab_size": len(flat[_WORD_TABLE])})
-    _save(target, model._replace(config=config), flat, vocab.with_words(tokenizer, list(words)))
+    _save(target, model._replace(config=config), flat, vocab.with_words(tokenizer, numbers))
     return tuple(words)
 
 

@@ -1,8 +1,10 @@
 """What a stage trains on: its batches by step number, from text in memory or from token stores."""
 
 import bisect
+import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tinybert_jax import sharding
@@ -17,7 +19,10 @@ from tinybert_jax.stage_sections import StageSection
 class Feed(NamedTuple):
     batch_at: BatchAt
     num_batches: int  # of an epoch
-    fingerprint: str  # SHA-256 of the rows; of stores, of their manifests' file hashes
+    fingerprint: str  # SHA-256 of the rows; of stores, of their file hashes; of phases, of theirs
+
+
+_PHASE_SEED = 2**31  # beyond any number of an epoch or a corpus, which a seed may end in too
 
 
 def rows_feed(run: Run, stage: str, rows: TokenRows) -> Feed:
@@ -28,23 +33,37 @@ def rows_feed(run: Run, stage: str, rows: TokenRows) -> Feed:
 def corpus_feed(run: Run, stage: str) -> Feed:
     """The run's corpus: documents cut into rows of `max_length`, or the rows of its stores.
 
-    An epoch of several stores has as many rows as they have together. Each phase of the stage has
-    an order of its own; the epoch is that of the last.
+    An epoch of several stores has as many rows as they have together. Each phase of the stage goes
+    through the corpus in an order of its own; the epoch is that of what follows the phases.
     """
-    section, seed = run.section(stage), _seed(run, stage)
-    make = _store_feed if run.stores else _text_feed
-    starts, feeds = [], []
-    for number, (share, part) in enumerate(section.by_phase()):
-        starts.append(round(share * (section.num_steps or 0)))
-        feeds.append(make(run, stage, part, (*seed, number) if number else seed))
-    if len(feeds) == 1:
-        return feeds[0]
+    parts = run.section(stage).parts()
+
+    @functools.cache
+    def rows_of(max_length: int) -> TokenRows:
+        rows = pipeline.tokenize_corpus(run.tokenizer, run.corpus, max_length)
+        num_rows, num_tokens = len(rows.lengths), len(rows.ids)
+        run.log.say(f"{stage}: {num_rows:,} rows of at most {max_length}, {num_tokens:,} tokens")
+        return rows
+
+    def feed(number: int, section: StageSection) -> Feed:
+        seed = _seed(run, stage)
+        seed = (*seed, _PHASE_SEED + number) if number else seed
+        if run.stores:
+            return _store_feed(run, stage, section, seed)
+        return _rows_feed(run, section, rows_of(section.max_length), seed)
+
+    feeds = [feed(number, part.section) for number, part in enumerate(parts)]
+    return feeds[0] if len(feeds) == 1 else _in_turn(feeds, [part.start for part in parts])
+
+
+def _in_turn(feeds: Sequence[Feed], starts: Sequence[int]) -> Feed:
+    """Each feed from its own first step on."""
 
     def batch_at(step: int) -> Batch:
-        phase = bisect.bisect_right(starts, step) - 1
-        return feeds[phase].batch_at(step - starts[phase])
+        number = bisect.bisect_right(starts, step) - 1
+        return feeds[number].batch_at(step - starts[number])
 
-    content = json.dumps([feed.fingerprint for feed in feeds])
+    content = json.dumps([[feed.fingerprint for feed in feeds], list(starts)])
     return Feed(batch_at, feeds[-1].num_batches, hashlib.sha256(content.encode()).hexdigest())
 
 
@@ -69,18 +88,15 @@ def _rows_feed(run: Run, section: StageSection, rows: TokenRows, seed: tuple[int
     return Feed(batch_at, epochs.num_batches, rows.fingerprint())
 
 
-def _text_feed(run: Run, stage: str, section: StageSection, seed: tuple[int, ...]) -> Feed:
-    rows = pipeline.tokenize_corpus(run.tokenizer, run.corpus, section.max_length)
-    run.log.say(f"{stage}: {len(rows.lengths):,} rows, {len(rows.ids):,} tokens")
-    return _rows_feed(run, section, rows, seed)
-
-
 def _store_feed(run: Run, stage: str, section: StageSection, seed: tuple[int, ...]) -> Feed:
     chosen = [pair for pair in run.stores if pair[0].width == section.max_length]
     stores, weights = zip(*chosen, strict=True)
     num_rows = sum(store.num_rows for store in stores)
     num_tokens = sum(store.num_tokens for store in stores)
-    run.log.say(f"{stage}: {num_rows:,} rows, {num_tokens:,} tokens in {len(stores)} stores")
+    run.log.say(
+        f"{stage}: {num_rows:,} rows of {section.max_length}, {num_tokens:,} tokens in "
+        f"{len(stores)} stores"
+    )
     batch_at = loader.mixed_batches(
         stores, weights, global_batch_size=section.global_batch_size, seed=seed
     )

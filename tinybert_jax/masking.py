@@ -6,7 +6,7 @@ loss.
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,16 +30,31 @@ def mask_rows(
     *,
     rate: float | Float[Array, ""],
     special_token_ids: Sequence[int],
-    num_slots: int,
-    **options: Any,
-) -> tuple[Int[Array, "batch seq"], Int[Array, "batch num_slots"], Int[Array, "batch num_slots"]]:
+    max_predictions: int,
+    mask_token_id: int,
+    vocab_size: int,
+    unit: Unit = "token",
+    is_continuation: Bool[Array, " vocab"] | None = None,
+) -> tuple[
+    Int[Array, "batch seq"],
+    Int[Array, "batch max_predictions"],
+    Int[Array, "batch max_predictions"],
+]:
     """(inputs, positions, labels): `mask_tokens` of all but padding and special tokens, gathered.
 
-    `options`: those of `mask_tokens`. Of a row at most `num_slots` are predicted.
+    Of a row at most `max_predictions` tokens are predicted (`gather_masked`).
     """
-    maskable = real & ~jnp.isin(input_ids, jnp.asarray(special_token_ids))
-    inputs, labels = mask_tokens(input_ids, maskable, key, rate=rate, **options)
-    return inputs, *gather_masked(labels, num_slots)
+    inputs, labels = mask_tokens(
+        input_ids,
+        real & ~jnp.isin(input_ids, jnp.asarray(special_token_ids)),
+        key,
+        rate=rate,
+        mask_token_id=mask_token_id,
+        vocab_size=vocab_size,
+        unit=unit,
+        is_continuation=is_continuation,
+    )
+    return inputs, *gather_masked(labels, max_predictions)
 
 
 def mask_tokens(

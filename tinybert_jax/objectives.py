@@ -23,7 +23,7 @@ class Counts(NamedTuple):
     tokens: jax.Array
     pairs: jax.Array  # token pairs of the same example
     predictions: jax.Array  # masked tokens
-    pair_labels: jax.Array  # rows whose two parts have a label
+    labelled_rows: jax.Array  # rows whose two parts have a label
 
 
 class MaskedLabels(NamedTuple):
@@ -31,7 +31,7 @@ class MaskedLabels(NamedTuple):
 
     positions: jax.Array  # int32 [batch, picked]
     tokens: jax.Array  # int32 [batch, picked]; IGNORED_LABEL where nothing is masked
-    pairs: jax.Array  # int32 [batch]; -1 where there is no pair
+    pair_labels: jax.Array  # int32 [batch]; -1 where there is no pair
 
 
 def _no_targets(batch: Batch, frozen: Any) -> tuple[()]:
@@ -64,7 +64,7 @@ def count_units(batch: Batch, normalisation: str = "valid_only") -> Counts:
         tokens=jnp.asarray(tokens, jnp.float32),
         pairs=jnp.asarray(pairs, jnp.float32),
         predictions=jnp.zeros(()),
-        pair_labels=jnp.zeros(()),
+        labelled_rows=jnp.zeros(()),
     )
 
 
@@ -111,7 +111,7 @@ def make_mlm(
             key,
             rate=_between(mask_rate, mask_rate_end, share),
             special_token_ids=special_token_ids,
-            num_slots=masking.num_slots(highest_rate, batch.input_ids.shape[1], unit),
+            max_predictions=masking.num_slots(highest_rate, batch.input_ids.shape[1], unit),
             mask_token_id=mask_token_id,
             vocab_size=vocab_size,
             unit=unit,
@@ -119,7 +119,7 @@ def make_mlm(
         )
         counts = count_units(batch)._replace(
             predictions=jnp.sum(tokens != masking.IGNORED_LABEL, dtype=jnp.float32),
-            pair_labels=jnp.sum(batch.labels >= 0, dtype=jnp.float32),
+            labelled_rows=jnp.sum(batch.labels >= 0, dtype=jnp.float32),
         )
         labels = MaskedLabels(positions, tokens, batch.labels)
         return batch._replace(input_ids=inputs, labels=labels), counts
@@ -134,9 +134,9 @@ def make_mlm(
             hidden, output.table, output.bias, labels.tokens.reshape(-1), **sizes
         )
         if pair_weight:
-            is_pair = (labels.pairs >= 0).astype(jnp.float32)
+            is_pair = (labels.pair_labels >= 0).astype(jnp.float32)
             parts["loss/pair"] = losses.softmax_cross_entropy(
-                output.pair_logits, labels.pairs, is_pair, count=counts.pair_labels
+                output.pair_logits, labels.pair_labels, is_pair, count=counts.labelled_rows
             )
         return _weighted_sum(parts, {"loss/masked_lm": 1.0, "loss/pair": pair_weight}), parts
 

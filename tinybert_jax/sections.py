@@ -210,6 +210,8 @@ class TaskSection(Section):
             raise ValueError("expected train, and dev or dev_share (or builtin: true)")
         if self.dev_share and (self.dev_split or self.dev_columns):
             raise ValueError("dev_share takes dev from train: remove dev_split and dev_columns")
+        if "text_pair" in self.dev_columns and not self.text_pair:
+            raise ValueError("dev_columns names a text_pair, the task has none: set text_pair too")
         regression_metric = self.metric in ("pearson", "spearman")
         if self.metric and regression_metric != self.regression:
             raise ValueError(f"metric '{self.metric}' does not fit regression: {self.regression}")

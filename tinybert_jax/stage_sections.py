@@ -1,6 +1,6 @@
 """The sections of the training stages: how long, on what rows, how fast, how often judged."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -87,12 +87,22 @@ class StageSection(Section):
             width *= 2
         return (*widths, self.max_length)
 
-    def by_phase(self) -> "list[tuple[float, StageSection]]":
-        """(share of the steps before it, the section as it is then); one, or those of `phases`."""
-        return [(0.0, self)]
+    def parts(self) -> "list[Part]":
+        """How the stage goes, from its first step on: as it is, or phase by phase."""
+        return [Part(0, "", self)]
+
+
+class Part(NamedTuple):
+    """A run of steps with rows of one length and batches of one size."""
+
+    start: int  # its first step
+    key: str  # where the config says so: "phases.0." or, of the stage itself, ""
+    section: StageSection
 
 
 class Phase(Section):
+    """What a stage begins with instead of its own settings, for a share of its steps."""
+
     share: Annotated[float, Field(gt=0.0, lt=1.0, description="of the stage's steps")]
     max_length: Annotated[int, Field(ge=4)] | None = None
     global_batch_size: PositiveInt | None = None
@@ -118,39 +128,50 @@ class CorpusStageSection(StageSection):
             return self
         if not self.num_steps:
             raise ValueError("phases are shares of num_steps: give it instead of num_epochs")
-        if sum(phase.share for phase in self.phases) >= 1:
-            shares = [phase.share for phase in self.phases]
-            raise ValueError(f"expected phases whose shares leave some steps, got {shares}")
         for phase in self.phases:
-            size = phase.global_batch_size or self.global_batch_size
-            if not phase.changes:
-                raise ValueError("expected max_length or global_batch_size in each phase")
+            if not phase.changes.items() - self.model_dump(include=set(phase.changes)).items():
+                raise ValueError(
+                    "expected phases with another max_length or global_batch_size than the "
+                    f"stage's, got {phase.changes or 'neither'}"
+                )
             if (phase.max_length or 0) > self.max_length:
                 raise ValueError(
                     f"expected phases of at most max_length = {self.max_length}, got "
                     f"{phase.max_length}"
                 )
+            size = phase.global_batch_size or self.global_batch_size
             if size % self.gradient_accumulation_steps:
                 raise ValueError(
                     f"expected phases whose global_batch_size is a multiple of "
                     f"gradient_accumulation_steps = {self.gradient_accumulation_steps}, got {size}"
                 )
+        starts = [part.start for part in self.parts()]
+        if sorted({*starts, self.num_steps}) != [*starts, self.num_steps]:
+            raise ValueError(
+                f"expected phases of a step or more that leave some of {self.num_steps}, got the "
+                f"beginnings {starts} from the shares {[phase.share for phase in self.phases]}"
+            )
         return self
 
-    def by_phase(self) -> list[tuple[float, StageSection]]:
-        parts: list[tuple[float, StageSection]] = []
-        done = 0.0
-        for phase in self.phases:
+    def parts(self) -> list[Part]:
+        parts, done = [], 0.0
+        for number, phase in enumerate(self.phases):
             changes: dict = {"phases": (), **phase.changes}
             if self.length_buckets and phase.max_length:
                 shorter = [width for width in self.buckets() if width < phase.max_length]
                 changes["length_buckets"] = (*shorter, phase.max_length)
-            parts.append((done, self.model_copy(update=changes)))
+            section = self.model_copy(update=changes)
+            parts.append(Part(self._step(done), f"phases.{number}.", section))
             done += phase.share
-        return [*parts, (done, self.model_copy(update={"phases": ()}))]
+        return [*parts, Part(self._step(done), "", self.model_copy(update={"phases": ()}))]
+
+    def _step(self, share: float) -> int:
+        return round(share * (self.num_steps or 0))
 
 
 class PretrainSection(CorpusStageSection):
+    """Masked-LM pretraining."""
+
     mask_rate: Probability = 0.15
     mask_rate_end: Probability | None = Field(
         None, description="the rate of the last step; in a straight line from mask_rate"

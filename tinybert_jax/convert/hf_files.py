@@ -287,7 +287,7 @@ def _config_json(
 
 
 def _architecture(flat: Mapping[str, Any]) -> str:
-    """The class of transformers that reads every part of a folder with these parameters."""
+    """The class of transformers for a folder with these parameters; a task's head goes first."""
     if "classifier/kernel" in flat:
         return "BertForSequenceClassification"
     if "pair/kernel" in flat:

@@ -56,10 +56,8 @@ _WORD_TABLE = "bert.embeddings.word_embeddings.weight"
 _LM_BIAS = "cls.predictions.bias"
 _DECODER_WEIGHT, _DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
 
-# Names that carry no weight of their own, or a part we do not have.
-_IGNORED = re.compile(
-    r"embeddings\.position_ids$|cls\.predictions\.decoder\.(weight|bias)$|cls\.seq_relationship\."
-)
+# Names that carry no weight of their own.
+_IGNORED = re.compile(r"embeddings\.position_ids$|cls\.predictions\.decoder\.(weight|bias)$")
 
 
 def to_hf(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

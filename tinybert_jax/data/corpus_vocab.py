@@ -28,7 +28,11 @@ def write_vocab(
     folder = Path(output)
     if folder.exists():
         fail(f"--output: {folder}", "a new folder", "one that exists", "name another or remove it")
-    texts, num_bad = read_texts(sources, text=text, split=split)
+    bad: list[records.Record] = []
+    texts = list(iter_texts(sources, text=text, split=split, bad=bad))
+    if not texts:
+        first = f" ({bad[0].path}, {bad[0].place}: {bad[0].reason})" if bad else ""
+        fail("sources", "text", f"none in {len(bad)} records{first}", "correct the sources")
     tokenizer = train_wordpiece(
         texts, vocab_size=vocab_size, lowercase=lowercase, max_length=max_length
     )
@@ -36,25 +40,18 @@ def write_vocab(
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer.save_pretrained(str(partial))
     partial.rename(folder)
-    left_out = f"; {num_bad} records could not be read" if num_bad else ""
+    left_out = f"; {len(bad)} records could not be read" if bad else ""
     return f"{folder}: {len(tokenizer):,} pieces from {len(texts):,} texts{left_out}"
 
 
-def read_texts(
-    sources: Sequence[str], *, text: str = "text", split: str | None = None
-) -> tuple[list[str], int]:
-    """(texts, number of records that could not be read); a line of a .txt file is one text.
-
-    Raises ValueError where there is no text at all.
-    """
-    found = list(_records(sources, records.Options(text, split, "line", _CHUNK_BYTES)))
-    texts = [record.text for record in found if record.text is not None]
-    if not texts:
-        first = f"{found[0].path}, {found[0].place}: {found[0].reason}" if found else "no record"
-        fail("sources", "text", f"none in {len(found)} records ({first})", "correct the sources")
-    return texts, len(found) - len(texts)
-
-
-def _records(sources: Sequence[str], options: records.Options) -> Iterator[records.Record]:
+def iter_texts(
+    sources: Sequence[str], *, text: str, split: str | None, bad: list[records.Record]
+) -> Iterator[str]:
+    """The texts one by one; a line of a .txt file is one. `bad` gets what cannot be read."""
+    options = records.Options(text, split, "line", _CHUNK_BYTES)
     for chunk in records.read_chunks(0, records.find_sources(sources), options):
-        yield from records.read_records(chunk, options)
+        for record in records.read_records(chunk, options):
+            if record.text is None:
+                bad.append(record)
+            else:
+                yield record.text

@@ -50,7 +50,8 @@ class Batch(NamedTuple):
     input_ids: jax.Array  # int32 [batch, seq]
     attention_mask: jax.Array  # bool [batch, seq]; packed: int32, segment ids
     token_type_ids: jax.Array  # int32 [batch, seq]
-    labels: Any  # int32 or fp32 [batch]; packed: [batch, segments]; an objective may add to them
+    labels: Any  # int32 or fp32 [batch]; packed: [batch, segments]; -1 where there are none. Once
+    # an objective has masked a batch: its MaskedLabels
     weights: jax.Array  # fp32 [batch], 1 or 0; packed: [batch, segments]
 
     @property
@@ -207,7 +208,7 @@ def make_batch(rows: TokenRows, plan: Plan, pad_token_id: int) -> Batch:
         np.tile(np.arange(1, examples.shape[1] + 1), len(examples)), per_example
     )
     types[row, column] = within >= np.repeat(rows.second[chosen].ravel(), per_example)
-    labels = np.zeros(chosen.shape, np.int32) if rows.labels is None else rows.labels[chosen]
+    labels = np.full(chosen.shape, -1, np.int32) if rows.labels is None else rows.labels[chosen]
     weights = real.astype(np.float32)
     fields: dict[str, Any] = dict(
         input_ids=ids,

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -75,15 +75,16 @@ def read_task(section: TaskSection) -> TaskData:
         train, dev = builtin.builtin_task("train"), builtin.builtin_task("dev")
         return _task_data(section, train, _rows(dev, 0, section.max_dev_rows))
 
-    columns = {"text": section.text, "text_pair": section.text_pair, "label": section.label}
-
-    def read(path: str | None, columns, **of_the_split) -> LabelledText:
-        assert path is not None  # the section has both or is builtin
-        return sources.read_labelled(
-            path, **columns, **of_the_split, regression=section.regression, format=section.format
-        )
-
-    train = read(section.train, columns, split=section.train_split, labels=section.labels)
+    columns: dict[str, Any] = {
+        "text": section.text,
+        "text_pair": section.text_pair,
+        "label": section.label,
+    }
+    common: dict[str, Any] = {"regression": section.regression, "format": section.format}
+    assert section.train is not None  # or the section is builtin
+    train = sources.read_labelled(
+        section.train, **columns, **common, split=section.train_split, labels=section.labels
+    )
     if train.label_names is not None and len(train.label_names) < 2:
         raise ValueError(
             f"{section.train}: expected at least 2 labels in column '{section.label}', got "
@@ -93,9 +94,11 @@ def read_task(section: TaskSection) -> TaskData:
         return _task_data(section, *_split_dev(section, train))
     # Labels named only by the training split are the only ones that the dev split may hold.
     labels = section.labels or train.label_names
-    dev = read(
+    assert section.dev is not None  # or there is a dev_share
+    dev = sources.read_labelled(
         section.dev,
-        columns | section.dev_columns,
+        **columns | dict(section.dev_columns),
+        **common,
         split=section.dev_split,
         labels=labels,
         max_rows=section.max_dev_rows,

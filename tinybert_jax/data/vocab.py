@@ -1,10 +1,11 @@
 """WordPiece vocabularies, trained or extended, as tokenizers that Hugging Face users load."""
 
 import hashlib
+import itertools
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,40 +56,55 @@ def split_words(
     """The commonest words that a WordPiece tokenizer has no piece for -> the pieces it makes.
 
     At most `num_words`, each `min_count` times or more in the texts; of equally common ones those
-    first in the alphabet. Raises ValueError for a tokenizer that is no WordPiece.
+    first in the alphabet. A word with a character that no piece has is one [UNK].
     """
     backend = plain_backend(tokenizer)
-    kind = json.loads(backend.to_str())["model"]["type"]
-    if kind != "WordPiece":
-        raise ValueError(f"tokenizer: expected a WordPiece one, got {kind}: it has no words")
+    longest = backend.model.max_input_chars_per_word  # beyond it a word is never looked up
     counts: Counter[str] = Counter()
     for text in texts:
         normal = backend.normalizer.normalize_str(text) if backend.normalizer else text
         counts.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normal))
     known = backend.get_vocab()
     frequent = sorted((-count, word) for word, count in counts.items() if count >= min_count)
-    chosen = [word for _, word in frequent if word not in known][:num_words]
-    return {word: [piece.id for piece in backend.model.tokenize(word)] for word in chosen}
+    new = (word for _, word in frequent if word not in known and len(word) <= longest)
+    return {
+        word: [piece.id for piece in backend.model.tokenize(word)]
+        for word in itertools.islice(new, num_words)
+    }
 
 
-def with_words(tokenizer: Any, words: Sequence[str]) -> Any:
-    """The tokenizer with these words as further pieces of its own, numbered from its end on."""
+def check_extendable(tokenizer: Any) -> None:
+    """Refuses what is no WordPiece, and numbers with gaps: a new piece could take a used one."""
+    kind = json.loads(plain_backend(tokenizer).to_str())["model"]["type"]
+    if kind != "WordPiece":
+        raise ValueError(f"tokenizer: expected a WordPiece one, got {kind}, which has no words")
+    numbers = tokenizer.get_vocab().values()
+    if set(numbers) != set(range(len(numbers))):
+        raise ValueError(
+            f"tokenizer: expected its {len(numbers)} pieces to be numbered from 0 on, got numbers "
+            f"up to {max(numbers)}: a piece is there twice; train a vocabulary of your own"
+        )
+
+
+def with_words(tokenizer: Any, numbers: Mapping[str, int]) -> Any:
+    """The tokenizer with these words as further pieces; all others keep their numbers."""
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         file = Path(folder) / "tokenizer.json"
         state = json.loads(file.read_text(encoding="utf-8"))
-        first = len(tokenizer)
-        state["model"]["vocab"] |= {word: first + i for i, word in enumerate(words)}
+        # Added tokens too: those outside of the model's vocabulary are numbered anew when read.
+        added = {token["content"]: token["id"] for token in state["added_tokens"]}
+        state["model"]["vocab"] |= added | dict(numbers)
         file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
         (Path(folder) / "vocab.txt").unlink(missing_ok=True)
         extended = AutoTokenizer.from_pretrained(folder, use_fast=True)
-    numbers = extended.convert_tokens_to_ids(list(words))
-    if numbers != list(range(first, first + len(words))):
+    different = extended.get_vocab().items() ^ (tokenizer.get_vocab() | dict(numbers)).items()
+    if different:
         raise ValueError(
-            f"tokenizer: expected the new words to be numbered from {first} on, got "
-            f"{numbers[:3]} …: its numbers have gaps; train a vocabulary of your own"
+            f"tokenizer: expected all pieces to keep their numbers, got others for "
+            f"{sorted(different)[:4]}; train a vocabulary of your own"
         )
     return extended
 
