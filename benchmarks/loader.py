@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.u16"
-        write_rows(path, args.rows)
+        path = Path(folder) / "store"
+        write_store(path, args.rows)
         given = (path, args.batch_size)
         print(f"{args.rows:,} rows of {WIDTH} tokens, batches of {args.batch_size}")
         results = sides.compare(
@@ -49,37 +49,39 @@ def main() -> None:
         sides.show(results, "rows")
 
 
-def write_rows(path: Path, num_rows: int) -> None:
+def write_store(folder: Path, num_rows: int) -> None:
+    """Random rows as `tinybert data prepare` writes them: a tenth short, a third of two texts."""
+    from tinybert_jax.data import store
+
     rng = np.random.default_rng(0)
     ids = rng.integers(1000, VOCAB, (num_rows, WIDTH), np.uint16)
     ids[:, 0] = CLS
     lengths = np.where(rng.random(num_rows) < 0.9, WIDTH, rng.integers(8, WIDTH, num_rows))
     ids[np.arange(num_rows), lengths - 1] = SEP
     ids[np.arange(WIDTH) >= lengths[:, None]] = PAD
-    ids.tofile(path)
-
-
-class MappedRows:
-    """A row source over a memory-mapped matrix of token ids."""
-
-    width = WIDTH
-
-    def __init__(self, path: Path):
-        self.ids = np.asarray(np.memmap(path, np.uint16, mode="r").reshape(-1, WIDTH))
-        self.num_rows = len(self.ids)
-
-    def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        ids = self.ids.take(rows, axis=0).astype(np.int32)
-        segment_ids = (ids != PAD).astype(np.int32)
-        return ids, segment_ids, np.zeros_like(ids), np.zeros(len(rows), np.int32)
+    meta = np.zeros(num_rows, store.row_dtype(WIDTH))
+    meta["length"], meta["second"], meta["label"] = lengths, lengths, -1
+    meta["starts"][:, 0] = 128
+    meta["starts"][(lengths == WIDTH) & (rng.random(num_rows) < 1 / 3), WIDTH // 16] = 128
+    partial = folder.with_name("partial")
+    partial.mkdir()
+    dtype = store.ids_dtype(VOCAB)
+    writer = store.StoreWriter(partial, WIDTH, dtype, num_rows)
+    writer.append(store.Rows(ids, meta), {"rows": num_rows})
+    manifest = {"width": WIDTH, "num_rows": num_rows, "num_tokens": int(lengths.sum())}
+    manifest |= {"shard_rows": num_rows, "ids_dtype": dtype.str}
+    writer.finish(folder, manifest, {})
 
 
 def our_loader(path: Path, batch_size: int) -> sides.Round:
     os.sched_setaffinity(0, {0})
-    from tinybert_jax.data import loader
+    from tinybert_jax import host
+
+    host.keep_freed_memory()  # as the command does, before the first thread
+    from tinybert_jax.data import loader, store
 
     batch_at = loader.mixed_batches(
-        [MappedRows(path)], [1.0], global_batch_size=batch_size, seed=(0,)
+        [store.open_store(path)], [1.0], global_batch_size=batch_size, seed=(0,)
     )
     batches = loader.prefetched(batch_at, start_step=0)
     return lambda: timed(batches, 500_000 // batch_size, batch_size)
@@ -97,7 +99,8 @@ def torch_loader(path: Path, batch_size: int, num_workers: int, is_masked: bool)
         names[number] = name
     tokenizer = BertTokenizer(vocab={name: i for i, name in enumerate(names)})
     assert tokenizer.mask_token_id == MASK
-    ids = torch.from_numpy(np.fromfile(path, np.uint16).astype(np.int64).reshape(-1, WIDTH))
+    rows = np.fromfile(path / "shard-00000.ids", np.uint16).astype(np.int64)
+    ids = torch.from_numpy(rows.reshape(-1, WIDTH))
     data = torch.utils.data.DataLoader(
         TensorRows(ids),
         batch_size,
