@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tinybert_jax import config
+from tinybert_jax import cli, config
 from tinybert_jax.config import ConfigError
 from tinybert_jax.data_sections import PrepareConfig
 
@@ -58,6 +58,17 @@ def test_overrides_set_remove_and_create(tmp_path):
     assert loaded.finetune.num_steps == 7
     assert loaded.stages == ("finetune",)
     assert loaded.student.preset == "bert-mini"
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option(tmp_path, capsys):
+    file = str(_written(tmp_path))
+    assert cli.main(["run", file, "seed=3", "--print-config", "run_dir=x", "name=y"]) == 0
+    loaded = yaml.safe_load(capsys.readouterr().out)
+    assert [loaded[key] for key in ("seed", "run_dir", "name")] == [3, "x", "y"]
+    for argv in (["run", file, "--print-confg", "seed=3"], ["convert", "a", "b", "c"]):
+        with pytest.raises(SystemExit):
+            cli.main(argv)
+        assert "unrecognized arguments" in capsys.readouterr().err
 
 
 def test_all_mistakes_at_once_with_paths_and_nearest_names(tmp_path):

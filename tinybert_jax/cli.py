@@ -25,12 +25,23 @@ _STAGES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after one clear message about wrong input."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         return arguments.act(arguments, shlex.join(["tinybert", *argv])) or 0
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"tinybert: {error}", file=sys.stderr)
         return 2
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """argparse takes all `key.path=value` in one run; those after an option are overrides too."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest) or rest and "overrides" not in arguments:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
