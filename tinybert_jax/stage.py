@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tinybert_jax import checkpoint, loop, optim, sharding, train
+from tinybert_jax import checkpoint, host, loop, optim, sharding, train
 from tinybert_jax.data import loader
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.evaluate import Judge
@@ -257,6 +257,7 @@ class _Meter:
         values = self._average(step)
         self.run.log.write("train", self.training.name, step, values)
         self.run.log.progress(self.training.name, step, self.num_steps, values)
+        host.give_back_freed_memory()
         self.last_step, self.pause, self.num_restored = step, 0.0, 0
         self.since = time.perf_counter()
         self.pending.clear()
