@@ -202,9 +202,9 @@ def test_seeds_share_a_run_and_the_best_is_exported_also_when_killed(golden):
 )
 def test_data_changed_under_a_resume_is_refused(golden, tmp_path, stage, name, more):
     folder, _ = golden
-    for name in ("run.yaml", "train.tsv", "dev.tsv", "corpus.txt"):
-        text = (folder / name).read_text().replace(str(folder), str(tmp_path))
-        (tmp_path / name).write_text(text)
+    for copied in ("run.yaml", "train.tsv", "dev.tsv", "corpus.txt"):
+        text = (folder / copied).read_text().replace(str(folder), str(tmp_path))
+        (tmp_path / copied).write_text(text)
     _run_until_killed(tmp_path, tmp_path / "run", stage)
     file = tmp_path / name
     text = file.read_text()
