@@ -210,7 +210,7 @@ def _over_blocks(
 
     start = (jnp.zeros(()), jnp.zeros_like(sr)) if with_gradients else (jnp.zeros(()),)
     sums, by_left = jax.lax.scan(block, start, jnp.arange((seq + room) // size))
-    if not with_gradients:
+    if by_left is None:
         return sums[0], None
     by_left = jnp.moveaxis(by_left, 0, 2).reshape(sl.shape)[:, :, :seq]
     return sums[0], (by_left, sums[1])
