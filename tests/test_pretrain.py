@@ -1,4 +1,4 @@
-"""Pretraining beyond the masked LM: pairs of sentences, phases, more words."""
+"""Pretraining beyond the masked LM: pairs of sentences, phases."""
 
 import json
 
@@ -8,16 +8,10 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from reference import VOCAB, our_config, our_params, random_bert, write_bert  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    BertForMaskedLM,
-    BertForPreTraining,
-    BertTokenizer,
-)
+from reference import VOCAB, our_config, our_params, random_bert  # noqa: E402
+from transformers import BertForPreTraining  # noqa: E402
 
-from tinybert_jax import cli, config, objectives  # noqa: E402
+from tinybert_jax import config, objectives  # noqa: E402
 from tinybert_jax.data import vocab  # noqa: E402
 from tinybert_jax.data.pipeline import Batch, tokenize_corpus  # noqa: E402
 from tinybert_jax.data.prepare import prepare  # noqa: E402
@@ -86,6 +80,19 @@ def _config(prepared, run_dir, *, stores=(), heldout=None, **stage):
             "pretrain": {**STAGE, **stage},
         }
     )
+
+
+def test_pair_head_equals_torch():
+    model = random_bert(BertForPreTraining)
+    apply, init = make_masked_lm(our_config(model), pair_head=True)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(5, len(VOCAB), (5, 12)).astype(np.int32)
+    mask = np.arange(12)[None] < np.array([12, 7, 1, 12, 5])[:, None]
+    types = np.where(np.arange(12)[None] < 6, 0, mask).astype(np.int32)
+    ours = jax.jit(apply)(our_params(model, init), ids, mask, types).pair_logits
+    with torch.no_grad():
+        theirs = model.double()(*(torch.tensor(x).long() for x in (ids, mask, types)))
+    np.testing.assert_allclose(ours, theirs.seq_relationship_logits, atol=2e-5)
 
 
 def test_masked_lm_with_pairs_equals_transformers():
@@ -243,106 +250,3 @@ def test_shorter_phases_keep_the_buckets_that_fit():
         {**STAGE, "length_buckets": [8, 24, 32], "phases": [{"share": 0.5, "max_length": 16}]}
     )
     assert [part.section.buckets() for part in section.parts()] == [(8, 16), (8, 24, 32)]
-
-
-@pytest.fixture
-def letters(tmp_path):
-    """A masked LM whose vocabulary has letters only and room for 3 more, and text of words."""
-    model = random_bert(BertForMaskedLM, vocab_size=len(VOCAB) + 3)
-    folder = write_bert(tmp_path / "model", model)
-    (tmp_path / "text.txt").write_text("sea wave\n" * 5 + "tide sea a\n" + "Wave wave ☂\n" * 2)
-    return folder, model, tmp_path / "text.txt"
-
-
-def _extend(folder, text, target, *more):
-    return cli.main(["data", "extend", str(folder), str(text), "-o", str(target), *more])
-
-
-def test_new_words_begin_as_the_mean_of_their_pieces(letters, tmp_path, capsys):
-    folder, model, text = letters
-    target = tmp_path / "more"
-    assert _extend(folder, text, target) == 0
-    assert "2 new words, wave, sea\n" in capsys.readouterr().out  # 9 and 6 times
-
-    tokenizer = AutoTokenizer.from_pretrained(target)
-    assert tokenizer.tokenize("Sea waves abc") == ["sea", "wave", "##s", "a", "##b", "##c"]
-    assert tokenizer.get_vocab() == {word: i for i, word in enumerate([*VOCAB, "wave", "sea"])}
-    extended = AutoModelForMaskedLM.from_pretrained(target).eval()
-    old, new = model.state_dict(), extended.state_dict()
-    pieces = [VOCAB.index(piece) for piece in ("s", "##e", "##a")]
-    for name in ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias"):
-        assert new[name].shape == old[name].shape  # two of the spare rows are taken
-        np.testing.assert_array_equal(new[name][: len(VOCAB)], old[name][: len(VOCAB)])
-        np.testing.assert_array_equal(new[name][-1], old[name][-1])
-        np.testing.assert_allclose(new[name][-2], old[name][pieces].mean(0), rtol=1e-6, atol=1e-7)
-    rest = [name for name in old if "word_embeddings" not in name and "predictions" not in name]
-    assert len(rest) > 40 and all(torch.equal(new[name], old[name]) for name in rest)
-
-    before = (target / "model.safetensors").read_bytes()
-    assert _extend(folder, text, target) == 2
-    assert "does not exist yet" in capsys.readouterr().err
-    assert (target / "model.safetensors").read_bytes() == before
-
-
-def test_words_are_as_many_and_as_common_as_asked(letters, tmp_path, capsys):
-    folder, model, text = letters
-    assert _extend(folder, text, tmp_path / "one", "--words", "1") == 0
-    assert "sea" not in AutoTokenizer.from_pretrained(tmp_path / "one").get_vocab()
-    assert _extend(folder, text, tmp_path / "all", "--min-count", "1") == 0
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "all")
-    assert tokenizer.tokenize("tide ☂") == ["tide", "☂"]
-    table = AutoModelForMaskedLM.from_pretrained(tmp_path / "all").get_input_embeddings().weight
-    assert len(table) == len(VOCAB) + 4  # one more than it had
-    unknown = model.get_input_embeddings().weight[VOCAB.index("[UNK]")]
-    assert torch.equal(table[tokenizer.convert_tokens_to_ids("☂")], unknown)
-    for more, message in (
-        (["--min-count", "10"], "10 times or more in the text, found none"),
-        (["--words", "0"], "--words: expected 1 or more, got 0"),
-        (["--min-count", "-3"], "--min-count: expected 1 or more, got -3"),
-    ):
-        assert _extend(folder, text, tmp_path / "none", *more) == 2
-        assert message in capsys.readouterr().err
-    assert not (tmp_path / "none").exists()
-
-
-def test_added_tokens_keep_their_numbers(letters, tmp_path):
-    folder, _, text = letters
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(["<chem>"])
-    tokenizer.save_pretrained(folder)
-    assert _extend(folder, text, tmp_path / "more") == 0
-    extended = AutoTokenizer.from_pretrained(tmp_path / "more")
-    assert extended.get_vocab() == {w: i for i, w in enumerate([*VOCAB, "<chem>", "wave", "sea"])}
-    assert extended.tokenize("sea <chem>") == ["sea", "<chem>"]
-
-
-def test_a_vocabulary_with_a_gap_is_refused(letters, tmp_path, capsys):
-    folder, _, text = letters
-    (folder / "tokenizer.json").unlink()
-    (folder / "vocab.txt").write_text("\n".join([*VOCAB[:10], VOCAB[5], *VOCAB[11:]]) + "\n")
-    assert _extend(folder, text, tmp_path / "more") == 2
-    assert "to be numbered from 0 on" in capsys.readouterr().err
-    assert not (tmp_path / "more").exists()
-
-
-def test_cased_words_keep_their_capitals(letters, tmp_path):
-    folder, _, text = letters
-    pieces = [piece.upper() if piece == "w" else piece for piece in VOCAB]
-    (folder / "tokenizer.json").unlink()
-    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
-    BertTokenizer.from_pretrained(folder, do_lower_case=False).save_pretrained(folder)
-    assert _extend(folder, text, tmp_path / "more", "--min-count", "2") == 0
-    known = AutoTokenizer.from_pretrained(tmp_path / "more").get_vocab()
-    assert {"Wave", "wave", "sea"} <= known.keys()
-
-
-def test_what_is_no_word_piece_is_refused(letters, tmp_path, capsys):
-    folder, _, text = letters
-    state = json.loads((folder / "tokenizer.json").read_text())
-    state["model"] = {"type": "WordLevel", "vocab": state["model"]["vocab"], "unk_token": "[UNK]"}
-    (folder / "tokenizer.json").write_text(json.dumps(state))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert _extend(folder, text, tmp_path / "more") == 2
-    assert "expected a WordPiece one, got WordLevel" in capsys.readouterr().err

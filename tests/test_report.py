@@ -223,7 +223,8 @@ def test_missing_files_and_fields_become_notes(tmp_path):
     ],
 )
 def test_odd_results_never_crash(tmp_path, results):
-    render(tmp_path, results, train_rows())
+    page = render(tmp_path, results, train_rows())
+    assert "Comparison" in page.text and "Training" in page.text and "nan" not in page.text
 
 
 def test_a_matrix_that_is_not_square_is_not_drawn(tmp_path):

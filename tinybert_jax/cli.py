@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after one clear message about wrong input."""
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parse(argv)
+    # transformers tells of a missing PyTorch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         return arguments.act(arguments, shlex.join(["tinybert", *argv])) or 0
     except (ValueError, FloatingPointError, OSError) as error:

@@ -239,6 +239,9 @@ class _Judge:
         )
 
 
+_TIDY_SECONDS = 30  # far more than the step whose page faults it costs
+
+
 class _Meter:
     """Averages step metrics and turns them into rates, leaving pauses out of the clock."""
 
@@ -248,6 +251,7 @@ class _Meter:
         self.pending: list[tuple[dict[str, Any], int, int]] = [tuple(step) for step in pending]
         self.num_restored = len(self.pending)
         self.last_step, self.since, self.pause = start_step, time.perf_counter(), 0.0
+        self.tidied = self.since
 
     def record(self, step: int, batch: Batch, metrics: dict[str, jax.Array]) -> None:
         num_rows, width = batch.input_ids.shape
@@ -257,9 +261,11 @@ class _Meter:
         values = self._average(step)
         self.run.log.write("train", self.training.name, step, values)
         self.run.log.progress(self.training.name, step, self.num_steps, values)
-        host.give_back_freed_memory()
         self.last_step, self.pause, self.num_restored = step, 0.0, 0
         self.since = time.perf_counter()
+        if self.since - self.tidied > _TIDY_SECONDS:
+            host.give_back_freed_memory()
+            self.tidied = self.since
         self.pending.clear()
 
     def snapshot(self) -> list[tuple[dict[str, float], int, int]]:

@@ -190,6 +190,11 @@ def save_model(
         save_file(hf_map.to_hf(flat), str(partial / _WEIGHTS), metadata={"format": "pt"})
         for name, write in (extra or {}).items():
             write(partial / name)
+        mode = (
+            (partial / "config.json").stat().st_mode
+        )  # safetensors are written for the owner alone
+        for file in partial.iterdir():
+            file.chmod(mode)
         _compare(partial, flat, config)
         _replace(folder, partial)
     return folder
