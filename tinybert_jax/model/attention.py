@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from tinybert_jax.model.dropout import dropout
 from tinybert_jax.model.linear import dense, make_linear
 from tinybert_jax.sections import ModelConfig
 
@@ -29,7 +30,7 @@ class SelfAttention(nnx.Module):
         self.num_heads = config.num_attention_heads
         self.query, self.key, self.value = linear(), linear(), linear()
         self.output = linear()
-        self.dropout = nnx.Dropout(config.attention_probs_dropout_prob)
+        self.dropout_rate = config.attention_probs_dropout_prob
 
     def __call__(
         self,
@@ -46,7 +47,7 @@ class SelfAttention(nnx.Module):
         )
         scores = attention_scores(taps.queries, taps.keys)
         probs = jax.nn.softmax(jnp.where(mask[:, None], scores, _MASKED), axis=-1)
-        probs = self.dropout(probs.astype(hidden.dtype), rngs=key, deterministic=key is None)
+        probs = dropout(probs.astype(hidden.dtype), self.dropout_rate, key)
         context = jnp.einsum("bhts,bshk->bthk", probs, taps.values)
         return dense(self.output, context.reshape(hidden.shape)), taps
 

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from tinybert_jax.model.attention import AttentionTaps, SelfAttention
+from tinybert_jax.model.dropout import dropout
 from tinybert_jax.model.linear import dense, make_linear
 from tinybert_jax.sections import ModelConfig
 from tinybert_jax.sharding import constrain
@@ -109,7 +110,7 @@ class Embeddings(nnx.Module):
         self.position = table(config.max_position_embeddings)
         self.token_type = table(config.type_vocab_size)
         self.norm = make_layer_norm(config, dtype, rngs)
-        self.dropout = nnx.Dropout(config.hidden_dropout_prob)
+        self.dropout_rate = config.hidden_dropout_prob
 
     def __call__(self, input_ids, attention_mask, token_type_ids, key):
         if attention_mask.dtype == bool:
@@ -117,7 +118,7 @@ class Embeddings(nnx.Module):
         else:
             positions = self.position(_restarted_positions(attention_mask))
         summed = self.word(input_ids) + positions + self.token_type(token_type_ids)
-        return self.dropout(self.norm(summed), rngs=key, deterministic=key is None)
+        return dropout(self.norm(summed), self.dropout_rate, key)
 
 
 class Block(nnx.Module):
@@ -138,7 +139,7 @@ class Block(nnx.Module):
         self.intermediate = make_linear(width, inner, config, **options)
         self.output = make_linear(inner, width, config, **options)
         self.output_norm = make_layer_norm(config, dtype, rngs)
-        self.dropout = nnx.Dropout(config.hidden_dropout_prob)
+        self.dropout_rate = config.hidden_dropout_prob
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def __call__(
@@ -149,10 +150,10 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "batch seq dim"], AttentionTaps]:
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         attended, taps = self.attention(hidden, mask, keys[0])
-        attended = self.dropout(attended, rngs=keys[1], deterministic=key is None)
+        attended = dropout(attended, self.dropout_rate, keys[1])
         hidden = self.attention_norm(hidden + attended)
         inner = self.activation(dense(self.intermediate, hidden))
-        outer = self.dropout(dense(self.output, inner), rngs=keys[2], deterministic=key is None)
+        outer = dropout(dense(self.output, inner), self.dropout_rate, keys[2])
         return self.output_norm(hidden + outer), taps
 
 

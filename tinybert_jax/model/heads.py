@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
+from tinybert_jax.model.dropout import dropout
 from tinybert_jax.model.encoder import ACTIVATIONS, Encoder, EncoderOutput, make_layer_norm
 from tinybert_jax.model.linear import dense, make_linear
 from tinybert_jax.sections import ModelConfig
@@ -41,7 +42,7 @@ class SequenceClassifier(nnx.Module):
 
     def __init__(self, config: ModelConfig, num_labels: int, *, rngs: nnx.Rngs, **options):
         self.encoder = Encoder(config, rngs=rngs, **options)
-        self.dropout = nnx.Dropout(config.hidden_dropout_prob)
+        self.dropout_rate = config.hidden_dropout_prob
         self.classifier = nnx.Linear(
             config.hidden_size,
             num_labels,
@@ -54,7 +55,7 @@ class SequenceClassifier(nnx.Module):
     ) -> ClassifierOutput:
         keys = (None, None) if key is None else jax.random.split(key)
         encoded = self.encoder(input_ids, attention_mask, token_type_ids, keys[0], num_segments)
-        pooled = self.dropout(encoded.pooled, rngs=keys[1], deterministic=key is None)
+        pooled = dropout(encoded.pooled, self.dropout_rate, keys[1])
         return ClassifierOutput(self.classifier(pooled.astype(jnp.float32)), encoded)
 
 
