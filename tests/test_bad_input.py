@@ -219,9 +219,52 @@ def test_distillation_before_its_finetuning(world):
 
 
 def test_nothing_to_match(world):
-    weights = dict.fromkeys(("attention_weight", "hidden_weight", "embedding_weight"), 0)
-    path = world.distil(distillation=weights)
-    world.fails("run", path, naming=("distillation", "attention_weight", "above 0"))
+    path = world.distil(distillation={"preset": "minilmv2"})
+    named = ("minilmv2", "distillation.intermediate: expected a term", "remove the stage")
+    world.fails("run", path, naming=named)
+
+
+@pytest.mark.parametrize(
+    "distillation, named",
+    [
+        ({"general": [{"term": "logits"}]}, ("no logits", "of prediction: move it there")),
+        ({"intermediate": [{"term": "masked_lm"}]}, ("no masked_lm", "a term of general")),
+        ({"prediction": [{"term": "word_logits"}]}, ("no word_logits", "a term of general")),
+        ({"prediction": [{"term": "logit"}]}, ("prediction.0.term", "'logit'", "mean 'logits'")),
+        ({"prediction": [{"term": "logits", "weight": 0}]}, ("weight above 0", "prediction")),
+        ({"prediction": [{"term": "logits", "weight": -1}]}, ("prediction.0.weight:", "got -1")),
+        ({"prediction": [{"term": "cls", "layer_map": "skp"}]}, ("0.layer_map:", "mean 'skip'")),
+        ({"prediction": [{"term": "${UNSET_NAME}"}]}, ("UNSET_NAME", "not set")),
+        ({"preset": "distilbert", "mask_rate": 0}, ("mask_rate", "more than 0", "got 0")),
+        ({"mask_rate": 0.1}, ("mask_rate", "general", "leave mask_rate out")),
+        (
+            {"normalisation": "paper_code", "prediction": [{"term": "cosine"}]},
+            ("paper_code", "['cosine']", "valid_only"),
+        ),
+        (
+            {"prediction": [{"term": "attention", "heads": 2, "head_map": [[1, 1]]}]},
+            ("heads 2", "[[1, 1]]", "leave one"),
+        ),
+    ],
+)
+def test_terms_that_do_not_fit_their_stage(world, distillation, named):
+    path = world.config("prediction", distillation=distillation)
+    world.fails("run", path, naming=("distillation", *named))
+
+
+@pytest.mark.parametrize(
+    "term, named",
+    [
+        ({"term": "relation", "heads": 3}, ("term relation", "divide", "hidden_size 8", "got 3")),
+        ({"term": "cosine"}, ("term cosine", "as wide as", "8 and 16", "projection")),
+        ({"term": "hidden", "layer_map": [[1, 5]]}, ("term hidden", "layer_map", "[[1, 5]]")),
+        ({"term": "cls"}, ("term cls", "layer_map", "two layers", "last")),
+        ({"term": "attention", "head_map": [[1, 3]]}, ("head_map", "1 to 2", "[1, 3]")),
+    ],
+)
+def test_terms_that_cannot_compare_the_models(world, term, named):
+    path = world.distil(distillation={"prediction": [term, {"term": "logits"}]})
+    world.fails("run", path, naming=("distillation.prediction", *named))
 
 
 def test_ignored_lowercase(world):
@@ -306,7 +349,7 @@ def test_mesh_of_other_devices(world):
 
 def test_other_attention_heads(world):
     path = world.distil(student={"num_attention_heads": 4})
-    named = ("attention heads", "4 for the student", "2 for the teacher", "attention_weight=0")
+    named = ("attention heads", "4 for the student", "2 for the teacher", "a head_map")
     world.fails("run", path, naming=named)
 
 
@@ -319,7 +362,8 @@ def test_other_attention_heads(world):
     ],
 )
 def test_layer_map_that_does_not_fit(world, depth, layer_map, named):
-    changes = {"student": {"num_hidden_layers": depth}, "distillation": {"layer_map": layer_map}}
+    term = {"term": "hidden", "layer_map": layer_map}
+    changes = {"student": {"num_hidden_layers": depth}, "distillation": {"intermediate": [term]}}
     world.fails("run", world.distil(**changes), naming=("layer_map", *named))
 
 

@@ -4,10 +4,11 @@ import subprocess
 import sys
 
 import pytest
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from tinybert_jax.cost import (
     forward_flops_per_token,
+    masked_lm_flops,
     measure_gemm_peak,
     num_encoder_parameters,
     num_parameters,
@@ -73,6 +74,20 @@ def test_flops_count_every_matrix_product_of_a_forward_pass():
         model(torch.ones(batch, seq_len, dtype=torch.long))
     counted = counter.get_total_flops()
     assert counted == batch * seq_len * forward_flops_per_token(config, seq_len)
+
+
+def test_flops_of_the_masked_lm_head_equal_those_counted_in_torch():
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    sizes = {"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 56}
+    config = BertConfig(**sizes, num_attention_heads=4, attn_implementation="eager")
+    model = BertForMaskedLM(config).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.ones(2, 16, dtype=torch.long))
+    encoder = 2 * 16 * forward_flops_per_token(config, 16)
+    assert counter.get_total_flops() == encoder + masked_lm_flops(config, 2 * 16, 2 * 16)
+    assert masked_lm_flops(config, 7, 3) == 2 * (7 * 24 * 24 + 3 * 24 * 50)
 
 
 def test_training_is_three_forward_passes():

@@ -18,7 +18,20 @@ from tinybert_jax.sections import ModelConfig
     ],
 )
 def test_layer_maps(kind, student, teacher, expected):
-    assert distill.make_layer_map(kind, student, teacher) == expected
+    pairs = tuple(enumerate(expected, start=1))
+    assert distill.make_layer_pairs(kind, student, teacher) == pairs
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("last", ((3, 6),)),
+        ("skip", ((1, 2), (2, 4))),
+        (((2, 1), (2, 4)), ((2, 1), (2, 4))),
+    ],
+)
+def test_layer_maps_that_leave_layers_out(kind, expected):
+    assert distill.make_layer_pairs(kind, 3, 6) == expected
 
 
 @pytest.mark.parametrize(
@@ -32,17 +45,17 @@ def test_layer_maps(kind, student, teacher, expected):
 )
 def test_layer_maps_that_do_not_fit_name_both(kind, student, teacher, words):
     with pytest.raises(ValueError) as caught:
-        distill.make_layer_map(kind, student, teacher)
+        distill.make_layer_pairs(kind, student, teacher)
     assert all(word in str(caught.value) for word in words)
 
 
 def test_fit_names_both_values():
     student = ModelConfig(num_attention_heads=8, hidden_size=64)
     with pytest.raises(ValueError, match="8 for the student and 12 for the teacher"):
-        distill.check_fit(student, ModelConfig(), needs_heads=True)
-    distill.check_fit(student, ModelConfig(), needs_heads=False)
+        distill.check_heads(student, ModelConfig(), None)
+    distill.check_vocabularies(student, ModelConfig())
     with pytest.raises(ValueError, match="100 entries for the student and 30522"):
-        distill.check_fit(ModelConfig(vocab_size=100), ModelConfig(), needs_heads=False)
+        distill.check_vocabularies(ModelConfig(vocab_size=100), ModelConfig())
 
 
 def test_principal_directions_are_the_best_basis_of_their_size():

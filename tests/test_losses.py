@@ -173,6 +173,56 @@ def test_logits_mse_matches_torch():
     )
 
 
+def test_cosine_matches_torch():
+    mask = torch.tensor(MASK)
+    assert_same(
+        lambda student, teacher: losses.cosine(student, teacher, jnp.array(MASK)),
+        lambda student, teacher: (1 - F.cosine_similarity(student[mask], teacher[mask])).mean(),
+        normal(8, BATCH, SEQ, 6),
+        normal(9, BATCH, SEQ, 6),
+    )
+
+
+def test_normalised_distance_matches_torch():
+    def reference(student, teacher):
+        return weighted_mean((F.normalize(student) - F.normalize(teacher)).square().mean(-1))
+
+    assert_same(
+        lambda student, teacher: losses.normalised_distance(student, teacher, jnp.array(WEIGHTS)),
+        reference,
+        normal(8, BATCH, 6),
+        normal(9, BATCH, 6),
+    )
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 5, 100])
+@pytest.mark.parametrize("temperature, num_shards", [(1.0, 1), (2.0, 1), (2.0, 2)])
+def test_word_kl_matches_torch_whatever_the_chunks(chunk_size, temperature, num_shards):
+    labels, vocab = VOCAB_LABELS, 11
+    teacher = [normal(3, len(labels), 6), normal(4, vocab, 6), normal(5, vocab)]
+
+    def loss(hidden, table, bias):
+        return losses.word_kl_from_hidden(
+            (hidden, table, bias),
+            tuple(map(jnp.array, teacher)),
+            jnp.array(labels != -100),
+            temperature=temperature,
+            chunk_size=chunk_size,
+            num_shards=num_shards,
+        )
+
+    def log_probs(hidden, table, bias):
+        return torch.log_softmax((hidden @ table.T + bias)[labels != -100] / temperature, -1)
+
+    goal = log_probs(*(torch.tensor(x, dtype=torch.float64) for x in teacher))
+
+    def reference(*student):
+        ours = log_probs(*student)
+        return F.kl_div(ours, goal, reduction="batchmean", log_target=True)
+
+    assert_same(loss, reference, normal(0, len(labels), 4), normal(1, vocab, 4), normal(2, vocab))
+
+
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
 def test_hidden_mse_matches_torch(normalisation):
     def reference(student, teacher):

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinybert_jax import objectives
+from tinybert_jax import distill_objective, objectives
 from tinybert_jax.data import packing, pipeline
 from tinybert_jax.data.pipeline import Plan, TokenRows
 from tinybert_jax.evaluate import make_scorer
 from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
-from tinybert_jax.sections import DistillSection, ModelConfig
+from tinybert_jax.objective_sections import DistillSection, model_kind
+from tinybert_jax.sections import ModelConfig
 
 WIDTH = 24
 CONFIG = ModelConfig(
@@ -135,17 +136,19 @@ def test_packed_evaluation_gives_every_example_its_own_logits():
 
 
 def _objective(kind):
-    apply, init = make_classifier(STUDENT, 3)
-    teacher_apply, teacher_init = make_classifier(CONFIG, 3)
     if kind == "classification":
+        apply, init = make_classifier(STUDENT, 3)
         return objectives.make_supervised(apply), _params(init, 1), ()
-    if kind == "prediction":
-        section = DistillSection(temperature=2.0, hard_weight=0.3)
-        objective = objectives.make_distill_prediction(apply, teacher_apply, section)
-        return objective, _params(init, 1), _params(teacher_init, 2)
-    apply, init = make_encoder(STUDENT)
-    teacher_apply, teacher_init = make_encoder(CONFIG)
-    objective = objectives.make_distill_layers(apply, teacher_apply, (2,), DistillSection())
+    terms = DistillSection.model_validate({"prediction": KINDS[kind]}).terms("prediction")
+    model = model_kind(terms)
+    make = {"classifier": lambda sizes: make_classifier(sizes, 3), "encoder": make_encoder}[model]
+    student = STUDENT.model_copy(update={"hidden_size": 32}) if kind == "patience" else STUDENT
+    (apply, init), (teacher_apply, teacher_init) = make(student), make(CONFIG)
+    objective = distill_objective.make_distill(
+        distill_objective.Role(apply, model, student.num_hidden_layers),
+        distill_objective.Role(teacher_apply, model, CONFIG.num_hidden_layers),
+        terms,
+    )
     kernel = jax.random.normal(jax.random.key(4), (1, 16, 32))
     projection = {"kernel": kernel, "bias": jnp.ones((1, 32))}
     return (
@@ -155,7 +158,20 @@ def _objective(kind):
     )
 
 
-@pytest.mark.parametrize("kind", ["classification", "prediction", "layers"])
+KINDS = {
+    "classification": None,
+    "prediction": [
+        {"term": "logits", "temperature": 2.0, "form": "kl", "weight": 0.7},
+        {"term": "label", "weight": 0.3},
+        {"term": "logits"},
+    ],
+    "layers": [{"term": "attention"}, {"term": "hidden"}, {"term": "embedding"}],
+    "relations": [{"term": "relation", "heads": 4}, {"term": "attention", "heads": 8}],
+    "patience": [{"term": "label"}, {"term": "cls", "layer_map": "last"}, {"term": "cosine"}],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_gradients_are_the_same(kind):
     objective, params, frozen = _objective(kind)
 

@@ -17,7 +17,7 @@ from tinybert_jax.data.pipeline import Batch, tokenize_corpus  # noqa: E402
 from tinybert_jax.data.prepare import prepare  # noqa: E402
 from tinybert_jax.data.store import open_store  # noqa: E402
 from tinybert_jax.data_sections import PrepareConfig  # noqa: E402
-from tinybert_jax.feed import corpus_feed  # noqa: E402
+from tinybert_jax.feed import stage_feed  # noqa: E402
 from tinybert_jax.model.heads import make_masked_lm  # noqa: E402
 from tinybert_jax.recipes import pipeline  # noqa: E402
 from tinybert_jax.run import open_run  # noqa: E402
@@ -185,7 +185,7 @@ def test_each_phase_goes_through_the_rows_of_its_length_from_the_start(prepared,
     settings = _config(prepared, tmp_path / "run", stores=stores, phases=PHASES, **more)
     orders = []
     with open_run(settings, ["pretrain"]) as run:
-        feed = corpus_feed(run, "pretrain")
+        feed = stage_feed(run, "pretrain")
         tokenizer = run.tokenizer
     for start, stop, size, width in ((0, 40, 8, 16), (40, 60, 16, 16), (60, 80, 16, 32)):
         batches = [feed.batch_at(step) for step in range(start, stop)]

@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from tinybert_jax import masking, objectives, sharding, train
+from tinybert_jax import distill_objective, masking, objectives, sharding, train
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import init_projection
 from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
-from tinybert_jax.sections import DistillSection, MeshSection, ModelConfig
+from tinybert_jax.objective_sections import DistillSection
+from tinybert_jax.sections import MeshSection, ModelConfig
 
 TEACHER = ModelConfig(
     vocab_size=52,
@@ -52,34 +53,67 @@ def _mesh(num_devices, **axes):
 def _stage(kind, normalisation="valid_only"):
     """(objective, params, frozen) of a small stage without dropout."""
     key = jax.random.key(0)
-    student, teacher = STUDENT.model_copy(update=DRY), TEACHER.model_copy(update=DRY)
-    section = DistillSection(normalisation=normalisation, hard_weight=0.3, temperature=2.0)
+    student = STUDENT.model_copy(update=DRY)
+    options = distill_objective.Options(normalisation=normalisation)
     if kind == "supervised":
         apply, init = make_classifier(student, 3)
         return objectives.make_supervised(apply, label_smoothing=0.1), jax.jit(init)(key), ()
     if kind == "masked_lm":
         apply, init = make_masked_lm(student, pair_head=True)
-        options = {"mask_token_id": 4, "special_token_ids": (0, 1, 2), "vocab_size": 52}
-        objective = objectives.make_mlm(apply, mask_rate=0.3, pair_weight=0.5, **options)
+        ids = {"mask_token_id": 4, "special_token_ids": (0, 1, 2), "vocab_size": 52}
+        objective = objectives.make_mlm(apply, mask_rate=0.3, pair_weight=0.5, **ids)
 
         def prepare(batch, key, share):  # labels of pairs: none, 0 and 1
             return objective.prepare(batch._replace(labels=batch.labels - 1), key, share)
 
         return objective._replace(prepare=prepare), jax.jit(init)(key), ()
     if kind == "prediction":
-        apply, init = make_classifier(student, 3)
-        teacher_apply, teacher_init = make_classifier(teacher, 3)
-        frozen = jax.jit(teacher_init)(jax.random.key(1))
-        return (
-            objectives.make_distill_prediction(apply, teacher_apply, section),
-            jax.jit(init)(key),
-            frozen,
-        )
-    apply, init = make_encoder(student)
-    teacher_apply, teacher_init = make_encoder(teacher)
-    params = {"student": jax.jit(init)(key), "projection": init_projection(key, 8, 16, 1)}
-    objective = objectives.make_distill_layers(apply, teacher_apply, (2, 4), section)
-    return objective, params, jax.jit(teacher_init)(jax.random.key(1))
+        roles, params, frozen = _roles("classifier", make_classifier, 3)
+        terms = [{"term": "logits", "temperature": 2.0, "weight": 0.7}]
+        terms += [{"term": "label", "weight": 0.3}]
+        objective = distill_objective.make_distill(*roles, _terms(terms), options)
+        return objective, {"student": params}, frozen
+    if kind == "words":
+        roles, params, frozen = _roles("masked_lm", make_masked_lm, width=16)
+        ids = {"mask_token_id": 4, "special_token_ids": (0, 1, 2), "vocab_size": 52}
+        terms = DistillSection.model_validate(
+            {"general": [*WORDS, {"term": "word_logits", "at": "masked"}]}
+        ).terms("general")
+        mask = objectives.make_mask(mask_rate=0.3, **ids)
+        options = options._replace(chunk_size=5)
+        objective = distill_objective.make_distill(*roles, terms, options, mask)
+        return objective, {"student": params}, frozen
+    if kind == "patience":
+        roles, params, frozen = _roles("classifier", make_classifier, 3, width=16)
+        terms = DistillSection(preset="pkd").terms("prediction")
+        return distill_objective.make_distill(*roles, terms, options), {"student": params}, frozen
+    roles, params, frozen = _roles("encoder", make_encoder)
+    params = {"student": params, "projection": init_projection(key, 8, 16, 1)}
+    terms = DistillSection().terms("intermediate")
+    if kind == "relations":
+        terms = _terms([{"term": "relation", "heads": 2}, {"term": "attention", "heads": 8}])
+    return distill_objective.make_distill(*roles, terms, options), params, frozen
+
+
+WORDS = [
+    {"term": "word_logits", "weight": 5.0, "temperature": 2.0},
+    {"term": "masked_lm", "weight": 2.0},
+    {"term": "cosine"},
+]
+
+
+def _roles(kind, make, *more, width=8):
+    """((student, teacher), the student's parameters, the teacher's)."""
+    roles, params = [], []
+    for number, sizes in enumerate((STUDENT.model_copy(update={"hidden_size": width}), TEACHER)):
+        apply, init = make(sizes.model_copy(update=DRY), *more)
+        roles.append(distill_objective.Role(apply, kind, sizes.num_hidden_layers))
+        params.append(jax.jit(init)(jax.random.key(number)))
+    return roles, *params
+
+
+def _terms(terms):
+    return DistillSection.model_validate({"prediction": terms}).terms("prediction")
 
 
 def _run(kind, mesh, *, accumulation=1, num_steps=2, normalisation="valid_only"):
@@ -117,7 +151,8 @@ def _loss(objective, params, batch, frozen):
     return loss(params, batch, frozen)
 
 
-KINDS = ["supervised", "masked_lm", "layers", "prediction"]
+KINDS = ["supervised", "masked_lm", "layers", "prediction", "words", "patience", "relations"]
+MASKING = ("masked_lm", "words")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,9 +178,12 @@ def test_accumulation_equals_the_whole_batch(kind, normalisation):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("kind", ["supervised", "layers", "prediction"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in MASKING])
 def test_students_side_by_side_equal_each_alone(kind, accumulation):
-    """Same batches; a start of its own, and the gradient of one is clipped."""
+    """Same batches; a start of its own, and the gradient of one is clipped.
+
+    Adam turns the rounding noise of gradients that are 0, those of key biases, into steps of 1e-5.
+    """
     objective, params, frozen = _stage(kind)
     starts = [params, jax.tree.map(lambda leaf: 1.5 * leaf, params)]
     keys = [jax.random.key(3), jax.random.key(4)]
@@ -179,7 +217,7 @@ def test_students_side_by_side_equal_each_alone(kind, accumulation):
         for i, (own, _) in enumerate(alone):
             for field in ("params", "opt_state", "average"):
                 jax.tree.map(
-                    lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=5e-6),
+                    lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=2e-5),
                     getattr(state, field),
                     getattr(own, field),
                 )
@@ -306,15 +344,18 @@ def test_layer_objective_equals_the_papers_sum_written_in_torch():
     np.testing.assert_allclose(value, attention + hidden + embedding, rtol=1e-5)
 
 
-def test_weights_of_zero_leave_a_term_out():
-    apply, _ = make_encoder(STUDENT.model_copy(update=DRY))
-    teacher_apply, _ = make_encoder(TEACHER.model_copy(update=DRY))
-    _, params, frozen = _stage("layers")
-    section = DistillSection(attention_weight=0, embedding_weight=0, hidden_weight=2)
-    objective = objectives.make_distill_layers(apply, teacher_apply, (2, 4), section)
-    value, parts = _loss(objective, params, _batch(), frozen)
-    assert set(parts) == {"loss/hidden"}
-    np.testing.assert_allclose(value, 2 * parts["loss/hidden"], rtol=1e-6)
+def test_a_term_alone_and_its_weight_over_the_stage():
+    roles, params, frozen = _roles("encoder", make_encoder)
+    params = {"student": params, "projection": init_projection(KEY, 8, 16, 1)}
+    terms = _terms([{"term": "hidden", "weight": {"start": 4, "end": 2}}])
+    objective = distill_objective.make_distill(*roles, terms)
+    batch = _batch()
+    targets = jax.jit(objective.targets)(batch, frozen)
+    for share, weight in ((0.0, 4), (0.5, 3), (1.0, 2)):
+        prepared = objective.prepare(batch, KEY, jnp.float32(share))
+        value, parts = jax.jit(objective.loss)(params, *prepared, KEY, targets)
+        assert set(parts) == {"loss/hidden"}
+        np.testing.assert_allclose(value, weight * parts["loss/hidden"], rtol=1e-6)
 
 
 def test_state_is_born_sharded_and_moments_with_their_parameters():

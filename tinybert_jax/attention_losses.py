@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tinybert_jax.losses import Normalisation, mean_over, unknown_normalisation
 
+RELATION_BLOCK = 128  # tokens of a row whose relations exist at one time
+
 
 def attention_mse(
     student_query: Float[Array, "batch seq heads student_head_dim"],
@@ -72,7 +74,7 @@ def relation_kl(
     teacher_right: Float[Array, "batch seq heads teacher_head_dim"],
     mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"],
     *,
-    block_size: int = 128,
+    block_size: int = RELATION_BLOCK,
     count: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
     """KL(p_T ‖ p_S) of the relations p = softmax(left·rightᵀ/√head_dim) of one layer (unit: token).

@@ -17,6 +17,12 @@ from tinybert_jax.data.loader import check_mixture
 from tinybert_jax.data.pipeline import MIN_TOKENS
 from tinybert_jax.data.store import Store
 from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.objective_sections import (
+    DISTILL_STAGES,
+    AttentionTerm,
+    LayerTerm,
+    model_kind,
+)
 from tinybert_jax.sections import ModelConfig, RunConfig
 from tinybert_jax.stage_sections import StageSection
 
@@ -57,6 +63,8 @@ def check_order(config: RunConfig, stages: Sequence[str], is_done: Callable[[str
     """Refuses a stage whose teacher the config wants trained first, by a stage not run yet."""
     for name in stages:
         before = _STAGE_BEFORE.get(name)
+        if name in DISTILL_STAGES and not config.reads_teacher(name):
+            continue
         if before and getattr(config, before) and before not in stages and not is_done(before):
             raise ValueError(
                 f"{name}: expected a finished {before} stage in {config.run_dir}, found none; do "
@@ -72,10 +80,19 @@ def check_vocabularies(config: RunConfig, tokenizer: Any) -> None:
         hf_folder.check_same_pieces(tokenizer, config.teacher.finetuned, "teacher")
     if config.student and config.student.path:
         hf_folder.check_same_pieces(tokenizer, config.student.path, "student")
-    if config.pretrain and tokenizer.mask_token is None:
-        raise ValueError("pretrain: expected a tokenizer with a mask_token, got one without")
+    masks = [name for name in ("pretrain", "general") if _masks(config, name)]
+    if masks and tokenizer.mask_token is None:
+        raise ValueError(
+            f"{masks[0]}: expected a tokenizer with a mask_token, got one without; set "
+            "tokenizer.path to a folder of BERT's kind"
+        )
     if config.pretrain and config.pretrain.mask_unit != "token":
         vocab.is_continuation(tokenizer)
+
+
+def _masks(config: RunConfig, stage: str) -> bool:
+    is_there = getattr(config, stage) is not None
+    return is_there and (stage == "pretrain" or config.distillation.general_mask_rate > 0)
 
 
 def check_sizes(
@@ -109,9 +126,8 @@ def check_sizes(
                     f"{name}.{part.key}global_batch_size: expected a multiple of {shards} (batch "
                     f"devices × accumulation steps), got {part.section.global_batch_size}"
                 )
-    if student and {"general", "intermediate", "prediction"} & set(stages):
-        reads_layers = bool({"general", "intermediate"} & set(stages))
-        _check_pair(config, teacher, student, reads_layers)
+    if student and set(DISTILL_STAGES) & set(stages):
+        _check_pair(config, stages, teacher, student)
 
 
 def _has_second_part(config: RunConfig, stage: str) -> bool:
@@ -230,9 +246,10 @@ def check_weights(
     models = {"teacher": teacher, "student": student}
     make = {
         "encoder": make_encoder,
-        "masked_lm": lambda model: make_masked_lm(
+        "pretrained": lambda model: make_masked_lm(
             model, pair_head=bool(config.pretrain and config.pretrain.pair_weight)
         ),
+        "masked_lm": make_masked_lm,
         "classifier": lambda model: make_classifier(model, num_outputs),
     }
     for path, role, kind, teaches in _starts(config, stages):
@@ -267,14 +284,40 @@ def _models_of(
 
 
 def _check_pair(
-    config: RunConfig, teacher: ModelConfig, student: ModelConfig, reads_layers: bool
+    config: RunConfig, stages: Sequence[str], teacher: ModelConfig, student: ModelConfig
 ) -> None:
-    needs_heads = reads_layers and config.distillation.attention_weight > 0
-    distill.check_fit(student, teacher, needs_heads=needs_heads)
-    if reads_layers:
-        distill.make_layer_map(
-            config.distillation.layer_map, student.num_hidden_layers, teacher.num_hidden_layers
-        )
+    """Refuses a pair of models that a term cannot compare."""
+    terms = [
+        (stage, term)
+        for stage in DISTILL_STAGES
+        if stage in stages
+        for term in config.distillation.terms(stage)
+    ]
+    distill.check_vocabularies(student, teacher)
+    for stage, term in terms:
+        origin = f"distillation.{stage}, term {term.term}"
+        if isinstance(term, AttentionTerm) and not term.heads:
+            _within(origin, lambda term=term: distill.check_heads(student, teacher, term.head_map))
+        if isinstance(term, LayerTerm):
+            _within(
+                origin,
+                lambda term=term: distill.make_layer_pairs(
+                    term.layer_map, student.num_hidden_layers, teacher.num_hidden_layers
+                ),
+            )
+        for role, model in (("student", student), ("teacher", teacher)):
+            heads = getattr(term, "heads", None)
+            if heads and model.hidden_size % heads:
+                raise ValueError(
+                    f"{origin}: expected heads that divide the {role}'s hidden_size "
+                    f"{model.hidden_size}, got {heads}; choose a divisor of both widths"
+                )
+        if term.term in ("cls", "cosine") and student.hidden_size != teacher.hidden_size:
+            raise ValueError(
+                f"{origin}: expected a student as wide as its teacher, got hidden_size "
+                f"{student.hidden_size} and {teacher.hidden_size}; use the term hidden, which has "
+                "a projection"
+            )
     if config.student and config.student.init == "teacher_embeddings":
         for name in ("hidden_size", "max_position_embeddings"):
             most, got = getattr(teacher, name), getattr(student, name)
@@ -285,20 +328,30 @@ def _check_pair(
                 )
 
 
+def _within(origin: str, check: Callable[[], object]) -> None:
+    try:
+        check()
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
+
+
 def _starts(config: RunConfig, stages: Sequence[str]) -> Iterator[tuple[str, str, str, bool]]:
     """Given folders that the stages read: path, role, what they make of it, whether it teaches."""
     chosen, teacher, student = set(stages), config.teacher, config.student
     if teacher.path and "pretrain" in chosen:
-        yield teacher.path, "teacher", "masked_lm", False
+        yield teacher.path, "teacher", "pretrained", False
     elif teacher.path and "finetune" in chosen and not config.pretrain:
         yield teacher.path, "teacher", "classifier", False
-    elif teacher.path and "general" in chosen:
-        yield teacher.path, "teacher", "encoder", False
+    if teacher.path and not config.pretrain and "general" in chosen and config.teaches("general"):
+        kind = model_kind(config.distillation.terms("general"), of_teacher=True)
+        yield teacher.path, "teacher", kind, kind != "encoder"
     given = teacher.finetuned or teacher.path
-    if given and chosen & {"intermediate", "prediction"} and not config.finetune:
+    learns = any(config.teaches(name) for name in chosen & {"intermediate", "prediction"})
+    if given and learns and not config.finetune:
         yield given, "teacher", "classifier", True
     if student and student.path and chosen & {"general", "intermediate"}:
-        yield student.path, "student", "encoder", False
+        first = "general" if "general" in chosen else "intermediate"
+        yield student.path, "student", model_kind(config.distillation.terms(first)), False
     elif student and student.path and "prediction" in chosen:
         yield student.path, "student", "classifier", False
     if student and student.path and "baseline" in chosen:

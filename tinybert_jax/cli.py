@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, (_, text) in _STAGES.items():
         command = commands.add_parser(name, help=text, description=text)
         _add_config(command, "configs/quickstart.yaml")
+        command.add_argument(
+            "--dry-run", action="store_true", help="print what it would cost and stop"
+        )
         command.set_defaults(act=_run)
     _add_evaluate(commands)
     _add_predict(commands)
@@ -154,6 +157,9 @@ def _run(arguments, command: str) -> int:
     host.keep_freed_memory()
     from tinybert_jax.recipes import pipeline
 
+    if arguments.dry_run:
+        print(pipeline.costs(settings, _STAGES[arguments.command][0]))
+        return 0
     pipeline.main(settings, _STAGES[arguments.command][0], command)
     return 0
 

@@ -46,7 +46,11 @@ def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -
     try:
         return root.model_validate(_expand_variables(tree))
     except ValidationError as error:
-        lines = [f"  {_explain(item, root)}" for item in error.errors()]
+        mistakes: dict[str, list[str]] = {}  # a union has one for each of its members
+        for item in error.errors():
+            place, text = _explain(item, root)
+            mistakes.setdefault(place, []).append(text)
+        lines = [f"  {place}: {' or '.join(dict.fromkeys(m))}" for place, m in mistakes.items()]
         raise ConfigError("\n".join([_num_mistakes(path, lines), *lines])) from None
 
 
@@ -126,14 +130,23 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _unset_variables(tree: dict[str, Any]) -> Iterator[str]:
-    for dotted, leaf in _leaves(tree):
-        for text in leaf if isinstance(leaf, list) else [leaf]:
-            for name in _VARIABLE.findall(text) if isinstance(text, str) else ():
-                if name not in os.environ:
-                    yield (
-                        f"  {dotted}: '{text}' names the environment variable {name}, which is "
-                        f"not set; set it (export {name}=…) or override the value ({dotted}=…)"
-                    )
+    for dotted, text in _texts(tree):
+        for name in _VARIABLE.findall(text):
+            if name not in os.environ:
+                yield (
+                    f"  {dotted}: '{text}' names the environment variable {name}, which is "
+                    f"not set; set it (export {name}=…) or override the value ({dotted}=…)"
+                )
+
+
+def _texts(node: Any, dotted: str = "") -> Iterator[tuple[str, str]]:
+    """Every string, those in lists too, each with its dotted path or that of its list."""
+    for place, leaf in _leaves(node, dotted):
+        if isinstance(leaf, list):
+            for child in leaf:
+                yield from _texts(child, place)
+        elif isinstance(leaf, str):
+            yield place, leaf
 
 
 def _expand_variables(node: Any) -> Any:
@@ -150,39 +163,66 @@ def _num_mistakes(origin: str | Path, lines: Sequence[str]) -> str:
     return f"{origin}: {len(lines)} {'mistake' if len(lines) == 1 else 'mistakes'}"
 
 
-def _explain(item: Any, root: type[BaseModel]) -> str:
-    """One pydantic error as `dotted.path: expected …, got …`, with the nearest valid name."""
-    location = [part for part in item["loc"] if isinstance(part, str | int)]
+def _explain(item: Any, root: type[BaseModel]) -> tuple[str, str]:
+    """(dotted path, what is wrong there) of one pydantic error, with the nearest valid name."""
+    location, sections = _own_location(root, item["loc"], item["type"] == "extra_forbidden")
     dotted = ".".join(str(part) for part in location) or "(whole config)"
     if item["type"] == "extra_forbidden":
-        known = _fields_at(root, location[:-1])
-        return f"{dotted}: unknown key{_nearest(str(location[-1]), known)}"
+        known = list(sections[0].model_fields) if sections else []
+        return dotted, f"unknown key{_nearest(str(location[-1]), known)}"
+    if item["type"] == "union_tag_invalid":
+        tag, name = item["ctx"]["tag"], item["ctx"]["discriminator"].strip("'")
+        known = re.findall(r"'([^']+)'", item["ctx"]["expected_tags"])
+        return f"{dotted}.{name}", f"unknown {name} '{tag}'{_nearest(tag, known)}"
+    if item["type"] == "union_tag_not_found":
+        name = item["ctx"]["discriminator"].strip("'")
+        return dotted, f"expected the key '{name}', got {item['input']!r}"
     if item["type"] == "missing":
-        return f"{dotted}: expected a value, got none"
+        return dotted, "expected a value, got none"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
-        return f"{dotted}: {message}"
+        return dotted, message
     got = item.get("input")
     nearest = ""
     if item["type"] == "literal_error":
         nearest = _nearest(str(got), re.findall(r"'([^']+)'", message), list_all=False)
-    return f"{dotted}: {message}, got {got!r}{nearest}"
+    return dotted, f"{message}, got {got!r}{nearest}"
 
 
-def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    for part in (part for part in location if isinstance(part, str)):  # no places in a list
-        field = model.model_fields.get(str(part))
-        sections = [] if field is None else list(_section_types(field.annotation))
-        if not sections:
-            break
-        model = sections[0]
-    return list(model.model_fields)
+def _own_location(
+    root: type[BaseModel], location: Sequence[Any], ends_in_unknown: bool
+) -> tuple[list[Any], list[type[BaseModel]]]:
+    """The parts of a location that the config has, and which sections may be there.
+
+    Pydantic names the members of a union too.
+    """
+    sections, own, is_free = [root], [], False
+    for place, part in enumerate(location):
+        fields = [each.model_fields[part] for each in sections if part in each.model_fields]
+        tagged = [each for each in sections if part in _tags(each)]
+        if fields:
+            own.append(part)
+            sections = list(_section_types(fields[0].annotation))
+            is_free = "dict" in str(fields[0].annotation)
+        elif tagged:
+            sections = tagged
+        elif isinstance(part, int) or is_free:
+            own.append(part)
+        elif ends_in_unknown and place == len(location) - 1:
+            own.append(part)
+    return own, sections
+
+
+def _tags(section: type[BaseModel]) -> Iterator[str]:
+    for field in section.model_fields.values():
+        if typing.get_origin(field.annotation) is typing.Literal:
+            yield from typing.get_args(field.annotation)[:1]
 
 
 def _section_types(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple):
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, typing.Annotated):
         for argument in typing.get_args(annotation):
             yield from _section_types(argument)
 

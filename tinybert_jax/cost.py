@@ -64,8 +64,22 @@ def forward_flops_per_token(config: BertShape, seq_len: int, *, projection_dim: 
     """
     d, f, num_layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     layer = 4 * d * d + 2 * d * f + 2 * seq_len * d
-    projection = (num_layers + 1) * d * projection_dim
-    return 2 * (num_layers * layer + projection)
+    projection = projection_flops_per_token(config, projection_dim, num_layers + 1)
+    return 2 * num_layers * layer + projection
+
+
+def projection_flops_per_token(config: BertShape, projection_dim: int, num_entries: int) -> int:
+    """FLOPs of mapping so many entries of a student's `hidden` to its teacher's width, forward."""
+    return 2 * num_entries * config.hidden_size * projection_dim
+
+
+def masked_lm_flops(config: BertShape, num_mapped: int, num_predicted: int) -> int:
+    """FLOPs of the masked-LM head of a batch, forward.
+
+    Its dense map runs at `num_mapped` tokens, the product with the word table at `num_predicted`.
+    """
+    d = config.hidden_size
+    return 2 * d * (num_mapped * d + num_predicted * config.vocab_size)
 
 
 def training_flops_per_token(

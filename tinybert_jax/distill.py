@@ -9,22 +9,39 @@ import numpy as np
 
 from tinybert_jax.sections import ModelConfig
 
-LayerMap = tuple[int, ...]  # for each student layer 1..M the teacher layer 1..N it learns from
+LayerPairs = tuple[tuple[int, int], ...]  # (student's layer 1..M, the teacher's 1..N)
 
 
-def make_layer_map(kind: str | Sequence[int], num_student: int, num_teacher: int) -> LayerMap:
-    """uniform: i·N/M; top: the last M; bottom: the first M; or the teacher layers themselves.
+def make_layer_pairs(
+    kind: str | Sequence[int] | Sequence[tuple[int, int]], num_student: int, num_teacher: int
+) -> LayerPairs:
+    """Which of the teacher's layers a student's learns from.
 
-    The embedding output (entry 0) always maps to the teacher's. Source: arXiv 1909.10351, 3.1.
-    Raises ValueError where the depths do not fit.
+    uniform: i·N/M; skip: uniform without the last (PKD, arXiv 1908.09355, 3); top: the last M;
+    bottom: the first M; last: of both the last alone; a teacher layer for each of the student's; or
+    pairs, where a layer may occur often. Source: arXiv 1909.10351, 3.1. Raises ValueError where
+    the depths do not fit.
     """
+    if kind == "last":
+        return ((num_student, num_teacher),)
+    pairs = [] if isinstance(kind, str) else [pair for pair in kind if not isinstance(pair, int)]
+    if pairs:
+        return _explicit_pairs(pairs, num_student, num_teacher)
     if num_student > num_teacher:
         raise ValueError(
             f"layer_map: expected a student no deeper than its teacher, got {num_student} layers "
             f"for {num_teacher}; lower student.num_hidden_layers"
         )
     if not isinstance(kind, str):
-        return _explicit(tuple(kind), num_student, num_teacher)
+        layers = tuple(layer for layer in kind if isinstance(layer, int))
+        return tuple(enumerate(_explicit(layers, num_student, num_teacher), start=1))
+    if kind == "skip":
+        if num_student < 2:
+            raise ValueError(
+                "layer_map: expected a student of two layers or more for skip, got one; set "
+                "layer_map: last"
+            )
+        return make_layer_pairs("uniform", num_student, num_teacher)[:-1]
     if kind == "uniform":
         if num_teacher % num_student:
             raise ValueError(
@@ -33,25 +50,37 @@ def make_layer_map(kind: str | Sequence[int], num_student: int, num_teacher: int
                 f"{num_student} teacher layers"
             )
         ratio = num_teacher // num_student
-        return tuple(ratio * (i + 1) for i in range(num_student))
+        return tuple((i, ratio * i) for i in range(1, num_student + 1))
     first = {"top": num_teacher - num_student, "bottom": 0}[kind]
-    return tuple(first + i + 1 for i in range(num_student))
+    return tuple((i, first + i) for i in range(1, num_student + 1))
 
 
-def check_fit(student: ModelConfig, teacher: ModelConfig, *, needs_heads: bool) -> None:
-    """Raises ValueError naming both values where a student cannot learn from a teacher."""
+def check_vocabularies(student: ModelConfig, teacher: ModelConfig) -> None:
+    """Raises ValueError naming both sizes where they differ."""
     if student.vocab_size != teacher.vocab_size:
         raise ValueError(
             f"vocabulary: expected the same for both, got {student.vocab_size} entries for the "
             f"student and {teacher.vocab_size} for the teacher; use the teacher's tokenizer"
         )
-    if needs_heads and student.num_attention_heads != teacher.num_attention_heads:
+
+
+def check_heads(
+    student: ModelConfig, teacher: ModelConfig, head_map: Sequence[tuple[int, int]] | None
+) -> None:
+    """Raises ValueError where heads, all or the map's, cannot be compared one by one."""
+    ours, theirs = student.num_attention_heads, teacher.num_attention_heads
+    if head_map is None and ours != theirs:
         raise ValueError(
-            f"attention heads: expected as many in both, got {student.num_attention_heads} for "
-            f"the student and {teacher.num_attention_heads} for the teacher; set "
-            f"student.num_attention_heads={teacher.num_attention_heads} (with a hidden_size that "
-            f"is a multiple of it) or distillation.attention_weight=0"
+            f"attention heads: expected as many in both, got {ours} for the student and {theirs} "
+            f"for the teacher; set student.num_attention_heads={theirs} (with a hidden_size that "
+            "is a multiple of it), or give the term heads or a head_map"
         )
+    for one, other in head_map or ():
+        if one > ours or other > theirs:
+            raise ValueError(
+                f"head_map: expected pairs of a student's head from 1 to {ours} and a teacher's "
+                f"from 1 to {theirs}, got {[one, other]}; leave that pair out"
+            )
 
 
 def init_projection(
@@ -114,7 +143,18 @@ def start_from_teacher_embeddings(
     return {**student, "embeddings": embeddings}, directions
 
 
-def _explicit(chosen: LayerMap, num_student: int, num_teacher: int) -> LayerMap:
+def _explicit_pairs(
+    pairs: Sequence[tuple[int, int]], num_student: int, num_teacher: int
+) -> LayerPairs:
+    if not all(1 <= i <= num_student and 1 <= g <= num_teacher for i, g in pairs):
+        raise ValueError(
+            f"layer_map: expected pairs of a student's layer from 1 to {num_student} and a "
+            f"teacher's from 1 to {num_teacher}, got {[list(pair) for pair in pairs]}"
+        )
+    return tuple(pairs)
+
+
+def _explicit(chosen: tuple[int, ...], num_student: int, num_teacher: int) -> tuple[int, ...]:
     if len(chosen) != num_student or not all(1 <= i <= num_teacher for i in chosen):
         raise ValueError(
             f"layer_map: expected {num_student} teacher layers from 1 to {num_teacher}, "

@@ -21,16 +21,29 @@ class Feed(NamedTuple):
     num_batches: int  # of an epoch
     fingerprint: str  # SHA-256 of the rows; of stores, of their file hashes; of phases, of theirs
 
+    def num_steps(self, section: StageSection) -> int:
+        """Of the whole stage."""
+        return section.num_steps or max(1, round((section.num_epochs or 0) * self.num_batches))
+
+
+def stage_feed(run: Run, stage: str) -> Feed:
+    """The corpus for pretrain and general; else the task's text, for distillation all of it."""
+    if stage in ("pretrain", "general"):
+        return _corpus_feed(run, stage)
+    text = run.data.distilled if stage in ("intermediate", "prediction") else run.data.train
+    section = run.section(stage)
+    rows = pipeline.tokenize_task(run.tokenizer, text, section.max_length)
+    run.log.say(
+        f"{stage}: {len(rows.lengths):,} examples, {len(rows.ids):,} tokens, "
+        f"{rows.num_truncated:,} cut at {section.max_length}"
+    )
+    return _rows_feed(run, section, rows, _seed(run, stage))
+
 
 _PHASE_SEED = 2**31  # beyond any number of an epoch or a corpus, which a seed may end in too
 
 
-def rows_feed(run: Run, stage: str, rows: TokenRows) -> Feed:
-    """Rows in memory, as the stage's `batching` lays them out."""
-    return _rows_feed(run, run.section(stage), rows, _seed(run, stage))
-
-
-def corpus_feed(run: Run, stage: str) -> Feed:
+def _corpus_feed(run: Run, stage: str) -> Feed:
     """The run's corpus: documents cut into rows of `max_length`, or the rows of its stores.
 
     An epoch of several stores has as many rows as they have together. Each phase of the stage goes

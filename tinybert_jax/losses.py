@@ -10,7 +10,7 @@ its microbatches add up to those of the batch. A batch without any valid unit ha
 """
 
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 IGNORED_LABEL = -100
 
 Normalisation = Literal["paper_code", "valid_only"]
+Reduction = Literal["sum", "mean_classes"]
 
 
 def softmax_cross_entropy(
@@ -75,11 +76,33 @@ def masked_lm_from_hidden(
     label fills is free. `num_shards` equal runs of rows (a divisor of n) are chunked side by side,
     so that none has to leave its device.
     """
-    assert hidden.shape[0] % num_shards == 0
-    split = lambda rows: rows.reshape(num_shards, -1, *rows.shape[1:])  # noqa: E731
-    size = min(chunk_size, hidden.shape[0] // num_shards)
-    total = _summed_nll(size, split(hidden), table, bias, split(labels))
+    hidden, labels = _split((hidden, labels), num_shards)
+    size = min(chunk_size, hidden.shape[1])
+    total = _summed_loss(size, hidden, table, bias, labels, None)
     return mean_over(total, jnp.sum(labels != IGNORED_LABEL, dtype=jnp.float32), count)
+
+
+def word_kl_from_hidden(
+    student: tuple[Float[Array, "n dim"], Float[Array, "vocab dim"], Float[Array, " vocab"]],
+    teacher: tuple[Float[Array, "n dim_t"], Float[Array, "vocab dim_t"], Float[Array, " vocab"]],
+    mask: Bool[Array, " n"],
+    *,
+    temperature: float | Float[Array, ""] = 1.0,
+    chunk_size: int,
+    num_shards: int = 1,
+    count: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """`kl` of the logits hidden·tableᵀ + bias of both, mean over the rows of `mask` (unit: row).
+
+    Each model is its (hidden, table, bias). Logits exist and gradients are made as in
+    `masked_lm_from_hidden`; the teacher gets none.
+    """
+    labels = jnp.where(mask, 0, IGNORED_LABEL)
+    (hidden, theirs), labels = _split(((student[0], teacher[0]), labels), num_shards)
+    size = min(chunk_size, hidden.shape[1])
+    goal = _Goal(theirs, *teacher[1:], jnp.asarray(temperature, jnp.float32))
+    total = _summed_loss(size, hidden, *student[1:], labels, goal)
+    return mean_over(total, mask.sum(dtype=jnp.float32), count)
 
 
 def masked_lm_sums(
@@ -92,38 +115,70 @@ def masked_lm_sums(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Σ −log p(label), and how many labels have the largest logit; ignored ones count nothing."""
     size = min(chunk_size, hidden.shape[0])
-    return _over_chunks(size, hidden[None], table, bias, labels[None], with_gradients=False)
+    given = (hidden[None], table, bias, labels[None], None)
+    return _over_chunks(size, *given, with_gradients=False)
+
+
+class _Goal(NamedTuple):
+    """Instead of a label of each row the distribution that a teacher gives it."""
+
+    hidden: Array  # [shards, n, dim]
+    table: Array  # [vocab, dim]
+    bias: Array  # [vocab]
+    temperature: Array  # of both distributions
+
+
+def _split(rows: Any, num_shards: int) -> Any:
+    """[n, …] to [shards, n / shards, …]."""
+    return jax.tree.map(lambda x: x.reshape(num_shards, -1, *x.shape[1:]), rows)
+
+
+def _in_order(order: Array, size: int, x: Array, fill: int = 0) -> Array:
+    """[s, n, d] sorted, and filled up to whole chunks."""
+    ordered = jnp.take_along_axis(x, order[:, :, None], axis=1)
+    room = ((0, 0), (0, -x.shape[1] % size), (0, 0))
+    return jnp.pad(ordered, room, constant_values=fill)
 
 
 def _over_chunks(
-    size: int, hidden: Array, table: Array, bias: Array, labels: Array, *, with_gradients: bool
+    size: int,
+    hidden: Array,
+    table: Array,
+    bias: Array,
+    labels: Array,
+    goal: _Goal | None,
+    *,
+    with_gradients: bool,
 ) -> tuple[Array, Any]:
     """Σ −log p(label), and its gradients by hidden [s, n, d], table and bias, or the hits.
 
-    Each shard adds up a table gradient of its own; they meet once, after the last chunk.
+    With a goal Σ KL(goal's ‖ p) of the rows that have a label, whatever the label. Each shard adds
+    up a table gradient of its own; they meet once, after the last chunk.
     """
-    num_shards, num_rows, _ = hidden.shape
-    words = table.astype(hidden.dtype)
+    num_shards, words = len(hidden), table.astype(hidden.dtype)
     order = jnp.argsort(labels == IGNORED_LABEL, axis=-1, stable=True)
-    room = ((0, 0), (0, -num_rows % size))
-    rows = jnp.pad(jnp.take_along_axis(hidden, order[:, :, None], axis=1), (*room, (0, 0)))
-    sorted_labels = jnp.take_along_axis(labels, order, axis=1)
-    sorted_labels = jnp.pad(sorted_labels, room, constant_values=IGNORED_LABEL)
+    in_order = functools.partial(_in_order, order, size)
+    rows, sorted_labels = in_order(hidden), in_order(labels[:, :, None], IGNORED_LABEL)
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    goal_rows = rows if goal is None else in_order(goal.hidden)
 
     def chunk(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        picked = jax.lax.dynamic_slice_in_dim(rows, i * size, size, axis=1)
-        label = jax.lax.dynamic_slice_in_dim(sorted_labels, i * size, size, axis=1)[:, :, None]
+        picked, label, theirs = (
+            jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
+            for x in (rows, sorted_labels, goal_rows)
+        )
         is_label = label != IGNORED_LABEL
         logits = einsum("snd,vd->snv", picked, words) + bias[None, None]
-        log_sum = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        nll = log_sum - jnp.take_along_axis(logits, jnp.where(is_label, label, 0), axis=-1)
-        total = sums[0] + jnp.sum(nll * is_label, axis=(1, 2))
+        if goal is None:
+            lost, slope = _from_label(logits, jnp.where(is_label, label, 0))
+        else:
+            goal_logits = einsum("snd,vd->snv", theirs, goal.table.astype(theirs.dtype))
+            lost, slope = _from_goal(logits, goal_logits + goal.bias[None, None], goal.temperature)
+        total = sums[0] + jnp.sum(lost * is_label, axis=(1, 2))
         if not with_gradients:
             hits = jnp.argmax(logits, axis=-1, keepdims=True) == label
             return total, sums[1] + jnp.sum(hits, axis=(1, 2))
-        is_target = jnp.arange(bias.shape[0])[None, None] == label
-        slope = jnp.where(is_label, jnp.exp(logits - log_sum) - is_target, 0).astype(hidden.dtype)
+        slope = jnp.where(is_label, slope, 0).astype(hidden.dtype)
         by_row = einsum("snv,vd->snd", slope, words).astype(hidden.dtype)
         by_word = einsum("snv,snd->svd", slope, picked)
         return (
@@ -133,11 +188,10 @@ def _over_chunks(
             sums[3] + slope.sum(1, dtype=jnp.float32),
         )
 
-    zeros = [jnp.zeros(num_shards)]
-    if not with_gradients:
-        zeros += [jnp.zeros(num_shards)]
-    else:
-        zeros += [jnp.zeros_like(rows), *(jnp.zeros((num_shards, *a.shape)) for a in (table, bias))]
+    zeros = [jnp.zeros(num_shards)] * 2
+    if with_gradients:
+        tables = (jnp.zeros((num_shards, *a.shape)) for a in (table, bias))
+        zeros = [zeros[0], jnp.zeros_like(rows), *tables]
     num_chunks = -(-jnp.sum(labels != IGNORED_LABEL, axis=-1).max() // size)
     total, *sums = jax.lax.fori_loop(0, num_chunks, chunk, tuple(zeros))
     if not with_gradients:
@@ -147,16 +201,35 @@ def _over_chunks(
     return total.sum(), (by_row, by_word, by_bias)
 
 
-def _nll_alone(size: int, hidden: Array, table: Array, bias: Array, labels: Array) -> Array:
-    return _over_chunks(size, hidden, table, bias, labels, with_gradients=False)[0]
+def _from_label(logits: Array, label: Array) -> tuple[Array, Array]:
+    """−log p(label) [s, n, 1] and its slope by the logits."""
+    log_sum = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    is_label = jnp.arange(logits.shape[-1])[None, None] == label
+    lost = log_sum - jnp.take_along_axis(logits, label, axis=-1)
+    return lost, jnp.exp(logits - log_sum) - is_label
+
+
+def _from_goal(logits: Array, goal_logits: Array, temperature: Array) -> tuple[Array, Array]:
+    """KL of the goal's distribution [s, n, 1], both at a temperature, and its slope."""
+    ours = jax.nn.log_softmax(logits / temperature)
+    theirs = jax.nn.log_softmax(goal_logits / temperature)
+    goal = jnp.exp(theirs)
+    lost = jnp.sum(goal * (theirs - ours), axis=-1, keepdims=True)
+    return lost, (jnp.exp(ours) - goal) / temperature
+
+
+def _loss_alone(
+    size: int, hidden: Array, table: Array, bias: Array, labels: Array, goal: _Goal | None
+) -> Array:
+    return _over_chunks(size, hidden, table, bias, labels, goal, with_gradients=False)[0]
 
 
 def _scaled(size: int, gradients: tuple[Array, ...], cotangent: Array) -> tuple[Array | None, ...]:
-    return *((cotangent * g).astype(g.dtype) for g in gradients), None
+    return *((cotangent * g).astype(g.dtype) for g in gradients), None, None
 
 
-_summed_nll = jax.custom_vjp(_nll_alone, nondiff_argnums=(0,))
-_summed_nll.defvjp(functools.partial(_over_chunks, with_gradients=True), _scaled)
+_summed_loss = jax.custom_vjp(_loss_alone, nondiff_argnums=(0,))
+_summed_loss.defvjp(functools.partial(_over_chunks, with_gradients=True), _scaled)
 
 
 def soft_cross_entropy(
@@ -164,8 +237,8 @@ def soft_cross_entropy(
     teacher_logits: Float[Array, "batch classes"],
     weights: Float[Array, " batch"],
     *,
-    temperature: float = 1.0,
-    reduction: Literal["sum", "mean_classes"],
+    temperature: float | Float[Array, ""] = 1.0,
+    reduction: Reduction,
     count: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
     """Prediction-layer distillation -softmax(z_T/t)·log_softmax(z_S/t) (unit: example).
@@ -176,16 +249,7 @@ def soft_cross_entropy(
     teacher_probs = jax.nn.softmax(teacher_logits.astype(jnp.float32) / temperature)
     student_log_probs = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
     per_class = -teacher_probs * student_log_probs
-    if reduction == "sum":
-        per_example = per_class.sum(-1)
-    elif reduction == "mean_classes":
-        per_example = per_class.mean(-1)
-    else:
-        raise ValueError(
-            f"reduction: expected 'sum' or 'mean_classes', got {reduction!r}; use 'sum' unless the "
-            "released code is to be reproduced"
-        )
-    return _weighted_mean(per_example, weights, count)
+    return _weighted_mean(_over_classes(per_class, reduction), weights, count)
 
 
 def kl(
@@ -193,17 +257,19 @@ def kl(
     teacher_logits: Float[Array, "batch classes"],
     weights: Float[Array, " batch"],
     *,
-    temperature: float = 1.0,
+    temperature: float | Float[Array, ""] = 1.0,
+    reduction: Reduction = "sum",
     count: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
     """KL(p_T ‖ p_S) at the given temperature, mean over weighted examples (unit: example).
 
-    No temperature² factor (Hinton et al. 2015, section 2): the caller scales.
+    No temperature² factor (Hinton et al. 2015, section 2): the caller scales. `reduction` as in
+    `soft_cross_entropy`.
     """
     teacher_log_probs = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
     student_log_probs = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
     per_class = jnp.exp(teacher_log_probs) * (teacher_log_probs - student_log_probs)
-    return _weighted_mean(per_class.sum(-1), weights, count)
+    return _weighted_mean(_over_classes(per_class, reduction), weights, count)
 
 
 def logits_mse(
@@ -245,6 +311,55 @@ def hidden_mse(
     else:
         raise ValueError(unknown_normalisation(normalisation))
     return mean_over(jnp.square(difference).mean(-1).sum(), num_tokens, count)
+
+
+def cosine(
+    student: Float[Array, "batch seq dim"],
+    teacher: Float[Array, "batch seq dim"],
+    mask: Bool[Array, "batch seq"],
+    *,
+    count: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """1 − cos of the angle between two hidden states, mean over real tokens (unit: token).
+
+    Source: DistilBERT (arXiv 1910.01108, section 2).
+    """
+    shown = mask[:, :, None]
+    ours, theirs = (_unit(jnp.where(shown, x.astype(jnp.float32), 0)) for x in (student, teacher))
+    per_token = 1 - jnp.sum(ours * theirs, axis=-1)
+    return mean_over(jnp.sum(per_token * mask), mask.sum(dtype=jnp.float32), count)
+
+
+def normalised_distance(
+    student: Float[Array, "batch dim"],
+    teacher: Float[Array, "batch dim"],
+    weights: Float[Array, " batch"],
+    *,
+    count: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """‖s/‖s‖ − t/‖t‖‖², mean over dim and weighted examples (unit: example).
+
+    Source: PKD (arXiv 1908.09355, equation 7; the mean over dim is its code's).
+    """
+    difference = _unit(student.astype(jnp.float32)) - _unit(teacher.astype(jnp.float32))
+    return _weighted_mean(jnp.square(difference).mean(-1), weights, count)
+
+
+def _unit(x: Array) -> Array:
+    """Vectors of length 1; of length 0 where they have next to none, with a finite gradient."""
+    squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(squared, 1e-16))
+
+
+def _over_classes(per_class: Array, reduction: str) -> Array:
+    if reduction == "sum":
+        return per_class.sum(-1)
+    if reduction == "mean_classes":
+        return per_class.mean(-1)
+    raise ValueError(
+        f"reduction: expected 'sum' or 'mean_classes', got {reduction!r}; use 'sum' unless the "
+        "released code is to be reproduced"
+    )
 
 
 def _negative_log_likelihood(logits: Array, labels: Array) -> Array:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from tinybert_jax.objective_sections import DISTILL_STAGES, LabelTerm, LogitsTerm, WordLogitsTerm
+
 
 def missing_needs(config: Any) -> Iterator[str]:
     """One mistake after the other of a `RunConfig` whose sections are each valid."""
@@ -11,12 +13,14 @@ def missing_needs(config: Any) -> Iterator[str]:
         yield "the stages pretrain and general need a corpus section"
     if stages & {"finetune", "intermediate", "prediction", "baseline"} and config.task is None:
         yield "the stages finetune, intermediate, prediction and baseline need a task section"
-    if stages & {"general", "intermediate", "prediction", "baseline"} and config.student is None:
+    if stages & {*DISTILL_STAGES, "baseline"} and config.student is None:
         yield "the distillation stages and baseline need a student section"
     if config.finetune and config.teacher.finetuned:
         yield "expected a finetune section or teacher.finetuned, got both"
-    if config.task and config.task.unlabelled and config.distillation.hard_weight:
-        yield "distillation.hard_weight needs labels: set it to 0 or give no task.unlabelled"
+    for name in (name for name in DISTILL_STAGES if name in stages):
+        yield from _needs_of_terms(config, name)
+    if config.distillation.mask_rate is not None and "general" not in stages:
+        yield "distillation.mask_rate is of the stage general: add it, or leave mask_rate out"
     for name in stages & {"pretrain", "general", "intermediate"}:
         section = getattr(config, name)
         has_text = name == "pretrain" and config.corpus and _holds_out(config.corpus)
@@ -39,26 +43,49 @@ def missing_needs(config: Any) -> Iterator[str]:
             "tokenizer.lowercase is for a vocabulary that is trained (tokenizer.vocab_size); a "
             "folder's tokenizer has its own: leave it out"
         )
-    teacher, distillation = config.teacher, config.distillation
-    if "general" in stages and not (config.pretrain or teacher.path):
+    teacher = config.teacher
+    if config.reads_teacher("general") and not (config.pretrain or teacher.path):
         yield "general needs a teacher with weights: add a pretrain section or set teacher.path"
     given = config.finetune or teacher.finetuned or teacher.path
-    if stages & {"intermediate", "prediction"} and not given:
+    if not given and any(config.reads_teacher(name) for name in ("intermediate", "prediction")):
         yield (
             "intermediate and prediction need a teacher that knows the task: add a finetune "
             "section or set teacher.finetuned"
         )
-    for name in stages & {"general", "intermediate"}:
-        is_packed = name == "general" and config.corpus and config.corpus.stores
-        is_packed = is_packed or getattr(config, name).batching == "pack"
-        if distillation.normalisation == "paper_code" and is_packed:
-            yield f"{name}: batching pack has no padding to count: set valid_only or bucket"
-    weights = ("attention_weight", "hidden_weight", "embedding_weight")
-    is_idle = not any(getattr(distillation, name) for name in weights)
-    if stages & {"general", "intermediate"} and is_idle:
-        yield f"distillation: expected one of {list(weights)} above 0, got 0 for all"
     if not (config.tokenizer.path or config.tokenizer.vocab_size or config.teacher.path):
         yield "expected a tokenizer: tokenizer.path, tokenizer.vocab_size or teacher.path"
+
+
+def _needs_of_terms(config: Any, stage: str) -> Iterator[str]:
+    distillation, origin = config.distillation, f"distillation.{stage}"
+    terms = distillation.terms(stage)
+    names = {term.term for term in terms}
+    if not terms:
+        yield (
+            f"{origin}: expected a term with a weight above 0, got none (preset "
+            f"{distillation.preset}): give it terms, or remove the stage {stage}"
+        )
+    if "label" in names and config.task and config.task.unlabelled:
+        yield f"{origin}: the term label needs labels: give no task.unlabelled"
+    stores = stage == "general" and config.corpus and config.corpus.stores
+    if "cls" in names and stores:
+        yield f"{origin}: the term cls needs a row an example, not corpus.stores: give corpus.files"
+    if distillation.normalisation == "paper_code":
+        # What counts tokens, and has no such form.
+        others = sorted({"relation", "cosine"} & names)
+        if any(isinstance(term, WordLogitsTerm) and term.at == "real" for term in terms):
+            others.append("word_logits")
+        if others:
+            yield f"distillation.normalisation: paper_code knows no {others}: set valid_only"
+        is_packed = stores or getattr(config, stage).batching == "pack"
+        if is_packed and names & {"attention", "hidden", "embedding"}:
+            yield f"{stage}: batching pack has no padding to count: set valid_only or bucket"
+    if config.task and config.task.regression:
+        for term in terms:
+            ignored = {"term", "weight"} if isinstance(term, LogitsTerm | LabelTerm) else None
+            changed = term.model_dump(exclude_defaults=True, exclude=ignored) if ignored else {}
+            if changed:
+                yield f"{origin}: {term.term} of a regression has no {sorted(changed)}: remove it"
 
 
 def _holds_out(corpus: Any) -> bool:

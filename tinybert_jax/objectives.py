@@ -9,9 +9,6 @@ import numpy as np
 
 from tinybert_jax import attention_losses, losses, masking
 from tinybert_jax.data.pipeline import Batch
-from tinybert_jax.distill import LayerMap, project
-from tinybert_jax.model.encoder import EncoderOutput
-from tinybert_jax.sections import DistillSection
 
 Metrics = dict[str, jax.Array]
 
@@ -24,6 +21,7 @@ class Counts(NamedTuple):
     pairs: jax.Array  # token pairs of the same example
     predictions: jax.Array  # masked tokens
     labelled_rows: jax.Array  # rows whose two parts have a label
+    share: jax.Array  # how far the stage is, 0 to 1: not a count, but what a ramp reads
 
 
 class MaskedLabels(NamedTuple):
@@ -65,6 +63,7 @@ def count_units(batch: Batch, normalisation: str = "valid_only") -> Counts:
         pairs=jnp.asarray(pairs, jnp.float32),
         predictions=jnp.zeros(()),
         labelled_rows=jnp.zeros(()),
+        share=jnp.zeros(()),
     )
 
 
@@ -74,15 +73,17 @@ def make_supervised(
     """Gold labels: cross-entropy, or mean squared error of the single output."""
 
     def loss(params, batch, counts, key, targets):
-        logits = _example_logits(apply, params, batch, key)
-        value = _gold_loss(logits, batch, counts, regression, label_smoothing)
+        logits = example_logits(apply, params, batch, key)
+        value = gold_loss(logits, batch, counts, regression, label_smoothing)
         return value, {"loss/label": value}
 
     return Objective(lambda batch, key, share: (batch, count_units(batch)), loss)
 
 
-def make_mlm(
-    apply: Callable,
+Mask = Callable[[Batch, jax.Array, Counts], tuple[Batch, Counts]]
+
+
+def make_mask(
     *,
     mask_rate: float,
     mask_token_id: int,
@@ -91,25 +92,21 @@ def make_mlm(
     mask_rate_end: float | None = None,
     unit: masking.Unit = "token",
     is_continuation: np.ndarray | None = None,
-    chunk_size: int = 256,
-    num_shards: int = 1,
-    pair_weight: float = 0.0,
-) -> Objective:
-    """BERT's masked LM; logits only at masked positions.
+) -> Mask:
+    """(batch, key, counts) -> the batch as a masked LM sees it, its labels `MaskedLabels`.
 
-    `pair_weight` adds that of the pair in each row: its label is the batch's, -1 for none. With
-    `mask_rate_end` the rate goes there in a straight line from `mask_rate`.
-    Logits exist for `chunk_size` predictions at a time on each of `num_shards` batch shards.
+    With `mask_rate_end` the rate goes there in a straight line from `mask_rate`.
     """
     highest_rate = max(mask_rate, mask_rate_end or 0.0)
     continues = None if is_continuation is None else jnp.asarray(is_continuation)
 
-    def prepare(batch: Batch, key: jax.Array, share: jax.Array) -> tuple[Batch, Counts]:
+    def mask(batch: Batch, key: jax.Array, counts: Counts) -> tuple[Batch, Counts]:
+        change = None if mask_rate_end is None else mask_rate_end - mask_rate
         inputs, positions, tokens = masking.mask_rows(
             batch.input_ids,
             batch.real,
             key,
-            rate=_between(mask_rate, mask_rate_end, share),
+            rate=mask_rate if change is None else mask_rate + change * counts.share,
             special_token_ids=special_token_ids,
             max_predictions=masking.num_slots(highest_rate, batch.input_ids.shape[1], unit),
             mask_token_id=mask_token_id,
@@ -117,16 +114,37 @@ def make_mlm(
             unit=unit,
             is_continuation=continues,
         )
-        counts = count_units(batch)._replace(
+        counts = counts._replace(
             predictions=jnp.sum(tokens != masking.IGNORED_LABEL, dtype=jnp.float32),
             labelled_rows=jnp.sum(batch.labels >= 0, dtype=jnp.float32),
         )
         labels = MaskedLabels(positions, tokens, batch.labels)
         return batch._replace(input_ids=inputs, labels=labels), counts
 
+    return mask
+
+
+def make_mlm(
+    apply: Callable,
+    *,
+    chunk_size: int = 256,
+    num_shards: int = 1,
+    pair_weight: float = 0.0,
+    **mask_options: Any,
+) -> Objective:
+    """BERT's masked LM, masked as `make_mask` says; logits only at masked positions.
+
+    `pair_weight` adds that of the pair in each row: its label is the batch's, -1 for none.
+    Logits exist for `chunk_size` predictions at a time on each of `num_shards` batch shards.
+    """
+    mask = make_mask(**mask_options)
+
+    def prepare(batch: Batch, key: jax.Array, share: jax.Array) -> tuple[Batch, Counts]:
+        return mask(batch, key, count_units(batch)._replace(share=share))
+
     def loss(params, batch, counts, key, targets):
         labels: MaskedLabels = batch.labels
-        output = apply(params, *_inputs(batch), key, positions=labels.positions)
+        output = apply(params, *encoder_inputs(batch), key, positions=labels.positions)
         sizes = {"chunk_size": chunk_size, "num_shards": num_shards, "count": counts.predictions}
         hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
         parts: Metrics = {}
@@ -143,119 +161,17 @@ def make_mlm(
     return Objective(prepare, loss)
 
 
-def make_distill_layers(
-    student_apply: Callable,
-    teacher_apply: Callable,
-    layer_map: LayerMap,
-    section: DistillSection,
-) -> Objective:
-    """Attention scores, hidden states and embeddings: TinyBERT's equations 7 to 9.
-
-    `params` = {"student": encoder, "projection": …}; `frozen` = the teacher's encoder.
-    """
-    weights = {
-        "loss/attention": section.attention_weight,
-        "loss/hidden": section.hidden_weight,
-        "loss/embedding": section.embedding_weight,
-    }
-
-    def prepare(batch: Batch, key: jax.Array, share: jax.Array) -> tuple[Batch, Counts]:
-        return batch, count_units(batch, section.normalisation)
-
-    def targets(batch: Batch, frozen: Any) -> EncoderOutput:
-        return jax.lax.stop_gradient(teacher_apply(frozen, *_inputs(batch)))
-
-    def loss(params, batch, counts, key, teacher):
-        student = student_apply(params["student"], *_inputs(batch), key)
-
-        def hidden(entry: int, teacher_entry: int) -> jax.Array:
-            return losses.hidden_mse(
-                project(params["projection"], entry, student.hidden[entry]),
-                teacher.hidden[teacher_entry],
-                batch.real,
-                normalisation=section.normalisation,
-                count=counts.tokens,
-            )
-
-        def attention(layer: int, teacher_layer: int) -> jax.Array:
-            return attention_losses.attention_mse(
-                student.queries[layer],
-                student.keys[layer],
-                teacher.queries[teacher_layer],
-                teacher.keys[teacher_layer],
-                batch.attention_mask,
-                normalisation=section.normalisation,
-                count=counts.pairs,
-            )
-
-        pairs = list(enumerate(layer_map, start=1))
-        parts: Metrics = {}
-        if section.attention_weight:
-            parts["loss/attention"] = jnp.stack([attention(i - 1, g - 1) for i, g in pairs]).sum()
-        if section.hidden_weight:
-            parts["loss/hidden"] = jnp.stack([hidden(i, g) for i, g in pairs]).sum()
-        if section.embedding_weight:
-            parts["loss/embedding"] = hidden(0, 0)
-        return _weighted_sum(parts, weights), parts
-
-    return Objective(prepare, loss, targets)
-
-
-def make_distill_prediction(
-    student_apply: Callable,
-    teacher_apply: Callable,
-    section: DistillSection,
-    *,
-    regression: bool = False,
-) -> Objective:
-    """The teacher's logits (equation 10), mixed with gold labels by `hard_weight`.
-
-    `params` = the student's classifier; `frozen` = the teacher's.
-    """
-    weights = {"loss/soft": 1.0 - section.hard_weight, "loss/label": section.hard_weight}
-
-    def targets(batch: Batch, frozen: Any) -> jax.Array:
-        return jax.lax.stop_gradient(_example_logits(teacher_apply, frozen, batch, None))
-
-    def loss(params, batch, counts, key, teacher):
-        logits = _example_logits(student_apply, params, batch, key)
-        example_weights = batch.weights.reshape(-1)
-        parts: Metrics = {}
-        if regression:
-            parts["loss/soft"] = losses.logits_mse(
-                logits, teacher, example_weights, count=counts.examples
-            )
-        else:
-            parts["loss/soft"] = losses.soft_cross_entropy(
-                logits,
-                teacher,
-                example_weights,
-                temperature=section.temperature,
-                reduction=section.soft_reduction,
-                count=counts.examples,
-            )
-        if section.hard_weight:
-            parts["loss/label"] = _gold_loss(logits, batch, counts, regression, 0.0)
-        return _weighted_sum(parts, weights), parts
-
-    return Objective(lambda batch, key, share: (batch, count_units(batch)), loss, targets)
-
-
-def _between(start: float, end: float | None, share: jax.Array) -> float | jax.Array:
-    return start if end is None else start + (end - start) * share
-
-
-def _inputs(batch: Batch) -> tuple[jax.Array, ...]:
+def encoder_inputs(batch: Batch) -> tuple[jax.Array, ...]:
     return batch.input_ids, batch.attention_mask, batch.token_type_ids
 
 
-def _example_logits(apply, params, batch: Batch, key) -> jax.Array:
+def example_logits(apply, params, batch: Batch, key) -> jax.Array:
     """[examples, num_labels]: rows, or every segment of packed rows."""
-    logits = apply(params, *_inputs(batch), key, num_segments=batch.num_segments).logits
+    logits = apply(params, *encoder_inputs(batch), key, num_segments=batch.num_segments).logits
     return logits.reshape(-1, logits.shape[-1])
 
 
-def _gold_loss(logits, batch: Batch, counts: Counts, regression: bool, label_smoothing: float):
+def gold_loss(logits, batch: Batch, counts: Counts, regression: bool, label_smoothing: float):
     labels, weights = batch.labels.reshape(-1), batch.weights.reshape(-1)
     if regression:
         return losses.logits_mse(logits, labels[:, None], weights, count=counts.examples)

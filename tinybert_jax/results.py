@@ -26,7 +26,7 @@ def collect(run: Run, seconds: dict[str, float], command: str) -> dict[str, Any]
     models = []
     if run.task is not None:
         teacher = run.latest("finetune") or run.config.teacher.finetuned
-        if teacher is None and {"intermediate", "prediction"} & set(run.config.stages):
+        if teacher is None and run.learns_task(run.config.stages):
             teacher = run.config.teacher.path  # it has the task's head, or the run had refused it
         places = [
             ("teacher", "finetune", [teacher] if teacher else [], run.teacher),

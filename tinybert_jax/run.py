@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +80,15 @@ class Run(NamedTuple):
         return section
 
     @property
+    def mask_ids(self) -> dict[str, Any]:
+        """What masking has to know of the vocabulary, as keyword arguments."""
+        return {
+            "mask_token_id": self.tokenizer.mask_token_id,
+            "special_token_ids": tuple(int(i) for i in self.tokenizer.all_special_ids),
+            "vocab_size": len(self.tokenizer),
+        }
+
+    @property
     def is_regression(self) -> bool:
         return self.config.task is not None and self.config.task.regression
 
@@ -104,6 +113,12 @@ class Run(NamedTuple):
         """Where the teacher's general weights are; None for a teacher from random weights."""
         return self.latest("pretrain") or self.config.teacher.path
 
+    def learns_task(self, stages: Collection[str]) -> bool:
+        """Whether any of the stages reads a teacher that knows the task."""
+        return any(
+            self.config.teaches(name) for name in ("intermediate", "prediction") if name in stages
+        )
+
     @property
     def task_teacher(self) -> str | Path:
         """The teacher that knows the task; raises ValueError where there is none."""
@@ -124,6 +139,18 @@ def open_run(config: RunConfig, stages: Sequence[str]) -> Iterator[Run]:
     Raises ValueError, with nothing written, where an input is wrong or the folder belongs to
     another config or to a run that is still going.
     """
+    run = read_run(config, stages)
+    if _learns_now(run, stages):
+        check_teacher(run)
+    with host.locked(run.folder, "run_dir"):
+        checks.check_folder(run.folder, config)  # again: another run may have begun while we read
+        _write_identity(run.folder, config, run.mesh)
+        _keep_tokenizer(run.folder, run.tokenizer)
+        yield run._replace(peak_flops=_peak_flops(config.compute.dtype, run.mesh.size))
+
+
+def read_run(config: RunConfig, stages: Sequence[str]) -> Run:
+    """Reads and checks all inputs of the given stages; scores no model, writes nothing."""
     if jax.process_count() > 1:
         raise ValueError(
             f"expected one process, got {jax.process_count()}: use one with all devices"
@@ -132,11 +159,7 @@ def open_run(config: RunConfig, stages: Sequence[str]) -> Iterator[Run]:
     checks.check_folder(folder, config)
     run = _read_inputs(config, folder)
     _check(run, stages)
-    with host.locked(folder, "run_dir"):
-        checks.check_folder(folder, config)  # again: another run may have begun while we read
-        _write_identity(folder, config, run.mesh)
-        _keep_tokenizer(folder, run.tokenizer)
-        yield run._replace(peak_flops=_peak_flops(config.compute.dtype, run.mesh.size))
+    return run
 
 
 def with_dropout(model: ModelConfig, section: StageSection) -> ModelConfig:
@@ -281,14 +304,16 @@ def _check(run: Run, stages: Sequence[str]) -> None:
         checks.check_corpus(run.tokenizer, run.corpus)
         if run.heldout and "pretrain" in stages:
             checks.check_corpus(run.tokenizer, run.heldout, "corpus.heldout_share")
-    pending = {name for name in stages if not run.is_done(name)}
-    learns_now = bool(pending & {"intermediate", "prediction"}) and "finetune" not in pending
-    if learns_now:
+    if _learns_now(run, stages):
         checks.check_labels(run.task_teacher, run.data.label_names)
     num_outputs = run.task.num_outputs if run.task else 0
     checks.check_weights(config, stages, run.teacher, run.student, num_outputs)
-    if learns_now:
-        check_teacher(run)
+
+
+def _learns_now(run: Run, stages: Sequence[str]) -> bool:
+    """Whether a stage will read a teacher of the task that is there already."""
+    pending = {name for name in stages if not run.is_done(name)}
+    return run.learns_task(pending) and "finetune" not in pending
 
 
 def _keep_tokenizer(folder: Path, tokenizer: Any) -> None:

@@ -8,14 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from tinybert_jax.fields import (
-    Fraction,
-    NonNegative,
     Positive,
     PositiveInt,
     Probability,
     Section,
 )
 from tinybert_jax.needs import missing_needs
+from tinybert_jax.objective_sections import DISTILL_STAGES, DistillSection, teaches
 from tinybert_jax.presets import PRESETS
 from tinybert_jax.stage_sections import (
     CorpusStageSection,
@@ -227,25 +226,6 @@ class TaskSection(Section):
         return self.metric or ("pearson" if self.regression else "accuracy")
 
 
-class DistillSection(Section):
-    """What the student is asked to match, arXiv 1909.10351 equations 7 to 11."""
-
-    layer_map: Literal["uniform", "top", "bottom"] | tuple[int, ...] = "uniform"
-    projection: Literal["shared", "per_layer"] = "shared"
-    normalisation: Literal["valid_only", "paper_code"] = "valid_only"
-    attention_weight: NonNegative = 1.0
-    hidden_weight: NonNegative = 1.0
-    embedding_weight: NonNegative = 1.0
-    temperature: Positive = 1.0
-    soft_reduction: Literal["sum", "mean_classes"] = "sum"
-    hard_weight: Fraction = Field(
-        default=0.0, description="share of the gold labels in the prediction loss"
-    )
-    teacher_margin: Fraction = Field(
-        default=0.02, description="how far above the majority class the teacher has to score on dev"
-    )
-
-
 class MeshSection(Section):
     """Devices along each mesh axis; one axis may be -1: all that are left."""
 
@@ -300,6 +280,18 @@ class RunConfig(Section):
     @property
     def stages(self) -> tuple[str, ...]:
         return tuple(name for name in STAGES if getattr(self, name) is not None)
+
+    def teaches(self, stage: str) -> bool:
+        """Whether the config has this distillation stage, and a term of it reads a teacher."""
+        return getattr(self, stage) is not None and teaches(self.distillation.terms(stage))
+
+    def reads_teacher(self, stage: str) -> bool:
+        """Whether this distillation stage reads a teacher to learn from or to start from."""
+        if self.teaches(stage):
+            return True
+        first = next((name for name in DISTILL_STAGES if getattr(self, name) is not None), None)
+        starts = self.student is not None and self.student.init == "teacher_embeddings"
+        return stage == first and starts
 
     def seeds(self, stage: str) -> tuple[int, ...]:
         """The seed of each model that a stage trains; there is one teacher."""

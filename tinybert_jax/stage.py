@@ -38,8 +38,7 @@ class Training(NamedTuple):
 
     @property
     def num_steps(self) -> int:
-        num_epochs = self.section.num_epochs or 0
-        return self.section.num_steps or max(1, round(num_epochs * self.feed.num_batches))
+        return self.feed.num_steps(self.section)
 
 
 def run_stage(run: Run, training: Training) -> list[Any]:

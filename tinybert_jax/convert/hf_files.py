@@ -149,9 +149,11 @@ def _absent(path: str | Path, loaded: Loaded, whole: bool) -> list[str]:
     optional = () if "classifier" in loaded.params else ("encoder/pooler", "pooler")
     absent = [name for name in loaded.missing if not name.startswith(optional)]
     if whole and absent:
+        fix = "that is fine-tuned on the task (finetune section)"
+        if "classifier" not in loaded.params:
+            fix = "saved with its masked-LM head, or another objective (distillation.general)"
         raise ValueError(
-            f"{path}: expected trained weights for {absent}, the folder has none; give one that "
-            "is fine-tuned on the task (finetune section)"
+            f"{path}: expected trained weights for {absent}, the folder has none; give one {fix}"
         )
     return absent
 

@@ -87,10 +87,7 @@ class Encoder(nnx.Module):
         last, (hiddens, taps) = jax.lax.scan(
             layer, embedded, (stacked, layer_keys), unroll=self.unroll
         )
-        first = last[:, 0]
-        if num_segments is not None:
-            starts = _segment_starts(attention_mask, num_segments)
-            first = jnp.take_along_axis(last, starts[:, :, None], axis=1)
+        first = first_tokens(last, attention_mask, num_segments)
         return EncoderOutput(
             hidden=jnp.concatenate([embedded[None], hiddens]),
             queries=taps.queries,
@@ -163,6 +160,16 @@ def attention_pairs(attention_mask: Array) -> Bool[Array, "batch one_or_seq seq"
         return attention_mask[:, None, :]
     same = attention_mask[:, :, None] == attention_mask[:, None, :]
     return same & (attention_mask[:, None, :] > 0)
+
+
+def first_tokens(
+    hidden: Float[Array, "batch seq dim"], attention_mask: Array, num_segments: int | None
+) -> Float[Array, "batch dim"] | Float[Array, "batch segments dim"]:
+    """The first token of each row or, with `num_segments`, of each segment of packed rows."""
+    if num_segments is None:
+        return hidden[:, 0]
+    starts = _segment_starts(attention_mask, num_segments)
+    return jnp.take_along_axis(hidden, starts[:, :, None], axis=1)
 
 
 def _restarted_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:

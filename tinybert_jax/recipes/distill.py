@@ -1,156 +1,168 @@
-"""TinyBERT's distillation: general on a corpus, then intermediate and prediction on the task."""
+"""The distillation stages: general on a corpus, then intermediate and prediction on the task."""
 
 import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from tinybert_jax import cost, distill
+from tinybert_jax import cost, distill, sharding
 from tinybert_jax.convert import hf_files
-from tinybert_jax.data.pipeline import tokenize_task
-from tinybert_jax.feed import Feed, corpus_feed, rows_feed
-from tinybert_jax.model.heads import make_classifier, make_encoder
-from tinybert_jax.objectives import make_distill_layers, make_distill_prediction
+from tinybert_jax.distill_objective import Options, Role, make_distill
+from tinybert_jax.feed import stage_feed
+from tinybert_jax.model.heads import Apply, Params, make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.objective_sections import model_kind, needs_projection
+from tinybert_jax.objectives import Mask, make_mask
 from tinybert_jax.run import Run, compute_options, dev_judge, with_dropout
+from tinybert_jax.sections import ModelConfig
 from tinybert_jax.stage import Training, run_stage
 
 _PROJECTION = "projection.safetensors"
 
 
 def general(run: Run) -> None:
-    """Layers of the pretrained teacher, on the corpus."""
-    assert run.pretrained_teacher is not None  # open_run refuses a random teacher
-    _layers(run, "general", corpus_feed(run, "general"), run.pretrained_teacher)
+    """The pretrained teacher, on the corpus."""
+    _distil(run, "general", ())
 
 
 def intermediate(run: Run) -> None:
-    """Layers of the fine-tuned teacher, on the task's text."""
-    _layers(run, "intermediate", _task_feed(run, "intermediate"), run.task_teacher)
+    """The fine-tuned teacher, on the task's text."""
+    _distil(run, "intermediate", ("general",))
 
 
 def prediction(run: Run) -> None:
-    """Logits of the fine-tuned teacher, on the task's text."""
-    section, options = run.section("prediction"), compute_options(run.config)
-    feed = _task_feed(run, "prediction")
-
-    # Teacher and student.
-    teacher_apply, teacher_init = make_classifier(run.teacher, run.data.num_outputs, **options)
-    teacher = hf_files.start_params(run.task_teacher, teacher_init, whole=True)
-    apply, init = make_classifier(
-        with_dropout(run.student_sizes, section), run.data.num_outputs, **options
-    )
-
-    def init_params(key: jax.Array, student: int):
-        start = run.latest("intermediate", "general", student=student) or run.student_path
-        params = hf_files.start_params(start, init, key)
-        if start is None and run.starts_from_embeddings:
-            encoder, _ = distill.start_from_teacher_embeddings(
-                params["encoder"], teacher["encoder"]
-            )
-            params = {**params, "encoder": encoder}
-        return params
-
-    # Train and hand on the best by dev score, of each seed.
-    students = run_stage(
-        run,
-        Training(
-            name="prediction",
-            section=section,
-            objective=make_distill_prediction(
-                apply,
-                teacher_apply,
-                run.config.distillation,
-                regression=run.is_regression,
-            ),
-            init_params=init_params,
-            feed=feed,
-            frozen=teacher,
-            flops_per_token=lambda width: cost.training_flops_per_token(
-                run.student_sizes,
-                width,
-                teacher=run.teacher,
-                num_students=run.config.num_seeds,
-            ),
-            judge=dev_judge(run, apply, section),
-            score=run.score,
-        ),
-    )
-    for student, params in enumerate(students):
-        hf_files.save_model(
-            run.model_folder("prediction", student),
-            params,
-            run.student_sizes,
-            run.tokenizer,
-            label_names=run.data.label_names,
-            regression=run.is_regression,
-        )
+    """The fine-tuned teacher, on the task's text, to the best dev score."""
+    _distil(run, "prediction", ("intermediate", "general"))
 
 
-def _layers(run: Run, stage: str, feed: Feed, teacher_folder: str | Path) -> None:
-    section, options = run.section(stage), compute_options(run.config)
+def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
+    section, terms = run.section(stage), run.config.distillation.terms(stage)
 
-    # Teacher, frozen; student with its projection, from the stage before where there is one.
-    teacher_apply, teacher_init = make_encoder(run.teacher, **options)
-    teacher = hf_files.start_params(teacher_folder, teacher_init, whole=True)
-    student_apply, student_init = make_encoder(with_dropout(run.student_sizes, section), **options)
+    # Teacher, frozen; it is there only if a term reads it.
+    teacher_kind = model_kind(terms, of_teacher=True)
+    teacher_apply, teacher_init = _make_model(run, teacher_kind, run.teacher)
+    is_taught = run.config.teaches(stage)
+    teacher = ()
+    if is_taught:
+        teacher = hf_files.start_params(_teacher_folder(run, stage), teacher_init, whole=True)
 
-    def init_params(key: jax.Array, number: int):
-        before = run.latest("general", student=number) if stage == "intermediate" else None
-        start = before or run.student_path
+    # Student, from a stage before where there is one, with a projection where a term needs it.
+    kind = model_kind(terms)
+    apply, init = _make_model(run, kind, with_dropout(run.student_sizes, section))
+
+    def init_params(key: jax.Array, number: int) -> dict[str, Any]:
+        start = run.latest(*before, student=number) or run.student_path
+        if not needs_projection(terms):
+            return {"student": _start(run, stage, start, init, key, teacher)[0]}
         student_key, projection_key = jax.random.split(key)
-        student = hf_files.start_params(start, student_init, student_key)
-        num_projections = 1
-        if run.config.distillation.projection == "per_layer":
-            num_projections = run.student_sizes.num_hidden_layers + 1
-        projection = distill.init_projection(
-            projection_key, run.student_sizes.hidden_size, run.teacher.hidden_size, num_projections
-        )
-        if start is not None and (Path(start) / _PROJECTION).is_file():
-            projection = _load_projection(Path(start) / _PROJECTION, projection)
-        elif start is None and run.starts_from_embeddings:
-            student, directions = distill.start_from_teacher_embeddings(student, teacher)
-            projection["kernel"] = jnp.tile(directions.T[None], (num_projections, 1, 1))
+        student, directions = _start(run, stage, start, init, student_key, teacher)
+        folders = [*(run.latest(name, student=number) for name in before), run.student_path]
+        projection = _start_projection(run, folders, projection_key, directions)
         return {"student": student, "projection": projection}
 
-    # Train and hand on the last: there is no dev score without a head.
+    # Train; the last is handed on, or the best by dev score where a head is trained.
+    is_judged = stage == "prediction"
     students = run_stage(
         run,
         Training(
             name=stage,
             section=section,
-            objective=make_distill_layers(
-                student_apply,
-                teacher_apply,
-                distill.make_layer_map(
-                    run.config.distillation.layer_map,
-                    run.student_sizes.num_hidden_layers,
-                    run.teacher.num_hidden_layers,
+            objective=make_distill(
+                Role(apply, kind, run.student_sizes.num_hidden_layers),
+                Role(teacher_apply, teacher_kind, run.teacher.num_hidden_layers),
+                terms,
+                Options(
+                    normalisation=run.config.distillation.normalisation,
+                    regression=run.is_regression,
+                    num_shards=sharding.num_batch_shards(run.mesh),
                 ),
-                run.config.distillation,
+                _make_mask(run) if stage == "general" else None,
             ),
             init_params=init_params,
-            feed=feed,
+            feed=stage_feed(run, stage),
             frozen=teacher,
             flops_per_token=lambda width: cost.training_flops_per_token(
                 run.student_sizes,
                 width,
-                projection_dim=run.teacher.hidden_size,
-                teacher=run.teacher,
+                projection_dim=run.teacher.hidden_size if needs_projection(terms) else 0,
+                teacher=run.teacher if is_taught else None,
                 num_students=run.config.num_seeds,
             ),
+            judge=_judge(run, apply) if is_judged else None,
+            score=run.score if is_judged else "",
         ),
     )
     for number, params in enumerate(students):
+        extra: dict[str, Callable[[Path], None]] = {}
+        if "projection" in params:
+            extra[_PROJECTION] = functools.partial(save_file, params["projection"])
         hf_files.save_model(
             run.model_folder(stage, number),
             params["student"],
             run.student_sizes,
             run.tokenizer,
-            extra={_PROJECTION: functools.partial(save_file, params["projection"])},
+            label_names=run.data.label_names if is_judged else None,
+            regression=is_judged and run.is_regression,
+            extra=extra,
         )
+
+
+def _make_model(
+    run: Run, kind: str, sizes: ModelConfig
+) -> tuple[Apply, Callable[[jax.Array], Params]]:
+    options = compute_options(run.config)
+    if kind == "classifier":
+        return make_classifier(sizes, run.data.num_outputs, **options)
+    return {"encoder": make_encoder, "masked_lm": make_masked_lm}[kind](sizes, **options)
+
+
+def _teacher_folder(run: Run, stage: str) -> str | Path | None:
+    return run.pretrained_teacher if stage == "general" else run.task_teacher
+
+
+def _start(
+    run: Run, stage: str, start: str | Path | None, init: Callable, key: jax.Array, teacher: Any
+) -> tuple[Params, np.ndarray | None]:
+    """(student, the directions of its embeddings in the teacher's, where it starts from them)."""
+    student = hf_files.start_params(start, init, key)
+    if start is not None or not run.starts_from_embeddings:
+        return student, None
+    if not teacher:  # no term reads one
+        _, teacher_init = make_encoder(run.teacher)
+        teacher = hf_files.start_params(_teacher_folder(run, stage), teacher_init, whole=True)
+    encoder, directions = distill.start_from_teacher_embeddings(
+        _encoder(student), _encoder(teacher)
+    )
+    return ({**student, "encoder": encoder} if "encoder" in student else encoder), directions
+
+
+def _encoder(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    return params.get("encoder", params)
+
+
+def _start_projection(
+    run: Run,
+    folders: Sequence[str | Path | None],
+    key: jax.Array,
+    directions: np.ndarray | None,
+) -> dict[str, Any]:
+    """The one that the first of the folders keeps, else a fresh one."""
+    num_projections = 1
+    if run.config.distillation.projection == "per_layer":
+        num_projections = run.student_sizes.num_hidden_layers + 1
+    projection: dict[str, Any] = distill.init_projection(
+        key, run.student_sizes.hidden_size, run.teacher.hidden_size, num_projections
+    )
+    kept = [Path(folder) / _PROJECTION for folder in folders if folder is not None]
+    for file in (file for file in kept if file.is_file()):
+        return _load_projection(file, projection)
+    if directions is not None:
+        projection["kernel"] = jnp.tile(directions.T[None], (num_projections, 1, 1))
+    return projection
 
 
 def _load_projection(file: Path, expected: dict[str, jax.Array]) -> dict[str, np.ndarray]:
@@ -165,10 +177,14 @@ def _load_projection(file: Path, expected: dict[str, jax.Array]) -> dict[str, np
     return loaded
 
 
-def _task_feed(run: Run, stage: str) -> Feed:
-    """All text that the teacher can label."""
-    rows = tokenize_task(run.tokenizer, run.data.distilled, run.section(stage).max_length)
-    run.log.say(
-        f"{stage}: {len(rows.lengths):,} rows, {len(rows.ids):,} tokens, {rows.num_truncated:,} cut"
-    )
-    return rows_feed(run, stage, rows)
+def _make_mask(run: Run) -> Mask | None:
+    rate = run.config.distillation.general_mask_rate
+    if not rate:
+        return None
+    return make_mask(mask_rate=rate, **run.mask_ids)
+
+
+def _judge(run: Run, apply: Apply):
+    """The dev set's, of the student without what stands beside it."""
+    judge = dev_judge(run, apply, run.section("prediction"))
+    return judge._replace(measure=lambda params: judge.measure(params["student"]))

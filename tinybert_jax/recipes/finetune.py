@@ -2,8 +2,7 @@
 
 from tinybert_jax import cost
 from tinybert_jax.convert import hf_files
-from tinybert_jax.data.pipeline import tokenize_task
-from tinybert_jax.feed import rows_feed
+from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import make_classifier
 from tinybert_jax.objectives import make_supervised
 from tinybert_jax.run import Run, compute_options, dev_judge, with_dropout
@@ -17,13 +16,6 @@ def main(run: Run, stage: str = "finetune") -> None:
         (run.student_sizes, run.student_path)
         if stage == "baseline"
         else (run.teacher, run.pretrained_teacher)
-    )
-
-    # Data.
-    rows = tokenize_task(run.tokenizer, run.data.train, section.max_length)
-    run.log.say(
-        f"{stage}: {len(rows.lengths):,} examples, {len(rows.ids):,} tokens, "
-        f"{rows.num_truncated:,} cut at {section.max_length}"
     )
 
     # Model.
@@ -43,7 +35,7 @@ def main(run: Run, stage: str = "finetune") -> None:
                 label_smoothing=section.label_smoothing,
             ),
             init_params=lambda key, _: hf_files.start_params(start, init, key),
-            feed=rows_feed(run, stage, rows),
+            feed=stage_feed(run, stage),
             frozen=(),
             flops_per_token=lambda width: cost.training_flops_per_token(
                 model, width, num_students=len(run.config.seeds(stage))

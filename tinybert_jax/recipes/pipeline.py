@@ -5,10 +5,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tinybert_jax import results
+from tinybert_jax import plan, results
 from tinybert_jax.recipes import distill, finetune, pretrain
 from tinybert_jax.report import write_report
-from tinybert_jax.run import Run, check_teacher, open_run, publish
+from tinybert_jax.run import Run, check_teacher, open_run, publish, read_run
 from tinybert_jax.sections import STAGES, RunConfig
 
 _RECIPES = {
@@ -25,15 +25,11 @@ _PRODUCTS = ("prediction", "intermediate", "general", "finetune", "pretrain")
 
 def main(config: RunConfig, stages: Sequence[str] = STAGES, command: str = "") -> Path:
     """Runs those of `stages` that the config has and that are not done; returns the run folder."""
-    chosen = [name for name in STAGES if name in stages and name in config.stages]
-    if not chosen:
-        raise ValueError(
-            f"expected a config with one of the stages {list(stages)}, got {list(config.stages)}"
-        )
+    chosen = _chosen(config, stages)
     with open_run(config, chosen) as run:
         for name in chosen:
             is_new = _run_once(run, name)
-            if is_new and name == "finetune" and {"intermediate", "prediction"} & set(chosen):
+            if is_new and name == "finetune" and run.learns_task(chosen):
                 check_teacher(run)
         product = next((name for name in _PRODUCTS if run.is_done(name)), "baseline")
         summary = results.collect(run, _seconds(run), command)
@@ -45,6 +41,21 @@ def main(config: RunConfig, stages: Sequence[str] = STAGES, command: str = "") -
         run.log.say(results.headline(summary))
         run.log.say(f"model:  {run.folder / 'hf'}\nreport: {report}")
         return run.folder
+
+
+def costs(config: RunConfig, stages: Sequence[str] = STAGES) -> str:
+    """What those stages would take; writes nothing."""
+    chosen = _chosen(config, stages)
+    return plan.describe(read_run(config, chosen), tuple(chosen))
+
+
+def _chosen(config: RunConfig, stages: Sequence[str]) -> list[str]:
+    chosen = [name for name in STAGES if name in stages and name in config.stages]
+    if not chosen:
+        raise ValueError(
+            f"expected a config with one of the stages {list(stages)}, got {list(config.stages)}"
+        )
+    return chosen
 
 
 def _run_once(run: Run, name: str) -> bool:

@@ -8,7 +8,7 @@ from tinybert_jax.data.loader import segment_rows
 from tinybert_jax.data.pipeline import tokenize_corpus
 from tinybert_jax.data.vocab import is_continuation
 from tinybert_jax.evaluate import Judge, make_masked_lm_scorer
-from tinybert_jax.feed import corpus_feed
+from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import Apply, make_masked_lm
 from tinybert_jax.objectives import make_mlm
 from tinybert_jax.run import Run, compute_options, with_dropout
@@ -25,7 +25,6 @@ def main(run: Run) -> None:
         pair_head=section.pair_weight > 0,
         **compute_options(run.config),
     )
-    special = tuple(int(i) for i in tokenizer.all_special_ids)
     continuations = None if section.mask_unit == "token" else is_continuation(tokenizer)
 
     # Train and hand on.
@@ -42,22 +41,20 @@ def main(run: Run) -> None:
                 is_continuation=continuations,
                 chunk_size=section.loss_chunk_size,
                 num_shards=sharding.num_batch_shards(run.mesh),
-                mask_token_id=tokenizer.mask_token_id,
-                special_token_ids=special,
-                vocab_size=len(tokenizer),
+                **run.mask_ids,
                 pair_weight=section.pair_weight,
             ),
             init_params=lambda key, _: hf_files.start_params(run.config.teacher.path, init, key),
-            feed=corpus_feed(run, "pretrain"),
+            feed=stage_feed(run, "pretrain"),
             frozen=(),
             flops_per_token=lambda width: cost.training_flops_per_token(run.teacher, width),
-            judge=_heldout_judge(run, apply, special),
+            judge=_heldout_judge(run, apply),
         ),
     )
     hf_files.save_model(run.model_folder("pretrain"), params, run.teacher, tokenizer)
 
 
-def _heldout_judge(run: Run, apply: Apply, special: tuple[int, ...]) -> Judge | None:
+def _heldout_judge(run: Run, apply: Apply) -> Judge | None:
     """Loss, perplexity and masked accuracy on the held-out documents, if any."""
     section = run.section("pretrain")
     if run.heldout_store:
@@ -70,9 +67,7 @@ def _heldout_judge(run: Run, apply: Apply, special: tuple[int, ...]) -> Judge | 
     score = make_masked_lm_scorer(
         apply,
         key=jax.random.fold_in(jax.random.key(run.config.seed), len(STAGES)),
-        mask_token_id=run.tokenizer.mask_token_id,
-        special_token_ids=special,
-        vocab_size=len(run.tokenizer),
+        **run.mask_ids,
         buckets=section.buckets(),
         pad_token_id=run.tokenizer.pad_token_id,
         chunk_size=section.loss_chunk_size,

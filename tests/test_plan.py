@@ -1,0 +1,259 @@
+"""`--dry-run`: numbers equal those worked out by hand, and nothing is written."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+from tinybert_jax import cli, cost, plan
+from tinybert_jax.data.vocab import train_wordpiece
+from tinybert_jax.feed import stage_feed
+from tinybert_jax.model.heads import make_encoder
+from tinybert_jax.run import read_run
+from tinybert_jax.sections import RunConfig
+
+STEPS, ROWS, WIDTH, WORDS = 4, 8, 16, 6  # a row is WORDS words, [CLS] and [SEP]
+SLOTS, TOKENS = STEPS * ROWS * WIDTH, STEPS * ROWS * (WORDS + 2)
+TEACHER = {
+    "num_hidden_layers": 2,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 16,
+}
+STUDENT = {
+    "num_hidden_layers": 1,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+STAGE = {
+    "num_steps": STEPS,
+    "global_batch_size": ROWS,
+    "max_length": WIDTH,
+    "batching": "pad",
+    "learning_rate": 1e-3,
+}
+STAGES = ("pretrain", "finetune", "general", "intermediate", "prediction", "baseline")
+# A token's forward pass: 2 · layers · (4d² + 2df + 2Td).
+TEACHER_FORWARD = 2 * 2 * (4 * 16**2 + 2 * 16 * 32 + 2 * WIDTH * 16)
+STUDENT_FORWARD = 2 * 1 * (4 * 8**2 + 2 * 8 * 16 + 2 * WIDTH * 8)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Single letters, each a token of its own; what a test writes goes elsewhere."""
+    folder = tmp_path_factory.mktemp("inputs")
+    rng = np.random.default_rng(0)
+
+    def texts(num_words):
+        return [" ".join(rng.choice(list("abcdefgh"), num_words)) for _ in range(24)]
+
+    tokenizer = train_wordpiece(texts(WORDS), vocab_size=40)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    for name, lengths in (("short", [WORDS]), ("mixed", [WORDS, 14])):
+        lines = [text for length in lengths for text in texts(length)]
+        (folder / f"{name}.txt").write_text("\n\n".join(lines))
+    labelled = [f"{text}\t{'ab'[i % 2]}" for i, text in enumerate(texts(WORDS))]
+    (folder / "task.tsv").write_text("\n".join(["text\tlabel", *labelled]) + "\n")
+    return folder
+
+
+def _settings(inputs, run_dir, stages=STAGES, **changes):
+    return {
+        "run_dir": str(run_dir),
+        "tokenizer": {"path": str(inputs / "tokenizer")},
+        "corpus": {"files": [str(inputs / "short.txt")]},
+        "task": {"train": str(inputs / "task.tsv"), "dev": str(inputs / "task.tsv")},
+        "teacher": TEACHER,
+        "student": STUDENT,
+        "num_seeds": 3,
+        **{name: STAGE for name in stages},
+        **changes,
+    }
+
+
+def _run(inputs, tmp_path, stages=STAGES, **changes):
+    config = RunConfig.model_validate(_settings(inputs, tmp_path / "run", stages, **changes))
+    return read_run(config, config.stages)
+
+
+def _room(rate):
+    """Slots of a row for its masked tokens: their mean and four standard deviations."""
+    return math.ceil(rate * WIDTH + 4 * math.sqrt(rate * WIDTH * (1 - rate)))
+
+
+def test_dry_run_names_all_stages_and_writes_nothing(inputs, tmp_path, capsys, monkeypatch):
+    measured = []
+    monkeypatch.setattr(cost, "measure_gemm_peak", lambda dtype: measured.append(dtype) or 1e3)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(_settings(inputs, tmp_path / "run")))
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["run", str(tmp_path / "run.yaml"), "--dry-run"]) == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    *_, text = capsys.readouterr().out.partition("pretrain: 4 steps")
+    blocks = ("pretrain: 4 steps" + text).replace("\xa0", " ").strip().split("\n\n")
+    assert [block.split(":")[0] for block in blocks] == list(STAGES)
+    for name, block in zip(STAGES, blocks, strict=True):
+        assert "4 steps, 256 tokens in 512 slots (50% padding), rows of up to 16" in block
+        assert ("× 3 seeds" in block) == (name not in ("pretrain", "finetune"))
+        assert ("teacher   5.38 k parameters" in block) == (
+            name in ("general", "intermediate", "prediction")
+        )
+        assert "float32 peak" in block
+    # 512 slots · 3 passes of the teacher, at 40 % of 1,000 FLOP/s
+    assert f"of the stage {3 * SLOTS * TEACHER_FORWARD:.3g}" in blocks[1]
+    assert "this CPU 10:55:22" in blocks[1]
+    assert measured == ["float32"]
+
+
+def test_time_is_of_the_compute_dtype(inputs, tmp_path, monkeypatch):
+    """An H200's sheet: 989.4 TFLOP/s in bfloat16, half of them in float32 (TF32)."""
+    measured = []
+    monkeypatch.setattr(cost, "measure_gemm_peak", lambda dtype: measured.append(dtype) or 1e3)
+    asked = []
+    monkeypatch.setattr(cost, "peak_flops", lambda kind, dtype: asked.append(dtype) or 1e12)
+    run = _run(inputs, tmp_path, ["pretrain"], compute={"dtype": "bfloat16_products"}, num_seeds=1)
+    assert "of its bfloat16 peak" in plan.describe(run, ("pretrain",))
+    assert set(measured + asked) == {"bfloat16"}
+
+
+def test_stages_that_are_done_are_not_priced_again(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "measure_gemm_peak", lambda dtype: 1e9)
+    run = _run(inputs, tmp_path)
+    run.model_folder("pretrain").mkdir(parents=True)
+    (run.model_folder("pretrain") / "config.json").touch()
+    done, pending = plan.describe(run, ("pretrain", "finetune")).split("\n\n")
+    assert done == "pretrain: done before" and pending.startswith("finetune: 4 steps")
+
+
+def test_flops_of_supervised_stages_by_hand(inputs, tmp_path):
+    run = _run(inputs, tmp_path)
+    teacher, student = plan.price(run, "finetune"), plan.price(run, "baseline")
+    assert (teacher.num_tokens, teacher.num_slots, teacher.width) == (TOKENS, SLOTS, WIDTH)
+    once = SLOTS * TEACHER_FORWARD
+    assert teacher.flops == {"forward": once, "backward": 2 * once}
+    once = 3 * SLOTS * STUDENT_FORWARD  # three seeds
+    assert student.flops == {"forward": once, "backward": 2 * once}
+
+
+@pytest.mark.parametrize(
+    ("last_rate", "num_chunks"),
+    [
+        (None, [1, 1, 1, 1]),  # 0.9 masked tokens
+        (0.45, [1, 2, 3, 3]),  # 0.9, 1.5, 2.1 and 2.7
+    ],
+)
+def test_flops_of_the_masked_lm_by_hand(inputs, tmp_path, last_rate, num_chunks):
+    """Eight devices with a row each; the product with the table goes there token by token."""
+    settings = {**STAGE, "mask_rate": 0.15, "mask_rate_end": last_rate, "loss_chunk_size": 1}
+    run = _run(inputs, tmp_path, ["pretrain"], pretrain=settings, num_seeds=1)
+    costs = plan.price(run, "pretrain")
+    mapped, predicted = ROWS * _room(last_rate or 0.15), ROWS * np.mean(num_chunks)
+    head = 2 * 16 * (mapped * 16 + predicted * run.teacher.vocab_size)
+    assert costs.flops["words"] == 3 * STEPS * head
+    assert set(costs.flops) == {"forward", "backward", "words"}
+
+
+@pytest.mark.parametrize(
+    ("terms", "entries"),
+    [
+        ([{"term": "attention"}, {"term": "hidden"}, {"term": "embedding"}], 2),
+        ([{"term": "embedding"}], 1),
+        ([{"term": "hidden", "layer_map": [[1, 1], [1, 2]]}], 1),
+        ([{"term": "attention"}], 0),
+    ],
+)
+def test_projection_is_of_the_entries_that_terms_read(inputs, tmp_path, terms, entries):
+    run = _run(inputs, tmp_path, distillation={"general": terms})
+    flops = plan.price(run, "general").flops
+    assert flops.get("projection", 0) == 3 * 3 * SLOTS * 2 * entries * 8 * 16
+    assert flops["teacher"] == SLOTS * TEACHER_FORWARD, "one pass for three students"
+
+
+@pytest.mark.parametrize("at", ["real", "masked"])
+def test_words_of_distillation_by_hand(inputs, tmp_path, at):
+    """A device has one row and one chunk: of the row, or of its room for masked tokens."""
+    terms = [{"term": "masked_lm"}, {"term": "word_logits", "at": at}]
+    run = _run(inputs, tmp_path, distillation={"general": terms})
+    vocab = run.teacher.vocab_size
+    mapped = ROWS * (WIDTH if at == "real" else _room(0.15))
+    student = 2 * 8 * (mapped * 8 + (ROWS * _room(0.15) + mapped) * vocab)
+    teacher = 2 * 16 * (mapped * 16 + mapped * vocab)
+    assert plan.price(run, "general").flops["words"] == STEPS * (3 * 3 * student + teacher)
+
+
+def test_each_batch_counts_at_its_own_width(inputs, tmp_path):
+    bucket = {**STAGE, "batching": "bucket", "length_buckets": [8, 16]}
+    corpus = {"files": [str(inputs / "mixed.txt")]}
+    run = _run(inputs, tmp_path, ["pretrain"], pretrain=bucket, corpus=corpus, num_seeds=1)
+    feed = stage_feed(run, "pretrain")
+    shapes = [feed.batch_at(step).input_ids.shape for step in range(STEPS)]
+    assert {width for _, width in shapes} == {8, 16}
+    expected = sum(
+        rows * width * 2 * 2 * (4 * 16**2 + 2 * 16 * 32 + 2 * width * 16) for rows, width in shapes
+    )
+    costs = plan.price(run, "pretrain")
+    np.testing.assert_allclose(costs.flops["forward"], expected, rtol=1e-12)
+    assert costs.width == 16 and costs.num_slots == sum(rows * width for rows, width in shapes)
+
+
+def test_state_by_hand(inputs, tmp_path):
+    """Parameters, gradients and two moments of each seed, the teacher's parameters, all fp32."""
+    run = _run(inputs, tmp_path, distillation={"projection": "per_layer"})
+    # Tables with a LayerNorm, layers, pooler.
+    rows = run.teacher.vocab_size + 16 + 2 + 2
+    teacher = rows * 16 + 2 * (4 * 272 + 2 * 512 + 48 + 4 * 16) + 272
+    student = rows * 8 + 1 * (4 * 72 + 2 * 128 + 24 + 4 * 8) + 72
+    projection = 2 * (8 + 1) * 16  # one for each hidden entry
+    state = plan.price(run, "general").state_bytes
+    assert state == 4 * (4 * 3 * (student + projection) + teacher)
+    averaged = {**STAGE, "average_decay": 0.9}
+    state = plan.price(_run(inputs, tmp_path, finetune=averaged), "finetune").state_bytes
+    assert state == 4 * 5 * teacher
+
+
+@pytest.mark.parametrize(
+    ("terms", "taps", "of_students"),
+    [
+        # Queries, keys and hidden states of two layers and the embeddings; two projected entries.
+        ([{"term": "attention"}, {"term": "hidden"}, {"term": "embedding"}], 7, 2 * 16 * WIDTH),
+        # Values of two layers; six maps.
+        ([{"term": "relation", "of": ["values"], "heads": 2}], 2, 6 * 2 * WIDTH**2),
+        # The logits of a row's 16 tokens twice, with their gradient, over 21 pieces.
+        ([{"term": "word_logits"}], 0, 3 * WIDTH * 21),
+    ],
+)
+def test_activations_of_terms_by_hand(inputs, tmp_path, terms, taps, of_students):
+    """Of fp32 and one row a device; `baseline` trains the same students without a teacher."""
+    run = _run(inputs, tmp_path, distillation={"general": terms})
+    assert run.teacher.vocab_size == 21
+    alone, taught = (plan.price(run, name).activation_bytes for name in ("baseline", "general"))
+    assert taught - alone == 4 * (taps * 16 * WIDTH + 3 * of_students)
+
+
+def test_activations_are_near_those_of_the_compiled_program(inputs, tmp_path):
+    """One row a device; XLA's own figure for the gradient grows by as much with each row."""
+    sizes = {**STUDENT, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 3}
+    run = _run(inputs, tmp_path, ["baseline"], student=sizes, num_seeds=1)
+    apply, init = make_encoder(run.student_sizes)
+    key = jax.random.key(0)
+    params = init(key)
+
+    def loss(params, ids):
+        return jnp.square(apply(params, ids, ids > 0, ids * 0, key).hidden[-1]).mean()
+
+    def num_bytes(num_rows):
+        ids = jnp.ones((num_rows, WIDTH), jnp.int32)
+        compiled = jax.jit(jax.grad(loss)).lower(params, ids).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    each = (num_bytes(96) - num_bytes(32)) / 64
+    estimate = plan.price(run, "baseline").activation_bytes
+    np.testing.assert_allclose(estimate, each, rtol=0.25)
+    three = plan.price(
+        run._replace(config=run.config.model_copy(update={"num_seeds": 3})), "baseline"
+    )
+    assert three.activation_bytes == 3 * estimate

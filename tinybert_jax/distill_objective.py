@@ -1,0 +1,314 @@
+"""The objective of the distillation stages: a sum of terms between a teacher and a student."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tinybert_jax import attention_losses, losses, objective_sections
+from tinybert_jax.data.pipeline import Batch
+from tinybert_jax.distill import make_layer_pairs, project
+from tinybert_jax.model.encoder import EncoderOutput, first_tokens
+from tinybert_jax.model.heads import Apply, MaskedLMOutput
+from tinybert_jax.objective_sections import (
+    AttentionTerm,
+    ClsTerm,
+    CosineTerm,
+    EmbeddingTerm,
+    HiddenTerm,
+    LabelTerm,
+    LogitsTerm,
+    MaskedLMTerm,
+    Ramp,
+    RelationTerm,
+    Terms,
+    WordLogitsTerm,
+)
+from tinybert_jax.objectives import (
+    Counts,
+    Mask,
+    MaskedLabels,
+    Objective,
+    count_units,
+    encoder_inputs,
+    gold_loss,
+)
+
+
+class Role(NamedTuple):
+    """A teacher or a student: what to call, and what comes out."""
+
+    apply: Apply
+    kind: str  # encoder, classifier or masked_lm
+    num_layers: int
+
+
+class Outputs(NamedTuple):
+    """What the terms read of one model."""
+
+    encoder: EncoderOutput
+    logits: jax.Array | None = None  # [examples, labels]
+    words: MaskedLMOutput | None = None
+
+
+class Context(NamedTuple):
+    """All that a term's loss may read of one microbatch."""
+
+    student: Outputs
+    teacher: Outputs
+    batch: Batch
+    counts: Counts
+    projection: Any
+    options: "Options"
+
+
+class Options(NamedTuple):
+    """What all terms of an objective share."""
+
+    normalisation: losses.Normalisation = "valid_only"
+    regression: bool = False
+    chunk_size: int = 256  # masked tokens whose logits exist at one time, on each of
+    num_shards: int = 1  # batch shards
+    all_words: bool = False  # whether masked-LM factors are those of every token
+
+
+Loss = Callable[[Context], jax.Array]
+
+
+def make_distill(
+    student: Role,
+    teacher: Role,
+    terms: Terms,
+    options: Options = Options(),  # noqa: B008
+    mask: Mask | None = None,
+) -> Objective:
+    """Σ weight·term; each part is a metric of its own.
+
+    `params` = {"student": its parameters[, "projection": …]}; `frozen` = the teacher's, read where
+    a term does. `mask` corrupts the batch that both models see.
+    """
+    values = [_LOSSES[term.term](term, student.num_layers, teacher.num_layers) for term in terms]
+    names = _names([term.term for term in terms])
+    options = options._replace(all_words=objective_sections.reads_all_words(terms))
+
+    def prepare(batch: Batch, key: jax.Array, share: jax.Array) -> tuple[Batch, Counts]:
+        counts = count_units(batch, options.normalisation)._replace(share=share)
+        return (batch, counts) if mask is None else mask(batch, key, counts)
+
+    def targets(batch: Batch, frozen: Any) -> Outputs | tuple[()]:
+        if not objective_sections.teaches(terms):
+            return ()
+        return jax.lax.stop_gradient(_run(teacher, frozen, batch, None, options.all_words))
+
+    def loss(params, batch, counts, key, goal):
+        ours = _run(student, params["student"], batch, key, options.all_words)
+        context = Context(ours, goal, batch, counts, params.get("projection"), options)
+        parts = {name: value(context) for name, value in zip(names, values, strict=True)}
+        weighted = [
+            _number(term.weight, counts) * part
+            for term, part in zip(terms, parts.values(), strict=True)
+        ]
+        return jnp.stack(weighted).sum(), parts
+
+    return Objective(prepare, loss, targets)
+
+
+def _run(
+    role: Role, params: Any, batch: Batch, key: jax.Array | None, all_words: bool = False
+) -> Outputs:
+    """Masked-LM factors at the masked positions [predictions, …], or at all [tokens, …]."""
+    if role.kind == "encoder":
+        return Outputs(role.apply(params, *encoder_inputs(batch), key))
+    if role.kind == "classifier":
+        output = role.apply(params, *encoder_inputs(batch), key, num_segments=batch.num_segments)
+        return Outputs(output.encoder, output.logits.reshape(-1, output.logits.shape[-1]))
+    positions = None if all_words else batch.labels.positions
+    words = role.apply(params, *encoder_inputs(batch), key, positions=positions)
+    return Outputs(words.encoder, words=words)
+
+
+def _names(terms: Sequence[str]) -> list[str]:
+    """loss/hidden, and of a second one loss/hidden_2."""
+    counted = [(term, terms[: place + 1].count(term)) for place, term in enumerate(terms)]
+    return [f"loss/{_METRIC.get(t, t)}" + (f"_{n}" if n > 1 else "") for t, n in counted]
+
+
+_METRIC = {"logits": "soft"}
+
+
+def _number(value: float | Ramp, counts: Counts) -> float | jax.Array:
+    """A weight or temperature at this step."""
+    if isinstance(value, Ramp):
+        return value.start + (value.end - value.start) * counts.share
+    return value
+
+
+def _over_layers(term: Any, num_student: int, num_teacher: int, one: Callable) -> Loss:
+    """Σ of `one(context, student's layer, teacher's layer)` over the term's layer map."""
+    pairs = make_layer_pairs(term.layer_map, num_student, num_teacher)
+    return lambda context: jnp.stack([one(context, ours, theirs) for ours, theirs in pairs]).sum()
+
+
+def _attention(term: AttentionTerm, num_student: int, num_teacher: int) -> Loss:
+    def heads(x: jax.Array, side: int) -> jax.Array:
+        if term.head_map:
+            return x[:, :, [pair[side] - 1 for pair in term.head_map]]
+        return attention_losses.regroup(x, term.heads) if term.heads else x
+
+    def one(c: Context, ours: int, theirs: int) -> jax.Array:
+        student, teacher = c.student.encoder, c.teacher.encoder
+        return attention_losses.attention_mse(
+            heads(student.queries[ours - 1], 0),
+            heads(student.keys[ours - 1], 0),
+            heads(teacher.queries[theirs - 1], 1),
+            heads(teacher.keys[theirs - 1], 1),
+            c.batch.attention_mask,
+            normalisation=c.options.normalisation,
+            count=c.counts.pairs,
+        )
+
+    return _over_layers(term, num_student, num_teacher, one)
+
+
+def _hidden(term: HiddenTerm, num_student: int, num_teacher: int) -> Loss:
+    return _over_layers(term, num_student, num_teacher, _hidden_entry)
+
+
+def _embedding(term: EmbeddingTerm, num_student: int, num_teacher: int) -> Loss:
+    return lambda context: _hidden_entry(context, 0, 0)
+
+
+def _hidden_entry(c: Context, ours: int, theirs: int) -> jax.Array:
+    return losses.hidden_mse(
+        project(c.projection, ours, c.student.encoder.hidden[ours]),
+        c.teacher.encoder.hidden[theirs],
+        c.batch.real,
+        normalisation=c.options.normalisation,
+        count=c.counts.tokens,
+    )
+
+
+def _relation(term: RelationTerm, num_student: int, num_teacher: int) -> Loss:
+    def one(c: Context, ours: int, theirs: int) -> jax.Array:
+        def kl(name: str) -> jax.Array:
+            student, teacher = (
+                attention_losses.regroup(getattr(model.encoder, name)[layer - 1], term.heads)
+                for model, layer in ((c.student, ours), (c.teacher, theirs))
+            )
+            return attention_losses.relation_kl(
+                student, student, teacher, teacher, c.batch.attention_mask, count=c.counts.tokens
+            )
+
+        return jnp.stack([kl(name) for name in term.of]).sum()
+
+    return _over_layers(term, num_student, num_teacher, one)
+
+
+def _cls(term: ClsTerm, num_student: int, num_teacher: int) -> Loss:
+    def one(c: Context, ours: int, theirs: int) -> jax.Array:
+        def first(hidden: jax.Array) -> jax.Array:
+            tokens = first_tokens(hidden, c.batch.attention_mask, c.batch.num_segments)
+            return tokens.reshape(-1, hidden.shape[-1])
+
+        return losses.normalised_distance(
+            first(c.student.encoder.hidden[ours]),
+            first(c.teacher.encoder.hidden[theirs]),
+            c.batch.weights.reshape(-1),
+            count=c.counts.examples,
+        )
+
+    total = _over_layers(term, num_student, num_teacher, one)
+    num_pairs = len(make_layer_pairs(term.layer_map, num_student, num_teacher))
+    return lambda context: total(context) / num_pairs
+
+
+def _cosine(term: CosineTerm, num_student: int, num_teacher: int) -> Loss:
+    return lambda c: losses.cosine(
+        c.student.encoder.hidden[-1],
+        c.teacher.encoder.hidden[-1],
+        c.batch.real,
+        count=c.counts.tokens,
+    )
+
+
+def _logits(term: LogitsTerm, num_student: int, num_teacher: int) -> Loss:
+    loss = losses.kl if term.form == "kl" else losses.soft_cross_entropy
+
+    def value(c: Context) -> jax.Array:
+        ours, theirs = c.student.logits, c.teacher.logits
+        assert ours is not None and theirs is not None
+        weights, count = c.batch.weights.reshape(-1), c.counts.examples
+        if c.options.regression:
+            return losses.logits_mse(ours, theirs, weights, count=count)
+        temperature = _number(term.temperature, c.counts)
+        each = loss(
+            ours, theirs, weights, temperature=temperature, reduction=term.reduction, count=count
+        )
+        return each * temperature**2 if term.times_squared_temperature else each
+
+    return value
+
+
+def _label(term: LabelTerm, num_student: int, num_teacher: int) -> Loss:
+    return lambda c: gold_loss(
+        c.student.logits, c.batch, c.counts, c.options.regression, term.label_smoothing
+    )
+
+
+def _masked_lm(term: MaskedLMTerm, num_student: int, num_teacher: int) -> Loss:
+    return lambda c: losses.masked_lm_from_hidden(
+        *_factors(c, c.student, c.batch.labels),
+        c.batch.labels.tokens.reshape(-1),
+        chunk_size=c.options.chunk_size,
+        num_shards=c.options.num_shards,
+        count=c.counts.predictions,
+    )
+
+
+def _word_logits(term: WordLogitsTerm, num_student: int, num_teacher: int) -> Loss:
+    def value(c: Context) -> jax.Array:
+        if term.at == "real":
+            labels, mask, count = None, c.batch.real, c.counts.tokens
+        else:
+            labels = c.batch.labels
+            mask, count = labels.tokens != losses.IGNORED_LABEL, c.counts.predictions
+        temperature = _number(term.temperature, c.counts)
+        each = losses.word_kl_from_hidden(
+            _factors(c, c.student, labels),
+            _factors(c, c.teacher, labels),
+            mask.reshape(-1),
+            temperature=temperature,
+            chunk_size=c.options.chunk_size,
+            num_shards=c.options.num_shards,
+            count=count,
+        )
+        return each * temperature**2 if term.times_squared_temperature else each
+
+    return value
+
+
+def _factors(
+    c: Context, outputs: Outputs, at: MaskedLabels | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """hidden [rows, dim], table [vocab, dim], bias [vocab]: the logits' factors, `at` or all."""
+    words = outputs.words
+    assert words is not None
+    hidden = words.hidden
+    if at is not None and c.options.all_words:
+        hidden = jnp.take_along_axis(hidden, at.positions[:, :, None], axis=1)
+    return hidden.reshape(-1, hidden.shape[-1]), words.table, words.bias
+
+
+_LOSSES: dict[str, Callable[..., Loss]] = {
+    "attention": _attention,
+    "hidden": _hidden,
+    "embedding": _embedding,
+    "relation": _relation,
+    "cls": _cls,
+    "cosine": _cosine,
+    "logits": _logits,
+    "label": _label,
+    "masked_lm": _masked_lm,
+    "word_logits": _word_logits,
+}

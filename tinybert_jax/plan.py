@@ -1,0 +1,343 @@
+"""Costs up front: what each stage of a run will take, before anything is trained or written.
+
+Owns what of a config costs what; the arithmetic is `cost`'s. Trains and writes nothing.
+"""
+
+import datetime
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from tinybert_jax import cost, sharding
+from tinybert_jax.attention_losses import RELATION_BLOCK
+from tinybert_jax.data.pipeline import Batch
+from tinybert_jax.distill import LayerPairs, make_layer_pairs
+from tinybert_jax.distill_objective import Options
+from tinybert_jax.feed import stage_feed
+from tinybert_jax.masking import num_slots
+from tinybert_jax.model.heads import make_encoder
+from tinybert_jax.objective_sections import (
+    OF_WORDS,
+    AttentionTerm,
+    EmbeddingTerm,
+    HiddenTerm,
+    LayerTerm,
+    MaskedLMTerm,
+    RelationTerm,
+    Terms,
+    reads_all_words,
+)
+from tinybert_jax.objectives import encoder_inputs
+from tinybert_jax.report_results import si
+from tinybert_jax.run import Run, compute_options, with_dropout
+from tinybert_jax.sections import TEACHER_STAGES, ModelConfig
+from tinybert_jax.stage_sections import StageSection
+
+_SAMPLED = 64  # batches that are looked at
+_UTILISATION = 0.4  # of the peak, assumed
+_DEVICES = (("H200", "NVIDIA H200"), ("v5e", "TPU v5e"), ("v6e", "TPU v6e"))
+_FP32 = 4  # bytes
+_CHUNK_SIZE = Options().chunk_size  # of distillation
+_BLOCK_MAPS = 6  # that it has at one time, as XLA:CPU compiles it
+
+
+class Costs(NamedTuple):
+    """What a stage takes, estimated from some of its batches; a slot is a token or padding."""
+
+    num_steps: int
+    num_tokens: float  # of the whole stage, real ones
+    num_slots: float
+    width: int  # of the widest batch seen
+    flops: dict[str, float]  # of the whole stage by part
+    state_bytes: float  # on a device
+    activation_bytes: float  # on a device
+
+
+class Work(NamedTuple):
+    """What a stage computes with."""
+
+    trained: ModelConfig
+    num_trained: int
+    teacher: ModelConfig | None
+    terms: Terms  # of distillation; pretrain's masked LM counts as one
+
+
+class Words(NamedTuple):
+    """What of a batch meets the vocabulary, in tokens of all its rows."""
+
+    mapped: int  # by the masked-LM head's dense map
+    student: int  # by the products with the word table, of all terms
+    teacher: int
+    chunk: int  # whose logits exist at one time on a device
+
+
+def describe(run: Run, stages: tuple[str, ...]) -> str:
+    """Steps, tokens, parameters, FLOPs by part, memory and time of each stage that is not done.
+
+    Time is of the training steps, at 40 % of one device's peak in the run's compute dtype:
+    measured on this CPU, by the makers' sheets (`cost.peak_flops`) of others.
+    """
+    dtype = run.config.compute.dtype.removesuffix("_products")
+    is_pending = {stage: not run.is_done(stage) for stage in stages}
+    peaks = _peaks(dtype) if any(is_pending.values()) else {}
+    return "\n\n".join(
+        _description(run, stage, peaks, dtype) if is_pending[stage] else f"{stage}: done before"
+        for stage in stages
+    )
+
+
+def price(run: Run, stage: str) -> Costs:
+    """What a stage takes, by 64 batches from its first step to its last, each at its own width.
+
+    FLOPs: `forward` and `backward` (two forward passes) of the trained encoders, one forward pass
+    of the `teacher`'s, and with both passes of what is trained: `projection`, of the entries that
+    terms read, and `words`, the masked-LM heads where tokens are predicted. Left out are the
+    heads of whole rows and the terms' products of queries and keys.
+
+    State is fp32: parameters, gradients, two moments and an average where one is kept, of every
+    student with its projection; the teacher's parameters. Activations are of the largest batch
+    seen, in microbatches: what differentiating the students' encoders keeps, by a trace of the
+    very model (nothing is compiled); the teacher's taps that terms read; the projected entries;
+    the maps of queries and keys that terms build; a chunk of logits. Of fp32 steps with the terms
+    of tinybert, minilmv2 and distilbert this came within 15 % of XLA:CPU's `memory_analysis`.
+    """
+    section, work = run.section(stage), _work(run, stage)
+    feed = stage_feed(run, stage)
+    num_steps = feed.num_steps(section)
+    steps = np.unique(np.linspace(0, num_steps - 1, _SAMPLED).astype(int))
+    batches = [feed.batch_at(int(step)) for step in steps]
+    words = [
+        _words(run, stage, work.terms, batch, float(step / max(num_steps - 1, 1)))
+        for step, batch in zip(steps, batches, strict=True)
+    ]
+    flops = [_flops(work, *each) for each in zip(batches, words, strict=True)]
+    largest = max(range(len(batches)), key=lambda i: batches[i].input_ids.size)
+    return Costs(
+        num_steps,
+        num_steps * float(np.mean([np.count_nonzero(b.attention_mask) for b in batches])),
+        num_steps * float(np.mean([b.input_ids.size for b in batches])),
+        max(b.input_ids.shape[1] for b in batches),
+        {name: num_steps * float(np.mean([own[name] for own in flops])) for name in flops[0]},
+        _state_bytes(run, section, work),
+        _activation_bytes(run, section, work, batches[largest], words[largest]),
+    )
+
+
+def _peaks(dtype: str) -> dict[str, float]:
+    """FLOP/s of one device of each kind."""
+    peaks = {"this CPU": cost.measure_gemm_peak(dtype)}
+    for name, kind in _DEVICES:
+        peak = cost.peak_flops(kind, dtype)
+        assert peak is not None, kind
+        peaks[name] = peak
+    return peaks
+
+
+def _description(run: Run, stage: str, peaks: dict[str, float], dtype: str) -> str:
+    work, costs = _work(run, stage), price(run, stage)
+    total, devices = sum(costs.flops.values()), run.mesh.size
+    times = f" × {work.num_trained} seeds" if work.num_trained > 1 else ""
+    lines = [
+        f"{stage}: {costs.num_steps:,} steps, {si(costs.num_tokens)} tokens in "
+        f"{si(costs.num_slots)} slots ({1 - costs.num_tokens / costs.num_slots:.0%} padding), "
+        f"rows of up to {costs.width}",
+        f"  trained   {_size(work.trained, times)}",
+    ]
+    if work.teacher:
+        lines.append(f"  teacher   {_size(work.teacher)}")
+    parts = (f"{name} {si(value / costs.num_slots)}" for name, value in costs.flops.items())
+    lines.append(f"  FLOPs     a slot: {', '.join(parts)}; of the stage {total:.3g}")
+    lines.append(
+        f"  memory    {f'on each of {devices} devices ' if devices > 1 else ''}"
+        f"{si(costs.state_bytes, 'B')} of state, {si(costs.activation_bytes, 'B')} of activations"
+    )
+    each = (f"{name} {_clock(total / peak / _UTILISATION)}" for name, peak in peaks.items())
+    lines.append(
+        f"  time      {', '.join(each)} (one device, at {_UTILISATION:.0%} of its {dtype} peak)"
+    )
+    return "\n".join(lines)
+
+
+def _size(model: ModelConfig, times: str = "") -> str:
+    whole, layers = float(cost.num_parameters(model)), float(cost.num_encoder_parameters(model))
+    return f"{si(whole)} parameters{times}, {si(layers)} of them in layers"
+
+
+def _clock(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=math.ceil(seconds)))
+
+
+def _work(run: Run, stage: str) -> Work:
+    num_trained = len(run.config.seeds(stage))
+    if stage in TEACHER_STAGES:
+        terms: Terms = (MaskedLMTerm(term="masked_lm"),) if stage == "pretrain" else ()
+        return Work(run.teacher, num_trained, None, terms)
+    if stage == "baseline":
+        return Work(run.student_sizes, num_trained, None, ())
+    teacher = run.teacher if run.config.teaches(stage) else None
+    return Work(run.student_sizes, num_trained, teacher, run.config.distillation.terms(stage))
+
+
+def _flops(work: Work, batch: Batch, words: Words | None) -> dict[str, int]:
+    """Of one batch by part, as `price` says."""
+    slots, width = batch.input_ids.size, batch.input_ids.shape[1]
+    forward = slots * work.num_trained * cost.forward_flops_per_token(work.trained, width)
+    parts = {"forward": forward, "backward": 2 * forward}
+    projected = set(_projected(work))
+    if work.teacher:
+        parts["teacher"] = slots * cost.forward_flops_per_token(work.teacher, width)
+        if projected:
+            once = cost.projection_flops_per_token(
+                work.trained, work.teacher.hidden_size, len(projected)
+            )
+            parts["projection"] = 3 * slots * work.num_trained * once
+    if words:
+        ours = cost.masked_lm_flops(work.trained, words.mapped, words.student)
+        parts["words"] = 3 * work.num_trained * ours
+        if work.teacher and words.teacher:
+            parts["words"] += cost.masked_lm_flops(work.teacher, words.mapped, words.teacher)
+    return parts
+
+
+def _projected(work: Work) -> list[int]:
+    """The student's hidden entry of each comparison with the teacher's; 0 is the embeddings."""
+    entries = []
+    for term in work.terms:
+        if isinstance(term, EmbeddingTerm):
+            entries.append(0)
+        elif isinstance(term, HiddenTerm):
+            entries += [ours for ours, _ in _layer_pairs(work, term)]
+    return entries
+
+
+def _layer_pairs(work: Work, term: LayerTerm) -> LayerPairs:
+    assert work.teacher is not None
+    layers = work.trained.num_hidden_layers, work.teacher.num_hidden_layers
+    return make_layer_pairs(term.layer_map, *layers)
+
+
+def _words(run: Run, stage: str, terms: Terms, batch: Batch, share: float) -> Words | None:
+    """Tokens are expected ones; the products go in whole chunks, as in `losses`.
+
+    `share`: how far the stage is, 0 to 1.
+    """
+    terms = tuple(term for term in terms if term.term in OF_WORDS)
+    if not terms:
+        return None
+    section = run.section(stage)
+    if stage == "pretrain":
+        rate, unit, chunk_size = section.mask_rate, section.mask_unit, section.loss_chunk_size
+        end = rate if section.mask_rate_end is None else section.mask_rate_end
+    else:
+        rate, unit, chunk_size = run.config.distillation.general_mask_rate, "token", _CHUNK_SIZE
+        end = rate
+    num_parts = sharding.num_batch_shards(run.mesh) * section.gradient_accumulation_steps
+    ids, real = batch.input_ids, np.asarray(batch.attention_mask, bool)
+    num_maskable = np.count_nonzero(real & ~np.isin(ids, run.tokenizer.all_special_ids))
+    num_masked = float((rate + (end - rate) * share) * num_maskable)
+    num_picked = len(ids) * num_slots(max(rate, end), ids.shape[1], unit)
+
+    def in_chunks(num_wanted: float, num_rows: int) -> int:
+        size = min(chunk_size, num_rows // num_parts)
+        return num_parts * size * math.ceil(min(num_wanted, num_rows) / num_parts / size)
+
+    everywhere = in_chunks(float(real.sum()), ids.size)
+    where_masked = in_chunks(num_masked, num_picked)
+    of_term = [everywhere if reads_all_words((term,)) else where_masked for term in terms]
+    mapped = ids.size if reads_all_words(terms) else num_picked
+    return Words(
+        mapped,
+        sum(of_term),
+        sum(n for n, term in zip(of_term, terms, strict=True) if term.term == "word_logits"),
+        min(chunk_size, mapped // num_parts),
+    )
+
+
+def _state_bytes(run: Run, section: StageSection, work: Work) -> float:
+    copies = 4 + (section.average_decay is not None)
+    trained = cost.num_parameters(work.trained)
+    frozen = cost.num_parameters(work.teacher) if work.teacher else 0
+    if work.teacher and _projected(work):
+        is_shared = run.config.distillation.projection == "shared"
+        num_projections = 1 if is_shared else work.trained.num_hidden_layers + 1
+        trained += num_projections * (work.trained.hidden_size + 1) * work.teacher.hidden_size
+    split = run.mesh.shape["fsdp"] * run.mesh.shape["tensor"]
+    return _FP32 * (copies * work.num_trained * trained + frozen) / split
+
+
+def _activation_bytes(
+    run: Run, section: StageSection, work: Work, batch: Batch, words: Words | None
+) -> float:
+    num_parts = sharding.num_batch_shards(run.mesh) * section.gradient_accumulation_steps
+    num_rows, width = len(batch.input_ids) / num_parts, batch.input_ids.shape[1]
+    student = num_rows * _saved_bytes_a_row(run, section, work.trained, batch)
+    theirs = 0.0
+    if work.teacher:
+        values = num_rows * width * work.teacher.hidden_size
+        student += _FP32 * values * len(_projected(work))
+        student += _FP32 * num_rows * _num_pairs_in_maps(work, batch)
+        theirs = compute_options(run.config)["dtype"].itemsize * values * _num_taps(work)
+    if words:
+        num_copies = 2 + bool(words.teacher)  # the student's logits and their gradient
+        student += _FP32 * num_copies * words.chunk * work.trained.vocab_size
+    return work.num_trained * student + theirs
+
+
+def _saved_bytes_a_row(run: Run, section: StageSection, model: ModelConfig, batch: Batch) -> int:
+    """What reverse-mode differentiation of the encoder keeps of one more row."""
+    apply, init = make_encoder(with_dropout(model, section), **compute_options(run.config))
+    key = jax.random.key(0)
+    params = jax.eval_shape(init, key)
+
+    def saved(params, key, batch):
+        inputs = encoder_inputs(batch)
+        return jax.vjp(lambda params: apply(params, *inputs, key).hidden[-1], params)[1]
+
+    def num_bytes(num_rows: int) -> int:
+        rows = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((num_rows, *x.shape[1:]), x.dtype), batch
+        )
+        leaves = jax.tree.leaves(jax.eval_shape(saved, params, key, rows))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    return num_bytes(2) - num_bytes(1)
+
+
+def _num_pairs_in_maps(work: Work, batch: Batch) -> int:
+    """Entries of the [query, key] maps that terms build of a row."""
+    width, is_packed = batch.input_ids.shape[1], batch.attention_mask.dtype != bool
+    total = 0
+    for term in work.terms:
+        if isinstance(term, RelationTerm):
+            # A single block goes without a loop: then all relations are there at one time.
+            is_loop = width > RELATION_BLOCK
+            num_relations = 1 if is_loop else len(term.of) * len(_layer_pairs(work, term))
+            total += num_relations * _BLOCK_MAPS * term.heads * min(RELATION_BLOCK, width) * width
+        elif isinstance(term, AttentionTerm) and is_packed:
+            heads = len(term.head_map or ()) or term.heads or work.trained.num_attention_heads
+            total += len(_layer_pairs(work, term)) * heads * width**2
+    return total
+
+
+def _num_taps(work: Work) -> int:
+    """How many of the teacher's [slots, dim] arrays the terms read: a scan keeps all layers'."""
+    assert work.teacher is not None
+    kinds: set[str] = set()
+    for term in work.terms:
+        if isinstance(term, RelationTerm):
+            kinds |= set(term.of)
+        else:
+            kinds |= set(_TAPS.get(term.term, ()))
+    num_layers = work.teacher.num_hidden_layers
+    return sum(1 if kind == "embedding" else num_layers for kind in kinds)
+
+
+_TAPS = {
+    "attention": ("queries", "keys"),
+    "hidden": ("hidden",),
+    "cls": ("hidden",),
+    "cosine": ("hidden",),
+    "embedding": ("embedding",),
+}
