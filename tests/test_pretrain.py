@@ -105,7 +105,7 @@ def test_masked_lm_with_pairs_equals_transformers():
     positions = np.array([[1, 5], [2, 0], [0, 0], [3, 4], [11, 0]])
     tokens = np.array([[7, 8], [9, -100], [-100, -100], [6, 5], [10, -100]])
     pairs = np.array([0, 1, -1, 1, 0])
-    counts = objectives.Counts(*(jnp.float32(n) for n in (5, 60, 720, 6, 4)))
+    counts = objectives.Counts(*(jnp.float32(n) for n in (5, 60, 720, 6, 4, 0)))
     labels = objectives.MaskedLabels(*map(jnp.asarray, (positions, tokens, pairs)))
     objective = objectives.make_mlm(
         apply,
