@@ -453,6 +453,13 @@ def test_a_failing_save_leaves_the_earlier_folder(original, tokenizer, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_truncation_leaves_no_more_than_the_positions(original, tokenizer, tmp_path):
+    folder = hf_files.save_model(tmp_path / "m", load(original[0]).params, CONFIG, tokenizer)
+    saved = AutoTokenizer.from_pretrained(folder)
+    ids = saved("word " * 1000, truncation=True)["input_ids"]
+    assert len(ids) == CONFIG.max_position_embeddings
+
+
 def test_a_save_replaces_an_earlier_one_whole(original, tokenizer, tmp_path):
     params = load(original[0]).params
     folder = hf_files.save_model(tmp_path / "model", params, CONFIG, tokenizer, label_names=NAMES)

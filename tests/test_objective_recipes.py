@@ -1,4 +1,4 @@
-"""Every preset through the stages that it has, as a user runs them."""
+"""Every preset but tinybert through the stages that it has, as a user runs them."""
 
 import json
 
@@ -18,7 +18,6 @@ LABELS = ["pos", "neg"] * 12
 SIZES = {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 32}
 STAGE = {"num_steps": 4, "global_batch_size": 8, "max_length": 16, "learning_rate": 1e-3}
 STAGES = {
-    "tinybert": ("general", "intermediate", "prediction"),
     "minilmv2": ("general", "prediction"),
     "distilbert": ("general", "prediction"),
     "pkd": ("prediction",),
@@ -63,7 +62,7 @@ def _config(inputs, tmp_path, preset, stages, **changes):
 def test_a_preset_runs_from_end_to_end(inputs, tmp_path, preset):
     """With a teacher of the task where it reads one; two seeds; masked where it predicts words."""
     finetune = {"finetune": {**STAGE, "num_steps": 40, "learning_rate": 5e-3}}
-    learns = preset in ("tinybert", "pkd")
+    learns = preset == "pkd"
     config = _config(
         inputs, tmp_path, preset, STAGES[preset], num_seeds=2, **(finetune if learns else {})
     )

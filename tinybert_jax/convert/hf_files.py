@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from tinybert_jax.convert import hf_map
-from tinybert_jax.convert.hf_folder import find_folder
+from tinybert_jax.convert.hf_folder import find_folder, save_tokenizer
 from tinybert_jax.sections import ModelConfig
 from tinybert_jax.tree import flatten, unflatten
 
@@ -186,7 +186,7 @@ def save_model(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         partial = Path(scratch) / "new"
         partial.mkdir()
-        tokenizer.save_pretrained(str(partial))
+        save_tokenizer(tokenizer, partial, config.max_position_embeddings)
         text = json.dumps(settings, indent=2) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
         save_file(hf_map.to_hf(flat), str(partial / _WEIGHTS), metadata={"format": "pt"})

@@ -1,5 +1,6 @@
 """Finds a Hugging Face folder, reads its tokenizer and checks that it belongs to a model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,14 @@ def _read(folder: Path) -> Any:
     if not (folder / "tokenizer.json").is_file():
         return BertTokenizer.from_pretrained(str(folder))
     return AutoTokenizer.from_pretrained(str(folder), use_fast=True)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path, num_positions: int) -> None:
+    """Writes its files; `truncation=True` will leave no more than a model has positions for."""
+    tokenizer.save_pretrained(str(folder))
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    most = settings.get("model_max_length", num_positions)
+    settings["model_max_length"] = min(most, num_positions)
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8")
