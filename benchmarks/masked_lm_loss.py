@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinybert_jax import losses
+from tinybert_jax import losses, word_losses
 from tinybert_jax.masking import num_slots
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     shapes = (args.predictions, args.dim), (args.vocab, args.dim), (args.vocab,)
     arrays = [jnp.asarray(0.1 * rng.normal(size=shape), jnp.float32) for shape in shapes]
     filled = 0.15 * 128 / num_slots(0.15, 128)
-    chunked = functools.partial(losses.masked_lm_from_hidden, chunk_size=args.chunk_size)
+    chunked = functools.partial(word_losses.masked_lm, chunk_size=args.chunk_size)
     print(f"{args.predictions} slots × {args.vocab} words × {args.dim}, fp32, {jax.devices()[0]}")
     for share in (1.0, filled):
         labels = rng.integers(0, args.vocab, args.predictions)

@@ -20,6 +20,7 @@ install_import_hook("tinybert_jax", "beartype.beartype")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from bad_world import models, world  # noqa: E402, F401
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -14,7 +14,7 @@ LEVELS = [
     ["report_results", "data_sections"],
     ["config"],
     ["sharding", "losses", "masking", "optim", "report"],
-    ["attention_losses"],
+    ["attention_losses", "word_losses"],
     ["model"],
     ["data", "convert", "checkpoint"],
     ["distill", "evaluate"],

@@ -5,10 +5,8 @@ Every folder is written by transformers, or by safetensors after a rename; nothi
 
 import json
 import shutil
-from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -24,7 +22,6 @@ from reference import (  # noqa: E402
     change_config,
     mini_lm,
     old_norms,
-    our_config,
     our_params,
     random_bert,
     tensors_of,
@@ -32,10 +29,6 @@ from reference import (  # noqa: E402
     write_vocab,
 )
 from transformers import (  # noqa: E402
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     BertForMaskedLM,
     BertForPreTraining,
     BertForSequenceClassification,
@@ -51,7 +44,7 @@ from tinybert_jax.model.heads import (  # noqa: E402
     make_masked_lm,
 )
 from tinybert_jax.sections import ModelConfig  # noqa: E402
-from tinybert_jax.tree import flatten, unflatten  # noqa: E402
+from tinybert_jax.tree import flatten  # noqa: E402
 
 CONFIG = ModelConfig(**SIZES)
 WORD_TABLE = "bert.embeddings.word_embeddings.weight"
@@ -324,163 +317,6 @@ def test_configs_with_more_or_fewer_fields_load_alike(original, spoilt):
     ours, plain = hf_files.read_model(folder), hf_files.read_model(original[0])
     assert ours.config == plain.config == CONFIG
     assert ours.label_names == plain.label_names == NAMES
-
-
-# What we write, transformers loads.
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return load_tokenizer(write_vocab(tmp_path_factory.mktemp("vocab")))
-
-
-@pytest.mark.parametrize(
-    "kind, auto, unexpected",
-    [
-        (BertModel, AutoModel, set()),
-        (BertForSequenceClassification, AutoModelForSequenceClassification, set()),
-        # As in BERT's own folders: the encoder's pooler is kept, which this class has no use for.
-        (
-            BertForMaskedLM,
-            AutoModelForMaskedLM,
-            {"bert.pooler.dense.weight", "bert.pooler.dense.bias"},
-        ),
-    ],
-)
-def test_transformers_loads_what_we_write(kind, auto, unexpected, tokenizer, tmp_path):
-    options = LABELS if kind is BertForSequenceClassification else {}
-    model = random_bert(kind, **options)
-    makes = {BertModel: make_encoder, BertForMaskedLM: make_masked_lm}
-    make = makes.get(kind, lambda config: make_classifier(config, len(NAMES)))
-    apply, init = make(our_config(model))
-    params = our_params(model, init)
-    folder = hf_files.save_model(
-        tmp_path / "a" / "ours",
-        params,
-        our_config(model),
-        tokenizer,
-        label_names=NAMES if options else None,
-    )
-    loaded, info = auto.from_pretrained(
-        str(folder), output_loading_info=True, attn_implementation="eager"
-    )
-    assert type(loaded) is kind
-    assert info["unexpected_keys"] == unexpected
-    assert not any(info[name] for name in ("missing_keys", "mismatched_keys", "error_msgs"))
-
-    fields = tokenizer(["a quick dog!", "no"], ["why?", "nobody knows"], padding=True)
-    batch = [jnp.asarray(fields[n]) for n in ("input_ids", "attention_mask", "token_type_ids")]
-    batch[1] = batch[1].astype(bool)
-    output = jax.jit(apply)(params, *batch)
-    ours = getattr(output, "logits", getattr(output, "pooled", output))
-    with torch.no_grad():
-        theirs = loaded.eval()(**{name: torch.tensor(value) for name, value in fields.items()})
-    theirs = theirs.pooler_output if kind is BertModel else theirs.logits
-    real = np.asarray(batch[1])[..., None] if kind is BertForMaskedLM else True
-    assert np.abs(np.where(real, np.asarray(ours) - theirs.numpy(), 0)).max() <= 1e-4
-    if options:
-        assert loaded.config.id2label == dict(enumerate(NAMES))
-        assert loaded.config.label2id == LABELS["label2id"]
-        assert loaded.config.problem_type == "single_label_classification"
-    for kind_of_tokenizer in (AutoTokenizer, BertTokenizer):
-        theirs = kind_of_tokenizer.from_pretrained(str(folder))
-        assert isinstance(theirs, BertTokenizer)
-        assert (
-            theirs(["a quick dog!"], ["Why?"])["input_ids"]
-            == tokenizer(["a quick dog!"], ["Why?"])["input_ids"]
-        )
-
-
-def test_a_head_without_names_gets_one_name_an_output(tokenizer, tmp_path):
-    _, init = make_classifier(CONFIG, 4)
-    params = init(jax.random.key(0))
-    folder = hf_files.save_model(tmp_path / "unnamed", params, CONFIG, tokenizer)
-    loaded = AutoModelForSequenceClassification.from_pretrained(str(folder))
-    assert loaded.config.num_labels == 4 and loaded.classifier.out_features == 4
-    with pytest.raises(ValueError, match="head's 4 outputs, got .*'bad'"):
-        hf_files.save_model(tmp_path / "wrong", params, CONFIG, tokenizer, label_names=NAMES)
-
-
-# Saving is all or nothing.
-
-
-class TornTokenizer:
-    """Writes half of its files and breaks, as on a full disk."""
-
-    def save_pretrained(self, folder: str) -> None:
-        (Path(folder) / "tokenizer.json").write_text("{")
-        raise OSError("No space left on device")
-
-
-def fail_by_tokenizer(folder, params, tokenizer):
-    with pytest.raises(OSError, match="No space"):
-        hf_files.save_model(folder, params, CONFIG, TornTokenizer())
-
-
-def fail_by_extra_file(folder, params, tokenizer):
-    def write(path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError("No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        hf_files.save_model(folder, params, CONFIG, tokenizer, extra={"more.bin": write})
-
-
-def fail_by_nan(folder, params, tokenizer):
-    flat = {path: np.array(leaf) for path, leaf in flatten(params).items()}
-    flat["encoder/pooler/bias"][3] = np.nan
-    with pytest.raises(ValueError, match="finite"):
-        hf_files.save_model(folder, unflatten(flat), CONFIG, tokenizer)
-
-
-def fail_by_other_sizes(folder, params, tokenizer):
-    """The config of another model: the folder would not load."""
-    with pytest.raises(ValueError, match="differs from what was saved"):
-        hf_files.save_model(
-            folder, params, CONFIG.model_copy(update={"num_hidden_layers": 2}), tokenizer
-        )
-
-
-@pytest.mark.parametrize(
-    "fail", [fail_by_tokenizer, fail_by_extra_file, fail_by_nan, fail_by_other_sizes]
-)
-def test_a_failing_save_leaves_the_earlier_folder(original, tokenizer, tmp_path, fail):
-    params = load(original[0]).params
-    folder = hf_files.save_model(tmp_path / "model", params, CONFIG, tokenizer, label_names=NAMES)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    fail(folder, params, tokenizer)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_truncation_leaves_no_more_than_the_positions(original, tokenizer, tmp_path):
-    folder = hf_files.save_model(tmp_path / "m", load(original[0]).params, CONFIG, tokenizer)
-    saved = AutoTokenizer.from_pretrained(folder)
-    ids = saved("word " * 1000, truncation=True)["input_ids"]
-    assert len(ids) == CONFIG.max_position_embeddings
-
-
-def test_a_save_replaces_an_earlier_one_whole(original, tokenizer, tmp_path):
-    params = load(original[0]).params
-    folder = hf_files.save_model(tmp_path / "model", params, CONFIG, tokenizer, label_names=NAMES)
-    hf_files.save_model(folder, params["encoder"], CONFIG, tokenizer)
-    assert "classifier.weight" not in load_file(folder / "model.safetensors")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # who reads one reads all
-
-
-def test_a_save_destroys_no_foreign_file(original, tokenizer, tmp_path):
-    params = load(original[0]).params
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="thesis.txt.*would be lost"):
-        hf_files.save_model(tmp_path / "home", params, CONFIG, tokenizer)
-    assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
-    (tmp_path / "file").write_text("not a folder")
-    for path in (tmp_path / "file", tmp_path / "file" / "model"):
-        with pytest.raises(ValueError, match="file is a file"):
-            hf_files.save_model(path, params, CONFIG, tokenizer)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "home"]
 
 
 # Tokenizers.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from tinybert_jax import distill_objective, objectives  # noqa: E402
+from tinybert_jax import distill_objective, masking, objectives  # noqa: E402
 from tinybert_jax.data.pipeline import Batch  # noqa: E402
 from tinybert_jax.distill import init_projection  # noqa: E402
 from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm  # noqa: E402
@@ -84,7 +84,8 @@ class Case:
             for role, own in zip(roles, params, strict=True)
         )
 
-    def check(self, **parts):
+    def assert_parts(self, **parts):
+        """(weight, expected value) of each part; their sum; finite gradients."""
         assert {f"loss/{name}" for name in parts} == self.parts.keys()
         for name, (_, expected) in parts.items():
             np.testing.assert_allclose(self.parts[f"loss/{name}"], expected, rtol=2e-5)
@@ -113,14 +114,14 @@ def test_tinybert_general():
         attention += gap.square()[PAIR.expand_as(gap)].mean()
         hidden += F.mse_loss((ours.hidden[i] @ case.projection)[REAL], theirs.hidden[g][REAL])
     embedding = F.mse_loss((ours.hidden[0] @ case.projection)[REAL], theirs.hidden[0][REAL])
-    case.check(attention=(1, attention), hidden=(1, hidden), embedding=(1, embedding))
+    case.assert_parts(attention=(1, attention), hidden=(1, hidden), embedding=(1, embedding))
 
 
 def test_tinybert_prediction():
     case = Case(DistillSection(), "prediction")
     goal = torch.softmax(case.teacher.logits, -1)
     soft = -(goal * torch.log_softmax(case.student.logits, -1)).sum(-1).mean()
-    case.check(soft=(1, soft))
+    case.assert_parts(soft=(1, soft))
 
 
 def test_minilmv2():
@@ -136,12 +137,12 @@ def test_minilmv2():
         log_probs = [_scores(x, x).masked_fill(~PAIR, -1e9).log_softmax(-1) for x in (ours, theirs)]
         each = F.kl_div(*log_probs, reduction="none", log_target=True).sum(-1)
         total += each.mean(1)[REAL].mean()
-    case.check(relation=(1, total))
+    case.assert_parts(relation=(1, total))
     preset = DistillSection(preset="minilmv2")
     assert [(t.heads, t.layer_map, len(t.of)) for t in preset.terms("general")] == [(48, "last", 3)]
     gold = Case(preset, "prediction")
     label = F.cross_entropy(gold.student.logits, _long(gold.labels))
-    gold.check(label=(1, label))
+    gold.assert_parts(label=(1, label))
 
 
 @pytest.mark.parametrize("at", ["real", "masked"])
@@ -161,7 +162,7 @@ def test_distilbert(at):
     both = [(model.logits[where] / 2).log_softmax(-1) for model in (case.student, case.teacher)]
     soft = F.kl_div(*both, reduction="batchmean", log_target=True)
     last = [model.encoder.hidden[-1][REAL] for model in (case.student, case.teacher)]
-    case.check(
+    case.assert_parts(
         word_logits=(5, 4 * soft),
         masked_lm=(2, F.cross_entropy(case.student.logits[masked], labels[masked])),
         cosine=(1, (1 - F.cosine_similarity(*last)).mean()),
@@ -180,7 +181,7 @@ def test_pkd():
         for model in (case.student, case.teacher)
     ]
     label = F.cross_entropy(case.student.logits, labels)
-    case.check(label=(0.5, label), soft=(0.5, soft), cls=(100, F.mse_loss(*first)))
+    case.assert_parts(label=(0.5, label), soft=(0.5, soft), cls=(100, F.mse_loss(*first)))
 
 
 def test_the_same_term_twice_over_pairs_of_layers():
@@ -191,14 +192,14 @@ def test_the_same_term_twice_over_pairs_of_layers():
     case = Case(DistillSection.model_validate({"general": terms}), "general", share=0.25)
     ours, theirs = case.student.hidden, case.teacher.hidden  # equal widths: W = 1
     one = lambda i, g: F.mse_loss(ours[i][REAL], theirs[g][REAL])  # noqa: E731
-    case.check(hidden=(1, one(1, 1) + one(1, 2) + one(2, 4)), hidden_2=(1.5, one(2, 4)))
+    case.assert_parts(hidden=(1, one(1, 1) + one(1, 2) + one(2, 4)), hidden_2=(1.5, one(2, 4)))
 
 
 def test_temperature_over_the_stage():
     ramp = {"term": "logits", "form": "kl", "temperature": {"start": 1.0, "end": 5.0}}
     case = Case(DistillSection.model_validate({"prediction": [ramp]}), "prediction", share=0.5)
     both = [(model.logits / 3).log_softmax(-1) for model in (case.student, case.teacher)]
-    case.check(soft=(1, F.kl_div(*both, reduction="batchmean", log_target=True)))
+    case.assert_parts(soft=(1, F.kl_div(*both, reduction="batchmean", log_target=True)))
 
 
 def test_pairs_of_heads():
@@ -206,7 +207,7 @@ def test_pairs_of_heads():
     case = Case(DistillSection.model_validate({"general": [pairs]}), "general", student=NARROW)
     ours, theirs = (_scores(m.queries[-1], m.keys[-1]) for m in (case.student, case.teacher))
     gap = ours[:, [0, 1, 2]] - theirs[:, [3, 3, 0]]
-    case.check(attention=(1, gap.square()[PAIR.expand_as(gap)].mean()))
+    case.assert_parts(attention=(1, gap.square()[PAIR.expand_as(gap)].mean()))
 
 
 def test_masked_input_is_the_same_for_both():
@@ -231,3 +232,32 @@ def test_a_dumped_preset_says_its_terms_and_is_the_same_again():
     dumped = section.model_dump(mode="json")
     assert [term["term"] for term in dumped["prediction"]] == ["label", "logits", "cls"]
     assert DistillSection.model_validate(dumped) == section
+
+
+@pytest.mark.parametrize("at", ["real", "masked"])
+def test_the_logits_of_all_words_never_exist(at):
+    sizes, num_rows, width = TEACHER.model_copy(update={"vocab_size": 8192}), 64, 64
+    sizes = sizes.model_copy(update={"max_position_embeddings": width})
+    apply, init = make_masked_lm(sizes)
+    role = distill_objective.Role(apply, "masked_lm", sizes.num_hidden_layers)
+    terms = [{"term": "word_logits", "at": at}, {"term": "masked_lm"}]
+    ids = {"mask_token_id": 4, "special_token_ids": (0, 1, 2), "vocab_size": 8192}
+    objective = distill_objective.make_distill(
+        role,
+        role,
+        DistillSection.model_validate({"general": terms}).terms("general"),
+        mask=objectives.make_mask(mask_rate=0.5, **ids),
+    )
+    rows = jnp.ones((num_rows, width), jnp.int32)
+    batch = Batch(rows, rows > 0, 0 * rows, rows[:, 0], jnp.ones(num_rows))
+
+    def step(student, teacher, key):
+        prepared, counts = objective.prepare(batch, key, jnp.float32(0))
+        goal = objective.targets(prepared, teacher)
+        loss = jax.grad(objective.loss, has_aux=True)
+        return loss({"student": student}, prepared, counts, key, goal)[0]
+
+    params = jax.eval_shape(init, jax.random.key(0))
+    compiled = jax.jit(step).lower(params, params, jax.random.key(0)).compile()
+    masked_logits = 4 * num_rows * masking.num_slots(0.5, width) * 8192
+    assert compiled.memory_analysis().temp_size_in_bytes <= masked_logits

@@ -305,58 +305,6 @@ def test_a_masked_lm_step_never_holds_the_logits_of_all_predictions():
     assert temporaries(128) <= logits / 2
 
 
-def test_layer_objective_equals_the_papers_sum_written_in_torch():
-    torch = pytest.importorskip("torch")
-    objective, params, frozen = _stage("layers")
-    batch = _batch()
-    value, parts = _loss(objective, params, batch, frozen)
-    config = {"student": STUDENT, "teacher": TEACHER}
-    taps = {
-        role: jax.jit(make_encoder(config[role].model_copy(update=DRY))[0])(
-            p, batch.input_ids, batch.attention_mask, batch.token_type_ids
-        )
-        for role, p in (("student", params["student"]), ("teacher", frozen))
-    }
-    taps = {
-        role: jax.tree.map(lambda a: torch.tensor(np.asarray(a)), t) for role, t in taps.items()
-    }
-    mask = torch.tensor(np.asarray(batch.attention_mask))
-    pair = mask[:, None, :, None] & mask[:, None, None, :]
-
-    def scores(t, layer):
-        q, k = t.queries[layer], t.keys[layer]
-        return torch.einsum("bthk,bshk->bhts", q, k) / q.shape[-1] ** 0.5
-
-    kernel = torch.tensor(np.asarray(params["projection"]["kernel"][0]))
-    attention = hidden = 0.0
-    for ours, theirs in ((0, 1), (1, 3)):
-        squared = (scores(taps["student"], ours) - scores(taps["teacher"], theirs)) ** 2
-        attention += (squared * pair).sum() / (pair.sum() * 4)
-    mapped = taps["student"].hidden @ kernel
-    for ours, theirs in ((1, 2), (2, 4)):
-        squared = (mapped[ours] - taps["teacher"].hidden[theirs]) ** 2
-        hidden += squared.mean(-1)[mask].mean()
-    embedding = ((mapped[0] - taps["teacher"].hidden[0]) ** 2).mean(-1)[mask].mean()
-    np.testing.assert_allclose(parts["loss/attention"], attention, rtol=1e-5)
-    np.testing.assert_allclose(parts["loss/hidden"], hidden, rtol=1e-5)
-    np.testing.assert_allclose(parts["loss/embedding"], embedding, rtol=1e-5)
-    np.testing.assert_allclose(value, attention + hidden + embedding, rtol=1e-5)
-
-
-def test_a_term_alone_and_its_weight_over_the_stage():
-    roles, params, frozen = _roles("encoder", make_encoder)
-    params = {"student": params, "projection": init_projection(KEY, 8, 16, 1)}
-    terms = _terms([{"term": "hidden", "weight": {"start": 4, "end": 2}}])
-    objective = distill_objective.make_distill(*roles, terms)
-    batch = _batch()
-    targets = jax.jit(objective.targets)(batch, frozen)
-    for share, weight in ((0.0, 4), (0.5, 3), (1.0, 2)):
-        prepared = objective.prepare(batch, KEY, jnp.float32(share))
-        value, parts = jax.jit(objective.loss)(params, *prepared, KEY, targets)
-        assert set(parts) == {"loss/hidden"}
-        np.testing.assert_allclose(value, weight * parts["loss/hidden"], rtol=1e-6)
-
-
 def test_state_is_born_sharded_and_moments_with_their_parameters():
     mesh = _mesh(8, fsdp=2, tensor=2)
     _, init = make_encoder(STUDENT)

@@ -49,8 +49,12 @@ def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -
         mistakes: dict[str, list[str]] = {}  # a union has one for each of its members
         for item in error.errors():
             place, text = _explain(item, root)
-            mistakes.setdefault(place, []).append(text)
-        lines = [f"  {place}: {' or '.join(dict.fromkeys(m))}" for place, m in mistakes.items()]
+            mistakes.setdefault(place and f"{place}: ", []).append(text)
+        lines = [
+            f"  {place}{line}"
+            for place, texts in mistakes.items()
+            for line in " or ".join(dict.fromkeys(texts)).splitlines()  # a section may name several
+        ]
         raise ConfigError("\n".join([_num_mistakes(path, lines), *lines])) from None
 
 
@@ -166,7 +170,7 @@ def _num_mistakes(origin: str | Path, lines: Sequence[str]) -> str:
 def _explain(item: Any, root: type[BaseModel]) -> tuple[str, str]:
     """(dotted path, what is wrong there) of one pydantic error, with the nearest valid name."""
     location, sections = _own_location(root, item["loc"], item["type"] == "extra_forbidden")
-    dotted = ".".join(str(part) for part in location) or "(whole config)"
+    dotted = ".".join(str(part) for part in location)
     if item["type"] == "extra_forbidden":
         known = list(sections[0].model_fields) if sections else []
         return dotted, f"unknown key{_nearest(str(location[-1]), known)}"

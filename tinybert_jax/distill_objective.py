@@ -1,12 +1,13 @@
 """The objective of the distillation stages: a sum of terms between a teacher and a student."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from tinybert_jax import attention_losses, losses, objective_sections
+from tinybert_jax import attention_losses, losses, objective_sections, word_losses
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import make_layer_pairs, project
 from tinybert_jax.model.encoder import EncoderOutput, first_tokens
@@ -241,11 +242,8 @@ def _logits(term: LogitsTerm, num_student: int, num_teacher: int) -> Loss:
         weights, count = c.batch.weights.reshape(-1), c.counts.examples
         if c.options.regression:
             return losses.logits_mse(ours, theirs, weights, count=count)
-        temperature = _number(term.temperature, c.counts)
-        each = loss(
-            ours, theirs, weights, temperature=temperature, reduction=term.reduction, count=count
-        )
-        return each * temperature**2 if term.times_squared_temperature else each
+        each = functools.partial(loss, ours, theirs, weights, reduction=term.reduction, count=count)
+        return _at_temperature(term, c, each)
 
     return value
 
@@ -257,7 +255,7 @@ def _label(term: LabelTerm, num_student: int, num_teacher: int) -> Loss:
 
 
 def _masked_lm(term: MaskedLMTerm, num_student: int, num_teacher: int) -> Loss:
-    return lambda c: losses.masked_lm_from_hidden(
+    return lambda c: word_losses.masked_lm(
         *_factors(c, c.student, c.batch.labels),
         c.batch.labels.tokens.reshape(-1),
         chunk_size=c.options.chunk_size,
@@ -273,19 +271,26 @@ def _word_logits(term: WordLogitsTerm, num_student: int, num_teacher: int) -> Lo
         else:
             labels = c.batch.labels
             mask, count = labels.tokens != losses.IGNORED_LABEL, c.counts.predictions
-        temperature = _number(term.temperature, c.counts)
-        each = losses.word_kl_from_hidden(
+        each = functools.partial(
+            word_losses.kl,
             _factors(c, c.student, labels),
             _factors(c, c.teacher, labels),
             mask.reshape(-1),
-            temperature=temperature,
             chunk_size=c.options.chunk_size,
             num_shards=c.options.num_shards,
             count=count,
         )
-        return each * temperature**2 if term.times_squared_temperature else each
+        return _at_temperature(term, c, each)
 
     return value
+
+
+def _at_temperature(
+    term: LogitsTerm | WordLogitsTerm, c: Context, loss: Callable[..., jax.Array]
+) -> jax.Array:
+    temperature = _number(term.temperature, c.counts)
+    value = loss(temperature=temperature)
+    return value * temperature**2 if term.times_squared_temperature else value
 
 
 def _factors(

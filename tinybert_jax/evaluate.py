@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinybert_jax import losses, masking, metrics
+from tinybert_jax import masking, metrics, word_losses
 from tinybert_jax.data.pipeline import (
     Batch,
     TokenRows,
@@ -133,7 +133,7 @@ def _make_masked_sums(
             params, inputs, batch.attention_mask, batch.token_type_ids, positions=positions
         )
         hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
-        nll, hits = losses.masked_lm_sums(
+        nll, hits = word_losses.masked_lm_sums(
             hidden, output.table, output.bias, labels.reshape(-1), chunk_size=chunk_size
         )
         count = jnp.sum(labels != masking.IGNORED_LABEL, dtype=jnp.float32)

@@ -216,7 +216,7 @@ class DistillSection(Section):
                 "leave it out for 0.15"
             )
         if mistakes:
-            raise ValueError("; ".join(mistakes))
+            raise ValueError("\n".join(mistakes))
         return self
 
     def terms(self, stage: str) -> Terms:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinybert_jax import attention_losses, losses, masking
+from tinybert_jax import attention_losses, losses, masking, word_losses
 from tinybert_jax.data.pipeline import Batch
 
 Metrics = dict[str, jax.Array]
@@ -148,7 +148,7 @@ def make_mlm(
         sizes = {"chunk_size": chunk_size, "num_shards": num_shards, "count": counts.predictions}
         hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
         parts: Metrics = {}
-        parts["loss/masked_lm"] = losses.masked_lm_from_hidden(
+        parts["loss/masked_lm"] = word_losses.masked_lm(
             hidden, output.table, output.bias, labels.tokens.reshape(-1), **sizes
         )
         if pair_weight:

@@ -305,5 +305,5 @@ class RunConfig(Section):
         if not self.stages:
             mistakes.insert(0, f"expected at least one stage of {list(STAGES)}, got none")
         if mistakes:
-            raise ValueError("; ".join(mistakes))
+            raise ValueError("\n".join(mistakes))
         return self

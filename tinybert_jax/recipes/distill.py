@@ -157,9 +157,10 @@ def _start_projection(
     projection: dict[str, Any] = distill.init_projection(
         key, run.student_sizes.hidden_size, run.teacher.hidden_size, num_projections
     )
-    kept = [Path(folder) / _PROJECTION for folder in folders if folder is not None]
-    for file in (file for file in kept if file.is_file()):
-        return _load_projection(file, projection)
+    files = (Path(folder) / _PROJECTION for folder in folders if folder is not None)
+    kept = next((file for file in files if file.is_file()), None)
+    if kept is not None:
+        return _load_projection(kept, projection)
     if directions is not None:
         projection["kernel"] = jnp.tile(directions.T[None], (num_projections, 1, 1))
     return projection

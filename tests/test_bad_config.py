@@ -1,0 +1,243 @@
+"""Wrong settings, or ones that do not fit: one message that helps, and no file touched."""
+
+import fcntl
+from pathlib import Path
+
+import pytest
+from bad_world import STUDENT, TEXTS, World
+
+from tinybert_jax import config
+from tinybert_jax.run import open_run
+
+# The config
+
+
+def test_misspelt_key(world):
+    path = world.config("finetune", finetune={"learning_rat": 1})
+    world.fails("run", path, naming=("finetune.learning_rat: unknown key", "'learning_rate'?"))
+
+
+def test_key_given_twice(world):
+    text = Path(world.config("finetune")).read_text() + "seed: 1\nseed: 2\n"
+    path = world.file("config.yaml", text)
+    world.fails("run", path, naming=("config.yaml", "'seed'", "twice", "line"))
+
+
+def test_several_mistakes_are_listed_together(world):
+    path = world.config("finetune", "baseline", baseline={"num_steps": 0}, seed="x", tusk={})
+    named = ("4 mistakes", "baseline.num_steps", "seed", "tusk", "finetune.schedule", "'linear'?")
+    world.fails("run", path, "finetune.schedule=lineer", naming=named)
+
+
+def test_value_out_of_range(world):
+    path = world.config("finetune", finetune={"warmup": 1.5})
+    world.fails("run", path, naming=("finetune.warmup", "less than or equal to 1", "got 1.5"))
+
+
+def test_override_without_equals_sign(world):
+    path = world.config("finetune")
+    world.fails("run", path, "seed", naming=("override 'seed'", "expected key.path=value"))
+
+
+def test_missing_config(world):
+    world.config("finetune")
+    path = str(world.folder / "confg.yaml")
+    world.fails("run", path, naming=("confg.yaml", "found none", "config.yaml'?"))
+
+
+@pytest.mark.parametrize("text", ["run_dir: [", "just words", b"name: \xff"])
+def test_config_that_is_not_a_yaml_mapping(world, text):
+    path = world.file("config.yaml", text)
+    world.fails("run", path, naming=("config.yaml", "YAML" if text != "just words" else "mapping"))
+
+
+def test_unset_environment_variables(world):
+    task = {"train": "${NO_SUCH_A}/train.tsv", "dev": "${NO_SUCH_B}/dev.tsv"}
+    path = world.config("finetune", task=task)
+    named = ("task.train", "NO_SUCH_A", "task.dev", "NO_SUCH_B", "not set", "export")
+    world.fails("run", path, naming=named)
+
+
+def test_stage_that_the_config_has_not(world):
+    path = world.config("finetune")
+    world.fails("distill", path, naming=("['general', 'intermediate', 'prediction']", "finetune"))
+
+
+def test_distillation_without_a_teacher_that_knows(world):
+    path = world.distil(teacher={"path": None, "preset": "bert-tiny"}, tokenizer={"path": "x"})
+    world.fails("run", path, naming=("teacher", "finetune section", "teacher.finetuned"))
+    corpus = {"files": [world.file("corpus.txt", "\n\n".join(TEXTS))]}
+    random = {"num_hidden_layers": 2, **{k: v for k, v in STUDENT.items() if "layers" not in k}}
+    path = world.config("general", teacher={"path": None, **random}, corpus=corpus)
+    named = ("general", "pretrain section", "teacher.path")
+    world.fails("run", path, "tokenizer.vocab_size=60", naming=named)
+
+
+def test_distillation_before_its_finetuning(world):
+    """`tinybert distill` of a config whose teacher is still to be fine-tuned."""
+    path = world.config("finetune", "prediction")
+    named = ("prediction", "finished finetune", "found none", "tinybert finetune")
+    world.fails("distill", path, naming=named)
+
+
+def test_nothing_to_match(world):
+    path = world.distil(distillation={"preset": "minilmv2"})
+    named = ("minilmv2", "distillation.intermediate: expected a term", "remove the stage")
+    world.fails("run", path, naming=named)
+
+
+@pytest.mark.parametrize(
+    "distillation, named",
+    [
+        ({"general": [{"term": "logits"}]}, ("no logits", "of prediction: move it there")),
+        ({"intermediate": [{"term": "masked_lm"}]}, ("no masked_lm", "a term of general")),
+        ({"prediction": [{"term": "word_logits"}]}, ("no word_logits", "a term of general")),
+        ({"prediction": [{"term": "logit"}]}, ("prediction.0.term", "'logit'", "mean 'logits'")),
+        ({"prediction": [{"term": "logits", "weight": 0}]}, ("weight above 0", "prediction")),
+        ({"prediction": [{"term": "logits", "weight": -1}]}, ("prediction.0.weight:", "got -1")),
+        ({"prediction": [{"term": "cls", "layer_map": "skp"}]}, ("0.layer_map:", "mean 'skip'")),
+        ({"prediction": [{"term": "${UNSET_NAME}"}]}, ("UNSET_NAME", "not set")),
+        ({"preset": "distilbert", "mask_rate": 0}, ("mask_rate", "more than 0", "got 0")),
+        ({"mask_rate": 0.1}, ("mask_rate", "general", "leave mask_rate out")),
+        (
+            {"normalisation": "paper_code", "prediction": [{"term": "cosine"}]},
+            ("paper_code", "['cosine']", "valid_only"),
+        ),
+        (
+            {"prediction": [{"term": "attention", "heads": 2, "head_map": [[1, 1]]}]},
+            ("heads 2", "[[1, 1]]", "leave one"),
+        ),
+    ],
+)
+def test_terms_that_do_not_fit_their_stage(world, distillation, named):
+    path = world.config("prediction", distillation=distillation)
+    world.fails("run", path, naming=("distillation", *named))
+
+
+@pytest.mark.parametrize(
+    "term, named",
+    [
+        ({"term": "relation", "heads": 3}, ("term relation", "divide", "hidden_size 8", "got 3")),
+        ({"term": "cosine"}, ("term cosine", "as wide as", "8 and 16", "projection")),
+        ({"term": "hidden", "layer_map": [[1, 5]]}, ("term hidden", "layer_map", "[[1, 5]]")),
+        ({"term": "cls"}, ("term cls", "layer_map", "two layers", "last")),
+        ({"term": "attention", "head_map": [[1, 3]]}, ("head_map", "1 to 2", "[1, 3]")),
+    ],
+)
+def test_terms_that_cannot_compare_the_models(world, term, named):
+    path = world.distil(distillation={"prediction": [term, {"term": "logits"}]})
+    world.fails("run", path, naming=("distillation.prediction", *named))
+
+
+def test_ignored_lowercase(world):
+    path = world.config("finetune", tokenizer={"lowercase": False})
+    world.fails("run", path, naming=("tokenizer.lowercase", "tokenizer.vocab_size", "leave it out"))
+
+
+def test_ignored_student_start(world):
+    student = {**dict.fromkeys(STUDENT), "path": "x", "init": "teacher_embeddings"}
+    world.fails("run", world.distil(student=student), naming=("student", "init", "path 'x'"))
+
+
+# Sizes that do not fit
+
+
+def test_longer_than_the_positions(world):
+    path = world.config("finetune", finetune={"max_length": 64})
+    world.fails("run", path, naming=("finetune.max_length", "at most 32", "got 64"))
+
+
+def test_batch_that_the_devices_cannot_share(world):
+    path = world.config("finetune", finetune={"global_batch_size": 12})
+    world.fails("run", path, naming=("finetune.global_batch_size", "multiple of 8", "got 12"))
+
+
+def test_mesh_of_other_devices(world):
+    path = world.config("finetune", mesh={"data": 3})
+    world.fails("run", path, naming=("mesh", "8 devices", "3 × 1 × 1", "data: -1"))
+
+
+def test_other_attention_heads(world):
+    path = world.distil(student={"num_attention_heads": 4})
+    named = ("attention heads", "4 for the student", "2 for the teacher", "a head_map")
+    world.fails("run", path, naming=named)
+
+
+@pytest.mark.parametrize(
+    "depth, layer_map, named",
+    [
+        (3, "uniform", ("no deeper", "3 layers for 2")),
+        (1, [3], ("1 teacher layers from 1 to 2", "[3]")),
+        (1, [1, 2], ("1 teacher layers", "[1, 2]")),
+    ],
+)
+def test_layer_map_that_does_not_fit(world, depth, layer_map, named):
+    term = {"term": "hidden", "layer_map": layer_map}
+    changes = {"student": {"num_hidden_layers": depth}, "distillation": {"intermediate": [term]}}
+    world.fails("run", world.distil(**changes), naming=("layer_map", *named))
+
+
+@pytest.mark.parametrize("size, most", [("max_position_embeddings", 32), ("hidden_size", 16)])
+def test_student_tables_larger_than_the_teachers(world, size, most):
+    student = {size: most * 2, "init": "teacher_embeddings"}
+    named = (f"student.{size}", f"at most {most}", f"got {most * 2}", "student.init")
+    world.fails("run", world.distil(student=student), naming=named)
+
+
+# The run folder
+
+
+@pytest.fixture
+def existing(world) -> World:
+    settings = config.load(world.config("finetune"))
+    with open_run(settings, settings.stages) as run:
+        (run.folder / "models").mkdir()
+        (run.folder / "models" / "weights").write_bytes(b"dear")
+    return world
+
+
+def test_run_folder_of_another_config(existing):
+    path = existing.config("finetune", finetune={"learning_rate": 0.5}, seed=7)
+    named = (str(existing.run_dir), "seed", "7", "finetune.learning_rate", "0.5", "0.001")
+    message = existing.fails("run", path, naming=named)
+    assert "num_steps" not in message
+
+
+def test_run_folder_of_another_label_order(world):
+    settings = config.load(world.config("finetune", task={"labels": {"neg": "neg", "pos": "pos"}}))
+    with open_run(settings, settings.stages):
+        pass
+    path = world.config("finetune", task={"labels": {"pos": "pos", "neg": "neg"}})
+    world.fails("run", path, naming=("run_dir", "task.labels", "order"))
+
+
+def test_wrong_data_of_an_existing_run(existing):
+    path = existing.config("finetune")
+    existing.file("dev.tsv", "text\tlabel\nx\tgood\n")
+    existing.fails("run", path, naming=("dev.tsv", "'good'"))
+
+
+def test_foreign_files_in_the_run_folder(world):
+    world.run_dir.mkdir()
+    (world.run_dir / "thesis.txt").write_text("years of work")
+    named = ("run_dir", str(world.run_dir), "an empty or new folder", "thesis.txt")
+    world.fails("run", world.config("finetune"), naming=named)
+
+
+def test_foreign_config_in_the_run_folder(world):
+    world.run_dir.mkdir()
+    (world.run_dir / "config.yaml").write_text("a: [")
+    world.fails("run", world.config("finetune"), naming=("run/config.yaml", "YAML"))
+
+
+def test_run_folder_is_a_file(world):
+    world.run_dir.write_text("years of work")
+    world.fails("run", world.config("finetune"), naming=("run_dir", "folder", "a file"))
+
+
+def test_run_folder_in_use(existing):
+    path = existing.config("finetune")
+    with (existing.run_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        named = (str(existing.run_dir), "in use", "another process", "wait")
+        existing.fails("run", path, naming=named)

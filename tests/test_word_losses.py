@@ -1,0 +1,109 @@
+"""Losses over chunks of logits against whole ones, in PyTorch and of `losses`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinybert_jax import losses, word_losses
+
+torch = pytest.importorskip("torch")
+from reference import assert_same, normal, relative_error, value_and_grads  # noqa: E402
+
+F = torch.nn.functional
+
+VOCAB_LABELS = np.array([3, -100, 0, 10, -100, -100, -100, 7, 3, 0, 10, 9])
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+@pytest.mark.parametrize("chunk_size", [1, 4, 5, 100])
+def test_chunks_of_logits_give_the_loss_and_the_gradients_of_the_whole(chunk_size, num_shards):
+    """1e-6: what the order of fp32 sums over a dozen rows can make, and nothing else."""
+    inputs = normal(2, 12, 6, scale=2), normal(3, 11, 6), normal(4, 11)
+    labels = jnp.array(VOCAB_LABELS)
+
+    def whole(hidden, table, bias):
+        return losses.masked_lm(hidden @ table.T + bias[None], labels)
+
+    def chunked(hidden, table, bias):
+        return word_losses.masked_lm(
+            hidden, table, bias, labels, chunk_size=chunk_size, num_shards=num_shards
+        )
+
+    for got, want in zip(
+        value_and_grads(chunked, *inputs), value_and_grads(whole, *inputs), strict=True
+    ):
+        assert relative_error(got, want) <= 1e-6
+    alone, want = (loss(*map(jnp.array, inputs)) for loss in (chunked, whole))
+    np.testing.assert_allclose(alone, want, rtol=1e-6)  # without gradients
+    assert_same(
+        chunked,
+        lambda hidden, table, bias: F.cross_entropy(
+            hidden @ table.T + bias, torch.tensor(VOCAB_LABELS), ignore_index=-100
+        ),
+        *inputs,
+    )
+
+
+def test_sums_over_chunks_count_losses_and_hits():
+    logits, real = normal(2, 12, 11, scale=2), VOCAB_LABELS >= 0
+    logits[0, VOCAB_LABELS[0]] = logits[9, VOCAB_LABELS[9]] = 20  # two hits at least
+    hidden, table, bias = logits, np.eye(11, dtype=np.float32), np.zeros(11, np.float32)
+
+    got = jax.jit(functools.partial(word_losses.masked_lm_sums, chunk_size=5))(
+        *map(jnp.array, (hidden, table, bias, VOCAB_LABELS))
+    )
+
+    nll = F.cross_entropy(
+        torch.tensor(logits).double(),
+        torch.tensor(VOCAB_LABELS),
+        ignore_index=-100,
+        reduction="sum",
+    )
+    np.testing.assert_allclose(got[0], nll, rtol=1e-6)
+    num_hits = (logits.argmax(-1) == VOCAB_LABELS)[real].sum()
+    assert got[1] == num_hits and 2 <= num_hits < real.sum()
+
+
+def test_chunks_never_hold_the_logits_of_all_predictions():
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1024, 8), (4096, 8), (4096,))]
+    labels = jax.ShapeDtypeStruct((1024,), jnp.int32)
+    whole_logits = 4 * 1024 * 4096
+
+    def temporaries(loss):
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+        return step.lower(*shapes, labels).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(lambda h, t, b, y: losses.masked_lm(h @ t.T + b[None], y)) >= whole_logits
+    chunked = functools.partial(word_losses.masked_lm, chunk_size=64)
+    assert temporaries(chunked) <= whole_logits / 4
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 5, 100])
+@pytest.mark.parametrize("temperature, num_shards", [(1.0, 1), (2.0, 1), (2.0, 2)])
+def test_word_kl_matches_torch_whatever_the_chunks(chunk_size, temperature, num_shards):
+    labels, vocab = VOCAB_LABELS, 11
+    teacher = [normal(3, len(labels), 6), normal(4, vocab, 6), normal(5, vocab)]
+
+    def loss(hidden, table, bias):
+        return word_losses.kl(
+            (hidden, table, bias),
+            tuple(map(jnp.array, teacher)),
+            jnp.array(labels != -100),
+            temperature=temperature,
+            chunk_size=chunk_size,
+            num_shards=num_shards,
+        )
+
+    def log_probs(hidden, table, bias):
+        return torch.log_softmax((hidden @ table.T + bias)[labels != -100] / temperature, -1)
+
+    goal = log_probs(*(torch.tensor(x, dtype=torch.float64) for x in teacher))
+
+    def reference(*student):
+        ours = log_probs(*student)
+        return F.kl_div(ours, goal, reduction="batchmean", log_target=True)
+
+    assert_same(loss, reference, normal(0, len(labels), 4), normal(1, vocab, 4), normal(2, vocab))
