@@ -157,13 +157,13 @@ def test_killed_in_every_stage_it_ends_with_the_same_bits(golden):
 def test_seeds_share_a_run_and_the_best_is_exported_also_when_killed(golden):
     folder, _ = golden
     settings = yaml.safe_load((folder / "run.yaml").read_text())
-    for name in ("pretrain", "finetune", "tokenizer"):
+    for name in ("pretrain", "tokenizer"):
         del settings[name]
-    models = folder / "golden" / "models"
-    settings["teacher"] = {"path": str(models / "pretrain"), "finetuned": str(models / "finetune")}
+    settings["teacher"] = {"path": str(folder / "golden" / "models" / "pretrain")}
+    settings["finetune"] |= {"num_seeds": 2}
     settings |= {"num_seeds": 3, "prediction": settings["prediction"] | {"learning_rate": 1e-3}}
     (folder / "seeds.yaml").write_text(yaml.safe_dump(settings))
-    stages = ["general", "intermediate", "prediction", "baseline"]
+    stages = ["finetune", "general", "intermediate", "prediction", "baseline"]
     run, killed = folder / "seeds", folder / "seeds-killed"
     for stage in stages:
         _run_until_killed(folder, killed, stage, "seeds.yaml")
@@ -176,7 +176,12 @@ def test_seeds_share_a_run_and_the_best_is_exported_also_when_killed(golden):
 
     results = json.loads((run / "results.json").read_text())
     described = {model["role"]: model for model in results["models"]}
-    assert "by_seed" not in described["teacher"]
+    teachers = [own["accuracy"] for own in described["teacher"]["by_seed"]]
+    assert len(teachers) == 2
+    assert described["teacher"]["metrics"]["accuracy"] == max(teachers)
+    assert described["teacher"]["mean"]["accuracy"] == np.mean(teachers)
+    best = run / "models" / f"finetune-seed-{np.argmax(teachers)}" / "model.safetensors"
+    assert (run / "models" / "finetune" / "model.safetensors").read_bytes() == best.read_bytes()
     for role in ("student", "baseline"):
         scores = [own["accuracy"] for own in described[role]["by_seed"]]
         assert len(scores) == 3
@@ -190,7 +195,7 @@ def test_seeds_share_a_run_and_the_best_is_exported_also_when_killed(golden):
     for folder_name in (run / "models").iterdir():
         same = killed / "models" / folder_name.name / "model.safetensors"
         assert (folder_name / "model.safetensors").read_bytes() == same.read_bytes()
-    assert "means of 3 seeds" in (run / "report.html").read_text()
+    assert "mean of 3 seeds" in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,10 @@ def missing_needs(config: Any) -> Iterator[str]:
             fix = f"; eval_every needs {needed}" if name == "pretrain" else ""
             yield f"{name} is not evaluated on a task: remove its patience and eval_every{fix}"
     if config.num_seeds > 1 and not stages - {"pretrain", "finetune"}:
-        yield "num_seeds is for students: add a stage that trains one, or remove it"
+        yield (
+            "num_seeds is for students: add a stage that trains one, or remove it (of teachers: "
+            "finetune.num_seeds)"
+        )
     if config.corpus and config.corpus.stores:
         yield from _needs_of_stores(config, stages)
     elif config.pretrain and config.pretrain.pair_weight:

@@ -202,15 +202,19 @@ def _seeds_note(results: dict[str, Any]) -> str:
     if not several:
         return ""
     metric = str(results.get("metric"))
-    spreads = ", ".join(
-        f"{html.escape(str(m.get('role', 'model')))} "
-        f"{number(_mapping(m, 'deviation').get(metric)) or 0:.4f}"
-        for m in several
-    )
+
+    def described(model: Model) -> str:
+        role, count = html.escape(str(model.get("role", "model"))), len(model["by_seed"])
+        deviation = number(_mapping(model, "deviation").get(metric)) or 0
+        mean = number(_mapping(model, "mean").get(metric))
+        if mean is None:
+            return f"{role}: mean of {count} seeds, ± {deviation:.4f}"
+        return f"{role}: the best of {count} seeds, whose mean is {mean:.4f} ± {deviation:.4f}"
+
     return (
-        f'<p class="note">Scores are means of {len(several[0]["by_seed"])} seeds; standard '
-        f"deviation of the {html.escape(metric_name(metric))}: {spreads}. The model of the best "
-        "seed is the one exported, and the one whose confusion is shown.</p>"
+        f'<p class="note">Scores over seeds, with the standard deviation of the '
+        f"{html.escape(metric_name(metric))}: {'; '.join(described(m) for m in several)}. The "
+        "model of the best seed is the one exported, and the one whose confusion is shown.</p>"
     )
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,19 @@ def collect(run: Run, seconds: dict[str, float], command: str) -> dict[str, Any]
     """The content of `results.json`: every judged model of the run, and what the student kept."""
     models = []
     if run.task is not None:
-        teacher = run.latest("finetune") or run.config.teacher.finetuned
-        if teacher is None and run.learns_task(run.config.stages):
-            teacher = run.config.teacher.path  # it has the task's head, or the run had refused it
+        teachers = _folders(run, "finetune")
+        given = run.config.teacher.finetuned
+        if given is None and run.learns_task(run.config.stages):
+            given = run.config.teacher.path  # it has the task's head, or the run had refused it
+        if given and not teachers:
+            teachers = [Path(given)]
         places = [
-            ("teacher", "finetune", [teacher] if teacher else [], run.teacher),
+            ("teacher", "finetune", teachers, run.teacher),
             ("student", "prediction", _folders(run, "prediction"), run.student),
             ("baseline", "baseline", _folders(run, "baseline"), run.student),
         ]
         models = [
-            _describe(run, role, stage, [Path(folder) for folder in folders], model)
+            _describe(run, role, stage, folders, model)
             for role, stage, folders, model in places
             if folders and hf_files.has_classifier(folders[0])
         ]
@@ -70,34 +73,56 @@ def best_seed(summary: dict[str, Any], stage: str) -> int:
     described = next((m for m in summary["models"] if m["stage"] == stage), None)
     if described is None or "by_seed" not in described:
         return 0
-    return _best(described["by_seed"], summary["metric"])
+    return best_of(described["by_seed"], summary["metric"])
+
+
+def best_of(by_seed: Sequence[Mapping[str, float]], metric: str) -> int:
+    """The number of the model with the best score; of equals the first."""
+    return int(np.argmax([own[metric] for own in by_seed]))
+
+
+def dev_logits(run: Run, stage: str, params: Sequence[Any], model: ModelConfig) -> list[np.ndarray]:
+    """Each model's logits on the dev set [rows, num_labels], in fp32."""
+    known = (getattr(run.config, name) for name in (stage, "prediction", *run.config.stages))
+    section = next(section for section in known if section is not None)
+    apply, _ = make_classifier(model, run.data.num_outputs)
+    rows = tokenize_task(run.tokenizer, run.data.dev, section.max_length)
+    score = make_scorer(apply, buckets=section.buckets(), pad_token_id=run.tokenizer.pad_token_id)
+    return [score(own, rows) for own in params]
+
+
+def dev_metrics(run: Run, logits: np.ndarray) -> dict[str, float]:
+    return task_metrics(logits, run.data.dev_labels, regression=run.is_regression)
 
 
 def _spread(metric: str, model: dict[str, Any]) -> str:
     if "by_seed" not in model:
         return ""
-    return f" ± {model['deviation'][metric]:.4f} ({len(model['by_seed'])} seeds)"
+    count, deviation = len(model["by_seed"]), model["deviation"][metric]
+    if "mean" in model:
+        return f" (best of {count} seeds: {model['mean'][metric]:.4f} ± {deviation:.4f})"
+    return f" ± {deviation:.4f} ({count} seeds)"
 
 
 def _folders(run: Run, stage: str) -> list[Path]:
     """The model of each seed of a stage, where it is done."""
-    seeds = run.config.seeds(stage) if run.is_done(stage) else ()
-    return [run.model_folder(stage, number) for number, _ in enumerate(seeds)]
+    return run.seed_folders(stage) if run.is_done(stage) else []
 
 
 def _describe(
     run: Run, role: str, stage: str, folders: list[Path], model: ModelConfig
 ) -> dict[str, Any]:
-    """Sizes and scores; of several seeds `metrics` is the mean, `confusion` the best one's."""
-    known = (getattr(run.config, name) for name in (stage, "prediction", *run.config.stages))
-    section = next(section for section in known if section is not None)
+    """Sizes and scores; `confusion` is of the best of several seeds.
+
+    `metrics` are of several students the mean, and of several teachers those of the best, which
+    is the one that teaches.
+    """
     weights = hf_folder.find_folder(folders[0]).glob("model*.safetensors")  # one, or shards
     apply, init = make_classifier(model, run.data.num_outputs)
     params = [hf_files.start_params(folder, init, whole=True) for folder in folders]
-    rows = tokenize_task(run.tokenizer, run.data.dev, section.max_length)
-    score = make_scorer(apply, buckets=section.buckets(), pad_token_id=run.tokenizer.pad_token_id)
-    logits, labels = [score(own, rows) for own in params], run.data.dev_labels
-    by_seed = [task_metrics(own, labels, regression=run.is_regression) for own in logits]
+    logits = dev_logits(run, stage, params, model)
+    by_seed = [dev_metrics(run, own) for own in logits]
+    best = best_of(by_seed, run.score)
     description = {
         "role": role,
         "name": f"{model.num_hidden_layers} layers × {model.hidden_size}",
@@ -109,20 +134,18 @@ def _describe(
         "latency_ms": _latency(
             apply, params[0], min(_LATENCY_LENGTH, model.max_position_embeddings)
         ),
-        "metrics": _over_seeds(np.mean, by_seed),
+        "metrics": by_seed[best] if role == "teacher" else _over_seeds(np.mean, by_seed),
     }
     if len(by_seed) > 1:
         deviation = _over_seeds(functools.partial(np.std, ddof=1), by_seed)
         description |= {"by_seed": by_seed, "deviation": deviation}
+        if role == "teacher":
+            description["mean"] = _over_seeds(np.mean, by_seed)
     if run.data.label_names:
-        chosen = logits[_best(by_seed, run.score)].argmax(-1)
-        counts = metrics.confusion_matrix(chosen, labels, run.data.num_outputs)
+        chosen = logits[best].argmax(-1)
+        counts = metrics.confusion_matrix(chosen, run.data.dev_labels, run.data.num_outputs)
         description["confusion"] = counts.tolist()
     return description
-
-
-def _best(by_seed: list[dict[str, float]], metric: str) -> int:
-    return int(np.argmax([own[metric] for own in by_seed]))
 
 
 def _over_seeds(

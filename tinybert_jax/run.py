@@ -92,21 +92,29 @@ class Run(NamedTuple):
     def is_regression(self) -> bool:
         return self.config.task is not None and self.config.task.regression
 
-    def model_folder(self, stage: str, student: int = 0) -> Path:
-        """`models/<stage>`; of several students the others are `models/<stage>-seed-<seed>`."""
-        suffix = f"-seed-{self.config.seed + student}" if student else ""
-        return self.folder / "models" / f"{stage}{suffix}"
+    def model_folder(self, stage: str) -> Path:
+        """`models/<stage>`: the stage's one model, its first student, or its best teacher."""
+        return self.folder / "models" / stage
+
+    def seed_folders(self, stage: str) -> list[Path]:
+        """The model of each seed: of several all but the first student's are `…-seed-<seed>`."""
+        first = self.model_folder(stage)
+        seeds = self.config.seeds(stage)
+        if len(seeds) == 1:
+            return [first]
+        folders = [first.with_name(f"{stage}-seed-{seed}") for seed in seeds]
+        return folders if stage == "finetune" else [first, *folders[1:]]
 
     def is_done(self, stage: str) -> bool:
-        return all(
-            (self.model_folder(stage, student) / "config.json").is_file()
-            for student, _ in enumerate(self.config.seeds(stage))
-        )
+        folders = [*self.seed_folders(stage), self.model_folder(stage)]
+        return all((folder / "config.json").is_file() for folder in folders)
 
-    def latest(self, *stages: str, student: int = 0) -> Path | None:
-        """The model of the first of the given stages that is done."""
-        done = (name for name in stages if self.is_done(name))
-        return next((self.model_folder(name, student) for name in done), None)
+    def latest(self, *stages: str, student: int | None = None) -> Path | None:
+        """The model of the first of the given stages that is done, or that student's."""
+        stage = next((name for name in stages if self.is_done(name)), None)
+        if stage is None:
+            return None
+        return self.model_folder(stage) if student is None else self.seed_folders(stage)[student]
 
     @property
     def pretrained_teacher(self) -> str | Path | None:

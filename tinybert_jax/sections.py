@@ -18,6 +18,7 @@ from tinybert_jax.objective_sections import DISTILL_STAGES, DistillSection, teac
 from tinybert_jax.presets import PRESETS
 from tinybert_jax.stage_sections import (
     CorpusStageSection,
+    FinetuneSection,
     PretrainSection,
     StageSection,
     SupervisedSection,
@@ -271,7 +272,7 @@ class RunConfig(Section):
     mesh: MeshSection = MeshSection()
     compute: ComputeSection = ComputeSection()
     pretrain: PretrainSection | None = None
-    finetune: SupervisedSection | None = None
+    finetune: FinetuneSection | None = None
     general: CorpusStageSection | None = None
     intermediate: StageSection | None = None
     prediction: StageSection | None = None
@@ -294,10 +295,11 @@ class RunConfig(Section):
         return stage == first and starts
 
     def seeds(self, stage: str) -> tuple[int, ...]:
-        """The seed of each model that a stage trains; there is one teacher."""
-        return tuple(
-            range(self.seed, self.seed + (1 if stage in TEACHER_STAGES else self.num_seeds))
-        )
+        """The seed of each model that a stage trains; one teacher is pretrained."""
+        count = 1 if stage == "pretrain" else self.num_seeds
+        if stage == "finetune" and self.finetune is not None:
+            count = self.finetune.num_seeds
+        return tuple(range(self.seed, self.seed + count))
 
     @model_validator(mode="after")
     def _stages_have_what_they_need(self) -> "RunConfig":

@@ -191,3 +191,11 @@ class PretrainSection(CorpusStageSection):
 
 class SupervisedSection(StageSection):
     label_smoothing: Probability = 0.0
+
+
+class FinetuneSection(SupervisedSection):
+    num_seeds: PositiveInt = Field(
+        1,
+        description="teachers that are trained side by side, from seeds seed, seed + 1, …, in the "
+        "same batches: the best by dev score is the one that teaches and is exported",
+    )

@@ -96,12 +96,12 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
             score=run.score if is_judged else "",
         ),
     )
-    for number, params in enumerate(students):
+    for folder, params in zip(run.seed_folders(stage), students, strict=True):
         extra: dict[str, Callable[[Path], None]] = {}
         if "projection" in params:
             extra[_PROJECTION] = functools.partial(save_file, params["projection"])
         hf_files.save_model(
-            run.model_folder(stage, number),
+            folder,
             params["student"],
             run.student_sizes,
             run.tokenizer,

@@ -1,6 +1,6 @@
 """Supervised training on the task: the teacher (`finetune`), or the student alone (`baseline`)."""
 
-from tinybert_jax import cost
+from tinybert_jax import cost, results
 from tinybert_jax.convert import hf_files
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import make_classifier
@@ -10,7 +10,10 @@ from tinybert_jax.stage import Training, run_stage
 
 
 def main(run: Run, stage: str = "finetune") -> None:
-    """`finetune` starts from the pretrained teacher, `baseline` from a fresh student."""
+    """`finetune` starts from the pretrained teacher, `baseline` from a fresh student.
+
+    Of several teachers the best on the dev set is saved last, as the stage's model.
+    """
     section = run.section(stage)
     model, start = (
         (run.student_sizes, run.student_path)
@@ -44,9 +47,14 @@ def main(run: Run, stage: str = "finetune") -> None:
             score=run.score,
         ),
     )
-    for number, params in enumerate(models):
+    places = list(zip(run.seed_folders(stage), models, strict=True))
+    if stage == "finetune" and len(models) > 1:
+        logits = results.dev_logits(run, stage, models, model)
+        by_seed = [results.dev_metrics(run, own) for own in logits]
+        places.append((run.model_folder(stage), models[results.best_of(by_seed, run.score)]))
+    for folder, params in places:
         hf_files.save_model(
-            run.model_folder(stage, number),
+            folder,
             params,
             model,
             run.tokenizer,

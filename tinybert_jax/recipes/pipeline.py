@@ -33,7 +33,7 @@ def main(config: RunConfig, stages: Sequence[str] = STAGES, command: str = "") -
                 check_teacher(run)
         product = next((name for name in _PRODUCTS if run.is_done(name)), "baseline")
         summary = results.collect(run, _seconds(run), command)
-        publish(run, run.model_folder(product, results.best_seed(summary, product)))
+        publish(run, run.seed_folders(product)[results.best_seed(summary, product)])
         (run.folder / "results.json").write_text(
             json.dumps(summary, indent=2) + "\n", encoding="utf-8"
         )
