@@ -213,9 +213,21 @@ def test_a_left_over_head_is_named(original, tmp_path, capsys):
     assert (loaded.missing, loaded.surplus) == ((), pair)
 
 
-def test_head_of_another_size_is_refused(original):
+def test_head_of_another_size_is_refused_or_makes_way_for_a_fresh_one(original, capsys):
     with pytest.raises(ValueError, match="expected a head with 5 labels, got one with 3.*'mixed'"):
         load(original[0], num_labels=5)
+    _, init = make_classifier(CONFIG, 5)
+    with pytest.raises(ValueError, match="expected a head with 5 labels, got one with 3"):
+        hf_files.start_params(original[0], init, whole=True)
+    fresh = flatten(jax.jit(init)(jax.random.key(7)))
+    params = flatten(hf_files.start_params(original[0], init, jax.random.key(7)))
+    theirs = flatten(load(original[0], num_labels=3).params)
+    assert np.array_equal(params["classifier/kernel"], fresh["classifier/kernel"])
+    assert params["classifier/bias"].shape == (5,)
+    for path in (path for path in params if not path.startswith("classifier/")):
+        assert np.array_equal(params[path], theirs[path]), path
+    said = capsys.readouterr().out
+    assert "classifier/kernel" in said and "not used: classifier." in said
 
 
 # Weights that are not those of the configured BERT.

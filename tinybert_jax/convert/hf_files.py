@@ -67,13 +67,12 @@ def load_params(
     if "embeddings/word/embedding" in shapes:  # a bare encoder
         whole = load_params(model, {"encoder": abstract}, lambda: {"encoder": init()})
         return whole._replace(params=whole.params["encoder"])
-    tensors = model.tensors
-    head = tensors.get("classifier.weight")
-    if head is not None and shapes.get("classifier/kernel", (len(head),))[-1] != len(head):
+    if not _head_fits(model, shapes):
         raise ValueError(
             f"{model.folder}: expected a head with {shapes['classifier/kernel'][1]} labels, "
-            f"got one with {head.shape[0]}: {list(model.label_names or ())}; give the labels it "
-            "was trained with (task.labels), or a folder without a head"
+            f"got one with {len(model.tensors['classifier.weight'])}: "
+            f"{list(model.label_names or ())}; give the labels it was trained with (task.labels), "
+            "or a folder without a head"
         )
     flat, missing, surplus = to_ours(model, shapes)
     foreign = [name for name in surplus if name.startswith("bert.")]
@@ -91,12 +90,18 @@ def load_params(
     if broken:
         raise ValueError(
             f"{model.folder}: expected a BERT checkpoint, its weights lack {broken[:4]}"
-            f"{' …' if len(broken) > 4 else ''}; found {sorted(tensors)[:4]} …"
+            f"{' …' if len(broken) > 4 else ''}; found {sorted(model.tensors)[:4]} …"
         )
     if missing:
         initial = flatten(init())
         flat |= {path: np.asarray(initial[path]) for path in missing}
     return Loaded(unflatten({path: flat[path] for path in shapes}), missing, surplus)
+
+
+def _head_fits(model: HfModel, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the folder's classifier, where it has one and one is wanted, has as many labels."""
+    head, wanted = model.tensors.get("classifier.weight"), shapes.get("classifier/kernel")
+    return head is None or wanted is None or wanted[-1] == len(head)
 
 
 def to_ours(model: HfModel, shapes: Mapping[str, tuple[int, ...]]) -> hf_map.Conversion:
@@ -115,7 +120,7 @@ def check_start(
 
     abstract = jax.eval_shape(init, jax.random.key(0))
     empty = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), abstract)
-    _absent(path, load_params(read_model(path), abstract, lambda: empty), whole)
+    _absent(path, _load_start(path, abstract, lambda: empty, whole), whole)
 
 
 def start_params(
@@ -127,8 +132,9 @@ def start_params(
 ) -> dict[str, Any]:
     """What a stage starts from: a folder's weights, fresh where it has none; no path: `init(key)`.
 
-    A head of another task (labels that do not fit) is refused. `whole`: missing weights are
-    refused too, except the pooler's where there is no classifier to read it.
+    A head with another number of labels makes way for a fresh one; what is not used is told.
+    `whole`: such a head is refused, and missing weights are, except the pooler's where there is no
+    classifier to read it.
     """
     import jax
 
@@ -136,13 +142,29 @@ def start_params(
     fresh = jax.jit(init)
     if path is None:
         return fresh(key)
-    loaded = load_params(read_model(path), jax.eval_shape(init, key), lambda: fresh(key))
+    loaded = _load_start(path, jax.eval_shape(init, key), lambda: fresh(key), whole)
     absent = _absent(path, loaded, whole)
     if absent:
         print(f"{path}: no weights for {', '.join(absent)}: they start fresh", flush=True)
     if loaded.surplus:
         print(f"{path}: not used: {', '.join(loaded.surplus)}", flush=True)
     return loaded.params
+
+
+def _load_start(
+    path: str | Path,
+    abstract: Mapping[str, Any],
+    init: Callable[[], Mapping[str, Any]],
+    whole: bool,
+) -> Loaded:
+    model = read_model(path)
+    shapes = {name: tuple(leaf.shape) for name, leaf in flatten(abstract).items()}
+    if whole or _head_fits(model, shapes):
+        return load_params(model, abstract, init)
+    head = [name for name in model.tensors if name.startswith("classifier.")]
+    rest = {name: array for name, array in model.tensors.items() if name not in head}
+    loaded = load_params(model._replace(tensors=rest), abstract, init)
+    return loaded._replace(surplus=(*loaded.surplus, *head))
 
 
 def _absent(path: str | Path, loaded: Loaded, whole: bool) -> list[str]:
