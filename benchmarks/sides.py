@@ -73,7 +73,7 @@ def load_rows(path: Path):
     return TokenRows(**fields | {"num_truncated": int(fields["num_truncated"])})
 
 
-def train_rounds(objective, params, batch_at, *, num_steps: int) -> Round:
+def train_rounds(objective, params, batch_at, *, num_steps: int, frozen=()) -> Round:
     """The product's own train step, its loader in front: `num_steps` of it, real tokens counted."""
     import jax
 
@@ -86,6 +86,7 @@ def train_rounds(objective, params, batch_at, *, num_steps: int) -> Round:
         "constant", learning_rate=LEARNING_RATE, num_steps=10**6, warmup_steps=0
     )
     optimizer = optim.make_optimizer(schedule)
+    frozen = jax.device_put(frozen)
     state = train.init_state(params, optimizer, jax.random.key(0), mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = train.make_train_step(objective, optimizer, schedule, mesh, placed, num_steps=10**6)
@@ -96,7 +97,7 @@ def train_rounds(objective, params, batch_at, *, num_steps: int) -> Round:
         num_tokens = []
         begin = time.perf_counter()
         for _ in range(num_steps):
-            state, metrics = step(state, next(batches), ())
+            state, metrics = step(state, next(batches), frozen)
             num_tokens.append(metrics["num_tokens"])
         jax.block_until_ready(state)
         return sum(map(int, num_tokens)), time.perf_counter() - begin

@@ -58,13 +58,13 @@ def test_teacher_of_other_labels(world, names, named):
     world.fails("run", path, naming=("labels", *named))
 
 
-def test_a_finetune_section_mends_a_teacher_of_other_labels(world, capsys):
+def test_a_finetune_section_mends_a_teacher_of_other_labels(world):
     folder = world.model("classifier", id2label={"0": "a", "1": "b", "2": "c"})
     change(folder, "classifier.weight", np.zeros((3, 16), np.float32))
     change(folder, "classifier.bias", np.zeros(3, np.float32))
     path = world.config("finetune", teacher={"path": str(folder)})
     assert cli.main(["finetune", path]) == 0
-    assert "not used: classifier." in capsys.readouterr().out
+    assert "not used: classifier." in world.capfd.readouterr().out
 
 
 def test_teacher_without_a_head(world):

@@ -1,3 +1,7 @@
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +73,16 @@ def test_overrides_may_stand_on_both_sides_of_an_option(tmp_path, capsys):
         with pytest.raises(SystemExit):
             cli.main(argv)
         assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_a_reader_who_stops_early_is_no_error(tmp_path):
+    command = [sys.executable, "-m", "tinybert_jax", "run", _written(tmp_path), "--print-config"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert done.stderr == b""
 
 
 def test_all_mistakes_at_once_with_paths_and_nearest_names(tmp_path):

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,13 +25,21 @@ _STAGES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 after one clear message about wrong input."""
+    """Returns the exit status: 0, or 2 after one clear message about wrong input.
+
+    128 + SIGPIPE, as shells have it, where whoever reads the output has stopped.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parse(argv)
     # transformers tells of a missing PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        return arguments.act(arguments, shlex.join(["tinybert", *argv])) or 0
+        status = arguments.act(arguments, shlex.join(["tinybert", *argv])) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"tinybert: {error}", file=sys.stderr)
         return 2
