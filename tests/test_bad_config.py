@@ -3,8 +3,9 @@
 import fcntl
 from pathlib import Path
 
+import numpy as np
 import pytest
-from bad_world import STUDENT, TEXTS, World
+from bad_world import STUDENT, TEXTS, World, change
 
 from tinybert_jax import config
 from tinybert_jax.run import open_run
@@ -127,6 +128,88 @@ def test_terms_that_do_not_fit_their_stage(world, distillation, named):
 def test_terms_that_cannot_compare_the_models(world, term, named):
     path = world.distil(distillation={"prediction": [term, {"term": "logits"}]})
     world.fails("run", path, naming=("distillation.prediction", *named))
+
+
+# A family of students
+
+OTHER = {**STUDENT, "hidden_size": 12}
+
+
+def _family(world, stages=("intermediate", "prediction"), **changes):
+    """Of two members that fit, but for what `changes` makes of the second."""
+    second = {key: value for key, value in (OTHER | changes).items() if value is not None}
+    return world.config(
+        *stages,
+        teacher={"path": str(world.models / "classifier")},
+        student=None,
+        students={"small": STUDENT, "other": second},
+    )
+
+
+def test_student_and_students(world):
+    path = world.distil(students={"small": STUDENT})
+    world.fails("run", path, naming=("student or students", "both", "small", "drop one"))
+
+
+def test_no_students(world):
+    path = world.distil(student=None)
+    named = ("2 mistakes", "students: ", "at least 1 item", "seed: ")
+    world.fails("run", path, "students={}", "seed=x", naming=named)
+
+
+@pytest.mark.parametrize(
+    "name, named",
+    [
+        ("a/b", ("letters, digits, - and _", "got 'a/b'")),
+        ("..", ("letters, digits, - and _",)),
+        ("1.5m", ("letters, digits, - and _",)),
+        ("", ("letters, digits, - and _",)),
+        ("small-seed-1", ("seed-<number>", "folder")),
+        ("hidden_2", ("a part of the loss",)),
+        ("Small", ("capitals",)),
+    ],
+)
+def test_name_of_a_member(world, name, named):
+    path = world.distil(student=None, students={"small": STUDENT, name: STUDENT})
+    world.fails("run", path, naming=(f"students.{name}: expected", "choose another name", *named))
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"hidden_siz": 4}, (".hidden_siz: unknown key", "'hidden_size'?")),
+        ({"intermediate_size": None}, (": expected a path, a preset", "['intermediate_size']")),
+        ({"hidden_size": 15}, (": ", "multiple of num_attention_heads", "15 and 2")),
+        (
+            {"num_attention_heads": 4},
+            (": ", "attention heads", "4 for the student", "2 for the teacher"),
+        ),
+        ({"num_hidden_layers": 3}, (": ", "layer_map", "no deeper", "3 layers for 2")),
+        ({"max_position_embeddings": 8}, (": ", "max_length", "at most 8", "got 16")),
+        (
+            {"hidden_size": 32, "init": "teacher_embeddings"},
+            (".hidden_size: expected at most 16", "got 32", "students.other.init=random"),
+        ),
+    ],
+)
+def test_member_that_does_not_fit(world, changes, named):
+    message = world.fails("run", _family(world, **changes), naming=("students.other", *named))
+    assert "students.other" + named[0] in message
+    assert "small" not in message
+
+
+@pytest.mark.parametrize("folder", ["other_vocabulary", "damaged", "nowhere"])
+def test_member_from_a_folder_that_does_not_fit(world, folder):
+    """Another vocabulary; weights that are no finite numbers; none at all."""
+    path = world.models / folder
+    if folder == "damaged":
+        path = world.model("classifier")
+        name = "bert.encoder.layer.1.output.dense.weight"
+        change(path, name, np.full((16, 32), np.nan, np.float32))
+    changes = {**dict.fromkeys(STUDENT), "path": str(path)}
+    for stages in (("intermediate", "prediction"), ("baseline",)):
+        config = _family(world, stages, **changes)
+        world.fails("run", config, naming=("students.other: ", str(path), "expected"))
 
 
 def test_ignored_lowercase(world):

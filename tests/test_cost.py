@@ -51,7 +51,7 @@ def test_flops_of_platform_notes():
     assert forward_flops_per_token(BERT_BASE, 128) == pytest.approx(174.6e6, abs=0.05e6)
     student = 3 * forward_flops_per_token(TINYBERT4, 128, projection_dim=768)
     assert student == pytest.approx(36.4e6, abs=0.05e6)
-    step = training_flops_per_token(TINYBERT4, 128, projection_dim=768, teacher=BERT_BASE)
+    step = training_flops_per_token([TINYBERT4], 128, projection_dim=768, teacher=BERT_BASE)
     assert step == pytest.approx(211.0e6, abs=0.05e6)
 
 
@@ -92,7 +92,7 @@ def test_flops_of_the_masked_lm_head_equal_those_counted_in_torch():
 
 def test_training_is_three_forward_passes():
     forward = forward_flops_per_token(TINYBERT6, 64)
-    assert training_flops_per_token(TINYBERT6, 64) == 3 * forward
+    assert training_flops_per_token([TINYBERT6], 64) == 3 * forward
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_training_is_three_forward_passes():
     [("NVIDIA H200", 4.69), ("TPU v5 lite", 0.93), ("TPU v5", 2.18), ("TPU v6 lite", 4.35)],
 )
 def test_peaks_give_the_ceilings_of_platform_notes(device_kind, million_tokens):
-    flops = training_flops_per_token(TINYBERT4, 128, projection_dim=768, teacher=BERT_BASE)
+    flops = training_flops_per_token([TINYBERT4], 128, projection_dim=768, teacher=BERT_BASE)
     ceiling = peak_flops(device_kind, "bfloat16") / flops
     assert ceiling == pytest.approx(million_tokens * 1e6, abs=0.005e6)
 

@@ -200,6 +200,40 @@ def test_each_batch_counts_at_its_own_width(inputs, tmp_path):
     assert costs.width == 16 and costs.num_slots == sum(rows * width for rows, width in shapes)
 
 
+def test_a_family_has_one_teacher(inputs, tmp_path, monkeypatch):
+    """Everything is the sum of its members' runs, but for the teacher, who is there once."""
+    other = {**STUDENT, "num_hidden_layers": 2, "hidden_size": 12}
+    family = {"student": None, "students": {"one": STUDENT, "two": other}}
+    terms = {"distillation": {"general": [{"term": "hidden"}, {"term": "word_logits"}]}}
+    runs = [
+        _run(inputs, tmp_path, **terms, **students)
+        for students in (family, {"student": STUDENT}, {"student": other})
+    ]
+    for stage in ("general", "prediction", "baseline"):
+        both, *alone = (plan.price(run, stage) for run in runs)
+        teacher = plan._work(runs[0], stage).teacher
+        for part, value in both.flops.items():
+            total = sum(own.flops[part] for own in alone)
+            if part == "teacher":
+                assert value == total / 2 == SLOTS * TEACHER_FORWARD
+            elif part == "words":
+                vocab = runs[0].teacher.vocab_size
+                shared = STEPS * ROWS * WIDTH * 2 * 16 * (16 + vocab)
+                assert value == total - shared
+            else:
+                assert value == total
+        frozen = 4 * cost.num_parameters(teacher) if teacher else 0
+        assert both.state_bytes == sum(own.state_bytes for own in alone) - frozen
+        taps = {"general": 2, "prediction": 0, "baseline": 0}[stage]  # hidden states
+        shared = 4 * taps * 16 * WIDTH
+        assert both.activation_bytes == sum(own.activation_bytes for own in alone) - shared
+    monkeypatch.setattr(cost, "measure_gemm_peak", lambda dtype: 1e9)
+    text = plan.describe(runs[0], ("general",)).replace("\xa0", " ")
+    assert text.count("  teacher   ") == 1
+    for name in ("one", "two"):
+        assert f"  trained   {name}, " in text
+
+
 def test_state_by_hand(inputs, tmp_path):
     """Parameters, gradients and two moments of each seed, the teacher's parameters, all fp32."""
     run = _run(inputs, tmp_path, distillation={"projection": "per_layer"})
@@ -238,7 +272,7 @@ def test_activations_are_near_those_of_the_compiled_program(inputs, tmp_path):
     """One row a device; XLA's own figure for the gradient grows by as much with each row."""
     sizes = {**STUDENT, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 3}
     run = _run(inputs, tmp_path, ["baseline"], student=sizes, num_seeds=1)
-    apply, init = make_encoder(run.student_sizes)
+    apply, init = make_encoder(run.students[0].sizes)
     key = jax.random.key(0)
     params = init(key)
 

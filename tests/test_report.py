@@ -9,17 +9,20 @@ import pytest
 
 from tinybert_jax.charts import (
     MAX_DRAWN_POINTS,
+    Dot,
     Series,
     line_chart,
     linear_axis,
     log_axis,
     nice_step,
     running_mean,
+    scatter_chart,
     thin,
     tick_labels,
     wants_log,
 )
 from tinybert_jax.report import write_report
+from tinybert_jax.report_pareto import pareto_front
 from tinybert_jax.report_results import compare, headline, si
 
 VOID = {"meta", "link", "br"}
@@ -388,3 +391,60 @@ def test_chart_puts_points_where_the_data_says():
     assert (x0, x1) == (46, 288) and (y0, y1) == (140, 12)  # the frame's corners, y downwards
     with pytest.raises(ValueError, match="at least one point"):
         line_chart([], description="empty")
+
+
+def make_family():
+    models = [make_model("teacher", 0.905, 1.0)]
+    for role, gain in (("student", 0.02), ("baseline", 0.0)):
+        models += [
+            make_model(role, 0.86 + gain, 8.0, name="small"),
+            make_model(role, 0.87 + gain, 2.0, name="<large>"),
+            make_model(role, 0.85 + gain, 4.0, name="middle"),
+        ]
+    kept = {m["name"]: m["metrics"]["accuracy"] / 0.905 for m in models if m["role"] == "student"}
+    return make_results(models=models, share_kept=kept)
+
+
+def test_a_family_is_a_column_a_member_and_a_plot_of_score_and_cost(tmp_path):
+    page = render(tmp_path, make_family())
+    assert (
+        "The best of 3 students, <large>, keeps 98.3 % of its teacher’s accuracy with 2.0× fewer "
+        "encoder parameters" in page.text
+    )
+    assert "The baseline, <large>, reaches 0.870: distillation adds 2.0 points." in page.text
+    for share in ("97.2 %", "98.3 %", "96.1 %", "95.0 %"):  # three students, a baseline
+        assert share in page.text
+    columns = [a for tag, a in page.tags if tag == "th" and a.get("scope") == "col"]
+    assert len([a for a in columns if a.get("class") == "student"]) == 3
+    dots = [a for tag, a in page.tags if tag == "circle"]
+    assert len(dots) == 2 * 7
+    # From the small student over the large one to the teacher; the middle one is beaten.
+    fronts = [a["d"] for tag, a in page.tags if a.get("class") == "front"]
+    assert [front.count("H") for front in fronts] == [2, 2]
+    assert "Accuracy against CPU latency" in page.text
+    for model in (results := make_family())["models"]:
+        model["latency_ms"]["batch"] = len(model["name"])
+    page = render(tmp_path, results)
+    assert page.count("front") == 1, "latencies of other conditions do not compare"
+
+
+def test_one_student_has_no_plot_of_score_and_cost(tmp_path):
+    assert render(tmp_path, make_results()).count("front") == 0
+
+
+def test_the_front_holds_what_nothing_beats():
+    points = [(1.0, 0.5), (1.0, 0.6), (2.0, 0.6), (3.0, 0.9), (4.0, 0.8)]
+    assert pareto_front(points) == [(1.0, 0.6), (3.0, 0.9)]
+    assert pareto_front(points, lower_is_better=True) == [(1.0, 0.5)]
+    assert pareto_front([]) == []
+
+
+def test_dots_stand_where_the_data_says():
+    dots = [Dot("a", (0.0, 0.0), "student"), Dot("b", (10.0, 1.0), "teacher", False)]
+    chart = scatter_chart(dots, [(0.0, 0.0), (10.0, 1.0)], description="x", x_label="x")
+    places = [tuple(map(float, p)) for p in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', chart)]
+    assert places == [(56, 354), (586, 14)]  # the frame's corners, y downwards
+    assert 'd="M56.0 354.0H586.0V14.0"' in chart
+    assert ">a</text>" in chart and ">b</text>" not in chart
+    with pytest.raises(ValueError, match="at least one point"):
+        scatter_chart([], [], description="empty", x_label="x")

@@ -1,4 +1,4 @@
-"""Owns SVG line charts as strings: scales, round ticks, thinning, the marks and their CSS.
+"""Owns SVG line and scatter charts as strings: scales, round ticks, thinning, marks and CSS.
 
 Pure standard library. Knows nothing of runs or of the page around a chart: points in, markup out.
 A chart's text keeps its size on every screen because the style sheet sets it per width.
@@ -82,22 +82,73 @@ def line_chart(
     x_axis = _tight_axis(min(xs), max(xs), num_ticks)
     is_log = wants_log(ys) and not from_zero
     y_axis = log_axis(ys, num_ticks) if is_log else linear_axis(ys, num_ticks, from_zero)
+    place = _placing(frame, x_axis, y_axis)
+    marks = [mark for s in series for mark in _curve(s, place)]
+    if best:
+        x, y = place(best)
+        marks.append(f'<circle class="best" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>')
+    return _drawing(frame, description, [*_grid(frame, x_axis, y_axis, x_label), *marks])
 
+
+class Dot(NamedTuple):
+    """One point of a scatter chart: its text, a CSS class, and whether the text is beside it."""
+
+    label: str
+    point: Point
+    kind: str
+    is_labelled: bool = True
+
+
+def scatter_chart(
+    dots: Sequence[Dot],
+    front: Sequence[Point],
+    *,
+    description: str,
+    x_label: str,
+    frame: Frame = LARGE,
+) -> str:
+    """An inline <svg> of single points, and stairs along `front` (ascending in x).
+
+    The x axis starts at 0, or is logarithmic where the range calls for it. Raises ValueError
+    without a single point.
+    """
+    if not dots:
+        raise ValueError("expected at least one point to draw, got none; leave the chart out")
+    xs, ys = ([dot.point[i] for dot in dots] for i in (0, 1))
+    x_axis = log_axis(xs, 6) if wants_log(xs) else linear_axis(xs, 6, from_zero=True)
+    y_axis = linear_axis(ys, 6)
+    place = _placing(frame, x_axis, y_axis)
+    marks = []
+    if front:
+        (x, y), *others = map(place, front)
+        steps = "".join(f"H{x:.1f}V{y:.1f}" for x, y in others)
+        marks.append(f'<path class="front" d="M{x:.1f} {y:.1f}{steps}"/>')
+    for dot in dots:
+        x, y = place(dot.point)
+        label = html.escape(dot.label)
+        marks.append(
+            f'<circle class="dot {dot.kind}" cx="{x:.1f}" cy="{y:.1f}" r="5">'
+            f"<title>{label}</title></circle>"
+        )
+        if dot.is_labelled:
+            side = ' class="end"' if x > frame.width * 0.8 else ' class="start"'
+            marks.append(f'<text{side} x="{x:.1f}" y="{y - 9:.1f}">{label}</text>')
+    return _drawing(frame, description, [*_grid(frame, x_axis, y_axis, x_label), *marks])
+
+
+def _placing(frame: Frame, x_axis: Axis, y_axis: Axis) -> Callable[[Point], Point]:
     def place(point: Point) -> Point:
         x, y = x_axis.fraction(point[0]), y_axis.fraction(point[1])
         inner = frame.width - frame.left - frame.right
         return frame.left + x * inner, frame.base - y * (frame.base - frame.top)
 
-    marks = [mark for s in series for mark in _curve(s, place)]
-    if best:
-        x, y = place(best)
-        marks.append(f'<circle class="best" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>')
+    return place
+
+
+def _drawing(frame: Frame, description: str, marks: Sequence[str]) -> str:
     return (
         f'<svg class="chart" viewBox="0 0 {frame.width} {frame.height}" role="img" '
-        f'aria-label="{html.escape(description)}">'
-        + "".join(_grid(frame, x_axis, y_axis, x_label))
-        + "".join(marks)
-        + "</svg>"
+        f'aria-label="{html.escape(description)}">{"".join(marks)}</svg>'
     )
 
 
@@ -241,12 +292,14 @@ CHART_CSS = """
 .chart{display:block;width:100%;height:auto;overflow:visible}
 .chart text{font-size:11px;fill:var(--soft);text-anchor:middle;font-variant-numeric:tabular-nums}
 .chart .y,.chart .end{text-anchor:end}
+.chart .start{text-anchor:start}
 .wide .chart text{font-size:12px}
-.grid,.axis,.curve,.mean{fill:none;vector-effect:non-scaling-stroke}
+.grid,.axis,.curve,.mean,.front{fill:none;vector-effect:non-scaling-stroke}
 .grid{stroke:var(--line);stroke-width:1}
 .axis{stroke:var(--soft);stroke-width:1}
 .curve{stroke-width:1.6;stroke-linejoin:round}
 .mean{stroke-width:2;stroke-linejoin:round}
+.front{stroke:var(--soft);stroke-width:1.4;stroke-dasharray:4 3}
 .faint{stroke-width:1;opacity:.3}
 .best{fill:none;stroke:var(--ink);stroke-width:1.4}
 """

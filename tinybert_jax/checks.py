@@ -3,6 +3,7 @@
 Reads configs and folders; neither trains nor scores, and writes nothing.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tinybert_jax.objective_sections import (
     LayerTerm,
     model_kind,
 )
-from tinybert_jax.sections import ModelConfig, RunConfig
+from tinybert_jax.sections import TEACHER_STAGES, ModelConfig, RunConfig, Student
 from tinybert_jax.stage_sections import StageSection
 
 # The stage that makes the model which a stage starts from or learns from, where the config has it.
@@ -72,14 +73,16 @@ def check_order(config: RunConfig, stages: Sequence[str], is_done: Callable[[str
             )
 
 
-def check_vocabularies(config: RunConfig, tokenizer: Any) -> None:
+def check_vocabularies(config: RunConfig, tokenizer: Any, students: Sequence[Student]) -> None:
     """Refuses a given model whose folder has another tokenizer than the run's."""
     if config.teacher.path:
         hf_folder.check_same_pieces(tokenizer, config.teacher.path, "teacher")
     if config.teacher.finetuned:
         hf_folder.check_same_pieces(tokenizer, config.teacher.finetuned, "teacher")
-    if config.student and config.student.path:
-        hf_folder.check_same_pieces(tokenizer, config.student.path, "student")
+    for student in students:
+        if student.section.path:
+            with naming(student.origin):
+                hf_folder.check_same_pieces(tokenizer, student.section.path, "student")
     masks = [name for name in ("pretrain", "general") if _masks(config, name)]
     if masks and tokenizer.mask_token is None:
         raise ValueError(
@@ -101,23 +104,16 @@ def check_sizes(
     mesh: Mesh,
     tokenizer: Any,
     teacher: ModelConfig,
-    student: ModelConfig | None,
+    students: Sequence[Student],
 ) -> None:
     """Word tables, positions, batches, and what distillation asks of a pair of models."""
     for name in stages:
         section = getattr(config, name)
-        for role, model in _models_of(name, teacher, student):
-            hf_folder.check_table(tokenizer, model, f"the {role}")
-            if section.max_length > model.max_position_embeddings:
-                raise ValueError(
-                    f"{name}.max_length: expected at most {model.max_position_embeddings} (the "
-                    f"{role}'s positions), got {section.max_length}"
-                )
-            if model.type_vocab_size < 2 and _has_second_part(config, name):
-                raise ValueError(
-                    f"{name}: expected a {role} with two token types for pairs of texts, got "
-                    f"type_vocab_size {model.type_vocab_size}; use another model, or no pairs"
-                )
+        if name != "baseline":
+            _check_model(config, name, "teacher", teacher, tokenizer)
+        for student in students if name not in TEACHER_STAGES else ():
+            with naming(student.origin):
+                _check_model(config, name, "student", student.sizes, tokenizer)
         check_schedule(name, section)
         shards = sharding.num_batch_shards(mesh) * section.gradient_accumulation_steps
         for part in section.parts():
@@ -126,8 +122,29 @@ def check_sizes(
                     f"{name}.{part.key}global_batch_size: expected a multiple of {shards} (batch "
                     f"devices × accumulation steps), got {part.section.global_batch_size}"
                 )
-    if student and set(DISTILL_STAGES) & set(stages):
-        _check_pair(config, stages, teacher, student)
+    for student in students if set(DISTILL_STAGES) & set(stages) else ():
+        with naming(student.origin):
+            _check_pair(config, stages, teacher, student.sizes)
+        if student.section.init == "teacher_embeddings":
+            _check_tables(student, teacher)
+
+
+def _check_model(
+    config: RunConfig, stage: str, role: str, model: ModelConfig, tokenizer: Any
+) -> None:
+    """Refuses a model that has no room for a stage's text."""
+    hf_folder.check_table(tokenizer, model, f"the {role}")
+    max_length = getattr(config, stage).max_length
+    if max_length > model.max_position_embeddings:
+        raise ValueError(
+            f"{stage}.max_length: expected at most {model.max_position_embeddings} (the {role}'s "
+            f"positions), got {max_length}"
+        )
+    if model.type_vocab_size < 2 and _has_second_part(config, stage):
+        raise ValueError(
+            f"{stage}: expected a {role} with two token types for pairs of texts, got "
+            f"type_vocab_size {model.type_vocab_size}; use another model, or no pairs"
+        )
 
 
 def _has_second_part(config: RunConfig, stage: str) -> bool:
@@ -237,13 +254,12 @@ def check_weights(
     config: RunConfig,
     stages: Sequence[str],
     teacher: ModelConfig,
-    student: ModelConfig | None,
+    students: Sequence[Student],
     num_outputs: int,
 ) -> None:
     """Reads every given folder as the stages will, so that none fails in the middle of a run."""
     if config.teacher.finetuned:
         _check_same_sizes(config.teacher.finetuned, teacher)
-    models = {"teacher": teacher, "student": student}
     make = {
         "encoder": make_encoder,
         "pretrained": lambda model: make_masked_lm(
@@ -252,9 +268,17 @@ def check_weights(
         "masked_lm": make_masked_lm,
         "classifier": lambda model: make_classifier(model, num_outputs),
     }
-    for path, role, kind, teaches in _starts(config, stages):
-        _, init = make[kind](models[role])
-        hf_files.check_start(path, init, whole=teaches)
+    starts = [("teacher", teacher, *start) for start in _teacher_starts(config, stages)]
+    starts += [
+        (student.origin, student.sizes, student.section.path, kind, False)
+        for student in students
+        if student.section.path
+        for kind in _student_kinds(config, stages)
+    ]
+    for origin, model, path, kind, teaches in starts:
+        with naming(origin):
+            _, init = make[kind](model)
+            hf_files.check_start(path, init, whole=teaches)
 
 
 def check_labels(path: str | Path, label_names: Sequence[str] | None) -> None:
@@ -275,14 +299,6 @@ def check_labels(path: str | Path, label_names: Sequence[str] | None) -> None:
         )
 
 
-def _models_of(
-    stage: str, teacher: ModelConfig, student: ModelConfig | None
-) -> list[tuple[str, ModelConfig]]:
-    roles = {"pretrain": "teacher", "finetune": "teacher", "baseline": "student"}
-    each = {"teacher": teacher, "student": student}
-    return [(role, each[role]) for role in each if roles.get(stage, role) == role]
-
-
 def _check_pair(
     config: RunConfig, stages: Sequence[str], teacher: ModelConfig, student: ModelConfig
 ) -> None:
@@ -296,15 +312,12 @@ def _check_pair(
     distill.check_vocabularies(student, teacher)
     for stage, term in terms:
         origin = f"distillation.{stage}, term {term.term}"
-        if isinstance(term, AttentionTerm) and not term.heads:
-            _within(origin, lambda term=term: distill.check_heads(student, teacher, term.head_map))
-        if isinstance(term, LayerTerm):
-            _within(
-                origin,
-                lambda term=term: distill.make_layer_pairs(
-                    term.layer_map, student.num_hidden_layers, teacher.num_hidden_layers
-                ),
-            )
+        with naming(origin):
+            if isinstance(term, AttentionTerm) and not term.heads:
+                distill.check_heads(student, teacher, term.head_map)
+            if isinstance(term, LayerTerm):
+                depths = student.num_hidden_layers, teacher.num_hidden_layers
+                distill.make_layer_pairs(term.layer_map, *depths)
         for role, model in (("student", student), ("teacher", teacher)):
             heads = getattr(term, "heads", None)
             if heads and model.hidden_size % heads:
@@ -318,44 +331,52 @@ def _check_pair(
                 f"{student.hidden_size} and {teacher.hidden_size}; use the term hidden, which has "
                 "a projection"
             )
-    if config.student and config.student.init == "teacher_embeddings":
-        for name in ("hidden_size", "max_position_embeddings"):
-            most, got = getattr(teacher, name), getattr(student, name)
-            if got > most:
-                raise ValueError(
-                    f"student.{name}: expected at most {most} (the teacher's), got {got}, because "
-                    "student.init is teacher_embeddings; lower it, or set student.init=random"
-                )
 
 
-def _within(origin: str, check: Callable[[], object]) -> None:
+def _check_tables(student: Student, teacher: ModelConfig) -> None:
+    """Refuses a student that cannot start from its teacher's embeddings."""
+    for name in ("hidden_size", "max_position_embeddings"):
+        most, got = getattr(teacher, name), getattr(student.sizes, name)
+        if got > most:
+            raise ValueError(
+                f"{student.origin}.{name}: expected at most {most} (the teacher's), got {got}, "
+                f"because {student.origin}.init is teacher_embeddings; lower it, or set "
+                f"{student.origin}.init=random"
+            )
+
+
+@contextlib.contextmanager
+def naming(origin: str) -> Iterator[None]:
+    """Puts what is checked before what is wrong with it."""
     try:
-        check()
+        yield
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from None
 
 
-def _starts(config: RunConfig, stages: Sequence[str]) -> Iterator[tuple[str, str, str, bool]]:
-    """Given folders that the stages read: path, role, what they make of it, whether it teaches."""
-    chosen, teacher, student = set(stages), config.teacher, config.student
+def _teacher_starts(config: RunConfig, stages: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
+    """Given folders that the stages read: path, what they make of it, whether it teaches."""
+    chosen, teacher = set(stages), config.teacher
     if teacher.path and "pretrain" in chosen:
-        yield teacher.path, "teacher", "pretrained", False
+        yield teacher.path, "pretrained", False
     elif teacher.path and "finetune" in chosen and not config.pretrain:
-        yield teacher.path, "teacher", "classifier", False
+        yield teacher.path, "classifier", False
     if teacher.path and not config.pretrain and "general" in chosen and config.teaches("general"):
         kind = model_kind(config.distillation.terms("general"), of_teacher=True)
-        yield teacher.path, "teacher", kind, kind != "encoder"
+        yield teacher.path, kind, kind != "encoder"
     given = teacher.finetuned or teacher.path
     learns = any(config.teaches(name) for name in chosen & {"intermediate", "prediction"})
     if given and learns and not config.finetune:
-        yield given, "teacher", "classifier", True
-    if student and student.path and chosen & {"general", "intermediate"}:
-        first = "general" if "general" in chosen else "intermediate"
-        yield student.path, "student", model_kind(config.distillation.terms(first)), False
-    elif student and student.path and "prediction" in chosen:
-        yield student.path, "student", "classifier", False
-    if student and student.path and "baseline" in chosen:
-        yield student.path, "student", "classifier", False
+        yield given, "classifier", True
+
+
+def _student_kinds(config: RunConfig, stages: Sequence[str]) -> Iterator[str]:
+    """What the stages make of a student's folder."""
+    first = next((name for name in DISTILL_STAGES if name in stages), None)
+    if first == "prediction" or "baseline" in stages:
+        yield "classifier"
+    if first in ("general", "intermediate"):
+        yield model_kind(config.distillation.terms(first))
 
 
 def _check_same_sizes(path: str, teacher: ModelConfig) -> None:

@@ -223,10 +223,13 @@ def _tags(section: type[BaseModel]) -> Iterator[str]:
             yield from typing.get_args(field.annotation)[:1]
 
 
+_NESTING = (typing.Union, types.UnionType, tuple, dict, typing.Annotated)
+
+
 def _section_types(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, typing.Annotated):
+    elif typing.get_origin(annotation) in _NESTING:
         for argument in typing.get_args(annotation):
             yield from _section_types(argument)
 

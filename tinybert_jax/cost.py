@@ -8,6 +8,7 @@ the embedding look-up are left out, as in every published model-FLOPs-utilisatio
 import functools
 import re
 import time
+from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -83,21 +84,23 @@ def masked_lm_flops(config: BertShape, num_mapped: int, num_predicted: int) -> i
 
 
 def training_flops_per_token(
-    config: BertShape,
+    trained: Iterable[BertShape],
     seq_len: int,
     *,
     projection_dim: int = 0,
     teacher: BertShape | None = None,
-    num_students: int = 1,
 ) -> int:
-    """FLOPs of one training step per token: three forward passes, and one of the teacher if any.
+    """FLOPs of one training step per token: three forward passes of each model, one of a teacher.
 
-    `num_students` of one size that read the same batch share the teacher's.
+    All read the same batch and share the teacher's pass, if there is one.
     The backward pass costs two forward passes: a gradient for the weights and one for the inputs.
     Recomputation (remat) is not counted: it is a cost of the machine, not of the model.
     """
-    student = 3 * forward_flops_per_token(config, seq_len, projection_dim=projection_dim)
-    return num_students * student + (forward_flops_per_token(teacher, seq_len) if teacher else 0)
+    forward = sum(
+        forward_flops_per_token(config, seq_len, projection_dim=projection_dim)
+        for config in trained
+    )
+    return 3 * forward + (forward_flops_per_token(teacher, seq_len) if teacher else 0)
 
 
 def peak_flops(device_kind: str, dtype: Any) -> float | None:

@@ -30,7 +30,7 @@ def make_layer_pairs(
     if num_student > num_teacher:
         raise ValueError(
             f"layer_map: expected a student no deeper than its teacher, got {num_student} layers "
-            f"for {num_teacher}; lower student.num_hidden_layers"
+            f"for {num_teacher}; lower its num_hidden_layers"
         )
     if not isinstance(kind, str):
         layers = tuple(layer for layer in kind if isinstance(layer, int))
@@ -72,8 +72,8 @@ def check_heads(
     if head_map is None and ours != theirs:
         raise ValueError(
             f"attention heads: expected as many in both, got {ours} for the student and {theirs} "
-            f"for the teacher; set student.num_attention_heads={theirs} (with a hidden_size that "
-            "is a multiple of it), or give the term heads or a head_map"
+            f"for the teacher; give it num_attention_heads {theirs} (with a hidden_size that "
+            "is a multiple of it), or the term heads or a head_map"
         )
     for one, other in head_map or ():
         if one > ours or other > theirs:

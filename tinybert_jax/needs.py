@@ -1,9 +1,16 @@
 """What the sections of a run ask of one another."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from tinybert_jax.objective_sections import DISTILL_STAGES, LabelTerm, LogitsTerm, WordLogitsTerm
+from tinybert_jax.objective_sections import (
+    DISTILL_STAGES,
+    TERM_NAMES,
+    LabelTerm,
+    LogitsTerm,
+    WordLogitsTerm,
+)
 
 
 def missing_needs(config: Any) -> Iterator[str]:
@@ -13,8 +20,9 @@ def missing_needs(config: Any) -> Iterator[str]:
         yield "the stages pretrain and general need a corpus section"
     if stages & {"finetune", "intermediate", "prediction", "baseline"} and config.task is None:
         yield "the stages finetune, intermediate, prediction and baseline need a task section"
-    if stages & {*DISTILL_STAGES, "baseline"} and config.student is None:
+    if stages & {*DISTILL_STAGES, "baseline"} and not config.family:
         yield "the distillation stages and baseline need a student section"
+    yield from _needs_of_names(config)
     if config.finetune and config.teacher.finetuned:
         yield "expected a finetune section or teacher.finetuned, got both"
     for name in (name for name in DISTILL_STAGES if name in stages):
@@ -57,6 +65,25 @@ def missing_needs(config: Any) -> Iterator[str]:
         )
     if not (config.tokenizer.path or config.tokenizer.vocab_size or config.teacher.path):
         yield "expected a tokenizer: tokenizer.path, tokenizer.vocab_size or teacher.path"
+
+
+def _needs_of_names(config: Any) -> Iterator[str]:
+    """A member's name is that of folders, of metrics beside the terms', and a key on its own."""
+    names = tuple(config.students or ())
+    if config.student and names:
+        yield f"expected student or students, got both (students: {', '.join(names)}): drop one"
+    for place, name in enumerate(names):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+            rule = "up to 64 letters, digits, - and _, the first a letter or a digit"
+        elif re.search(r"(^|-)seed-\d+$", name):
+            rule = "another end than seed-<number>, which a seed's folder has"
+        elif re.fullmatch(rf"({'|'.join([*TERM_NAMES, 'soft'])})(_\d+)?", name):
+            rule = "another name than a term's, which is that of a part of the loss"
+        elif name.lower() in [other.lower() for other in names[:place]]:
+            rule = "names that differ in more than capitals: some file systems take them for one"
+        else:
+            continue
+        yield f"students.{name}: expected {rule}; got '{name}': choose another name"
 
 
 def _needs_of_terms(config: Any, stage: str) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """What a student is asked to match: an objective is a list of terms, and presets are such lists."""
 
 import functools
+import typing
 from importlib import resources
 from typing import Annotated, Any, Literal
 
@@ -158,6 +159,10 @@ AnyTerm = Annotated[
     Field(discriminator="term"),
 ]
 Terms = tuple[AnyTerm, ...]
+TERM_NAMES = tuple(
+    typing.get_args(term.model_fields["term"].annotation)[0]
+    for term in typing.get_args(typing.get_args(AnyTerm)[0])
+)
 
 # What a term reads beyond the encoder.
 OF_WORDS = ("masked_lm", "word_logits")

@@ -9,6 +9,7 @@ import numpy as np
 
 from tinybert_jax import attention_losses, losses, masking, word_losses
 from tinybert_jax.data.pipeline import Batch
+from tinybert_jax.sections import SOLE
 
 Metrics = dict[str, jax.Array]
 
@@ -42,12 +43,14 @@ class Objective(NamedTuple):
     `share` says how far the stage is, 0 at its first step and 1 at its last. `targets(batch,
     frozen)` is what a teacher says of a batch: made once, however many students read it; `frozen`
     are its parameters, read and never trained. `loss(params, batch, counts, key, targets)` is one
-    student's. Both may see a microbatch; the losses over all microbatches add up.
+    student's, or the sum over a family's `members`. Both may see a microbatch; the losses over all
+    microbatches add up. A metric `loss` is told in place of the loss.
     """
 
     prepare: Callable[[Batch, jax.Array, jax.Array], tuple[Batch, Counts]]
     loss: Callable[[Any, Batch, Counts, jax.Array, Any], tuple[jax.Array, Metrics]]
     targets: Callable[[Batch, Any], Any] = _no_targets
+    members: tuple[str, ...] = (SOLE,)
 
 
 def count_units(batch: Batch, normalisation: str = "valid_only") -> Counts:

@@ -32,7 +32,7 @@ from tinybert_jax.objective_sections import (
 from tinybert_jax.objectives import encoder_inputs
 from tinybert_jax.report_results import si
 from tinybert_jax.run import Run, compute_options, with_dropout
-from tinybert_jax.sections import TEACHER_STAGES, ModelConfig
+from tinybert_jax.sections import SOLE, TEACHER_STAGES, ModelConfig
 from tinybert_jax.stage_sections import StageSection
 
 _SAMPLED = 64  # batches that are looked at
@@ -58,8 +58,8 @@ class Costs(NamedTuple):
 class Work(NamedTuple):
     """What a stage computes with."""
 
-    trained: ModelConfig
-    num_trained: int
+    trained: dict[str, ModelConfig]  # by name
+    num_seeds: int  # of each
     teacher: ModelConfig | None
     terms: Terms  # of distillation; pretrain's masked LM counts as one
 
@@ -138,12 +138,15 @@ def _peaks(dtype: str) -> dict[str, float]:
 def _description(run: Run, stage: str, peaks: dict[str, float], dtype: str) -> str:
     work, costs = _work(run, stage), price(run, stage)
     total, devices = sum(costs.flops.values()), run.mesh.size
-    times = f" × {work.num_trained} seeds" if work.num_trained > 1 else ""
+    times = f" × {work.num_seeds} seeds" if work.num_seeds > 1 else ""
     lines = [
         f"{stage}: {costs.num_steps:,} steps, {si(costs.num_tokens)} tokens in "
         f"{si(costs.num_slots)} slots ({1 - costs.num_tokens / costs.num_slots:.0%} padding), "
         f"rows of up to {costs.width}",
-        f"  trained   {_size(work.trained, times)}",
+        *(
+            f"  trained   {f'{name}, ' if name else ''}{_size(model, times)}"
+            for name, model in work.trained.items()
+        ),
     ]
     if work.teacher:
         lines.append(f"  teacher   {_size(work.teacher)}")
@@ -170,51 +173,55 @@ def _clock(seconds: float) -> str:
 
 
 def _work(run: Run, stage: str) -> Work:
-    num_trained = len(run.config.seeds(stage))
+    num_seeds = len(run.config.seeds(stage))
     if stage in TEACHER_STAGES:
         terms: Terms = (MaskedLMTerm(term="masked_lm"),) if stage == "pretrain" else ()
-        return Work(run.teacher, num_trained, None, terms)
+        return Work({SOLE: run.teacher}, num_seeds, None, terms)
+    students = {student.name: student.sizes for student in run.students}
     if stage == "baseline":
-        return Work(run.student_sizes, num_trained, None, ())
+        return Work(students, num_seeds, None, ())
     teacher = run.teacher if run.config.teaches(stage) else None
-    return Work(run.student_sizes, num_trained, teacher, run.config.distillation.terms(stage))
+    return Work(students, num_seeds, teacher, run.config.distillation.terms(stage))
 
 
 def _flops(work: Work, batch: Batch, words: Words | None) -> dict[str, int]:
     """Of one batch by part, as `price` says."""
     slots, width = batch.input_ids.size, batch.input_ids.shape[1]
-    forward = slots * work.num_trained * cost.forward_flops_per_token(work.trained, width)
+    models = work.trained.values()
+    once = sum(cost.forward_flops_per_token(model, width) for model in models)
+    forward = slots * work.num_seeds * once
     parts = {"forward": forward, "backward": 2 * forward}
-    projected = set(_projected(work))
     if work.teacher:
         parts["teacher"] = slots * cost.forward_flops_per_token(work.teacher, width)
-        if projected:
-            once = cost.projection_flops_per_token(
-                work.trained, work.teacher.hidden_size, len(projected)
-            )
-            parts["projection"] = 3 * slots * work.num_trained * once
+        to_width = work.teacher.hidden_size
+        once = sum(
+            cost.projection_flops_per_token(model, to_width, len(set(_projected(work, model))))
+            for model in models
+        )
+        if once:
+            parts["projection"] = 3 * slots * work.num_seeds * once
     if words:
-        ours = cost.masked_lm_flops(work.trained, words.mapped, words.student)
-        parts["words"] = 3 * work.num_trained * ours
+        once = sum(cost.masked_lm_flops(m, words.mapped, words.student) for m in models)
+        parts["words"] = 3 * work.num_seeds * once
         if work.teacher and words.teacher:
             parts["words"] += cost.masked_lm_flops(work.teacher, words.mapped, words.teacher)
     return parts
 
 
-def _projected(work: Work) -> list[int]:
+def _projected(work: Work, student: ModelConfig) -> list[int]:
     """The student's hidden entry of each comparison with the teacher's; 0 is the embeddings."""
     entries = []
     for term in work.terms:
         if isinstance(term, EmbeddingTerm):
             entries.append(0)
         elif isinstance(term, HiddenTerm):
-            entries += [ours for ours, _ in _layer_pairs(work, term)]
+            entries += [ours for ours, _ in _layer_pairs(work, student, term)]
     return entries
 
 
-def _layer_pairs(work: Work, term: LayerTerm) -> LayerPairs:
+def _layer_pairs(work: Work, student: ModelConfig, term: LayerTerm) -> LayerPairs:
     assert work.teacher is not None
-    layers = work.trained.num_hidden_layers, work.teacher.num_hidden_layers
+    layers = student.num_hidden_layers, work.teacher.num_hidden_layers
     return make_layer_pairs(term.layer_map, *layers)
 
 
@@ -257,14 +264,16 @@ def _words(run: Run, stage: str, terms: Terms, batch: Batch, share: float) -> Wo
 
 def _state_bytes(run: Run, section: StageSection, work: Work) -> float:
     copies = 4 + (section.average_decay is not None)
-    trained = cost.num_parameters(work.trained)
+    trained = sum(cost.num_parameters(model) for model in work.trained.values())
     frozen = cost.num_parameters(work.teacher) if work.teacher else 0
-    if work.teacher and _projected(work):
-        is_shared = run.config.distillation.projection == "shared"
-        num_projections = 1 if is_shared else work.trained.num_hidden_layers + 1
-        trained += num_projections * (work.trained.hidden_size + 1) * work.teacher.hidden_size
+    for model in work.trained.values() if work.teacher else ():
+        assert work.teacher is not None
+        if _projected(work, model):
+            is_shared = run.config.distillation.projection == "shared"
+            num_projections = 1 if is_shared else model.num_hidden_layers + 1
+            trained += num_projections * (model.hidden_size + 1) * work.teacher.hidden_size
     split = run.mesh.shape["fsdp"] * run.mesh.shape["tensor"]
-    return _FP32 * (copies * work.num_trained * trained + frozen) / split
+    return _FP32 * (copies * work.num_seeds * trained + frozen) / split
 
 
 def _activation_bytes(
@@ -272,17 +281,19 @@ def _activation_bytes(
 ) -> float:
     num_parts = sharding.num_batch_shards(run.mesh) * section.gradient_accumulation_steps
     num_rows, width = len(batch.input_ids) / num_parts, batch.input_ids.shape[1]
-    student = num_rows * _saved_bytes_a_row(run, section, work.trained, batch)
-    theirs = 0.0
+    values = num_rows * width * (work.teacher.hidden_size if work.teacher else 0)
+    students = theirs = 0.0
+    for model in work.trained.values():
+        students += num_rows * _saved_bytes_a_row(run, section, model, batch)
+        if work.teacher:
+            students += _FP32 * values * len(_projected(work, model))
+            students += _FP32 * num_rows * _num_pairs_in_maps(work, model, batch)
+        if words:
+            num_copies = 2 + bool(words.teacher)  # the student's logits and their gradient
+            students += _FP32 * num_copies * words.chunk * model.vocab_size
     if work.teacher:
-        values = num_rows * width * work.teacher.hidden_size
-        student += _FP32 * values * len(_projected(work))
-        student += _FP32 * num_rows * _num_pairs_in_maps(work, batch)
         theirs = compute_options(run.config)["dtype"].itemsize * values * _num_taps(work)
-    if words:
-        num_copies = 2 + bool(words.teacher)  # the student's logits and their gradient
-        student += _FP32 * num_copies * words.chunk * work.trained.vocab_size
-    return work.num_trained * student + theirs
+    return work.num_seeds * students + theirs
 
 
 def _saved_bytes_a_row(run: Run, section: StageSection, model: ModelConfig, batch: Batch) -> int:
@@ -305,7 +316,7 @@ def _saved_bytes_a_row(run: Run, section: StageSection, model: ModelConfig, batc
     return num_bytes(2) - num_bytes(1)
 
 
-def _num_pairs_in_maps(work: Work, batch: Batch) -> int:
+def _num_pairs_in_maps(work: Work, student: ModelConfig, batch: Batch) -> int:
     """Entries of the [query, key] maps that terms build of a row."""
     width, is_packed = batch.input_ids.shape[1], batch.attention_mask.dtype != bool
     total = 0
@@ -313,11 +324,11 @@ def _num_pairs_in_maps(work: Work, batch: Batch) -> int:
         if isinstance(term, RelationTerm):
             # A single block goes without a loop: then all relations are there at one time.
             is_loop = width > RELATION_BLOCK
-            num_relations = 1 if is_loop else len(term.of) * len(_layer_pairs(work, term))
+            num_relations = 1 if is_loop else len(term.of) * len(_layer_pairs(work, student, term))
             total += num_relations * _BLOCK_MAPS * term.heads * min(RELATION_BLOCK, width) * width
         elif isinstance(term, AttentionTerm) and is_packed:
-            heads = len(term.head_map or ()) or term.heads or work.trained.num_attention_heads
-            total += len(_layer_pairs(work, term)) * heads * width**2
+            heads = len(term.head_map or ()) or term.heads or student.num_attention_heads
+            total += len(_layer_pairs(work, student, term)) * heads * width**2
     return total
 
 

@@ -2,7 +2,8 @@
 
 Reads results.json (required), metrics.jsonl, config.yaml and env.json (each optional), writes one
 file, needs no network and no JavaScript. What is missing or unreadable is named in a short note.
-The result half is in report_results, the curves in charts, the look in report_style.
+The result half is in report_results, report_pareto and report_confusion, the curves in charts, the
+look in report_style.
 """
 
 import html
@@ -23,12 +24,13 @@ from tinybert_jax.charts import (
     running_mean,
     wants_log,
 )
+from tinybert_jax.report_confusion import confusion_section
+from tinybert_jax.report_pareto import pareto_section
 from tinybert_jax.report_results import (
     LOWER_IS_BETTER,
     NBSP,
     baseline_sentence,
     comparison_table,
-    confusion_section,
     find_model,
     headline,
     metric_name,
@@ -36,6 +38,7 @@ from tinybert_jax.report_results import (
     percent,
     scale_mark,
     si,
+    students_of,
 )
 from tinybert_jax.report_style import STYLE
 
@@ -70,14 +73,18 @@ def _page(run_dir: Path, results: dict, stages: list[Stage], num_unreadable: int
     name = html.escape(str(results.get("name", run_dir.name)))
     baseline = baseline_sentence(results)
     subject = "student" if find_model(results, "student") else "model"
+    subject = "best student" if len(students_of(results)) > 1 else subject
     sections = [
         ("Comparison", comparison_table(results)),
+        ("Score and cost", pareto_section(results)),
         (f"What the {subject} confuses", confusion_section(results)),
         ("Time per stage", _time_bars(results, stages)),
         ("Training", _training(stages, results, num_unreadable)),
         ("Run", _provenance(run_dir, results)),
     ]
-    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections)
+    body = "".join(
+        f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content
+    )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

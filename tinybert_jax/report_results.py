@@ -1,4 +1,4 @@
-"""Owns the result half of a report: headline, scale mark, comparison table, confusion matrix.
+"""Owns the result half of a report: headline, scale mark, comparison table.
 
 Takes the parsed `results.json` and returns escaped HTML. Reads no file and draws no curve.
 A role (teacher, student, baseline) keeps one colour wherever it is named.
@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 NBSP = "\u00a0"
 MISSING = "–"
 SAME = "same"
-MAX_MATRIX_CLASSES = 20
-MAX_CONFUSED_PAIRS = 15
 ROLES = ("teacher", "student", "baseline")
 LOWER_IS_BETTER = frozenset({"mse", "loss", "perplexity"})
 METRIC_NAMES = {
@@ -34,7 +32,10 @@ def headline(results: dict[str, Any]) -> str:
     score = score_of(results, model)
     if model is None or score is None:
         return f"{html.escape(str(results.get('name', 'This run')))} has no scored model."
-    subject = "The student" if student else html.escape(str(model.get("name", "The model")))
+    subject = html.escape(str(model.get("name", "The model")))
+    if student:
+        count = len(students_of(results))
+        subject = f"The best of {count} students, {subject}," if count > 1 else "The student"
     kept = share_kept(results, model) if student else None
     if kept is None:
         sentence = f"{subject} reaches {_figure(f'{score:.3f}', role_of(model))} {metric}"
@@ -48,19 +49,21 @@ def _savings(teacher: Model, student: Model) -> str:
     """“ with 8.0× fewer encoder parameters and runs 4.1× faster”, as far as both were measured."""
     sizes = [number(m.get("num_encoder_parameters")) for m in (teacher, student)]
     size = compare(sizes[0], sizes[1], "fewer", "more")
-    times = [_latency(m) for m in (teacher, student)]
+    times = [latency_of(m) for m in (teacher, student)]
     speed = compare(times[0], times[1], "faster", "slower")
     sentence = f" with {_figure(size)} encoder parameters" if size not in ("", SAME) else ""
-    if speed not in ("", SAME) and _conditions(teacher) == _conditions(student):
+    if speed not in ("", SAME) and conditions_of(teacher) == conditions_of(student):
         sentence += f" and runs {_figure(speed)}"
     return sentence
 
 
 def baseline_sentence(results: dict[str, Any]) -> str:
     """What the baseline reaches and what distillation adds to it; empty without both scores."""
-    baseline = find_model(results, "baseline")
-    score = score_of(results, baseline)
-    student_score = score_of(results, find_model(results, "student"))
+    student, baseline = find_model(results, "student"), find_model(results, "baseline")
+    for model in models_of(results):  # of a family that of the same name
+        if student and model.get("role") == "baseline" and model.get("name") == student.get("name"):
+            baseline = model
+    score, student_score = score_of(results, baseline), score_of(results, student)
     if baseline is None or score is None or student_score is None:
         return ""
     points = 100 * (student_score - score)
@@ -150,10 +153,10 @@ def _rows(results: dict[str, Any], models: list[Model]) -> Iterator[Row]:
     yield cost("Encoder parameters", "num_encoder_parameters", "", "fewer", "more")
     yield cost("FLOPs per token", "flops_per_token", "", "fewer", "more")
     yield cost("Size on disk", "bytes_on_disk", "B", "smaller", "larger")
-    shared = {_conditions(m) for m in models if _latency(m) is not None}
+    shared = {conditions_of(m) for m in models if latency_of(m) is not None}
     yield Row(
         f"CPU latency{', ' + shared.pop() if len(shared) == 1 else ' (conditions differ)'}",
-        _latency,
+        latency_of,
         lambda v: f"{v:.3g}{NBSP}ms",
         lambda ref, v: compare(ref, v, "faster", "slower") if not shared else "",
     )
@@ -204,7 +207,8 @@ def _seeds_note(results: dict[str, Any]) -> str:
     metric = str(results.get("metric"))
 
     def described(model: Model) -> str:
-        role, count = html.escape(str(model.get("role", "model"))), len(model["by_seed"])
+        words = (str(model.get("role", "model")), str(model.get("name", "")))
+        role, count = html.escape(" ".join(words)), len(model["by_seed"])
         deviation = number(_mapping(model, "deviation").get(metric)) or 0
         mean = number(_mapping(model, "mean").get(metric))
         if mean is None:
@@ -218,85 +222,14 @@ def _seeds_note(results: dict[str, Any]) -> str:
     )
 
 
-def confusion_section(results: dict[str, Any]) -> str:
-    """The student's confusion matrix as a heat map, or its worst pairs beyond 20 classes."""
-    student = find_model(results, "student") or next(iter(models_of(results)), {})
-    counts = _square(student.get("confusion"))
-    if counts is None:
-        return '<p class="note">No confusion matrix: results.json holds none for the student.</p>'
-    names = results.get("label_names")
-    if not isinstance(names, list) or len(names) != len(counts):
-        names = list(range(len(counts)))
-    labels = [html.escape(str(name)) for name in names]
-    if len(counts) > MAX_MATRIX_CLASSES:
-        return _confused_pairs(counts, labels)
-    return _heat_map(counts, labels)
-
-
-def _heat_map(counts: list[list[float]], labels: list[str]) -> str:
-    size = "few" if len(labels) <= 6 else "many"
-    head = "".join(f'<th scope="col"><span>{label}</span></th>' for label in labels)
-    body = ""
-    for i, row in enumerate(counts):
-        total = sum(row)
-        cells = ""
-        for j, count in enumerate(row):
-            share = count / total if total else 0.0
-            kind = ("hit" if i == j else "miss") + (" deep" if math.sqrt(share) > 0.6 else "")
-            kind += "" if count else " none"
-            text = f"<b>{count:,.0f}</b>" + (f"<small>{percent(share)}</small>" if total else "")
-            cells += f'<td class="{kind}" style="--v:{math.sqrt(share):.2f}">{text}</td>'
-        body += f'<tr><th scope="row">{labels[i]}</th>{cells}</tr>'
-    return (
-        f'<div class="scroll"><table class="heat {size}"><thead><tr><td>true ↓ predicted →</td>'
-        f"{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        '<p class="note">The stronger the colour, the larger the share of the true class: '
-        '<b class="hit">right</b>, <b class="miss">wrong</b>.</p>'
-    )
-
-
-def _confused_pairs(counts: list[list[float]], labels: list[str]) -> str:
-    pairs = [
-        (count, i, j)
-        for i, row in enumerate(counts)
-        for j, count in enumerate(row)
-        if i != j and count > 0
-    ]
-    pairs = sorted(pairs, key=lambda p: -p[0])[:MAX_CONFUSED_PAIRS]
-    if not pairs:
-        return f'<p class="note">No mistakes in {len(labels)} classes.</p>'
-    rows = "".join(
-        f'<tr><th scope="row">{labels[i]}</th><td>{labels[j]}</td>'
-        f'<td class="num"><b>{count:,.0f}</b>'
-        f'<i class="bar miss" style="width:{100 * count / pairs[0][0]:.1f}%"></i></td>'
-        f'<td class="num">{percent(count / sum(counts[i]))}</td></tr>'
-        for count, i, j in pairs
-    )
-    return (
-        '<div class="scroll"><table class="pairs"><thead><tr><th>True class</th><th>Taken for</th>'
-        f"<th>Examples</th><th>Of the true class</th></tr></thead><tbody>{rows}</tbody>"
-        "</table></div>"
-        f'<p class="note">The most confused of {len(labels)} classes.</p>'
-    )
-
-
-def _square(matrix: Any) -> list[list[float]] | None:
-    """The matrix as floats, or None where it is not a square of counts."""
-    if not isinstance(matrix, list) or not matrix:
-        return None
-    rows = [[number(v) for v in row] for row in matrix if isinstance(row, list)]
-    known = [[v for v in row if v is not None and v >= 0] for row in rows]
-    is_square = len(known) == len(matrix) and all(len(row) == len(matrix) for row in known)
-    return known if is_square else None
-
-
 def share_kept(results: dict[str, Any], model: Model) -> float | None:
     """Main metric of a model over its teacher's; None where that ratio means nothing.
 
-    For the student the run's own `share_kept` comes first: it may know a teacher not listed here.
+    For students the run's own `share_kept` comes first: it may know a teacher not listed here.
     """
-    given = number(results.get("share_kept"))
-    if given is not None and model is find_model(results, "student"):
+    given = results.get("share_kept")
+    given = number(given.get(model.get("name")) if isinstance(given, dict) else given)
+    if given is not None and model.get("role") == "student":
         return given
     teacher = score_of(results, find_model(results, "teacher"))
     score = score_of(results, model)
@@ -323,8 +256,19 @@ def models_of(results: dict[str, Any]) -> list[Model]:
 
 
 def find_model(results: dict[str, Any], role: str) -> Model | None:
-    """The first model of that role, if any."""
-    return next((m for m in models_of(results) if m.get("role") == role), None)
+    """The model of that role with the best score, of equals the first; None without one."""
+
+    def goodness(model: Model) -> float:
+        score = score_of(results, model)
+        if score is None:
+            return -math.inf
+        return -score if results.get("metric") in LOWER_IS_BETTER else score
+
+    return max((m for m in models_of(results) if m.get("role") == role), key=goodness, default=None)
+
+
+def students_of(results: dict[str, Any]) -> list[Model]:
+    return [model for model in models_of(results) if model.get("role") == "student"]
 
 
 def role_of(model: Model) -> str:
@@ -377,11 +321,11 @@ def _metric(model: Model, name: str) -> float | None:
     return number(_mapping(model, "metrics").get(name))
 
 
-def _latency(model: Model) -> float | None:
+def latency_of(model: Model) -> float | None:
     return number(_mapping(model, "latency_ms").get("median"))
 
 
-def _conditions(model: Model) -> str:
+def conditions_of(model: Model) -> str:
     latency = _mapping(model, "latency_ms")
     return f"batch {latency.get('batch', '?')}, {latency.get('seq_len', '?')} tokens"
 

@@ -45,6 +45,9 @@ th{font-weight:400;text-align:left}
 .num{text-align:right;white-space:nowrap}
 .bar{display:block;height:4px;min-width:1px;border-radius:2px;background:var(--other)}
 .bar.teacher{background:var(--teacher)}.bar.student{background:var(--student)}
+.dot.teacher,.key.teacher{fill:var(--teacher);background:var(--teacher)}
+.dot.student,.key.student{fill:var(--student);background:var(--student)}
+.dot.baseline,.key.baseline{fill:var(--baseline);background:var(--baseline)}
 .bar.baseline{background:var(--baseline)}.bar.miss{background:var(--miss)}
 .compare{width:100%;table-layout:fixed}
 .compare th,.compare td{padding:10px 20px 8px 0;vertical-align:top}

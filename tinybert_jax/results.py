@@ -15,7 +15,7 @@ from tinybert_jax.data.pipeline import tokenize_task
 from tinybert_jax.evaluate import make_scorer, task_metrics
 from tinybert_jax.model.heads import make_classifier
 from tinybert_jax.run import Run
-from tinybert_jax.sections import ModelConfig
+from tinybert_jax.sections import SOLE, ModelConfig
 from tinybert_jax.tree import num_parameters
 
 _LATENCY_BATCH, _LATENCY_LENGTH, _LATENCY_RUNS = 1, 32, 30
@@ -25,20 +25,21 @@ def collect(run: Run, seconds: dict[str, float], command: str) -> dict[str, Any]
     """The content of `results.json`: every judged model of the run, and what the student kept."""
     models = []
     if run.task is not None:
-        teachers = _folders(run, "finetune")
+        teachers = _folders(run, "finetune", SOLE)
         given = run.config.teacher.finetuned
         if given is None and run.learns_task(run.config.stages):
             given = run.config.teacher.path  # it has the task's head, or the run had refused it
         if given and not teachers:
             teachers = [Path(given)]
-        places = [
-            ("teacher", "finetune", teachers, run.teacher),
-            ("student", "prediction", _folders(run, "prediction"), run.student),
-            ("baseline", "baseline", _folders(run, "baseline"), run.student),
+        places = [("teacher", "finetune", SOLE, run.teacher, teachers)]
+        places += [
+            (role, stage, student.name, student.sizes, _folders(run, stage, student.name))
+            for role, stage in (("student", "prediction"), ("baseline", "baseline"))
+            for student in run.students
         ]
         models = [
-            _describe(run, role, stage, folders, model)
-            for role, stage, folders, model in places
+            _describe(run, role, stage, name, model, folders)
+            for role, stage, name, model, folders in places
             if folders and hf_files.has_classifier(folders[0])
         ]
     summary = {
@@ -50,27 +51,32 @@ def collect(run: Run, seconds: dict[str, float], command: str) -> dict[str, Any]
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "commands": [command] if command else [],
     }
-    kept = _share_kept(summary)
-    return summary if kept is None else {**summary, "share_kept": kept}
+    kept = _shares_kept(summary)
+    if not kept:
+        return summary
+    return {**summary, "share_kept": kept if run.config.students else kept.popitem()[1]}
 
 
 def headline(summary: dict[str, Any]) -> str:
     """One line a model for the console."""
+    metric, width = summary["metric"], max((len(m["name"]) for m in summary["models"]), default=0)
     lines = [
-        f"{m['role']:<9} {summary['metric']} {m['metrics'][summary['metric']]:.4f}"
-        f"{_spread(summary['metric'], m)}  "
+        f"{m['role']:<9} {m['name']:<{width}}  "
+        f"{metric} {m['metrics'][metric]:.4f}{_spread(metric, m)}  "
         f"{m['num_encoder_parameters'] / 1e6:.2f} M encoder parameters  "
         f"{m['latency_ms']['median']:.1f} ms"
         for m in summary["models"]
     ]
-    if "share_kept" in summary:
-        lines.append(f"the student keeps {summary['share_kept']:.1%} of its teacher")
+    kept = summary.get("share_kept", {})
+    shares = kept if isinstance(kept, dict) else {"the student": kept}
+    lines += [f"{name} keeps {share:.1%} of its teacher" for name, share in shares.items()]
     return "\n".join(lines)
 
 
-def best_seed(summary: dict[str, Any], stage: str) -> int:
-    """The number of the model with the best dev score among a stage's seeds; 0 where unjudged."""
-    described = next((m for m in summary["models"] if m["stage"] == stage), None)
+def best_seed(summary: dict[str, Any], stage: str, member: str) -> int:
+    """The number of a member's model with the best dev score among its seeds; 0 where unjudged."""
+    described = (m for m in summary["models"] if m["stage"] == stage)
+    described = next((m for m in described if member in (SOLE, m["name"])), None)
     if described is None or "by_seed" not in described:
         return 0
     return best_of(described["by_seed"], summary["metric"])
@@ -104,13 +110,13 @@ def _spread(metric: str, model: dict[str, Any]) -> str:
     return f" ± {deviation:.4f} ({count} seeds)"
 
 
-def _folders(run: Run, stage: str) -> list[Path]:
+def _folders(run: Run, stage: str, member: str) -> list[Path]:
     """The model of each seed of a stage, where it is done."""
-    return run.seed_folders(stage) if run.is_done(stage) else []
+    return run.seed_folders(stage, member) if run.is_done(stage) else []
 
 
 def _describe(
-    run: Run, role: str, stage: str, folders: list[Path], model: ModelConfig
+    run: Run, role: str, stage: str, member: str, model: ModelConfig, folders: list[Path]
 ) -> dict[str, Any]:
     """Sizes and scores; `confusion` is of the best of several seeds.
 
@@ -125,7 +131,7 @@ def _describe(
     best = best_of(by_seed, run.score)
     description = {
         "role": role,
-        "name": f"{model.num_hidden_layers} layers × {model.hidden_size}",
+        "name": member or f"{model.num_hidden_layers} layers × {model.hidden_size}",
         "stage": stage,
         "num_parameters": num_parameters(params[0]),
         "num_encoder_parameters": cost.num_encoder_parameters(model),
@@ -168,8 +174,8 @@ def _latency(apply, params, length: int) -> dict[str, Any]:
     return {"batch": _LATENCY_BATCH, "seq_len": length, "median": round(median, 3)}
 
 
-def _share_kept(summary: dict[str, Any]) -> float | None:
-    scores = {m["role"]: m["metrics"][summary["metric"]] for m in summary["models"]}
-    if not {"teacher", "student"} <= scores.keys() or scores["teacher"] <= 0:
-        return None
-    return scores["student"] / scores["teacher"]
+def _shares_kept(summary: dict[str, Any]) -> dict[str, float]:
+    """Each student's score over the teacher's, by name; empty where that ratio means nothing."""
+    scores = [(m["role"], m["name"], m["metrics"][summary["metric"]]) for m in summary["models"]]
+    teacher = next((score for role, _, score in scores if role == "teacher"), 0)
+    return {name: s / teacher for role, name, s in scores if role == "student" and teacher > 0}

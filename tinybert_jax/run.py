@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from tinybert_jax.data.tasks import TaskData, read_corpus, read_task, split_held
 from tinybert_jax.evaluate import Judge, majority_share, make_scorer, task_metrics
 from tinybert_jax.log import MetricLog
 from tinybert_jax.model.heads import make_classifier
-from tinybert_jax.sections import ModelConfig, RunConfig, StudentSection
+from tinybert_jax.sections import SOLE, ModelConfig, RunConfig, Student, StudentSection
 from tinybert_jax.stage_sections import StageSection
 
 
@@ -39,7 +39,7 @@ class Run(NamedTuple):
     log: MetricLog
     tokenizer: Any
     teacher: ModelConfig
-    student: ModelConfig | None
+    students: tuple[Student, ...]
     task: TaskData | None
     corpus: tuple[str, ...]
     heldout: tuple[str, ...]  # documents of the corpus that no stage trains on
@@ -52,20 +52,6 @@ class Run(NamedTuple):
         """The task's text; `open_run` refuses stages without the task they need."""
         assert self.task is not None
         return self.task
-
-    @property
-    def student_sizes(self) -> ModelConfig:
-        """The student's sizes; `open_run` refuses stages without the student they need."""
-        assert self.student is not None
-        return self.student
-
-    @property
-    def student_path(self) -> str | None:
-        return self.config.student.path if self.config.student else None
-
-    @property
-    def starts_from_embeddings(self) -> bool:
-        return self.config.student is not None and self.config.student.init == "teacher_embeddings"
 
     @property
     def score(self) -> str:
@@ -92,29 +78,35 @@ class Run(NamedTuple):
     def is_regression(self) -> bool:
         return self.config.task is not None and self.config.task.regression
 
-    def model_folder(self, stage: str) -> Path:
-        """`models/<stage>`: the stage's one model, its first student, or its best teacher."""
-        return self.folder / "models" / stage
+    def model_folder(self, stage: str, member: str = SOLE) -> Path:
+        """`models/<stage>[-<member>]`: its one model, its first seed's, or the best teacher."""
+        return self.folder / "models" / (f"{stage}-{member}" if member else stage)
 
-    def seed_folders(self, stage: str) -> list[Path]:
+    def seed_folders(self, stage: str, member: str = SOLE) -> list[Path]:
         """The model of each seed: of several all but the first student's are `…-seed-<seed>`."""
-        first = self.model_folder(stage)
+        first = self.model_folder(stage, member)
         seeds = self.config.seeds(stage)
         if len(seeds) == 1:
             return [first]
-        folders = [first.with_name(f"{stage}-seed-{seed}") for seed in seeds]
+        folders = [first.with_name(f"{first.name}-seed-{seed}") for seed in seeds]
         return folders if stage == "finetune" else [first, *folders[1:]]
 
     def is_done(self, stage: str) -> bool:
-        folders = [*self.seed_folders(stage), self.model_folder(stage)]
-        return all((folder / "config.json").is_file() for folder in folders)
+        folders = [
+            folder
+            for name in self.config.members(stage)
+            for folder in (*self.seed_folders(stage, name), self.model_folder(stage, name))
+        ]
+        return bool(folders) and all((path / "config.json").is_file() for path in folders)
 
-    def latest(self, *stages: str, student: int | None = None) -> Path | None:
-        """The model of the first of the given stages that is done, or that student's."""
+    def latest(self, *stages: str, member: str = SOLE, seed: int | None = None) -> Path | None:
+        """The model of the first of the given stages that is done, or that of a seed's number."""
         stage = next((name for name in stages if self.is_done(name)), None)
         if stage is None:
             return None
-        return self.model_folder(stage) if student is None else self.seed_folders(stage)[student]
+        if seed is None:
+            return self.model_folder(stage, member)
+        return self.seed_folders(stage, member)[seed]
 
     @property
     def pretrained_teacher(self) -> str | Path | None:
@@ -222,11 +214,13 @@ def check_teacher(run: Run) -> None:
         )
 
 
-def publish(run: Run, model: Path) -> Path:
-    """Copies a finished stage's model to `folder/hf`, the run's product."""
+def publish(run: Run, models: Mapping[str, Path]) -> Path:
+    """Copies a finished stage's models to `folder/hf`, the run's product; members by name in it."""
     partial = run.folder / ".hf-partial"
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(model, partial, ignore=shutil.ignore_patterns("projection.safetensors"))
+    for name, model in models.items():
+        ignored = shutil.ignore_patterns("projection.safetensors")
+        shutil.copytree(model, partial / name, ignore=ignored)
     product, before = run.folder / "hf", run.folder / ".hf-before"
     shutil.rmtree(before, ignore_errors=True)
     if product.exists():
@@ -259,7 +253,7 @@ def _read_inputs(config: RunConfig, folder: Path) -> Run:
         log=MetricLog(folder / "metrics.jsonl"),
         tokenizer=tokenizer,
         teacher=teacher,
-        student=_student_config(config.student, teacher) if config.student else None,
+        students=tuple(_read_student(*pair, teacher) for pair in config.family.items()),
         task=task,
         corpus=corpus,
         heldout=heldout,
@@ -287,25 +281,27 @@ def _fresh_teacher(config: RunConfig, tokenizer: Any) -> ModelConfig:
     return _sized({**config.teacher.sizes(), **ours}, "teacher")
 
 
-def _student_config(section: StudentSection, teacher: ModelConfig) -> ModelConfig:
+def _read_student(name: str, section: StudentSection, teacher: ModelConfig) -> Student:
+    student = Student(name, section, teacher)
     if section.path:
-        return hf_files.read_model(section.path).config
+        with checks.naming(student.origin):
+            return student._replace(sizes=hf_files.read_model(section.path).config)
     inherited = teacher.model_dump(exclude={"num_hidden_layers", "initializer_range"})
-    return _sized({**inherited, **section.sizes()}, "student")
+    return student._replace(sizes=_sized({**inherited, **section.sizes()}, student.origin))
 
 
-def _sized(fields: dict[str, Any], role: str) -> ModelConfig:
+def _sized(fields: dict[str, Any], origin: str) -> ModelConfig:
     try:
         return ModelConfig(**fields)
     except ValidationError as error:
-        raise ValueError(f"{role}: {error.errors()[0]['msg']}") from None
+        raise ValueError(f"{origin}: {error.errors()[0]['msg']}") from None
 
 
 def _check(run: Run, stages: Sequence[str]) -> None:
     config = run.config
     checks.check_order(config, stages, run.is_done)
-    checks.check_sizes(config, stages, run.mesh, run.tokenizer, run.teacher, run.student)
-    checks.check_vocabularies(config, run.tokenizer)
+    checks.check_sizes(config, stages, run.mesh, run.tokenizer, run.teacher, run.students)
+    checks.check_vocabularies(config, run.tokenizer, run.students)
     if run.stores:
         checks.check_stores(config, stages, run.tokenizer, run.stores, run.heldout_store)
     elif {"pretrain", "general"} & set(stages):
@@ -315,7 +311,7 @@ def _check(run: Run, stages: Sequence[str]) -> None:
     if _learns_now(run, stages):
         checks.check_labels(run.task_teacher, run.data.label_names)
     num_outputs = run.task.num_outputs if run.task else 0
-    checks.check_weights(config, stages, run.teacher, run.student, num_outputs)
+    checks.check_weights(config, stages, run.teacher, run.students, num_outputs)
 
 
 def _learns_now(run: Run, stages: Sequence[str]) -> bool:

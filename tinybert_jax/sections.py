@@ -3,7 +3,7 @@
 Code holds defaults, YAML holds choices. Imports no JAX: `--help` and launchers stay instant.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -116,6 +116,22 @@ class StudentSection(ModelSection):
                 f"'{self.path}' starts from the folder's weights; drop one of them"
             )
         return self
+
+
+SOLE = ""  # the name of a model that has no family
+
+
+class Student(NamedTuple):
+    """One of the models that a run distils into; the only one, or a member of a family."""
+
+    name: str
+    section: StudentSection
+    sizes: ModelConfig
+
+    @property
+    def origin(self) -> str:
+        """Where the config has it."""
+        return f"students.{self.name}" if self.name else "student"
 
 
 class TokenizerSection(Section):
@@ -260,11 +276,17 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     num_seeds: PositiveInt = Field(
         1,
-        description="students that are trained side by side, from seeds seed, seed + 1, …, in the "
-        "same batches: they share the teacher's passes; the best by dev score is exported",
+        description="students of each size that are trained side by side, from seeds seed, "
+        "seed + 1, …, in the same batches: they share the teacher's passes; the best by dev score "
+        "is exported",
     )
     teacher: TeacherSection
     student: StudentSection | None = None
+    students: Annotated[dict[str, StudentSection], Field(min_length=1)] | None = Field(
+        None,
+        description="instead of student: several by name, trained side by side in the same batches "
+        "with one pass of the teacher; each is exported to hf/<name>",
+    )
     tokenizer: TokenizerSection = TokenizerSection()
     corpus: CorpusSection | None = None
     task: TaskSection | None = None
@@ -291,8 +313,17 @@ class RunConfig(Section):
         if self.teaches(stage):
             return True
         first = next((name for name in DISTILL_STAGES if getattr(self, name) is not None), None)
-        starts = self.student is not None and self.student.init == "teacher_embeddings"
+        starts = any(own.init == "teacher_embeddings" for own in self.family.values())
         return stage == first and starts
+
+    @property
+    def family(self) -> dict[str, StudentSection]:
+        """The students by name; a single one is `SOLE`."""
+        return self.students or ({SOLE: self.student} if self.student else {})
+
+    def members(self, stage: str) -> tuple[str, ...]:
+        """The names of what a stage trains, each with all its seeds."""
+        return (SOLE,) if stage in TEACHER_STAGES else tuple(self.family)
 
     def seeds(self, stage: str) -> tuple[int, ...]:
         """The seed of each model that a stage trains; one teacher is pretrained."""

@@ -1,9 +1,10 @@
 """One training stage, first to last parameters: resume, train, evaluate, keep the best."""
 
 import contextlib
+import functools
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,51 +13,61 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tinybert_jax import checkpoint, host, loop, optim, sharding, train
+from tinybert_jax import checkpoint, family, host, loop, optim, sharding, train
 from tinybert_jax.data import loader
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.evaluate import Judge
 from tinybert_jax.feed import Feed
 from tinybert_jax.objectives import Objective
 from tinybert_jax.run import Run
-from tinybert_jax.sections import STAGES
+from tinybert_jax.sections import SOLE, STAGES
 from tinybert_jax.stage_sections import StageSection
 
 
+class Member(NamedTuple):
+    """What a stage minimises over one model, where that starts and how it is judged."""
+
+    objective: Objective
+    init_params: Callable[[jax.Array, int], Any]  # (key, number of the seed) -> parameters
+    judge: Judge | None = None
+
+
 class Training(NamedTuple):
-    """What one stage trains, on what, and how it is judged."""
+    """What one stage trains, and on what."""
 
     name: str
     section: StageSection
-    objective: Objective
-    init_params: Callable[[jax.Array, int], Any]  # (key, number of the model) -> parameters
+    members: Mapping[str, Member]  # by name; judged on the same rows, all or none
     feed: Feed
     frozen: Any  # arrays the objective reads and never changes
     flops_per_token: Callable[[int], float]  # padded width -> FLOPs of a step per token
-    judge: Judge | None = None
     score: str = ""  # the metric that chooses the best parameters; none: the last are kept
 
     @property
     def num_steps(self) -> int:
         return self.feed.num_steps(self.section)
 
+    @property
+    def judges(self) -> dict[str, Judge]:
+        return {name: own.judge for name, own in self.members.items() if own.judge is not None}
 
-def run_stage(run: Run, training: Training) -> list[Any]:
+
+def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
     """Trains a stage to its end, resuming where it was.
 
-    Returns the best (or last) parameters of each seed's model: of the one teacher, or of as many
-    students as the run has seeds.
+    Returns the best (or last) parameters of each member, of each seed's model.
     """
     section, folder = training.section, run.folder / "checkpoints" / training.name
     num_steps = training.num_steps
     schedule, optimizer = _make_optimizer(section, num_steps)
+    optimizer = family.join_optimizer(optimizer, training.members)
     state, target, progress = _open_state(run, training, optimizer, folder)
     start_step = int(state.step)
     if start_step:
         run.log.say(f"{training.name}: resumes at step {start_step} of {num_steps}")
 
     step_fn = train.make_train_step(
-        training.objective,
+        family.join_objectives({n: own.objective for n, own in training.members.items()}),
         optimizer,
         schedule,
         run.mesh,
@@ -98,16 +109,18 @@ def run_stage(run: Run, training: Training) -> list[Any]:
     chosen = state.evaluated
     if training.score:
         chosen = _restore_best(run, training, folder / "best", target.params, progress)
-    return _models(jax.device_get(chosen), state.key)
+    return _models(jax.device_get(chosen), training.members, state.key)
 
 
-def _models(params: Any, key: jax.Array) -> list[Any]:
-    """The parameters of each model that is trained: a vector of keys has one for each."""
+def _models(params: Any, names: Iterable[str], key: jax.Array) -> dict[str, list[Any]]:
+    """The parameters of each member's models: a vector of keys has one for each."""
 
-    def model(number: int) -> Any:
-        return jax.tree.map(lambda leaf: leaf[number], params)
+    def models(own: Any) -> list[Any]:
+        if not key.ndim:
+            return [own]
+        return [jax.tree.map(lambda leaf: leaf[i], own) for i in range(len(key))]  # noqa: B023
 
-    return [model(number) for number in range(len(key))] if key.ndim else [params]
+    return {name: models(own) for name, own in family.parted(params, names).items()}
 
 
 def _open_state(
@@ -133,8 +146,8 @@ def _open_state(
 def _fingerprint(training: Training) -> str:
     """SHA-256 of the training rows, of those it is judged on, and of the frozen teacher."""
     digest = hashlib.sha256(training.feed.fingerprint.encode())
-    if training.judge:
-        digest.update(training.judge.fingerprint.encode())
+    for judge in list(training.judges.values())[:1]:
+        digest.update(judge.fingerprint.encode())
     for leaf in jax.tree.leaves(training.frozen):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
@@ -144,7 +157,10 @@ def _start(run: Run, training: Training) -> tuple[Any, jax.Array]:
     """First parameters and step key; of several models, stacked."""
     seeds = run.config.seeds(training.name)
     keys = [_keys(seed, training.name) for seed in seeds]
-    starts = [training.init_params(key, model) for model, (key, _) in enumerate(keys)]
+    starts = [
+        family.joined({n: own.init_params(key, i) for n, own in training.members.items()})
+        for i, (key, _) in enumerate(keys)
+    ]
     if len(seeds) == 1:
         return starts[0], keys[0][1]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
@@ -153,7 +169,11 @@ def _start(run: Run, training: Training) -> tuple[Any, jax.Array]:
 
 def _restore_best(run: Run, training: Training, folder: Path, target: Any, progress: dict) -> Any:
     best = _best(training.name, folder, target, progress)
-    shown = ", ".join(f"{score:.4f}" for score in progress["best_scores"])
+    by_name = family.parted(progress["best_scores"], training.members)
+    shown = "; ".join(
+        f"{name} {', '.join(f'{score:.4f}' for score in own)}".lstrip()
+        for name, own in by_name.items()
+    )
     run.log.say(f"{training.name}: best {training.score} {shown} by step {progress['best_step']}")
     return best
 
@@ -188,53 +208,84 @@ class _Judge:
 
     def is_due(self, step: int) -> bool:
         is_time = step % self.every == 0 or step == self.num_steps
-        return self.training.judge is not None and is_time
+        return bool(self.training.judges) and is_time
 
     def __call__(self, step: int, state: train.TrainState) -> bool:
-        if self.training.judge is None or not self.is_due(step):
+        if not self.is_due(step):
             return False
         with self.meter.paused(state):
-            models = _models(state.evaluated, state.key)
-            each = [self.training.judge.measure(params) for params in models]
-            values = {name: float(np.mean([own[name] for own in each])) for name in each[0]}
-            self.run.log.write("eval", self.training.name, step, values)
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-            name, score = self.training.name, self.training.score
-            text = "dev" if score else "held out"
-            text += f", mean of {len(each)}" if len(each) > 1 else ""
-            self.run.log.say(f"{name:<12} {step:>6}/{self.num_steps}  {text}: {shown}")
-            return self._keep(step, state, [own[score] for own in each]) if score else False
-
-    def _keep(self, step: int, state: train.TrainState, scores: list[float]) -> bool:
-        """Keeps each model's best parameters; True where none got better for too long."""
-        before = self.progress.get("best_scores", [-np.inf] * len(scores))
-        is_better = np.greater(scores, before)
-        if is_better.any():
-            best = state.evaluated if is_better.all() else self._merged(state, is_better)
-            checkpoint.save(self.folder / "best", step, best, {}, keep=3)
-            self.progress |= {
-                "best_scores": np.maximum(scores, before).tolist(),
-                "best_step": step,
-                "evals_since_best": 0,
+            models = _models(state.evaluated, self.training.members, state.key)
+            each = {
+                name: [judge.measure(params) for params in models[name]]
+                for name, judge in self.training.judges.items()
             }
-            return False
-        self.progress["evals_since_best"] += 1
-        patience = self.training.section.patience
-        if patience is not None and self.progress["evals_since_best"] >= patience:
+            self._tell(step, each)
+            score = self.training.score
+            scores = {name: [own[score] for own in seeds] for name, seeds in each.items() if score}
+            return self._keep(step, state, scores) if score else False
+
+    def _tell(self, step: int, each: Mapping[str, list[dict[str, float]]]) -> None:
+        """Means over all models; of a family also each member's score."""
+        name, score = self.training.name, self.training.score
+        every = [own for seeds in each.values() for own in seeds]
+        values = {metric: float(np.mean([own[metric] for own in every])) for metric in every[0]}
+        for member, seeds in each.items():
+            if member != SOLE:
+                values[f"{score}/{member}"] = float(np.mean([own[score] for own in seeds]))
+        self.run.log.write("eval", name, step, values)
+        shown = "  ".join(f"{metric} {value:.4f}" for metric, value in values.items())
+        text = "dev" if score else "held out"
+        text += f", mean of {len(every)}" if len(every) > 1 else ""
+        self.run.log.say(f"{name:<12} {step:>6}/{self.num_steps}  {text}: {shown}")
+
+    def _keep(self, step: int, state: train.TrainState, scores: dict[str, list[float]]) -> bool:
+        """Keeps each model's best parameters; True where none got better for too long.
+
+        A member whose patience is out keeps what it has, as if it had stopped alone.
+        """
+        fresh = {
+            "best_scores": family.joined({n: [-np.inf] * len(own) for n, own in scores.items()}),
+            "evals_since_best": family.joined(dict.fromkeys(scores, 0)),
+        }
+        known = {**fresh, **self.progress}
+        before, waited = (family.parted(known[name], scores) for name in fresh)
+        patience = self.training.section.patience or np.inf
+        is_better = {
+            name: np.greater(own, before[name]) & (waited[name] < patience)
+            for name, own in scores.items()
+        }
+        if any(flags.any() for flags in is_better.values()):
+            is_all = all(flags.all() for flags in is_better.values())
+            best = state.evaluated if is_all else self._merged(state, is_better)
+            checkpoint.save(self.folder / "best", step, best, {}, keep=3)
+            kept = {
+                name: np.where(flags, scores[name], before[name]).tolist()
+                for name, flags in is_better.items()
+            }
+            self.progress |= {"best_scores": family.joined(kept), "best_step": step}
+        waited = {n: 0 if flags.any() else waited[n] + 1 for n, flags in is_better.items()}
+        self.progress["evals_since_best"] = family.joined(waited)
+        if min(waited.values()) >= patience:
             self.progress["stopped"] = True
         return bool(self.progress.get("stopped"))
 
-    def _merged(self, state: train.TrainState, is_better: np.ndarray) -> Any:
+    def _merged(self, state: train.TrainState, is_better: Mapping[str, np.ndarray]) -> Any:
         """The new parameters of the models that got better, the kept ones of the others."""
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
             state.evaluated,
         )
         kept = _best(self.training.name, self.folder / "best", target, self.progress)
-        return jax.tree.map(
-            lambda new, old: jnp.where(jnp.expand_dims(is_better, range(1, new.ndim)), new, old),
-            state.evaluated,
-            kept,
+        new, old = (family.parted(tree, is_better) for tree in (state.evaluated, kept))
+
+        def choose(flags: np.ndarray, new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(jnp.expand_dims(flags, range(1, new.ndim)), new, old)
+
+        return family.joined(
+            {
+                name: jax.tree.map(functools.partial(choose, flags), new[name], old[name])
+                for name, flags in is_better.items()
+            }
         )
 
 

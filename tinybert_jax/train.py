@@ -1,6 +1,6 @@
 """The train step: one jitted function of (state, batch, frozen), the same for every stage."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from tinybert_jax import sharding
 from tinybert_jax.data.pipeline import Batch
+from tinybert_jax.family import parted
 from tinybert_jax.objectives import Objective
 
 Metrics = dict[str, jax.Array]
@@ -19,7 +20,7 @@ class TrainState(NamedTuple):
     """Everything a step reads and changes.
 
     Several students that learn side by side, each from a seed of its own, have one more axis, the
-    first, in all fields but `step`.
+    first, in all fields but `step`. A family's `params`, `opt_state` and `average` are by member.
     """
 
     step: jax.Array  # int32 []
@@ -93,7 +94,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
     """The donated, sharded step; of several students it is each one's own step on one batch.
 
-    They share the batch, its corruption and the teacher's pass; the metrics are their mean.
+    They share the batch, its corruption and the teacher's pass; the metrics are their mean, and
+    `grad_norm` that over the members of a family too.
 
     A state that keeps an average moves it by 1 − d towards the new parameters, with
     d = min(`average_decay`, (1 + s)/(10 + s)) after s steps: the first ones are soon forgotten.
@@ -103,10 +105,7 @@ def make_train_step(
     """
 
     gradients = _make_gradients(objective, gradient_accumulation_steps)
-
-    def update(grads, opt_state, params):
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, optax.tree.norm(grads)
+    update = _make_update(optimizer, objective.members)
 
     def train_step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
         num_tokens = jnp.count_nonzero(batch.attention_mask)
@@ -114,7 +113,7 @@ def make_train_step(
         (loss, metrics), grads = gradients(state, batch, share, frozen)
         each_update = _for_each(update, state.key, (0, 0, 0))
         params, opt_state, grad_norm = each_update(grads, state.opt_state, state.params)
-        metrics = metrics | {"loss": loss, "grad_norm": grad_norm}
+        metrics = {"loss": loss} | metrics | {"grad_norm": grad_norm}
         metrics = jax.tree.map(jnp.mean, metrics) | {
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "num_tokens": num_tokens,
@@ -169,6 +168,17 @@ def _make_gradients(objective: Objective, num_parts: int) -> Callable:
         return jax.lax.scan(accumulate, zeros, parts)[0]
 
     return gradients
+
+
+def _make_update(optimizer: optax.GradientTransformation, members: Sequence[str]) -> Callable:
+    """(gradients, opt_state, params) -> (params, opt_state, gradient norms [members])."""
+
+    def update(grads, opt_state, params):
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        norms = [optax.tree.norm(own) for own in parted(grads, members).values()]
+        return optax.apply_updates(params, updates), opt_state, jnp.stack(norms)
+
+    return update
 
 
 def _for_each(function: Callable, key: jax.Array, in_axes: tuple[int | None, ...]) -> Callable:

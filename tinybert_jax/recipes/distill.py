@@ -18,8 +18,8 @@ from tinybert_jax.model.heads import Apply, Params, make_classifier, make_encode
 from tinybert_jax.objective_sections import model_kind, needs_projection
 from tinybert_jax.objectives import Mask, make_mask
 from tinybert_jax.run import Run, compute_options, dev_judge, with_dropout
-from tinybert_jax.sections import ModelConfig
-from tinybert_jax.stage import Training, run_stage
+from tinybert_jax.sections import ModelConfig, Student
+from tinybert_jax.stage import Member, Training, run_stage
 
 _PROJECTION = "projection.safetensors"
 
@@ -41,6 +41,7 @@ def prediction(run: Run) -> None:
 
 def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
     section, terms = run.section(stage), run.config.distillation.terms(stage)
+    is_judged = stage == "prediction"
 
     # Teacher, frozen; it is there only if a term reads it.
     teacher_kind = model_kind(terms, of_teacher=True)
@@ -50,65 +51,63 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
     if is_taught:
         teacher = hf_files.start_params(_teacher_folder(run, stage), teacher_init, whole=True)
 
-    # Student, from a stage before where there is one, with a projection where a term needs it.
-    kind = model_kind(terms)
-    apply, init = _make_model(run, kind, with_dropout(run.student_sizes, section))
-
-    def init_params(key: jax.Array, number: int) -> dict[str, Any]:
-        start = run.latest(*before, student=number) or run.student_path
-        if not needs_projection(terms):
-            return {"student": _start(run, stage, start, init, key, teacher)[0]}
-        student_key, projection_key = jax.random.split(key)
-        student, directions = _start(run, stage, start, init, student_key, teacher)
-        folders = [*(run.latest(name, student=number) for name in before), run.student_path]
-        projection = _start_projection(run, folders, projection_key, directions)
-        return {"student": student, "projection": projection}
+    # Students, each from a stage before where there is one.
+    members = {}
+    for student in run.students:
+        kind = model_kind(terms)
+        apply, init = _make_model(run, kind, with_dropout(student.sizes, section))
+        objective = make_distill(
+            Role(apply, kind, student.sizes.num_hidden_layers),
+            Role(teacher_apply, teacher_kind, run.teacher.num_hidden_layers),
+            terms,
+            Options(
+                normalisation=run.config.distillation.normalisation,
+                regression=run.is_regression,
+                num_shards=sharding.num_batch_shards(run.mesh),
+            ),
+            _make_mask(run) if stage == "general" else None,
+        )
+        init_params = _make_init(run, stage, before, student, init, teacher)
+        judge = _judge(run, apply) if is_judged else None
+        members[student.name] = Member(objective, init_params, judge)
 
     # Train; the last is handed on, or the best by dev score where a head is trained.
-    is_judged = stage == "prediction"
-    students = run_stage(
+    trained = run_stage(
         run,
         Training(
             name=stage,
             section=section,
-            objective=make_distill(
-                Role(apply, kind, run.student_sizes.num_hidden_layers),
-                Role(teacher_apply, teacher_kind, run.teacher.num_hidden_layers),
-                terms,
-                Options(
-                    normalisation=run.config.distillation.normalisation,
-                    regression=run.is_regression,
-                    num_shards=sharding.num_batch_shards(run.mesh),
-                ),
-                _make_mask(run) if stage == "general" else None,
-            ),
-            init_params=init_params,
+            members=members,
             feed=stage_feed(run, stage),
             frozen=teacher,
             flops_per_token=lambda width: cost.training_flops_per_token(
-                run.student_sizes,
+                [student.sizes for student in run.students] * run.config.num_seeds,
                 width,
                 projection_dim=run.teacher.hidden_size if needs_projection(terms) else 0,
                 teacher=run.teacher if is_taught else None,
-                num_students=run.config.num_seeds,
             ),
-            judge=_judge(run, apply) if is_judged else None,
             score=run.score if is_judged else "",
         ),
     )
-    for folder, params in zip(run.seed_folders(stage), students, strict=True):
-        extra: dict[str, Callable[[Path], None]] = {}
-        if "projection" in params:
-            extra[_PROJECTION] = functools.partial(save_file, params["projection"])
-        hf_files.save_model(
-            folder,
-            params["student"],
-            run.student_sizes,
-            run.tokenizer,
-            label_names=run.data.label_names if is_judged else None,
-            regression=is_judged and run.is_regression,
-            extra=extra,
-        )
+    for student in run.students:
+        folders = run.seed_folders(stage, student.name)
+        for folder, params in zip(folders, trained[student.name], strict=True):
+            _save(run, folder, params, student.sizes, is_judged)
+
+
+def _save(run: Run, folder: Path, params: Any, sizes: ModelConfig, is_judged: bool) -> None:
+    extra: dict[str, Callable[[Path], None]] = {}
+    if "projection" in params:
+        extra[_PROJECTION] = functools.partial(save_file, params["projection"])
+    hf_files.save_model(
+        folder,
+        params["student"],
+        sizes,
+        run.tokenizer,
+        label_names=run.data.label_names if is_judged else None,
+        regression=is_judged and run.is_regression,
+        extra=extra,
+    )
 
 
 def _make_model(
@@ -124,20 +123,48 @@ def _teacher_folder(run: Run, stage: str) -> str | Path | None:
     return run.pretrained_teacher if stage == "general" else run.task_teacher
 
 
+def _make_init(
+    run: Run,
+    stage: str,
+    before: tuple[str, ...],
+    student: Student,
+    init: Callable[[jax.Array], Params],
+    teacher: Any,
+) -> Callable[[jax.Array, int], dict[str, Any]]:
+    """A student's start, from a stage before or its folder, and of a projection if it needs one."""
+
+    def init_params(key: jax.Array, seed: int) -> dict[str, Any]:
+        done = [run.latest(name, member=student.name, seed=seed) for name in before]
+        folders = [*(folder for folder in done if folder is not None), student.section.path]
+        start = functools.partial(_start, run, stage, student, folders[0], init, teacher)
+        if not needs_projection(run.config.distillation.terms(stage)):
+            return {"student": start(key)[0]}
+        student_key, projection_key = jax.random.split(key)
+        params, directions = start(student_key)
+        projection = _start_projection(run, student, folders, projection_key, directions)
+        return {"student": params, "projection": projection}
+
+    return init_params
+
+
 def _start(
-    run: Run, stage: str, start: str | Path | None, init: Callable, key: jax.Array, teacher: Any
+    run: Run,
+    stage: str,
+    student: Student,
+    start: str | Path | None,
+    init: Callable[[jax.Array], Params],
+    teacher: Any,
+    key: jax.Array,
 ) -> tuple[Params, np.ndarray | None]:
     """(student, the directions of its embeddings in the teacher's, where it starts from them)."""
-    student = hf_files.start_params(start, init, key)
-    if start is not None or not run.starts_from_embeddings:
-        return student, None
+    params = hf_files.start_params(start, init, key)
+    if start is not None or student.section.init != "teacher_embeddings":
+        return params, None
     if not teacher:  # no term reads one
         _, teacher_init = make_encoder(run.teacher)
         teacher = hf_files.start_params(_teacher_folder(run, stage), teacher_init, whole=True)
-    encoder, directions = distill.start_from_teacher_embeddings(
-        _encoder(student), _encoder(teacher)
-    )
-    return ({**student, "encoder": encoder} if "encoder" in student else encoder), directions
+    encoder, directions = distill.start_from_teacher_embeddings(_encoder(params), _encoder(teacher))
+    return ({**params, "encoder": encoder} if "encoder" in params else encoder), directions
 
 
 def _encoder(params: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -146,6 +173,7 @@ def _encoder(params: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _start_projection(
     run: Run,
+    student: Student,
     folders: Sequence[str | Path | None],
     key: jax.Array,
     directions: np.ndarray | None,
@@ -153,9 +181,9 @@ def _start_projection(
     """The one that the first of the folders keeps, else a fresh one."""
     num_projections = 1
     if run.config.distillation.projection == "per_layer":
-        num_projections = run.student_sizes.num_hidden_layers + 1
+        num_projections = student.sizes.num_hidden_layers + 1
     projection: dict[str, Any] = distill.init_projection(
-        key, run.student_sizes.hidden_size, run.teacher.hidden_size, num_projections
+        key, student.sizes.hidden_size, run.teacher.hidden_size, num_projections
     )
     files = (Path(folder) / _PROJECTION for folder in folders if folder is not None)
     kept = next((file for file in files if file.is_file()), None)

@@ -33,7 +33,8 @@ def main(config: RunConfig, stages: Sequence[str] = STAGES, command: str = "") -
                 check_teacher(run)
         product = next((name for name in _PRODUCTS if run.is_done(name)), "baseline")
         summary = results.collect(run, _seconds(run), command)
-        publish(run, run.seed_folders(product)[results.best_seed(summary, product)])
+        best = {name: results.best_seed(summary, product, name) for name in config.members(product)}
+        publish(run, {name: run.seed_folders(product, name)[seed] for name, seed in best.items()})
         (run.folder / "results.json").write_text(
             json.dumps(summary, indent=2) + "\n", encoding="utf-8"
         )

@@ -12,8 +12,8 @@ from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import Apply, make_masked_lm
 from tinybert_jax.objectives import make_mlm
 from tinybert_jax.run import Run, compute_options, with_dropout
-from tinybert_jax.sections import STAGES
-from tinybert_jax.stage import Training, run_stage
+from tinybert_jax.sections import SOLE, STAGES
+from tinybert_jax.stage import Member, Training, run_stage
 
 
 def main(run: Run) -> None:
@@ -28,30 +28,33 @@ def main(run: Run) -> None:
     continuations = None if section.mask_unit == "token" else is_continuation(tokenizer)
 
     # Train and hand on.
-    (params,) = run_stage(
+    teacher = Member(
+        make_mlm(
+            apply,
+            mask_rate=section.mask_rate,
+            mask_rate_end=section.mask_rate_end,
+            unit=section.mask_unit,
+            is_continuation=continuations,
+            chunk_size=section.loss_chunk_size,
+            num_shards=sharding.num_batch_shards(run.mesh),
+            **run.mask_ids,
+            pair_weight=section.pair_weight,
+        ),
+        lambda key, _: hf_files.start_params(run.config.teacher.path, init, key),
+        _heldout_judge(run, apply),
+    )
+    trained = run_stage(
         run,
         Training(
             name="pretrain",
             section=section,
-            objective=make_mlm(
-                apply,
-                mask_rate=section.mask_rate,
-                mask_rate_end=section.mask_rate_end,
-                unit=section.mask_unit,
-                is_continuation=continuations,
-                chunk_size=section.loss_chunk_size,
-                num_shards=sharding.num_batch_shards(run.mesh),
-                **run.mask_ids,
-                pair_weight=section.pair_weight,
-            ),
-            init_params=lambda key, _: hf_files.start_params(run.config.teacher.path, init, key),
+            members={SOLE: teacher},
             feed=stage_feed(run, "pretrain"),
             frozen=(),
-            flops_per_token=lambda width: cost.training_flops_per_token(run.teacher, width),
-            judge=_heldout_judge(run, apply),
+            flops_per_token=lambda width: cost.training_flops_per_token([run.teacher], width),
         ),
     )
-    hf_files.save_model(run.model_folder("pretrain"), params, run.teacher, tokenizer)
+    hf_files.save_model(run.model_folder("pretrain"), trained[SOLE][0], run.teacher, tokenizer)
 
 
 def _heldout_judge(run: Run, apply: Apply) -> Judge | None:

@@ -1,0 +1,355 @@
+"""A family of students: each is its solo run's, one teacher pass serves all, each is exported."""
+
+import contextlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import yaml
+from jax.experimental.compilation_cache import compilation_cache
+from safetensors.numpy import load_file
+
+from tinybert_jax import cli, distill_objective, family, objectives, optim, sharding, train
+from tinybert_jax.convert import hf_files
+from tinybert_jax.data.pipeline import Batch
+from tinybert_jax.data.vocab import train_wordpiece
+from tinybert_jax.log import MetricLog
+from tinybert_jax.model.heads import make_classifier, make_masked_lm
+from tinybert_jax.objective_sections import DistillSection
+from tinybert_jax.sections import MeshSection, ModelConfig
+
+TEXTS = ["a fine film with a sea", "a dull film", "tea and toast", "toast and jam and tea"] * 6
+LABELS = ["pos", "neg"] * 12
+TEACHER = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32}
+STUDENTS = {
+    "wide": {**TEACHER, "num_attention_heads": 2, "init": "teacher_embeddings"},
+    "1l-8d": {
+        "num_hidden_layers": 1,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+    },
+}
+STAGE = {
+    "num_steps": 6,
+    "global_batch_size": 8,
+    "max_length": 16,
+    "batching": "pad",
+    "learning_rate": 1e-2,
+    "clip_norm": 0.05,
+    "log_every": 1,
+    "save_every": 2,
+}
+STAGES = ("general", "intermediate", "prediction", "baseline")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cheap_programs(tmp_path_factory):
+    """The runs have most of them in common; one device's are compiled sooner than eight's."""
+    patch, make_mesh = pytest.MonkeyPatch(), sharding.make_mesh
+    patch.setattr(
+        sharding,
+        "make_mesh",
+        lambda section, devices=None: make_mesh(section, devices or jax.devices()[:1]),
+    )
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("cache")), 0.0), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with text, a teacher and the same teacher fine-tuned."""
+    folder = tmp_path_factory.mktemp("inputs")
+    rows = "".join(f"{text}\t{label}\n" for text, label in zip(TEXTS, LABELS, strict=True))
+    (folder / "rows.tsv").write_text("text\tlabel\n" + rows)
+    (folder / "corpus.txt").write_text("\n\n".join(TEXTS))
+    tokenizer = train_wordpiece(TEXTS, vocab_size=60)
+    sizes = ModelConfig(
+        vocab_size=len(tokenizer), num_attention_heads=2, max_position_embeddings=16, **TEACHER
+    )
+    params = make_masked_lm(sizes)[1](jax.random.key(0))
+    hf_files.save_model(folder / "teacher", params, sizes, tokenizer)
+    finetune = {**STAGE, "num_steps": 40, "clip_norm": 1.0, "save_every": 40, "eval_every": 20}
+    _run(folder, "finetuned", finetune=finetune)
+    return folder
+
+
+def _run(inputs, name, **changes):
+    """The run folder of a config with the given students or stages."""
+    rows = str(inputs / "rows.tsv")
+    tree = {
+        "run_dir": str(inputs / name),
+        "teacher": {"path": str(inputs / "teacher")},
+        "corpus": {"files": [str(inputs / "corpus.txt")]},
+        "task": {"train": rows, "dev": rows},
+        **changes,
+    }
+    (inputs / f"{name}.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    assert cli.main(["run", str(inputs / f"{name}.yaml")]) == 0
+    return inputs / name
+
+
+def _distilled(inputs, name, **students):
+    judged = {**STAGE, "eval_every": 2}
+    return _run(
+        inputs,
+        name,
+        teacher={
+            "path": str(inputs / "teacher"),
+            "finetuned": str(inputs / "finetuned" / "models" / "finetune"),
+        },
+        num_seeds=2,
+        general=STAGE,
+        intermediate={**STAGE, "batching": "pack"},
+        prediction={**judged, "average_decay": 0.5},
+        baseline=judged,
+        distillation={"projection": "per_layer"},
+        **students,
+    )
+
+
+@pytest.fixture(scope="module")
+def together(inputs):
+    return _distilled(inputs, "together", students=STUDENTS)
+
+
+@pytest.fixture(scope="module")
+def alone(inputs):
+    return {name: _distilled(inputs, name, student=own) for name, own in STUDENTS.items()}
+
+
+def _rows(run, kind):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row for row in lines if row["kind"] == kind]
+
+
+def test_each_member_is_its_solo_run(together, alone):
+    """Weights of every stage and seed, losses, dev scores; the gradient of each is clipped."""
+    for name, run in alone.items():
+        for stage in STAGES:
+            for seed in ("", "-seed-1"):
+                for file in ("model", "projection"):
+                    path = f"{stage}{seed}/{file}.safetensors"
+                    if not (run / "models" / path).exists():
+                        assert (file, stage) not in (("model", stage), ("projection", "general"))
+                        continue
+                    solo = load_file(run / "models" / path)
+                    ours = load_file(
+                        together / "models" / f"{stage}-{name}{seed}" / f"{file}.safetensors"
+                    )
+                    assert solo.keys() == ours.keys()
+                    for key, array in solo.items():
+                        np.testing.assert_allclose(
+                            ours[key], array, rtol=1e-5, atol=1e-5, err_msg=f"{path} {key}"
+                        )
+    for kind, solo_key, key in (("train", "loss", "loss/{}"), ("eval", "accuracy", "accuracy/{}")):
+        ours = _rows(together, kind)
+        each = {name: [row[solo_key] for row in _rows(run, kind)] for name, run in alone.items()}
+        for name, values in each.items():
+            np.testing.assert_allclose([row[key.format(name)] for row in ours], values, rtol=2e-5)
+        means = np.mean(list(each.values()), axis=0)
+        np.testing.assert_allclose([row[solo_key] for row in ours], means, rtol=2e-5)
+    for run in (*alone.values(), together):
+        norms = [row["grad_norm"] for row in _rows(run, "train")]
+        assert np.median(norms) > 2 * STAGE["clip_norm"]
+
+
+def test_losses_are_told_as_means_and_by_member(together):
+    for row in _rows(together, "train"):
+        assert row["loss"] == pytest.approx(np.mean([row[f"loss/{name}"] for name in STUDENTS]))
+        assert row["mfu"] > 0
+    first = _rows(together, "train")[0]
+    parts = {"loss/attention", "loss/hidden", "loss/embedding"}
+    assert {name for name in first if name.startswith("loss/")} == parts | {
+        f"loss/{name}" for name in STUDENTS
+    }
+    assert first["loss"] == pytest.approx(sum(first[name] for name in parts))
+
+
+def test_each_member_is_scored_and_exported(together, alone):
+    results = json.loads((together / "results.json").read_text())
+    described = {(m["role"], m["name"]): m for m in results["models"]}
+    teacher, *others = described
+    assert teacher == ("teacher", "2 layers × 16")
+    assert others == [(role, name) for role in ("student", "baseline") for name in STUDENTS]
+    assert results["share_kept"].keys() == STUDENTS.keys()
+    for name, run in alone.items():
+        solo = json.loads((run / "results.json").read_text())
+        assert results["share_kept"][name] == pytest.approx(solo["share_kept"])
+        for model in solo["models"][1:]:
+            ours = described[model["role"], name]
+            assert ours["by_seed"] == model["by_seed"]
+            assert ours["num_parameters"] == model["num_parameters"]
+        scores = [own["accuracy"] for own in described["student", name]["by_seed"]]
+        best = f"prediction-{name}" + ("-seed-1" if np.argmax(scores) else "")
+        weights = together / "models" / best / "model.safetensors"
+        assert (together / "hf" / name / "model.safetensors").read_bytes() == weights.read_bytes()
+        assert not (together / "hf" / name / "projection.safetensors").exists()
+    assert {path.name for path in (together / "hf").iterdir()} == STUDENTS.keys()
+
+
+def test_exports_load_in_transformers(together):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    for name, sizes in STUDENTS.items():
+        folder = together / "hf" / name
+        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        assert model.config.num_hidden_layers == sizes["num_hidden_layers"]
+        inputs = AutoTokenizer.from_pretrained(folder)(TEXTS[:4], padding=True, return_tensors="pt")
+        with torch.no_grad():
+            theirs = model(**inputs).logits.numpy()
+        config = hf_files.read_model(folder).config
+        apply, init = make_classifier(config, 2)
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        arrays = [jnp.asarray(inputs[key].numpy(), jnp.int32) for key in names]
+        arrays[1] = arrays[1] > 0
+        ours = apply(hf_files.start_params(folder, init, whole=True), *arrays).logits
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+class _Killed(BaseException):
+    pass
+
+
+def test_killed_in_every_stage_it_ends_with_the_same_bits(inputs, together, monkeypatch):
+    """Each time between a checkpoint and the next one."""
+    write = MetricLog.write
+    for stage in STAGES:
+
+        def stop(self, kind, name, step, values, stage=stage):
+            write(self, kind, name, step, values)
+            if (kind, name, step) == ("train", stage, 5):
+                raise _Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MetricLog, "write", stop)
+            with pytest.raises(_Killed):
+                _distilled(inputs, "killed", students=STUDENTS)
+    killed = _distilled(inputs, "killed", students=STUDENTS)
+    for kind in ("train", "eval"):
+        clocks = {"time", "seconds", "seconds_left", "tokens_per_second", "mfu"}
+        before, now = (
+            [{k: v for k, v in row.items() if k not in clocks} for row in _rows(run, kind)]
+            for run in (together, killed)
+        )
+        assert before == now
+    files = sorted(p.relative_to(together) for p in (together / "models").rglob("*.safetensors"))
+    assert len(files) == 4 * len(STAGES) + 8  # of both members and seeds; projections of two stages
+    for file in files:
+        assert (together / file).read_bytes() == (killed / file).read_bytes(), file
+
+
+SIZES = ModelConfig(
+    vocab_size=50,
+    num_attention_heads=2,
+    max_position_embeddings=16,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=4,
+)
+
+
+def _batch():
+    ids = jnp.ones((8, 16), jnp.int32)
+    return Batch(ids, ids > 0, ids * 0, ids[:, 0] * 0, jnp.ones(8))
+
+
+def _members():
+    return {
+        f"{n}l": SIZES.model_copy(update={"num_hidden_layers": n, "hidden_size": 8 * n})
+        for n in (1, 2)
+    }
+
+
+def test_eight_devices_equal_one():
+    made = {name: make_classifier(sizes, 2) for name, sizes in _members().items()}
+    supervised = {name: objectives.make_supervised(apply) for name, (apply, _) in made.items()}
+    optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1))
+    optimizer = family.join_optimizer(optimizer, made)
+    results = []
+    for devices, axes in ((1, {}), (8, {"fsdp": 2, "tensor": 2})):
+        mesh = sharding.make_mesh(MeshSection(**axes), jax.devices()[:devices])
+        params = {name: jax.jit(init)(jax.random.key(0)) for name, (_, init) in made.items()}
+        state = train.init_state(params, optimizer, jax.random.key(3), mesh)
+        placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+        kernel = state.params["2l"]["encoder"]["layers"]["intermediate"]["kernel"]
+        assert len({str(shard.index) for shard in kernel.addressable_shards}) == min(devices, 4)
+        objective = family.join_objectives(supervised)
+        step = train.make_train_step(objective, optimizer, lambda _: 0.1, mesh, placed, num_steps=2)
+        for _ in range(2):
+            batch = jax.device_put(_batch(), sharding.batch_sharding(mesh))
+            state, metrics = step(state, batch, ())
+        results.append(jax.device_get((state.params, metrics)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), *results)
+
+
+def _objective(sizes, apply_teacher):
+    apply, init = make_classifier(sizes, 2)
+    terms = DistillSection().terms("prediction")
+    role = distill_objective.Role(apply, "classifier", sizes.num_hidden_layers)
+    teacher = distill_objective.Role(apply_teacher, "classifier", SIZES.num_hidden_layers)
+    return distill_objective.make_distill(role, teacher, terms), init
+
+
+def test_one_teacher_pass_for_all_members(monkeypatch):
+    """Traced once; the compiled step has the FLOPs of its students and of one teacher.
+
+    What no member reads of the teacher, here all but its logits, takes no memory.
+    """
+    calls = []
+    teach, init_teacher = make_classifier(SIZES, 2)
+
+    def apply_teacher(*inputs, **options):
+        calls.append(inputs)
+        return teach(*inputs, **options)
+
+    made = {name: _objective(own, apply_teacher) for name, own in _members().items()}
+    starts = {name: {"student": init(jax.random.key(0))} for name, (_, init) in made.items()}
+    batch = _batch()
+    frozen = init_teacher(jax.random.key(1))
+    mesh = sharding.make_mesh(MeshSection())
+    # The step is lowered from outside, where no mesh can be set.
+    monkeypatch.setattr(jax, "set_mesh", lambda mesh: contextlib.nullcontext())
+
+    def compiled(*names, change=lambda objective: objective):
+        objective = change(family.join_objectives({name: made[name][0] for name in names}))
+        optimizer = family.join_optimizer(optim.make_optimizer(lambda _: 1e-3), names)
+        state = train.init_state(
+            {name: starts[name] for name in names}, optimizer, jax.random.key(0), mesh
+        )
+        placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+        step = train.make_train_step(
+            objective, optimizer, lambda _: 1e-3, mesh, placed, num_steps=2
+        )
+        calls.clear()
+        program = jax.jit(lambda *inputs: step(*inputs)).lower(state, batch, frozen).compile()
+        assert len(calls) == 1
+        return program
+
+    def only_logits(objective):
+        def targets(*inputs):
+            return objective.targets(*inputs)._replace(encoder=None)
+
+        return objective._replace(targets=targets)
+
+    programs = [compiled("1l"), compiled("2l"), compiled("1l", "2l")]
+    programs.append(jax.jit(teach).lower(frozen, *objectives.encoder_inputs(batch)).compile())
+    one, two, both, teacher = (program.cost_analysis()["flops"] for program in programs)
+    assert both == pytest.approx(one + two - teacher, rel=0.01)
+    assert teacher > 0.1 * both
+    lean = compiled("1l", "2l", change=only_logits)
+    sizes = [p.memory_analysis().temp_size_in_bytes for p in (programs[2], lean)]
+    assert sizes[0] == sizes[1]

@@ -1,0 +1,71 @@
+"""Models of several sizes that learn side by side: one batch, one pass of their teacher.
+
+Parameters, gradients and optimizer state of a family are dicts by member. What stands alone has
+the name `SOLE`, and its trees have no dict around them.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tinybert_jax.objectives import Objective
+from tinybert_jax.sections import SOLE
+
+
+def joined(by_name: Mapping[str, Any]) -> Any:
+    """What belongs to each member as one tree."""
+    return by_name[SOLE] if SOLE in by_name else dict(by_name)
+
+
+def parted(tree: Any, names: Iterable[str]) -> dict[str, Any]:
+    """What belongs to each member, by name: the inverse of `joined`."""
+    return {name: tree if name == SOLE else tree[name] for name in names}
+
+
+def join_objectives(members: Mapping[str, Objective]) -> Objective:
+    """The sum of the members' losses: no parameter is shared, so each gets its own gradient.
+
+    Members differ in their `loss` alone: batch, corruption and the teacher's pass are the first's.
+    Metrics: each part of the loss and `loss` are means over members, `loss/<name>` is a member's
+    own total.
+    """
+    if SOLE in members:
+        return members[SOLE]
+
+    def loss(params, batch, counts, key, targets):
+        each = {
+            name: member.loss(params[name], batch, counts, key, targets)
+            for name, member in members.items()
+        }
+        totals = {f"loss/{name}": total for name, (total, _) in each.items()}
+        every = jnp.stack(list(totals.values()))
+        parts = jax.tree.map(
+            lambda *values: jnp.stack(values).mean(), *(parts for _, parts in each.values())
+        )
+        return every.sum(), parts | totals | {"loss": every.mean()}
+
+    first = next(iter(members.values()))
+    return first._replace(loss=loss, members=tuple(members))
+
+
+def join_optimizer(
+    optimizer: optax.GradientTransformation, names: Iterable[str]
+) -> optax.GradientTransformation:
+    """Each member's own `optimizer`: what it clips is that member's gradient."""
+    names = tuple(names)
+    if SOLE in names:
+        return optimizer
+
+    def init(params):
+        return {name: optimizer.init(params[name]) for name in names}
+
+    def update(updates, state, params=None):
+        params = params or dict.fromkeys(names)
+        each = {name: optimizer.update(updates[name], state[name], params[name]) for name in names}
+        changes, states = ({name: both[i] for name, both in each.items()} for i in (0, 1))
+        return changes, states
+
+    return optax.GradientTransformation(init, update)
