@@ -19,7 +19,7 @@ LEVELS = [
     ["data", "convert", "checkpoint"],
     ["distill", "evaluate"],
     ["objectives", "checks", "inference", "export"],
-    ["distill_objective", "family"],
+    ["distill_objective", "family", "inputs"],
     ["train", "loop"],
     ["run"],
     ["feed"],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bad_world import LABELS, TEXTS, change
+from bad_world import LABELS, STAGE, TEXTS, change
 
 from tinybert_jax import config
 from tinybert_jax.run import open_run
@@ -85,6 +85,17 @@ def test_predict_wants_one_source(world):
     out = ("-o", str(world.folder / "out.jsonl"))
     world.fails("predict", model, world.dev, "-t", "x", *out, naming=(*named, "both"))
     world.fails("predict", model, *out, naming=(*named, "neither"))
+
+
+def test_all_missing_inputs_are_told_at_once(world):
+    path = world.distil(
+        teacher={"path": str(world.folder / "no-teacher")},
+        task={"train": str(world.folder / "no-text.tsv")},
+        general=dict(STAGE),
+        corpus={"files": [str(world.folder / "no-corpus.txt")]},
+    )
+    message = world.fails("run", path, naming=("no-teacher", "no-text.tsv", "no-corpus.txt"))
+    assert message.count("\n") == 3
 
 
 @pytest.mark.parametrize("command", ["predict", "evaluate"])

@@ -14,19 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from pydantic import ValidationError
 
 from tinybert_jax import checks, cost, host, sharding
 from tinybert_jax import config as configs
-from tinybert_jax.convert import hf_files, hf_folder
-from tinybert_jax.data import vocab
+from tinybert_jax.convert import hf_files
 from tinybert_jax.data.pipeline import tokenize_task
-from tinybert_jax.data.store import Store, open_store
-from tinybert_jax.data.tasks import TaskData, read_corpus, read_task, split_heldout
+from tinybert_jax.data.store import Store
+from tinybert_jax.data.tasks import TaskData
 from tinybert_jax.evaluate import Judge, majority_share, make_scorer, task_metrics
+from tinybert_jax.inputs import read_inputs
 from tinybert_jax.log import MetricLog
 from tinybert_jax.model.heads import make_classifier
-from tinybert_jax.sections import SOLE, ModelConfig, RunConfig, Student, StudentSection
+from tinybert_jax.sections import SOLE, ModelConfig, RunConfig, Student
 from tinybert_jax.stage_sections import StageSection
 
 
@@ -157,7 +156,16 @@ def read_run(config: RunConfig, stages: Sequence[str]) -> Run:
         )
     folder = Path(config.run_dir).expanduser().resolve()
     checks.check_folder(folder, config)
-    run = _read_inputs(config, folder)
+    inputs = read_inputs(config, folder)
+    run = Run(
+        config=config,
+        folder=folder,
+        mesh=sharding.make_mesh(config.mesh),
+        log=MetricLog(folder / "metrics.jsonl"),
+        **{name: value for name, value in inputs._asdict().items() if name != "text"},
+        **inputs.text._asdict(),
+        peak_flops=np.nan,  # measured once the run is sure to start
+    )
     _check(run, stages)
     return run
 
@@ -228,73 +236,6 @@ def publish(run: Run, models: Mapping[str, Path]) -> Path:
     partial.rename(product)
     shutil.rmtree(before, ignore_errors=True)
     return product
-
-
-def _read_inputs(config: RunConfig, folder: Path) -> Run:
-    mesh = sharding.make_mesh(config.mesh)
-    corpus, heldout, stores, heldout_store = (), (), (), None
-    if config.corpus and config.corpus.stores:
-        stores = tuple(
-            (open_store(path), share) for path, share in sorted(config.corpus.stores.items())
-        )
-        if config.corpus.heldout_store:
-            heldout_store = open_store(config.corpus.heldout_store)
-    elif config.corpus:
-        corpus, heldout = split_heldout(read_corpus(config.corpus), config.corpus.heldout_share)
-    task = read_task(config.task) if config.task else None
-    # Before its tokenizer: transformers reads config.json too, and fails less clearly.
-    given = hf_files.read_model(config.teacher.path).config if config.teacher.path else None
-    tokenizer = _make_tokenizer(config, folder, corpus)
-    teacher = given or _fresh_teacher(config, tokenizer)
-    return Run(
-        config=config,
-        folder=folder,
-        mesh=mesh,
-        log=MetricLog(folder / "metrics.jsonl"),
-        tokenizer=tokenizer,
-        teacher=teacher,
-        students=tuple(_read_student(*pair, teacher) for pair in config.family.items()),
-        task=task,
-        corpus=corpus,
-        heldout=heldout,
-        stores=stores,
-        heldout_store=heldout_store,
-        peak_flops=np.nan,  # measured once the run is sure to start
-    )
-
-
-def _make_tokenizer(config: RunConfig, folder: Path, corpus: Sequence[str]) -> Any:
-    if (folder / "tokenizer").is_dir():
-        return hf_folder.load_tokenizer(folder / "tokenizer")
-    section = config.tokenizer
-    if section.vocab_size:
-        return vocab.train_wordpiece(
-            corpus, vocab_size=section.vocab_size, lowercase=section.lowercase
-        )
-    folder_of_pieces = section.path or config.teacher.path
-    assert folder_of_pieces is not None  # the config has one of the three
-    return hf_folder.load_tokenizer(folder_of_pieces)
-
-
-def _fresh_teacher(config: RunConfig, tokenizer: Any) -> ModelConfig:
-    ours = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    return _sized({**config.teacher.sizes(), **ours}, "teacher")
-
-
-def _read_student(name: str, section: StudentSection, teacher: ModelConfig) -> Student:
-    student = Student(name, section, teacher)
-    if section.path:
-        with checks.naming(student.origin):
-            return student._replace(sizes=hf_files.read_model(section.path).config)
-    inherited = teacher.model_dump(exclude={"num_hidden_layers", "initializer_range"})
-    return student._replace(sizes=_sized({**inherited, **section.sizes()}, student.origin))
-
-
-def _sized(fields: dict[str, Any], origin: str) -> ModelConfig:
-    try:
-        return ModelConfig(**fields)
-    except ValidationError as error:
-        raise ValueError(f"{origin}: {error.errors()[0]['msg']}") from None
 
 
 def _check(run: Run, stages: Sequence[str]) -> None:

@@ -14,11 +14,9 @@ from pydantic import ValidationError
 
 from tinybert_jax.convert import hf_map
 from tinybert_jax.convert.hf_folder import find_folder, save_tokenizer
+from tinybert_jax.convert.hf_tensors import WEIGHTS, read_json, read_tensors
 from tinybert_jax.sections import ModelConfig
 from tinybert_jax.tree import flatten, unflatten
-
-_INDEX = "model.safetensors.index.json"
-_WEIGHTS = "model.safetensors"
 
 
 class HfModel(NamedTuple):
@@ -43,9 +41,9 @@ class Loaded(NamedTuple):
 def read_model(path: str | Path) -> HfModel:
     """Reads and checks a local folder or a hub id; touches no device."""
     folder = find_folder(path)
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     config, names = _model_config(raw, folder), _label_names(raw, folder)
-    model = HfModel(folder, config, names, raw.get("problem_type"), _read_tensors(folder))
+    model = HfModel(folder, config, names, raw.get("problem_type"), read_tensors(folder))
     if "classifier.weight" not in model.tensors:
         return model
     return _with_head(model, raw.get("architectures") or [])
@@ -211,7 +209,7 @@ def save_model(
         save_tokenizer(tokenizer, partial, config.max_position_embeddings)
         text = json.dumps(settings, indent=2) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
-        save_file(hf_map.to_hf(flat), str(partial / _WEIGHTS), metadata={"format": "pt"})
+        save_file(hf_map.to_hf(flat), str(partial / WEIGHTS), metadata={"format": "pt"})
         for name, write in (extra or {}).items():
             write(partial / name)
         mode = (
@@ -349,60 +347,6 @@ def _replace(folder: Path, new: Path) -> None:
     except OSError:
         old.rename(folder)
         raise
-
-
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    index = folder / _INDEX
-    if not index.is_file():
-        return _read_file(folder / _WEIGHTS)
-    weight_map = _read_json(index).get("weight_map", {})
-    tensors: dict[str, np.ndarray] = {}
-    for name in sorted(set(weight_map.values())):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index}: expected plain .safetensors file names, got '{name}'")
-        part = _read_file(folder / name)
-        expected = {tensor for tensor, file in weight_map.items() if file == name}
-        if set(part) != expected:
-            difference = sorted(set(part) ^ expected)[:4]
-            raise ValueError(f"{folder / name}: does not fit its index, differs in {difference}")
-        tensors |= part
-    return tensors
-
-
-def _read_file(file: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError, safe_open
-
-    if not file.is_file():
-        others = sorted(p.name for p in file.parent.glob("*.bin"))
-        hint = f"; {others} are pickles, which are not read: load the folder in transformers and "
-        hint = hint + "write it with save_pretrained" if others else ""
-        raise ValueError(f"{file.parent}: expected {file.name}, found none{hint}")
-    try:
-        with safe_open(str(file), framework="numpy") as opened:
-            return {name: _as_float32(opened, name) for name in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file}: expected a whole safetensors file, got: {error}; copy it again"
-        ) from error
-
-
-def _as_float32(opened: Any, name: str) -> np.ndarray:
-    """bfloat16 and float16 widen to fp32 without loss; integer buffers stay."""
-    array = opened.get_tensor(name)
-    is_integer = np.issubdtype(array.dtype, np.integer) or array.dtype == np.bool_
-    return array if is_integer else array.astype(np.float32)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"{file.parent}: expected {file.name}, found none")
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: expected JSON, got: {error}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(tree).__name__}")
-    return tree
 
 
 def _compare(folder: Path, flat: Mapping[str, np.ndarray], config: ModelConfig) -> None:

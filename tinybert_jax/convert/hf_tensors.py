@@ -1,0 +1,65 @@
+"""Reads the files of a Hugging Face model folder: safetensors, whole or in shards, and JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors by name, floats as fp32; raises ValueError naming the file that is wrong."""
+    index = folder / INDEX
+    if not index.is_file():
+        return _read_file(folder / WEIGHTS)
+    weight_map = read_json(index).get("weight_map", {})
+    tensors: dict[str, np.ndarray] = {}
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: expected plain .safetensors file names, got '{name}'")
+        part = _read_file(folder / name)
+        expected = {tensor for tensor, file in weight_map.items() if file == name}
+        if set(part) != expected:
+            difference = sorted(set(part) ^ expected)[:4]
+            raise ValueError(f"{folder / name}: does not fit its index, differs in {difference}")
+        tensors |= part
+    return tensors
+
+
+def _read_file(file: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        others = sorted(p.name for p in file.parent.glob("*.bin"))
+        hint = f"; {others} are pickles, which are not read: load the folder in transformers and "
+        hint = hint + "write it with save_pretrained" if others else ""
+        raise ValueError(f"{file.parent}: expected {file.name}, found none{hint}")
+    try:
+        with safe_open(str(file), framework="numpy") as opened:
+            return {name: _as_float32(opened, name) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file}: expected a whole safetensors file, got: {error}; copy it again"
+        ) from error
+
+
+def _as_float32(opened: Any, name: str) -> np.ndarray:
+    """bfloat16 and float16 widen to fp32 without loss; integer buffers stay."""
+    array = opened.get_tensor(name)
+    is_integer = np.issubdtype(array.dtype, np.integer) or array.dtype == np.bool_
+    return array if is_integer else array.astype(np.float32)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"{file.parent}: expected {file.name}, found none")
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: expected JSON, got: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(tree).__name__}")
+    return tree

@@ -1,0 +1,112 @@
+"""The inputs of a run, as its config names them: read, not yet checked against one another."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from tinybert_jax import checks
+from tinybert_jax.convert import hf_files, hf_folder
+from tinybert_jax.data import vocab
+from tinybert_jax.data.store import Store, open_store
+from tinybert_jax.data.tasks import TaskData, read_corpus, read_task, split_heldout
+from tinybert_jax.sections import (
+    CorpusSection,
+    ModelConfig,
+    RunConfig,
+    Student,
+    StudentSection,
+)
+
+
+class Text(NamedTuple):
+    """The corpus: as documents, or as token stores."""
+
+    corpus: tuple[str, ...] = ()
+    heldout: tuple[str, ...] = ()  # documents of the corpus that no stage trains on
+    stores: tuple[tuple[Store, float], ...] = ()  # each with its weight
+    heldout_store: Store | None = None
+
+
+class Inputs(NamedTuple):
+    tokenizer: Any
+    teacher: ModelConfig
+    students: tuple[Student, ...]
+    task: TaskData | None
+    text: Text
+
+
+def read_inputs(config: RunConfig, folder: Path) -> Inputs:
+    """All that the config names; a tokenizer that the run folder holds already comes from there.
+
+    Raises one ValueError that tells of every input that cannot be read, a line each.
+    """
+    # The teacher before its tokenizer: transformers reads config.json too, and fails less clearly.
+    path = config.teacher.path
+    given, task, text = _read_all(
+        lambda: hf_files.read_model(path).config if path else None,
+        lambda: read_task(config.task) if config.task else None,
+        lambda: _read_text(config.corpus),
+    )
+    tokenizer = _make_tokenizer(config, folder, text.corpus)
+    teacher = given or _fresh_teacher(config, tokenizer)
+    students = tuple(_read_student(*pair, teacher) for pair in config.family.items())
+    return Inputs(tokenizer, teacher, students, task, text)
+
+
+def _read_all(*readers: Callable[[], Any]) -> list[Any]:
+    """What each of them reads; raises one ValueError of all that cannot be read, a line each."""
+    results, mistakes = [], []
+    for read in readers:
+        try:
+            results.append(read())
+        except ValueError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    return results
+
+
+def _read_text(section: CorpusSection | None) -> Text:
+    if section is None:
+        return Text()
+    if not section.stores:
+        return Text(*split_heldout(read_corpus(section), section.heldout_share))
+    stores = tuple((open_store(path), share) for path, share in sorted(section.stores.items()))
+    heldout = open_store(section.heldout_store) if section.heldout_store else None
+    return Text(stores=stores, heldout_store=heldout)
+
+
+def _make_tokenizer(config: RunConfig, folder: Path, corpus: Sequence[str]) -> Any:
+    if (folder / "tokenizer").is_dir():
+        return hf_folder.load_tokenizer(folder / "tokenizer")
+    section = config.tokenizer
+    if section.vocab_size:
+        return vocab.train_wordpiece(
+            corpus, vocab_size=section.vocab_size, lowercase=section.lowercase
+        )
+    folder_of_pieces = section.path or config.teacher.path
+    assert folder_of_pieces is not None  # the config has one of the three
+    return hf_folder.load_tokenizer(folder_of_pieces)
+
+
+def _fresh_teacher(config: RunConfig, tokenizer: Any) -> ModelConfig:
+    ours = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    return _sized({**config.teacher.sizes(), **ours}, "teacher")
+
+
+def _read_student(name: str, section: StudentSection, teacher: ModelConfig) -> Student:
+    student = Student(name, section, teacher)
+    if section.path:
+        with checks.naming(student.origin):
+            return student._replace(sizes=hf_files.read_model(section.path).config)
+    inherited = teacher.model_dump(exclude={"num_hidden_layers", "initializer_range"})
+    return student._replace(sizes=_sized({**inherited, **section.sizes()}, student.origin))
+
+
+def _sized(fields: dict[str, Any], origin: str) -> ModelConfig:
+    try:
+        return ModelConfig(**fields)
+    except ValidationError as error:
+        raise ValueError(f"{origin}: {error.errors()[0]['msg']}") from None
