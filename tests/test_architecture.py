@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "tinybert_jax"
 LEVELS = [
-    ["presets", "fields", "cost", "log", "tree", "metrics", "charts", "host"],
+    ["presets", "fields", "cost", "log", "tree", "metrics", "charts", "host", "best"],
     ["stage_sections", "objective_sections"],
     ["needs"],
     ["sections", "report_style"],

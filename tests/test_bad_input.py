@@ -93,9 +93,13 @@ def test_all_missing_inputs_are_told_at_once(world):
         task={"train": str(world.folder / "no-text.tsv")},
         general=dict(STAGE),
         corpus={"files": [str(world.folder / "no-corpus.txt")]},
+        student=None,
+        students={name: {"path": str(world.folder / f"no-{name}")} for name in ("one", "two")},
+        tokenizer={"path": str(world.folder / "no-tokenizer")},
     )
-    message = world.fails("run", path, naming=("no-teacher", "no-text.tsv", "no-corpus.txt"))
-    assert message.count("\n") == 3
+    named = ("no-teacher", "no-text.tsv", "no-corpus.txt", "students.one", "students.two")
+    message = world.fails("run", path, naming=(*named, "no-tokenizer"))
+    assert message.count("\n") == 6
 
 
 @pytest.mark.parametrize("command", ["predict", "evaluate"])

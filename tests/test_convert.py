@@ -230,6 +230,16 @@ def test_head_of_another_size_is_refused_or_makes_way_for_a_fresh_one(original, 
     assert "classifier/kernel" in said and "not used: classifier." in said
 
 
+def test_a_head_of_other_labels_makes_way_for_a_fresh_one(original, capsys):
+    _, init = make_classifier(CONFIG, 3)
+    theirs = flatten(hf_files.start_params(original[0], init, label_names=NAMES))
+    assert capsys.readouterr().out == ""
+    other = flatten(hf_files.start_params(original[0], init, label_names=("x", "y", "z")))
+    assert not np.array_equal(other["classifier/kernel"], theirs["classifier/kernel"])
+    assert np.array_equal(other["encoder/pooler/kernel"], theirs["encoder/pooler/kernel"])
+    assert "not used: classifier." in capsys.readouterr().out
+
+
 # Weights that are not those of the configured BERT.
 
 EYE = np.eye(SIZES["hidden_size"], dtype=np.float32)

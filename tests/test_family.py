@@ -111,7 +111,7 @@ def _distilled(inputs, name, **students):
         num_seeds=2,
         general=STAGE,
         intermediate={**STAGE, "batching": "pack"},
-        prediction={**judged, "average_decay": 0.5},
+        prediction={**judged, "average_decay": 0.5, "gradient_accumulation_steps": 2},
         baseline=judged,
         distillation={"projection": "per_layer"},
         **students,
@@ -263,8 +263,12 @@ SIZES = ModelConfig(
 
 
 def _batch():
-    ids = jnp.ones((8, 16), jnp.int32)
-    return Batch(ids, ids > 0, ids * 0, ids[:, 0] * 0, jnp.ones(8))
+    """No two rows alike: of other words, lengths, labels and weights."""
+    rng = np.random.default_rng(0)
+    ids = jnp.asarray(rng.integers(5, SIZES.vocab_size, (8, 16)), jnp.int32)
+    real = jnp.arange(16) < jnp.arange(9, 17)[:, None]
+    labels = jnp.asarray(rng.integers(0, 2, 8), jnp.int32)
+    return Batch(ids * real, real, ids * 0, labels, jnp.linspace(0.5, 1.5, 8))
 
 
 def _members():

@@ -405,6 +405,16 @@ def make_family():
     return make_results(models=models, share_kept=kept)
 
 
+def test_a_family_s_own_losses_are_no_parts_of_their_mean(tmp_path):
+    names = [f"loss/{name}" for name in ("small", "<large>", "middle")]
+    rows = [row | dict.fromkeys(names, row["loss"]) for row in train_rows()]
+    page = render(tmp_path, make_family(), rows)
+    assert "Loss, mean of the students" in page.text and "Loss of each student" in page.text
+    keys = [a["class"] for tag, a in page.tags if tag == "i" and "key c" in a.get("class", "")]
+    assert all(key.split()[1] in [f"c{i}" for i in range(7)] for key in keys)
+    assert len(keys) == len([k for k in rows[0] if k.startswith("loss")])
+
+
 def test_a_family_is_a_column_a_member_and_a_plot_of_score_and_cost(tmp_path):
     page = render(tmp_path, make_family())
     assert (

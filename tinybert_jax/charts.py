@@ -22,6 +22,11 @@ class Series(NamedTuple):
     color: int = 0
     mean: Sequence[Point] = ()
 
+    @property
+    def color_class(self) -> str:
+        """The CSS class of its colour; beyond the last the colours begin again."""
+        return f"c{self.color % NUM_COLORS}"
+
 
 class Axis(NamedTuple):
     """A data range, the ticks inside it and their labels."""
@@ -153,7 +158,7 @@ def _drawing(frame: Frame, description: str, marks: Sequence[str]) -> str:
 
 
 def _curve(series: Series, place: Callable[[Point], Point]) -> Iterator[str]:
-    color = f"c{series.color % NUM_COLORS}"
+    color = series.color_class
     points = [place(p) for p in thin(series.points)]
     if len(points) > 1:
         faint = " faint" if series.mean else ""

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import select
 import shlex
 import signal
 import sys
@@ -37,12 +38,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = arguments.act(arguments, shlex.join(["tinybert", *argv])) or 0
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except (ValueError, FloatingPointError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + signal.SIGPIPE
         print(f"tinybert: {error}", file=sys.stderr)
         return 2
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is what is broken: `head`, perhaps, has seen enough."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    with open(os.devnull, "w") as nowhere:  # or Python complains of the same at its end
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    return True
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

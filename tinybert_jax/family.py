@@ -17,6 +17,7 @@ from tinybert_jax.sections import SOLE
 
 def joined(by_name: Mapping[str, Any]) -> Any:
     """What belongs to each member as one tree."""
+    assert SOLE not in by_name or len(by_name) == 1
     return by_name[SOLE] if SOLE in by_name else dict(by_name)
 
 
@@ -63,9 +64,10 @@ def join_optimizer(
         return {name: optimizer.init(params[name]) for name in names}
 
     def update(updates, state, params=None):
-        params = params or dict.fromkeys(names)
-        each = {name: optimizer.update(updates[name], state[name], params[name]) for name in names}
-        changes, states = ({name: both[i] for name, both in each.items()} for i in (0, 1))
+        assert params is not None
+        changes, states = {}, {}
+        for name in names:
+            changes[name], states[name] = optimizer.update(updates[name], state[name], params[name])
         return changes, states
 
     return optax.GradientTransformation(init, update)

@@ -1,5 +1,6 @@
 """The inputs of a run, as its config names them: read, not yet checked against one another."""
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ from pydantic import ValidationError
 
 from tinybert_jax import checks
 from tinybert_jax.convert import hf_files, hf_folder
+from tinybert_jax.convert.hf_folder import find_folder
 from tinybert_jax.data import vocab
 from tinybert_jax.data.store import Store, open_store
 from tinybert_jax.data.tasks import TaskData, read_corpus, read_task, split_heldout
@@ -17,6 +19,7 @@ from tinybert_jax.sections import (
     RunConfig,
     Student,
     StudentSection,
+    student_origin,
 )
 
 
@@ -42,16 +45,24 @@ def read_inputs(config: RunConfig, folder: Path) -> Inputs:
 
     Raises one ValueError that tells of every input that cannot be read, a line each.
     """
-    # The teacher before its tokenizer: transformers reads config.json too, and fails less clearly.
-    path = config.teacher.path
-    given, task, text = _read_all(
-        lambda: hf_files.read_model(path).config if path else None,
+    # Models before the tokenizer: transformers reads config.json too, and fails less clearly.
+    given, _, *sizes, task, text, _ = _read_all(
+        lambda: _read_sizes("teacher", config.teacher.path),
+        lambda: _read_sizes("teacher.finetuned", config.teacher.finetuned),
+        *(
+            functools.partial(_read_sizes, student_origin(name), section.path)
+            for name, section in config.family.items()
+        ),
         lambda: read_task(config.task) if config.task else None,
         lambda: _read_text(config.corpus),
+        lambda: find_folder(config.tokenizer.path) if config.tokenizer.path else None,
     )
     tokenizer = _make_tokenizer(config, folder, text.corpus)
     teacher = given or _fresh_teacher(config, tokenizer)
-    students = tuple(_read_student(*pair, teacher) for pair in config.family.items())
+    students = tuple(
+        Student(name, section, own or _student_sizes(name, section, teacher))
+        for (name, section), own in zip(config.family.items(), sizes, strict=True)
+    )
     return Inputs(tokenizer, teacher, students, task, text)
 
 
@@ -96,13 +107,16 @@ def _fresh_teacher(config: RunConfig, tokenizer: Any) -> ModelConfig:
     return _sized({**config.teacher.sizes(), **ours}, "teacher")
 
 
-def _read_student(name: str, section: StudentSection, teacher: ModelConfig) -> Student:
-    student = Student(name, section, teacher)
-    if section.path:
-        with checks.naming(student.origin):
-            return student._replace(sizes=hf_files.read_model(section.path).config)
+def _read_sizes(origin: str, path: str | None) -> ModelConfig | None:
+    if path is None:
+        return None
+    with checks.naming(origin):
+        return hf_files.read_model(path).config
+
+
+def _student_sizes(name: str, section: StudentSection, teacher: ModelConfig) -> ModelConfig:
     inherited = teacher.model_dump(exclude={"num_hidden_layers", "initializer_range"})
-    return student._replace(sizes=_sized({**inherited, **section.sizes()}, student.origin))
+    return _sized({**inherited, **section.sizes()}, student_origin(name))
 
 
 def _sized(fields: dict[str, Any], origin: str) -> ModelConfig:

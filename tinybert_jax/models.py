@@ -50,7 +50,7 @@ class TinyBertModel:
         source = hf_files.read_model(path)
         names = tuple(label_names or ()) or source.label_names
         theirs = source.label_names if "classifier.weight" in source.tensors else None
-        is_named = theirs and not all(name.startswith("LABEL_") for name in theirs)
+        is_named = theirs and not hf_files.is_unnamed(theirs)
         if theirs and names != theirs and (is_named or len(names or ()) != len(theirs)):
             raise ValueError(
                 f"label_names: expected those of the head in {path}, {list(theirs)}, got "

@@ -77,6 +77,8 @@ def _needs_of_names(config: Any) -> Iterator[str]:
             rule = "up to 64 letters, digits, - and _, the first a letter or a digit"
         elif re.search(r"(^|-)seed-\d+$", name):
             rule = "another end than seed-<number>, which a seed's folder has"
+        elif name == "layers":
+            rule = "another name than layers, which is that of a model's own parameters"
         elif re.fullmatch(rf"({'|'.join([*TERM_NAMES, 'soft'])})(_\d+)?", name):
             rule = "another name than a term's, which is that of a part of the loss"
         elif name.lower() in [other.lower() for other in names[:place]]:

@@ -106,7 +106,7 @@ def _training(stages: list[Stage], results: dict, num_unreadable: int) -> str:
 
 
 def _stage(index: int, stage: Stage, results: dict) -> str:
-    figures = [f for f in (_loss_figure(stage), *_small_figures(stage, results)) if f]
+    figures = [f for f in (*_loss_figures(stage, results), *_small_figures(stage, results)) if f]
     if not stage.evals:
         figures.append(_note("No evaluation in this stage."))
     num_dropped = sum(
@@ -145,9 +145,14 @@ def _summary(stage: Stage, results: dict) -> str:
     return f"<dl>{items}</dl>"
 
 
-def _loss_figure(stage: Stage) -> str:
-    """The total in ink, its parts, and the loss on the evaluation set to show overfitting."""
-    parts = [k for k in _keys(stage.train) if k.startswith("loss/")]
+def _loss_figures(stage: Stage, results: dict) -> Iterator[str]:
+    """The total in ink, its parts, and the loss on the evaluation set to show overfitting.
+
+    Of a family these are means over its students; each one's own total is in a figure of its own.
+    """
+    names = {f"loss/{model.get('name')}" for model in students_of(results)}
+    keys = [k for k in _keys(stage.train) if k.startswith("loss/")]
+    parts, totals = [k for k in keys if k not in names], [k for k in keys if k in names]
     series = []
     for color, key in enumerate(["loss", *parts]):
         points = _points(stage.train, key)
@@ -158,7 +163,12 @@ def _loss_figure(stage: Stage) -> str:
     held_out = _points(stage.evals, "loss")
     if held_out:
         series.append(Series("evaluation set", held_out, len(series) or 1))
-    return _figure("Loss", series, LARGE) if series else ""
+    if series:
+        yield _figure("Loss, mean of the students" if totals else "Loss", series, LARGE)
+    if totals:
+        each = [(key.removeprefix("loss/"), _points(stage.train, key)) for key in totals]
+        series = [_series(name, points, color) for color, (name, points) in enumerate(each)]
+        yield _figure("Loss of each student", series, LARGE)
 
 
 def _small_figures(stage: Stage, results: dict) -> Iterator[str]:
@@ -216,7 +226,7 @@ def _figure(
 def _legend(series: list[Series], best: Point | None) -> str:
     """One key per curve with its last value, and the best point of the first curve."""
     keys = "".join(
-        f'<li><i class="key c{s.color}"></i>{html.escape(s.label)} <b>{si(_last(s))}</b></li>'
+        f'<li><i class="key {s.color_class}"></i>{html.escape(s.label)} <b>{si(_last(s))}</b></li>'
         for s in series
     )
     if best:

@@ -217,8 +217,8 @@ def _seeds_note(results: dict[str, Any]) -> str:
 
     return (
         f'<p class="note">Scores over seeds, with the standard deviation of the '
-        f"{html.escape(metric_name(metric))}: {'; '.join(described(m) for m in several)}. The "
-        "model of the best seed is the one exported, and the one whose confusion is shown.</p>"
+        f"{html.escape(metric_name(metric))}: {'; '.join(described(m) for m in several)}. Of "
+        "what is exported or shown as confusion it is the model of the best seed.</p>"
     )
 
 

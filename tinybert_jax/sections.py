@@ -130,8 +130,12 @@ class Student(NamedTuple):
 
     @property
     def origin(self) -> str:
-        """Where the config has it."""
-        return f"students.{self.name}" if self.name else "student"
+        return student_origin(self.name)
+
+
+def student_origin(name: str) -> str:
+    """Where the config has the student of that name."""
+    return "student" if name == SOLE else f"students.{name}"
 
 
 class TokenizerSection(Section):
@@ -327,10 +331,8 @@ class RunConfig(Section):
 
     def seeds(self, stage: str) -> tuple[int, ...]:
         """The seed of each model that a stage trains; one teacher is pretrained."""
-        count = 1 if stage == "pretrain" else self.num_seeds
-        if stage == "finetune" and self.finetune is not None:
-            count = self.finetune.num_seeds
-        return tuple(range(self.seed, self.seed + count))
+        teachers = {"pretrain": 1, "finetune": self.finetune.num_seeds if self.finetune else 1}
+        return tuple(range(self.seed, self.seed + teachers.get(stage, self.num_seeds)))
 
     @model_validator(mode="after")
     def _stages_have_what_they_need(self) -> "RunConfig":

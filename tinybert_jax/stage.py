@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tinybert_jax import checkpoint, family, host, loop, optim, sharding, train
+from tinybert_jax import best, checkpoint, family, host, loop, optim, sharding, train
 from tinybert_jax.data import loader
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.evaluate import Judge
@@ -239,33 +239,24 @@ class _Judge:
         self.run.log.say(f"{name:<12} {step:>6}/{self.num_steps}  {text}: {shown}")
 
     def _keep(self, step: int, state: train.TrainState, scores: dict[str, list[float]]) -> bool:
-        """Keeps each model's best parameters; True where none got better for too long.
+        """Keeps each model's best parameters; True where no member is still getting better.
 
-        A member whose patience is out keeps what it has, as if it had stopped alone.
+        The best of a member whose patience is out is frozen; it trains on with the others.
         """
-        fresh = {
-            "best_scores": family.joined({n: [-np.inf] * len(own) for n, own in scores.items()}),
-            "evals_since_best": family.joined(dict.fromkeys(scores, 0)),
-        }
-        known = {**fresh, **self.progress}
-        before, waited = (family.parted(known[name], scores) for name in fresh)
-        patience = self.training.section.patience or np.inf
-        is_better = {
-            name: np.greater(own, before[name]) & (waited[name] < patience)
-            for name, own in scores.items()
-        }
-        if any(flags.any() for flags in is_better.values()):
-            is_all = all(flags.all() for flags in is_better.values())
-            best = state.evaluated if is_all else self._merged(state, is_better)
-            checkpoint.save(self.folder / "best", step, best, {}, keep=3)
-            kept = {
-                name: np.where(flags, scores[name], before[name]).tolist()
-                for name, flags in is_better.items()
-            }
-            self.progress |= {"best_scores": family.joined(kept), "best_step": step}
-        waited = {n: 0 if flags.any() else waited[n] + 1 for n, flags in is_better.items()}
-        self.progress["evals_since_best"] = family.joined(waited)
-        if min(waited.values()) >= patience:
+        names = ("best_scores", "evals_since_best")
+        known = [
+            family.parted(self.progress[name], scores) if name in self.progress else None
+            for name in names
+        ]
+        standing = best.judge(scores, *known, self.training.section.patience)
+        flags = standing.is_better
+        if any(own.any() for own in flags.values()):
+            is_all = all(own.all() for own in flags.values())
+            kept = state.evaluated if is_all else self._merged(state, flags)
+            checkpoint.save(self.folder / "best", step, kept, {}, keep=3)
+            self.progress["best_step"] = step
+        self.progress |= {name: family.joined(getattr(standing, name)) for name in names}
+        if standing.is_over:
             self.progress["stopped"] = True
         return bool(self.progress.get("stopped"))
 

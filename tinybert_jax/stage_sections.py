@@ -197,5 +197,5 @@ class FinetuneSection(SupervisedSection):
     num_seeds: PositiveInt = Field(
         1,
         description="teachers that are trained side by side, from seeds seed, seed + 1, …, in the "
-        "same batches: the best by dev score is the one that teaches and is exported",
+        "same batches: the best by dev score teaches, or is exported where no student is",
     )

@@ -53,6 +53,11 @@ def has_classifier(path: str | Path) -> bool:
     return "classifier.weight" in read_model(path).tensors
 
 
+def is_unnamed(label_names: Sequence[str]) -> bool:
+    """Whether these are transformers' placeholders, which say nothing of the task."""
+    return all(name.startswith("LABEL_") for name in label_names)
+
+
 def load_params(
     model: HfModel, abstract: Mapping[str, Any], init: Callable[[], Mapping[str, Any]]
 ) -> Loaded:
@@ -127,12 +132,13 @@ def start_params(
     key: Any = None,
     *,
     whole: bool = False,
+    label_names: tuple[str, ...] | None = None,
 ) -> dict[str, Any]:
     """What a stage starts from: a folder's weights, fresh where it has none; no path: `init(key)`.
 
-    A head with another number of labels makes way for a fresh one; what is not used is told.
-    `whole`: such a head is refused, and missing weights are, except the pooler's where there is no
-    classifier to read it.
+    A head of other labels than `label_names` (or of another number of them) makes way for a fresh
+    one; what is not used is told. `whole`: a head of another number is refused, and missing
+    weights are, except the pooler's where there is no classifier to read it.
     """
     import jax
 
@@ -140,7 +146,7 @@ def start_params(
     fresh = jax.jit(init)
     if path is None:
         return fresh(key)
-    loaded = _load_start(path, jax.eval_shape(init, key), lambda: fresh(key), whole)
+    loaded = _load_start(path, jax.eval_shape(init, key), lambda: fresh(key), whole, label_names)
     absent = _absent(path, loaded, whole)
     if absent:
         print(f"{path}: no weights for {', '.join(absent)}: they start fresh", flush=True)
@@ -154,10 +160,13 @@ def _load_start(
     abstract: Mapping[str, Any],
     init: Callable[[], Mapping[str, Any]],
     whole: bool,
+    label_names: tuple[str, ...] | None = None,
 ) -> Loaded:
     model = read_model(path)
     shapes = {name: tuple(leaf.shape) for name, leaf in flatten(abstract).items()}
-    if whole or _head_fits(model, shapes):
+    theirs = model.label_names if "classifier.weight" in model.tensors else None
+    is_known = theirs is None or label_names is None or is_unnamed(theirs)
+    if whole or _head_fits(model, shapes) and (is_known or theirs == label_names):
         return load_params(model, abstract, init)
     head = [name for name in model.tensors if name.startswith("classifier.")]
     rest = {name: array for name, array in model.tensors.items() if name not in head}

@@ -25,7 +25,7 @@ def fail_missing(path: str) -> NoReturn:
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, 1, 0.6)
+    close = difflib.get_close_matches(name, names, 1)
     return f"did you mean {close[0]!r}?" if close else "check the name"
 
 

@@ -52,9 +52,8 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
         teacher = hf_files.start_params(_teacher_folder(run, stage), teacher_init, whole=True)
 
     # Students, each from a stage before where there is one.
-    members = {}
+    members, kind = {}, model_kind(terms)
     for student in run.students:
-        kind = model_kind(terms)
         apply, init = _make_model(run, kind, with_dropout(student.sizes, section))
         objective = make_distill(
             Role(apply, kind, student.sizes.num_hidden_layers),
@@ -157,7 +156,8 @@ def _start(
     key: jax.Array,
 ) -> tuple[Params, np.ndarray | None]:
     """(student, the directions of its embeddings in the teacher's, where it starts from them)."""
-    params = hf_files.start_params(start, init, key)
+    label_names = run.task.label_names if run.task else None
+    params = hf_files.start_params(start, init, key, label_names=label_names)
     if start is not None or student.section.init != "teacher_embeddings":
         return params, None
     if not teacher:  # no term reads one

@@ -66,6 +66,6 @@ def _member(
         make_supervised(
             apply, regression=run.is_regression, label_smoothing=section.label_smoothing
         ),
-        lambda key, _: hf_files.start_params(start, init, key),
+        lambda key, _: hf_files.start_params(start, init, key, label_names=run.data.label_names),
         dev_judge(run, apply, section),
     )
