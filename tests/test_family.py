@@ -266,7 +266,7 @@ def _batch():
     """No two rows alike: of other words, lengths, labels and weights."""
     rng = np.random.default_rng(0)
     ids = jnp.asarray(rng.integers(5, SIZES.vocab_size, (8, 16)), jnp.int32)
-    real = jnp.arange(16) < jnp.arange(9, 17)[:, None]
+    real = jnp.asarray(np.arange(16) < np.arange(9, 17)[:, None])
     labels = jnp.asarray(rng.integers(0, 2, 8), jnp.int32)
     return Batch(ids * real, real, ids * 0, labels, jnp.linspace(0.5, 1.5, 8))
 
