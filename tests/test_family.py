@@ -8,21 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import yaml
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
+from tiny_inputs import TEXTS, write_config, write_inputs
 
 from tinybert_jax import cli, distill_objective, family, objectives, optim, sharding, train
 from tinybert_jax.convert import hf_files
 from tinybert_jax.data.pipeline import Batch
-from tinybert_jax.data.vocab import train_wordpiece
 from tinybert_jax.log import MetricLog
-from tinybert_jax.model.heads import make_classifier, make_masked_lm
+from tinybert_jax.model.heads import make_classifier
 from tinybert_jax.objective_sections import DistillSection
 from tinybert_jax.sections import MeshSection, ModelConfig
 
-TEXTS = ["a fine film with a sea", "a dull film", "tea and toast", "toast and jam and tea"] * 6
-LABELS = ["pos", "neg"] * 12
 TEACHER = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32}
 STUDENTS = {
     "wide": {**TEACHER, "num_attention_heads": 2, "init": "teacher_embeddings"},
@@ -70,15 +67,7 @@ def _cheap_programs(tmp_path_factory):
 def inputs(tmp_path_factory):
     """A folder with text, a teacher and the same teacher fine-tuned."""
     folder = tmp_path_factory.mktemp("inputs")
-    rows = "".join(f"{text}\t{label}\n" for text, label in zip(TEXTS, LABELS, strict=True))
-    (folder / "rows.tsv").write_text("text\tlabel\n" + rows)
-    (folder / "corpus.txt").write_text("\n\n".join(TEXTS))
-    tokenizer = train_wordpiece(TEXTS, vocab_size=60)
-    sizes = ModelConfig(
-        vocab_size=len(tokenizer), num_attention_heads=2, max_position_embeddings=16, **TEACHER
-    )
-    params = make_masked_lm(sizes)[1](jax.random.key(0))
-    hf_files.save_model(folder / "teacher", params, sizes, tokenizer)
+    write_inputs(folder, **TEACHER)
     finetune = {**STAGE, "num_steps": 40, "clip_norm": 1.0, "save_every": 40, "eval_every": 20}
     _run(folder, "finetuned", finetune=finetune)
     return folder
@@ -86,16 +75,8 @@ def inputs(tmp_path_factory):
 
 def _run(inputs, name, **changes):
     """The run folder of a config with the given students or stages."""
-    rows = str(inputs / "rows.tsv")
-    tree = {
-        "run_dir": str(inputs / name),
-        "teacher": {"path": str(inputs / "teacher")},
-        "corpus": {"files": [str(inputs / "corpus.txt")]},
-        "task": {"train": rows, "dev": rows},
-        **changes,
-    }
-    (inputs / f"{name}.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
-    assert cli.main(["run", str(inputs / f"{name}.yaml")]) == 0
+    config = write_config(inputs / f"{name}.yaml", inputs, inputs / name, **changes)
+    assert cli.main(["run", config]) == 0
     return inputs / name
 
 

@@ -2,19 +2,14 @@
 
 import json
 
-import jax
 import pytest
 import yaml
 from safetensors.numpy import load_file
+from tiny_inputs import write_config, write_inputs
 
 from tinybert_jax import cli
 from tinybert_jax.convert import hf_files
-from tinybert_jax.data.vocab import train_wordpiece
-from tinybert_jax.model.heads import make_masked_lm
-from tinybert_jax.sections import ModelConfig
 
-TEXTS = ["a fine film with a sea", "a dull film", "tea and toast", "toast and jam and tea"] * 6
-LABELS = ["pos", "neg"] * 12
 SIZES = {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 32}
 STAGE = {"num_steps": 4, "global_batch_size": 8, "max_length": 16, "learning_rate": 1e-3}
 STAGES = {
@@ -28,34 +23,23 @@ STAGES = {
 def inputs(tmp_path_factory):
     """A folder with text and a teacher that has a masked-LM head, not one of the task."""
     folder = tmp_path_factory.mktemp("inputs")
-    rows = "".join(f"{text}\t{label}\n" for text, label in zip(TEXTS, LABELS, strict=True))
-    (folder / "rows.tsv").write_text("text\tlabel\n" + rows)
-    (folder / "corpus.txt").write_text("\n\n".join(TEXTS))
-    tokenizer = train_wordpiece(TEXTS, vocab_size=60)
-    sizes = ModelConfig(
-        vocab_size=len(tokenizer), num_attention_heads=2, max_position_embeddings=16, **SIZES
-    )
-    params = make_masked_lm(sizes)[1](jax.random.key(0))
-    hf_files.save_model(folder / "teacher", params, sizes, tokenizer)
+    params, sizes, tokenizer = write_inputs(folder, **SIZES)
     hf_files.save_model(folder / "encoder", params["encoder"], sizes, tokenizer)
     return folder
 
 
 def _config(inputs, tmp_path, preset, stages, **changes):
-    rows = str(inputs / "rows.tsv")
-    tree = {
-        "run_dir": str(tmp_path / "run"),
-        "teacher": {"path": str(inputs / "teacher")},
-        "student": {**SIZES, "num_attention_heads": 2},
-        "corpus": {"files": [str(inputs / "corpus.txt")]},
-        "task": {"train": rows, "dev": rows},
-        "distillation": {"preset": preset, "teacher_margin": 0.0},
-        **{stage: dict(STAGE) for stage in stages},
-        **changes,
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(tree, sort_keys=False))
-    return str(path)
+    return write_config(
+        tmp_path / "run.yaml",
+        inputs,
+        tmp_path / "run",
+        **{
+            "student": {**SIZES, "num_attention_heads": 2},
+            "distillation": {"preset": preset, "teacher_margin": 0.0},
+            **{stage: dict(STAGE) for stage in stages},
+            **changes,
+        },
+    )
 
 
 @pytest.mark.parametrize("preset", STAGES)

@@ -266,10 +266,9 @@ def _state_bytes(run: Run, section: StageSection, work: Work) -> float:
     copies = 4 + (section.average_decay is not None)
     trained = sum(cost.num_parameters(model) for model in work.trained.values())
     frozen = cost.num_parameters(work.teacher) if work.teacher else 0
-    for model in work.trained.values() if work.teacher else ():
-        assert work.teacher is not None
-        if _projected(work, model):
-            is_shared = run.config.distillation.projection == "shared"
+    if work.teacher:
+        is_shared = run.config.distillation.projection == "shared"
+        for model in (own for own in work.trained.values() if _projected(work, own)):
             num_projections = 1 if is_shared else model.num_hidden_layers + 1
             trained += num_projections * (model.hidden_size + 1) * work.teacher.hidden_size
     split = run.mesh.shape["fsdp"] * run.mesh.shape["tensor"]

@@ -195,7 +195,8 @@ def _uncertainty_note(results: dict[str, Any]) -> str:
     error = math.sqrt(accuracy * (1 - accuracy) / count)
     return (
         f'<p class="note">Measured on {count:,.0f} examples: one standard error of the student’s '
-        f"accuracy is {error:.3f}.</p>{seeds}"
+        f"accuracy is {error:.3f}. A model trained here is that of the step that scored best on "
+        f"these very examples.</p>{seeds}"
     )
 
 

@@ -1,0 +1,43 @@
+"""Text, labels, a corpus and a pretrained teacher, as small as they go."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+from tinybert_jax.convert import hf_files
+from tinybert_jax.data.vocab import train_wordpiece
+from tinybert_jax.model.heads import make_masked_lm
+from tinybert_jax.sections import ModelConfig
+
+TEXTS = ["a fine film with a sea", "a dull film", "tea and toast", "toast and jam and tea"] * 6
+LABELS = ["pos", "neg"] * 12
+
+
+def write_inputs(folder: Path, **sizes: int) -> tuple[dict, ModelConfig, Any]:
+    """rows.tsv, corpus.txt and teacher/, for masked words: its parameters, sizes, tokenizer."""
+    rows = "".join(f"{text}\t{label}\n" for text, label in zip(TEXTS, LABELS, strict=True))
+    (folder / "rows.tsv").write_text("text\tlabel\n" + rows)
+    (folder / "corpus.txt").write_text("\n\n".join(TEXTS))
+    tokenizer = train_wordpiece(TEXTS, vocab_size=60)
+    config = ModelConfig(
+        vocab_size=len(tokenizer), num_attention_heads=2, max_position_embeddings=16, **sizes
+    )
+    params = make_masked_lm(config)[1](jax.random.key(0))
+    hf_files.save_model(folder / "teacher", params, config, tokenizer)
+    return params, config, tokenizer
+
+
+def write_config(file: Path, inputs: Path, run_dir: Path, **sections: Any) -> str:
+    """A config of a run on those inputs."""
+    rows = str(inputs / "rows.tsv")
+    tree = {
+        "run_dir": str(run_dir),
+        "teacher": {"path": str(inputs / "teacher")},
+        "corpus": {"files": [str(inputs / "corpus.txt")]},
+        "task": {"train": rows, "dev": rows},
+        **sections,
+    }
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return str(file)
