@@ -69,7 +69,7 @@ class World:
             assert part in str(caught.value)
 
 
-def lines(path):
+def read_jsonl(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

@@ -12,7 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.prepare_world import World, contents, count_entries, lines, make_text, same, unfinish
+from tests.prepare_world import (
+    World,
+    contents,
+    count_entries,
+    make_text,
+    read_jsonl,
+    same,
+    unfinish,
+)
 from tinybert_jax import cli
 from tinybert_jax.convert import hf_folder
 from tinybert_jax.data.store import INDEX, open_store, partial_of
@@ -216,7 +224,7 @@ def test_no_room_is_told_and_leaves_whole_chunks(world):
     assert f"output: {output}.partial: expected room on the disk; got File too large" in done.stderr
     assert "run the same command again: it goes on" in done.stderr
     assert not output.exists()
-    entries = lines(partial_of(output) / INDEX)
+    entries = read_jsonl(partial_of(output) / INDEX)
     rows = sum(entry["rows"] for entry in entries)
     assert rows and (partial_of(output) / "shard-00000.ids").stat().st_size == rows * 32 * 2
     same(golden, world.prepare(output=str(output), shard_rows=10**6))

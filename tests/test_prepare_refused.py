@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.prepare_world import World, count_entries, make_text, unfinish
+from tests.prepare_world import World, count_entries, make_text, read_jsonl, unfinish
 from tinybert_jax import cli, config
 from tinybert_jax.data.store import open_store, partial_of
 from tinybert_jax.data_sections import PrepareConfig
@@ -100,7 +100,7 @@ def test_bad_records_are_listed_and_stop_past_a_share(world):
         **settings,
     )
     store = open_store(world.prepare(max_bad_share=0.01, **settings), verify=True)
-    listed = lines(store.folder / "bad_records.jsonl")
+    listed = read_jsonl(store.folder / "bad_records.jsonl")
     assert [(bad["source"], bad["place"]) for bad in listed] == [
         (str(path), "line 51"),
         (str(path), "line 121"),
