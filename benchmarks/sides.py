@@ -73,11 +73,13 @@ def load_rows(path: Path):
     return TokenRows(**fields | {"num_truncated": int(fields["num_truncated"])})
 
 
-def train_rounds(objective, params, batch_at, *, num_steps: int, frozen=()) -> Round:
+def train_rounds(
+    objective, params, batch_at, *, num_steps: int, frozen=(), num_seeds: int = 1
+) -> Round:
     """The product's own train step, its loader in front: `num_steps` of it, real tokens counted."""
     import jax
 
-    from tinybert_jax import optim, sharding, train
+    from tinybert_jax import family, optim, sharding, train
     from tinybert_jax.data import loader
     from tinybert_jax.sections import MeshSection
 
@@ -85,9 +87,11 @@ def train_rounds(objective, params, batch_at, *, num_steps: int, frozen=()) -> R
     schedule = optim.make_schedule(
         "constant", learning_rate=LEARNING_RATE, num_steps=10**6, warmup_steps=0
     )
-    optimizer = optim.make_optimizer(schedule)
+    optimizer = family.join_optimizer(optim.make_optimizer(schedule), objective.members)
     frozen = jax.device_put(frozen)
-    state = train.init_state(params, optimizer, jax.random.key(0), mesh)
+    key = jax.random.key(0)
+    keys = jax.random.split(key, num_seeds) if num_seeds > 1 else key
+    state = train.init_state(params, optimizer, keys, mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = train.make_train_step(objective, optimizer, schedule, mesh, placed, num_steps=10**6)
     batches = loader.prefetched(batch_at, start_step=0, placement=sharding.batch_sharding(mesh))

@@ -1,0 +1,116 @@
+"""Many students from one pass of a BERT-base teacher, against a run for each of them.
+
+    TEACHER=<folder with BERT's tokenizer> TINYBERT_DATA=<data> python benchmarks/many_students.py
+
+Steps per second of TinyBERT's layer losses (attention, hidden states, embeddings) in fp32, with dropout, clipping
+and AdamW, on SST-2's real lengths, --examples a step packed into rows of 128. All from random
+weights: what a step costs does not depend on them. The last lines say what four sizes in one pass
+cost of four runs, and 8 seeds of tinybert-4l-312d of one. Each figure is the median of rounds that
+the sides run in turn, each in a process of its own.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import finetune
+import sides
+
+WIDTH, NUM_SEEDS = 128, 8
+FAMILY = ("2l-192d", "3l-192d", "4l-312d", "6l-384d")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2, help="in a round of every side")
+    parser.add_argument("--examples", type=int, default=256, help="a step, on average")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.npz"
+        sides.save_rows(rows, finetune.read_rows())
+        given = (rows, args.examples, args.steps)
+        compared: dict = {f"{name} alone": (students, (*given, (name,), 1)) for name in FAMILY}
+        compared["the four in one pass"] = students, (*given, FAMILY, 1)
+        seeds = f"{NUM_SEEDS} seeds of 4l-312d in one pass"
+        compared[seeds] = students, (*given, ("4l-312d",), NUM_SEEDS)
+        results = sides.compare(compared, args.rounds)
+    print(f"BERT-base into {', '.join(FAMILY)}; {args.examples} examples a step")
+    for name, result in results.items():
+        print(f"  {name:<34} {1 / result.rate:7.2f} s a step   peak {result.peak_mib:7,.0f} MiB")
+    seconds = {name: 1 / result.rate for name, result in results.items()}
+    four = sum(seconds[f"{name} alone"] for name in FAMILY)
+    print(f"the four in one pass: {seconds['the four in one pass'] / four:.0%} of four runs")
+    print(f"{NUM_SEEDS} seeds: {seconds[seeds] / seconds['4l-312d alone']:.2f} times one")
+
+
+def students(
+    path: Path, num_examples: int, num_steps: int, names: tuple[str, ...], num_seeds: int
+) -> sides.Round:
+    from tinybert_jax import host
+
+    host.keep_freed_memory()  # as the command does, before the first thread
+    import jax
+    import jax.numpy as jnp
+
+    from tinybert_jax import family
+    from tinybert_jax.data import loader, pipeline
+    from tinybert_jax.distill import init_projection
+    from tinybert_jax.distill_objective import Role, make_distill
+    from tinybert_jax.model.heads import make_encoder
+    from tinybert_jax.objective_sections import DistillSection
+    from tinybert_jax.presets import PRESETS
+    from tinybert_jax.sections import SOLE, ModelConfig
+
+    teacher = ModelConfig(**PRESETS["bert-base"])
+    teacher_apply, teacher_init = make_encoder(teacher, unroll=True)
+    objectives, params = {}, {}
+    for name in names:
+        sizes = _sizes(name)
+        apply, init = make_encoder(sizes, unroll=True)
+        member = name if len(names) > 1 else SOLE
+        objectives[member] = make_distill(
+            Role(apply, "encoder", sizes.num_hidden_layers),
+            Role(teacher_apply, "encoder", teacher.num_hidden_layers),
+            DistillSection().terms("general"),
+        )
+        keys = jax.random.split(jax.random.key(1), num_seeds)
+
+        def start(key, init=init, sizes=sizes):
+            projection = init_projection(key, sizes.hidden_size, teacher.hidden_size, 1)
+            return {"student": init(key), "projection": projection}
+
+        every = [start(key) for key in keys]
+        params[member] = (
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *every) if num_seeds > 1 else every[0]
+        )
+    rows = sides.load_rows(path)
+    epochs = pipeline.packed_epochs(
+        rows.lengths, width=WIDTH, global_batch_size=num_examples, seed=(0,)
+    )
+    run = sides.train_rounds(
+        family.join_objectives(objectives),
+        family.joined(params),
+        loader.planned_batches(rows, epochs, pad_token_id=0),
+        num_steps=num_steps,
+        frozen=teacher_init(jax.random.key(0)),
+        num_seeds=num_seeds,
+    )
+    return lambda: (num_steps, run()[1])
+
+
+def _sizes(name: str):
+    """`4l-312d` is TinyBERT's; the others' feed-forward is four times as wide. All have 12 heads."""
+    from tinybert_jax.sections import ModelConfig
+
+    layers, width = (int(number[:-1]) for number in name.split("-"))
+    return ModelConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=1200 if name == "4l-312d" else 4 * width,
+        num_attention_heads=12,
+    )
+
+
+if __name__ == "__main__":
+    main()
