@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "tinybert_jax"
 LEVELS = [
-    ["presets", "fields", "cost", "log", "tree", "metrics", "charts", "host", "best"],
+    ["presets", "fields", "cost", "log", "tree", "metrics", "charts", "host", "best", "profile"],
     ["stage_sections", "objective_sections"],
     ["needs"],
     ["sections", "report_style"],

@@ -77,6 +77,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--dry-run", action="store_true", help="print what it would cost and stop"
         )
+        command.add_argument(
+            "--profile",
+            action="store_true",
+            help="trace a few steps of each stage: where a step goes, in run_dir/profile",
+        )
         command.set_defaults(act=_run)
     _add_evaluate(commands)
     _add_predict(commands)
@@ -180,7 +185,8 @@ def _run(arguments, command: str) -> int:
     if arguments.dry_run:
         print(pipeline.costs(settings, _STAGES[arguments.command][0]))
         return 0
-    pipeline.main(settings, _STAGES[arguments.command][0], command)
+    stages = _STAGES[arguments.command][0]
+    pipeline.main(settings, stages, command, is_profiled=arguments.profile)
     return 0
 
 

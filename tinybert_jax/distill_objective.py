@@ -105,7 +105,10 @@ def make_distill(
     def loss(params, batch, counts, key, goal):
         ours = _run(student, params["student"], batch, key, options.all_words)
         context = Context(ours, goal, batch, counts, params.get("projection"), options)
-        parts = {name: value(context) for name, value in zip(names, values, strict=True)}
+        parts = {}
+        for name, value in zip(names, values, strict=True):
+            with jax.named_scope("~" + name.replace("/", " ")):
+                parts[name] = value(context)
         weighted = [
             _number(term.weight, counts) * part
             for term, part in zip(terms, parts.values(), strict=True)

@@ -37,10 +37,10 @@ def join_objectives(members: Mapping[str, Objective]) -> Objective:
         return members[SOLE]
 
     def loss(params, batch, counts, key, targets):
-        each = {
-            name: member.loss(params[name], batch, counts, key, targets)
-            for name, member in members.items()
-        }
+        each = {}
+        for name, member in members.items():
+            with jax.named_scope("~" + name):
+                each[name] = member.loss(params[name], batch, counts, key, targets)
         totals = {f"loss/{name}": total for name, (total, _) in each.items()}
         every = jnp.stack(list(totals.values()))
         parts = jax.tree.map(

@@ -77,7 +77,8 @@ def make_supervised(
 
     def loss(params, batch, counts, key, targets):
         logits = example_logits(apply, params, batch, key)
-        value = gold_loss(logits, batch, counts, regression, label_smoothing)
+        with jax.named_scope("~loss label"):
+            value = gold_loss(logits, batch, counts, regression, label_smoothing)
         return value, {"loss/label": value}
 
     return Objective(lambda batch, key, share: (batch, count_units(batch)), loss)
@@ -151,9 +152,10 @@ def make_mlm(
         sizes = {"chunk_size": chunk_size, "num_shards": num_shards, "count": counts.predictions}
         hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
         parts: Metrics = {}
-        parts["loss/masked_lm"] = word_losses.masked_lm(
-            hidden, output.table, output.bias, labels.tokens.reshape(-1), **sizes
-        )
+        with jax.named_scope("~loss masked_lm"):
+            parts["loss/masked_lm"] = word_losses.masked_lm(
+                hidden, output.table, output.bias, labels.tokens.reshape(-1), **sizes
+            )
         if pair_weight:
             is_pair = (labels.pair_labels >= 0).astype(jnp.float32)
             parts["loss/pair"] = losses.softmax_cross_entropy(

@@ -45,6 +45,7 @@ class Run(NamedTuple):
     stores: tuple[tuple[Store, float], ...]  # the corpus as token stores, each with its weight
     heldout_store: Store | None
     peak_flops: float
+    is_profiled: bool = False  # whether each stage leaves a trace in `folder/profile`
 
     @property
     def data(self) -> TaskData:

@@ -64,6 +64,9 @@ class ModelSection(Section):
     max_position_embeddings: PositiveInt | None = None
     hidden_dropout_prob: Probability | None = None
     attention_probs_dropout_prob: Probability | None = None
+    initializer_range: Positive | None = Field(
+        None, description="standard deviation of fresh weights; narrow models want more than 0.02"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelSection":

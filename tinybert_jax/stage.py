@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tinybert_jax import best, checkpoint, family, host, loop, optim, sharding, train
+from tinybert_jax import best, checkpoint, family, host, loop, optim, profile, sharding, train
 from tinybert_jax.data import loader
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.evaluate import Judge
@@ -96,20 +96,36 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
         return False
 
     if not progress.get("stopped"):
-        state = loop.fit(
-            state,
-            lambda state, batch: step_fn(state, batch, frozen),
-            loader.prefetched(training.feed.batch_at, start_step=start_step, placement=placement),
-            start_step=start_step,
-            num_steps=num_steps,
-            record=meter.record,
-            is_due=is_due,
-            hooks=(judge, save),
-        )
+        with _step(run, training, step_fn, frozen) as step:
+            state = loop.fit(
+                state,
+                step,
+                loader.prefetched(
+                    training.feed.batch_at, start_step=start_step, placement=placement
+                ),
+                start_step=start_step,
+                num_steps=num_steps,
+                record=meter.record,
+                is_due=is_due,
+                hooks=(judge, save),
+            )
     chosen = state.evaluated
     if training.score:
         chosen = _restore_best(run, training, folder / "best", target.params, progress)
     return _models(jax.device_get(chosen), training.members, state.key)
+
+
+def _step(run: Run, training: Training, step_fn: train.TrainStep, frozen: Any):
+    """The step as the loop calls it; some of its calls are traced where the run is profiled."""
+    step = functools.partial(_with_frozen, step_fn, frozen)
+    if not run.is_profiled:
+        return contextlib.nullcontext(step)
+    program = functools.partial(_with_frozen, step_fn.program, frozen)
+    return profile.profiled(step, program, run.folder / "profile" / training.name, run.log.say)
+
+
+def _with_frozen(call: Callable, frozen: Any, state: train.TrainState, batch: Batch) -> Any:
+    return call(state, batch, frozen)
 
 
 def _models(params: Any, names: Iterable[str], key: jax.Array) -> dict[str, list[Any]]:

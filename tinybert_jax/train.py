@@ -91,7 +91,7 @@ def make_train_step(
     num_steps: int,
     gradient_accumulation_steps: int = 1,
     average_decay: float = 0.0,
-) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
+) -> "TrainStep":
     """The donated, sharded step; of several students it is each one's own step on one batch.
 
     They share the batch, its corruption and the teacher's pass; the metrics are their mean, and
@@ -112,18 +112,20 @@ def make_train_step(
         share = jnp.minimum(state.step / max(num_steps - 1, 1), 1.0)
         (loss, metrics), grads = gradients(state, batch, share, frozen)
         each_update = _for_each(update, state.key, (0, 0, 0))
-        params, opt_state, grad_norm = each_update(grads, state.opt_state, state.params)
+        with jax.named_scope("~optimizer"):
+            params, opt_state, grad_norm = each_update(grads, state.opt_state, state.params)
         metrics = {"loss": loss} | metrics | {"grad_norm": grad_norm}
         metrics = jax.tree.map(jnp.mean, metrics) | {
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "num_tokens": num_tokens,
         }
         decay = jnp.minimum(average_decay, (1 + state.step) / (10 + state.step))
-        average = jax.tree.map(
-            lambda old, new: old + (1 - decay) * (new - old),
-            state.average,
-            params if state.average else (),
-        )
+        with jax.named_scope("~average"):
+            average = jax.tree.map(
+                lambda old, new: old + (1 - decay) * (new - old),
+                state.average,
+                params if state.average else (),
+            )
         return TrainState(state.step + 1, params, opt_state, state.key, average), metrics
 
     compiled = jax.jit(
@@ -133,11 +135,23 @@ def make_train_step(
         out_shardings=(state_sharding, sharding.replicated(mesh)),
     )
 
-    def step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
-        with jax.set_mesh(mesh):
-            return compiled(state, batch, frozen)
+    return TrainStep(compiled, mesh)
 
-    return step
+
+class TrainStep(NamedTuple):
+    """(state, batch, frozen) -> (state, metrics), compiled for its mesh; the state is donated."""
+
+    jitted: Any
+    mesh: Mesh
+
+    def __call__(self, state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
+        with jax.set_mesh(self.mesh):
+            return self.jitted(state, batch, frozen)
+
+    def program(self, state: TrainState, batch: Batch, frozen: Any) -> str:
+        """The text of the compiled program that arguments like these run."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted.lower(state, batch, frozen).compile().as_text()
 
 
 def _make_gradients(objective: Objective, num_parts: int) -> Callable:
@@ -149,11 +163,14 @@ def _make_gradients(objective: Objective, num_parts: int) -> Callable:
             lambda key: jax.random.split(jax.random.fold_in(key, state.step)), state.key, (0,)
         )
         prepare_keys, keys = jnp.moveaxis(split(state.key), -1, 0)
-        batch, counts = objective.prepare(batch, prepare_keys.ravel()[0], share)
+        with jax.named_scope("~prepare"):
+            batch, counts = objective.prepare(batch, prepare_keys.ravel()[0], share)
         each = _for_each(differentiate, state.key, (0, None, None, 0, None))
 
         def micro(batch: Batch, keys: jax.Array):
-            return each(state.params, batch, counts, keys, objective.targets(batch, frozen))
+            with jax.named_scope("~teacher"):
+                targets = objective.targets(batch, frozen)
+            return each(state.params, batch, counts, keys, targets)
 
         if num_parts == 1:
             return micro(batch, keys)

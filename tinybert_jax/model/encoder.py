@@ -72,10 +72,11 @@ class Encoder(nnx.Module):
         graphdef, stacked = nnx.split(self.layers, nnx.Param)
         num_layers = jax.tree.leaves(stacked)[0].shape[0]
         keys = None if key is None else jax.random.split(key, num_layers + 1)
-        embedded = self.embeddings(
-            input_ids, attention_mask, token_type_ids, None if keys is None else keys[0]
-        )
-        embedded = constrain(embedded)
+        with jax.named_scope("~embeddings"):
+            embedded = self.embeddings(
+                input_ids, attention_mask, token_type_ids, None if keys is None else keys[0]
+            )
+            embedded = constrain(embedded)
 
         def layer(hidden, params_and_key):
             params, layer_key = params_and_key
@@ -87,13 +88,14 @@ class Encoder(nnx.Module):
         last, (hiddens, taps) = jax.lax.scan(
             layer, embedded, (stacked, layer_keys), unroll=self.unroll
         )
-        first = first_tokens(last, attention_mask, num_segments)
+        with jax.named_scope("~head"):
+            pooled = jnp.tanh(self.pooler(first_tokens(last, attention_mask, num_segments)))
         return EncoderOutput(
             hidden=jnp.concatenate([embedded[None], hiddens]),
             queries=taps.queries,
             keys=taps.keys,
             values=taps.values,
-            pooled=jnp.tanh(self.pooler(first)),
+            pooled=pooled,
         )
 
 
@@ -146,12 +148,14 @@ class Block(nnx.Module):
         key: jax.Array | None,
     ) -> tuple[Float[Array, "batch seq dim"], AttentionTaps]:
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
-        attended, taps = self.attention(hidden, mask, keys[0])
-        attended = dropout(attended, self.dropout_rate, keys[1])
-        hidden = self.attention_norm(hidden + attended)
-        inner = self.activation(dense(self.intermediate, hidden))
-        outer = dropout(dense(self.output, inner), self.dropout_rate, keys[2])
-        return self.output_norm(hidden + outer), taps
+        with jax.named_scope("~attention"):
+            attended, taps = self.attention(hidden, mask, keys[0])
+            attended = dropout(attended, self.dropout_rate, keys[1])
+            hidden = self.attention_norm(hidden + attended)
+        with jax.named_scope("~feed-forward"):
+            inner = self.activation(dense(self.intermediate, hidden))
+            outer = dropout(dense(self.output, inner), self.dropout_rate, keys[2])
+            return self.output_norm(hidden + outer), taps
 
 
 def attention_pairs(attention_mask: Array) -> Bool[Array, "batch one_or_seq seq"]:

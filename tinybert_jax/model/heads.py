@@ -55,8 +55,10 @@ class SequenceClassifier(nnx.Module):
     ) -> ClassifierOutput:
         keys = (None, None) if key is None else jax.random.split(key)
         encoded = self.encoder(input_ids, attention_mask, token_type_ids, keys[0], num_segments)
-        pooled = dropout(encoded.pooled, self.dropout_rate, keys[1])
-        return ClassifierOutput(self.classifier(pooled.astype(jnp.float32)), encoded)
+        with jax.named_scope("~head"):
+            pooled = dropout(encoded.pooled, self.dropout_rate, keys[1])
+            logits = self.classifier(pooled.astype(jnp.float32))
+        return ClassifierOutput(logits, encoded)
 
 
 class MaskedLM(nnx.Module):
@@ -90,6 +92,10 @@ class MaskedLM(nnx.Module):
     ) -> MaskedLMOutput:
         """Logits at `positions`, or at every position (costly: [batch, seq, vocab])."""
         encoded = self.encoder(input_ids, attention_mask, token_type_ids, key)
+        with jax.named_scope("~head"):
+            return self._words(encoded, positions)
+
+    def _words(self, encoded: EncoderOutput, positions: jax.Array | None) -> MaskedLMOutput:
         hidden = encoded.hidden[-1]
         if positions is not None:
             hidden = jnp.take_along_axis(hidden, positions[:, :, None], axis=1)

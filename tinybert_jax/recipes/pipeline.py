@@ -23,10 +23,17 @@ _RECIPES = {
 _PRODUCTS = ("prediction", "intermediate", "general", "finetune", "pretrain")
 
 
-def main(config: RunConfig, stages: Sequence[str] = STAGES, command: str = "") -> Path:
+def main(
+    config: RunConfig,
+    stages: Sequence[str] = STAGES,
+    command: str = "",
+    *,
+    is_profiled: bool = False,
+) -> Path:
     """Runs those of `stages` that the config has and that are not done; returns the run folder."""
     chosen = _chosen(config, stages)
     with open_run(config, chosen) as run:
+        run = run._replace(is_profiled=is_profiled)
         for name in chosen:
             is_new = _run_once(run, name)
             if is_new and name == "finetune" and run.learns_task(chosen):
