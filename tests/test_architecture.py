@@ -22,7 +22,7 @@ LEVELS = [
     ["distill_objective", "family", "inputs"],
     ["train", "loop"],
     ["run"],
-    ["feed"],
+    ["feed", "teacher_logits"],
     ["stage", "results", "plan"],
     ["recipes"],
     ["models", "cli", "__init__"],

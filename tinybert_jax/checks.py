@@ -79,6 +79,9 @@ def check_vocabularies(config: RunConfig, tokenizer: Any, students: Sequence[Stu
         hf_folder.check_same_pieces(tokenizer, config.teacher.path, "teacher")
     if config.teacher.finetuned:
         hf_folder.check_same_pieces(tokenizer, config.teacher.finetuned, "teacher")
+    for number, further in enumerate(config.distillation.further_teachers):
+        with naming(f"distillation.further_teachers.{number}"):
+            hf_folder.check_same_pieces(tokenizer, further.path, "teacher")
     for student in students:
         if student.section.path:
             with naming(student.origin):

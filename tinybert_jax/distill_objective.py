@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from tinybert_jax import attention_losses, losses, objective_sections, word_losses
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import make_layer_pairs, project
-from tinybert_jax.model.encoder import EncoderOutput, first_tokens
+from tinybert_jax.model.encoder import first_tokens
 from tinybert_jax.model.heads import Apply, MaskedLMOutput
 from tinybert_jax.objective_sections import (
     AttentionTerm,
@@ -48,7 +48,7 @@ class Role(NamedTuple):
 class Outputs(NamedTuple):
     """What the terms read of one model."""
 
-    encoder: EncoderOutput
+    encoder: Any  # EncoderOutput; None where a teacher's logits are known and nothing else is read
     logits: jax.Array | None = None  # [examples, labels]
     words: MaskedLMOutput | None = None
 
@@ -97,10 +97,17 @@ def make_distill(
         counts = count_units(batch, options.normalisation)._replace(share=share)
         return (batch, counts) if mask is None else mask(batch, key, counts)
 
-    def targets(batch: Batch, frozen: Any) -> Outputs | tuple[()]:
-        if not objective_sections.teaches(terms):
-            return ()
-        return jax.lax.stop_gradient(_run(teacher, frozen, batch, None, options.all_words))
+    def targets(batch: Batch, frozen: Any) -> Outputs:
+        known = batch.teacher_logits
+        if known is not None:
+            known = known.reshape(-1, known.shape[-1])
+        read = terms if known is None else objective_sections.without_logits(terms)
+        if not objective_sections.teaches(read):
+            return Outputs(None, known)
+        outputs = _run(teacher, frozen, batch, None, options.all_words)
+        if known is not None:
+            outputs = outputs._replace(logits=known)
+        return jax.lax.stop_gradient(outputs)
 
     def loss(params, batch, counts, key, goal):
         ours = _run(student, params["student"], batch, key, options.all_words)

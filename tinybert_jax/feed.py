@@ -4,8 +4,10 @@ import bisect
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from tinybert_jax import sharding
 from tinybert_jax.data import loader, pipeline
@@ -26,8 +28,13 @@ class Feed(NamedTuple):
         return section.num_steps or max(1, round((section.num_epochs or 0) * self.num_batches))
 
 
-def stage_feed(run: Run, stage: str) -> Feed:
-    """The corpus for pretrain and general; else the task's text, for distillation all of it."""
+def stage_feed(
+    run: Run, stage: str, read_logits: Callable[[TokenRows], np.ndarray] | None = None
+) -> Feed:
+    """The corpus for pretrain and general; else the task's text, for distillation all of it.
+
+    `read_logits` says what teachers say of the task's rows: fp32 [rows, outputs].
+    """
     if stage in ("pretrain", "general"):
         return _corpus_feed(run, stage)
     text = run.data.distilled if stage in ("intermediate", "prediction") else run.data.train
@@ -37,6 +44,8 @@ def stage_feed(run: Run, stage: str) -> Feed:
         f"{stage}: {len(rows.lengths):,} examples, {len(rows.ids):,} tokens, "
         f"{rows.num_truncated:,} cut at {section.max_length}"
     )
+    if read_logits:
+        rows = rows._replace(teacher_logits=read_logits(rows))
     return _rows_feed(run, section, rows, _seed(run, stage))
 
 

@@ -46,9 +46,14 @@ def read_inputs(config: RunConfig, folder: Path) -> Inputs:
     Raises one ValueError that tells of every input that cannot be read, a line each.
     """
     # Models before the tokenizer: transformers reads config.json too, and fails less clearly.
-    given, _, *sizes, task, text, _ = _read_all(
+    further = config.distillation.further_teachers
+    given, _, *others, task, text, _ = _read_all(
         lambda: _read_sizes("teacher", config.teacher.path),
         lambda: _read_sizes("teacher.finetuned", config.teacher.finetuned),
+        *(
+            functools.partial(_read_sizes, f"distillation.further_teachers.{i}", own.path)
+            for i, own in enumerate(further)
+        ),
         *(
             functools.partial(_read_sizes, student_origin(name), section.path)
             for name, section in config.family.items()
@@ -61,7 +66,7 @@ def read_inputs(config: RunConfig, folder: Path) -> Inputs:
     teacher = given or _fresh_teacher(config, tokenizer)
     students = tuple(
         Student(name, section, own or _student_sizes(name, section, teacher))
-        for (name, section), own in zip(config.family.items(), sizes, strict=True)
+        for (name, section), own in zip(config.family.items(), others[len(further) :], strict=True)
     )
     return Inputs(tokenizer, teacher, students, task, text)
 

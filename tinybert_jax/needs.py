@@ -27,6 +27,11 @@ def missing_needs(config: Any) -> Iterator[str]:
         yield "expected a finetune section or teacher.finetuned, got both"
     for name in (name for name in DISTILL_STAGES if name in stages):
         yield from _needs_of_terms(config, name)
+    if config.distillation.further_teachers and not config.keeps_logits("prediction"):
+        yield (
+            "distillation.further_teachers: expected a prediction stage with a term logits, which "
+            "learns from them; add it, or leave them out"
+        )
     if config.distillation.mask_rate is not None and "general" not in stages:
         yield "distillation.mask_rate is of the stage general: add it, or leave mask_rate out"
     for name in stages & {"pretrain", "general", "intermediate"}:

@@ -172,6 +172,13 @@ OF_STUDENT = ("label", "masked_lm")  # without the teacher
 DISTILL_STAGES = ("general", "intermediate", "prediction")
 
 
+class FurtherTeacher(Section):
+    """A classifier of the same task, labels and vocabulary, of any size."""
+
+    path: str = Field(description="a fine-tuned Hugging Face folder or hub id")
+    weight: Positive = 1.0
+
+
 class DistillSection(Section):
     """What the stages general, intermediate and prediction minimise: a preset's terms, or own."""
 
@@ -188,7 +195,17 @@ class DistillSection(Section):
         description="of general's input; default: 0.15 where a term predicts words, else 0",
     )
     teacher_margin: Fraction = Field(
-        default=0.02, description="how far above the majority class the teacher has to score on dev"
+        default=0.02, description="how far above the majority class a teacher has to score on dev"
+    )
+    keep_logits: bool = Field(
+        default=True,
+        description="prediction: where only its logits are read, the teacher goes through the text "
+        "once, before the first step, instead of in every epoch; they are kept in the run folder",
+    )
+    further_teachers: tuple[FurtherTeacher, ...] = Field(
+        default=(),
+        description="prediction learns from the weighted mean of all teachers' logits, kept; the "
+        "teacher's own weight is 1, and other terms read it alone",
     )
 
     @model_validator(mode="before")
@@ -243,6 +260,11 @@ def _reads_masked(term: Term) -> bool:
 def teaches(terms: Terms) -> bool:
     """Whether any term reads a teacher."""
     return any(term.term not in OF_STUDENT for term in terms)
+
+
+def without_logits(terms: Terms) -> Terms:
+    """What reads a teacher in the step where its logits are known beforehand, or no teacher."""
+    return tuple(term for term in terms if term.term != "logits")
 
 
 def model_kind(terms: Terms, *, of_teacher: bool = False) -> str:

@@ -5,6 +5,7 @@ Owns what of a config costs what; the arithmetic is `cost`'s. Trains and writes 
 
 import datetime
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 
 from tinybert_jax import cost, sharding
 from tinybert_jax.attention_losses import RELATION_BLOCK
+from tinybert_jax.convert import hf_files
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import LayerPairs, make_layer_pairs
 from tinybert_jax.distill_objective import Options
@@ -28,6 +30,7 @@ from tinybert_jax.objective_sections import (
     RelationTerm,
     Terms,
     reads_all_words,
+    teaches,
 )
 from tinybert_jax.objectives import encoder_inputs
 from tinybert_jax.report_results import si
@@ -60,8 +63,9 @@ class Work(NamedTuple):
 
     trained: dict[str, ModelConfig]  # by name
     num_seeds: int  # of each
-    teacher: ModelConfig | None
+    teacher: ModelConfig | None  # of every step
     terms: Terms  # of distillation; pretrain's masked LM counts as one
+    beforehand: tuple[ModelConfig, ...] = ()  # teachers that go through the text once
 
 
 class Words(NamedTuple):
@@ -94,7 +98,8 @@ def price(run: Run, stage: str) -> Costs:
     FLOPs: `forward` and `backward` (two forward passes) of the trained encoders, one forward pass
     of the `teacher`'s, and with both passes of what is trained: `projection`, of the entries that
     terms read, and `words`, the masked-LM heads where tokens are predicted. Left out are the
-    heads of whole rows and the terms' products of queries and keys.
+    heads of whole rows and the terms' products of queries and keys. Teachers whose logits are made
+    beforehand go through the text once.
 
     State is fp32: parameters, gradients, two moments and an average where one is kept, of every
     student with its projection; the teacher's parameters. Activations are of the largest batch
@@ -113,13 +118,18 @@ def price(run: Run, stage: str) -> Costs:
         for step, batch in zip(steps, batches, strict=True)
     ]
     flops = [_flops(work, *each) for each in zip(batches, words, strict=True)]
+    parts = {name: num_steps * float(np.mean([own[name] for own in flops])) for name in flops[0]}
+    if work.beforehand:
+        parts["teacher"] = parts.get("teacher", 0.0) + feed.num_batches * float(
+            np.mean([_forward_flops(work.beforehand, batch) for batch in batches])
+        )
     largest = max(range(len(batches)), key=lambda i: batches[i].input_ids.size)
     return Costs(
         num_steps,
         num_steps * float(np.mean([np.count_nonzero(b.attention_mask) for b in batches])),
         num_steps * float(np.mean([b.input_ids.size for b in batches])),
         max(b.input_ids.shape[1] for b in batches),
-        {name: num_steps * float(np.mean([own[name] for own in flops])) for name in flops[0]},
+        parts,
         _state_bytes(run, section, work),
         _activation_bytes(run, section, work, batches[largest], words[largest]),
     )
@@ -150,6 +160,7 @@ def _description(run: Run, stage: str, peaks: dict[str, float], dtype: str) -> s
     ]
     if work.teacher:
         lines.append(f"  teacher   {_size(work.teacher)}")
+    lines += [f"  teacher   {_size(model)}, once through the text" for model in work.beforehand]
     parts = (f"{name} {si(value / costs.num_slots)}" for name, value in costs.flops.items())
     lines.append(f"  FLOPs     a slot: {', '.join(parts)}; of the stage {total:.3g}")
     lines.append(
@@ -180,19 +191,22 @@ def _work(run: Run, stage: str) -> Work:
     students = {student.name: student.sizes for student in run.students}
     if stage == "baseline":
         return Work(students, num_seeds, None, ())
-    teacher = run.teacher if run.config.teaches(stage) else None
-    return Work(students, num_seeds, teacher, run.config.distillation.terms(stage))
+    terms = run.config.step_terms(stage)
+    beforehand = ()
+    if run.config.keeps_logits(stage):
+        further = run.config.distillation.further_teachers
+        beforehand = (run.teacher, *(hf_files.read_model(own.path).config for own in further))
+    teacher = run.teacher if teaches(terms) else None
+    return Work(students, num_seeds, teacher, terms, beforehand)
 
 
 def _flops(work: Work, batch: Batch, words: Words | None) -> dict[str, int]:
     """Of one batch by part, as `price` says."""
-    slots, width = batch.input_ids.size, batch.input_ids.shape[1]
-    models = work.trained.values()
-    once = sum(cost.forward_flops_per_token(model, width) for model in models)
-    forward = slots * work.num_seeds * once
+    slots, models = batch.input_ids.size, work.trained.values()
+    forward = work.num_seeds * _forward_flops(models, batch)
     parts = {"forward": forward, "backward": 2 * forward}
     if work.teacher:
-        parts["teacher"] = slots * cost.forward_flops_per_token(work.teacher, width)
+        parts["teacher"] = _forward_flops((work.teacher,), batch)
         to_width = work.teacher.hidden_size
         once = sum(
             cost.projection_flops_per_token(model, to_width, len(set(_projected(work, model))))
@@ -206,6 +220,11 @@ def _flops(work: Work, batch: Batch, words: Words | None) -> dict[str, int]:
         if work.teacher and words.teacher:
             parts["words"] += cost.masked_lm_flops(work.teacher, words.mapped, words.teacher)
     return parts
+
+
+def _forward_flops(models: Iterable[ModelConfig], batch: Batch) -> int:
+    slots, width = batch.input_ids.size, batch.input_ids.shape[1]
+    return slots * sum(cost.forward_flops_per_token(model, width) for model in models)
 
 
 def _projected(work: Work, student: ModelConfig) -> list[int]:

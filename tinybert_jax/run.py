@@ -131,6 +131,11 @@ class Run(NamedTuple):
             )
         return folder
 
+    @property
+    def task_teachers(self) -> list[str | Path]:
+        """That teacher, and those whose logits join its own."""
+        return [self.task_teacher, *(own.path for own in self.config.distillation.further_teachers)]
+
 
 @contextlib.contextmanager
 def open_run(config: RunConfig, stages: Sequence[str]) -> Iterator[Run]:
@@ -141,7 +146,7 @@ def open_run(config: RunConfig, stages: Sequence[str]) -> Iterator[Run]:
     """
     run = read_run(config, stages)
     if _learns_now(run, stages):
-        check_teacher(run)
+        check_teachers(run)
     with host.locked(run.folder, "run_dir"):
         checks.check_folder(run.folder, config)  # again: another run may have begun while we read
         _write_identity(run.folder, config, run.mesh)
@@ -205,22 +210,24 @@ def dev_judge(run: Run, apply: Callable, section: StageSection) -> Judge:
     return Judge(measure, rows.fingerprint())
 
 
-def check_teacher(run: Run) -> None:
+def check_teachers(run: Run) -> None:
     """Refuses a teacher that has nothing to teach: near the majority class on the dev set."""
     if run.is_regression:
         return
     section = run.config.prediction or run.section("intermediate")
-    apply, init = make_classifier(run.teacher, run.data.num_outputs, **compute_options(run.config))
-    params = hf_files.start_params(run.task_teacher, init, whole=True)
-    accuracy = dev_judge(run, apply, section).measure(params)["accuracy"]
     chance = majority_share(run.data.dev_labels)
     needed = min(chance + run.config.distillation.teacher_margin, 1.0)
-    if accuracy < needed:
-        raise ValueError(
-            f"teacher: expected a dev accuracy of at least {needed:.4f} (the majority class has "
-            f"{chance:.4f}), got {accuracy:.4f} from {run.task_teacher}; check its label order, "
-            "fine-tune it on the task, or lower distillation.teacher_margin"
-        )
+    for path in run.task_teachers:
+        model = hf_files.read_model(path).config
+        apply, init = make_classifier(model, run.data.num_outputs, **compute_options(run.config))
+        params = hf_files.start_params(path, init, whole=True)
+        accuracy = dev_judge(run, apply, section).measure(params)["accuracy"]
+        if accuracy < needed:
+            raise ValueError(
+                f"teacher: expected a dev accuracy of at least {needed:.4f} (the majority class "
+                f"has {chance:.4f}), got {accuracy:.4f} from {path}; check its label order, "
+                "fine-tune it on the task, or lower distillation.teacher_margin"
+            )
 
 
 def publish(run: Run, models: Mapping[str, Path]) -> Path:
@@ -252,6 +259,8 @@ def _check(run: Run, stages: Sequence[str]) -> None:
             checks.check_corpus(run.tokenizer, run.heldout, "corpus.heldout_share")
     if _learns_now(run, stages):
         checks.check_labels(run.task_teacher, run.data.label_names)
+    for further in config.distillation.further_teachers:
+        checks.check_labels(further.path, run.data.label_names)
     num_outputs = run.task.num_outputs if run.task else 0
     checks.check_weights(config, stages, run.teacher, run.students, num_outputs)
 

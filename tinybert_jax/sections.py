@@ -14,7 +14,13 @@ from tinybert_jax.fields import (
     Section,
 )
 from tinybert_jax.needs import missing_needs
-from tinybert_jax.objective_sections import DISTILL_STAGES, DistillSection, teaches
+from tinybert_jax.objective_sections import (
+    DISTILL_STAGES,
+    DistillSection,
+    Terms,
+    teaches,
+    without_logits,
+)
 from tinybert_jax.presets import PRESETS
 from tinybert_jax.stage_sections import (
     CorpusStageSection,
@@ -64,9 +70,6 @@ class ModelSection(Section):
     max_position_embeddings: PositiveInt | None = None
     hidden_dropout_prob: Probability | None = None
     attention_probs_dropout_prob: Probability | None = None
-    initializer_range: Positive | None = Field(
-        None, description="standard deviation of fresh weights; narrow models want more than 0.02"
-    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelSection":
@@ -314,6 +317,23 @@ class RunConfig(Section):
     def teaches(self, stage: str) -> bool:
         """Whether the config has this distillation stage, and a term of it reads a teacher."""
         return getattr(self, stage) is not None and teaches(self.distillation.terms(stage))
+
+    def keeps_logits(self, stage: str) -> bool:
+        """Whether the teachers' logits of the stage's text are made before its first step."""
+        section = self.distillation
+        if stage != "prediction" or not self.teaches(stage):
+            return False
+        terms = section.terms(stage)
+        others = without_logits(terms)
+        reads_logits = len(others) < len(terms)
+        return reads_logits and bool(
+            section.further_teachers or section.keep_logits and not teaches(others)
+        )
+
+    def step_terms(self, stage: str) -> Terms:
+        """The terms of a distillation stage for which a step needs the teacher, or none."""
+        terms = self.distillation.terms(stage)
+        return without_logits(terms) if self.keeps_logits(stage) else terms
 
     def reads_teacher(self, stage: str) -> bool:
         """Whether this distillation stage reads a teacher to learn from or to start from."""

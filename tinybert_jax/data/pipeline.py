@@ -25,6 +25,7 @@ class TokenRows(NamedTuple):
     second: np.ndarray  # int32 [rows]; where segment B begins within the row; its length if none
     labels: np.ndarray | None  # [rows] int32 classes or fp32 values
     num_truncated: int  # rows cut at max_length
+    teacher_logits: np.ndarray | None = None  # fp32 [rows, outputs], where they are known
 
     @property
     def lengths(self) -> np.ndarray:
@@ -35,6 +36,8 @@ class TokenRows(NamedTuple):
         digest = hashlib.sha256()
         for array in (self.ids, self.offsets, self.second, self.labels):
             digest.update(b"none" if array is None else np.ascontiguousarray(array).tobytes())
+        if self.teacher_logits is not None:
+            digest.update(np.ascontiguousarray(self.teacher_logits).tobytes())
         return digest.hexdigest()
 
 
@@ -53,6 +56,7 @@ class Batch(NamedTuple):
     labels: Any  # int32 or fp32 [batch]; packed: [batch, segments]; -1 where there are none. Once
     # an objective has masked a batch: its MaskedLabels
     weights: jax.Array  # fp32 [batch], 1 or 0; packed: [batch, segments]
+    teacher_logits: Any = None  # fp32 [batch, outputs]; packed: [batch, segments, outputs]
 
     @property
     def real(self) -> jax.Array:
@@ -210,12 +214,14 @@ def make_batch(rows: TokenRows, plan: Plan, pad_token_id: int) -> Batch:
     types[row, column] = within >= np.repeat(rows.second[chosen].ravel(), per_example)
     labels = np.full(chosen.shape, -1, np.int32) if rows.labels is None else rows.labels[chosen]
     weights = real.astype(np.float32)
+    logits = None if rows.teacher_logits is None else rows.teacher_logits[chosen]
     fields: dict[str, Any] = dict(
         input_ids=ids,
         attention_mask=segments if is_packed else segments > 0,
         token_type_ids=types,
         labels=labels if is_packed else labels[:, 0],
         weights=weights if is_packed else weights[:, 0],
+        teacher_logits=logits if is_packed or logits is None else logits[:, 0],
     )
     return Batch(**fields)
 

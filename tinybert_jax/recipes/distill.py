@@ -15,11 +15,12 @@ from tinybert_jax.convert import hf_files
 from tinybert_jax.distill_objective import Options, Role, make_distill
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import Apply, Params, make_classifier, make_encoder, make_masked_lm
-from tinybert_jax.objective_sections import model_kind, needs_projection
+from tinybert_jax.objective_sections import model_kind, needs_projection, teaches
 from tinybert_jax.objectives import Mask, make_mask
 from tinybert_jax.run import Run, compute_options, dev_judge, with_dropout
 from tinybert_jax.sections import ModelConfig, Student
 from tinybert_jax.stage import Member, Training, run_stage
+from tinybert_jax.teacher_logits import read_logits
 
 _PROJECTION = "projection.safetensors"
 
@@ -43,10 +44,10 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
     section, terms = run.section(stage), run.config.distillation.terms(stage)
     is_judged = stage == "prediction"
 
-    # Teacher, frozen; it is there only if a term reads it.
+    # Teacher, frozen; it is there only if a term reads it in the step.
     teacher_kind = model_kind(terms, of_teacher=True)
     teacher_apply, teacher_init = _make_model(run, teacher_kind, run.teacher)
-    is_taught = run.config.teaches(stage)
+    is_taught = teaches(run.config.step_terms(stage))
     teacher = ()
     if is_taught:
         teacher = hf_files.start_params(_teacher_folder(run, stage), teacher_init, whole=True)
@@ -70,6 +71,9 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
         judge = _judge(run, apply) if is_judged else None
         members[student.name] = Member(objective, init_params, judge)
 
+    # What the teachers say of each example, where that is made beforehand.
+    read = functools.partial(read_logits, run, stage) if run.config.keeps_logits(stage) else None
+
     # Train; the last is handed on, or the best by dev score where a head is trained.
     trained = run_stage(
         run,
@@ -77,7 +81,7 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
             name=stage,
             section=section,
             members=members,
-            feed=stage_feed(run, stage),
+            feed=stage_feed(run, stage, read),
             frozen=teacher,
             flops_per_token=lambda width: cost.training_flops_per_token(
                 [student.sizes for student in run.students] * run.config.num_seeds,
