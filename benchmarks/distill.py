@@ -136,10 +136,13 @@ def ours(
     if not is_packed and product_dtype is None:
         first = batch_at(0)
         batch, counts = objective.prepare(first, jax.random.key(0), jax.numpy.zeros(()))
-        targets = objective.targets(batch, frozen)
-        # No key: no dropout.
-        value = jax.jit(lambda start: objective.loss(start, batch, counts, None, targets)[0])
-        print(f"  first loss, ours    {float(value(start)):.6f}", flush=True)
+
+        @jax.jit
+        def value(start, frozen):
+            targets = objective.targets(batch, frozen)
+            return objective.loss(start, batch, counts, None, targets)[0]  # no key: no dropout
+
+        print(f"  first loss, ours    {float(value(start, frozen)):.6f}", flush=True)
     return sides.train_rounds(objective, start, batch_at, num_steps=num_steps, frozen=frozen)
 
 
