@@ -1,10 +1,13 @@
 """Where a step goes: what is read of programs and traces, and a profiled run."""
 
-import re
+import contextlib
+import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tiny_inputs import write_config, write_inputs
 
 from tinybert_jax import cli, profile
@@ -13,60 +16,143 @@ from tinybert_jax.profile import Event, Operation
 SIZES = {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 16}
 
 
+def _operations(function, *arguments):
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    return profile.read_program(text), text
+
+
+def _loss(w, x):
+    def layer(h, w):
+        with jax.named_scope("~attention"):
+            return jnp.tanh(h @ w), None
+
+    h, _ = jax.lax.scan(layer, x, w)
+    with jax.named_scope("~loss hidden"):
+        return (h**2).sum()
+
+
 def test_a_program_is_read_by_scope_and_pass():
-    def loss(w, x):
-        with jax.named_scope("~student"):
-
-            def layer(h, w):
-                with jax.named_scope("~attention"):
-                    return jnp.tanh(h @ w), None
-
-            h, _ = jax.lax.scan(layer, x, w)
-        with jax.named_scope("~loss hidden"):
-            return (h**2).sum()
-
-    step = jax.jit(jax.value_and_grad(loss))
-    text = step.lower(jnp.ones((3, 64, 64)), jnp.ones((64, 64))).compile().as_text()
-    operations = profile.read_program(text)
-    parts = {own.part.removeprefix("student: ") for own in operations.values()}
+    operations, text = _operations(
+        jax.value_and_grad(_loss), jnp.ones((3, 64, 64)), jnp.ones((64, 64))
+    )
+    parts = {own.part for own in operations.values()}
     assert {"attention", "attention, backward", "loss hidden"} <= parts
     products = {own.part for own in operations.values() if own.is_product}
-    in_products = {part.removeprefix("student: ") for part in products}
-    assert in_products == {"attention", "attention, backward"}
-    loops = re.findall(r"%?([\w.\-]+) = .* while\(", text)
-    assert loops and not operations.keys() & set(loops)
+    assert products == {"attention", "attention, backward"}
+    loops = {line.split(" = ")[0].strip(" %") for line in text.splitlines() if " while(" in line}
+    assert loops and not operations.keys() & loops
+
+
+def test_an_exchange_between_devices_is_no_product():
+    mesh = Mesh(np.asarray(jax.devices()), "x")
+    rows = NamedSharding(mesh, PartitionSpec("x"))
+    x = jax.device_put(jnp.ones((64, 64)), rows)
+    operations, _ = _operations(jax.grad(_loss), jnp.ones((3, 64, 64)), x)
+    exchanges = [own for own in operations.values() if own.part == "exchange between devices"]
+    assert exchanges and not any(own.is_product for own in exchanges)
 
 
 def test_a_table_adds_up():
-    operations = {
-        "dot.1": Operation("teacher: attention", "dot_general"),
-        "fusion.2": Operation("teacher: attention", "tanh"),
-        "fusion.3": Operation("optimizer", "add"),
-    }
+    product = Operation("teacher: attention", "dot_general", is_product=True)
+    other = Operation("teacher: attention", "tanh")
+    update = Operation("optimizer", "add")
     events = [
-        Event(name, device, seconds)
+        Event(operation, name, device, seconds)
         for device in (0, 1)
-        for name, seconds in (("dot.1", 0.006), ("fusion.2", 0.002), ("fusion.3", 0.004))
-    ] + [Event("of another program", 0, 1.0)]
-    table = profile.tabulate(operations, events, num_steps=2, seconds_a_step=0.01)
+        for operation, name, seconds in (
+            (product, "dot.1", 0.006),
+            (other, "fusion.2", 0.002),
+            (update, "fusion.3", 0.004),
+        )
+    ]
+    table = profile.tabulate(events, num_steps=2, seconds=0.02)
     assert "| teacher: attention | 4.00 | 40.0% | 75% |" in table
     assert "| optimizer | 2.00 | 20.0% | 0% |" in table
     assert "| between operations | 4.00 | 40.0% |  |" in table
     assert "| dot.1 | 3.00 | 30.0% | dot_general | teacher: attention |" in table
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder, **SIZES)
-    return folder
+class _Batch:
+    def __init__(self, width):
+        self.input_ids = jnp.ones((16, width))
 
 
-def _run(tmp_path, inputs, name, *flags, num_steps=8):
+def _profiled(tmp_path, widths, between=lambda: None):
+    """What is said of steps of those widths, and the results of all."""
+
+    @jax.jit
+    def jitted(state, x):
+        with jax.named_scope("~attention"):
+            return jnp.tanh(state + (x @ x.T).sum())
+
+    def step(state, batch):
+        return jitted(state, batch.input_ids), {}
+
+    said, states = [], [jnp.zeros(())]
+    with profile.profiled(
+        step,
+        lambda state, batch: jitted.lower(state, batch.input_ids).compile().as_text(),
+        tmp_path / "profile",
+        said.append,
+        lambda state: contextlib.nullcontext(),
+    ) as traced:
+        for width in widths:
+            states.append(traced(states[-1], _Batch(width))[0])
+            between()
+    return said, states
+
+
+def test_steps_of_several_widths_are_traced_once_compiled(tmp_path):
+    (told,), _ = _profiled(tmp_path, [8, 16, 8, 24, 16, 8, 8, 16, 8])
+    assert told.startswith("5 steps of rows × tokens 16 × 16, 16 × 8: ")
+    assert sorted(path.name for path in (tmp_path / "profile").iterdir()) == [
+        *(f"step-{number}" for number in (3, 5, 6, 7, 8)),
+        "table.md",
+    ]
+
+
+def test_what_runs_between_the_steps_is_not_theirs(tmp_path):
+    big = jnp.ones((2000, 2000))
+    other = jax.jit(lambda x: x @ x @ x)
+    (told,), _ = _profiled(tmp_path, [8] * 8, lambda: other(big).block_until_ready())
+    milliseconds = float(told.split(": ")[1].split(" ms")[0])
+    assert milliseconds < 50
+
+
+def test_too_few_steps_are_told(tmp_path):
+    (told,), _ = _profiled(tmp_path, [8, 8, 8, 16])
+    assert "no profile; expected 7 steps or more" in told and "got 4 with 1 to trace" in told
+    assert not (tmp_path / "profile" / "table.md").exists()
+
+
+def test_a_step_that_fails_ends_its_trace(tmp_path):
+    def step(state, batch):
+        if state == 3:
+            raise FloatingPointError
+        return state + 1, {}
+
+    def run():
+        with profile.profiled(
+            step,
+            lambda state, batch: "",
+            tmp_path / "profile",
+            print,
+            lambda state: contextlib.nullcontext(),
+        ) as traced:
+            state = 0
+            for _ in range(8):
+                state, _ = traced(state, _Batch(8))
+
+    for _ in range(2):  # a profiler that is still on would refuse to begin again
+        with pytest.raises(FloatingPointError):
+            run()
+
+
+def _run(tmp_path, inputs, name, *flags):
     sections = {
         "student": {**SIZES, "num_hidden_layers": 1, "num_attention_heads": 2},
         "general": {
-            "num_steps": num_steps,
+            "num_steps": 8,
             "learning_rate": 1e-3,
             "max_length": 16,
             "global_batch_size": 8,
@@ -78,26 +164,30 @@ def _run(tmp_path, inputs, name, *flags, num_steps=8):
     return tmp_path / name
 
 
-def test_a_profiled_run_tells_where_a_step_goes_and_learns_the_same(inputs, tmp_path, capsys):
+def test_a_profiled_run_tells_where_a_step_goes_and_learns_the_same(tmp_path, capsys):
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    write_inputs(inputs, **SIZES)
     plain = _run(tmp_path, inputs, "plain")
     assert not (plain / "profile").exists()
     run = _run(tmp_path, inputs, "profiled", "--profile")
     folder = run / "profile" / "general"
     table = (folder / "table.md").read_text()
     assert table in capsys.readouterr().out
-    assert table.startswith("5 steps of 8 rows × 16 tokens")
+    assert table.startswith("5 steps of rows × tokens 8 × 16")
     for part in ("teacher: attention", "attention, backward", "loss hidden", "optimizer"):
         assert f"\n| {part} |" in table
     assert "teacher: attention, backward" not in table
-    parts = table.split("\n\n")[1]
-    shares = [float(share) for share in re.findall(r"([\d.]+)%", re.sub(r"\d+% \|\n", "\n", parts))]
-    assert sum(shares) == pytest.approx(100, abs=2)
     assert list(folder.rglob("*.xplane.pb")) and list(folder.rglob("perfetto_trace.json.gz"))
     weights = "models/general/model.safetensors"
     assert (run / weights).read_bytes() == (plain / weights).read_bytes()
 
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (line,) = [line for line in lines if line["kind"] == "train"]
+    (stage,) = [line for line in lines if line["kind"] == "stage"]
+    assert line["seconds"] < stage["seconds"] - 0.5  # starting and reading traces is no training
 
-def test_a_stage_too_short_to_profile_says_so(inputs, tmp_path, capsys):
-    run = _run(tmp_path, inputs, "short", "--profile", num_steps=2)
-    assert not (run / "profile" / "general").exists()
-    assert "no profile; expected more than 2 steps of one width" in capsys.readouterr().out
+    _run(tmp_path, inputs, "profiled", "--profile")
+    assert "done before, kept; no profile of it" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["distill", "any.yaml", "--profile", "--dry-run"])

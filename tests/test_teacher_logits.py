@@ -3,17 +3,22 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_inputs import write_config, write_inputs
+from tiny_inputs import TEXTS, write_config, write_inputs
 
-from tinybert_jax import cli, config, plan
+from tinybert_jax import cli, config, plan, teacher_logits
 from tinybert_jax.convert import hf_files
-from tinybert_jax.data.pipeline import tokenize_task
+from tinybert_jax.data.pipeline import Batch, tokenize_task
+from tinybert_jax.distill_objective import Role, make_distill
 from tinybert_jax.evaluate import make_scorer
 from tinybert_jax.model.heads import make_classifier
+from tinybert_jax.objective_sections import DistillSection
 from tinybert_jax.run import read_run
+from tinybert_jax.sections import ModelConfig
 
 TEACHER = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32}
 STUDENT = {
@@ -67,9 +72,13 @@ def _run(inputs, run_dir, **changes):
     return run_dir
 
 
+def _files(run_dir):
+    return sorted((run_dir / "teacher_logits").rglob("*.safetensors"))
+
+
 def _kept(run_dir):
-    (file,) = (run_dir / "teacher_logits").iterdir()
-    return file, load_file(file)["logits"]
+    (file,) = _files(run_dir)
+    return load_file(file)["logits"]
 
 
 def _logits(inputs, file, seed):
@@ -92,85 +101,176 @@ def _assert_close(one, other):
     "stage",
     [
         {"batching": "pad"},
-        {"batching": "bucket", "length_buckets": [8, 16]},
+        {"batching": "bucket", "length_buckets": [6, 8, 16]},
         {"batching": "pack", "global_batch_size": 16, "gradient_accumulation_steps": 2},
     ],
     ids=lambda stage: stage["batching"],
 )
 def test_the_student_learns_what_it_learns_from_a_teacher_in_every_step(inputs, tmp_path, stage):
-    kept = _run(inputs, tmp_path / "kept", stage=stage)
+    kept = _run(inputs, tmp_path / "kept", stage=stage, keep_logits=True)
     every = _run(inputs, tmp_path / "every", stage=stage, keep_logits=False)
-    assert not (every / "teacher_logits").exists()
+    assert _files(kept) and not _files(every)
     _assert_close(kept, every)
 
 
-def test_logits_are_made_once(inputs, tmp_path, capsys):
-    """A run that goes on reads the file; another text or teacher does not."""
-    run = _run(inputs, tmp_path / "run")
-    file, logits = _kept(run)
+@pytest.mark.parametrize(
+    "epochs, is_kept", [({"num_epochs": 2, "num_steps": None}, True), ({}, False)]
+)
+def test_only_what_is_read_again_is_kept(inputs, tmp_path, epochs, is_kept):
+    run_config = config.load(_config(inputs, tmp_path / "run", stage=epochs))
+    assert run_config.makes_logits_first("prediction") is is_kept
+
+
+def test_a_regression_has_numbers(inputs, tmp_path):
+    """The teacher's numbers of a task of two texts."""
+    rows = "".join(f"{text}\ttea\t{len(text) / 9}\n" for text in TEXTS)
+    (tmp_path / "numbers.tsv").write_text("text\tother\tlabel\n" + rows)
+    file = str(tmp_path / "numbers.tsv")
+    task = {"train": file, "dev": file, "text_pair": "other", "regression": True}
+    runs = [
+        write_config(
+            tmp_path / f"{name}.yaml",
+            inputs,
+            tmp_path / name,
+            task=task,
+            student=STUDENT,
+            finetune=STAGE,
+            prediction=STAGE,
+            distillation={"keep_logits": is_kept},
+        )
+        for name, is_kept in (("kept", True), ("every", False))
+    ]
+    assert [cli.main(["run", run]) for run in runs] == [0, 0]
+    assert _kept(tmp_path / "kept").shape == (24, 1)
+    _assert_close(tmp_path / "kept", tmp_path / "every")
+
+
+def test_logits_are_made_once(inputs, tmp_path, capsys, monkeypatch):
+    """In several files; what is there is read, what is not is made, and the student is the same."""
+    monkeypatch.setattr(teacher_logits, "ROWS_PER_FILE", 10)
+    run = _run(inputs, tmp_path / "run", keep_logits=True)
+    files = _files(run)
+    assert sorted(file.name for file in files) == [f"{row}.safetensors" for row in (0, 10, 20)]
+    logits = np.concatenate([load_file(file)["logits"] for file in sorted(files, key=_row)])
     np.testing.assert_allclose(
         logits, _logits(inputs, tmp_path / "run.yaml", 0), rtol=1e-6, atol=1e-6
     )
     weights = (run / WEIGHTS).read_bytes()
+
     shutil.rmtree(run / "models" / "prediction")
-    shutil.rmtree(run / "checkpoints")
-    before = file.stat().st_mtime_ns
+    shutil.rmtree(run / "checkpoints" / "prediction" / "last" / "6")  # goes on from step 4
+    files[1].unlink()
+    times = [file.stat().st_mtime_ns for file in (files[0], files[2])]
     capsys.readouterr()
-    _run(inputs, tmp_path / "run")
-    assert file.stat().st_mtime_ns == before
-    assert "go through" not in capsys.readouterr().out
+    _run(inputs, tmp_path / "run", keep_logits=True)
+    told = capsys.readouterr().out
+    assert told.count("examples went through") == 1 and "resumes at step 4" in told
+    assert [file.stat().st_mtime_ns for file in (files[0], files[2])] == times
     assert (run / WEIGHTS).read_bytes() == weights
 
-    other = _run(inputs, tmp_path / "shorter", stage={"max_length": 8})
-    assert _kept(other)[0].name != file.name
+
+def _row(file):
+    return int(file.stem)
+
+
+def test_other_logits_are_never_taken_for_them(inputs, tmp_path):
+    """Text, batching, a teacher's weights and what its config makes of them: one folder each."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(_teacher(inputs, 0), teacher)
+    run = read_run(config.load(_config(inputs, tmp_path / "run", keep_logits=True)), ())
+    run.folder.mkdir()
+    rows = tokenize_task(run.tokenizer, run.data.distilled, 16)
+
+    def read(run, rows=rows):
+        sizes = hf_files.read_model(teacher).config
+        given = run.config.teacher.model_copy(update={"finetuned": str(teacher)})
+        config = run.config.model_copy(update={"teacher": given})
+        return teacher_logits.read(run._replace(config=config, teacher=sizes), "prediction", rows)
+
+    seen = [read(run)]
+    assert read(run)[1] == seen[0][1] and len(_files(run.folder)) == 1
+    seen.append(read(run, rows._replace(ids=rows.ids[::-1].copy())))
+    packed = run.config.prediction.model_copy(update={"batching": "pack"})
+    seen.append(read(run._replace(config=run.config.model_copy(update={"prediction": packed}))))
+    sizes = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**sizes, "hidden_act": "relu"}))
+    seen.append(read(run))
+    weights = load_file(teacher / "model.safetensors")
+    weights["classifier.bias"] = weights["classifier.bias"] + 1
+    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    seen.append(read(run))
+    assert len({fingerprint for _, fingerprint in seen}) == len(_files(run.folder)) == 5
+    assert np.abs(seen[0][0] - seen[3][0]).max() > 1e-4
+
+
+def _flip(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
 
 
 @pytest.mark.parametrize(
     "damage, words",
     [
         (lambda file: file.write_bytes(file.read_bytes()[:-8]), "cannot be read"),
-        (lambda file: save_file({"logits": np.zeros((3, 2))}, file), "got [3, 2]"),
+        (lambda file: save_file({"logits": np.zeros((3, 2))}, file), "got others, float64 [3, 2]"),
+        (_flip, "as they were written"),
     ],
-    ids=["cut", "shape"],
+    ids=["cut", "shape", "bit"],
 )
-def test_a_damaged_file_is_refused(inputs, tmp_path, capsys, damage, words):
-    run = _run(inputs, tmp_path / "run")
-    damage(_kept(run)[0])
+def test_a_damaged_file_is_refused_and_made_again(inputs, tmp_path, capsys, damage, words):
+    run = _run(inputs, tmp_path / "run", keep_logits=True)
+    weights = (run / WEIGHTS).read_bytes()
+    (file,) = _files(run)
+    damage(file)
     shutil.rmtree(run / "models" / "prediction")
+    shutil.rmtree(run / "checkpoints" / "prediction" / "last" / "6")
     capsys.readouterr()
     assert cli.main(["run", str(tmp_path / "run.yaml")]) == 2
     told = capsys.readouterr().err
-    assert words in told and "delete it" in told and str(run / "teacher_logits") in told
+    assert words in told and "delete the file" in told and str(file) in told
+    file.unlink()
+    assert cli.main(["run", str(tmp_path / "run.yaml")]) == 0
+    assert (run / WEIGHTS).read_bytes() == weights
 
 
 def test_several_teachers_are_their_weighted_mean(inputs, tmp_path):
     further = [{"path": _teacher(inputs, 1), "weight": 3.0}]
     run = _run(inputs, tmp_path / "run", further_teachers=further)
+    assert len(_files(run)) == 2
     one, other = (_logits(inputs, tmp_path / "run.yaml", seed) for seed in (0, 1))
     assert np.abs(one - other).max() > 1e-2
-    np.testing.assert_allclose(_kept(run)[1], (one + 3 * other) / 4, rtol=1e-5, atol=1e-6)
+    opened = read_run(config.load(str(tmp_path / "run.yaml")), ())
+    rows = tokenize_task(opened.tokenizer, opened.data.distilled, 16)
+    mean, _ = teacher_logits.read(opened, "prediction", rows)
+    np.testing.assert_allclose(mean, (one + 3 * other) / 4, rtol=1e-5, atol=1e-6)
 
 
-def test_features_are_the_teachers_own_beside_everyones_logits(inputs, tmp_path):
-    """Hidden states and logits: with itself as the further teacher nothing changes."""
-    terms = [{"term": "logits"}, {"term": "hidden"}, {"term": "label"}]
-    both = _run(
-        inputs,
-        tmp_path / "both",
-        prediction=terms,
-        further_teachers=[{"path": _teacher(inputs, 0)}],
+def test_features_are_the_teachers_own_beside_known_logits():
+    """The frozen model's hidden states; the logits that the batch brings."""
+    sizes = ModelConfig(vocab_size=20, num_attention_heads=2, max_position_embeddings=8, **TEACHER)
+    apply, init = make_classifier(sizes, 3)
+    params = init(jax.random.key(0))
+    known = jax.random.normal(jax.random.key(1), (2, 3))
+    batch = Batch(
+        input_ids=jnp.ones((2, 8), jnp.int32),
+        attention_mask=jnp.ones((2, 8), bool),
+        token_type_ids=jnp.zeros((2, 8), jnp.int32),
+        labels=jnp.zeros(2, jnp.int32),
+        weights=jnp.ones(2),
     )
-    alone = _run(inputs, tmp_path / "alone", prediction=terms)
-    assert not (alone / "teacher_logits").exists()  # its pass gives them anyway
-    _assert_close(both, alone)
-    other = _run(
-        inputs,
-        tmp_path / "other",
-        prediction=terms,
-        further_teachers=[{"path": _teacher(inputs, 1)}],
-    )
-    ours, theirs = (load_file(own / WEIGHTS) for own in (both, other))
-    assert any(np.abs(array - theirs[name]).max() > 1e-4 for name, array in ours.items())
+    role = Role(apply, "classifier", 2)
+
+    def targets(batch, *names):
+        terms = DistillSection(prediction=[{"term": name} for name in names]).prediction
+        return make_distill(role, role, terms).targets(batch, params)
+
+    theirs = apply(params, batch.input_ids, batch.attention_mask, batch.token_type_ids)
+    both = targets(batch._replace(teacher_logits=known), "logits", "hidden")
+    np.testing.assert_array_equal(both.logits, known)
+    np.testing.assert_array_equal(both.encoder.hidden, theirs.encoder.hidden)
+    assert targets(batch._replace(teacher_logits=known), "logits", "label").encoder is None
+    np.testing.assert_array_equal(targets(batch, "logits", "hidden").logits, theirs.logits)
 
 
 def _refused(inputs, tmp_path, capsys, **changes):
@@ -184,14 +284,17 @@ def test_further_teachers_that_do_not_fit_are_refused(inputs, tmp_path, capsys):
     shutil.copytree(_teacher(inputs, 1), further)
     given = {"further_teachers": [{"path": str(further)}]}
 
-    told = _refused(inputs, tmp_path, capsys, prediction=[{"term": "label"}], **given)
-    assert "further_teachers: expected a prediction stage with a term logits" in told
+    for changes in (given, {"keep_logits": True}):
+        told = _refused(inputs, tmp_path, capsys, prediction=[{"term": "label"}], **changes)
+        assert f"{next(iter(changes))}: expected a prediction stage with a term logits" in told
+    told = _refused(inputs, tmp_path, capsys, keep_logits=False, **given)
+    assert "keep_logits: the logits of further_teachers are kept" in told
 
     sizes = json.loads((further / "config.json").read_text())
     swapped = {**sizes, "id2label": {"0": "pos", "1": "neg"}, "label2id": {"pos": 0, "neg": 1}}
     (further / "config.json").write_text(json.dumps(swapped))
     told = _refused(inputs, tmp_path, capsys, **given)
-    assert "labels: expected the teacher's order ['pos', 'neg']" in told
+    assert "further_teachers.0: labels: expected the teacher's order ['pos', 'neg']" in told
     (further / "config.json").write_text(json.dumps(sizes))
 
     pieces = json.loads((further / "tokenizer.json").read_text())
@@ -215,6 +318,72 @@ def test_a_further_teacher_near_chance_is_refused(inputs, tmp_path, capsys):
     save_file(weights, further / "model.safetensors", metadata={"format": "pt"})
     told = _refused(inputs, tmp_path, capsys, further_teachers=[{"path": str(further)}])
     assert "expected a dev accuracy of at least" in told and str(further) in told
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"max_position_embeddings": 8}, "expected at most 8"),
+        ({"type_vocab_size": 1}, "two token types"),
+    ],
+)
+def test_a_further_teacher_without_room_is_refused(inputs, tmp_path, capsys, change, words):
+    further = tmp_path / "further"
+    sizes = ModelConfig(
+        **{**hf_files.read_model(_teacher(inputs, 1)).config.model_dump(), **change}
+    )
+    tokenizer = read_run(config.load(_config(inputs, tmp_path / "run")), ()).tokenizer
+    params = make_classifier(sizes, 2)[1](jax.random.key(0))
+    names = ("neg", "pos")
+    hf_files.save_model(further, params, sizes, tokenizer, label_names=names)
+    (tmp_path / "pairs.tsv").write_text("text\tother\tlabel\n" + "a\tb\tneg\na\tb\tpos\n" * 9)
+    pairs = str(tmp_path / "pairs.tsv")
+    file = write_config(
+        tmp_path / "further.yaml",
+        inputs,
+        tmp_path / "run",
+        task={"train": pairs, "dev": pairs, "text_pair": "other"},
+        student=STUDENT,
+        finetune=STAGE,
+        prediction=STAGE,
+        distillation={"further_teachers": [{"path": str(further)}]},
+    )
+    assert cli.main(["run", file]) == 2
+    told = capsys.readouterr().err
+    assert "further_teachers.0: prediction" in told and words in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_further_teacher_is_looked_at_before_anything_is_trained(inputs, tmp_path, capsys):
+    """Though the teacher itself is yet to be made: one without a head, one near chance."""
+    file = write_config(
+        tmp_path / "run.yaml",
+        inputs,
+        tmp_path / "run",
+        student=STUDENT,
+        finetune=STAGE,
+        prediction=STAGE,
+        distillation={"further_teachers": [{"path": str(inputs / "teacher")}]},
+    )
+    assert cli.main(["run", file]) == 2
+    assert "further_teachers.0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_another_size_joins_one_that_is_made_in_the_run(inputs, tmp_path):
+    """Finetune and prediction in one run; the further teacher is the other's student."""
+    small = _run(inputs, tmp_path / "small", stage={"num_steps": 60, "eval_every": 20})
+    file = write_config(
+        tmp_path / "run.yaml",
+        inputs,
+        tmp_path / "run",
+        student=STUDENT,
+        finetune={**STAGE, "num_steps": 40, "eval_every": 20},
+        prediction=STAGE,
+        distillation={"further_teachers": [{"path": str(small / "hf")}], "teacher_margin": 0},
+    )
+    assert cli.main(["run", file]) == 0
+    assert len(_files(tmp_path / "run")) == 2
 
 
 def test_costs_count_the_pass_once(inputs, tmp_path):

@@ -14,9 +14,6 @@ from tinybert_jax import config as configs
 from tinybert_jax import distill, optim, sharding
 from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.data import vocab
-from tinybert_jax.data.loader import check_mixture
-from tinybert_jax.data.pipeline import MIN_TOKENS
-from tinybert_jax.data.store import Store
 from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.objective_sections import (
     DISTILL_STAGES,
@@ -24,7 +21,7 @@ from tinybert_jax.objective_sections import (
     LayerTerm,
     model_kind,
 )
-from tinybert_jax.sections import TEACHER_STAGES, ModelConfig, RunConfig, Student
+from tinybert_jax.sections import TEACHER_STAGES, FurtherTeacher, ModelConfig, RunConfig, Student
 from tinybert_jax.stage_sections import StageSection
 
 # The stage that makes the model which a stage starts from or learns from, where the config has it.
@@ -79,9 +76,6 @@ def check_vocabularies(config: RunConfig, tokenizer: Any, students: Sequence[Stu
         hf_folder.check_same_pieces(tokenizer, config.teacher.path, "teacher")
     if config.teacher.finetuned:
         hf_folder.check_same_pieces(tokenizer, config.teacher.finetuned, "teacher")
-    for number, further in enumerate(config.distillation.further_teachers):
-        with naming(f"distillation.further_teachers.{number}"):
-            hf_folder.check_same_pieces(tokenizer, further.path, "teacher")
     for student in students:
         if student.section.path:
             with naming(student.origin):
@@ -173,86 +167,6 @@ def check_schedule(stage: str, section: StageSection) -> None:
         raise ValueError(f"{stage}.schedule {section.schedule}, for 1000 steps: {error}") from None
 
 
-def check_stores(
-    config: RunConfig,
-    stages: Sequence[str],
-    tokenizer: Any,
-    stores: Sequence[tuple[Store, float]],
-    heldout: Store | None,
-) -> None:
-    """Refuses stores of another tokenizer, without rows, or of a width that no stage reads."""
-    expected = vocab.backend_sha256(tokenizer)
-    given = [("corpus.stores", store) for store, _ in stores]
-    given += [("corpus.heldout_store", heldout)] if heldout else []
-    for origin, store in given:
-        if store.manifest["tokenizer_sha256"] != expected:
-            raise ValueError(
-                f"{origin}: expected the run's tokenizer ({expected[:12]}), {store.folder} is "
-                f"of another ({store.manifest['tokenizer_sha256'][:12]}); prepare the text with "
-                "the run's tokenizer, or set tokenizer.path to the store's"
-            )
-        if not store.num_rows:
-            raise ValueError(f"{origin}: expected rows, got none in {store.folder}")
-    read = set()
-    for name in (name for name in ("pretrain", "general") if getattr(config, name)):
-        for part in getattr(config, name).parts():
-            width = part.section.max_length
-            alike = [pair for pair in stores if pair[0].width == width]
-            if alike:
-                read.add(width)
-                check_mixture(*zip(*alike, strict=True))
-            elif name in stages:
-                widths = " or ".join(str(width) for width in sorted({s.width for s, _ in stores}))
-                raise ValueError(
-                    f"{name}.{part.key}max_length: expected {widths}, the width of the rows in "
-                    f"corpus.stores, got {width}"
-                )
-    unread = [str(store.folder) for store, _ in stores if store.width not in read]
-    if unread and (config.pretrain or config.general):
-        raise ValueError(
-            f"corpus.stores: expected rows as wide as a stage's max_length, got others in "
-            f"{unread}; remove them, or give pretrain phases of that max_length"
-        )
-    if "pretrain" in stages and config.pretrain:
-        _check_heldout(config.pretrain, heldout)
-        if config.pretrain.pair_weight:
-            widths = {part.section.max_length for part in config.pretrain.parts()}
-            trained = [store for store, _ in stores if store.width in widths]
-            _check_pair_labels([*trained, *([heldout] if heldout else [])])
-
-
-def _check_heldout(section: StageSection, heldout: Store | None) -> None:
-    if heldout and heldout.width > section.max_length:
-        raise ValueError(
-            f"corpus.heldout_store: expected rows of at most pretrain.max_length = "
-            f"{section.max_length}, got {heldout.width} in {heldout.folder}; prepare it anew"
-        )
-
-
-def _check_pair_labels(stores: Sequence[Store]) -> None:
-    labels = {store.folder: _pair_label(store) for store in stores}
-    if None in labels.values() or len(set(labels.values())) > 1:
-        shown = ", ".join(f"{folder}: {label or 'none'}" for folder, label in labels.items())
-        raise ValueError(
-            f"pretrain.pair_weight: expected stores with one kind of pair label, got {shown}; "
-            "prepare the text with mode=pairs and one pair_label, or set pair_weight to 0"
-        )
-
-
-def _pair_label(store: Store) -> str | None:
-    settings = store.manifest["settings"]
-    return settings["pair_label"] if settings["mode"] == "pairs" else None
-
-
-def check_corpus(tokenizer: Any, corpus: Sequence[str], origin: str = "corpus") -> None:
-    """Refuses a corpus without a document long enough to learn from."""
-    if not any(len(tokenizer.tokenize(text[:1000])) + 2 >= MIN_TOKENS for text in corpus):
-        raise ValueError(
-            f"{origin}: expected documents of {MIN_TOKENS - 2} pieces or more, got none in "
-            f"{len(corpus)} documents; in a .txt file a blank line ends a document"
-        )
-
-
 def check_weights(
     config: RunConfig,
     stages: Sequence[str],
@@ -282,6 +196,24 @@ def check_weights(
         with naming(origin):
             _, init = make[kind](model)
             hf_files.check_start(path, init, whole=teaches)
+
+
+def check_further_teachers(
+    config: RunConfig,
+    tokenizer: Any,
+    teachers: Sequence[FurtherTeacher],
+    num_outputs: int,
+    label_names: Sequence[str] | None,
+) -> None:
+    """Refuses those that cannot say of the task's text what the teacher says."""
+    for own in teachers:
+        path = own.section.path
+        with naming(own.origin):
+            hf_folder.check_same_pieces(tokenizer, path, "teacher")
+            _check_model(config, "prediction", "teacher", own.sizes, tokenizer)
+            check_labels(path, label_names)
+            _, init = make_classifier(own.sizes, num_outputs)
+            hf_files.check_start(path, init, whole=True)
 
 
 def check_labels(path: str | Path, label_names: Sequence[str] | None) -> None:

@@ -74,10 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     for name, (_, text) in _STAGES.items():
         command = commands.add_parser(name, help=text, description=text)
         _add_config(command, "configs/quickstart.yaml")
-        command.add_argument(
+        either = command.add_mutually_exclusive_group()
+        either.add_argument(
             "--dry-run", action="store_true", help="print what it would cost and stop"
         )
-        command.add_argument(
+        either.add_argument(
             "--profile",
             action="store_true",
             help="trace a few steps of each stage: where a step goes, in run_dir/profile",

@@ -48,7 +48,7 @@ class Role(NamedTuple):
 class Outputs(NamedTuple):
     """What the terms read of one model."""
 
-    encoder: Any  # EncoderOutput; None where a teacher's logits are known and nothing else is read
+    encoder: Any  # EncoderOutput; of a teacher that no term but logits reads perhaps None
     logits: jax.Array | None = None  # [examples, labels]
     words: MaskedLMOutput | None = None
 

@@ -1,5 +1,6 @@
 """Runs a model over a whole data set. Knows nothing of training."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -7,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from tinybert_jax import masking, metrics, word_losses
+from tinybert_jax import masking, metrics, sharding, word_losses
 from tinybert_jax.data.pipeline import (
     Batch,
     TokenRows,
@@ -29,21 +31,36 @@ class Judge(NamedTuple):
 
 
 def make_scorer(
-    apply: Callable, *, buckets: Sequence[int], pad_token_id: int, packed: bool = False
+    apply: Callable,
+    *,
+    buckets: Sequence[int],
+    pad_token_id: int,
+    packed: bool = False,
+    mesh: Mesh | None = None,
 ) -> Scorer:
     """A function (params, rows) -> logits [rows, num_labels].
 
     Each example is padded to its bucket or, packed, shares a row of the widest one with others.
+    With a mesh, on which the parameters are, its devices share each batch.
     """
+    shards = sharding.num_batch_shards(mesh) if mesh else 1
 
     @functools.partial(jax.jit, static_argnames="num_segments")
     def forward(params: Any, *inputs: jax.Array, num_segments: int | None) -> jax.Array:
         return apply(params, *inputs, num_segments=num_segments).logits
 
+    def place(batch: Batch) -> Batch:
+        return jax.device_put(batch, sharding.batch_sharding(mesh)) if mesh else batch
+
     def score(params: Any, rows: TokenRows, *, global_batch_size: int = 64) -> np.ndarray:
+        global_batch_size = -(-global_batch_size // shards) * shards
         if packed:
             epochs = packed_epochs(
-                rows.lengths, width=max(buckets), global_batch_size=global_batch_size, seed=(0,)
+                rows.lengths,
+                width=max(buckets),
+                global_batch_size=global_batch_size,
+                seed=(0,),
+                multiple=shards,
             )
             plans = epochs.plan(0)
         else:
@@ -52,9 +69,11 @@ def make_scorer(
             )
         pending = []
         for plan in plans:
-            batch = make_batch(rows, plan, pad_token_id)
+            batch = place(make_batch(rows, plan, pad_token_id))
             inputs = batch.input_ids, batch.attention_mask, batch.token_type_ids
-            pending.append((plan, forward(params, *inputs, num_segments=batch.num_segments)))
+            with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+                values = forward(params, *inputs, num_segments=batch.num_segments)
+            pending.append((plan, values))
         logits = np.zeros((len(rows.lengths), pending[0][1].shape[-1]), np.float32)
         for plan, values in pending:
             real = plan.rows >= 0

@@ -29,11 +29,12 @@ class Feed(NamedTuple):
 
 
 def stage_feed(
-    run: Run, stage: str, read_logits: Callable[[TokenRows], np.ndarray] | None = None
+    run: Run, stage: str, teach: Callable[[TokenRows], tuple[np.ndarray, str]] | None = None
 ) -> Feed:
     """The corpus for pretrain and general; else the task's text, for distillation all of it.
 
-    `read_logits` says what teachers say of the task's rows: fp32 [rows, outputs].
+    `teach` gives what teachers say of the task's rows, fp32 [rows, outputs], and a SHA-256 of
+    what that depends on.
     """
     if stage in ("pretrain", "general"):
         return _corpus_feed(run, stage)
@@ -44,9 +45,12 @@ def stage_feed(
         f"{stage}: {len(rows.lengths):,} examples, {len(rows.ids):,} tokens, "
         f"{rows.num_truncated:,} cut at {section.max_length}"
     )
-    if read_logits:
-        rows = rows._replace(teacher_logits=read_logits(rows))
-    return _rows_feed(run, section, rows, _seed(run, stage))
+    if teach is None:
+        return _rows_feed(run, section, rows, _seed(run, stage))
+    logits, fingerprint = teach(rows)
+    feed = _rows_feed(run, section, rows._replace(teacher_logits=logits), _seed(run, stage))
+    content = (feed.fingerprint + fingerprint).encode()
+    return feed._replace(fingerprint=hashlib.sha256(content).hexdigest())
 
 
 _PHASE_SEED = 2**31  # beyond any number of an epoch or a corpus, which a seed may end in too

@@ -15,10 +15,12 @@ from tinybert_jax.data.store import Store, open_store
 from tinybert_jax.data.tasks import TaskData, read_corpus, read_task, split_heldout
 from tinybert_jax.sections import (
     CorpusSection,
+    FurtherTeacher,
     ModelConfig,
     RunConfig,
     Student,
     StudentSection,
+    further_origin,
     student_origin,
 )
 
@@ -35,6 +37,7 @@ class Text(NamedTuple):
 class Inputs(NamedTuple):
     tokenizer: Any
     teacher: ModelConfig
+    further_teachers: tuple[FurtherTeacher, ...]
     students: tuple[Student, ...]
     task: TaskData | None
     text: Text
@@ -46,17 +49,18 @@ def read_inputs(config: RunConfig, folder: Path) -> Inputs:
     Raises one ValueError that tells of every input that cannot be read, a line each.
     """
     # Models before the tokenizer: transformers reads config.json too, and fails less clearly.
-    further = config.distillation.further_teachers
-    given, _, *others, task, text, _ = _read_all(
+    members = config.family.items()
+    further = tuple(enumerate(config.distillation.further_teachers))
+    given, _, *sizes, task, text, _ = _read_all(
         lambda: _read_sizes("teacher", config.teacher.path),
         lambda: _read_sizes("teacher.finetuned", config.teacher.finetuned),
         *(
-            functools.partial(_read_sizes, f"distillation.further_teachers.{i}", own.path)
-            for i, own in enumerate(further)
+            functools.partial(_read_sizes, student_origin(name), section.path)
+            for name, section in members
         ),
         *(
-            functools.partial(_read_sizes, student_origin(name), section.path)
-            for name, section in config.family.items()
+            functools.partial(_read_sizes, further_origin(number), section.path)
+            for number, section in further
         ),
         lambda: read_task(config.task) if config.task else None,
         lambda: _read_text(config.corpus),
@@ -66,9 +70,13 @@ def read_inputs(config: RunConfig, folder: Path) -> Inputs:
     teacher = given or _fresh_teacher(config, tokenizer)
     students = tuple(
         Student(name, section, own or _student_sizes(name, section, teacher))
-        for (name, section), own in zip(config.family.items(), others[len(further) :], strict=True)
+        for (name, section), own in zip(members, sizes[: len(members)], strict=True)
     )
-    return Inputs(tokenizer, teacher, students, task, text)
+    others = tuple(
+        FurtherTeacher(*own, sizes)
+        for own, sizes in zip(further, sizes[len(members) :], strict=True)
+    )
+    return Inputs(tokenizer, teacher, others, students, task, text)
 
 
 def _read_all(*readers: Callable[[], Any]) -> list[Any]:

@@ -27,11 +27,7 @@ def missing_needs(config: Any) -> Iterator[str]:
         yield "expected a finetune section or teacher.finetuned, got both"
     for name in (name for name in DISTILL_STAGES if name in stages):
         yield from _needs_of_terms(config, name)
-    if config.distillation.further_teachers and not config.keeps_logits("prediction"):
-        yield (
-            "distillation.further_teachers: expected a prediction stage with a term logits, which "
-            "learns from them; add it, or leave them out"
-        )
+    yield from _needs_of_logits(config)
     if config.distillation.mask_rate is not None and "general" not in stages:
         yield "distillation.mask_rate is of the stage general: add it, or leave mask_rate out"
     for name in stages & {"pretrain", "general", "intermediate"}:
@@ -70,6 +66,19 @@ def missing_needs(config: Any) -> Iterator[str]:
         )
     if not (config.tokenizer.path or config.tokenizer.vocab_size or config.teacher.path):
         yield "expected a tokenizer: tokenizer.path, tokenizer.vocab_size or teacher.path"
+
+
+def _needs_of_logits(config: Any) -> Iterator[str]:
+    section = config.distillation
+    if section.further_teachers and section.keep_logits is False:
+        yield "distillation.keep_logits: the logits of further_teachers are kept: leave it out"
+    elif section.further_teachers or section.keep_logits:
+        if not config.makes_logits_first("prediction"):
+            name = "further_teachers" if section.further_teachers else "keep_logits"
+            yield (
+                f"distillation.{name}: expected a prediction stage with a term logits, which reads "
+                "them; add it, or leave them out"
+            )
 
 
 def _needs_of_names(config: Any) -> Iterator[str]:

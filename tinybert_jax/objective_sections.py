@@ -172,7 +172,7 @@ OF_STUDENT = ("label", "masked_lm")  # without the teacher
 DISTILL_STAGES = ("general", "intermediate", "prediction")
 
 
-class FurtherTeacher(Section):
+class FurtherTeacherSection(Section):
     """A classifier of the same task, labels and vocabulary, of any size."""
 
     path: str = Field(description="a fine-tuned Hugging Face folder or hub id")
@@ -197,12 +197,13 @@ class DistillSection(Section):
     teacher_margin: Fraction = Field(
         default=0.02, description="how far above the majority class a teacher has to score on dev"
     )
-    keep_logits: bool = Field(
-        default=True,
-        description="prediction: where only its logits are read, the teacher goes through the text "
-        "once, before the first step, instead of in every epoch; they are kept in the run folder",
+    keep_logits: bool | None = Field(
+        default=None,
+        description="prediction: the teacher goes through the text once, before the first step, "
+        "and its logits are kept in the run folder; default: where it has num_epochs above 1 and "
+        "no term reads more of the teacher",
     )
-    further_teachers: tuple[FurtherTeacher, ...] = Field(
+    further_teachers: tuple[FurtherTeacherSection, ...] = Field(
         default=(),
         description="prediction learns from the weighted mean of all teachers' logits, kept; the "
         "teacher's own weight is 1, and other terms read it alone",

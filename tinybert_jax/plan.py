@@ -13,7 +13,6 @@ import numpy as np
 
 from tinybert_jax import cost, sharding
 from tinybert_jax.attention_losses import RELATION_BLOCK
-from tinybert_jax.convert import hf_files
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import LayerPairs, make_layer_pairs
 from tinybert_jax.distill_objective import Options
@@ -193,9 +192,8 @@ def _work(run: Run, stage: str) -> Work:
         return Work(students, num_seeds, None, ())
     terms = run.config.step_terms(stage)
     beforehand = ()
-    if run.config.keeps_logits(stage):
-        further = run.config.distillation.further_teachers
-        beforehand = (run.teacher, *(hf_files.read_model(own.path).config for own in further))
+    if run.config.makes_logits_first(stage):
+        beforehand = (run.teacher, *(own.sizes for own in run.further_teachers))
     teacher = run.teacher if teaches(terms) else None
     return Work(students, num_seeds, teacher, terms, beforehand)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tinybert_jax import checks, cost, host, sharding
+from tinybert_jax import checks, corpus_checks, cost, host, sharding
 from tinybert_jax import config as configs
 from tinybert_jax.convert import hf_files
 from tinybert_jax.data.pipeline import tokenize_task
@@ -24,8 +24,8 @@ from tinybert_jax.data.tasks import TaskData
 from tinybert_jax.evaluate import Judge, majority_share, make_scorer, task_metrics
 from tinybert_jax.inputs import read_inputs
 from tinybert_jax.log import MetricLog
-from tinybert_jax.model.heads import make_classifier
-from tinybert_jax.sections import SOLE, ModelConfig, RunConfig, Student
+from tinybert_jax.model.heads import Apply, Params, make_classifier
+from tinybert_jax.sections import SOLE, FurtherTeacher, ModelConfig, RunConfig, Student
 from tinybert_jax.stage_sections import StageSection
 
 
@@ -38,6 +38,7 @@ class Run(NamedTuple):
     log: MetricLog
     tokenizer: Any
     teacher: ModelConfig
+    further_teachers: tuple[FurtherTeacher, ...]
     students: tuple[Student, ...]
     task: TaskData | None
     corpus: tuple[str, ...]
@@ -131,11 +132,6 @@ class Run(NamedTuple):
             )
         return folder
 
-    @property
-    def task_teachers(self) -> list[str | Path]:
-        """That teacher, and those whose logits join its own."""
-        return [self.task_teacher, *(own.path for own in self.config.distillation.further_teachers)]
-
 
 @contextlib.contextmanager
 def open_run(config: RunConfig, stages: Sequence[str]) -> Iterator[Run]:
@@ -146,7 +142,10 @@ def open_run(config: RunConfig, stages: Sequence[str]) -> Iterator[Run]:
     """
     run = read_run(config, stages)
     if _learns_now(run, stages):
-        check_teachers(run)
+        check_teacher(run, run.task_teacher, run.teacher)
+    if "prediction" in stages and not run.is_done("prediction"):
+        for own in run.further_teachers:
+            check_teacher(run, own.section.path, own.sizes)
     with host.locked(run.folder, "run_dir"):
         checks.check_folder(run.folder, config)  # again: another run may have begun while we read
         _write_identity(run.folder, config, run.mesh)
@@ -210,24 +209,27 @@ def dev_judge(run: Run, apply: Callable, section: StageSection) -> Judge:
     return Judge(measure, rows.fingerprint())
 
 
-def check_teachers(run: Run) -> None:
+def load_classifier(run: Run, path: str | Path, sizes: ModelConfig) -> tuple[Apply, Params]:
+    """A model that knows the task, its parameters on the run's devices."""
+    apply, init = make_classifier(sizes, run.data.num_outputs, **compute_options(run.config))
+    return apply, sharding.placed(hf_files.start_params(path, init, whole=True), run.mesh)
+
+
+def check_teacher(run: Run, path: str | Path, sizes: ModelConfig) -> None:
     """Refuses a teacher that has nothing to teach: near the majority class on the dev set."""
     if run.is_regression:
         return
     section = run.config.prediction or run.section("intermediate")
+    apply, params = load_classifier(run, path, sizes)
+    accuracy = dev_judge(run, apply, section).measure(params)["accuracy"]
     chance = majority_share(run.data.dev_labels)
     needed = min(chance + run.config.distillation.teacher_margin, 1.0)
-    for path in run.task_teachers:
-        model = hf_files.read_model(path).config
-        apply, init = make_classifier(model, run.data.num_outputs, **compute_options(run.config))
-        params = hf_files.start_params(path, init, whole=True)
-        accuracy = dev_judge(run, apply, section).measure(params)["accuracy"]
-        if accuracy < needed:
-            raise ValueError(
-                f"teacher: expected a dev accuracy of at least {needed:.4f} (the majority class "
-                f"has {chance:.4f}), got {accuracy:.4f} from {path}; check its label order, "
-                "fine-tune it on the task, or lower distillation.teacher_margin"
-            )
+    if accuracy < needed:
+        raise ValueError(
+            f"teacher: expected a dev accuracy of at least {needed:.4f} (the majority class has "
+            f"{chance:.4f}), got {accuracy:.4f} from {path}; check its label order, "
+            "fine-tune it on the task, or lower distillation.teacher_margin"
+        )
 
 
 def publish(run: Run, models: Mapping[str, Path]) -> Path:
@@ -252,16 +254,18 @@ def _check(run: Run, stages: Sequence[str]) -> None:
     checks.check_sizes(config, stages, run.mesh, run.tokenizer, run.teacher, run.students)
     checks.check_vocabularies(config, run.tokenizer, run.students)
     if run.stores:
-        checks.check_stores(config, stages, run.tokenizer, run.stores, run.heldout_store)
+        corpus_checks.check_stores(config, stages, run.tokenizer, run.stores, run.heldout_store)
     elif {"pretrain", "general"} & set(stages):
-        checks.check_corpus(run.tokenizer, run.corpus)
+        corpus_checks.check_corpus(run.tokenizer, run.corpus)
         if run.heldout and "pretrain" in stages:
-            checks.check_corpus(run.tokenizer, run.heldout, "corpus.heldout_share")
+            corpus_checks.check_corpus(run.tokenizer, run.heldout, "corpus.heldout_share")
     if _learns_now(run, stages):
         checks.check_labels(run.task_teacher, run.data.label_names)
-    for further in config.distillation.further_teachers:
-        checks.check_labels(further.path, run.data.label_names)
     num_outputs = run.task.num_outputs if run.task else 0
+    if "prediction" in stages:
+        labels = run.data.label_names
+        further = run.further_teachers
+        checks.check_further_teachers(config, run.tokenizer, further, num_outputs, labels)
     checks.check_weights(config, stages, run.teacher, run.students, num_outputs)
 
 

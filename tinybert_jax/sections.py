@@ -17,6 +17,7 @@ from tinybert_jax.needs import missing_needs
 from tinybert_jax.objective_sections import (
     DISTILL_STAGES,
     DistillSection,
+    FurtherTeacherSection,
     Terms,
     teaches,
     without_logits,
@@ -137,6 +138,23 @@ class Student(NamedTuple):
     @property
     def origin(self) -> str:
         return student_origin(self.name)
+
+
+class FurtherTeacher(NamedTuple):
+    """One whose logits join the teacher's."""
+
+    number: int
+    section: FurtherTeacherSection
+    sizes: ModelConfig
+
+    @property
+    def origin(self) -> str:
+        return further_origin(self.number)
+
+
+def further_origin(number: int) -> str:
+    """Where the config has the further teacher of that number."""
+    return f"distillation.further_teachers.{number}"
 
 
 def student_origin(name: str) -> str:
@@ -318,22 +336,22 @@ class RunConfig(Section):
         """Whether the config has this distillation stage, and a term of it reads a teacher."""
         return getattr(self, stage) is not None and teaches(self.distillation.terms(stage))
 
-    def keeps_logits(self, stage: str) -> bool:
+    def makes_logits_first(self, stage: str) -> bool:
         """Whether the teachers' logits of the stage's text are made before its first step."""
-        section = self.distillation
-        if stage != "prediction" or not self.teaches(stage):
+        if stage != "prediction" or self.prediction is None:
             return False
-        terms = section.terms(stage)
+        terms, chosen = self.distillation.terms(stage), self.distillation.keep_logits
         others = without_logits(terms)
-        reads_logits = len(others) < len(terms)
-        return reads_logits and bool(
-            section.further_teachers or section.keep_logits and not teaches(others)
-        )
+        if len(others) == len(terms):
+            return False
+        if self.distillation.further_teachers or chosen is not None:
+            return chosen is not False
+        return (self.prediction.num_epochs or 0) > 1 and not teaches(others)
 
     def step_terms(self, stage: str) -> Terms:
         """The terms of a distillation stage for which a step needs the teacher, or none."""
         terms = self.distillation.terms(stage)
-        return without_logits(terms) if self.keeps_logits(stage) else terms
+        return without_logits(terms) if self.makes_logits_first(stage) else terms
 
     def reads_teacher(self, stage: str) -> bool:
         """Whether this distillation stage reads a teacher to learn from or to start from."""

@@ -61,6 +61,11 @@ def shardings(specs: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 
 
+def placed(params: Any, mesh: Mesh) -> Any:
+    """Parameters on their devices."""
+    return jax.device_put(params, shardings(param_specs(params, mesh), mesh))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Examples over `data` and `fsdp`; each example whole on its device."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

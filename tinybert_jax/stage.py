@@ -3,8 +3,7 @@
 import contextlib
 import functools
 import hashlib
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tinybert_jax import best, checkpoint, family, host, loop, optim, profile, sharding, train
+from tinybert_jax import best, checkpoint, family, loop, optim, profile, sharding, train
 from tinybert_jax.data import loader
-from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.evaluate import Judge
 from tinybert_jax.feed import Feed
+from tinybert_jax.meter import Meter
 from tinybert_jax.objectives import Objective
 from tinybert_jax.run import Run
 from tinybert_jax.sections import SOLE, STAGES
@@ -66,22 +65,9 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
     if start_step:
         run.log.say(f"{training.name}: resumes at step {start_step} of {num_steps}")
 
-    step_fn = train.make_train_step(
-        family.join_objectives({n: own.objective for n, own in training.members.items()}),
-        optimizer,
-        schedule,
-        run.mesh,
-        jax.tree.map(lambda leaf: leaf.sharding, target),
-        num_steps=num_steps,
-        gradient_accumulation_steps=section.gradient_accumulation_steps,
-        average_decay=section.average_decay or 0.0,
-    )
-    frozen = jax.device_put(
-        training.frozen,
-        sharding.shardings(sharding.param_specs(training.frozen, run.mesh), run.mesh),
-    )
     placement = sharding.batch_sharding(run.mesh)
-    meter = _Meter(run, training, num_steps, start_step, progress.get("pending", []))
+    pending = progress.get("pending", [])
+    meter = Meter(run, training.name, training.flops_per_token, num_steps, start_step, pending)
     judge = _Judge(run, training, folder, training.feed.num_batches, num_steps, progress, meter)
 
     def is_due(step: int) -> bool:
@@ -96,7 +82,17 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
         return False
 
     if not progress.get("stopped"):
-        with _step(run, training, step_fn, frozen) as step:
+        step_fn = train.make_train_step(
+            family.join_objectives({n: own.objective for n, own in training.members.items()}),
+            optimizer,
+            schedule,
+            run.mesh,
+            jax.tree.map(lambda leaf: leaf.sharding, target),
+            num_steps=num_steps,
+            gradient_accumulation_steps=section.gradient_accumulation_steps,
+            average_decay=section.average_decay or 0.0,
+        )
+        with _step(run, training, step_fn, meter) as step:
             state = loop.fit(
                 state,
                 step,
@@ -115,17 +111,24 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
     return _models(jax.device_get(chosen), training.members, state.key)
 
 
-def _step(run: Run, training: Training, step_fn: train.TrainStep, frozen: Any):
+def _step(
+    run: Run, training: Training, step_fn: train.TrainStep, meter: Meter
+) -> contextlib.AbstractContextManager[profile.Step]:
     """The step as the loop calls it; some of its calls are traced where the run is profiled."""
-    step = functools.partial(_with_frozen, step_fn, frozen)
+    frozen = sharding.placed(training.frozen, run.mesh)
+
+    def step(state, batch):
+        return step_fn(state, batch, frozen)
+
     if not run.is_profiled:
         return contextlib.nullcontext(step)
-    program = functools.partial(_with_frozen, step_fn.program, frozen)
-    return profile.profiled(step, program, run.folder / "profile" / training.name, run.log.say)
-
-
-def _with_frozen(call: Callable, frozen: Any, state: train.TrainState, batch: Batch) -> Any:
-    return call(state, batch, frozen)
+    return profile.profiled(
+        step,
+        lambda state, batch: step_fn.program(state, batch, frozen),
+        run.folder / "profile" / training.name,
+        run.log.say,
+        meter.paused,
+    )
 
 
 def _models(params: Any, names: Iterable[str], key: jax.Array) -> dict[str, list[Any]]:
@@ -294,78 +297,6 @@ class _Judge:
                 for name, flags in is_better.items()
             }
         )
-
-
-_TIDY_SECONDS = 30  # far more than the step whose page faults it costs
-
-
-class _Meter:
-    """Averages step metrics and turns them into rates, leaving pauses out of the clock."""
-
-    def __init__(self, run: Run, training: Training, num_steps: int, start_step: int, pending):
-        self.run, self.training, self.num_steps = run, training, num_steps
-        # (metrics, rows, width) of each step since the last line; a resume brings the first ones.
-        self.pending: list[tuple[dict[str, Any], int, int]] = [tuple(step) for step in pending]
-        self.num_restored = len(self.pending)
-        self.last_step, self.since, self.pause = start_step, time.perf_counter(), 0.0
-        self.tidied = self.since
-
-    def record(self, step: int, batch: Batch, metrics: dict[str, jax.Array]) -> None:
-        num_rows, width = batch.input_ids.shape
-        self.pending.append((metrics, num_rows, width))
-        if step % self.training.section.log_every and step != self.num_steps:
-            return
-        values = self._average(step)
-        self.run.log.write("train", self.training.name, step, values)
-        self.run.log.progress(self.training.name, step, self.num_steps, values)
-        self.last_step, self.pause, self.num_restored = step, 0.0, 0
-        self.since = time.perf_counter()
-        if self.since - self.tidied > _TIDY_SECONDS:
-            host.give_back_freed_memory()
-            self.tidied = self.since
-        self.pending.clear()
-
-    def snapshot(self) -> list[tuple[dict[str, float], int, int]]:
-        """The steps that no line tells of yet, as plain numbers; raises where one is not finite."""
-        fetched = jax.device_get(self.pending)
-        plain = [({n: float(v) for n, v in m.items()}, rows, width) for m, rows, width in fetched]
-        for values, _, _ in plain:
-            if not np.isfinite([values["loss"], values["grad_norm"]]).all():
-                raise FloatingPointError(
-                    f"{self.training.name}: expected a finite loss and gradient, got "
-                    f"{values['loss']} and {values['grad_norm']} after step {self.last_step}; "
-                    f"lower {self.training.name}.learning_rate. The last checkpoint before is kept"
-                )
-        return plain
-
-    def _average(self, step: int) -> dict[str, float]:
-        steps = self.snapshot()
-        seconds = max(time.perf_counter() - self.since - self.pause, 1e-9)
-        timed = steps[self.num_restored :]
-        tokens = sum(metrics["num_tokens"] for metrics, _, _ in timed)
-        flops = sum(m["num_tokens"] * self.training.flops_per_token(width) for m, _, width in timed)
-        all_tokens = sum(metrics["num_tokens"] for metrics, _, _ in steps)
-        means = {
-            name: float(np.mean([metrics[name] for metrics, _, _ in steps]))
-            for name in steps[0][0]
-            if name not in ("num_tokens", "learning_rate")
-        }
-        return means | {
-            "learning_rate": steps[-1][0]["learning_rate"],
-            "tokens_per_second": tokens / seconds,
-            "padding_share": 1 - all_tokens / sum(rows * width for _, rows, width in steps),
-            "mfu": flops / seconds / self.run.peak_flops,
-            "seconds": seconds,
-            "seconds_left": seconds / max(len(timed), 1) * (self.num_steps - step),
-        }
-
-    @contextlib.contextmanager
-    def paused(self, state: train.TrainState) -> Iterator[None]:
-        """Leaves what runs inside out of the clock; work still in flight belongs to training."""
-        jax.block_until_ready(state)
-        start = time.perf_counter()
-        yield
-        self.pause += time.perf_counter() - start
 
 
 def _make_optimizer(

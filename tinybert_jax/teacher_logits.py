@@ -1,82 +1,76 @@
-"""What the teachers say of the task's text, made once and kept: the prediction stage's targets."""
+"""What the teachers say of the task's text, made once and kept: the prediction stage's targets.
+
+`teacher_logits/<hash>/<row>.safetensors` in the run folder holds one teacher's logits from that row
+on. The hash is of all that they depend on (the rows, how they are batched, the teacher's weights
+and sizes), so that no others are ever taken for them. A killed run goes on after the last file.
+"""
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from tinybert_jax.convert import hf_files
 from tinybert_jax.data.pipeline import TokenRows
 from tinybert_jax.evaluate import make_scorer
-from tinybert_jax.model.heads import make_classifier
-from tinybert_jax.run import Run, compute_options
+from tinybert_jax.run import Run, load_classifier
+from tinybert_jax.sections import ModelConfig
+
+ROWS_PER_FILE = 2**14
 
 
-class _Teacher(NamedTuple):
-    path: str | Path
-    weight: float
-    apply: Any
-    params: Any
+def read(run: Run, stage: str, rows: TokenRows) -> tuple[np.ndarray, str]:
+    """The weighted mean of all teachers' logits, fp32 [rows, outputs], and a SHA-256.
 
-
-def read_logits(run: Run, stage: str, rows: TokenRows) -> np.ndarray:
-    """The weighted mean of all teachers' logits, fp32 [rows, outputs].
-
-    Kept in `teacher_logits/<hash>.safetensors` of the run folder: the hash is of the rows, of how
-    they are batched and of every teacher's weights, so that no other logits are ever taken for
-    them. Raises ValueError where a file is there and is not such an array.
+    The latter is of what they depend on. Raises ValueError for logits that are not finite and for
+    files that are not as they were written.
     """
-    teachers = _read_teachers(run)
-    section = run.section(stage)
-    layout = {
+    teachers = [(1.0, run.task_teacher, run.teacher)]
+    teachers += [(own.section.weight, own.section.path, own.sizes) for own in run.further_teachers]
+    weights = [weight for weight, _, _ in teachers]
+    each = [_read_one(run, stage, rows, path, sizes) for _, path, sizes in teachers]
+    mean = np.average([logits for logits, _ in each], axis=0, weights=weights)
+    known = json.dumps([weights, [key for _, key in each]])
+    return mean.astype(np.float32), hashlib.sha256(known.encode()).hexdigest()
+
+
+def _read_one(
+    run: Run, stage: str, rows: TokenRows, path: str | Path, sizes: ModelConfig
+) -> tuple[np.ndarray, str]:
+    section, num_rows = run.section(stage), len(rows.lengths)
+    apply, params = load_classifier(run, path, sizes)
+    depends_on = {
+        "rows": rows.fingerprint(),
         "batching": section.batching,
         "widths": section.buckets(),
         "dtype": run.config.compute.dtype,
-        "rows": rows.fingerprint(),
-        "teachers": [[_hash(own.params), own.weight] for own in teachers],
+        "sizes": sizes.model_dump(),
+        "weights": _hash(params),
     }
-    key = hashlib.sha256(json.dumps(layout, sort_keys=True).encode()).hexdigest()
-    file = run.folder / "teacher_logits" / f"{key}.safetensors"
-    shape = (len(rows.lengths), run.data.num_outputs)
-    if file.is_file():
-        return _load(file, shape)
-    run.log.say(f"{stage}: {shape[0]:,} examples go through {_names(teachers)}, once")
-    each = [_score(run, section, own, rows) for own in teachers]
-    logits = np.average(each, axis=0, weights=[own.weight for own in teachers]).astype(np.float32)
-    _check_finite(logits, teachers)
-    file.parent.mkdir(exist_ok=True)
-    partial = file.with_suffix(".partial")
-    save_file({"logits": logits}, partial)
-    partial.rename(file)
-    return logits
-
-
-def _read_teachers(run: Run) -> list[_Teacher]:
-    given = [(run.task_teacher, 1.0)]
-    given += [(own.path, own.weight) for own in run.config.distillation.further_teachers]
-    teachers = []
-    for path, weight in given:
-        sizes = hf_files.read_model(path).config
-        apply, init = make_classifier(sizes, run.data.num_outputs, **compute_options(run.config))
-        params = hf_files.start_params(path, init, whole=True)
-        teachers.append(_Teacher(path, weight, apply, params))
-    return teachers
-
-
-def _score(run: Run, section: Any, teacher: _Teacher, rows: TokenRows) -> np.ndarray:
+    key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+    folder = run.folder / "teacher_logits" / key
+    folder.mkdir(parents=True, exist_ok=True)
     score = make_scorer(
-        teacher.apply,
+        apply,
         buckets=section.buckets(),
         pad_token_id=run.tokenizer.pad_token_id,
         packed=section.batching == "pack",
+        mesh=run.mesh,
     )
-    return score(teacher.params, rows)
+    parts = []
+    for start in range(0, num_rows, ROWS_PER_FILE):
+        stop, file = min(start + ROWS_PER_FILE, num_rows), folder / f"{start}.safetensors"
+        if not file.is_file():
+            logits = score(params, rows.part(start, stop))
+            _check_finite(logits, path, start)
+            _save(logits, file)
+            run.log.say(f"{stage}: {stop:,} of {num_rows:,} examples went through {path}")
+        parts.append(_load(file, (stop - start, run.data.num_outputs)))
+    return np.concatenate(parts), key
 
 
 def _hash(params: Any) -> str:
@@ -86,30 +80,34 @@ def _hash(params: Any) -> str:
     return digest.hexdigest()
 
 
+def _save(logits: np.ndarray, file: Path) -> None:
+    partial = file.with_suffix(".partial")
+    content = hashlib.sha256(logits.tobytes()).hexdigest()
+    save_file({"logits": logits}, partial, metadata={"sha256": content})
+    partial.rename(file)
+
+
 def _load(file: Path, shape: tuple[int, int]) -> np.ndarray:
     try:
-        logits = load_file(file)["logits"]
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(
-            f"{file}: expected the teachers' logits {list(shape)}, got a file that cannot be read "
-            f"({error}); delete it, and they are made again"
-        ) from None
-    if logits.shape != shape:
-        raise ValueError(
-            f"{file}: expected logits of shape {list(shape)}, got {list(logits.shape)}; delete it, "
-            "and they are made again"
-        )
-    return logits
+        with safe_open(file, "numpy") as kept:
+            logits, content = kept.get_tensor("logits"), (kept.metadata() or {}).get("sha256")
+    except SafetensorError as error:
+        problem = f"a file that cannot be read ({error})"
+    else:
+        is_whole = hashlib.sha256(logits.tobytes()).hexdigest() == content
+        if is_whole and logits.shape == shape and logits.dtype == np.float32:
+            return logits
+        problem = f"others, {logits.dtype} {list(logits.shape)}"
+    raise ValueError(
+        f"{file}: expected a teacher's logits as they were written, float32 {list(shape)}, got "
+        f"{problem}; delete the file, and they are made again"
+    )
 
 
-def _check_finite(logits: np.ndarray, teachers: Sequence[_Teacher]) -> None:
+def _check_finite(logits: np.ndarray, path: str | Path, start: int) -> None:
     bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if bad.size:
         raise ValueError(
-            f"{_names(teachers)}: expected finite logits, got {logits[bad[0]].tolist()} for "
-            f"example {bad[0] + 1} of the task's text and {bad.size - 1} more; use another teacher"
+            f"{path}: expected finite logits, got {logits[bad[0]].tolist()} for example "
+            f"{start + bad[0] + 1} of the task's text, and {bad.size - 1} more; use another teacher"
         )
-
-
-def _names(teachers: Sequence[_Teacher]) -> str:
-    return ", ".join(str(own.path) for own in teachers)

@@ -31,13 +31,24 @@ class TokenRows(NamedTuple):
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
+    def part(self, start: int, stop: int) -> "TokenRows":
+        """Rows `start` to `stop`, as rows of their own."""
+        begin, end = self.offsets[start], self.offsets[stop]
+        labels, logits = self.labels, self.teacher_logits
+        return TokenRows(
+            self.ids[begin:end],
+            self.offsets[start : stop + 1] - begin,
+            self.second[start:stop],
+            None if labels is None else labels[start:stop],
+            0,
+            None if logits is None else logits[start:stop],
+        )
+
     def fingerprint(self) -> str:
-        """SHA-256 of all content: what a resumed run compares."""
+        """SHA-256 of the text and its labels: what a resumed run compares."""
         digest = hashlib.sha256()
         for array in (self.ids, self.offsets, self.second, self.labels):
             digest.update(b"none" if array is None else np.ascontiguousarray(array).tobytes())
-        if self.teacher_logits is not None:
-            digest.update(np.ascontiguousarray(self.teacher_logits).tobytes())
         return digest.hexdigest()
 
 
@@ -56,7 +67,7 @@ class Batch(NamedTuple):
     labels: Any  # int32 or fp32 [batch]; packed: [batch, segments]; -1 where there are none. Once
     # an objective has masked a batch: its MaskedLabels
     weights: jax.Array  # fp32 [batch], 1 or 0; packed: [batch, segments]
-    teacher_logits: Any = None  # fp32 [batch, outputs]; packed: [batch, segments, outputs]
+    teacher_logits: jax.Array | None = None  # fp32 [batch, outputs]; packed: [batch, segments, …]
 
     @property
     def real(self) -> jax.Array:

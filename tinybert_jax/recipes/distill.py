@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from tinybert_jax import cost, distill, sharding
+from tinybert_jax import cost, distill, sharding, teacher_logits
 from tinybert_jax.convert import hf_files
 from tinybert_jax.distill_objective import Options, Role, make_distill
 from tinybert_jax.feed import stage_feed
@@ -20,7 +20,6 @@ from tinybert_jax.objectives import Mask, make_mask
 from tinybert_jax.run import Run, compute_options, dev_judge, with_dropout
 from tinybert_jax.sections import ModelConfig, Student
 from tinybert_jax.stage import Member, Training, run_stage
-from tinybert_jax.teacher_logits import read_logits
 
 _PROJECTION = "projection.safetensors"
 
@@ -50,7 +49,16 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
     is_taught = teaches(run.config.step_terms(stage))
     teacher = ()
     if is_taught:
-        teacher = hf_files.start_params(_teacher_folder(run, stage), teacher_init, whole=True)
+        loaded = hf_files.start_params(_teacher_folder(run, stage), teacher_init, whole=True)
+        teacher = sharding.placed(loaded, run.mesh)
+
+    @functools.cache
+    def teacher_encoder() -> Mapping[str, Any]:
+        """What students start from, where the steps read it or not."""
+        if teacher:
+            return _encoder(teacher)
+        _, init = make_encoder(run.teacher)
+        return hf_files.start_params(_teacher_folder(run, stage), init, whole=True)
 
     # Students, each from a stage before where there is one.
     members, kind = {}, model_kind(terms)
@@ -67,12 +75,14 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
             ),
             _make_mask(run) if stage == "general" else None,
         )
-        init_params = _make_init(run, stage, before, student, init, teacher)
+        init_params = _make_init(run, stage, before, student, init, teacher_encoder)
         judge = _judge(run, apply) if is_judged else None
         members[student.name] = Member(objective, init_params, judge)
 
     # What the teachers say of each example, where that is made beforehand.
-    read = functools.partial(read_logits, run, stage) if run.config.keeps_logits(stage) else None
+    teach = None
+    if run.config.makes_logits_first(stage):
+        teach = functools.partial(teacher_logits.read, run, stage)
 
     # Train; the last is handed on, or the best by dev score where a head is trained.
     trained = run_stage(
@@ -81,7 +91,7 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
             name=stage,
             section=section,
             members=members,
-            feed=stage_feed(run, stage, read),
+            feed=stage_feed(run, stage, teach),
             frozen=teacher,
             flops_per_token=lambda width: cost.training_flops_per_token(
                 [student.sizes for student in run.students] * run.config.num_seeds,
@@ -132,14 +142,14 @@ def _make_init(
     before: tuple[str, ...],
     student: Student,
     init: Callable[[jax.Array], Params],
-    teacher: Any,
+    teacher_encoder: Callable[[], Mapping[str, Any]],
 ) -> Callable[[jax.Array, int], dict[str, Any]]:
     """A student's start, from a stage before or its folder, and of a projection if it needs one."""
 
     def init_params(key: jax.Array, seed: int) -> dict[str, Any]:
         done = [run.latest(name, member=student.name, seed=seed) for name in before]
         folders = [*(folder for folder in done if folder is not None), student.section.path]
-        start = functools.partial(_start, run, stage, student, folders[0], init, teacher)
+        start = functools.partial(_start, run, student, folders[0], init, teacher_encoder)
         if not needs_projection(run.config.distillation.terms(stage)):
             return {"student": start(key)[0]}
         student_key, projection_key = jax.random.split(key)
@@ -152,11 +162,10 @@ def _make_init(
 
 def _start(
     run: Run,
-    stage: str,
     student: Student,
     start: str | Path | None,
     init: Callable[[jax.Array], Params],
-    teacher: Any,
+    teacher_encoder: Callable[[], Mapping[str, Any]],
     key: jax.Array,
 ) -> tuple[Params, np.ndarray | None]:
     """(student, the directions of its embeddings in the teacher's, where it starts from them)."""
@@ -164,10 +173,7 @@ def _start(
     params = hf_files.start_params(start, init, key, label_names=label_names)
     if start is not None or student.section.init != "teacher_embeddings":
         return params, None
-    if not teacher:  # no term reads one
-        _, teacher_init = make_encoder(run.teacher)
-        teacher = hf_files.start_params(_teacher_folder(run, stage), teacher_init, whole=True)
-    encoder, directions = distill.start_from_teacher_embeddings(_encoder(params), _encoder(teacher))
+    encoder, directions = distill.start_from_teacher_embeddings(_encoder(params), teacher_encoder())
     return ({**params, "encoder": encoder} if "encoder" in params else encoder), directions
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tinybert_jax import plan, results
 from tinybert_jax.recipes import distill, finetune, pretrain
 from tinybert_jax.report import write_report
-from tinybert_jax.run import Run, check_teachers, open_run, publish, read_run
+from tinybert_jax.run import Run, check_teacher, open_run, publish, read_run
 from tinybert_jax.sections import STAGES, RunConfig
 
 _RECIPES = {
@@ -37,7 +37,7 @@ def main(
         for name in chosen:
             is_new = _run_once(run, name)
             if is_new and name == "finetune" and run.learns_task(chosen):
-                check_teachers(run)
+                check_teacher(run, run.task_teacher, run.teacher)
         product = next((name for name in _PRODUCTS if run.is_done(name)), "baseline")
         summary = results.collect(run, _seconds(run), command)
         best = {name: results.best_seed(summary, product, name) for name in config.members(product)}
@@ -69,7 +69,8 @@ def _chosen(config: RunConfig, stages: Sequence[str]) -> list[str]:
 def _run_once(run: Run, name: str) -> bool:
     """False for a stage that was done before."""
     if run.is_done(name):
-        run.log.say(f"{name}: done before, kept")
+        profile = "; no profile of it" if run.is_profiled else ""
+        run.log.say(f"{name}: done before, kept{profile}")
         return False
     start = time.perf_counter()
     _RECIPES[name](run)
