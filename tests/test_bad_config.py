@@ -74,6 +74,13 @@ def test_distillation_without_a_teacher_that_knows(world):
     world.fails("run", path, "tokenizer.vocab_size=60", naming=named)
 
 
+def test_positions_of_a_model_that_brings_its_own(world):
+    corpus = {"files": [world.file("corpus.txt", "\n\n".join(TEXTS))]}
+    path = world.config("pretrain", corpus=corpus)
+    named = ("pretrain.position_init", "teacher.path", "leave it out")
+    world.fails("run", path, "pretrain.position_init=sinusoid", naming=named)
+
+
 def test_distillation_before_its_finetuning(world):
     """`tinybert distill` of a config whose teacher is still to be fine-tuned."""
     path = world.config("finetune", "prediction")

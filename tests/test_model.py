@@ -392,3 +392,22 @@ def test_cost_counts_the_parameters_that_a_preset_has(preset):
     config = ModelConfig(**PRESETS[preset])
     abstract = jax.eval_shape(make_encoder(config)[1], jax.random.key(0))
     assert num_parameters(abstract) == cost.num_parameters(config)
+
+
+def test_positions_may_start_as_waves():
+    """All else starts as it does; a distance means the same angle everywhere."""
+    normal, waves = (
+        flatten(make_masked_lm(SIZES, position_init=kind)[1](jax.random.key(0)))
+        for kind in ("normal", "sinusoid")
+    )
+    name = "encoder/embeddings/position/embedding"
+    table = np.asarray(waves.pop(name))
+    assert not np.array_equal(normal.pop(name), table)
+    for other, array in normal.items():
+        np.testing.assert_array_equal(array, waves[other], err_msg=other)
+    np.testing.assert_allclose(np.sqrt((table**2).mean()), SIZES.initializer_range, rtol=1e-6)
+    products = table @ table.T
+    for distance in range(len(table)):
+        along = np.diagonal(products, distance)
+        np.testing.assert_allclose(along, along[0], atol=1e-7)
+    assert (np.diff(products[0, :4]) < 0).all()

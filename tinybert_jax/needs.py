@@ -46,6 +46,11 @@ def missing_needs(config: Any) -> Iterator[str]:
         yield from _needs_of_stores(config, stages)
     elif config.pretrain and config.pretrain.pair_weight:
         yield "pretrain.pair_weight needs corpus.stores, prepared with mode pairs"
+    if config.pretrain and config.pretrain.position_init != "normal" and config.teacher.path:
+        yield (
+            "pretrain.position_init is of a model from random weights, teacher.path brings its "
+            "own: leave it out"
+        )
     if config.tokenizer.vocab_size and config.corpus is None:
         yield "tokenizer.vocab_size trains a vocabulary on the corpus: it needs a corpus section"
     if config.tokenizer.vocab_size and (config.tokenizer.path or config.teacher.path):

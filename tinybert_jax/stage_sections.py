@@ -179,6 +179,11 @@ class PretrainSection(CorpusStageSection):
     mask_unit: Literal["token", "whole_word", "span"] = Field(
         "token", description="what is masked together; span: words in a row, as in SpanBERT"
     )
+    position_init: Literal["normal", "sinusoid"] = Field(
+        "normal",
+        description="of a model from random weights: sinusoid starts the position table, which is "
+        "trained all the same, as waves; a small model then finds its neighbours in fewer steps",
+    )
     loss_chunk_size: PositiveInt = Field(
         256, description="masked tokens whose logits exist at one time on a device"
     )

@@ -1,9 +1,11 @@
 """BERT's encoder: post-LayerNorm blocks, stacked by `vmap` and run by `scan`."""
 
-from typing import Any, NamedTuple
+import functools
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -22,6 +24,9 @@ ACTIVATIONS = {
 }
 
 
+PositionInit = Literal["normal", "sinusoid"]
+
+
 class EncoderOutput(NamedTuple):
     """Everything a head or a loss may read; under `jit` what nobody reads is never computed."""
 
@@ -37,6 +42,7 @@ class Encoder(nnx.Module):
     """Token ids to hidden states. `dtype` is the compute dtype; parameters stay fp32.
 
     `product_dtype` is what the matrix products of the layers read, where it is not `dtype`.
+    `position_init`: how a fresh position table starts; it is trained whichever way.
     """
 
     def __init__(
@@ -46,10 +52,11 @@ class Encoder(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         product_dtype: DTypeLike | None = None,
         unroll: bool = False,
+        position_init: PositionInit = "normal",
         rngs: nnx.Rngs,
     ):
         self.unroll = config.num_hidden_layers if unroll else 1
-        self.embeddings = Embeddings(config, dtype=dtype, rngs=rngs)
+        self.embeddings = Embeddings(config, dtype=dtype, position_init=position_init, rngs=rngs)
         self.layers = _stacked_blocks(config, rngs, dtype=dtype, product_dtype=product_dtype)
         width = config.hidden_size
         self.pooler = make_linear(width, width, config, dtype=dtype, rngs=rngs)
@@ -100,13 +107,23 @@ class Encoder(nnx.Module):
 
 
 class Embeddings(nnx.Module):
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        def table(num_rows: int) -> nnx.Embed:
-            init = nnx.initializers.normal(config.initializer_range)
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: DTypeLike,
+        position_init: PositionInit = "normal",
+        rngs: nnx.Rngs,
+    ):
+        normal = nnx.initializers.normal(config.initializer_range)
+
+        def table(num_rows: int, init: nnx.Initializer = normal) -> nnx.Embed:
             return nnx.Embed(num_rows, config.hidden_size, embedding_init=init, rngs=rngs)
 
+        waves = functools.partial(sinusoids, stddev=config.initializer_range)
+        is_normal = position_init == "normal"
         self.word = table(config.vocab_size)
-        self.position = table(config.max_position_embeddings)
+        self.position = table(config.max_position_embeddings, normal if is_normal else waves)
         self.token_type = table(config.type_vocab_size)
         self.norm = make_layer_norm(config, dtype, rngs)
         self.dropout_rate = config.hidden_dropout_prob
@@ -118,6 +135,20 @@ class Embeddings(nnx.Module):
             positions = self.position(_restarted_positions(attention_mask))
         summed = self.word(input_ids) + positions + self.token_type(token_type_ids)
         return dropout(self.norm(summed), self.dropout_rate, key)
+
+
+def sinusoids(
+    key: jax.Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32, *, stddev: float
+) -> jax.Array:
+    """[positions, dim]: sines, then cosines, of wave lengths from 2π to 10000·2π.
+
+    Scaled to a root mean square of `stddev`; `key` draws nothing. Source: arXiv 1706.03762, 3.5.
+    """
+    num_positions, dim = shape
+    num_waves = -(-dim // 2)
+    angles = np.arange(num_positions)[:, None] * 10000.0 ** (-np.arange(num_waves) / num_waves)
+    table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :dim]
+    return jnp.asarray(table * stddev * 2**0.5, dtype)
 
 
 class Block(nnx.Module):

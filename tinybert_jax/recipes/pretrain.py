@@ -23,6 +23,7 @@ def main(run: Run) -> None:
     apply, init = make_masked_lm(
         with_dropout(run.teacher, section),
         pair_head=section.pair_weight > 0,
+        position_init=section.position_init,
         **compute_options(run.config),
     )
     continuations = None if section.mask_unit == "token" else is_continuation(tokenizer)
