@@ -1,4 +1,4 @@
-"""The losses of attention against the maps that they do not build, in float64."""
+"""The losses of attention against maps in float64."""
 
 import functools
 import inspect
@@ -18,7 +18,12 @@ from reference import (  # noqa: E402
     value_and_grads,
 )
 
-from tinybert_jax.attention_losses import attention_mse, regroup, relation_kl  # noqa: E402
+from tinybert_jax.attention_losses import (  # noqa: E402
+    attention_mse,
+    builds_maps,
+    regroup,
+    relation_kl,
+)
 
 F = torch.nn.functional
 NORMALISATIONS = ["paper_code", "valid_only"]
@@ -37,14 +42,17 @@ PACKED = np.array(
 MASKS = {"padded": MASK, "packed": PACKED}
 
 
-# Scores, by Gram matrices
+# Scores, by Gram matrices and by maps
+
+BOTH_FORMS = pytest.mark.parametrize("maps", [False, True], ids=["gram", "maps"])
 
 
+@BOTH_FORMS
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
 @pytest.mark.parametrize("student_head_dim, teacher_head_dim", [(4, 6), (6, 4), (5, 5)])
-def test_attention_mse_matches_score_maps(normalisation, student_head_dim, teacher_head_dim):
+def test_attention_mse_matches_score_maps(normalisation, student_head_dim, teacher_head_dim, maps):
     assert_same(
-        attention_loss(normalisation),
+        attention_loss(normalisation, maps),
         score_map_reference(normalisation),
         normal(10, BATCH, SEQ, HEADS, student_head_dim),
         normal(11, BATCH, SEQ, HEADS, student_head_dim),
@@ -53,20 +61,22 @@ def test_attention_mse_matches_score_maps(normalisation, student_head_dim, teach
     )
 
 
+@BOTH_FORMS
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3])
-def test_attention_mse_near_the_teacher(normalisation, distance):
+def test_attention_mse_near_the_teacher(normalisation, distance, maps):
     """Equal head dims: no cancellation, however close the student is."""
     teacher = [normal(seed, BATCH, SEQ, HEADS, 8) for seed in (14, 15)]
     student = [x + normal(20 + i, *x.shape, scale=distance) for i, x in enumerate(teacher)]
 
     assert_same(
-        attention_loss(normalisation), score_map_reference(normalisation), *student, *teacher
+        attention_loss(normalisation, maps), score_map_reference(normalisation), *student, *teacher
     )
 
 
+@BOTH_FORMS
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
-def test_attention_mse_near_a_wider_teacher(normalisation):
+def test_attention_mse_near_a_wider_teacher(normalisation, maps):
     """Unequal head dims: ‖A‖²/‖A_S − A_T‖² is about 50 here, times fp32's 6e-8 makes 3e-6."""
     student = [normal(seed, BATCH, SEQ, HEADS, 6) for seed in (16, 17)]
     rotation = np.linalg.qr(normal(18, 8, 8))[0][:6]
@@ -74,14 +84,15 @@ def test_attention_mse_near_a_wider_teacher(normalisation):
     teacher = [query @ rotation * np.float32((8 / 6) ** 0.5), key @ rotation]
 
     assert_same(
-        attention_loss(normalisation), score_map_reference(normalisation), *student, *teacher
+        attention_loss(normalisation, maps), score_map_reference(normalisation), *student, *teacher
     )
 
 
-def test_attention_mse_of_the_teacher_itself_is_zero():
+@BOTH_FORMS
+def test_attention_mse_of_the_teacher_itself_is_zero(maps):
     query, key = (normal(seed, BATCH, SEQ, HEADS, 8) for seed in (14, 15))
 
-    for result in value_and_grads(attention_loss("valid_only"), query, key, query, key):
+    for result in value_and_grads(attention_loss("valid_only", maps), query, key, query, key):
         assert not result.any()
 
 
@@ -98,32 +109,37 @@ def test_attention_mse_builds_no_score_map(teacher_head_dim):
 
     jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(student, student, teacher, teacher)
 
+    assert not builds_maps(seq, 4, teacher_head_dim, packed=False)
+    assert builds_maps(seq, 20, 17, packed=False) and builds_maps(seq, 4, 4, packed=True)
     assert f"{seq}," in str(jaxpr)
     assert f"{seq},{seq}" not in str(jaxpr)
 
 
+@BOTH_FORMS
 @pytest.mark.parametrize("teacher_head_dim", [4, 6])
-def test_padding_changes_nothing_in_the_score_loss(teacher_head_dim):
+def test_padding_changes_nothing_in_the_score_loss(teacher_head_dim, maps):
     heads = [normal(32 + i, BATCH, SEQ, HEADS, 4) for i in range(2)]
     heads += [normal(34 + i, BATCH, SEQ, HEADS, teacher_head_dim) for i in range(2)]
-    assert_padding_is_nothing(attention_loss("valid_only"), MASK, heads)
+    assert_padding_is_nothing(attention_loss("valid_only", maps), MASK, heads)
 
 
-def test_padded_keys_change_nothing_under_paper_code():
+@BOTH_FORMS
+def test_padded_keys_change_nothing_under_paper_code(maps):
     heads = [normal(32 + i, BATCH, SEQ, HEADS, 4) for i in range(4)]
     changed = [
         x if i % 2 == 0 else np.where(MASK[:, :, None, None], x, 1e6) for i, x in enumerate(heads)
     ]
-    loss = jax.jit(attention_loss("paper_code"))
+    loss = jax.jit(attention_loss("paper_code", maps))
 
     assert loss(*map(jnp.array, heads)) == loss(*map(jnp.array, changed))
 
 
+@BOTH_FORMS
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
-def test_microbatches_of_pairs_add_up_to_the_batch(normalisation):
+def test_microbatches_of_pairs_add_up_to_the_batch(normalisation, maps):
     heads = [normal(44 + i, BATCH, SEQ, HEADS, 4 + i // 2) for i in range(4)]
     num_pairs = 4 * SEQ**2 if normalisation == "paper_code" else np.square(LENGTHS).sum()
-    loss = functools.partial(attention_mse, normalisation=normalisation)
+    loss = functools.partial(attention_mse, normalisation=normalisation, maps=maps)
     assert_adds_up(loss, [*heads, MASK], num_pairs)
 
 
@@ -147,7 +163,7 @@ def test_an_unknown_normalisation_is_refused():
 
 
 @functools.cache
-def attention_loss(normalisation):
+def attention_loss(normalisation, maps):
     def loss(student_query, student_key, teacher_query, teacher_key):
         return attention_mse(
             student_query,
@@ -156,6 +172,7 @@ def attention_loss(normalisation):
             teacher_key,
             jnp.array(MASK),
             normalisation=normalisation,
+            maps=maps,
         )
 
     return loss

@@ -1,7 +1,7 @@
 """Losses between the attentions of two models: of one layer, from queries, keys and values.
 
 Conventions as in `losses`: fp32, the mask inside, `total / number of valid units`. No loss keeps a
-[seq, seq] map for its gradient, except for packed rows of the score loss, where a map is cheaper.
+[seq, seq] map for its gradient, except the score loss where a map is cheaper (`builds_maps`).
 """
 
 import functools
@@ -16,6 +16,16 @@ from tinybert_jax.losses import Normalisation, mean_over, unknown_normalisation
 RELATION_BLOCK = 128  # tokens of a row whose relations exist at one time
 
 
+def builds_maps(seq: int, student_head_dim: int, teacher_head_dim: int, *, packed: bool) -> bool:
+    """Whether the score loss builds its maps.
+
+    For short rows they cost less than the Gram matrices of a head, as measured on a CPU with 12
+    heads of (16, 32), (26, 64), (32, 32) and (64, 64); in packed rows always, where each segment
+    would need Gram matrices of its own.
+    """
+    return packed or seq <= student_head_dim + teacher_head_dim
+
+
 def attention_mse(
     student_query: Float[Array, "batch seq heads student_head_dim"],
     student_key: Float[Array, "batch seq heads student_head_dim"],
@@ -25,46 +35,51 @@ def attention_mse(
     *,
     normalisation: Normalisation,
     count: Float[Array, ""] | None = None,
+    maps: bool | None = None,
 ) -> Float[Array, ""]:
-    """MSE between the score maps QKᵀ/√head_dim of one layer, without building a map (unit: pair).
+    """MSE between the score maps QKᵀ/√head_dim of one layer (unit: pair).
 
     An integer mask holds segment ids of packed rows (0: padding): pairs within a segment count,
-    "valid_only". There the maps are built: cheaper than a Gram matrix for each segment.
+    "valid_only". `maps`: whether to build the maps; default: as `builds_maps` says.
 
     "valid_only" leaves padded rows and columns out and averages over valid pairs and heads;
     "paper_code" zeroes padded key columns, keeps padded query rows and averages over (batch, heads,
-    seq, seq), so that its unit count is batch·seq². Source: TinyBERT equation 7, in Gram form:
-    O(seq·head_dim²) time and O(head_dim²) memory per head, the same number.
+    seq, seq), so that its unit count is batch·seq². Source: TinyBERT equation 7; but for short or
+    packed rows (`builds_maps`) in Gram form, which builds no map: O(seq·head_dim²) time and
+    O(head_dim²) memory per head, the same number.
 
-    Numerics: the terms cancel where the maps agree. With unequal head dims the value's relative
-    error is about 1e-7·‖A‖²/‖A_S − A_T‖² (A: a score map) and the gradient's 1e-7·‖A‖/‖A_S − A_T‖,
-    so a value many orders below the maps' own size may come out slightly negative; it is
-    returned as it is, because clamping would also zero the gradient. Equal head dims avoid this.
+    Numerics of the Gram form: its terms cancel where the maps agree. With unequal head dims the
+    value's relative error is about 1e-7·‖A‖²/‖A_S − A_T‖² (A: a score map) and the gradient's
+    1e-7·‖A‖/‖A_S − A_T‖, so a value many orders below the maps' own size may come out slightly
+    negative; it is returned as it is, because clamping would also zero the gradient. Equal head
+    dims avoid this.
     """
-    if mask.dtype != bool:
-        assert normalisation == "valid_only", "the config refuses paper_code for packed rows"
-        return _packed_attention_mse(
-            student_query, student_key, teacher_query, teacher_key, mask, count
-        )
+    is_packed = mask.dtype != bool
+    is_real = mask.astype(bool)
     if normalisation == "valid_only":
-        query_mask = mask
-        pairs = num_pairs(mask)
+        is_query, pairs = is_real, num_pairs(mask)
     elif normalisation == "paper_code":
-        query_mask = jnp.ones_like(mask)
-        pairs = jnp.float32(mask.size * mask.shape[1])
+        assert not is_packed, "the config refuses paper_code for packed rows"
+        is_query, pairs = jnp.ones_like(is_real), jnp.float32(mask.size * mask.shape[1])
     else:
         raise ValueError(unknown_normalisation(normalisation))
 
-    sq, tq = _by_head(student_query, query_mask), _by_head(teacher_query, query_mask)
-    sk, tk = _by_head(student_key, mask), _by_head(teacher_key, mask)
-    student_scale, teacher_scale = sq.shape[-1] ** -0.5, tq.shape[-1] ** -0.5
-    if sq.shape[-1] == tq.shape[-1]:
+    sq, tq = _by_head(student_query, is_query), _by_head(teacher_query, is_query)
+    sk, tk = _by_head(student_key, is_real), _by_head(teacher_key, is_real)
+    student_dim, teacher_dim = sq.shape[-1], tq.shape[-1]
+    if student_dim == teacher_dim:
         # A_S − A_T = (Q−Q')Kᵀ + Q'(K−K')ᵀ: both products are small when the models are close.
-        factors = (sq - tq) * student_scale, sk, tq * student_scale, sk - tk
+        factors = (sq - tq) * student_dim**-0.5, sk, tq * student_dim**-0.5, sk - tk
     else:
-        factors = sq * student_scale, sk, tq * -teacher_scale, tk
-    num_heads = student_query.shape[2]
-    return mean_over(_squared_norm_of_sum(*factors) / num_heads, pairs, count)
+        factors = sq * student_dim**-0.5, sk, tq * -(teacher_dim**-0.5), tk
+    if maps is None:
+        maps = builds_maps(mask.shape[1], student_dim, teacher_dim, packed=is_packed)
+    if maps:
+        total = _squared_norm_of_map(*factors, _same_segment(mask) if is_packed else None)
+    else:
+        assert not is_packed, "the Gram matrices would be each segment's own"
+        total = _squared_norm_of_sum(*factors)
+    return mean_over(total / student_query.shape[2], pairs, count)
 
 
 def relation_kl(
@@ -123,22 +138,6 @@ def _same_segment(segment_ids: Int[Array, "batch seq"]) -> Bool[Array, "batch se
     return same & (segment_ids[:, None, :] > 0)
 
 
-def _packed_attention_mse(sq, sk, tq, tk, segment_ids, count) -> Array:
-    def scores(query: Array, key: Array) -> Array:
-        query, key = query.astype(jnp.float32), key.astype(jnp.float32)
-        return jnp.einsum(
-            "bthk,bshk->bhts",
-            query * query.shape[-1] ** -0.5,
-            key,
-            precision=jax.lax.Precision.HIGHEST,
-        )
-
-    same = _same_segment(segment_ids)[:, None]
-    difference = jnp.where(same, scores(sq, sk) - scores(tq, tk), 0)
-    total = jnp.square(difference).sum() / sq.shape[2]
-    return mean_over(total, num_pairs(segment_ids), count)
-
-
 def _by_head(x: Array, mask: Array) -> Array:
     """[b, t, h, k] to fp32 [b, h, t, k], masked rows zero.
 
@@ -158,6 +157,21 @@ def _squared_norm_of_sum(left: Array, right: Array, left2: Array, right2: Array)
     cross = jnp.sum(_cross_gram(left, left2) * _cross_gram(right, right2), axis=(-2, -1))
     second = jnp.sum(_gram(left2) * _gram(right2), axis=(-2, -1))
     return jnp.sum(first + 2 * cross + second)
+
+
+def _squared_norm_of_map(
+    left: Array, right: Array, left2: Array, right2: Array, counted: Array | None
+) -> Array:
+    """The same from the map itself, of pairs [b, query, key] that are counted; None: of all."""
+    difference = jnp.einsum(
+        "bhtk,bhsk->bhts",
+        jnp.concatenate([left, left2], axis=-1),
+        jnp.concatenate([right, right2], axis=-1),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    if counted is not None:
+        difference = jnp.where(counted[:, None], difference, 0)
+    return jnp.square(difference).sum()
 
 
 def _cross_gram(x: Array, y: Array) -> Array:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from tinybert_jax import cost, sharding
-from tinybert_jax.attention_losses import RELATION_BLOCK
+from tinybert_jax.attention_losses import RELATION_BLOCK, builds_maps
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import LayerPairs, make_layer_pairs
 from tinybert_jax.distill_objective import Options
@@ -342,9 +342,15 @@ def _num_pairs_in_maps(work: Work, student: ModelConfig, batch: Batch) -> int:
             is_loop = width > RELATION_BLOCK
             num_relations = 1 if is_loop else len(term.of) * len(_layer_pairs(work, student, term))
             total += num_relations * _BLOCK_MAPS * term.heads * min(RELATION_BLOCK, width) * width
-        elif isinstance(term, AttentionTerm) and is_packed:
+        elif isinstance(term, AttentionTerm):
+            assert work.teacher is not None
+            dims = (
+                m.hidden_size // (term.heads or m.num_attention_heads)
+                for m in (student, work.teacher)
+            )
             heads = len(term.head_map or ()) or term.heads or student.num_attention_heads
-            total += len(_layer_pairs(work, student, term)) * heads * width**2
+            if builds_maps(width, *dims, packed=is_packed):
+                total += len(_layer_pairs(work, student, term)) * heads * width**2
     return total
 
 

@@ -142,7 +142,9 @@ def tabulate(events: Iterable[Event], *, seconds: float, num_steps: int) -> str:
     text = "| part | ms | share | of it matrix products |\n|---|---|---|---|\n"
     for part, spent in _longest_first(by_part):
         text += line(spent, part, f"{in_products[part] / spent:.0%}" if spent else "")
-    text += line(whole - sum(by_part.values()), "between operations", "")
+    idle = whole - sum(by_part.values())
+    if idle > 0:
+        text += line(idle, "between operations", "")
     text += "\n| operation | ms | share | from | part |\n|---|---|---|---|---|\n"
     for (name, operation), spent in _longest_first(by_operation)[:_NUM_LISTED]:
         text += line(spent, name, operation.source, operation.part)
