@@ -21,6 +21,9 @@ install_import_hook("tinybert_jax", "beartype.beartype")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from bad_world import models, world  # noqa: E402, F401
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
+
+from tinybert_jax import sharding  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -36,3 +39,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module")
+def cheap_programs(tmp_path_factory):
+    """For runs that have most programs in common: kept on disk, and of one device, not of eight."""
+    patch, make_mesh = pytest.MonkeyPatch(), sharding.make_mesh
+    patch.setattr(
+        sharding,
+        "make_mesh",
+        lambda section, devices=None: make_mesh(section, devices or jax.devices()[:1]),
+    )
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("cache")), 0.0), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    patch.undo()

@@ -1,12 +1,15 @@
-"""A masked-LM score of held-out text, against closed forms."""
+"""Scores of models: a masked LM's of held-out text, against closed forms; on several devices."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from tinybert_jax import sharding
 from tinybert_jax.data.pipeline import TokenRows
-from tinybert_jax.evaluate import EVAL_MASK_RATE, make_masked_lm_scorer
-from tinybert_jax.model.heads import MaskedLMOutput
+from tinybert_jax.evaluate import EVAL_MASK_RATE, make_masked_lm_scorer, make_scorer
+from tinybert_jax.model.heads import MaskedLMOutput, make_classifier
+from tinybert_jax.sections import MeshSection, ModelConfig
 
 VOCAB, DIM = 50, 4
 SPECIAL = (0, 1, 2, 3)
@@ -95,3 +98,27 @@ def test_masked_words_are_hidden_from_the_model():
     rate = 0.8 * EVAL_MASK_RATE
     num_masks = (shown == 1).sum()
     assert abs(num_masks - rate * num_words) <= 3 * np.sqrt(rate * num_words) + num_words / VOCAB
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["bucketed", "packed"])
+def test_eight_devices_score_as_one(packed):
+    """And a part of the rows scores as it does among all."""
+    sizes = ModelConfig(
+        vocab_size=VOCAB,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+    )
+    apply, init = make_classifier(sizes, 3)
+    mesh = sharding.make_mesh(MeshSection())
+    assert mesh.size == 8
+    params, rows = init(jax.random.key(0)), rows_of(num_rows=70)
+    options = {"buckets": (16, 32), "pad_token_id": 0, "packed": packed}
+    one = make_scorer(apply, **options)(params, rows)
+    score = make_scorer(apply, **options, mesh=mesh)
+    eight = score(sharding.placed(params, mesh), rows, global_batch_size=12)
+    np.testing.assert_allclose(eight, one, atol=1e-6)
+    part = score(sharding.placed(params, mesh), rows.part(20, 65))
+    np.testing.assert_allclose(part, one[20:65], atol=1e-6)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 from tiny_inputs import TEXTS, write_config, write_inputs
 
@@ -42,29 +41,11 @@ STAGE = {
 }
 STAGES = ("general", "intermediate", "prediction", "baseline")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_programs(tmp_path_factory):
-    """The runs have most of them in common; one device's are compiled sooner than eight's."""
-    patch, make_mesh = pytest.MonkeyPatch(), sharding.make_mesh
-    patch.setattr(
-        sharding,
-        "make_mesh",
-        lambda section, devices=None: make_mesh(section, devices or jax.devices()[:1]),
-    )
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("cache")), 0.0), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("cheap_programs")
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
+def inputs(tmp_path_factory, cheap_programs):
     """A folder with text, a teacher and the same teacher fine-tuned."""
     folder = tmp_path_factory.mktemp("inputs")
     write_inputs(folder, **TEACHER)
