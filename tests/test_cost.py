@@ -3,9 +3,11 @@
 import subprocess
 import sys
 
+import jax
 import pytest
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
+from tinybert_jax import tree
 from tinybert_jax.cost import (
     forward_flops_per_token,
     masked_lm_flops,
@@ -15,6 +17,9 @@ from tinybert_jax.cost import (
     peak_flops,
     training_flops_per_token,
 )
+from tinybert_jax.model.heads import make_encoder
+from tinybert_jax.presets import PRESETS
+from tinybert_jax.sections import ModelConfig
 
 BERT_BASE = BertConfig()
 TINYBERT4 = BertConfig(hidden_size=312, num_hidden_layers=4, intermediate_size=1200)
@@ -158,3 +163,28 @@ def test_gemm_peak_is_a_plausible_rate():
 def test_importing_cost_does_not_import_jax():
     code = "import sys, tinybert_jax.cost; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "preset, parameters",
+    [
+        ("bert-base", 109_482_240),
+        ("tinybert-4l-312d", 14_350_248),
+        ("tinybert-6l-768d", 66_955_008),
+        ("bert-tiny", 4.4e6),
+        ("bert-mini", 11.2e6),
+        ("bert-small", 28.8e6),
+        ("bert-medium", 41.4e6),
+    ],
+)
+def test_presets_have_the_published_sizes(preset, parameters):
+    """BERT and TinyBERT's published sizes; the miniatures are published to three digits."""
+    rounding = 0 if isinstance(parameters, int) else 0.05e6
+    assert abs(num_parameters(ModelConfig(**PRESETS[preset])) - parameters) <= rounding
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_cost_counts_the_parameters_that_a_preset_has(preset):
+    config = ModelConfig(**PRESETS[preset])
+    abstract = jax.eval_shape(make_encoder(config)[1], jax.random.key(0))
+    assert tree.num_parameters(abstract) == num_parameters(config)

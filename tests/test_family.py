@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from safetensors.numpy import load_file
-from tiny_inputs import TEXTS, write_config, write_inputs
+from tiny_inputs import STUDENT, TEACHER, TEXTS, write_config, write_inputs
 
 from tinybert_jax import cli, distill_objective, family, objectives, optim, sharding, train
 from tinybert_jax.convert import hf_files
@@ -19,15 +19,9 @@ from tinybert_jax.model.heads import make_classifier
 from tinybert_jax.objective_sections import DistillSection
 from tinybert_jax.sections import MeshSection, ModelConfig
 
-TEACHER = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32}
 STUDENTS = {
     "wide": {**TEACHER, "num_attention_heads": 2, "init": "teacher_embeddings"},
-    "1l-8d": {
-        "num_hidden_layers": 1,
-        "hidden_size": 8,
-        "intermediate_size": 16,
-        "num_attention_heads": 2,
-    },
+    "1l-8d": STUDENT,
 }
 STAGE = {
     "num_steps": 6,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_inputs import TEXTS, write_config, write_inputs
+from tiny_inputs import STUDENT, TEACHER, TEXTS, write_config, write_inputs
 
 from tinybert_jax import cli, config, plan, teacher_logits
 from tinybert_jax.convert import hf_files
@@ -20,13 +20,6 @@ from tinybert_jax.objective_sections import DistillSection
 from tinybert_jax.run import read_run
 from tinybert_jax.sections import ModelConfig
 
-TEACHER = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32}
-STUDENT = {
-    "num_hidden_layers": 1,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_attention_heads": 2,
-}
 STAGE = {
     "num_steps": 6,
     "global_batch_size": 8,

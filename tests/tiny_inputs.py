@@ -14,6 +14,14 @@ from tinybert_jax.sections import ModelConfig
 TEXTS = ["a fine film with a sea", "a dull film", "tea and toast", "toast and jam and tea"] * 6
 LABELS = ["pos", "neg"] * 12
 
+TEACHER = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32}
+STUDENT = {
+    "num_hidden_layers": 1,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+}
+
 
 def write_inputs(folder: Path, **sizes: int) -> tuple[dict, ModelConfig, Any]:
     """rows.tsv, corpus.txt and teacher/, for masked words: its parameters, sizes, tokenizer."""

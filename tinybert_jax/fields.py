@@ -1,6 +1,6 @@
-"""What every configuration section is made of: the base class and the kinds of numbers."""
+"""What every configuration section is made of: the base class and the kinds of values."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -9,6 +9,7 @@ Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
+PositionInit = Literal["normal", "sinusoid"]
 
 
 class Section(BaseModel):

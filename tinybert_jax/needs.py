@@ -62,7 +62,10 @@ def missing_needs(config: Any) -> Iterator[str]:
         )
     teacher = config.teacher
     if config.reads_teacher("general") and not (config.pretrain or teacher.path):
-        yield "general needs a teacher with weights: add a pretrain section or set teacher.path"
+        yield (
+            "general needs a teacher with weights: add a pretrain section, set teacher.path or "
+            "leave it out (general=null)"
+        )
     given = config.finetune or teacher.finetuned or teacher.path
     if not given and any(config.reads_teacher(name) for name in ("intermediate", "prediction")):
         yield (

@@ -158,9 +158,10 @@ def make_mlm(
             )
         if pair_weight:
             is_pair = (labels.pair_labels >= 0).astype(jnp.float32)
-            parts["loss/pair"] = losses.softmax_cross_entropy(
-                output.pair_logits, labels.pair_labels, is_pair, count=counts.labelled_rows
-            )
+            with jax.named_scope("~loss pair"):
+                parts["loss/pair"] = losses.softmax_cross_entropy(
+                    output.pair_logits, labels.pair_labels, is_pair, count=counts.labelled_rows
+                )
         return _weighted_sum(parts, {"loss/masked_lm": 1.0, "loss/pair": pair_weight}), parts
 
     return Objective(prepare, loss)

@@ -168,7 +168,8 @@ def _description(run: Run, stage: str, peaks: dict[str, float], dtype: str) -> s
     )
     each = (f"{name} {_clock(total / peak / _UTILISATION)}" for name, peak in peaks.items())
     lines.append(
-        f"  time      {', '.join(each)} (one device, at {_UTILISATION:.0%} of its {dtype} peak)"
+        f"  time      {', '.join(each)} (one device, at {_UTILISATION:.0%} of its {dtype} peak, "
+        "which small models do not reach; without compiling and evaluating)"
     )
     return "\n".join(lines)
 

@@ -211,8 +211,8 @@ class _Tracer:
             return
         table = (
             f"{NUM_STEPS} steps of rows × tokens {', '.join(shapes)}: "
-            f"{1e3 * seconds / NUM_STEPS:.1f} ms each, by the clock; what runs side by side adds "
-            "up to more\n\n"
+            f"{1e3 * seconds / NUM_STEPS:.1f} ms each, by the clock and with tracing; what runs "
+            "side by side adds up to more\n\n"
         ) + tabulate(events, seconds=seconds, num_steps=NUM_STEPS)
         (self.folder / "table.md").write_text(table, encoding="utf-8")
         self.say(f"{table}{self.folder}: the traces; a perfetto_trace.json.gz opens in a browser")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tinybert_jax import best, checkpoint, family, loop, optim, profile, sharding, train
+from tinybert_jax import best, checkpoint, family, loop, optim, profile, sharding, train, tree
 from tinybert_jax.data import loader
 from tinybert_jax.evaluate import Judge
 from tinybert_jax.feed import Feed
@@ -167,8 +167,7 @@ def _fingerprint(training: Training) -> str:
     digest = hashlib.sha256(training.feed.fingerprint.encode())
     for judge in list(training.judges.values())[:1]:
         digest.update(judge.fingerprint.encode())
-    for leaf in jax.tree.leaves(training.frozen):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
+    digest.update(tree.sha256(training.frozen).encode())
     return digest.hexdigest()
 
 
@@ -286,7 +285,7 @@ class _Judge:
             state.evaluated,
         )
         kept = _best(self.training.name, self.folder / "best", target, self.progress)
-        new, old = (family.parted(tree, is_better) for tree in (state.evaluated, kept))
+        new, old = (family.parted(params, is_better) for params in (state.evaluated, kept))
 
         def choose(flags: np.ndarray, new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(jnp.expand_dims(flags, range(1, new.ndim)), new, old)

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from tinybert_jax.fields import (
     Fraction,
     NonNegative,
+    PositionInit,
     Positive,
     PositiveInt,
     Probability,
@@ -179,7 +180,7 @@ class PretrainSection(CorpusStageSection):
     mask_unit: Literal["token", "whole_word", "span"] = Field(
         "token", description="what is masked together; span: words in a row, as in SpanBERT"
     )
-    position_init: Literal["normal", "sinusoid"] = Field(
+    position_init: PositionInit = Field(
         "normal",
         description="of a model from random weights: sinusoid starts the position table, which is "
         "trained all the same, as waves; a small model then finds its neighbours in fewer steps",

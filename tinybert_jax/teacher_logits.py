@@ -8,13 +8,12 @@ and sizes), so that no others are ever taken for them. A killed run goes on afte
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from tinybert_jax import tree
 from tinybert_jax.data.pipeline import TokenRows
 from tinybert_jax.evaluate import make_scorer
 from tinybert_jax.run import Run, load_classifier
@@ -49,7 +48,7 @@ def _read_one(
         "widths": section.buckets(),
         "dtype": run.config.compute.dtype,
         "sizes": sizes.model_dump(),
-        "weights": _hash(params),
+        "weights": tree.sha256(params),
     }
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     folder = run.folder / "teacher_logits" / key
@@ -71,13 +70,6 @@ def _read_one(
             run.log.say(f"{stage}: {stop:,} of {num_rows:,} examples went through {path}")
         parts.append(_load(file, (stop - start, run.data.num_outputs)))
     return np.concatenate(parts), key
-
-
-def _hash(params: Any) -> str:
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
 
 
 def _save(logits: np.ndarray, file: Path) -> None:

@@ -1,9 +1,11 @@
 """Nested dicts of arrays addressed by one path string, such as `encoder/layers/output/kernel`."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,6 +26,14 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[name] = leaf
     return tree
+
+
+def sha256(tree: Any) -> str:
+    """Of all arrays, in the tree's order."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def num_parameters(tree: Mapping[str, Any]) -> int:

@@ -14,9 +14,12 @@ def find_folder(path: str | Path) -> Path:
     folder = Path(path)
     if folder.is_dir():
         return folder
+    wanted = "a Hugging Face model folder (config.json, model.safetensors)"
+    if folder.exists():
+        raise ValueError(f"{path}: expected {wanted}, got a file; give the folder it is in")
     is_hub_id = str(path).count("/") <= 1 and not str(path).startswith((".", "/", "~"))
     if not is_hub_id:
-        raise ValueError(f"{path}: expected a Hugging Face model folder, found none")
+        raise ValueError(f"{path}: expected {wanted}, found none; check the path")
     from huggingface_hub import snapshot_download
 
     try:
@@ -26,7 +29,7 @@ def find_folder(path: str | Path) -> Path:
     except Exception as error:  # the hub's many network errors, retold with what to do
         raise ValueError(
             f"'{path}': expected a local model folder or a hub id; no such folder, and the hub "
-            f"could not be read ({type(error).__name__})"
+            f"could not be read ({type(error).__name__}); check the name and the network"
         ) from error
 
 

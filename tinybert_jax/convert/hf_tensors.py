@@ -55,7 +55,10 @@ def _as_float32(opened: Any, name: str) -> np.ndarray:
 
 def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise ValueError(f"{file.parent}: expected {file.name}, found none")
+        raise ValueError(
+            f"{file.parent}: expected {file.name}, found none; give a folder that save_pretrained "
+            "wrote"
+        )
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -137,7 +137,7 @@ def _format_of(path: str, format: str) -> str:
         format = "datasets" if is_folder else suffix.lower().removeprefix(".")
     if format not in formats:
         got = f"the suffix {suffix!r}" if suffix else "no suffix"
-        fix = "give format='tsv' (or csv, jsonl) if that is what the file holds"
+        fix = "name it .tsv, .csv or .jsonl by what it holds, or in a config set task.format"
         fail(path, "a .tsv, .csv or .jsonl file or a folder saved by datasets", got, fix)
     if is_folder != (format == "datasets"):
         expected = "a folder saved by datasets" if format == "datasets" else f"a {format} file"

@@ -1,7 +1,7 @@
 """BERT's encoder: post-LayerNorm blocks, stacked by `vmap` and run by `scan`."""
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from tinybert_jax.fields import PositionInit
 from tinybert_jax.model.attention import AttentionTaps, SelfAttention
 from tinybert_jax.model.dropout import dropout
 from tinybert_jax.model.linear import dense, make_linear
@@ -22,9 +23,6 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
-
-
-PositionInit = Literal["normal", "sinusoid"]
 
 
 class EncoderOutput(NamedTuple):
