@@ -178,7 +178,7 @@ def test_a_path_that_is_not_there_or_not_readable(write, tmp_path):
     path = write("train.tsv", _tsv())
     _fails("trian.tsv", "did you mean 'train.tsv'?", path=tmp_path / "trian.tsv")
     _fails("nothing", "check the name", path=tmp_path / "no" / "where.tsv")
-    _fails(".tsv, .csv or .jsonl", "'.parquet'", "format=", path=write("a.parquet", "x"))
+    _fails(".tsv, .csv or .jsonl", "'.parquet'", "task.format", path=write("a.parquet", "x"))
     _fails("no suffix", path=write("a", "x"))
     _fails("'json'", "did you mean 'jsonl'?", path=path, format="json")
     _fails("a folder", "a file", path=path, format="datasets")

@@ -51,15 +51,6 @@ def missing_needs(config: Any) -> Iterator[str]:
             "pretrain.position_init is of a model from random weights, teacher.path brings its "
             "own: leave it out"
         )
-    if config.tokenizer.vocab_size and config.corpus is None:
-        yield "tokenizer.vocab_size trains a vocabulary on the corpus: it needs a corpus section"
-    if config.tokenizer.vocab_size and (config.tokenizer.path or config.teacher.path):
-        yield "tokenizer.vocab_size trains a vocabulary: give no tokenizer.path or teacher.path"
-    if not (config.tokenizer.lowercase or config.tokenizer.vocab_size):
-        yield (
-            "tokenizer.lowercase is for a vocabulary that is trained (tokenizer.vocab_size); a "
-            "folder's tokenizer has its own: leave it out"
-        )
     teacher = config.teacher
     if config.reads_teacher("general") and not (config.pretrain or teacher.path):
         yield (
@@ -71,6 +62,19 @@ def missing_needs(config: Any) -> Iterator[str]:
         yield (
             "intermediate and prediction need a teacher that knows the task: add a finetune "
             "section or set teacher.finetuned"
+        )
+    yield from _needs_of_tokenizer(config)
+
+
+def _needs_of_tokenizer(config: Any) -> Iterator[str]:
+    if config.tokenizer.vocab_size and config.corpus is None:
+        yield "tokenizer.vocab_size trains a vocabulary on the corpus: it needs a corpus section"
+    if config.tokenizer.vocab_size and (config.tokenizer.path or config.teacher.path):
+        yield "tokenizer.vocab_size trains a vocabulary: give no tokenizer.path or teacher.path"
+    if not (config.tokenizer.lowercase or config.tokenizer.vocab_size):
+        yield (
+            "tokenizer.lowercase is for a vocabulary that is trained (tokenizer.vocab_size); a "
+            "folder's tokenizer has its own: leave it out"
         )
     if not (config.tokenizer.path or config.tokenizer.vocab_size or config.teacher.path):
         yield "expected a tokenizer: tokenizer.path, tokenizer.vocab_size or teacher.path"
