@@ -64,6 +64,7 @@ def missing_needs(config: Any) -> Iterator[str]:
             "section or set teacher.finetuned"
         )
     yield from _needs_of_tokenizer(config)
+    yield from _needs_of_attention(config)
 
 
 def _needs_of_tokenizer(config: Any) -> Iterator[str]:
@@ -78,6 +79,15 @@ def _needs_of_tokenizer(config: Any) -> Iterator[str]:
         )
     if not (config.tokenizer.path or config.tokenizer.vocab_size or config.teacher.path):
         yield "expected a tokenizer: tokenizer.path, tokenizer.vocab_size or teacher.path"
+
+
+def _needs_of_attention(config: Any) -> Iterator[str]:
+    if config.compute.attention != "cudnn":
+        return
+    if config.compute.dtype != "bfloat16":
+        yield f"compute.attention cudnn needs compute.dtype bfloat16, got {config.compute.dtype}"
+    if any(len(config.seeds(stage)) > 1 for stage in config.stages):
+        yield "compute.attention cudnn cannot train several seeds at once: set auto"
 
 
 def _needs_of_logits(config: Any) -> Iterator[str]:

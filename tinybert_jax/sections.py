@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from tinybert_jax.fields import (
+    AttentionBackend,
     Positive,
     PositiveInt,
     Probability,
@@ -286,6 +287,11 @@ class ComputeSection(Section):
         "weights of layers and vocabulary read bfloat16: fast on CPUs with bfloat16 instructions",
     )
     unroll_layers: bool = False
+    attention: AttentionBackend = Field(
+        default="auto",
+        description="cudnn: flash attention of NVIDIA GPUs, for bfloat16 without dropout of "
+        "attention; auto: cudnn wherever it can, else xla",
+    )
 
 
 STAGES = ("pretrain", "finetune", "general", "intermediate", "prediction", "baseline")

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from tinybert_jax.fields import PositionInit
+from tinybert_jax.fields import AttentionBackend, PositionInit
 from tinybert_jax.model.attention import AttentionTaps, SelfAttention
 from tinybert_jax.model.dropout import dropout
 from tinybert_jax.model.linear import dense, make_linear
@@ -41,6 +41,7 @@ class Encoder(nnx.Module):
 
     `product_dtype` is what the matrix products of the layers read, where it is not `dtype`.
     `position_init`: how a fresh position table starts; it is trained whichever way.
+    `attention`: what computes attention, see `attend`.
     """
 
     def __init__(
@@ -51,11 +52,14 @@ class Encoder(nnx.Module):
         product_dtype: DTypeLike | None = None,
         unroll: bool = False,
         position_init: PositionInit = "normal",
+        attention: AttentionBackend = "auto",
         rngs: nnx.Rngs,
     ):
         self.unroll = config.num_hidden_layers if unroll else 1
         self.embeddings = Embeddings(config, dtype=dtype, position_init=position_init, rngs=rngs)
-        self.layers = _stacked_blocks(config, rngs, dtype=dtype, product_dtype=product_dtype)
+        self.layers = _stacked_blocks(
+            config, rngs, dtype=dtype, product_dtype=product_dtype, attention=attention
+        )
         width = config.hidden_size
         self.pooler = make_linear(width, width, config, dtype=dtype, rngs=rngs)
 
@@ -158,11 +162,12 @@ class Block(nnx.Module):
         *,
         dtype: DTypeLike,
         product_dtype: DTypeLike | None,
+        attention: AttentionBackend,
         rngs: nnx.Rngs,
     ):
         width, inner = config.hidden_size, config.intermediate_size
         options: dict[str, Any] = dict(dtype=dtype, product_dtype=product_dtype, rngs=rngs)
-        self.attention = SelfAttention(config, **options)
+        self.attention = SelfAttention(config, backend=attention, **options)
         self.attention_norm = make_layer_norm(config, dtype, rngs)
         self.intermediate = make_linear(width, inner, config, **options)
         self.output = make_linear(inner, width, config, **options)
@@ -230,11 +235,11 @@ def make_layer_norm(config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nn
     )
 
 
-def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs, **dtypes: Any) -> Block:
+def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs, **options: Any) -> Block:
     """One `Block` whose every parameter has a leading [layers] axis."""
 
     def block(key: jax.Array) -> Block:
-        return Block(config, rngs=nnx.Rngs(key), **dtypes)
+        return Block(config, rngs=nnx.Rngs(key), **options)
 
     keys = jax.random.split(rngs.params(), config.num_hidden_layers)
     graphdef = nnx.graphdef(nnx.eval_shape(block, keys[0]))

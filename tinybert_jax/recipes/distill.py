@@ -63,7 +63,7 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
     # Students, each from a stage before where there is one.
     members, kind = {}, model_kind(terms)
     for student in run.students:
-        apply, init = _make_model(run, kind, with_dropout(student.sizes, section))
+        apply, init = _make_model(run, kind, with_dropout(student.sizes, section), stage)
         objective = make_distill(
             Role(apply, kind, student.sizes.num_hidden_layers),
             Role(teacher_apply, teacher_kind, run.teacher.num_hidden_layers),
@@ -124,9 +124,9 @@ def _save(run: Run, folder: Path, params: Any, sizes: ModelConfig, is_judged: bo
 
 
 def _make_model(
-    run: Run, kind: str, sizes: ModelConfig
+    run: Run, kind: str, sizes: ModelConfig, stage: str | None = None
 ) -> tuple[Apply, Callable[[jax.Array], Params]]:
-    options = compute_options(run.config)
+    options = compute_options(run.config, stage)
     if kind == "classifier":
         return make_classifier(sizes, run.data.num_outputs, **options)
     return {"encoder": make_encoder, "masked_lm": make_masked_lm}[kind](sizes, **options)

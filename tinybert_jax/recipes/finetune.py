@@ -10,7 +10,6 @@ from tinybert_jax.objectives import make_supervised
 from tinybert_jax.run import Run, compute_options, dev_judge, with_dropout
 from tinybert_jax.sections import SOLE, ModelConfig
 from tinybert_jax.stage import Member, Training, run_stage
-from tinybert_jax.stage_sections import SupervisedSection
 
 
 def main(run: Run, stage: str = "finetune") -> None:
@@ -30,7 +29,7 @@ def main(run: Run, stage: str = "finetune") -> None:
         Training(
             name=stage,
             section=section,
-            members={name: _member(run, section, sizes[name], starts[name]) for name in sizes},
+            members={name: _member(run, stage, sizes[name], starts[name]) for name in sizes},
             feed=stage_feed(run, stage),
             frozen=(),
             flops_per_token=lambda width: cost.training_flops_per_token(
@@ -56,11 +55,10 @@ def main(run: Run, stage: str = "finetune") -> None:
             )
 
 
-def _member(
-    run: Run, section: SupervisedSection, sizes: ModelConfig, start: str | Path | None
-) -> Member:
+def _member(run: Run, stage: str, sizes: ModelConfig, start: str | Path | None) -> Member:
+    section = run.section(stage)
     apply, init = make_classifier(
-        with_dropout(sizes, section), run.data.num_outputs, **compute_options(run.config)
+        with_dropout(sizes, section), run.data.num_outputs, **compute_options(run.config, stage)
     )
     return Member(
         make_supervised(

@@ -24,7 +24,7 @@ def main(run: Run) -> None:
         with_dropout(run.teacher, section),
         pair_head=section.pair_weight > 0,
         position_init=section.position_init,
-        **compute_options(run.config),
+        **compute_options(run.config, "pretrain"),
     )
     continuations = None if section.mask_unit == "token" else is_continuation(tokenizer)
 
