@@ -27,7 +27,7 @@ SIZES = {  # rows, tokens, heads, head dim: 32,768 tokens each
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--widths", default="64,128,256,512")
+    parser.add_argument("--widths", default="128,256,512")
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     print(jax.devices()[0].device_kind)

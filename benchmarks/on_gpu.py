@@ -6,7 +6,9 @@
 tinybert-4l-312d; `mlm`: BERT's masked LM, 15 % masked. Whole steps: forward with dropout, gradient,
 clipping, AdamW. All weights and tokens are random, what a step costs does not depend on them; all
 rows are full, so that slots are tokens. Sides run one after the other, each in a process of its
-own: a warm-up round, then the median over the rounds. The share of the card's nominal peak counts
+own: a warm-up round, then the median over the rounds. `--together 5`: that many are compiled and
+warmed up at one time, to save some of it, and then measured in turn; none is measured before all of
+them are ready. The share of the card's nominal peak counts
 the same FLOPs for all sides of a measure: those of the model, no recomputation, and of the
 masked-LM head those at the positions that ours picks and predicts.
 
@@ -28,7 +30,7 @@ import multiprocessing
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +57,7 @@ class Settings(NamedTuple):
     num_steps: int
     num_rounds: int
     chunk_size: int  # predictions whose logits our masked LM makes at one time
+    unrolled: bool  # our layers one by one, not as a loop: compiles for minutes
     tiny: bool  # any device, no torch.compile
 
 
@@ -84,20 +87,20 @@ def main() -> None:
     parser.add_argument("--chunk-size", type=int, default=256, help="loss_chunk_size of our mlm")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="in a round")
-    parser.add_argument("--limit", type=float, default=150, help="seconds a side may take in all")
+    parser.add_argument("--unrolled", action="store_true", help="our layers, instead of a loop")
+    parser.add_argument("--together", type=int, default=1, help="sides that are set up at one time")
+    parser.add_argument("--limit", type=float, default=150, help="seconds until a side is ready")
     parser.add_argument("--quick", action="store_true", help="1 round of 3 steps")
     parser.add_argument("--tiny", action="store_true", help="tiny models on any device: a trial")
     args = parser.parse_args()
     num_steps, num_rounds = (3, 1) if args.quick else (args.steps, args.rounds)
-    settings = Settings(num_steps, num_rounds, args.chunk_size, args.tiny)
+    settings = Settings(num_steps, num_rounds, args.chunk_size, args.unrolled, args.tiny)
     measures = make_measures(args.tiny)
+    made = make_sides(measures, settings, args.attention.split(","), args.gathered)
+    chosen = [side for side in made if args.sides in f"{side.measure}: {side.name}"]
     lines: list[dict[str, Any]] = []
-    for side in make_sides(measures, settings, args.attention.split(","), args.gathered):
-        if args.sides not in f"{side.measure}: {side.name}":
-            continue
-        line = {"measure": side.measure, "side": side.name} | run_alone(
-            side, num_rounds, args.limit
-        )
+    for side, figures in in_turn(chosen, num_rounds, args.together, args.limit):
+        line = {"measure": side.measure, "side": side.name} | figures
         if "rate" in line:
             line |= priced(line, measures.get(side.measure), args.chunk_size)
         lines.append(line)
@@ -149,25 +152,39 @@ def make_sides(
     return made
 
 
-def run_alone(side: Side, num_rounds: int, limit: float) -> dict[str, Any]:
-    """A side's figures, or its error in one line; its process has ended when this returns."""
+def in_turn(
+    chosen: list[Side], num_rounds: int, num_together: int, limit: float
+) -> Iterator[tuple[Side, dict[str, Any]]]:
+    """Each side's figures, or its error in one line; its process has ended when they come."""
     context = multiprocessing.get_context("spawn")
-    reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(writer, side, num_rounds))
-    process.start()
-    writer.close()
-    figures = {"error": f"not done within {limit:.0f} s"}
+    for first in range(0, len(chosen), num_together):
+        group, deadline = [], time.monotonic() + limit
+        for side in chosen[first : first + num_together]:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, side, num_rounds))
+            process.start()
+            theirs.close()
+            group.append((side, ours, process))
+        ready = [_told(pipe, process, deadline - time.monotonic()) for _, pipe, process in group]
+        for (side, pipe, process), figures in zip(group, ready, strict=True):
+            if "error" not in figures:
+                pipe.send("go")
+                figures |= _told(pipe, process, limit)
+            if process.is_alive():
+                process.kill()
+            process.join()
+            yield side, figures
+
+
+def _told(pipe, process, seconds: float) -> dict[str, Any]:
     try:
-        if reader.poll(limit):
-            figures = reader.recv()
-            process.join(timeout=10)
+        if pipe.poll(max(seconds, 0)):
+            return pipe.recv()
+        process.kill()
+        return {"error": f"no answer within {max(seconds, 0):.0f} s"}
     except EOFError:
         process.join(timeout=10)
-        figures = {"error": f"its process ended with code {process.exitcode}"}
-    if process.is_alive():
-        process.kill()
-        process.join()
-    return figures
+        return {"error": f"its process ended with code {process.exitcode}"}
 
 
 def _serve(pipe, side: Side, num_rounds: int) -> None:
@@ -175,7 +192,9 @@ def _serve(pipe, side: Side, num_rounds: int) -> None:
     try:
         ready = side.make_round(*side.arguments)
         ready.run()
-        setup_s = time.perf_counter() - begin
+        pipe.send({"setup_s": time.perf_counter() - begin})
+        pipe.recv()
+        ready.run()  # the card has been with others
         rounds = [ready.run() for _ in range(num_rounds)]
         rates = [units / seconds for units, seconds in rounds]
         device, peak_bytes = ready.device()
@@ -183,7 +202,6 @@ def _serve(pipe, side: Side, num_rounds: int) -> None:
             "rate": statistics.median(rates),
             "rates": rates,
             "round_s": statistics.median(seconds for _, seconds in rounds),
-            "setup_s": setup_s,
             "device": device,
             "peak_bytes": peak_bytes,
             "note": ready.note,
@@ -295,7 +313,7 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
     from tinybert_jax.sections import ModelConfig
 
     device = _jax_device(settings.tiny)
-    options: dict[str, Any] = {"unroll": True, "dtype": jnp.bfloat16}
+    options: dict[str, Any] = {"unroll": settings.unrolled, "dtype": jnp.bfloat16}
     if attention != "auto":
         options["attention"] = attention
     no_dropout = {"attention_probs_dropout_prob": 0.0} if attention == "cudnn" else {}
