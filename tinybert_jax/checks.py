@@ -131,11 +131,11 @@ def _check_model(
 ) -> None:
     """Refuses a model that has no room for a stage's text."""
     hf_folder.check_table(tokenizer, model, f"the {role}")
-    max_length = getattr(config, stage).max_length
-    if max_length > model.max_position_embeddings:
+    max_length, positions = getattr(config, stage).max_length, model.max_position_embeddings
+    if max_length > positions:
         raise ValueError(
-            f"{stage}.max_length: expected at most {model.max_position_embeddings} (the {role}'s "
-            f"positions), got {max_length}"
+            f"{stage}.max_length: expected at most {positions} (the {role}'s positions), got "
+            f"{max_length}; set {stage}.max_length={positions} or less, in every stage alike"
         )
     if model.type_vocab_size < 2 and _has_second_part(config, stage):
         raise ValueError(

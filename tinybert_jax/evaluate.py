@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from tinybert_jax import masking, metrics, sharding, word_losses
 from tinybert_jax.data.pipeline import (
     Batch,
+    Plan,
     TokenRows,
     make_batch,
     packed_epochs,
@@ -54,19 +55,7 @@ def make_scorer(
 
     def score(params: Any, rows: TokenRows, *, global_batch_size: int = 64) -> np.ndarray:
         global_batch_size = -(-global_batch_size // shards) * shards
-        if packed:
-            epochs = packed_epochs(
-                rows.lengths,
-                width=max(buckets),
-                global_batch_size=global_batch_size,
-                seed=(0,),
-                multiple=shards,
-            )
-            plans = epochs.plan(0)
-        else:
-            plans = plan_epoch(
-                rows.lengths, buckets=buckets, global_batch_size=global_batch_size, seed=None
-            )
+        plans = _plans(rows, buckets, packed, global_batch_size, shards)
         pending = []
         for plan in plans:
             batch = place(make_batch(rows, plan, pad_token_id))
@@ -92,12 +81,14 @@ def make_masked_lm_scorer(
     vocab_size: int,
     buckets: Sequence[int],
     pad_token_id: int,
+    packed: bool = False,
     chunk_size: int = 256,
 ) -> Callable[[Any, TokenRows], dict[str, float]]:
     """A function (params, rows) -> masked-LM loss, perplexity (its exp) and masked accuracy.
 
     15 % of the tokens are masked, each alone, 80/10/10, always the same ones for one `key`. Of a
-    model with a pair head also `pair_accuracy`, on the rows with a label (0 or 1), if any.
+    model with a pair head also `pair_accuracy`, on the rows with a label (0 or 1), if any. Packed,
+    which such a model is not, all batches have one shape: one program instead of one a bucket.
     """
 
     sums = _make_masked_sums(
@@ -110,9 +101,7 @@ def make_masked_lm_scorer(
     )
 
     def score(params: Any, rows: TokenRows, *, global_batch_size: int = 64) -> dict[str, float]:
-        plans = plan_epoch(
-            rows.lengths, buckets=buckets, global_batch_size=global_batch_size, seed=None
-        )
+        plans = _plans(rows, buckets, packed, global_batch_size)
         pending = [
             sums(params, jnp.int32(number), make_batch(rows, plan, pad_token_id))
             for number, plan in enumerate(plans)
@@ -131,6 +120,28 @@ def make_masked_lm_scorer(
         return values
 
     return score
+
+
+def _plans(
+    rows: TokenRows,
+    buckets: Sequence[int],
+    packed: bool,
+    global_batch_size: int,
+    multiple: int = 1,
+) -> list[Plan]:
+    """Every row once, each padded to its bucket or several in a row of the widest one."""
+    if not packed:
+        return plan_epoch(
+            rows.lengths, buckets=buckets, global_batch_size=global_batch_size, seed=None
+        )
+    epochs = packed_epochs(
+        rows.lengths,
+        width=max(buckets),
+        global_batch_size=global_batch_size,
+        seed=(0,),
+        multiple=multiple,
+    )
+    return epochs.plan(0)
 
 
 def _make_masked_sums(

@@ -301,9 +301,8 @@ def _write_identity(folder: Path, config: RunConfig, mesh: Mesh) -> None:
         "orbax-checkpoint",
         "transformers",
     )
-    versions = {name: importlib.metadata.version(name) for name in packages}
     environment = {
-        **versions,
+        **{name: _version(name) for name in packages},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": jax.devices()[0].device_kind,
@@ -312,6 +311,13 @@ def _write_identity(folder: Path, config: RunConfig, mesh: Mesh) -> None:
         "git_commit": _git_commit(),
     }
     (folder / "env.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # the package itself, run from a checkout
+        return "not installed"
 
 
 def _git_commit() -> str:

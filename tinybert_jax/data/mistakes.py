@@ -15,7 +15,8 @@ def fail_column(path: str, column: str, available: list[str], hint: str = "") ->
     if column in available:
         fail(path, f"one column {column!r}", f"{available.count(column)}", "rename the others")
     columns = ", ".join(map(short, available))
-    fail(path, f"a column {column!r}", f"columns {columns}", nearest(column, available) + hint)
+    fix = nearest(column, available) + "; --text and --label, or a config's text and label, name it"
+    fail(path, f"a column {column!r}", f"columns {columns}", fix + hint)
 
 
 def fail_missing(path: str) -> NoReturn:
