@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinybert_jax.model.attention import attend
+from tinybert_jax.model.attention import attend, visible
 
 SIZES = {  # rows, tokens, heads, head dim: 32,768 tokens each
     "bert-base": (12, 64),
@@ -51,9 +51,7 @@ def draw(num_rows: int, width: int, num_heads: int, head_dim: int) -> tuple:
     cuts = np.sort(generator.integers(1, width, (num_rows, 3)), axis=1)
     segments = 1 + (np.arange(width)[None, None] >= cuts[:, :, None]).sum(1)
     segments[:, -width // 16 :] = 0
-    segments = jnp.asarray(segments)
-    pairs = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
-    return *taps, pairs
+    return *taps, visible(jnp.asarray(segments, jnp.int32))
 
 
 def forward(backend: str):
@@ -61,9 +59,9 @@ def forward(backend: str):
 
 
 def gradient(backend: str):
-    def value(queries, keys, values, pairs):
-        context = attend(queries, keys, values, pairs, 0.0, None, backend=backend)
-        is_real = pairs.any(-1)[:, :, None, None]
+    def value(queries, keys, values, seen):
+        context = attend(queries, keys, values, seen, 0.0, None, backend=backend)
+        is_real = seen.pairs.any(-1)[:, :, None, None]
         return jnp.sum(jnp.where(is_real, jnp.sin(context.astype(jnp.float32)), 0))
 
     return jax.jit(jax.grad(value, argnums=(0, 1, 2)))

@@ -10,7 +10,7 @@ Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositionInit = Literal["normal", "sinusoid"]
-AttentionBackend = Literal["auto", "xla", "cudnn"]
+AttentionBackend = Literal["auto", "xla", "cudnn", "splash"]
 
 
 class Section(BaseModel):

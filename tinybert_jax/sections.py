@@ -289,8 +289,9 @@ class ComputeSection(Section):
     unroll_layers: bool = False
     attention: AttentionBackend = Field(
         default="auto",
-        description="cudnn: flash attention of NVIDIA GPUs, for bfloat16 without dropout of "
-        "attention; auto: cudnn wherever it can, else xla",
+        description="flash attention by cudnn (NVIDIA GPUs, bfloat16) or splash (TPUs), for rows of "
+        "a multiple of 128 tokens without dropout of attention; auto: cudnn wherever it can be, "
+        "else xla",
     )
 
 

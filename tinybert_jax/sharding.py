@@ -5,7 +5,7 @@ One device is a mesh of one.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -80,6 +80,18 @@ def constrain(hidden: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return hidden
     return jax.lax.with_sharding_constraint(hidden, PartitionSpec(BATCH_AXES))
+
+
+def over_batch(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Runs a function of arrays [batch, …] on each device's own examples, in a mesh context.
+
+    For kernels that XLA cannot split by itself; the `tensor` axis repeats them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    spec = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from tinybert_jax.fields import AttentionBackend
 from tinybert_jax.model.dropout import dropout
 from tinybert_jax.model.linear import dense, make_linear
 from tinybert_jax.sections import ModelConfig
+from tinybert_jax.sharding import over_batch
 
 
 class AttentionTaps(NamedTuple):
@@ -19,6 +20,29 @@ class AttentionTaps(NamedTuple):
     queries: jax.Array
     keys: jax.Array
     values: jax.Array
+
+
+class Visible(NamedTuple):
+    """Which keys a query reads, told in two ways; a backend reads one, `jit` drops the other."""
+
+    pairs: jax.Array  # bool [batch, 1 or seq, seq]: query t reads key s; 1 where all read alike
+    query_ids: jax.Array  # int32 [batch, seq]: reads the keys of its own id, of which there are
+    key_ids: jax.Array  # int32 [batch, seq]
+
+
+def visible(attention_mask: Array) -> Visible:
+    """The real tokens; of packed rows (integers, 0 is padding) those of the query's own segment.
+
+    By ids the padding of packed rows, and of rows without a real token, reads padding: what it
+    comes to is nobody's, and a softmax over no key would be NaN in kernels that skip the others.
+    """
+    if attention_mask.dtype == bool:
+        is_empty = ~attention_mask.any(axis=-1, keepdims=True)
+        ids = (attention_mask | is_empty).astype(jnp.int32)
+        return Visible(attention_mask[:, None, :], jnp.ones_like(ids), ids)
+    same = attention_mask[:, :, None] == attention_mask[:, None, :]
+    pairs = same & (attention_mask[:, None, :] > 0)
+    return Visible(pairs, attention_mask, attention_mask)
 
 
 class SelfAttention(nnx.Module):
@@ -37,17 +61,16 @@ class SelfAttention(nnx.Module):
     def __call__(
         self,
         hidden: Float[Array, "batch seq dim"],
-        mask: Bool[Array, "batch one_or_seq seq"],
+        seen: Visible,
         key: jax.Array | None,
     ) -> tuple[Float[Array, "batch seq dim"], AttentionTaps]:
-        """`mask[b, t, s]`: may query t read key s; the middle axis is 1 where all may alike."""
         heads = (*hidden.shape[:2], self.num_heads, hidden.shape[-1] // self.num_heads)
         taps = AttentionTaps(
             dense(self.query, hidden).reshape(heads),
             dense(self.key, hidden).reshape(heads),
             dense(self.value, hidden).reshape(heads),
         )
-        context = attend(*taps, mask, self.dropout_rate, key, backend=self.backend)
+        context = attend(*taps, seen, self.dropout_rate, key, backend=self.backend)
         return dense(self.output, context.reshape(hidden.shape)), taps
 
 
@@ -55,57 +78,93 @@ def attend(
     queries: Float[Array, "batch seq heads head_dim"],
     keys: Float[Array, "batch seq heads head_dim"],
     values: Float[Array, "batch seq heads head_dim"],
-    mask: Bool[Array, "batch one_or_seq seq"],
+    seen: Visible,
     dropout_rate: float,
     key: jax.Array | None,
     *,
     backend: AttentionBackend = "auto",
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """softmax(QKᵀ/√head_dim)·V over the keys that `mask` allows, softmax in fp32.
+    """softmax(QKᵀ/√head_dim)·V over the keys that are seen, softmax in fp32.
 
-    `backend`: xla builds the score map; cudnn, on NVIDIA GPUs in bfloat16 or float16 and without
-    dropout, keeps none; auto takes cudnn wherever it can (on an H200 it halves the time of 128
-    tokens and takes a third of it at 512: benchmarks/attention.py), otherwise xla. Raises
-    ValueError where cudnn is asked for and cannot.
+    `backend`: xla builds the score map; the others keep none, have no dropout, and want rows of a
+    multiple of 128 tokens: cudnn on NVIDIA GPUs, in bfloat16 or float16; splash on TPUs. auto is
+    cudnn wherever it can be (on an H200 it halves the time of 128 tokens and takes a third of it
+    at 512: benchmarks/attention.py), else xla. Raises ValueError where one is asked for in vain.
     """
     if backend != "xla":
-        missing = _missing_for_cudnn(queries, 0.0 if key is None else dropout_rate)
+        fused = "cudnn" if backend == "auto" else backend
+        missing = _missing(fused, queries, 0.0 if key is None else dropout_rate)
         if missing is None:
-            return _cudnn_attention(queries, keys, values, mask)
-        if backend == "cudnn":
-            raise ValueError(f"attention: cudnn expects {missing}; set compute.attention=auto")
+            return _FUSED[fused](queries, keys, values, seen)
+        if backend != "auto":
+            raise ValueError(f"attention: {fused} expects {missing}; set compute.attention=auto")
     scores = attention_scores(queries, keys)
-    probs = jax.nn.softmax(jnp.where(mask[:, None], scores, _MASKED), axis=-1)
+    probs = jax.nn.softmax(jnp.where(seen.pairs[:, None], scores, _MASKED), axis=-1)
     probs = dropout(probs.astype(values.dtype), dropout_rate, key)
     return jnp.einsum("bhts,bshk->bthk", probs, values)
 
 
-def _missing_for_cudnn(queries: jax.Array, dropout_rate: float) -> str | None:
-    if queries.dtype not in (jnp.bfloat16, jnp.float16):
+def _missing(backend: AttentionBackend, queries: jax.Array, dropout_rate: float) -> str | None:
+    """What a fused backend expects and does not get here, if anything."""
+    if backend == "cudnn" and queries.dtype not in (jnp.bfloat16, jnp.float16):
         return f"activations in bfloat16 or float16, got {queries.dtype}"
-    if queries.shape[1] % _CUDNN_TILE:
-        return f"rows of a multiple of {_CUDNN_TILE} tokens, got {queries.shape[1]}"
+    if queries.shape[1] % _TILE:
+        return f"rows of a multiple of {_TILE} tokens, got {queries.shape[1]}"
     if dropout_rate:
         return f"no dropout of attention, got a rate of {dropout_rate}"
     device = jax.local_devices()[0]
+    if backend == "splash":
+        return None if device.platform == "tpu" else f"a TPU, got {device.device_kind}"
     is_nvidia = "cuda" in device.client.platform_version.lower()
     if not is_nvidia or float(device.compute_capability) < 8:
         return f"an NVIDIA GPU of compute capability 8 or more, got {device.device_kind}"
     return None
 
 
-def _cudnn_attention(queries, keys, values, mask) -> jax.Array:
+def cudnn_attention(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, seen: Visible
+) -> jax.Array:
     """cuDNN's flash attention; head dims are filled up with zeros to a multiple of 8: exact."""
     head_dim, seq = queries.shape[-1], queries.shape[1]
-    spare = (0, -head_dim % 8)
-    pads = ((0, 0), (0, 0), (0, 0), spare)
+    pads = ((0, 0), (0, 0), (0, 0), (0, -head_dim % 8))
     context = jax.nn.dot_product_attention(
         *(jnp.pad(x, pads) for x in (queries, keys, values)),
-        mask=jnp.broadcast_to(mask, (mask.shape[0], seq, seq))[:, None],
+        mask=jnp.broadcast_to(seen.pairs, (len(queries), seq, seq))[:, None],
         scale=head_dim**-0.5,
         implementation="cudnn",
     )
     return context[..., :head_dim]
+
+
+def splash_attention(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    seen: Visible,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """JAX's splash attention for TPUs, at any head dim; `interpret` runs it on any device."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (  # slow to load
+        splash_attention_kernel,
+        splash_attention_mask,
+    )
+
+    num_heads, (seq, head_dim) = queries.shape[2], queries.shape[1::2]
+    every = splash_attention_mask.FullMask((seq, seq))
+    kernel = splash_attention_kernel.make_splash_mha_single_device(
+        splash_attention_mask.MultiHeadMask([every] * num_heads), interpret=interpret
+    )
+
+    def rows(queries, keys, values, query_ids, key_ids):
+        by_head = (jnp.swapaxes(x, 1, 2) for x in (queries * head_dim**-0.5, keys, values))
+        ids = splash_attention_kernel.SegmentIds(query_ids, key_ids)
+        return jnp.swapaxes(jax.vmap(kernel)(*by_head, ids), 1, 2)
+
+    return over_batch(rows)(queries, keys, values, seen.query_ids, seen.key_ids)
+
+
+_FUSED = {"cudnn": cudnn_attention, "splash": splash_attention}
 
 
 def attention_scores(
@@ -117,8 +176,8 @@ def attention_scores(
     return jnp.einsum("bthk,bshk->bhts", scaled, keys, preferred_element_type=jnp.float32)
 
 
-# At 64 tokens its gradient was NaN where a mask was given (cuDNN with jax 0.11.2), and no faster.
-_CUDNN_TILE = 128
+# Splash's blocks. cuDNN's gradient of 64 tokens with a mask was NaN (jax 0.11.2), and no faster.
+_TILE = 128
 
 # Far below any score, finite: a row whose keys are all masked gives uniform weights, never NaN.
 _MASKED = -1e30
