@@ -289,9 +289,8 @@ class ComputeSection(Section):
     unroll_layers: bool = False
     attention: AttentionBackend = Field(
         default="auto",
-        description="flash attention by cudnn (NVIDIA GPUs, bfloat16) or splash (TPUs), for rows of "
-        "a multiple of 128 tokens without dropout of attention; auto: cudnn wherever it can be, "
-        "else xla",
+        description="flash attention by cudnn (NVIDIA GPUs, bfloat16) or splash (TPUs): for rows "
+        "of a multiple of 128 tokens, without dropout of attention; auto: cudnn where it can be",
     )
 
 
