@@ -46,6 +46,17 @@ def test_dump_loads_back_to_the_same_config(tmp_path):
     assert config.load(again) == first
 
 
+def test_a_run_goes_on_though_its_config_is_older_than_a_setting(tmp_path):
+    settings = config.load(_written(tmp_path))
+    tree = yaml.safe_load(config.dump(settings))
+    del tree["compute"]["attention"]
+    older = tmp_path / "older.yaml"
+    older.write_text(yaml.safe_dump(tree, sort_keys=False))
+    assert config.differences(older, settings) == []
+    changed = config.load(_written(tmp_path), ["compute.attention=xla"])
+    assert config.differences(older, changed) == ["compute.attention: 'auto' there, 'xla' here"]
+
+
 def test_overrides_set_remove_and_create(tmp_path):
     file = _written(tmp_path, baseline={"num_epochs": 1, "learning_rate": 1e-3})
     loaded = config.load(

@@ -14,6 +14,7 @@ from tinybert_jax import config as configs
 from tinybert_jax import distill, optim, sharding
 from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.data import vocab
+from tinybert_jax.model.attention import missing_device
 from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.objective_sections import (
     DISTILL_STAGES,
@@ -106,6 +107,7 @@ def check_sizes(
     """Word tables, positions, batches, and what distillation asks of a pair of models."""
     for name in stages:
         section = getattr(config, name)
+        _check_attention(config, name, teacher, students)
         if name != "baseline":
             _check_model(config, name, "teacher", teacher, tokenizer)
         for student in students if name not in TEACHER_STAGES else ():
@@ -135,12 +137,34 @@ def _check_model(
     if max_length > positions:
         raise ValueError(
             f"{stage}.max_length: expected at most {positions} (the {role}'s positions), got "
-            f"{max_length}; set {stage}.max_length={positions} or less, in every stage alike"
+            f"{max_length}; set {stage}.max_length={positions} or less"
         )
     if model.type_vocab_size < 2 and _has_second_part(config, stage):
         raise ValueError(
             f"{stage}: expected a {role} with two token types for pairs of texts, got "
             f"type_vocab_size {model.type_vocab_size}; use another model, or no pairs"
+        )
+
+
+def _check_attention(
+    config: RunConfig, stage: str, teacher: ModelConfig, students: Sequence[Student]
+) -> None:
+    """Refuses flash attention that is asked for by name and cannot train the stage's models."""
+    backend = config.compute.attention
+    if backend in ("auto", "xla"):
+        return
+    origin, fix = f"compute.attention {backend}", "or set compute.attention=auto"
+    missing = missing_device(backend)
+    if missing:
+        raise ValueError(f"{origin}: expected {missing}; run it there, {fix}")
+    trained = [teacher] if stage in TEACHER_STAGES else [student.sizes for student in students]
+    rates = [model.attention_probs_dropout_prob for model in trained]
+    own = getattr(config, stage).dropout
+    rate = max(rates) if own is None else own
+    if rate:
+        raise ValueError(
+            f"{origin}: expected no dropout of attention, got {rate} in {stage}; set "
+            f"{stage}.dropout=0, {fix}"
         )
 
 

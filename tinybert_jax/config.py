@@ -1,5 +1,6 @@
 """Loads a configuration: YAML files, `key.path=value` overrides, all mistakes at once."""
 
+import contextlib
 import difflib
 import os
 import re
@@ -64,8 +65,14 @@ def dump(config: BaseModel) -> str:
 
 
 def differences(path: Path, config: BaseModel) -> list[str]:
-    """Where a file that `dump` wrote says otherwise than `config`, each with its dotted path."""
-    before, now = dict(_leaves(_read(path))), dict(_leaves(config.model_dump(mode="json")))
+    """Where a file that `dump` wrote says otherwise than `config`, each with its dotted path.
+
+    A setting that is younger than the file has its default there.
+    """
+    tree = _read(path)
+    with contextlib.suppress(ValidationError):  # then the file's own words are compared
+        tree = type(config).model_validate(tree).model_dump(mode="json")
+    before, now = dict(_leaves(tree)), dict(_leaves(config.model_dump(mode="json")))
     changes = [
         f"{dotted}: {before.get(dotted)!r} there, {now.get(dotted)!r} here"
         for dotted in dict.fromkeys([*now, *before])

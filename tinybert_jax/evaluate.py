@@ -44,23 +44,17 @@ def make_scorer(
     Each example is padded to its bucket or, packed, shares a row of the widest one with others.
     With a mesh, on which the parameters are, its devices share each batch.
     """
-    shards = sharding.num_batch_shards(mesh) if mesh else 1
 
     @functools.partial(jax.jit, static_argnames="num_segments")
     def forward(params: Any, *inputs: jax.Array, num_segments: int | None) -> jax.Array:
         return apply(params, *inputs, num_segments=num_segments).logits
 
-    def place(batch: Batch) -> Batch:
-        return jax.device_put(batch, sharding.batch_sharding(mesh)) if mesh else batch
-
     def score(params: Any, rows: TokenRows, *, global_batch_size: int = 64) -> np.ndarray:
-        global_batch_size = -(-global_batch_size // shards) * shards
-        plans = _plans(rows, buckets, packed, global_batch_size, shards)
         pending = []
-        for plan in plans:
-            batch = place(make_batch(rows, plan, pad_token_id))
+        for plan in _plans(rows, buckets, packed, global_batch_size, mesh):
+            batch = _placed(make_batch(rows, plan, pad_token_id), mesh)
             inputs = batch.input_ids, batch.attention_mask, batch.token_type_ids
-            with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+            with _context(mesh):
                 values = forward(params, *inputs, num_segments=batch.num_segments)
             pending.append((plan, values))
         logits = np.zeros((len(rows.lengths), pending[0][1].shape[-1]), np.float32)
@@ -83,12 +77,14 @@ def make_masked_lm_scorer(
     pad_token_id: int,
     packed: bool = False,
     chunk_size: int = 256,
+    mesh: Mesh | None = None,
 ) -> Callable[[Any, TokenRows], dict[str, float]]:
     """A function (params, rows) -> masked-LM loss, perplexity (its exp) and masked accuracy.
 
-    15 % of the tokens are masked, each alone, 80/10/10, always the same ones for one `key`. Of a
-    model with a pair head also `pair_accuracy`, on the rows with a label (0 or 1), if any. Packed,
-    which such a model is not, all batches have one shape: one program instead of one a bucket.
+    15 % of the tokens are masked, each alone, 80/10/10, always the same ones for one `key`, one
+    set of buckets and one way of batching. Of a model with a pair head also `pair_accuracy`, on the
+    rows with a label (0 or 1), if any. Packed, which such a model is not, all batches have one
+    shape: one program instead of one a bucket. `mesh` as of `make_scorer`.
     """
 
     sums = _make_masked_sums(
@@ -101,11 +97,11 @@ def make_masked_lm_scorer(
     )
 
     def score(params: Any, rows: TokenRows, *, global_batch_size: int = 64) -> dict[str, float]:
-        plans = _plans(rows, buckets, packed, global_batch_size)
-        pending = [
-            sums(params, jnp.int32(number), make_batch(rows, plan, pad_token_id))
-            for number, plan in enumerate(plans)
-        ]
+        pending = []
+        for number, plan in enumerate(_plans(rows, buckets, packed, global_batch_size, mesh)):
+            batch = _placed(make_batch(rows, plan, pad_token_id), mesh)
+            with _context(mesh):
+                pending.append(sums(params, jnp.int32(number), batch))
         nll, hits, count, *pairs = np.asarray(jax.device_get(pending), np.float64).sum(0)
         if not count:
             raise ValueError(
@@ -127,9 +123,14 @@ def _plans(
     buckets: Sequence[int],
     packed: bool,
     global_batch_size: int,
-    multiple: int = 1,
+    mesh: Mesh | None,
 ) -> list[Plan]:
-    """Every row once, each padded to its bucket or several in a row of the widest one."""
+    """Every row once, each padded to its bucket or several in a row of the widest one.
+
+    A batch has as many rows for each device of the mesh.
+    """
+    shards = sharding.num_batch_shards(mesh) if mesh else 1
+    global_batch_size = -(-global_batch_size // shards) * shards
     if not packed:
         return plan_epoch(
             rows.lengths, buckets=buckets, global_batch_size=global_batch_size, seed=None
@@ -139,9 +140,17 @@ def _plans(
         width=max(buckets),
         global_batch_size=global_batch_size,
         seed=(0,),
-        multiple=multiple,
+        multiple=shards,
     )
     return epochs.plan(0)
+
+
+def _placed(batch: Batch, mesh: Mesh | None) -> Batch:
+    return jax.device_put(batch, sharding.batch_sharding(mesh)) if mesh else batch
+
+
+def _context(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    return jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
 
 
 def _make_masked_sums(
@@ -169,6 +178,7 @@ def _make_masked_sums(
         count = jnp.sum(labels != masking.IGNORED_LABEL, dtype=jnp.float32)
         if output.pair_logits is None:
             return nll, hits, count
+        assert batch.labels.ndim == 1, "a pair head reads one label a row"
         is_pair = (batch.labels >= 0) & (batch.weights > 0)
         is_right = jnp.argmax(output.pair_logits, axis=-1) == batch.labels
         return nll, hits, count, jnp.sum(is_right & is_pair), jnp.sum(is_pair)

@@ -82,12 +82,28 @@ def _needs_of_tokenizer(config: Any) -> Iterator[str]:
 
 
 def _needs_of_attention(config: Any) -> Iterator[str]:
-    if config.compute.attention != "cudnn":
+    """Of flash attention that is asked for by name."""
+    name = config.compute.attention
+    if name in ("auto", "xla"):
         return
-    if config.compute.dtype != "bfloat16":
-        yield f"compute.attention cudnn needs compute.dtype bfloat16, got {config.compute.dtype}"
-    if any(len(config.seeds(stage)) > 1 for stage in config.stages):
-        yield "compute.attention cudnn cannot train several seeds at once: set auto"
+    origin, fix = f"compute.attention {name}", "or set compute.attention=auto"
+    if name == "cudnn" and config.compute.dtype != "bfloat16":
+        got = config.compute.dtype
+        yield f"{origin}: expected compute.dtype bfloat16, got {got}: set it, {fix}"
+    for stage in config.stages:
+        num_seeds = len(config.seeds(stage))
+        if num_seeds > 1:
+            yield f"{origin}: expected one seed, got {num_seeds} in {stage}: one by one, {fix}"
+        for part in getattr(config, stage).parts():
+            has_stores = stage in ("pretrain", "general") and config.corpus and config.corpus.stores
+            is_one_width = part.section.batching == "pack" or has_stores
+            widths = (part.section.max_length,) if is_one_width else part.section.buckets()
+            others = [width for width in widths if width % 128]
+            if others:
+                yield (
+                    f"{origin}: expected rows of a multiple of 128 tokens, got {others} in "
+                    f"{stage}: set {stage}.batching=pack and {stage}.{part.key}max_length, {fix}"
+                )
 
 
 def _needs_of_logits(config: Any) -> Iterator[str]:

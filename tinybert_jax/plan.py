@@ -314,8 +314,9 @@ def _activation_bytes(
 
 
 def _saved_bytes_a_row(run: Run, section: StageSection, model: ModelConfig, batch: Batch) -> int:
-    """What reverse-mode differentiation of the encoder keeps of one more row."""
-    apply, init = make_encoder(with_dropout(model, section), **compute_options(run.config))
+    """What reverse-mode differentiation of the encoder keeps of one more row, with score maps."""
+    options = compute_options(run.config) | {"attention": "xla"}  # whatever machine plans
+    apply, init = make_encoder(with_dropout(model, section), **options)
     key = jax.random.key(0)
     params = jax.eval_shape(init, key)
 

@@ -204,6 +204,7 @@ def dev_judge(run: Run, apply: Callable, section: StageSection) -> Judge:
         buckets=section.buckets(),
         pad_token_id=run.tokenizer.pad_token_id,
         packed=section.batching == "pack",
+        mesh=run.mesh,
     )
 
     def measure(params: Any) -> dict[str, float]:
@@ -293,7 +294,6 @@ def _write_identity(folder: Path, config: RunConfig, mesh: Mesh) -> None:
         partial.write_text(configs.dump(config), encoding="utf-8")
         partial.rename(folder / "config.yaml")
     packages = (
-        "tinybert-jax",
         "jax",
         "jaxlib",
         "flax",
@@ -302,7 +302,8 @@ def _write_identity(folder: Path, config: RunConfig, mesh: Mesh) -> None:
         "transformers",
     )
     environment = {
-        **{name: _version(name) for name in packages},
+        "tinybert-jax": _own_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": jax.devices()[0].device_kind,
@@ -313,11 +314,11 @@ def _write_identity(folder: Path, config: RunConfig, mesh: Mesh) -> None:
     (folder / "env.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
 
 
-def _version(package: str) -> str:
+def _own_version() -> str:
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # the package itself, run from a checkout
-        return "not installed"
+        return importlib.metadata.version("tinybert-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # run from a checkout
 
 
 def _git_commit() -> str:

@@ -15,8 +15,9 @@ def fail_column(path: str, column: str, available: list[str], hint: str = "") ->
     if column in available:
         fail(path, f"one column {column!r}", f"{available.count(column)}", "rename the others")
     columns = ", ".join(map(short, available))
-    fix = nearest(column, available) + "; --text and --label, or a config's text and label, name it"
-    fail(path, f"a column {column!r}", f"columns {columns}", fix + hint)
+    where = " (--text, --text-pair or --label; in a config text, text_pair or label)"
+    fix = nearest(column, available) + where + hint
+    fail(path, f"a column {column!r}", f"columns {columns}", fix)
 
 
 def fail_missing(path: str) -> NoReturn:

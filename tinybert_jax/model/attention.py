@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from tinybert_jax.fields import AttentionBackend
 from tinybert_jax.model.dropout import dropout
@@ -23,25 +23,26 @@ class AttentionTaps(NamedTuple):
 
 
 class Visible(NamedTuple):
-    """Which keys a query reads, told in two ways; a backend reads one, `jit` drops the other."""
+    """Which keys a query reads, told in two ways; a backend reads one, `jit` drops the other.
+
+    Every query reads some key, be it padding that reads padding: what comes of that is nobody's,
+    and a softmax over no key is NaN in one kernel and has a wrong gradient in another.
+    """
 
     pairs: jax.Array  # bool [batch, 1 or seq, seq]: query t reads key s; 1 where all read alike
-    query_ids: jax.Array  # int32 [batch, seq]: reads the keys of its own id, of which there are
+    query_ids: jax.Array  # int32 [batch, seq]: reads the keys of its own id
     key_ids: jax.Array  # int32 [batch, seq]
 
 
-def visible(attention_mask: Array) -> Visible:
-    """The real tokens; of packed rows (integers, 0 is padding) those of the query's own segment.
-
-    By ids the padding of packed rows, and of rows without a real token, reads padding: what it
-    comes to is nobody's, and a softmax over no key would be NaN in kernels that skip the others.
-    """
+def make_visible(
+    attention_mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"],
+) -> Visible:
+    """The real tokens; of packed rows (integers, 0 is padding) those of the query's own segment."""
     if attention_mask.dtype == bool:
-        is_empty = ~attention_mask.any(axis=-1, keepdims=True)
-        ids = (attention_mask | is_empty).astype(jnp.int32)
-        return Visible(attention_mask[:, None, :], jnp.ones_like(ids), ids)
-    same = attention_mask[:, :, None] == attention_mask[:, None, :]
-    pairs = same & (attention_mask[:, None, :] > 0)
+        read = attention_mask | ~attention_mask.any(axis=-1, keepdims=True)
+        ids = read.astype(jnp.int32)
+        return Visible(read[:, None, :], jnp.ones_like(ids), ids)
+    pairs = attention_mask[:, :, None] == attention_mask[:, None, :]
     return Visible(pairs, attention_mask, attention_mask)
 
 
@@ -61,7 +62,7 @@ class SelfAttention(nnx.Module):
     def __call__(
         self,
         hidden: Float[Array, "batch seq dim"],
-        seen: Visible,
+        visible: Visible,
         key: jax.Array | None,
     ) -> tuple[Float[Array, "batch seq dim"], AttentionTaps]:
         heads = (*hidden.shape[:2], self.num_heads, hidden.shape[-1] // self.num_heads)
@@ -70,7 +71,7 @@ class SelfAttention(nnx.Module):
             dense(self.key, hidden).reshape(heads),
             dense(self.value, hidden).reshape(heads),
         )
-        context = attend(*taps, seen, self.dropout_rate, key, backend=self.backend)
+        context = attend(*taps, visible, self.dropout_rate, key, backend=self.backend)
         return dense(self.output, context.reshape(hidden.shape)), taps
 
 
@@ -78,7 +79,7 @@ def attend(
     queries: Float[Array, "batch seq heads head_dim"],
     keys: Float[Array, "batch seq heads head_dim"],
     values: Float[Array, "batch seq heads head_dim"],
-    seen: Visible,
+    visible: Visible,
     dropout_rate: float,
     key: jax.Array | None,
     *,
@@ -87,31 +88,39 @@ def attend(
     """softmax(QKᵀ/√head_dim)·V over the keys that are seen, softmax in fp32.
 
     `backend`: xla builds the score map; the others keep none, have no dropout, and want rows of a
-    multiple of 128 tokens: cudnn on NVIDIA GPUs, in bfloat16 or float16; splash on TPUs. auto is
-    cudnn wherever it can be (on an H200 it halves the time of 128 tokens and takes a third of it
-    at 512: benchmarks/attention.py), else xla. Raises ValueError where one is asked for in vain.
+    multiple of 128 tokens: cudnn on NVIDIA GPUs, in bfloat16; splash on TPUs. auto is
+    cudnn wherever it can be (on an H200, with the gradient, 0.55 to 0.72 of the time at 128 tokens
+    and a third of it at 512: benchmarks/attention.py), else xla. Raises ValueError where one is
+    asked for in vain.
     """
     if backend != "xla":
         fused = "cudnn" if backend == "auto" else backend
         missing = _missing(fused, queries, 0.0 if key is None else dropout_rate)
         if missing is None:
-            return _FUSED[fused](queries, keys, values, seen)
+            return over_batch(_FUSED[fused])(queries, keys, values, visible)
         if backend != "auto":
             raise ValueError(f"attention: {fused} expects {missing}; set compute.attention=auto")
     scores = attention_scores(queries, keys)
-    probs = jax.nn.softmax(jnp.where(seen.pairs[:, None], scores, _MASKED), axis=-1)
+    probs = jax.nn.softmax(jnp.where(visible.pairs[:, None], scores, _MASKED), axis=-1)
     probs = dropout(probs.astype(values.dtype), dropout_rate, key)
     return jnp.einsum("bhts,bshk->bthk", probs, values)
 
 
 def _missing(backend: AttentionBackend, queries: jax.Array, dropout_rate: float) -> str | None:
     """What a fused backend expects and does not get here, if anything."""
-    if backend == "cudnn" and queries.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"activations in bfloat16 or float16, got {queries.dtype}"
+    if backend == "cudnn" and queries.dtype != jnp.bfloat16:
+        return f"activations in bfloat16, got {queries.dtype}"
+    if backend == "cudnn" and queries.shape[-1] > 128:
+        return f"heads of at most 128 dims, got {queries.shape[-1]}"
     if queries.shape[1] % _TILE:
         return f"rows of a multiple of {_TILE} tokens, got {queries.shape[1]}"
     if dropout_rate:
         return f"no dropout of attention, got a rate of {dropout_rate}"
+    return missing_device(backend)
+
+
+def missing_device(backend: AttentionBackend) -> str | None:
+    """What a fused backend expects of this process's devices, if it is not there."""
     device = jax.local_devices()[0]
     if backend == "splash":
         return None if device.platform == "tpu" else f"a TPU, got {device.device_kind}"
@@ -122,14 +131,14 @@ def _missing(backend: AttentionBackend, queries: jax.Array, dropout_rate: float)
 
 
 def cudnn_attention(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, seen: Visible
+    queries: jax.Array, keys: jax.Array, values: jax.Array, visible: Visible
 ) -> jax.Array:
     """cuDNN's flash attention; head dims are filled up with zeros to a multiple of 8: exact."""
     head_dim, seq = queries.shape[-1], queries.shape[1]
     pads = ((0, 0), (0, 0), (0, 0), (0, -head_dim % 8))
     context = jax.nn.dot_product_attention(
         *(jnp.pad(x, pads) for x in (queries, keys, values)),
-        mask=jnp.broadcast_to(seen.pairs, (len(queries), seq, seq))[:, None],
+        mask=jnp.broadcast_to(visible.pairs, (len(queries), seq, seq))[:, None],
         scale=head_dim**-0.5,
         implementation="cudnn",
     )
@@ -140,7 +149,7 @@ def splash_attention(
     queries: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-    seen: Visible,
+    visible: Visible,
     *,
     interpret: bool = False,
 ) -> jax.Array:
@@ -156,12 +165,9 @@ def splash_attention(
         splash_attention_mask.MultiHeadMask([every] * num_heads), interpret=interpret
     )
 
-    def rows(queries, keys, values, query_ids, key_ids):
-        by_head = (jnp.swapaxes(x, 1, 2) for x in (queries * head_dim**-0.5, keys, values))
-        ids = splash_attention_kernel.SegmentIds(query_ids, key_ids)
-        return jnp.swapaxes(jax.vmap(kernel)(*by_head, ids), 1, 2)
-
-    return over_batch(rows)(queries, keys, values, seen.query_ids, seen.key_ids)
+    by_head = (jnp.swapaxes(x, 1, 2) for x in (queries * head_dim**-0.5, keys, values))
+    ids = splash_attention_kernel.SegmentIds(visible.query_ids, visible.key_ids)
+    return jnp.swapaxes(jax.vmap(kernel)(*by_head, ids), 1, 2)
 
 
 _FUSED = {"cudnn": cudnn_attention, "splash": splash_attention}
@@ -179,5 +185,5 @@ def attention_scores(
 # Splash's blocks. cuDNN's gradient of 64 tokens with a mask was NaN (jax 0.11.2), and no faster.
 _TILE = 128
 
-# Far below any score, finite: a row whose keys are all masked gives uniform weights, never NaN.
+# Far below any score, and finite.
 _MASKED = -1e30

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from tinybert_jax.fields import AttentionBackend, PositionInit
-from tinybert_jax.model.attention import AttentionTaps, SelfAttention, Visible, visible
+from tinybert_jax.model.attention import AttentionTaps, SelfAttention, Visible, make_visible
 from tinybert_jax.model.dropout import dropout
 from tinybert_jax.model.linear import dense, make_linear
 from tinybert_jax.sections import ModelConfig
@@ -77,7 +77,7 @@ class Encoder(nnx.Module):
         examples of a row. Each sees itself alone and has positions of its own; with `num_segments`
         each has its own `pooled` (of a segment that is not there: something finite).
         """
-        seen = visible(attention_mask)
+        visible = make_visible(attention_mask)
         graphdef, stacked = nnx.split(self.layers, nnx.Param)
         num_layers = jax.tree.leaves(stacked)[0].shape[0]
         keys = None if key is None else jax.random.split(key, num_layers + 1)
@@ -89,7 +89,7 @@ class Encoder(nnx.Module):
 
         def layer(hidden, params_and_key):
             params, layer_key = params_and_key
-            hidden, taps = nnx.merge(graphdef, params)(hidden, seen, layer_key)
+            hidden, taps = nnx.merge(graphdef, params)(hidden, visible, layer_key)
             hidden = constrain(hidden)
             return hidden, (hidden, taps)
 
@@ -178,12 +178,12 @@ class Block(nnx.Module):
     def __call__(
         self,
         hidden: Float[Array, "batch seq dim"],
-        seen: Visible,
+        visible: Visible,
         key: jax.Array | None,
     ) -> tuple[Float[Array, "batch seq dim"], AttentionTaps]:
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         with jax.named_scope("~attention"):
-            attended, taps = self.attention(hidden, seen, keys[0])
+            attended, taps = self.attention(hidden, visible, keys[0])
             attended = dropout(attended, self.dropout_rate, keys[1])
             hidden = self.attention_norm(hidden + attended)
         with jax.named_scope("~feed-forward"):

@@ -61,7 +61,6 @@ def main(run: Run) -> None:
 def _heldout_judge(run: Run, apply: Apply) -> Judge | None:
     """Loss, perplexity and masked accuracy on the held-out documents, if any."""
     section = run.section("pretrain")
-    is_packed = bool(run.heldout_store) or section.batching == "pack"
     if run.heldout_store:
         rows = segment_rows(run.heldout_store)
     elif run.heldout:
@@ -75,7 +74,8 @@ def _heldout_judge(run: Run, apply: Apply) -> Judge | None:
         **run.mask_ids,
         buckets=section.buckets(),
         pad_token_id=run.tokenizer.pad_token_id,
-        packed=is_packed and not section.pair_weight,
+        packed=not section.pair_weight and (bool(run.heldout_store) or section.batching == "pack"),
         chunk_size=section.loss_chunk_size,
+        mesh=run.mesh,
     )
     return Judge(lambda params: score(params, rows), rows.fingerprint())
