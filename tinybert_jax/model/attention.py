@@ -167,7 +167,10 @@ def splash_attention(
 
     by_head = (jnp.swapaxes(x, 1, 2) for x in (queries * head_dim**-0.5, keys, values))
     ids = splash_attention_kernel.SegmentIds(visible.query_ids, visible.key_ids)
-    return jnp.swapaxes(jax.vmap(kernel)(*by_head, ids), 1, 2)
+    context: Any = jax.vmap(kernel)(
+        *by_head, ids
+    )  # a kernel may return residuals too; not this one
+    return jnp.swapaxes(context, 1, 2)
 
 
 _FUSED = {"cudnn": cudnn_attention, "splash": splash_attention}
