@@ -23,10 +23,9 @@ out, so that its side trains without dropout of attention, and says so.
 """
 
 import argparse
-import itertools
 import json
-import math
 import multiprocessing
+import os
 import statistics
 import time
 import traceback
@@ -36,29 +35,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import sides
-
-MASK_RATE, MASK_TOKEN_ID, SPECIAL_TOKEN_IDS = 0.15, 103, (0, 101, 102, 103)
-FIRST_WORD_ID, NUM_BATCHES = 1000, 4
-
-
-class Work(NamedTuple):
-    """What one measure trains, and on what."""
-
-    kind: str  # distill or mlm
-    student: dict[str, int]  # sizes under BertConfig's names; of mlm the only model
-    teacher: dict[str, int] | None
-    width: int
-    batch_size: int
-
-
-class Settings(NamedTuple):
-    """How every side runs it."""
-
-    num_steps: int
-    num_rounds: int
-    chunk_size: int  # predictions whose logits our masked LM makes at one time
-    unrolled: bool  # our layers one by one, not as a loop: compiles for minutes
-    tiny: bool  # any device, no torch.compile
+from on_gpu_torch import torch_distill, torch_mlm
+from on_gpu_work import (
+    MASK_RATE,
+    MASK_TOKEN_ID,
+    NUM_BATCHES,
+    SPECIAL_TOKEN_IDS,
+    Ready,
+    Settings,
+    Work,
+    flops_per_slot,
+    make_measures,
+    token_ids,
+)
 
 
 class Side(NamedTuple):
@@ -68,14 +57,6 @@ class Side(NamedTuple):
     name: str
     make_round: Callable[..., "Ready"]
     arguments: tuple
-
-
-class Ready(NamedTuple):
-    """A side that is set up: what to time, and what to ask it afterwards."""
-
-    run: sides.Round
-    device: Callable[[], tuple[str, int | None]]  # its name, the most bytes that it ever held
-    note: str = ""
 
 
 def main() -> None:
@@ -93,6 +74,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="1 round of 3 steps")
     parser.add_argument("--tiny", action="store_true", help="tiny models on any device: a trial")
     args = parser.parse_args()
+    # Else the first of several processes on one card takes three quarters of its memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     num_steps, num_rounds = (3, 1) if args.quick else (args.steps, args.rounds)
     settings = Settings(num_steps, num_rounds, args.chunk_size, args.unrolled, args.tiny)
     measures = make_measures(args.tiny)
@@ -110,27 +93,6 @@ def main() -> None:
     print("\nall sides; ratio: ours / PyTorch, the fastest of its sides that ran")
     for line in lines:
         print(shown(line, ratio(line, lines)))
-
-
-def make_measures(tiny: bool) -> dict[str, Work]:
-    from tinybert_jax.presets import PRESETS
-
-    student, base = PRESETS["tinybert-4l-312d"], PRESETS["bert-base"]
-    widths, rows = (128, 512), (256, 64)
-    if tiny:
-        student = _tiny_sizes(num_hidden_layers=2, hidden_size=24)
-        base = _tiny_sizes(num_hidden_layers=4, hidden_size=48)
-        widths, rows = (16, 32), (4, 4)
-    return {
-        f"distill T={widths[0]}": Work("distill", student, base, widths[0], rows[0]),
-        "mlm tinybert-4l-312d": Work("mlm", student, None, widths[0], rows[0]),
-        f"distill T={widths[1]}": Work("distill", student, base, widths[1], rows[1]),
-        "mlm bert-base": Work("mlm", base, None, widths[0], rows[0]),
-    }
-
-
-def _tiny_sizes(**sizes: int) -> dict[str, int]:
-    return sizes | {"num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 1200}
 
 
 def make_sides(
@@ -160,11 +122,11 @@ def in_turn(
     for first in range(0, len(chosen), num_together):
         group, deadline = [], time.monotonic() + limit
         for side in chosen[first : first + num_together]:
-            ours, theirs = context.Pipe()
+            pipe, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, side, num_rounds))
             process.start()
             theirs.close()
-            group.append((side, ours, process))
+            group.append((side, pipe, process))
         ready = [_told(pipe, process, deadline - time.monotonic()) for _, pipe, process in group]
         for (side, pipe, process), figures in zip(group, ready, strict=True):
             if "error" not in figures:
@@ -228,25 +190,6 @@ def priced(line: dict[str, Any], work: Work | None, chunk_size: int) -> dict[str
     }
 
 
-def flops_per_slot(work: Work, chunk_size: int) -> float:
-    """As `plan` counts a stage: the masked-LM head at its slots and, in whole chunks, its words."""
-    from tinybert_jax import cost, masking
-    from tinybert_jax.sections import ModelConfig
-
-    student = ModelConfig(**work.student)
-    if work.teacher:
-        teacher = ModelConfig(**work.teacher)
-        return cost.training_flops_per_token(
-            [student], work.width, projection_dim=teacher.hidden_size, teacher=teacher
-        )
-    num_slots = work.batch_size * work.width
-    num_picked = work.batch_size * masking.num_slots(MASK_RATE, work.width)
-    chunk_size = min(chunk_size, num_picked)
-    num_predicted = chunk_size * math.ceil(MASK_RATE * num_slots / chunk_size)
-    head = cost.masked_lm_flops(student, num_picked, num_predicted) / num_slots
-    return 3 * (cost.forward_flops_per_token(student, work.width) + head)
-
-
 def ratio(line: dict[str, Any], lines: list[dict[str, Any]]) -> float | None:
     """How many times the fastest PyTorch side of its measure one of ours is."""
     peers = [
@@ -261,7 +204,7 @@ def ratio(line: dict[str, Any], lines: list[dict[str, Any]]) -> float | None:
     return line["rate"] / max(peers)
 
 
-def shown(line: dict[str, Any], ratio: float | None = None) -> str:
+def shown(line: dict[str, Any], times: float | None = None) -> str:
     name = f"{line['measure']:<21}{line['side']:<33}"
     if "error" in line:
         return f"  {name} FAILED {line['error']}"
@@ -273,7 +216,7 @@ def shown(line: dict[str, Any], ratio: float | None = None) -> str:
         f"{share:6.1%} of peak" if share else "peak unknown",
         f"{held / 2**30:5.1f} GiB" if held else "    - GiB",
         f"setup {line['setup_s']:4.0f} s",
-        *([f"ratio {ratio:.2f}"] if ratio else []),
+        *([f"ratio {times:.2f}"] if times else []),
         *([line["note"]] if line["note"] else []),
     ]
     return f"  {name} " + "  ".join(parts)
@@ -375,15 +318,6 @@ def _jax_device(tiny: bool) -> Callable[[], tuple[str, int | None]]:
     return told
 
 
-def token_ids(work: Work) -> list[np.ndarray]:
-    """int32 [batch, seq], `NUM_BATCHES` of them; the same for all sides."""
-    generator = np.random.default_rng(0)
-    shape, end = (work.batch_size, work.width), work.student.get("vocab_size", 30522)
-    return [
-        generator.integers(FIRST_WORD_ID, end, shape, dtype=np.int32) for _ in range(NUM_BATCHES)
-    ]
-
-
 def _batch(ids: np.ndarray):
     from tinybert_jax.data.pipeline import Batch
 
@@ -394,199 +328,6 @@ def _batch(ids: np.ndarray):
         labels=np.full(len(ids), -1, np.int32),
         weights=np.ones(len(ids), np.float32),
     )
-
-
-def torch_distill(work: Work, settings: Settings) -> Ready:
-    import torch
-
-    device = _torch_device(settings.tiny)
-    teacher = _torch_model("AutoModel", work.teacher, device, "scores")
-    student = _torch_model("AutoModel", work.student, device, "scores")
-    fit = torch.nn.Linear(student.config.hidden_size, teacher.config.hidden_size, device=device)
-    teacher.to(torch.bfloat16).eval().requires_grad_(False)
-    student.train()
-    given = [torch.from_numpy(ids).long().to(device) for ids in token_ids(work)]
-    teach, learn = make_torch_losses(student, teacher, fit, is_bf16=True)
-    trained = [*student.parameters(), *fit.parameters()]
-
-    def make_loss(compiled: Callable) -> Callable:
-        compiled_teach, compiled_learn = compiled(teach), compiled(learn)
-
-        def loss(ids):
-            with torch.no_grad():
-                targets = compiled_teach(ids)
-            return compiled_learn(ids, targets)
-
-        return loss
-
-    return _torch_rounds(make_loss, trained, [(ids,) for ids in given], work, settings, device)
-
-
-def make_torch_losses(student, teacher, fit, *, is_bf16: bool) -> tuple[Callable, Callable]:
-    """teach(ids) -> (hidden states, score maps) of the mapped layers; learn(ids, those) -> loss.
-
-    The bf16 teacher needs no autocast.
-    """
-    import torch
-
-    mse = torch.nn.functional.mse_loss
-    stride = teacher.config.num_hidden_layers // student.config.num_hidden_layers
-    device_type = fit.weight.device.type
-
-    def taps(model, ids):
-        scores: list = []  # the attention of each layer appends its own
-        hidden = [model.embeddings(input_ids=ids)]
-        for layer in model.encoder.layer:
-            hidden.append(layer(hidden[-1], scores=scores))
-        return hidden, scores
-
-    def teach(ids):
-        hidden, scores = taps(teacher, ids)
-        return hidden[::stride], scores[stride - 1 :: stride]
-
-    def learn(ids, targets):
-        hidden_t, scores_t = targets
-        with torch.autocast(device_type, torch.bfloat16, enabled=is_bf16):
-            hidden, scores = taps(student, ids)
-            attention = [mse(s.float(), t.float()) for s, t in zip(scores, scores_t, strict=True)]
-            states = [mse(fit(s).float(), t.float()) for s, t in zip(hidden, hidden_t, strict=True)]
-            return sum(attention) + sum(states)
-
-    return teach, learn
-
-
-def torch_mlm(work: Work, settings: Settings, gathered: bool) -> Ready:
-    import torch
-
-    device = _torch_device(settings.tiny)
-    model = _torch_model("AutoModelForMaskedLM", work.student, device, "sdpa")
-    model.train()
-    num_masked = max(round(MASK_RATE * work.width), 1)
-    generator = np.random.default_rng(1)
-    given = []
-    for ids in token_ids(work):
-        order = generator.permuted(np.tile(np.arange(work.width), (len(ids), 1)), axis=1)
-        places = np.sort(order[:, :num_masked], axis=1)
-        masked, labels = ids.copy(), np.full_like(ids, -100)
-        np.put_along_axis(labels, places, np.take_along_axis(ids, places, 1), 1)
-        np.put_along_axis(masked, places, MASK_TOKEN_ID, 1)
-        arrays = (masked, labels)
-        if gathered:
-            flat = (places + work.width * np.arange(len(ids))[:, None]).ravel()
-            arrays = (masked, labels.ravel()[flat], flat)
-        given.append(tuple(torch.from_numpy(array).long().to(device) for array in arrays))
-
-    def whole(ids, labels):
-        with torch.autocast(device.type, torch.bfloat16):
-            return model(input_ids=ids, labels=labels).loss
-
-    def at_masked(ids, labels, places):
-        with torch.autocast(device.type, torch.bfloat16):
-            hidden = model.bert(input_ids=ids).last_hidden_state
-            logits = model.cls(hidden.flatten(0, 1)[places])
-            return torch.nn.functional.cross_entropy(logits.float(), labels)
-
-    loss = at_masked if gathered else whole
-    return _torch_rounds(
-        lambda compiled: compiled(loss), list(model.parameters()), given, work, settings, device
-    )
-
-
-def _torch_device(tiny: bool):
-    import torch
-
-    if tiny:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ValueError("expected a GPU, got none; give --tiny for a trial without")
-    torch.set_float32_matmul_precision("high")
-    return torch.device("cuda")
-
-
-def _torch_model(kind: str, sizes: dict[str, int], device, attention: str):
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.AttentionInterface.register("scores", _attention_that_tells)
-    options = {"add_pooling_layer": False} if kind == "AutoModel" else {}
-    torch.manual_seed(0)
-    with device:
-        return getattr(transformers, kind).from_config(
-            transformers.BertConfig(**{"vocab_size": 30522} | sizes),
-            attn_implementation=attention,
-            dtype=torch.float32,
-            **options,
-        )
-
-
-def _attention_that_tells(
-    module, query, key, value, attention_mask, scaling, dropout=0.0, *, scores, **unused
-):
-    """transformers' eager attention without a mask; appends its raw scores to the list `scores`."""
-    import torch
-
-    raw = torch.matmul(query, key.transpose(2, 3)) * scaling
-    scores.append(raw)
-    weights = torch.nn.functional.dropout(raw.softmax(-1), dropout, module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), None
-
-
-def _torch_rounds(
-    make_loss: Callable, trained: list, given: list[tuple], work: Work, settings: Settings, device
-) -> Ready:
-    """`make_loss(compiled)` makes the loss with `compiled` around each function to compile."""
-    import torch
-
-    optimizer = torch.optim.AdamW(
-        trained, lr=sides.LEARNING_RATE, weight_decay=0.01, eps=1e-6, fused=True
-    )
-    loss, note = make_loss(lambda function: function), "eager"
-    if not settings.tiny:
-        loss, note = _torch_compiled(make_loss, loss, given[0])
-    optimizer.zero_grad()
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    batches = itertools.cycle(given)
-
-    def run() -> tuple[float, float]:
-        if on_gpu:
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(settings.num_steps):
-            loss(*next(batches)).backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        if on_gpu:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - begin
-        return settings.num_steps * work.batch_size * work.width, seconds
-
-    def told() -> tuple[str, int | None]:
-        if not on_gpu:
-            return "cpu", None
-        return torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
-
-    return Ready(run, told, note)
-
-
-def _torch_compiled(make_loss: Callable, eager: Callable, batch: tuple) -> tuple[Callable, str]:
-    """The compiled loss, tried forwards and backwards; or `eager`, and a note that says why."""
-    import torch
-    from torch._dynamo.utils import counters
-
-    try:
-        loss = make_loss(lambda function: torch.compile(function, dynamic=False))
-        loss(*batch).backward()
-    except Exception as error:  # a peer in eager mode is a figure too, as long as it says so
-        torch._dynamo.reset()
-        first_line = (str(error).strip() or "no message").split("\n")[0][:120]
-        return eager, f"EAGER, compile failed: {type(error).__name__}: {first_line}"
-    breaks = sum(counters["graph_break"].values())
-    return loss, "compiled" + (f", {breaks} graph breaks" if breaks else "")
 
 
 if __name__ == "__main__":

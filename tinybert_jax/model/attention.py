@@ -164,12 +164,10 @@ def splash_attention(
     kernel = splash_attention_kernel.make_splash_mha_single_device(
         splash_attention_mask.MultiHeadMask([every] * num_heads), interpret=interpret
     )
-
     by_head = (jnp.swapaxes(x, 1, 2) for x in (queries * head_dim**-0.5, keys, values))
     ids = splash_attention_kernel.SegmentIds(visible.query_ids, visible.key_ids)
-    context: Any = jax.vmap(kernel)(
-        *by_head, ids
-    )  # a kernel may return residuals too; not this one
+    # Typed Any: a kernel may return residuals too, this one does not.
+    context: Any = jax.vmap(kernel)(*by_head, ids)
     return jnp.swapaxes(context, 1, 2)
 
 
