@@ -274,6 +274,20 @@ def test_student_tables_larger_than_the_teachers(world, size, most):
     world.fails("run", world.distil(student=student), naming=named)
 
 
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"intermediate_size": 24}, ("student.intermediate_size", "expected 32", "got 24")),
+        ({"hidden_size": 8}, ("student.hidden_size", "expected 16", "got 8")),
+        ({"init_layers": [3]}, ("student.init_layers", "from 1 to 2", "[3]")),
+        ({"init": "random", "init_layers": "top"}, ("init_layers", "top", "random")),
+    ],
+)
+def test_student_that_cannot_start_from_its_teachers_layers(world, changes, named):
+    student = {"hidden_size": 16, "intermediate_size": 32, "init": "teacher_layers"} | changes
+    world.fails("run", world.distil(student=student), naming=named)
+
+
 # The run folder
 
 

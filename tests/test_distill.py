@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tinybert_jax import distill
+from tinybert_jax.model.heads import make_encoder
 from tinybert_jax.sections import ModelConfig
 
 
@@ -82,6 +83,26 @@ def test_start_from_teacher_embeddings_reconstructs_what_its_directions_hold():
         ours = started["embeddings"][name]["embedding"]
         theirs = teacher["embeddings"][name]["embedding"]
         np.testing.assert_allclose(ours @ directions.T, theirs @ directions @ directions.T)
+
+
+def test_start_from_teacher_layers_copies_tables_and_the_layers_named():
+    sizes = {"hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 16}
+    deep = ModelConfig(vocab_size=30, num_hidden_layers=4, max_position_embeddings=9, **sizes)
+    shallow = ModelConfig(vocab_size=30, num_hidden_layers=2, max_position_embeddings=7, **sizes)
+    teacher, student = (
+        make_encoder(model)[1](jax.random.key(seed)) for seed, model in enumerate((deep, shallow))
+    )
+    started = distill.start_from_teacher_layers(student, teacher, [2, 4])
+    assert jax.tree.map(jnp.shape, started) == jax.tree.map(jnp.shape, student)
+    for own, given in zip(
+        jax.tree.leaves(started["layers"]), jax.tree.leaves(teacher["layers"]), strict=True
+    ):
+        np.testing.assert_array_equal(own, given[np.array([1, 3])])
+    tables, given = started["embeddings"], teacher["embeddings"]
+    np.testing.assert_array_equal(
+        tables["position"]["embedding"], given["position"]["embedding"][:7]
+    )
+    np.testing.assert_array_equal(tables["word"]["embedding"], given["word"]["embedding"])
 
 
 def test_shared_and_per_layer_projection():

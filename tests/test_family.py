@@ -89,6 +89,17 @@ def _rows(run, kind):
     return [row for row in lines if row["kind"] == kind]
 
 
+def test_a_student_of_all_the_teachers_layers_has_nothing_to_learn_from_them(inputs):
+    """Its loss of the first step is what dropout makes of it: with none, nothing."""
+    run = _run(
+        inputs,
+        "copied",
+        student={**TEACHER, "num_attention_heads": 2, "init": "teacher_layers"},
+        general={**STAGE, "num_steps": 1, "dropout": 0.0},
+    )
+    assert _rows(run, "train")[0]["loss"] < 1e-6
+
+
 def test_each_member_is_its_solo_run(together, alone):
     """Weights of every stage and seed, losses, dev scores; the gradient of each is clipped."""
     for name, run in alone.items():

@@ -124,8 +124,7 @@ def check_sizes(
     for student in students if set(DISTILL_STAGES) & set(stages) else ():
         with naming(student.origin):
             _check_pair(config, stages, teacher, student.sizes)
-        if student.section.init == "teacher_embeddings":
-            _check_tables(student, teacher)
+        _check_start(student, teacher)
 
 
 def _check_model(
@@ -292,15 +291,29 @@ def _check_pair(
             )
 
 
-def _check_tables(student: Student, teacher: ModelConfig) -> None:
-    """Refuses a student that cannot start from its teacher's embeddings."""
-    for name in ("hidden_size", "max_position_embeddings"):
-        most, got = getattr(teacher, name), getattr(student.sizes, name)
-        if got > most:
+def _check_start(student: Student, teacher: ModelConfig) -> None:
+    """Refuses a student that cannot start from its teacher's weights as it is to."""
+    init = student.section.init
+    if init == "random":
+        return
+    at_most, equal = ["max_position_embeddings"], list[str]()
+    (equal if init == "teacher_layers" else at_most).append("hidden_size")
+    if init == "teacher_layers":
+        equal += ["num_attention_heads", "intermediate_size"]
+    for name in at_most + equal:
+        theirs, got = getattr(teacher, name), getattr(student.sizes, name)
+        if got > theirs or (name in equal and got != theirs):
             raise ValueError(
-                f"{student.origin}.{name}: expected at most {most} (the teacher's), got {got}, "
-                f"because {student.origin}.init is teacher_embeddings; lower it, or set "
-                f"{student.origin}.init=random"
+                f"{student.origin}.{name}: expected {'' if name in equal else 'at most '}{theirs} "
+                f"(the teacher's), got {got}, because {student.origin}.init is {init}; set it to "
+                f"that, or {student.origin}.init=random"
+            )
+    if init == "teacher_layers":
+        with naming(f"{student.origin}.init_layers"):
+            distill.make_layer_pairs(
+                student.section.init_layers,
+                student.sizes.num_hidden_layers,
+                teacher.num_hidden_layers,
             )
 
 

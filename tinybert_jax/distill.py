@@ -143,6 +143,22 @@ def start_from_teacher_embeddings(
     return {**student, "embeddings": embeddings}, directions
 
 
+def start_from_teacher_layers(
+    student: Mapping[str, Any], teacher: Mapping[str, Any], layers: Sequence[int]
+) -> dict[str, Any]:
+    """The teacher's encoder parameters with these of its layers, from 1, one for each of `student`.
+
+    Both are as wide, with as many heads; tables are cut to the student's rows.
+    """
+    chosen = np.array(layers) - 1
+
+    def copied(path: tuple, own: jax.Array, given: jax.Array) -> np.ndarray:
+        rows = np.asarray(given)
+        return rows[chosen] if path[0].key == "layers" else rows[: len(own)]
+
+    return jax.tree.map_with_path(copied, dict(student), dict(teacher))
+
+
 def _explicit_pairs(
     pairs: Sequence[tuple[int, int]], num_student: int, num_teacher: int
 ) -> LayerPairs:

@@ -89,7 +89,7 @@ class ModelSection(Section):
     def sizes(self) -> dict[str, Any]:
         """Fields for `ModelConfig` of a fresh model: preset first, explicit values over it."""
         explicit = self.model_dump(
-            exclude_none=True, exclude={"path", "preset", "init", "finetuned"}
+            exclude_none=True, exclude={"path", "preset", "init", "init_layers", "finetuned"}
         )
         return {**(PRESETS[self.preset] if self.preset else {}), **explicit}
 
@@ -110,14 +110,23 @@ class TeacherSection(ModelSection):
 
 
 class StudentSection(ModelSection):
-    init: Literal["random", "teacher_embeddings"] = Field(
+    init: Literal["random", "teacher_embeddings", "teacher_layers"] = Field(
         "random",
         description="teacher_embeddings: word, position and type tables are the teacher's, "
-        "projected on the principal directions of its word table",
+        "projected on the principal directions of its word table; teacher_layers: its tables, and "
+        "init_layers of its layers (DistilBERT, arXiv 1910.01108)",
+    )
+    init_layers: Literal["uniform", "top", "bottom"] | tuple[PositiveInt, ...] = Field(
+        "uniform", description="of teacher_layers: a map as layer_map, or a list, from 1"
     )
 
     @model_validator(mode="after")
     def _one_start(self) -> "StudentSection":
+        if self.init_layers != "uniform" and self.init != "teacher_layers":
+            raise ValueError(
+                f"init_layers: expected with init teacher_layers, got {self.init_layers} and init "
+                f"{self.init}; drop one of them"
+            )
         if self.path and self.init != "random":
             raise ValueError(
                 f"expected path or init: {self.init}, got both: a student from path "
@@ -364,7 +373,7 @@ class RunConfig(Section):
         if self.teaches(stage):
             return True
         first = next((name for name in DISTILL_STAGES if getattr(self, name) is not None), None)
-        starts = any(own.init == "teacher_embeddings" for own in self.family.values())
+        starts = any(own.init != "random" for own in self.family.values())
         return stage == first and starts
 
     @property

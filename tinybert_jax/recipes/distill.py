@@ -171,10 +171,19 @@ def _start(
     """(student, the directions of its embeddings in the teacher's, where it starts from them)."""
     label_names = run.task.label_names if run.task else None
     params = hf_files.start_params(start, init, key, label_names=label_names)
-    if start is not None or student.section.init != "teacher_embeddings":
+    if start is not None or student.section.init == "random":
         return params, None
-    encoder, directions = distill.start_from_teacher_embeddings(_encoder(params), teacher_encoder())
-    return ({**params, "encoder": encoder} if "encoder" in params else encoder), directions
+    own, directions = _encoder(params), None
+    if student.section.init == "teacher_layers":
+        layers = distill.make_layer_pairs(
+            student.section.init_layers,
+            student.sizes.num_hidden_layers,
+            run.teacher.num_hidden_layers,
+        )
+        own = distill.start_from_teacher_layers(own, teacher_encoder(), [g for _, g in layers])
+    else:
+        own, directions = distill.start_from_teacher_embeddings(own, teacher_encoder())
+    return ({**params, "encoder": own} if "encoder" in params else own), directions
 
 
 def _encoder(params: Mapping[str, Any]) -> Mapping[str, Any]:
