@@ -26,6 +26,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import time
 import traceback
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--unrolled", action="store_true", help="our layers, instead of a loop")
     parser.add_argument("--together", type=int, default=1, help="sides that are set up at one time")
     parser.add_argument("--limit", type=float, default=150, help="seconds until a side is ready")
+    parser.add_argument("--trace", type=Path, help="folder: a profile of a round of ours, untimed")
     parser.add_argument("--quick", action="store_true", help="1 round of 3 steps")
     parser.add_argument("--tiny", action="store_true", help="tiny models on any device: a trial")
     args = parser.parse_args()
@@ -82,7 +84,7 @@ def main() -> None:
     made = make_sides(measures, settings, args.attention.split(","), args.gathered)
     chosen = [side for side in made if args.sides in f"{side.measure}: {side.name}"]
     lines: list[dict[str, Any]] = []
-    for side, figures in in_turn(chosen, num_rounds, args.together, args.limit):
+    for side, figures in in_turn(chosen, num_rounds, args.together, args.limit, args.trace):
         line = {"measure": side.measure, "side": side.name} | figures
         if "rate" in line:
             line |= priced(line, measures.get(side.measure), args.chunk_size)
@@ -115,7 +117,7 @@ def make_sides(
 
 
 def in_turn(
-    chosen: list[Side], num_rounds: int, num_together: int, limit: float
+    chosen: list[Side], num_rounds: int, num_together: int, limit: float, trace: Path | None
 ) -> Iterator[tuple[Side, dict[str, Any]]]:
     """Each side's figures, or its error in one line; its process has ended when they come."""
     context = multiprocessing.get_context("spawn")
@@ -123,7 +125,7 @@ def in_turn(
         group, deadline = [], time.monotonic() + limit
         for side in chosen[first : first + num_together]:
             pipe, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, side, num_rounds))
+            process = context.Process(target=_serve, args=(theirs, side, num_rounds, trace))
             process.start()
             theirs.close()
             group.append((side, pipe, process))
@@ -149,7 +151,7 @@ def _told(pipe, process, seconds: float) -> dict[str, Any]:
         return {"error": f"its process ended with code {process.exitcode}"}
 
 
-def _serve(pipe, side: Side, num_rounds: int) -> None:
+def _serve(pipe, side: Side, num_rounds: int, trace: Path | None) -> None:
     begin = time.perf_counter()
     try:
         ready = side.make_round(*side.arguments)
@@ -159,6 +161,8 @@ def _serve(pipe, side: Side, num_rounds: int) -> None:
         ready.run()  # the card has been with others
         rounds = [ready.run() for _ in range(num_rounds)]
         rates = [units / seconds for units, seconds in rounds]
+        if trace and side.name.startswith("ours"):
+            _trace(ready, trace / re.sub(r"\W+", "-", f"{side.measure} {side.name}"))
         device, peak_bytes = ready.device()
         figures = {
             "rate": statistics.median(rates),
@@ -174,6 +178,13 @@ def _serve(pipe, side: Side, num_rounds: int) -> None:
         figures = {"error": f"{type(error).__name__}: {first_line}"[:300], "traceback": trace}
     pipe.send(figures)
     pipe.close()
+
+
+def _trace(ready: Ready, folder: Path) -> None:
+    import jax
+
+    with jax.profiler.trace(folder):
+        ready.run()
 
 
 def priced(line: dict[str, Any], work: Work | None, chunk_size: int) -> dict[str, Any]:
@@ -267,12 +278,13 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
         from tinybert_jax.distill import init_projection
         from tinybert_jax.distill_objective import Role, make_distill
         from tinybert_jax.model.heads import make_encoder
+        from tinybert_jax.model.linear import rounded_kernels
         from tinybert_jax.objective_sections import DistillSection
 
         teacher = ModelConfig(**work.teacher)
         apply, init = make_encoder(student, **options)
         teacher_apply, teacher_init = make_encoder(teacher, **options)
-        frozen = jax.jit(teacher_init)(keys[0])
+        frozen = rounded_kernels(jax.jit(teacher_init)(keys[0]), jnp.bfloat16)  # as the command
         objective = make_distill(
             Role(apply, "encoder", student.num_hidden_layers),
             Role(teacher_apply, "encoder", teacher.num_hidden_layers),

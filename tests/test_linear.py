@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from tinybert_jax.model.heads import make_classifier, make_masked_lm
-from tinybert_jax.model.linear import dense, make_linear
+from tinybert_jax.model.linear import dense, make_linear, rounded_kernels
 from tinybert_jax.sections import ModelConfig
 
 CONFIG = ModelConfig(
@@ -84,3 +84,24 @@ def test_a_masked_lm_with_bfloat16_products_decodes_rounded_states():
     np.testing.assert_allclose(outputs[1].logits, expected, atol=1e-5)
     error = float(jnp.abs(outputs[0].logits - outputs[1].logits).max())
     assert 0 < error < 0.05, error
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": jnp.float32},
+        {"dtype": jnp.bfloat16},
+        {"dtype": jnp.float32, "product_dtype": jnp.bfloat16},
+    ],
+)
+def test_kernels_rounded_once_give_the_same_bits(options):
+    apply, init = make_classifier(CONFIG, 2, **options)
+    params = init(jax.random.key(0))
+    rounded = rounded_kernels(params, options.get("product_dtype") or options["dtype"])
+    ids = jax.random.randint(jax.random.key(1), (3, 8), 1, 50)
+    inputs = ids, jnp.ones_like(ids, bool), jnp.zeros_like(ids)
+    forward = jax.jit(lambda params: apply(params, *inputs))
+    for own, again in zip(
+        jax.tree.leaves(forward(params)), jax.tree.leaves(forward(rounded)), strict=True
+    ):
+        np.testing.assert_array_equal(own, again)

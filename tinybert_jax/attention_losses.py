@@ -72,13 +72,15 @@ def attention_mse(
         factors = (sq - tq) * student_dim**-0.5, sk, tq * student_dim**-0.5, sk - tk
     else:
         factors = sq * student_dim**-0.5, sk, tq * -(teacher_dim**-0.5), tk
+    precision = _precision(student_query, student_key, teacher_query, teacher_key)
     if maps is None:
         maps = builds_maps(mask.shape[1], student_dim, teacher_dim, packed=is_packed)
     if maps:
-        total = _squared_norm_of_map(*factors, _same_segment(mask) if is_packed else None)
+        counted = _same_segment(mask) if is_packed else None
+        total = _squared_norm_of_map(precision, *factors, counted)
     else:
         assert not is_packed, "the Gram matrices would be each segment's own"
-        total = _squared_norm_of_sum(*factors)
+        total = _squared_norm_of_sum(precision, *factors)
     return mean_over(total / student_query.shape[2], pairs, count)
 
 
@@ -138,6 +140,12 @@ def _same_segment(segment_ids: Int[Array, "batch seq"]) -> Bool[Array, "batch se
     return same & (segment_ids[:, None, :] > 0)
 
 
+def _precision(*taps: Array) -> jax.lax.Precision:
+    """Of products between taps: bfloat16 ones have lost more digits than a fast product loses."""
+    is_rounded = all(x.dtype == jnp.bfloat16 for x in taps)
+    return jax.lax.Precision.DEFAULT if is_rounded else jax.lax.Precision.HIGHEST
+
+
 def _by_head(x: Array, mask: Array) -> Array:
     """[b, t, h, k] to fp32 [b, h, t, k], masked rows zero.
 
@@ -148,47 +156,57 @@ def _by_head(x: Array, mask: Array) -> Array:
     return masked.transpose(0, 2, 1, 3)
 
 
-def _squared_norm_of_sum(left: Array, right: Array, left2: Array, right2: Array) -> Array:
+def _squared_norm_of_sum(
+    precision: jax.lax.Precision, left: Array, right: Array, left2: Array, right2: Array
+) -> Array:
     """Σ‖left·rightᵀ + left2·right2ᵀ‖² over b and h, each factor [b, h, t, k], by Gram matrices.
 
     The terms cancel within each head, before the sum over heads can round: 10× more accurate.
     """
-    first = jnp.sum(_gram(left) * _gram(right), axis=(-2, -1))
-    cross = jnp.sum(_cross_gram(left, left2) * _cross_gram(right, right2), axis=(-2, -1))
-    second = jnp.sum(_gram(left2) * _gram(right2), axis=(-2, -1))
+    gram, cross_gram = (functools.partial(make, precision) for make in (_gram, _cross_gram))
+    first = jnp.sum(gram(left) * gram(right), axis=(-2, -1))
+    cross = jnp.sum(cross_gram(left, left2) * cross_gram(right, right2), axis=(-2, -1))
+    second = jnp.sum(gram(left2) * gram(right2), axis=(-2, -1))
     return jnp.sum(first + 2 * cross + second)
 
 
 def _squared_norm_of_map(
-    left: Array, right: Array, left2: Array, right2: Array, counted: Array | None
+    precision: jax.lax.Precision,
+    left: Array,
+    right: Array,
+    left2: Array,
+    right2: Array,
+    counted: Array | None,
 ) -> Array:
     """The same from the map itself, of pairs [b, query, key] that are counted; None: of all."""
     difference = jnp.einsum(
         "bhtk,bhsk->bhts",
         jnp.concatenate([left, left2], axis=-1),
         jnp.concatenate([right, right2], axis=-1),
-        precision=jax.lax.Precision.HIGHEST,
+        precision=precision,
     )
     if counted is not None:
         difference = jnp.where(counted[:, None], difference, 0)
     return jnp.square(difference).sum()
 
 
-def _cross_gram(x: Array, y: Array) -> Array:
-    return jnp.einsum("bhtk,bhtl->bhkl", x, y, precision=jax.lax.Precision.HIGHEST)
+def _cross_gram(precision: jax.lax.Precision, x: Array, y: Array) -> Array:
+    return jnp.einsum("bhtk,bhtl->bhkl", x, y, precision=precision)
 
 
-@jax.custom_jvp
-def _gram(x: Array) -> Array:
-    return _cross_gram(x, x)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _gram(precision: jax.lax.Precision, x: Array) -> Array:
+    return _cross_gram(precision, x, x)
 
 
 @_gram.defjvp
-def _gram_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+def _gram_jvp(
+    precision: jax.lax.Precision, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
     """Symmetry makes one product of the two that autodiff would compute."""
     (x,), (dx,) = primals, tangents
-    half = _cross_gram(dx, x)
-    return _gram(x), half + half.mT
+    half = _cross_gram(precision, dx, x)
+    return _gram(precision, x), half + half.mT
 
 
 def _over_blocks(

@@ -1,5 +1,7 @@
 """Linear maps over tokens, and the number format that their matrix products read."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -42,6 +44,19 @@ def dense(linear: nnx.Linear, x: Float[Array, "batch seq dim"]) -> Float[Array, 
     the same product over one merged dim.
     """
     return linear(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
+
+
+def rounded_kernels(params: Any, product_dtype: DTypeLike) -> Any:
+    """Parameters with the layers' kernels as their products read them, to round them only once.
+
+    For a model that is not trained: what comes out of it stays the same, bit by bit.
+    """
+
+    def rounded(path: tuple, array: Any) -> Any:
+        names = [entry.key for entry in path]
+        return array.astype(product_dtype) if "layers" in names and "kernel" in names else array
+
+    return jax.tree.map_with_path(rounded, params)
 
 
 def _bfloat16_dot_general(

@@ -15,6 +15,7 @@ from tinybert_jax.convert import hf_files
 from tinybert_jax.distill_objective import Options, Role, make_distill
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import Apply, Params, make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.model.linear import rounded_kernels
 from tinybert_jax.objective_sections import model_kind, needs_projection, teaches
 from tinybert_jax.objectives import Mask, make_mask
 from tinybert_jax.run import Run, compute_options, dev_judge, with_dropout
@@ -50,13 +51,13 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
     teacher = ()
     if is_taught:
         loaded = hf_files.start_params(_teacher_folder(run, stage), teacher_init, whole=True)
-        teacher = sharding.placed(loaded, run.mesh)
+        options = compute_options(run.config)
+        rounded = rounded_kernels(loaded, options["product_dtype"] or options["dtype"])
+        teacher = sharding.placed(rounded, run.mesh)
 
     @functools.cache
     def teacher_encoder() -> Mapping[str, Any]:
         """What students start from, where the steps read it or not."""
-        if teacher:
-            return _encoder(teacher)
         _, init = make_encoder(run.teacher)
         return hf_files.start_params(_teacher_folder(run, stage), init, whole=True)
 
