@@ -284,7 +284,7 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
         teacher = ModelConfig(**work.teacher)
         apply, init = make_encoder(student, **options)
         teacher_apply, teacher_init = make_encoder(teacher, **options)
-        frozen = rounded_kernels(jax.jit(teacher_init)(keys[0]), jnp.bfloat16)  # as the command
+        frozen = rounded_kernels(jax.jit(teacher_init)(keys[0]), dtype=jnp.bfloat16)
         objective = make_distill(
             Role(apply, "encoder", student.num_hidden_layers),
             Role(teacher_apply, "encoder", teacher.num_hidden_layers),

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -312,3 +313,22 @@ def test_regrouped_heads_have_the_same_features():
 def test_microbatches_of_tokens_add_up_to_the_batch():
     heads = [normal(44 + i, BATCH, SEQ, HEADS, 4) for i in range(4)]
     assert_adds_up(relation_kl, [*heads, MASK], LENGTHS.sum())
+
+
+@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize(
+    "dtype, precision",
+    [(jnp.float32, jax.lax.Precision.HIGHEST), (jnp.bfloat16, jax.lax.Precision.HIGH)],
+)
+def test_products_of_taps_have_the_precision_that_their_format_is_worth(dtype, precision, maps):
+    """Of the value and of the gradient; on a CPU all precisions are the same."""
+    taps = [jnp.ones((2, 8, 2, dim), dtype) for dim in (4, 4, 6, 6)]
+    loss = functools.partial(
+        attention_mse,
+        mask=jnp.ones((2, 8), bool),
+        normalisation="valid_only",
+        maps=maps,
+    )
+    text = str(jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(*taps))
+    found = re.findall(r"precision=\(Precision.(\w+), Precision.(\w+)\)", text)
+    assert found and {name for pair in found for name in pair} == {precision.name}

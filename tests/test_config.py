@@ -39,6 +39,16 @@ def test_shipped_configs_are_valid_and_say_how_to_run_them(path, monkeypatch):
     assert "# Expected:" in path.read_text()
 
 
+def test_arms_are_valid(monkeypatch):
+    for name in ("TEACHER", "TINYBERT_DATA"):
+        monkeypatch.setenv(name, "somewhere")
+    root = Path(__file__).parent.parent
+    for comparison in yaml.safe_load((root / "benchmarks" / "arms.yaml").read_text()).values():
+        for settings in comparison["arms"].values():
+            given = [*comparison.get("settings", []), *settings]
+            assert config.load(root / comparison["config"], given).stages
+
+
 def test_dump_loads_back_to_the_same_config(tmp_path):
     first = config.load(_written(tmp_path), ["seed=3", "task.labels={0: no, 1: yes}"])
     again = tmp_path / "again.yaml"

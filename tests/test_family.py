@@ -89,15 +89,45 @@ def _rows(run, kind):
     return [row for row in lines if row["kind"] == kind]
 
 
+COPY = {**TEACHER, "num_attention_heads": 2, "init": "teacher_layers"}
+
+
 def test_a_student_of_all_the_teachers_layers_has_nothing_to_learn_from_them(inputs):
-    """Its loss of the first step is what dropout makes of it: with none, nothing."""
+    run = _run(inputs, "copied", student=COPY, general={**STAGE, "num_steps": 1, "dropout": 0.0})
+    assert _rows(run, "train")[0]["loss"] == 0
+
+
+@pytest.mark.parametrize("stage, terms", [("general", "hidden"), ("prediction", "label")])
+def test_students_start_from_the_layers_named(inputs, stage, terms):
+    """Of two seeds of a family, in whichever stage is the first; its steps are too small to see."""
+    names = {"top": 2, "bottom": 1}
     run = _run(
         inputs,
-        "copied",
-        student={**TEACHER, "num_attention_heads": 2, "init": "teacher_layers"},
-        general={**STAGE, "num_steps": 1, "dropout": 0.0},
+        f"layers-{stage}",
+        teacher={
+            "path": str(inputs / "teacher"),
+            "finetuned": str(inputs / "finetuned" / "models" / "finetune"),
+        },
+        num_seeds=2,
+        students={name: {**COPY, "num_hidden_layers": 1, "init_layers": name} for name in names},
+        distillation={stage: [{"term": terms}]},
+        **{stage: {**STAGE, "num_steps": 1, "learning_rate": 1e-12, "weight_decay": 0.0}},
     )
-    assert _rows(run, "train")[0]["loss"] < 1e-6
+    of_stage = {"general": inputs / "teacher", "prediction": inputs / "finetuned/models/finetune"}
+    teacher = load_file(of_stage[stage] / "model.safetensors")
+    theirs = {key.removeprefix("bert."): array for key, array in teacher.items()}
+    for name, layer in names.items():
+        for seed in ("", "-seed-1"):
+            own = load_file(run / "models" / f"{stage}-{name}{seed}" / "model.safetensors")
+            compared = 0
+            for key, array in own.items():
+                given = theirs.get(
+                    key.removeprefix("bert.").replace("layer.0", f"layer.{layer - 1}")
+                )
+                if "encoder" in key or "embeddings" in key:
+                    np.testing.assert_allclose(array, given, atol=1e-9, err_msg=key)
+                    compared += 1
+            assert compared > 16
 
 
 def test_each_member_is_its_solo_run(together, alone):

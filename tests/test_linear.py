@@ -1,5 +1,7 @@
 """Linear maps: merged tokens, and products that read bfloat16."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -86,6 +88,7 @@ def test_a_masked_lm_with_bfloat16_products_decodes_rounded_states():
     assert 0 < error < 0.05, error
 
 
+@pytest.mark.parametrize("make", [functools.partial(make_classifier, num_labels=2), make_masked_lm])
 @pytest.mark.parametrize(
     "options",
     [
@@ -94,10 +97,10 @@ def test_a_masked_lm_with_bfloat16_products_decodes_rounded_states():
         {"dtype": jnp.float32, "product_dtype": jnp.bfloat16},
     ],
 )
-def test_kernels_rounded_once_give_the_same_bits(options):
-    apply, init = make_classifier(CONFIG, 2, **options)
+def test_kernels_rounded_once_give_the_same_bits(options, make):
+    apply, init = make(CONFIG, **options)
     params = init(jax.random.key(0))
-    rounded = rounded_kernels(params, options.get("product_dtype") or options["dtype"])
+    rounded = rounded_kernels(params, **options)
     ids = jax.random.randint(jax.random.key(1), (3, 8), 1, 50)
     inputs = ids, jnp.ones_like(ids, bool), jnp.zeros_like(ids)
     forward = jax.jit(lambda params: apply(params, *inputs))

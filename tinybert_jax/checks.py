@@ -60,9 +60,10 @@ def check_folder(folder: Path, config: RunConfig) -> None:
 
 def check_order(config: RunConfig, stages: Sequence[str], is_done: Callable[[str], bool]) -> None:
     """Refuses a stage whose teacher the config wants trained first, by a stage not run yet."""
+    there = tuple(name for name in DISTILL_STAGES if name in stages or is_done(name))
     for name in stages:
         before = _STAGE_BEFORE.get(name)
-        if name in DISTILL_STAGES and not config.reads_teacher(name):
+        if name in DISTILL_STAGES and not config.reads_teacher(name, there):
             continue
         if before and getattr(config, before) and before not in stages and not is_done(before):
             raise ValueError(
@@ -215,10 +216,10 @@ def check_weights(
         if student.section.path
         for kind in _student_kinds(config, stages)
     ]
-    for origin, model, path, kind, teaches in starts:
+    for origin, model, path, kind, whole in starts:
         with naming(origin):
             _, init = make[kind](model)
-            hf_files.check_start(path, init, whole=teaches)
+            hf_files.check_start(path, init, whole=whole)
 
 
 def check_further_teachers(
@@ -275,7 +276,8 @@ def _check_pair(
                 distill.check_heads(student, teacher, term.head_map)
             if isinstance(term, LayerTerm):
                 depths = student.num_hidden_layers, teacher.num_hidden_layers
-                distill.make_layer_pairs(term.layer_map, *depths)
+                with naming("layer_map"):
+                    distill.make_layer_pairs(term.layer_map, *depths)
         for role, model in (("student", student), ("teacher", teacher)):
             heads = getattr(term, "heads", None)
             if heads and model.hidden_size % heads:
@@ -296,19 +298,19 @@ def _check_start(student: Student, teacher: ModelConfig) -> None:
     init = student.section.init
     if init == "random":
         return
-    at_most, equal = ["max_position_embeddings"], list[str]()
-    (equal if init == "teacher_layers" else at_most).append("hidden_size")
-    if init == "teacher_layers":
-        equal += ["num_attention_heads", "intermediate_size"]
-    for name in at_most + equal:
+    copies = init == "teacher_layers"
+    is_equal = {"max_position_embeddings": False, "hidden_size": copies}
+    if copies:
+        is_equal |= {"num_attention_heads": True, "intermediate_size": True}
+    for name, equal in is_equal.items():
         theirs, got = getattr(teacher, name), getattr(student.sizes, name)
-        if got > theirs or (name in equal and got != theirs):
+        if got > theirs or (equal and got != theirs):
             raise ValueError(
-                f"{student.origin}.{name}: expected {'' if name in equal else 'at most '}{theirs} "
-                f"(the teacher's), got {got}, because {student.origin}.init is {init}; set it to "
-                f"that, or {student.origin}.init=random"
+                f"{student.origin}.{name}: expected {'' if equal else 'at most '}{theirs} (the "
+                f"teacher's), got {got}, because {student.origin}.init is {init}; set it to that, "
+                f"or {student.origin}.init=random"
             )
-    if init == "teacher_layers":
+    if copies:
         with naming(f"{student.origin}.init_layers"):
             distill.make_layer_pairs(
                 student.section.init_layers,
@@ -327,19 +329,24 @@ def naming(origin: str) -> Iterator[None]:
 
 
 def _teacher_starts(config: RunConfig, stages: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
-    """Given folders that the stages read: path, what they make of it, whether it teaches."""
+    """Given folders that the stages read: path, what they make of it, if all has to be there."""
     chosen, teacher = set(stages), config.teacher
     if teacher.path and "pretrain" in chosen:
         yield teacher.path, "pretrained", False
     elif teacher.path and "finetune" in chosen and not config.pretrain:
         yield teacher.path, "classifier", False
-    if teacher.path and not config.pretrain and "general" in chosen and config.teaches("general"):
-        kind = model_kind(config.distillation.terms("general"), of_teacher=True)
-        yield teacher.path, kind, kind != "encoder"
-    given = teacher.finetuned or teacher.path
-    learns = any(config.teaches(name) for name in chosen & {"intermediate", "prediction"})
-    if given and learns and not config.finetune:
-        yield given, "classifier", True
+    if teacher.path and not config.pretrain and "general" in chosen:
+        if config.teaches("general"):
+            kind = model_kind(config.distillation.terms("general"), of_teacher=True)
+            yield teacher.path, kind, True
+        elif config.reads_teacher("general"):
+            yield teacher.path, "encoder", True
+    given, on_task = teacher.finetuned or teacher.path, chosen & {"intermediate", "prediction"}
+    if given and not config.finetune:
+        if any(config.teaches(name) for name in on_task):
+            yield given, "classifier", True
+        elif any(config.reads_teacher(name) for name in on_task):
+            yield given, "encoder", True
 
 
 def _student_kinds(config: RunConfig, stages: Sequence[str]) -> Iterator[str]:

@@ -29,7 +29,7 @@ def make_layer_pairs(
         return _explicit_pairs(pairs, num_student, num_teacher)
     if num_student > num_teacher:
         raise ValueError(
-            f"layer_map: expected a student no deeper than its teacher, got {num_student} layers "
+            f"expected a student no deeper than its teacher, got {num_student} layers "
             f"for {num_teacher}; lower its num_hidden_layers"
         )
     if not isinstance(kind, str):
@@ -38,14 +38,13 @@ def make_layer_pairs(
     if kind == "skip":
         if num_student < 2:
             raise ValueError(
-                "layer_map: expected a student of two layers or more for skip, got one; set "
-                "layer_map: last"
+                "expected a student of two layers or more for skip, got one; set it to last"
             )
         return make_layer_pairs("uniform", num_student, num_teacher)[:-1]
     if kind == "uniform":
         if num_teacher % num_student:
             raise ValueError(
-                f"layer_map: uniform needs a teacher depth that is a multiple of the student's, "
+                f"uniform needs a teacher depth that is a multiple of the student's, "
                 f"got {num_teacher} and {num_student}; use top, bottom or a list of "
                 f"{num_student} teacher layers"
             )
@@ -152,9 +151,11 @@ def start_from_teacher_layers(
     """
     chosen = np.array(layers) - 1
 
-    def copied(path: tuple, own: jax.Array, given: jax.Array) -> np.ndarray:
+    def copied(path: tuple, own: Any, given: Any) -> np.ndarray:
         rows = np.asarray(given)
-        return rows[chosen] if path[0].key == "layers" else rows[: len(own)]
+        kept = rows[chosen] if path[0].key == "layers" else rows[: len(own)]
+        assert kept.shape == own.shape, f"{path}: checked before a run"
+        return kept
 
     return jax.tree.map_with_path(copied, dict(student), dict(teacher))
 
@@ -164,7 +165,7 @@ def _explicit_pairs(
 ) -> LayerPairs:
     if not all(1 <= i <= num_student and 1 <= g <= num_teacher for i, g in pairs):
         raise ValueError(
-            f"layer_map: expected pairs of a student's layer from 1 to {num_student} and a "
+            f"expected pairs of a student's layer from 1 to {num_student} and a "
             f"teacher's from 1 to {num_teacher}, got {[list(pair) for pair in pairs]}"
         )
     return tuple(pairs)
@@ -173,7 +174,6 @@ def _explicit_pairs(
 def _explicit(chosen: tuple[int, ...], num_student: int, num_teacher: int) -> tuple[int, ...]:
     if len(chosen) != num_student or not all(1 <= i <= num_teacher for i in chosen):
         raise ValueError(
-            f"layer_map: expected {num_student} teacher layers from 1 to {num_teacher}, "
-            f"got {list(chosen)}"
+            f"expected {num_student} teacher layers from 1 to {num_teacher}, got {list(chosen)}"
         )
     return chosen

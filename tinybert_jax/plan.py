@@ -101,11 +101,12 @@ def price(run: Run, stage: str) -> Costs:
     beforehand go through the text once.
 
     State is fp32: parameters, gradients, two moments and an average where one is kept, of every
-    student with its projection; the teacher's parameters. Activations are of the largest batch
-    seen, in microbatches: what differentiating the students' encoders keeps, by a trace of the
-    very model (nothing is compiled); the teacher's taps that terms read; the projected entries;
-    the maps of queries and keys that terms build; a chunk of logits. Of fp32 steps with the terms
-    of tinybert, minilmv2 and distilbert this came within 15 % of XLA:CPU's `memory_analysis`.
+    student with its projection; the teacher's parameters, its layers in 2 bytes where products read
+    bfloat16. Activations are of the largest batch seen, in microbatches: what differentiating the
+    students' encoders keeps, by a trace of the very model (nothing is compiled); the teacher's taps
+    that terms read; the projected entries; the maps of queries and keys that terms build; a chunk
+    of logits. Of fp32 steps with the terms of tinybert, minilmv2 and distilbert this came within
+    15 % of XLA:CPU's `memory_analysis`.
     """
     section, work = run.section(stage), _work(run, stage)
     feed = stage_feed(run, stage)
@@ -284,6 +285,8 @@ def _state_bytes(run: Run, section: StageSection, work: Work) -> float:
     copies = 4 + (section.average_decay is not None)
     trained = sum(cost.num_parameters(model) for model in work.trained.values())
     frozen = cost.num_parameters(work.teacher) if work.teacher else 0
+    if work.teacher and run.config.compute.dtype != "float32":
+        frozen -= cost.num_encoder_parameters(work.teacher) / 2  # its kernels are kept rounded
     if work.teacher:
         is_shared = run.config.distillation.projection == "shared"
         for model in (own for own in work.trained.values() if _projected(work, own)):

@@ -112,20 +112,20 @@ class TeacherSection(ModelSection):
 class StudentSection(ModelSection):
     init: Literal["random", "teacher_embeddings", "teacher_layers"] = Field(
         "random",
-        description="teacher_embeddings: word, position and type tables are the teacher's, "
-        "projected on the principal directions of its word table; teacher_layers: its tables, and "
-        "init_layers of its layers (DistilBERT, arXiv 1910.01108)",
+        description="teacher_embeddings: word, position and type tables are those of the first "
+        "stage's teacher, projected on the principal directions of its word table; teacher_layers: "
+        "its encoder as it is, with init_layers of its layers (DistilBERT, arXiv 1910.01108)",
     )
     init_layers: Literal["uniform", "top", "bottom"] | tuple[PositiveInt, ...] = Field(
-        "uniform", description="of teacher_layers: a map as layer_map, or a list, from 1"
+        "uniform", description="of teacher_layers: evenly spaced, the last, the first, or a list"
     )
 
     @model_validator(mode="after")
     def _one_start(self) -> "StudentSection":
         if self.init_layers != "uniform" and self.init != "teacher_layers":
             raise ValueError(
-                f"init_layers: expected with init teacher_layers, got {self.init_layers} and init "
-                f"{self.init}; drop one of them"
+                f"init_layers: expected with init teacher_layers, got init {self.init}; set "
+                "init to teacher_layers, or leave init_layers out"
             )
         if self.path and self.init != "random":
             raise ValueError(
@@ -368,13 +368,11 @@ class RunConfig(Section):
         terms = self.distillation.terms(stage)
         return without_logits(terms) if self.makes_logits_first(stage) else terms
 
-    def reads_teacher(self, stage: str) -> bool:
-        """Whether this distillation stage reads a teacher to learn from or to start from."""
-        if self.teaches(stage):
-            return True
-        first = next((name for name in DISTILL_STAGES if getattr(self, name) is not None), None)
+    def reads_teacher(self, stage: str, stages: tuple[str, ...] | None = None) -> bool:
+        """Whether this distillation stage reads a teacher; to start, the first of `stages` does."""
         starts = any(own.init != "random" for own in self.family.values())
-        return stage == first and starts
+        first = next((name for name in DISTILL_STAGES if name in (stages or self.stages)), None)
+        return self.teaches(stage) or (starts and stage == first)
 
     @property
     def family(self) -> dict[str, StudentSection]:

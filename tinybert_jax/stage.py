@@ -40,6 +40,7 @@ class Training(NamedTuple):
     feed: Feed
     frozen: Any  # arrays the objective reads and never changes
     flops_per_token: Callable[[int], float]  # padded width -> FLOPs of a step per token
+    read_frozen: Callable[[Any], Any] = lambda frozen: frozen  # as the step is to read them
     score: str = ""  # the metric that chooses the best parameters; none: the last are kept
 
     @property
@@ -115,7 +116,7 @@ def _step(
     run: Run, training: Training, step_fn: train.TrainStep, meter: Meter
 ) -> contextlib.AbstractContextManager[profile.Step]:
     """The step as the loop calls it; some of its calls are traced where the run is profiled."""
-    frozen = sharding.placed(training.frozen, run.mesh)
+    frozen = sharding.placed(training.read_frozen(training.frozen), run.mesh)
 
     def step(state, batch):
         return step_fn(state, batch, frozen)

@@ -1,7 +1,6 @@
 """BERT's encoder: post-LayerNorm blocks, stacked by `vmap` and run by `scan`."""
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -12,42 +11,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from tinybert_jax.fields import AttentionBackend, PositionInit
+from tinybert_jax.model.activations import ACTIVATIONS
 from tinybert_jax.model.attention import AttentionTaps, SelfAttention, Visible, make_visible
 from tinybert_jax.model.dropout import dropout
 from tinybert_jax.model.linear import dense, make_linear
 from tinybert_jax.sections import ModelConfig
 from tinybert_jax.sharding import constrain
-
-
-@jax.custom_jvp
-def gelu(x: jax.Array) -> jax.Array:
-    """x·Φ(x), exact, in fp32 inside (arXiv 1606.08415).
-
-    By erf, to 1e-6, as PyTorch: erfc, which keeps the far negative tail's digits, takes twice as
-    long on a CPU and more on a GPU. The way back needs one array, the slope.
-    """
-    return (x * _normal_cdf(x)).astype(x.dtype)
-
-
-@gelu.defjvp
-def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    (x,), (dx,) = primals, tangents
-    wide, cdf = x.astype(jnp.float32), _normal_cdf(x)
-    density = jnp.exp(-0.5 * wide * wide) * (2 * math.pi) ** -0.5
-    slope = (cdf + wide * density).astype(x.dtype)
-    return (wide * cdf).astype(x.dtype), dx * slope
-
-
-def _normal_cdf(x: jax.Array) -> jax.Array:
-    return 0.5 + 0.5 * jax.lax.erf(x.astype(jnp.float32) * 2**-0.5)
-
-
-ACTIVATIONS = {
-    "gelu": gelu,
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-}
 
 
 class EncoderOutput(NamedTuple):

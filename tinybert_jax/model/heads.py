@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
+from tinybert_jax.model.activations import ACTIVATIONS
 from tinybert_jax.model.dropout import dropout
-from tinybert_jax.model.encoder import ACTIVATIONS, Encoder, EncoderOutput, make_layer_norm
+from tinybert_jax.model.encoder import Encoder, EncoderOutput, make_layer_norm
 from tinybert_jax.model.linear import dense, make_linear
 from tinybert_jax.sections import ModelConfig
 

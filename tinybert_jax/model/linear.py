@@ -46,15 +46,18 @@ def dense(linear: nnx.Linear, x: Float[Array, "batch seq dim"]) -> Float[Array, 
     return linear(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
 
 
-def rounded_kernels(params: Any, product_dtype: DTypeLike) -> Any:
+def rounded_kernels(
+    params: Any, *, dtype: DTypeLike, product_dtype: DTypeLike | None = None
+) -> Any:
     """Parameters with the layers' kernels as their products read them, to round them only once.
 
-    For a model that is not trained: what comes out of it stays the same, bit by bit.
+    For a model that is not trained: its products read the same bits.
     """
 
     def rounded(path: tuple, array: Any) -> Any:
         names = [entry.key for entry in path]
-        return array.astype(product_dtype) if "layers" in names and "kernel" in names else array
+        is_kernel = "layers" in names and "kernel" in names
+        return array.astype(product_dtype or dtype) if is_kernel else array
 
     return jax.tree.map_with_path(rounded, params)
 

@@ -48,16 +48,15 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
     teacher_kind = model_kind(terms, of_teacher=True)
     teacher_apply, teacher_init = _make_model(run, teacher_kind, run.teacher)
     is_taught = teaches(run.config.step_terms(stage))
-    teacher = ()
+    teacher, options = (), compute_options(run.config)
     if is_taught:
-        loaded = hf_files.start_params(_teacher_folder(run, stage), teacher_init, whole=True)
-        options = compute_options(run.config)
-        rounded = rounded_kernels(loaded, options["product_dtype"] or options["dtype"])
-        teacher = sharding.placed(rounded, run.mesh)
+        teacher = hf_files.start_params(_teacher_folder(run, stage), teacher_init, whole=True)
 
     @functools.cache
     def teacher_encoder() -> Mapping[str, Any]:
         """What students start from, where the steps read it or not."""
+        if teacher:
+            return _encoder(teacher)
         _, init = make_encoder(run.teacher)
         return hf_files.start_params(_teacher_folder(run, stage), init, whole=True)
 
@@ -94,6 +93,9 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
             members=members,
             feed=stage_feed(run, stage, teach),
             frozen=teacher,
+            read_frozen=functools.partial(
+                rounded_kernels, dtype=options["dtype"], product_dtype=options["product_dtype"]
+            ),
             flops_per_token=lambda width: cost.training_flops_per_token(
                 [student.sizes for student in run.students] * run.config.num_seeds,
                 width,
