@@ -282,7 +282,7 @@ def test_student_tables_larger_than_the_teachers(world, size, most):
         ({"max_position_embeddings": 64}, ("student.max_position_embeddings", "at most 32")),
         ({"init_layers": [3]}, ("student.init_layers: expected 1 teacher layers", "[3]")),
         ({"num_hidden_layers": 3}, ("no deeper", "3 layers for 2")),
-        ({"init": "random", "init_layers": "top"}, ("init_layers: expected with", "got init random")),
+        ({"init": "random", "init_layers": "top"}, ("init_layers: expected", "got init random")),
     ],
 )
 def test_student_that_cannot_start_from_its_teachers_layers(world, changes, named):
