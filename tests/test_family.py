@@ -130,6 +130,25 @@ def test_students_start_from_the_layers_named(inputs, stage, terms):
             assert compared > 16
 
 
+def test_a_teacher_in_a_format_of_its_own(inputs):
+    """Nearly the fp32 teacher's losses, whichever terms read it, and a step that is nearly its."""
+    distilbert = [{"term": "word_logits"}, {"term": "cosine"}, {"term": "relation", "heads": 2}]
+    for name, terms in ("tinybert", None), ("distilbert", distilbert):
+        losses = []
+        for dtype in ("float32", "bfloat16", "bfloat16_products"):
+            run = _run(
+                inputs,
+                f"{name}-{dtype}",
+                student={**COPY, "init": "random"},
+                compute={"teacher_dtype": dtype},
+                general={**STAGE, "num_steps": 2, "dropout": 0.0},
+                **({"distillation": {"general": terms}} if terms else {}),
+            )
+            losses.append([row["loss"] for row in _rows(run, "train")])
+        np.testing.assert_allclose(losses[1:], losses[:1] * 2, rtol=1e-2)
+        assert losses[1] != losses[0] and losses[2] != losses[0]
+
+
 def test_each_member_is_its_solo_run(together, alone):
     """Weights of every stage and seed, losses, dev scores; the gradient of each is clipped."""
     for name, run in alone.items():

@@ -10,6 +10,7 @@ Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositionInit = Literal["normal", "sinusoid"]
+ComputeDtype = Literal["float32", "bfloat16", "bfloat16_products"]
 AttentionBackend = Literal["auto", "xla", "cudnn", "splash"]
 
 

@@ -131,7 +131,7 @@ def price(run: Run, stage: str) -> Costs:
         max(b.input_ids.shape[1] for b in batches),
         parts,
         _state_bytes(run, section, work),
-        _activation_bytes(run, section, work, batches[largest], words[largest]),
+        _activation_bytes(run, stage, work, batches[largest], words[largest]),
     )
 
 
@@ -285,7 +285,8 @@ def _state_bytes(run: Run, section: StageSection, work: Work) -> float:
     copies = 4 + (section.average_decay is not None)
     trained = sum(cost.num_parameters(model) for model in work.trained.values())
     frozen = cost.num_parameters(work.teacher) if work.teacher else 0
-    if work.teacher and run.config.compute.dtype != "float32":
+    compute = run.config.compute
+    if work.teacher and (compute.teacher_dtype or compute.dtype) != "float32":
         frozen -= cost.num_encoder_parameters(work.teacher) / 2  # its kernels are kept rounded
     if work.teacher:
         is_shared = run.config.distillation.projection == "shared"
@@ -296,15 +297,14 @@ def _state_bytes(run: Run, section: StageSection, work: Work) -> float:
     return _FP32 * (copies * work.num_seeds * trained + frozen) / split
 
 
-def _activation_bytes(
-    run: Run, section: StageSection, work: Work, batch: Batch, words: Words | None
-) -> float:
+def _activation_bytes(run: Run, stage: str, work: Work, batch: Batch, words: Words | None) -> float:
+    section = run.section(stage)
     num_parts = sharding.num_batch_shards(run.mesh) * section.gradient_accumulation_steps
     num_rows, width = len(batch.input_ids) / num_parts, batch.input_ids.shape[1]
     values = num_rows * width * (work.teacher.hidden_size if work.teacher else 0)
     students = theirs = 0.0
     for model in work.trained.values():
-        students += num_rows * _saved_bytes_a_row(run, section, model, batch)
+        students += num_rows * _saved_bytes_a_row(run, stage, model, batch)
         if work.teacher:
             students += _FP32 * values * len(_projected(work, model))
             students += _FP32 * num_rows * _num_pairs_in_maps(work, model, batch)
@@ -316,10 +316,10 @@ def _activation_bytes(
     return work.num_seeds * students + theirs
 
 
-def _saved_bytes_a_row(run: Run, section: StageSection, model: ModelConfig, batch: Batch) -> int:
+def _saved_bytes_a_row(run: Run, stage: str, model: ModelConfig, batch: Batch) -> int:
     """What reverse-mode differentiation of the encoder keeps of one more row, with score maps."""
-    options = compute_options(run.config) | {"attention": "xla"}  # whatever machine plans
-    apply, init = make_encoder(with_dropout(model, section), **options)
+    options = compute_options(run.config, stage) | {"attention": "xla"}  # whatever machine plans
+    apply, init = make_encoder(with_dropout(model, run.section(stage)), **options)
     key = jax.random.key(0)
     params = jax.eval_shape(init, key)
 

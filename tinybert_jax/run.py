@@ -184,15 +184,20 @@ def with_dropout(model: ModelConfig, section: StageSection) -> ModelConfig:
 
 
 def compute_options(config: RunConfig, stage: str | None = None) -> dict[str, Any]:
-    """Keyword options for `make_classifier` and its kin; `stage`: of a model that it trains."""
-    only_products = config.compute.dtype == "bfloat16_products"
+    """Keyword options for `make_classifier` and its kin; `stage`: of a model that it trains.
+
+    Without a stage of a teacher.
+    """
+    compute = config.compute
+    name = compute.dtype if stage else compute.teacher_dtype or compute.dtype
+    only_products = name == "bfloat16_products"
     # cuDNN's call cannot be vectorised over seeds: its mask would lose the axis of the heads.
     is_vectorised = stage is not None and len(config.seeds(stage)) > 1
     return {
-        "dtype": jnp.dtype("float32" if only_products else config.compute.dtype),
+        "dtype": jnp.dtype("float32" if only_products else name),
         "product_dtype": jnp.bfloat16 if only_products else None,
-        "unroll": config.compute.unroll_layers,
-        "attention": "xla" if is_vectorised else config.compute.attention,
+        "unroll": compute.unroll_layers,
+        "attention": "xla" if is_vectorised else compute.attention,
     }
 
 

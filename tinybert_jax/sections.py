@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from tinybert_jax.fields import (
     AttentionBackend,
+    ComputeDtype,
     Positive,
     PositiveInt,
     Probability,
@@ -112,9 +113,9 @@ class TeacherSection(ModelSection):
 class StudentSection(ModelSection):
     init: Literal["random", "teacher_embeddings", "teacher_layers"] = Field(
         "random",
-        description="teacher_embeddings: word, position and type tables are those of the first "
-        "stage's teacher, projected on the principal directions of its word table; teacher_layers: "
-        "its encoder as it is, with init_layers of its layers (DistilBERT, arXiv 1910.01108)",
+        description="teacher_embeddings: the tables of the first stage's teacher, projected on the "
+        "principal directions of its words; teacher_layers: its encoder, with init_layers of its "
+        "layers (DistilBERT, arXiv 1910.01108)",
     )
     init_layers: Literal["uniform", "top", "bottom"] | tuple[PositiveInt, ...] = Field(
         "uniform", description="of teacher_layers: evenly spaced, the last, the first, or a list"
@@ -123,10 +124,8 @@ class StudentSection(ModelSection):
     @model_validator(mode="after")
     def _one_start(self) -> "StudentSection":
         if self.init_layers != "uniform" and self.init != "teacher_layers":
-            raise ValueError(
-                f"init_layers: expected with init teacher_layers, got init {self.init}; set "
-                "init to teacher_layers, or leave init_layers out"
-            )
+            expected = f"init_layers: expected with init teacher_layers, got init {self.init}"
+            raise ValueError(f"{expected}; set init to that, or leave init_layers out")
         if self.path and self.init != "random":
             raise ValueError(
                 f"expected path or init: {self.init}, got both: a student from path "
@@ -290,10 +289,13 @@ class MeshSection(Section):
 
 
 class ComputeSection(Section):
-    dtype: Literal["float32", "bfloat16", "bfloat16_products"] = Field(
+    dtype: ComputeDtype = Field(
         default="float32",
-        description="of all activations; bfloat16_products: fp32, and only the products with "
-        "weights of layers and vocabulary read bfloat16: fast on CPUs with bfloat16 instructions",
+        description="of all activations; bfloat16_products: fp32, only the products with weights "
+        "of layers and vocabulary read bfloat16: fast on CPUs with bfloat16 instructions",
+    )
+    teacher_dtype: ComputeDtype | None = Field(
+        default=None, description="of teachers that distillation reads; default: dtype"
     )
     unroll_layers: bool = False
     attention: AttentionBackend = Field(
