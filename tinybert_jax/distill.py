@@ -174,6 +174,7 @@ def _explicit_pairs(
 def _explicit(chosen: tuple[int, ...], num_student: int, num_teacher: int) -> tuple[int, ...]:
     if len(chosen) != num_student or not all(1 <= i <= num_teacher for i in chosen):
         raise ValueError(
-            f"expected {num_student} teacher layers from 1 to {num_teacher}, got {list(chosen)}"
+            f"expected {num_student} teacher layers from 1 to {num_teacher}, got {list(chosen)}; "
+            "name one for each of the student's, counted from 1"
         )
     return chosen

@@ -60,7 +60,10 @@ class StageSection(Section):
     @model_validator(mode="after")
     def _length_is_given_once(self) -> "StageSection":
         if (self.num_epochs is None) == (self.num_steps is None):
-            raise ValueError("expected num_epochs or num_steps, exactly one of them")
+            raise ValueError(
+                f"expected num_epochs or num_steps, exactly one of them, got {self.num_epochs} and "
+                f"{self.num_steps}; set one, and the other to null"
+            )
         if self.global_batch_size % self.gradient_accumulation_steps:
             raise ValueError(
                 f"expected global_batch_size to be a multiple of gradient_accumulation_steps, "
