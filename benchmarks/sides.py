@@ -80,8 +80,8 @@ def train_rounds(
     import jax
 
     from tinybert_jax import family, optim, sharding, train
+    from tinybert_jax.compute_sections import MeshSection
     from tinybert_jax.data import loader
-    from tinybert_jax.sections import MeshSection
 
     mesh = sharding.make_mesh(MeshSection())
     schedule = optim.make_schedule(

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "tinybert_jax"
 LEVELS = [
     ["presets", "fields", "cost", "log", "tree", "metrics", "charts", "host", "best", "profile"],
-    ["stage_sections", "objective_sections"],
+    ["stage_sections", "objective_sections", "compute_sections"],
     ["needs"],
     ["sections", "report_style"],
     ["report_results", "data_sections"],

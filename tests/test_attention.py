@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tinybert_jax import sharding
+from tinybert_jax.compute_sections import MeshSection
 from tinybert_jax.model.attention import (
     attend,
     cudnn_attention,
@@ -19,7 +20,6 @@ from tinybert_jax.model.attention import (
     missing_device,
     splash_attention,
 )
-from tinybert_jax.sections import MeshSection
 
 SEQ = 128
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tinybert_jax import sharding
+from tinybert_jax.compute_sections import MeshSection
 from tinybert_jax.data import loader, pipeline
-from tinybert_jax.sections import MeshSection
 
 
 class PaddedRows(NamedTuple):

@@ -9,11 +9,12 @@ import optax
 import pytest
 
 from tinybert_jax import distill_objective, masking, objectives, sharding, train
+from tinybert_jax.compute_sections import MeshSection
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import init_projection
 from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.objective_sections import DistillSection
-from tinybert_jax.sections import MeshSection, ModelConfig
+from tinybert_jax.sections import ModelConfig
 
 TEACHER = ModelConfig(
     vocab_size=52,

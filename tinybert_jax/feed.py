@@ -43,7 +43,7 @@ def stage_feed(
     rows = pipeline.tokenize_task(run.tokenizer, text, section.max_length)
     run.log.say(
         f"{stage}: {len(rows.lengths):,} examples, {len(rows.ids):,} tokens, "
-        f"{rows.num_truncated:,} cut at {section.max_length}"
+        f"{rows.num_truncated:,} cut at {section.max_length}; {len(run.data.dev_labels):,} in dev"
     )
     if teach is None:
         return _rows_feed(run, section, rows, _seed(run, stage))

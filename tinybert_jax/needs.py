@@ -87,11 +87,12 @@ def _needs_of_attention(config: Any) -> Iterator[str]:
     if name in ("auto", "xla"):
         return
     origin, fix = f"compute.attention {name}", "or set compute.attention=auto"
-    got = config.compute.dtype
-    if got == "bfloat16" and config.compute.teacher_dtype:
-        got = config.compute.teacher_dtype
-    if name == "cudnn" and got != "bfloat16":
-        yield f"{origin}: expected compute.dtype bfloat16, got {got}: set it, {fix}"
+    for dtype, got in (
+        ("dtype", config.compute.dtype),
+        ("teacher_dtype", config.compute.teacher_dtype or "bfloat16"),
+    ):
+        if name == "cudnn" and got != "bfloat16":
+            yield f"{origin}: expected compute.{dtype} bfloat16, got {got}: set it, {fix}"
     for stage in config.stages:
         num_seeds = len(config.seeds(stage))
         if num_seeds > 1:

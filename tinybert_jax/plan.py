@@ -285,8 +285,7 @@ def _state_bytes(run: Run, section: StageSection, work: Work) -> float:
     copies = 4 + (section.average_decay is not None)
     trained = sum(cost.num_parameters(model) for model in work.trained.values())
     frozen = cost.num_parameters(work.teacher) if work.teacher else 0
-    compute = run.config.compute
-    if work.teacher and (compute.teacher_dtype or compute.dtype) != "float32":
+    if work.teacher and run.config.compute.frozen_dtype != "float32":
         frozen -= cost.num_encoder_parameters(work.teacher) / 2  # its kernels are kept rounded
     if work.teacher:
         is_shared = run.config.distillation.projection == "shared"

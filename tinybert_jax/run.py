@@ -184,12 +184,10 @@ def with_dropout(model: ModelConfig, section: StageSection) -> ModelConfig:
 
 
 def compute_options(config: RunConfig, stage: str | None = None) -> dict[str, Any]:
-    """Keyword options for `make_classifier` and its kin; `stage`: of a model that it trains.
-
-    Without a stage of a teacher.
-    """
+    """Keyword options for `make_classifier` and its kin; `stage`: of a model that it
+    trains; without: of a teacher, which is only read."""
     compute = config.compute
-    name = compute.dtype if stage else compute.teacher_dtype or compute.dtype
+    name = compute.dtype if stage else compute.frozen_dtype
     only_products = name == "bfloat16_products"
     # cuDNN's call cannot be vectorised over seeds: its mask would lose the axis of the heads.
     is_vectorised = stage is not None and len(config.seeds(stage)) > 1

@@ -7,14 +7,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from tinybert_jax.fields import (
-    AttentionBackend,
-    ComputeDtype,
-    Positive,
-    PositiveInt,
-    Probability,
-    Section,
-)
+from tinybert_jax.compute_sections import ComputeSection, MeshSection
+from tinybert_jax.fields import Positive, PositiveInt, Probability, Section
 from tinybert_jax.needs import missing_needs
 from tinybert_jax.objective_sections import (
     DISTILL_STAGES,
@@ -278,31 +272,6 @@ class TaskSection(Section):
     def score(self) -> str:
         """The metric that chooses the best checkpoint and is reported first."""
         return self.metric or ("pearson" if self.regression else "accuracy")
-
-
-class MeshSection(Section):
-    """Devices along each mesh axis; one axis may be -1: all that are left."""
-
-    data: int = -1
-    fsdp: PositiveInt = 1
-    tensor: PositiveInt = 1
-
-
-class ComputeSection(Section):
-    dtype: ComputeDtype = Field(
-        default="float32",
-        description="of all activations; bfloat16_products: fp32, only the products with weights "
-        "of layers and vocabulary read bfloat16: fast on CPUs with bfloat16 instructions",
-    )
-    teacher_dtype: ComputeDtype | None = Field(
-        default=None, description="of teachers that distillation reads; default: dtype"
-    )
-    unroll_layers: bool = False
-    attention: AttentionBackend = Field(
-        default="auto",
-        description="flash attention by cudnn (NVIDIA GPUs, bfloat16) or splash (TPUs): for rows "
-        "of a multiple of 128 tokens, without dropout of attention; auto: cudnn where it can be",
-    )
 
 
 STAGES = ("pretrain", "finetune", "general", "intermediate", "prediction", "baseline")

@@ -46,7 +46,7 @@ def _read_one(
         "rows": rows.fingerprint(),
         "batching": section.batching,
         "widths": section.buckets(),
-        "dtype": run.config.compute.teacher_dtype or run.config.compute.dtype,
+        "dtype": run.config.compute.frozen_dtype,
         "sizes": sizes.model_dump(),
         "weights": tree.sha256(params),
     }

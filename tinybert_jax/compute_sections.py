@@ -1,0 +1,38 @@
+"""The settings of where and in which numbers a run computes.
+
+Imports no JAX, as all sections.
+"""
+
+from pydantic import Field
+
+from tinybert_jax.fields import AttentionBackend, ComputeDtype, PositiveInt, Section
+
+
+class MeshSection(Section):
+    """Devices along each mesh axis; one axis may be -1: all that are left."""
+
+    data: int = -1
+    fsdp: PositiveInt = 1
+    tensor: PositiveInt = 1
+
+
+class ComputeSection(Section):
+    dtype: ComputeDtype = Field(
+        default="float32",
+        description="of all activations; bfloat16_products: fp32, only the products with weights "
+        "of layers and vocabulary read bfloat16: fast on CPUs with bfloat16 instructions",
+    )
+    teacher_dtype: ComputeDtype | None = Field(
+        default=None, description="of teachers that distillation reads; default: dtype"
+    )
+    unroll_layers: bool = False
+    attention: AttentionBackend = Field(
+        default="auto",
+        description="flash attention by cudnn (NVIDIA GPUs, bfloat16) or splash (TPUs): for rows "
+        "of a multiple of 128 tokens, without dropout of attention; auto: cudnn where it can be",
+    )
+
+    @property
+    def frozen_dtype(self) -> ComputeDtype:
+        """Of a model that is only read: a teacher."""
+        return self.teacher_dtype or self.dtype
