@@ -116,6 +116,7 @@ def _over_chunks(
     rows, sorted_labels = in_order(hidden), in_order(labels[:, :, None], IGNORED_LABEL)
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     goal_rows = rows if goal is None else in_order(goal.hidden)
+    ones = jnp.ones((num_shards, size), hidden.dtype)  # a product: XLA:CPU adds up columns slowly
 
     def chunk(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         picked, label, theirs = (
@@ -140,7 +141,7 @@ def _over_chunks(
             total,
             jax.lax.dynamic_update_slice_in_dim(sums[1], by_row, i * size, axis=1),
             sums[2] + by_word,
-            sums[3] + slope.sum(1, dtype=jnp.float32),
+            sums[3] + einsum("snv,sn->sv", slope, ones, precision=jax.lax.Precision.HIGHEST),
         )
 
     zeros = [jnp.zeros(num_shards)] * 2
