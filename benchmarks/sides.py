@@ -31,9 +31,7 @@ def compare(sides: dict[str, tuple[Callable[..., Round], tuple]], num_rounds: in
     pipes, processes = {}, []
     for name, (make_round, arguments) in sides.items():
         pipes[name], theirs = context.Pipe()
-        process = context.Process(
-            target=_serve, args=(theirs, make_round, arguments), daemon=True
-        )
+        process = context.Process(target=_serve, args=(theirs, make_round, arguments), daemon=True)
         process.start()
         theirs.close()
         processes.append(process)

@@ -10,40 +10,52 @@ import numpy as np
 
 from tinybert_jax import host, train
 from tinybert_jax.data.pipeline import Batch
-from tinybert_jax.run import Run
+from tinybert_jax.log import MetricLog
 
 _TIDY_SECONDS = 30  # far more than the step whose page faults it costs
 
 
 class Meter:
-    """Averages step metrics and turns them into rates, leaving pauses out of the clock."""
+    """Averages step metrics and turns them into rates, leaving pauses out of the clock.
+
+    The first step, which compiles, is out of it too, unless its line tells of no other.
+    """
 
     def __init__(
         self,
-        run: Run,
+        log: MetricLog,
         stage: str,
         flops_per_token: Callable[[int], float],
         num_steps: int,
         start_step: int,
         pending: Sequence[Any],
+        *,
+        log_every: int,
+        peak_flops: float,
     ):
-        self.run, self.stage, self.flops_per_token = run, stage, flops_per_token
-        self.log_every, self.num_steps = run.section(stage).log_every, num_steps
+        self.log, self.stage, self.flops_per_token = log, stage, flops_per_token
+        self.log_every, self.num_steps, self.peak_flops = log_every, num_steps, peak_flops
         # (metrics, rows, width) of each step since the last line; a resume brings the first ones.
         self.pending: list[tuple[dict[str, Any], int, int]] = [tuple(step) for step in pending]
-        self.num_restored = len(self.pending)
+        self.num_untimed, self.is_first = len(self.pending), True
         self.last_step, self.since, self.pause = start_step, time.perf_counter(), 0.0
         self.tidied = self.since
 
     def record(self, step: int, batch: Batch, metrics: dict[str, jax.Array]) -> None:
         num_rows, width = batch.input_ids.shape
         self.pending.append((metrics, num_rows, width))
-        if step % self.log_every and step != self.num_steps:
+        is_told = step % self.log_every == 0 or step == self.num_steps
+        if self.is_first and not is_told:
+            jax.block_until_ready(metrics)
+            self.since, self.pause = time.perf_counter(), 0.0
+            self.num_untimed += 1
+        self.is_first = False
+        if not is_told:
             return
         values = self._average(step)
-        self.run.log.write("train", self.stage, step, values)
-        self.run.log.progress(self.stage, step, self.num_steps, values)
-        self.last_step, self.pause, self.num_restored = step, 0.0, 0
+        self.log.write("train", self.stage, step, values)
+        self.log.progress(self.stage, step, self.num_steps, values)
+        self.last_step, self.pause, self.num_untimed = step, 0.0, 0
         self.since = time.perf_counter()
         if self.since - self.tidied > _TIDY_SECONDS:
             host.give_back_freed_memory()
@@ -66,7 +78,7 @@ class Meter:
     def _average(self, step: int) -> dict[str, float]:
         steps = self.snapshot()
         seconds = max(time.perf_counter() - self.since - self.pause, 1e-9)
-        timed = steps[self.num_restored :]
+        timed = steps[self.num_untimed :]
         tokens = sum(metrics["num_tokens"] for metrics, _, _ in timed)
         flops = sum(m["num_tokens"] * self.flops_per_token(width) for m, _, width in timed)
         all_tokens = sum(metrics["num_tokens"] for metrics, _, _ in steps)
@@ -79,7 +91,7 @@ class Meter:
             "learning_rate": steps[-1][0]["learning_rate"],
             "tokens_per_second": tokens / seconds,
             "padding_share": 1 - all_tokens / sum(rows * width for _, rows, width in steps),
-            "mfu": flops / seconds / self.run.peak_flops,
+            "mfu": flops / seconds / self.peak_flops,
             "seconds": seconds,
             "seconds_left": seconds / max(len(timed), 1) * (self.num_steps - step),
         }

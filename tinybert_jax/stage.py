@@ -68,7 +68,16 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
 
     placement = sharding.batch_sharding(run.mesh)
     pending = progress.get("pending", [])
-    meter = Meter(run, training.name, training.flops_per_token, num_steps, start_step, pending)
+    meter = Meter(
+        run.log,
+        training.name,
+        training.flops_per_token,
+        num_steps,
+        start_step,
+        pending,
+        log_every=section.log_every,
+        peak_flops=run.peak_flops,
+    )
     judge = _Judge(run, training, folder, training.feed.num_batches, num_steps, progress, meter)
 
     def is_due(step: int) -> bool:
