@@ -1,6 +1,7 @@
 """`--dry-run`: numbers equal those worked out by hand, and nothing is written."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ def test_dry_run_names_all_stages_and_writes_nothing(inputs, tmp_path, capsys, m
     assert cli.main(["run", str(tmp_path / "run.yaml"), "--dry-run"]) == 0
     assert sorted(tmp_path.rglob("*")) == before
     *_, text = capsys.readouterr().out.partition("pretrain: 4 steps")
-    blocks = ("pretrain: 4 steps" + text).replace("\xa0", " ").strip().split("\n\n")
+    *blocks, together = ("pretrain: 4 steps" + text).replace("\xa0", " ").strip().split("\n\n")
     assert [block.split(":")[0] for block in blocks] == list(STAGES)
     for name, block in zip(STAGES, blocks, strict=True):
         assert "4 steps, 256 tokens in 512 slots (50% padding), rows of up to 16" in block
@@ -106,6 +107,9 @@ def test_dry_run_names_all_stages_and_writes_nothing(inputs, tmp_path, capsys, m
     # 512 slots · 3 passes of the teacher, at 40 % of 1,000 FLOP/s
     assert f"of the stage {3 * SLOTS * TEACHER_FORWARD:.3g}" in blocks[1]
     assert "this CPU 10:55:22" in blocks[1]
+    (total,) = re.findall(r"^together: (\S+) FLOPs\n  time      this CPU ", together)
+    of_stages = [float(re.findall(r"of the stage (\S+)", block)[0]) for block in blocks]
+    assert float(total) == pytest.approx(sum(of_stages), rel=0.01)
     assert measured == ["float32"]
 
 

@@ -56,6 +56,10 @@ class Costs(NamedTuple):
     state_bytes: float  # on a device
     activation_bytes: float  # on a device
 
+    @property
+    def total_flops(self) -> float:
+        return sum(self.flops.values())
+
 
 class Work(NamedTuple):
     """What a stage computes with."""
@@ -83,12 +87,18 @@ def describe(run: Run, stages: tuple[str, ...]) -> str:
     measured on this CPU, by the makers' sheets (`cost.peak_flops`) of others.
     """
     dtype = run.config.compute.dtype.removesuffix("_products")
-    is_pending = {stage: not run.is_done(stage) for stage in stages}
-    peaks = _peaks(dtype) if any(is_pending.values()) else {}
-    return "\n\n".join(
-        _description(run, stage, peaks, dtype) if is_pending[stage] else f"{stage}: done before"
+    priced = {stage: price(run, stage) for stage in stages if not run.is_done(stage)}
+    peaks = _peaks(dtype) if priced else {}
+    told = [
+        _description(run, stage, priced[stage], peaks, dtype)
+        if stage in priced
+        else f"{stage}: done before"
         for stage in stages
-    )
+    ]
+    if len(priced) > 1:
+        total = sum(costs.total_flops for costs in priced.values())
+        told.append(f"together: {total:.3g} FLOPs\n{_time_line(total, peaks, dtype)}")
+    return "\n\n".join(told)
 
 
 def price(run: Run, stage: str) -> Costs:
@@ -145,9 +155,8 @@ def _peaks(dtype: str) -> dict[str, float]:
     return peaks
 
 
-def _description(run: Run, stage: str, peaks: dict[str, float], dtype: str) -> str:
-    work, costs = _work(run, stage), price(run, stage)
-    total, devices = sum(costs.flops.values()), run.mesh.size
+def _description(run: Run, stage: str, costs: Costs, peaks: dict[str, float], dtype: str) -> str:
+    work, devices = _work(run, stage), run.mesh.size
     times = f" × {work.num_seeds} seeds" if work.num_seeds > 1 else ""
     lines = [
         f"{stage}: {costs.num_steps:,} steps, {si(costs.num_tokens)} tokens in "
@@ -162,17 +171,21 @@ def _description(run: Run, stage: str, peaks: dict[str, float], dtype: str) -> s
         lines.append(f"  teacher   {_size(work.teacher)}")
     lines += [f"  teacher   {_size(model)}, once through the text" for model in work.beforehand]
     parts = (f"{name} {si(value / costs.num_slots)}" for name, value in costs.flops.items())
-    lines.append(f"  FLOPs     a slot: {', '.join(parts)}; of the stage {total:.3g}")
+    lines.append(f"  FLOPs     a slot: {', '.join(parts)}; of the stage {costs.total_flops:.3g}")
     lines.append(
         f"  memory    {f'on each of {devices} devices ' if devices > 1 else ''}"
         f"{si(costs.state_bytes, 'B')} of state, {si(costs.activation_bytes, 'B')} of activations"
     )
-    each = (f"{name} {_clock(total / peak / _UTILISATION)}" for name, peak in peaks.items())
-    lines.append(
+    lines.append(_time_line(costs.total_flops, peaks, dtype))
+    return "\n".join(lines)
+
+
+def _time_line(flops: float, peaks: dict[str, float], dtype: str) -> str:
+    each = (f"{name} {_clock(flops / peak / _UTILISATION)}" for name, peak in peaks.items())
+    return (
         f"  time      {', '.join(each)} (one device, at {_UTILISATION:.0%} of its {dtype} peak, "
         "which small models do not reach; without compiling and evaluating)"
     )
-    return "\n".join(lines)
 
 
 def _size(model: ModelConfig, times: str = "") -> str:
