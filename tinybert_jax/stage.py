@@ -68,16 +68,7 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
 
     placement = sharding.batch_sharding(run.mesh)
     pending = progress.get("pending", [])
-    meter = Meter(
-        run.log,
-        training.name,
-        training.flops_per_token,
-        num_steps,
-        start_step,
-        pending,
-        log_every=section.log_every,
-        peak_flops=run.peak_flops,
-    )
+    meter = _make_meter(run, training, start_step, pending)
     judge = _Judge(run, training, folder, training.feed.num_batches, num_steps, progress, meter)
 
     def is_due(step: int) -> bool:
@@ -306,6 +297,19 @@ class _Judge:
                 for name, flags in is_better.items()
             }
         )
+
+
+def _make_meter(run: Run, training: Training, start_step: int, pending: list[Any]) -> Meter:
+    return Meter(
+        run.log,
+        training.name,
+        training.flops_per_token,
+        training.num_steps,
+        start_step,
+        pending,
+        log_every=training.section.log_every,
+        peak_flops=run.peak_flops,
+    )
 
 
 def _make_optimizer(
