@@ -206,8 +206,16 @@ def _by_dim(x: Array) -> Array:
 
 def _times(maps: Array, x: Array) -> Array:
     """[b, h, t, s] · [b, s, h, d] to [b, t, h, d]."""
-    if x.shape[-1] % 16 == 0 or jax.default_backend() != "cpu":
-        return _dot(maps, _by_head(x)).transpose(0, 2, 1, 3)
+    if x.shape[-1] % 16 == 0:
+        return _times_by_head(maps, x)
+    return jax.lax.platform_dependent(maps, x, cpu=_times_by_dim, default=_times_by_head)
+
+
+def _times_by_head(maps: Array, x: Array) -> Array:
+    return _dot(maps, _by_head(x)).transpose(0, 2, 1, 3)
+
+
+def _times_by_dim(maps: Array, x: Array) -> Array:
     turned = jax.lax.optimization_barrier(maps.swapaxes(2, 3))  # else it is part of the product
     return _dot(_by_dim(x), turned).transpose(0, 3, 1, 2)
 
