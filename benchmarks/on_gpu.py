@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--sides", default="", help="only those with this in 'measure: side'")
     parser.add_argument("--attention", default="auto", help="comma list: our sides once for each")
     parser.add_argument("--gathered", action="store_true", help="a further PyTorch side of mlm")
-    parser.add_argument("--chunk-size", type=int, default=256, help="loss_chunk_size of our mlm")
+    parser.add_argument("--chunk-size", type=int, default=512, help="loss_chunk_size of our mlm")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="in a round")
     parser.add_argument("--unrolled", action="store_true", help="our layers, instead of a loop")

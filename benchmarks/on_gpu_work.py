@@ -62,7 +62,7 @@ def _tiny_sizes(**sizes: int) -> dict[str, int]:
 
 def flops_per_slot(work: Work, chunk_size: int) -> float:
     """As `plan` counts a stage: the masked-LM head at its slots and, in whole chunks, its words."""
-    from tinybert_jax import cost, masking
+    from tinybert_jax import cost, masking, objectives
     from tinybert_jax.sections import ModelConfig
 
     student = ModelConfig(**work.student)
@@ -73,7 +73,7 @@ def flops_per_slot(work: Work, chunk_size: int) -> float:
         )
     num_slots = work.batch_size * work.width
     num_picked = work.batch_size * masking.num_slots(MASK_RATE, work.width)
-    chunk_size = min(chunk_size, num_picked)
+    chunk_size = objectives.mlm_chunk_size(num_slots, chunk_size, mask_rate=MASK_RATE)
     num_predicted = chunk_size * math.ceil(MASK_RATE * num_slots / chunk_size)
     head = cost.masked_lm_flops(student, num_picked, num_predicted) / num_slots
     return 3 * (cost.forward_flops_per_token(student, work.width) + head)

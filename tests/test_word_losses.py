@@ -47,6 +47,17 @@ def test_chunks_of_logits_give_the_loss_and_the_gradients_of_the_whole(chunk_siz
     )
 
 
+@pytest.mark.parametrize(
+    ("num_expected", "largest", "size"),
+    [(651, 256, 224), (651, 512, 328), (512, 512, 512), (513, 512, 264), (5, 512, 8), (5, 3, 3)],
+)
+def test_even_chunks_are_as_few_as_the_largest_ones_and_leave_less_room(
+    num_expected, largest, size
+):
+    assert word_losses.even_chunk_size(num_expected, largest) == size
+    assert -(-num_expected // size) == -(-num_expected // largest)
+
+
 def test_sums_over_chunks_count_losses_and_hits():
     logits, real = normal(2, 12, 11, scale=2), VOCAB_LABELS >= 0
     logits[0, VOCAB_LABELS[0]] = logits[9, VOCAB_LABELS[9]] = 20  # two hits at least

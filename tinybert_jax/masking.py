@@ -110,10 +110,11 @@ def mask_tokens(
     return inputs, labels
 
 
-def num_slots(rate: float, seq: int, unit: Unit = "token") -> int:
-    """Room for a row's masked tokens: their mean and four standard deviations, at most `seq`."""
-    mean = rate * seq
-    return min(seq, math.ceil(mean + 4 * math.sqrt(_CLUSTER[unit] * mean * (1 - rate))) or 1)
+def num_slots(rate: float, num_tokens: int, unit: Unit = "token", deviations: int = 4) -> int:
+    """Room for the masked ones of so many tokens: their mean and some standard deviations."""
+    mean = rate * num_tokens
+    spread = math.sqrt(_CLUSTER[unit] * mean * (1 - rate))
+    return min(num_tokens, math.ceil(mean + deviations * spread) or 1)
 
 
 def gather_masked(

@@ -128,10 +128,27 @@ def make_mask(
     return mask
 
 
+def mlm_chunk_size(
+    num_tokens: int,
+    largest: int,
+    *,
+    mask_rate: float,
+    mask_rate_end: float | None = None,
+    unit: masking.Unit = "token",
+) -> int:
+    """Of chunks that hold next to every draw of masked tokens, and leave little room over."""
+    rate = max(mask_rate, mask_rate_end or 0.0)
+    num_expected = masking.num_slots(rate, num_tokens, unit, deviations=2)
+    return word_losses.even_chunk_size(num_expected, largest)
+
+
 def make_mlm(
     apply: Callable,
     *,
-    chunk_size: int = 256,
+    mask_rate: float,
+    mask_rate_end: float | None = None,
+    unit: masking.Unit = "token",
+    chunk_size: int = 512,
     num_shards: int = 1,
     pair_weight: float = 0.0,
     **mask_options: Any,
@@ -139,9 +156,11 @@ def make_mlm(
     """BERT's masked LM, masked as `make_mask` says; logits only at masked positions.
 
     `pair_weight` adds that of the pair in each row: its label is the batch's, -1 for none.
-    Logits exist for `chunk_size` predictions at a time on each of `num_shards` batch shards.
+    Logits exist for at most `chunk_size` predictions at a time on each of `num_shards` batch
+    shards: `mlm_chunk_size`.
     """
-    mask = make_mask(**mask_options)
+    rates: Any = {"mask_rate": mask_rate, "mask_rate_end": mask_rate_end, "unit": unit}
+    mask = make_mask(**rates, **mask_options)
 
     def prepare(batch: Batch, key: jax.Array, share: jax.Array) -> tuple[Batch, Counts]:
         return mask(batch, key, count_units(batch)._replace(share=share))
@@ -149,7 +168,8 @@ def make_mlm(
     def loss(params, batch, counts, key, targets):
         labels: MaskedLabels = batch.labels
         output = apply(params, *encoder_inputs(batch), key, positions=labels.positions)
-        sizes = {"chunk_size": chunk_size, "num_shards": num_shards, "count": counts.predictions}
+        size = mlm_chunk_size(batch.input_ids.size // num_shards, chunk_size, **rates)
+        sizes = {"chunk_size": size, "num_shards": num_shards, "count": counts.predictions}
         hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
         parts: Metrics = {}
         with jax.named_scope("~loss masked_lm"):

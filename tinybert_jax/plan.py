@@ -31,7 +31,7 @@ from tinybert_jax.objective_sections import (
     reads_all_words,
     teaches,
 )
-from tinybert_jax.objectives import encoder_inputs
+from tinybert_jax.objectives import encoder_inputs, mlm_chunk_size
 from tinybert_jax.report_results import si
 from tinybert_jax.run import Run, compute_options, with_dropout
 from tinybert_jax.sections import SOLE, TEACHER_STAGES, ModelConfig
@@ -266,13 +266,20 @@ def _words(run: Run, stage: str, terms: Terms, batch: Batch, share: float) -> Wo
     if not terms:
         return None
     section = run.section(stage)
+    num_parts = sharding.num_batch_shards(run.mesh) * section.gradient_accumulation_steps
     if stage == "pretrain":
-        rate, unit, chunk_size = section.mask_rate, section.mask_unit, section.loss_chunk_size
+        rate, unit = section.mask_rate, section.mask_unit
         end = rate if section.mask_rate_end is None else section.mask_rate_end
+        chunk_size = mlm_chunk_size(
+            batch.input_ids.size // num_parts,
+            section.loss_chunk_size,
+            mask_rate=rate,
+            mask_rate_end=end,
+            unit=unit,
+        )
     else:
         rate, unit, chunk_size = run.config.distillation.general_mask_rate, "token", _CHUNK_SIZE
         end = rate
-    num_parts = sharding.num_batch_shards(run.mesh) * section.gradient_accumulation_steps
     ids, real = batch.input_ids, np.asarray(batch.attention_mask, bool)
     num_maskable = np.count_nonzero(real & ~np.isin(ids, run.tokenizer.all_special_ids))
     num_masked = float((rate + (end - rate) * share) * num_maskable)

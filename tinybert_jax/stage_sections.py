@@ -189,7 +189,7 @@ class PretrainSection(CorpusStageSection):
         "trained all the same, as waves; a small model then finds its neighbours in fewer steps",
     )
     loss_chunk_size: PositiveInt = Field(
-        256, description="masked tokens whose logits exist at one time on a device"
+        512, description="most masked tokens whose logits exist at one time on a device"
     )
     pair_weight: NonNegative = Field(
         0.0,

@@ -74,6 +74,15 @@ def masked_lm_sums(
     return _over_chunks(size, *given, with_gradients=False)
 
 
+def even_chunk_size(num_expected: int, largest: int) -> int:
+    """Of the fewest chunks for so many rows, none above `largest`, with the least room left over.
+
+    A multiple of 8, where `largest` allows it.
+    """
+    num_chunks = -(-num_expected // largest)
+    return min(largest, 8 * -(-num_expected // (8 * num_chunks)))
+
+
 class _Goal(NamedTuple):
     """Instead of a label of each row the distribution that a teacher gives it."""
 
