@@ -29,25 +29,28 @@ def compare(sides: dict[str, tuple[Callable[..., Round], tuple]], num_rounds: in
     """name -> `Result` of sides given as (function, arguments); the first round of each is lost."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
-    for name, (make_round, arguments) in sides.items():
-        pipes[name], theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, make_round, arguments), daemon=True)
-        process.start()
-        theirs.close()
-        processes.append(process)
-        _ask(pipes[name], True)  # set up and warmed up before the next side starts
-    rates: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(num_rounds):
-        for name, pipe in pipes.items():
-            units, seconds = _ask(pipe, True)
-            rates[name].append(units / seconds)
-    results = {
-        name: Result(statistics.median(rates[name]), _ask(pipe, False))
-        for name, pipe in pipes.items()
-    }
-    for process in processes:
-        process.join()
-    return results
+    try:
+        for name, (make_round, arguments) in sides.items():
+            pipes[name], theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, make_round, arguments))
+            process.start()
+            theirs.close()
+            processes.append(process)
+            _ask(pipes[name], True)  # set up and warmed up before the next side starts
+        rates: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(num_rounds):
+            for name, pipe in pipes.items():
+                units, seconds = _ask(pipe, True)
+                rates[name].append(units / seconds)
+        return {
+            name: Result(statistics.median(rates[name]), _ask(pipe, False))
+            for name, pipe in pipes.items()
+        }
+    finally:  # a side that failed leaves the others waiting
+        for pipe in pipes.values():
+            pipe.close()  # ends them, and what they started
+        for process in processes:
+            process.join()
 
 
 def show(results: dict[str, Result], unit: str) -> None:
@@ -160,6 +163,9 @@ def _ask(pipe, go_on: bool):
 
 def _serve(pipe, make_round: Callable[..., Round], arguments: tuple) -> None:
     run = make_round(*arguments)
-    while pipe.recv():
-        pipe.send(run())
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    try:
+        while pipe.recv():
+            pipe.send(run())
+        pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    except EOFError:  # another side failed
+        pass

@@ -20,6 +20,7 @@ from tinybert_jax.model.attention import (
     missing_device,
     splash_attention,
 )
+from tinybert_jax.model.dropout import dropout
 
 SEQ = 128
 
@@ -49,19 +50,26 @@ def by_map(*inputs):
     return attend(*inputs, 0.0, None, backend="xla")
 
 
-def of_the_formula(queries, keys, values, visible):
-    """softmax(QKᵀ/√head_dim)·V and what autodiff makes of it."""
+def of_the_formula(queries, keys, values, visible, rate=0.0):
+    """dropout(softmax(QKᵀ/√head_dim))·V and what autodiff makes of it."""
     exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     scores = exact("bthk,bshk->bhts", queries, keys) / queries.shape[-1] ** 0.5
     probs = jax.nn.softmax(jnp.where(visible.pairs[:, None], scores, -1e30))
+    probs = dropout(probs, rate, jax.random.key(5))
     return exact("bhts,bshk->bthk", probs, values)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize("head_dim", [26, 32])
 @pytest.mark.parametrize("is_packed", [True, False])
-def test_the_map_against_the_formula(head_dim, is_packed):
+def test_the_map_against_the_formula(head_dim, is_packed, rate):
     taps, visible = drawn(head_dim, is_packed=is_packed, dtype=jnp.float32, seq=24)
-    wanted, ours = gradients(of_the_formula, taps, visible), gradients(by_map, taps, visible)
+
+    def by_map(*inputs):
+        return attend(*inputs, rate, jax.random.key(5), backend="xla")
+
+    wanted = gradients(functools.partial(of_the_formula, rate=rate), taps, visible)
+    ours = gradients(by_map, taps, visible)
     for want, got in zip(wanted, ours, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6)
 
