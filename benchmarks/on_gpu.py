@@ -303,7 +303,7 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
             mask_token_id=MASK_TOKEN_ID,
             special_token_ids=SPECIAL_TOKEN_IDS,
             vocab_size=student.vocab_size,
-            chunk_size=settings.chunk_size,
+            max_chunk_size=settings.chunk_size,
         )
         params = jax.jit(init)(keys[2])
     batches = [_batch(ids) for ids in token_ids(work)]

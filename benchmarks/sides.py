@@ -48,7 +48,7 @@ def compare(sides: dict[str, tuple[Callable[..., Round], tuple]], num_rounds: in
         }
     finally:  # a side that failed leaves the others waiting
         for pipe in pipes.values():
-            pipe.close()  # ends them, and what they started
+            pipe.close()
         for process in processes:
             process.join()
 
@@ -167,5 +167,5 @@ def _serve(pipe, make_round: Callable[..., Round], arguments: tuple) -> None:
         while pipe.recv():
             pipe.send(run())
         pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    except EOFError:  # another side failed
+    except (EOFError, BrokenPipeError):  # another side failed
         pass

@@ -110,10 +110,12 @@ def test_kernels_rounded_once_give_the_same_bits(options, make):
         np.testing.assert_array_equal(own, again)
 
 
-def test_the_gradient_of_a_bias_is_the_sum_over_tokens():
-    linear = make_linear(8, 12, CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize(("dtype", "error"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2**-8)])
+def test_the_gradient_of_a_bias_is_the_sum_over_tokens(dtype, error):
+    """In bfloat16 it is added up in fp32, and rounded once."""
+    linear = make_linear(8, 12, CONFIG, dtype=dtype, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
-    x, slope = (jnp.asarray(rng.normal(size=(3, 50, n)), jnp.float32) for n in (8, 12))
+    x, slope = (jnp.asarray(rng.uniform(size=(3, 500, n)), dtype) for n in (8, 12))
     loss = nnx.grad(lambda linear: jnp.sum(dense(linear, x) * slope))
     expected = np.asarray(slope, np.float64).sum((0, 1))
-    np.testing.assert_allclose(loss(linear).bias[...], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(loss(linear).bias[...], expected, rtol=error)

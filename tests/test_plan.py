@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tinybert_jax import cli, cost, plan
+from tinybert_jax import cli, cost, objectives, plan
 from tinybert_jax.data.vocab import train_wordpiece
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import make_encoder
@@ -159,6 +159,15 @@ def test_flops_of_the_masked_lm_by_hand(inputs, tmp_path, last_rate, num_chunks)
     head = 2 * 16 * (mapped * 16 + predicted * run.teacher.vocab_size)
     assert costs.flops["words"] == 3 * STEPS * head
     assert set(costs.flops) == {"forward", "backward", "words"}
+
+
+def test_the_masked_lm_s_chunks_are_those_of_the_step(inputs, tmp_path):
+    """A row of 16 slots on each device, 2.4 masked, 5.3 with two deviations: a chunk of 8."""
+    settings = {**STAGE, "mask_rate": 0.15, "loss_chunk_size": 64}
+    run = _run(inputs, tmp_path, ["pretrain"], pretrain=settings, num_seeds=1)
+    assert objectives.mlm_chunk_size(WIDTH, 64, mask_rate=0.15) == 8 < _room(0.15)
+    head = 2 * 16 * ROWS * (_room(0.15) * 16 + 8 * run.teacher.vocab_size)
+    assert plan.price(run, "pretrain").flops["words"] == 3 * STEPS * head
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_masked_lm_with_pairs_equals_transformers():
         mask_token_id=4,
         special_token_ids=(0, 1, 2),
         vocab_size=61,
-        chunk_size=3,
+        max_chunk_size=3,
         pair_weight=1.0,
     )
     params = our_params(model, init)

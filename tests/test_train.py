@@ -292,7 +292,7 @@ def test_a_masked_lm_step_never_holds_the_logits_of_all_predictions():
 
     def temporaries(chunk_size):
         options = {"mask_token_id": 4, "special_token_ids": (0, 1, 2), "vocab_size": 8192}
-        objective = objectives.make_mlm(apply, mask_rate=0.5, chunk_size=chunk_size, **options)
+        objective = objectives.make_mlm(apply, mask_rate=0.5, max_chunk_size=chunk_size, **options)
 
         def step(params, batch, key):
             prepared = objective.prepare(batch, key, jnp.float32(0))

@@ -110,11 +110,19 @@ def mask_tokens(
     return inputs, labels
 
 
-def num_slots(rate: float, num_tokens: int, unit: Unit = "token", deviations: int = 4) -> int:
-    """Room for the masked ones of so many tokens: their mean and some standard deviations."""
+def highest_rate(rate: float, end: float | None) -> float:
+    """Of a rate that goes from `rate` to `end`, or stays where there is none."""
+    return max(rate, end or 0.0)
+
+
+def num_slots(rate: float, num_tokens: int, unit: Unit = "token", num_deviations: int = 4) -> int:
+    """Room for the masked ones of so many tokens: their mean and some standard deviations.
+
+    At most all of them.
+    """
     mean = rate * num_tokens
     spread = math.sqrt(_CLUSTER[unit] * mean * (1 - rate))
-    return min(num_tokens, math.ceil(mean + deviations * spread) or 1)
+    return min(num_tokens, math.ceil(mean + num_deviations * spread) or 1)
 
 
 def gather_masked(

@@ -18,7 +18,7 @@ _TIDY_SECONDS = 30  # far more than the step whose page faults it costs
 class Meter:
     """Averages step metrics and turns them into rates, leaving pauses out of the clock.
 
-    The first step, which compiles, is out of it too, unless its line tells of no other.
+    The first step, which compiles, is out of it too, unless a line falls on it.
     """
 
     def __init__(

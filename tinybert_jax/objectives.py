@@ -101,7 +101,7 @@ def make_mask(
 
     With `mask_rate_end` the rate goes there in a straight line from `mask_rate`.
     """
-    highest_rate = max(mask_rate, mask_rate_end or 0.0)
+    highest_rate = masking.highest_rate(mask_rate, mask_rate_end)
     continues = None if is_continuation is None else jnp.asarray(is_continuation)
 
     def mask(batch: Batch, key: jax.Array, counts: Counts) -> tuple[Batch, Counts]:
@@ -136,9 +136,13 @@ def mlm_chunk_size(
     mask_rate_end: float | None = None,
     unit: masking.Unit = "token",
 ) -> int:
-    """Of chunks that hold next to every draw of masked tokens, and leave little room over."""
-    rate = max(mask_rate, mask_rate_end or 0.0)
-    num_expected = masking.num_slots(rate, num_tokens, unit, deviations=2)
+    """Of chunks, none above `largest`, that little room is left over in when rows are full.
+
+    They hold next to every draw of masked tokens, of `num_tokens` slots at the highest rate; rows
+    with padding, and a rate on its way, fill the last one less.
+    """
+    rate = masking.highest_rate(mask_rate, mask_rate_end)
+    num_expected = masking.num_slots(rate, num_tokens, unit, num_deviations=2)
     return word_losses.even_chunk_size(num_expected, largest)
 
 
@@ -148,7 +152,7 @@ def make_mlm(
     mask_rate: float,
     mask_rate_end: float | None = None,
     unit: masking.Unit = "token",
-    chunk_size: int = 512,
+    max_chunk_size: int = 512,
     num_shards: int = 1,
     pair_weight: float = 0.0,
     **mask_options: Any,
@@ -156,11 +160,10 @@ def make_mlm(
     """BERT's masked LM, masked as `make_mask` says; logits only at masked positions.
 
     `pair_weight` adds that of the pair in each row: its label is the batch's, -1 for none.
-    Logits exist for at most `chunk_size` predictions at a time on each of `num_shards` batch
-    shards: `mlm_chunk_size`.
+    Logits exist for at most `max_chunk_size` predictions at a time on each of `num_shards` batch
+    shards (`mlm_chunk_size`).
     """
-    rates: Any = {"mask_rate": mask_rate, "mask_rate_end": mask_rate_end, "unit": unit}
-    mask = make_mask(**rates, **mask_options)
+    mask = make_mask(mask_rate=mask_rate, mask_rate_end=mask_rate_end, unit=unit, **mask_options)
 
     def prepare(batch: Batch, key: jax.Array, share: jax.Array) -> tuple[Batch, Counts]:
         return mask(batch, key, count_units(batch)._replace(share=share))
@@ -168,7 +171,13 @@ def make_mlm(
     def loss(params, batch, counts, key, targets):
         labels: MaskedLabels = batch.labels
         output = apply(params, *encoder_inputs(batch), key, positions=labels.positions)
-        size = mlm_chunk_size(batch.input_ids.size // num_shards, chunk_size, **rates)
+        size = mlm_chunk_size(
+            batch.input_ids.size // num_shards,
+            max_chunk_size,
+            mask_rate=mask_rate,
+            mask_rate_end=mask_rate_end,
+            unit=unit,
+        )
         sizes = {"chunk_size": size, "num_shards": num_shards, "count": counts.predictions}
         hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
         parts: Metrics = {}

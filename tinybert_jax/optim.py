@@ -103,11 +103,25 @@ def make_optimizer(
     `torch.optim.AdamW`). `clip_norm=None` does not clip; the state has the same structure.
     """
     return optax.chain(
-        optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
+        optax.identity() if clip_norm is None else _clip_by_global_norm(clip_norm),
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
         optax.add_decayed_weights(weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """As optax's, but for a factor: XLA keeps what optax divides by the norm as one more array.
+
+    Both moments then read the gradients themselves, in passes that they make anyway. Rounding is
+    that of `torch.nn.utils.clip_grad_norm_`, without its 1e-6.
+    """
+
+    def update(grads: PyTree, state: optax.OptState, params: PyTree | None = None):
+        factor = jnp.minimum(1.0, max_norm / optax.tree.norm(grads))
+        return jax.tree.map(lambda grad: grad * factor, grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _inverse_sqrt(learning_rate: float, timescale: int) -> optax.Schedule:

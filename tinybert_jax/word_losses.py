@@ -75,9 +75,9 @@ def masked_lm_sums(
 
 
 def even_chunk_size(num_expected: int, largest: int) -> int:
-    """Of the fewest chunks for so many rows, none above `largest`, with the least room left over.
+    """Of the fewest chunks for so many rows, none above `largest`, all of one size.
 
-    A multiple of 8, where `largest` allows it.
+    The least such, made a multiple of 8 where `largest` allows it.
     """
     num_chunks = -(-num_expected // largest)
     return min(largest, 8 * -(-num_expected // (8 * num_chunks)))

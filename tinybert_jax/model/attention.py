@@ -1,6 +1,5 @@
 """Multi-head self-attention that hands out its queries, keys and values as taps."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from tinybert_jax.fields import AttentionBackend
-from tinybert_jax.model.dropout import kept
+from tinybert_jax.model.dropout import dropout
 from tinybert_jax.model.linear import dense, make_linear
 from tinybert_jax.sections import ModelConfig
 from tinybert_jax.sharding import over_batch
@@ -101,10 +100,10 @@ def attend(
             return over_batch(_FUSED[fused])(queries, keys, values, visible)
         if backend != "auto":
             raise ValueError(f"attention: {fused} expects {missing}; set compute.attention=auto")
-    scaled = queries * jnp.asarray(queries.shape[-1] ** -0.5, queries.dtype)
-    if key is None or dropout_rate == 0:
-        return _by_map(scaled, keys, values, visible.pairs, None, 0.0)
-    return _by_map(scaled, keys, values, visible.pairs, key, dropout_rate)
+    scores = attention_scores(queries, keys)
+    probs = jax.nn.softmax(jnp.where(visible.pairs[:, None], scores, _MASKED), axis=-1)
+    probs = dropout(probs.astype(values.dtype), dropout_rate, key)
+    return _context(probs, values)
 
 
 def _missing(backend: AttentionBackend, queries: jax.Array, dropout_rate: float) -> str | None:
@@ -181,55 +180,7 @@ def attention_scores(
 ) -> Float[Array, "batch heads seq seq"]:
     """QKᵀ/√head_dim in fp32, before masking and softmax (arXiv 1909.10351, equation 1)."""
     scaled = queries * jnp.asarray(queries.shape[-1] ** -0.5, queries.dtype)
-    return _dot(_by_head(scaled), _by_dim(keys))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _by_map(
-    scaled: Array, keys: Array, values: Array, pairs: Array, key: jax.Array | None, rate: float
-) -> Array:
-    """Attention by the score map; the queries are divided by √head_dim already.
-
-    The softmax's division is left to the context, and on the way back to the scores' slope. The sum
-    over keys in softmax's derivative, Σ p·∂p, is the one over dims of context·∂context, with
-    dropout too (arXiv 2205.14135, appendix B.2). Each saves a pass over the map.
-    """
-    return _by_map_forward(scaled, keys, values, pairs, key, rate)[0]
-
-
-def _by_map_forward(
-    scaled: Array, keys: Array, values: Array, pairs: Array, key: jax.Array | None, rate: float
-) -> tuple[Array, tuple]:
-    scores = jnp.where(pairs[:, None], _dot(_by_head(scaled), _by_dim(keys)), _MASKED)
-    exps = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    sums = exps.sum(axis=-1, keepdims=True)
-    weights = exps if key is None else jnp.where(kept(key, exps.shape, rate), exps, 0)
-    weights = weights.astype(values.dtype)
-    context = _times(weights, values) / (_by_head(sums) * (1 - rate))
-    context = context.astype(values.dtype)
-    return context, (scaled, keys, values, key, exps, weights, sums, context)
-
-
-def _by_map_backward(
-    rate: float, residuals: tuple, slope: Array
-) -> tuple[Array, Array, Array, None, None]:
-    scaled, keys, values, key, exps, weights, sums, context = residuals
-    by_weights = _dot(_by_head(slope), _by_dim(values)) / (1 - rate)
-    if key is not None:
-        by_weights = jnp.where(weights > 0, by_weights, 0)
-    mean = jnp.einsum("bthd,bthd->bht", slope, context, preferred_element_type=jnp.float32)
-    by_scores = (exps / sums * (by_weights - mean[..., None])).astype(scaled.dtype)
-    share = (slope / (_by_head(sums) * (1 - rate))).astype(slope.dtype)
-    return (
-        _times(by_scores, keys).astype(scaled.dtype),
-        _turned_times(by_scores, scaled).astype(keys.dtype),
-        _turned_times(weights, share).astype(values.dtype),
-        None,
-        None,
-    )
-
-
-_by_map.defvjp(_by_map_forward, _by_map_backward)
+    return _scores(scaled, keys)
 
 
 # XLA:CPU is fast at products of many small matrices where the left one is contracted by its last
@@ -272,6 +223,37 @@ def _times_by_dim(maps: Array, x: Array) -> Array:
 def _turned_times(maps: Array, x: Array) -> Array:
     """[b, h, t, s]ᵀ · [b, t, h, d] to [b, s, h, d]."""
     return _dot(_by_dim(x), maps).transpose(0, 3, 1, 2)
+
+
+@jax.custom_vjp
+def _scores(queries: Array, keys: Array) -> Array:
+    return _dot(_by_head(queries), _by_dim(keys))
+
+
+def _scores_backward(taps: tuple, slope: Array) -> tuple[Array, Array]:
+    queries, keys = taps
+    slope = slope.astype(queries.dtype)
+    return (
+        _times(slope, keys).astype(queries.dtype),
+        _turned_times(slope, queries).astype(keys.dtype),
+    )
+
+
+_scores.defvjp(lambda q, k: (_scores(q, k), (q, k)), _scores_backward)
+
+
+@jax.custom_vjp
+def _context(probs: Array, values: Array) -> Array:
+    return _times(probs, values).astype(values.dtype)
+
+
+def _context_backward(kept: tuple, slope: Array) -> tuple[Array, Array]:
+    probs, values = kept
+    by_probs = _dot(_by_head(slope), _by_dim(values)).astype(probs.dtype)
+    return by_probs, _turned_times(probs, slope).astype(values.dtype)
+
+
+_context.defvjp(lambda p, v: (_context(p, v), (p, v)), _context_backward)
 
 
 # Splash's blocks. cuDNN's gradient of 64 tokens with a mask was NaN (jax 0.11.2), and no faster.

@@ -36,7 +36,7 @@ def main(run: Run) -> None:
             mask_rate_end=section.mask_rate_end,
             unit=section.mask_unit,
             is_continuation=continuations,
-            chunk_size=section.loss_chunk_size,
+            max_chunk_size=section.loss_chunk_size,
             num_shards=sharding.num_batch_shards(run.mesh),
             **run.mask_ids,
             pair_weight=section.pair_weight,
