@@ -156,3 +156,16 @@ def test_default_buckets_double_up_to_max_length(tmp_path):
     assert config.load(_written(tmp_path)).finetune.buckets() == (16, 32, 64, 128)
     shorter = config.load(_written(tmp_path), ["finetune.max_length=48"])
     assert shorter.finetune.buckets() == (16, 32, 48)
+
+
+def test_a_value_that_is_no_list_or_mapping_is_shown_as_one(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("run_dir: runs/a\ncorpus: {files: wiki.txt, stores: data/mine}\n")
+    with pytest.raises(ConfigError) as caught:
+        config.load(path)
+    assert "corpus.files: expected a list, got 'wiki.txt'; write it as [wiki.txt]" in str(
+        caught.value
+    )
+    assert "corpus.stores: expected a mapping, got 'data/mine'; write it as {name: value}" in str(
+        caught.value
+    )

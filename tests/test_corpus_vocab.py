@@ -29,3 +29,26 @@ def test_no_text_says_what_was_found(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "expected text; got none in 2 records (" in said and "line 1: no key 'text'" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_each_chinese_character_has_a_piece_and_none_within_a_word(tmp_path):
+    """Beyond the limit on letters: the text has 3,000 of them, twice each."""
+    text = "".join(chr(0x4E00 + i) for i in range(3000))
+    (tmp_path / "text.txt").write_text(f"{text} a\n{text} a\n")
+    command = ["data", "vocab", str(tmp_path / "text.txt"), "--size", "3500", "-o"]
+    assert cli.main([*command, str(tmp_path / "out")]) == 0
+    pieces = hf_folder.load_tokenizer(tmp_path / "out").get_vocab()
+    assert set(text) <= pieces.keys()
+    assert len(pieces) == 5 + 3000 + 2  # a, ##a
+
+
+def test_no_more_pieces_than_asked_for(tmp_path, capsys):
+    """The commonest letters have theirs first."""
+    (tmp_path / "text.txt").write_text("we saw a tree, we saw the sea, we see 电影 电影\n" * 9)
+    command = ["data", "vocab", str(tmp_path / "text.txt"), "-o", str(tmp_path / "out"), "--size"]
+    assert cli.main([*command, "11"]) == 0
+    pieces = hf_folder.load_tokenizer(tmp_path / "out").get_vocab()
+    assert len(pieces) == 11 and {"e", "##e"} <= pieces.keys()
+    capsys.readouterr()
+    assert cli.main([*command[:-2], str(tmp_path / "no"), "--max-length", "1"]) == 2
+    assert "--max-length: expected 3 or more; got 1" in capsys.readouterr().err

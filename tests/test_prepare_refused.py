@@ -129,5 +129,26 @@ def test_settings_are_read_and_mistakes_named(world, capsys):
     assert cli.main(command) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["width"] == 64 and PrepareConfig(**shown).chunk_bytes == 8000
+    with pytest.raises(config.ConfigError, match="documents: unknown key"):  # a mode's name
+        config.load_as(PrepareConfig, world.config, ["documents=1"])
     with pytest.raises(config.ConfigError, match="widht: unknown key; did you mean 'width'"):
         config.load_as(PrepareConfig, world.config, ["widht=64"])
+
+
+def test_a_failed_start_binds_nothing(world):
+    """Nothing was done yet, so what was wrong can be mended in the same command."""
+    path = world.folder / "a.csv"
+    path.write_text("id,body\n1,a text\n2,another\n")
+    settings = {"sources": [str(path)], "width": 16}
+    world.refused("expected a column 'text'", "'body'", **settings)
+    world.prepare(**settings, text="body")
+
+
+def test_empty_files_are_passed_over(world):
+    """Also as the first of a list."""
+    empty = world.folder / "empty.txt"
+    empty.touch()
+    store = open_store(world.prepare(sources=[str(empty), str(world.text)]), verify=True)
+    alone = open_store(world.prepare(output=str(world.folder / "alone")), verify=True)
+    assert store.manifest["num_tokens"] == alone.manifest["num_tokens"]
+    world.refused("expected text", sources=[str(empty)], output=str(world.folder / "none"))

@@ -315,7 +315,11 @@ def test_corpus_mistakes(write, tmp_path):
     other = write("a.md", "Text.\n")
     rows = write("a.jsonl", '{"text": "a"}\n{"text": ""}\n{"text": 3}\n')
     keys = write("b.jsonl", '{"txt": "a"}\n')
+    (tmp_path / "packed").mkdir()
+    write("packed/a.txt", "Text.\n")
+    write("packed/b.jsonl.gz", "")
     for paths, parts in (
+        ([f"{tmp_path}/packed"], ["not compressed", "b.jsonl.gz", "tinybert data prepare"]),
         (one, ["a list of files"]),
         ([], ["a list of files"]),
         ([one, f"{tmp_path}/o*.txt"], ["every file once", "one.txt"]),

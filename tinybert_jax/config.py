@@ -194,6 +194,10 @@ def _explain(item: Any, root: type[BaseModel]) -> tuple[str, str]:
     if item["type"] == "value_error":
         return dotted, message
     got = item.get("input")
+    if item["type"] in ("tuple_type", "list_type"):
+        return dotted, f"expected a list, got {got!r}; write it as [{got}]"
+    if item["type"] == "dict_type":
+        return dotted, f"expected a mapping, got {got!r}; write it as {{name: value}}"
     nearest = ""
     if item["type"] == "literal_error":
         nearest = _nearest(str(got), re.findall(r"'([^']+)'", message), list_all=False)
@@ -211,15 +215,14 @@ def _own_location(
     for place, part in enumerate(location):
         fields = [each.model_fields[part] for each in sections if part in each.model_fields]
         tagged = [each for each in sections if part in _tags(each)]
+        is_unknown = ends_in_unknown and place == len(location) - 1
         if fields:
             own.append(part)
             sections = list(_section_types(fields[0].annotation))
             is_free = "dict" in str(fields[0].annotation)
-        elif tagged:
+        elif tagged and not is_unknown:
             sections = tagged
-        elif isinstance(part, int) or is_free:
-            own.append(part)
-        elif ends_in_unknown and place == len(location) - 1:
+        elif isinstance(part, int) or is_free or is_unknown:
             own.append(part)
     return own, sections
 

@@ -49,7 +49,8 @@ def extend_vocabulary(
     if not words:
         raise ValueError(
             f"--words: expected words that {source} splits, {min_count} times or more in the text, "
-            "found none; give more text, or lower --min-count"
+            "found none; see that the text is there (--text names its column), give more of it, or "
+            "lower --min-count"
         )
     numbers = {word: len(tokenizer) + place for place, word in enumerate(words)}
     for path in (_WORD_TABLE, _WORD_BIAS):

@@ -117,9 +117,9 @@ def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     that of `torch.nn.utils.clip_grad_norm_`, without its 1e-6.
     """
 
-    def update(grads: PyTree, state: optax.OptState, params: PyTree | None = None):
-        factor = jnp.minimum(1.0, max_norm / optax.tree.norm(grads))
-        return jax.tree.map(lambda grad: grad * factor, grads), state
+    def update(updates: PyTree, state: optax.OptState, params: PyTree | None = None):
+        factor = jnp.minimum(1.0, max_norm / optax.tree.norm(updates))
+        return jax.tree.map(lambda update: update * factor, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

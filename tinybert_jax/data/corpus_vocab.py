@@ -28,6 +28,8 @@ def write_vocab(
     folder = Path(output)
     if folder.exists():
         fail(f"--output: {folder}", "a new folder", "one that exists", "name another or remove it")
+    if max_length < 3:  # [CLS], a piece, [SEP]
+        fail("--max-length", "3 or more", str(max_length), "leave it out for 512")
     bad: list[records.Record] = []
     texts = list(iter_texts(sources, text=text, split=split, bad=bad))
     if not texts:

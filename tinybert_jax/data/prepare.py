@@ -194,7 +194,8 @@ def _keep_identity(partial: Path, identity: dict[str, Any], config: PrepareConfi
     path = partial / _IDENTITY
     # A manifest alone: killed when all was there but the folder's final name.
     known = next((p for p in (path, partial / store.MANIFEST) if p.is_file()), None)
-    if known:
+    index = partial / store.INDEX
+    if known and index.is_file() and index.stat().st_size:  # else no text is in it yet
         _refuse_changes(partial, json.loads(known.read_text(encoding="utf-8")), identity, config)
         return
     aside = partial / f"{_IDENTITY}.new"
@@ -326,7 +327,10 @@ def _check_bad(config: PrepareConfig, writer: StoreWriter, bad: int, num: int) -
     lines = _bad_lines(writer)
     listed.write_text(lines, encoding="utf-8")
     first = ", ".join(lines.split("\n")[:3])
-    fix = "correct the sources, or raise max_bad_share and run again: it goes on"
+    fix = (
+        "raise max_bad_share and run again: it goes on; or correct the sources, remove "
+        f"{writer.folder} and prepare anew"
+    )
     expected = f"at most {config.max_bad_share:.2%} of the records to be bad"
     fail(f"{listed}", expected, f"{bad}, the first: {first}", fix)
 

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinybert_jax.data.mistakes import fail, fail_column, short
-from tinybert_jax.data.sources import corpus_files, load_dataset
+from tinybert_jax.data.sources import COMPRESSED, corpus_files, load_dataset
 
 _KINDS = (".txt", ".jsonl", ".tsv", ".csv", ".parquet")
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_SUFFIXES = tuple(kind + end for kind in _KINDS for end in ("", *_COMPRESSED))
+_SUFFIXES = tuple(kind + end for kind in _KINDS for end in ("", *COMPRESSED))
 _LONGEST = 16  # chunks without an end of record, after which a line end has to do
 
 
@@ -85,7 +84,7 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
         if path.startswith("hub:") or _is_saved_dataset(Path(path)):
             sources.append(Source(path, "datasets", 0, 0))
             continue
-        named = f"{', '.join(_KINDS)} (or {', '.join(_COMPRESSED)} of it)"
+        named = f"{', '.join(_KINDS)} (or {', '.join(COMPRESSED)} of it)"
         for file in corpus_files([path], _SUFFIXES, named):
             found = os.stat(file)
             sources.append(Source(file, _kind(file), found.st_size, found.st_mtime_ns))
@@ -113,7 +112,7 @@ def group_sources(sources: Sequence[Source], chunk_bytes: int) -> list[list[Sour
     groups: list[list[Source]] = []
     room = 0
     for source in sources:
-        if source.num_bytes > room or source.kind == "datasets":
+        if not groups or source.num_bytes > room or source.kind == "datasets":
             groups.append([])
             room = chunk_bytes
         groups[-1].append(source)
@@ -154,7 +153,7 @@ def _is_saved_dataset(folder: Path) -> bool:
 
 def _kind(file: str) -> str:
     suffixes = [suffix.lower() for suffix in Path(file).suffixes]
-    return suffixes[-2] if suffixes[-1] in _COMPRESSED else suffixes[-1]
+    return suffixes[-2] if suffixes[-1] in COMPRESSED else suffixes[-1]
 
 
 def _pieces(source: Source, options: Options) -> Iterator[tuple[Piece, int]]:

@@ -20,6 +20,8 @@ import numpy as np
 
 from tinybert_jax.data.mistakes import fail, fail_column, fail_missing, nearest, short
 
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
 
 class LabelledText(NamedTuple):
     """The rows of a task: n texts, with n second texts and n labels where there are any."""
@@ -84,11 +86,16 @@ def read_corpus(paths: Sequence[str]) -> list[str]:
 
     `paths`: files, folders (walked in sorted order; hidden files and other kinds are passed over)
     and globs of files (expanded in sorted order). The lines of a document are joined by single
-    newlines. Raises ValueError for all that is wrong.
+    newlines. Raises ValueError for all that is wrong, compressed files in a folder too.
     """
     if isinstance(paths, str) or not paths:
         fail("corpus", "a list of files, folders or globs", repr(paths), "write it as ['a.txt']")
     files = corpus_files(paths, (".txt", ".jsonl"), ".txt or .jsonl")
+    for folder in filter(os.path.isdir, paths):
+        packed = next((f for f in sorted(Path(folder).rglob("*")) if f.suffix in COMPRESSED), None)
+        if packed:
+            fix = "unpack it, or make a store of the folder with `tinybert data prepare`"
+            fail(f"corpus: {folder}", "text files that are not compressed", str(packed), fix)
     return [document for file in files for document in _documents(file)]
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-MAX_ALPHABET = 1000  # characters kept, the commonest first; BERT's own limit
+MAX_ALPHABET = 1000  # letters kept, the commonest first; BERT's own limit
+MIN_COUNT = 2  # of a piece
 
 
 def train_wordpiece(
@@ -21,7 +22,9 @@ def train_wordpiece(
     """A `BertTokenizer` of `vocab_size` pieces; fewer where the text is short.
 
     Chinese characters become words of their own, accents are stripped when `lowercase` is set, as
-    in BERT. The same documents give the same vocabulary.
+    in BERT. The commonest letters have a piece each at the start of a word and within one, as far
+    as there is room, then the commonest Chinese characters; longer pieces get the rest. The same
+    documents give the same vocabulary.
     """
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizer
@@ -29,16 +32,17 @@ def train_wordpiece(
     if vocab_size <= len(SPECIAL_TOKENS):
         raise ValueError(f"tokenizer.vocab_size: expected more than 5 pieces, got {vocab_size}")
     trainer = BertWordPieceTokenizer(lowercase=lowercase)
-    alphabet = _alphabet(trainer, documents)
+    letters, ideographs = _alphabet(trainer, documents, vocab_size - len(SPECIAL_TOKENS))
+    alphabet = sorted([*letters, *ideographs])
     trainer.train_from_iterator(
         documents,
-        vocab_size=max(vocab_size, len(SPECIAL_TOKENS) + 2 * len(alphabet)),
-        min_frequency=2,
+        vocab_size=vocab_size,
+        min_frequency=MIN_COUNT,
         limit_alphabet=len(alphabet),
         initial_alphabet=alphabet,
         # The library numbers the inner letters in hash order and breaks ties by number, so that
         # each run learns other pieces. Listing them here fixes their numbers.
-        special_tokens=[*SPECIAL_TOKENS, *(f"##{letter}" for letter in alphabet)],
+        special_tokens=[*SPECIAL_TOKENS, *(f"##{letter}" for letter in sorted(letters))],
         show_progress=False,
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -145,9 +149,17 @@ def is_continuation(tokenizer: Any) -> np.ndarray:
     return table
 
 
-def _alphabet(trainer: Any, documents: Sequence[str]) -> list[str]:
+def _alphabet(trainer: Any, documents: Sequence[str], room: int) -> tuple[list[str], list[str]]:
+    """(letters, Chinese characters): the commonest, for `room` pieces.
+
+    A Chinese character is a word: there is no form of it within one.
+    """
     counts: Counter[str] = Counter()
     for document in documents:
         counts.update(trainer.normalizer.normalize_str(document))
-    letters = [letter for letter in counts if not letter.isspace()]
-    return sorted(sorted(letters, key=lambda c: (-counts[c], c))[:MAX_ALPHABET])
+    common = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
+    alone = [c for c in common if trainer.normalizer.normalize_str(c) == f" {c} "]
+    is_alone = frozenset(alone)
+    letters = [c for c in common if c not in is_alone][: min(MAX_ALPHABET, room // 2)]
+    often = [c for c in alone if counts[c] >= MIN_COUNT]
+    return letters, often[: room - 2 * len(letters)]
