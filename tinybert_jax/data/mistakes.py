@@ -27,7 +27,7 @@ def fail_missing(path: str) -> NoReturn:
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, 1)
+    close = difflib.get_close_matches(name, names, 1, 0.7)  # a shared suffix is not enough
     return f"did you mean {close[0]!r}?" if close else "check the name"
 
 
