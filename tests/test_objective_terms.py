@@ -1,5 +1,6 @@
 """Every preset against its paper's formula, written in PyTorch on what the two models give out."""
 
+import functools
 import re
 
 import jax
@@ -52,6 +53,10 @@ def _long(x):
     return torch.tensor(np.asarray(x)).long()
 
 
+def _whole(role):
+    return role.apply if role.kind == "encoder" else functools.partial(role.apply, taps=True)
+
+
 class Case:
     """Both models' outputs as float64 tensors, and the objective's value and parts."""
 
@@ -81,7 +86,7 @@ class Case:
         self.student, self.teacher = (
             jax.tree.map(
                 lambda x: torch.tensor(np.asarray(x), dtype=torch.float64),
-                jax.jit(role.apply)(own, *inputs),
+                jax.jit(_whole(role))(own, *inputs),
             )
             for role, own in zip(roles, params, strict=True)
         )

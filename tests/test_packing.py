@@ -216,6 +216,7 @@ def test_a_segment_sees_nothing_of_the_others():
             PACKED.attention_mask,
             PACKED.token_type_ids,
             num_segments=PACKED.num_segments,
+            taps=True,
         )
     )
     row = int(np.argmax((BINS >= 0).sum(1)))

@@ -1,5 +1,6 @@
 """`--dry-run`: numbers equal those worked out by hand, and nothing is written."""
 
+import datetime
 import math
 import re
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tinybert_jax import cli, cost, objectives, plan
+from tinybert_jax import cli, cost, objectives, plan, plan_work
 from tinybert_jax.data.vocab import train_wordpiece
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import make_encoder
@@ -40,8 +41,15 @@ STAGE = {
 }
 STAGES = ("pretrain", "finetune", "general", "intermediate", "prediction", "baseline")
 # A token's forward pass: 2 · layers · (4d² + 2df + 2Td).
-TEACHER_FORWARD = 2 * 2 * (4 * 16**2 + 2 * 16 * 32 + 2 * WIDTH * 16)
-STUDENT_FORWARD = 2 * 1 * (4 * 8**2 + 2 * 8 * 16 + 2 * WIDTH * 8)
+TEACHER_LAYER = 2 * (4 * 16**2 + 2 * 16 * 32 + 2 * WIDTH * 16)
+STUDENT_LAYER = 2 * (4 * 8**2 + 2 * 8 * 16 + 2 * WIDTH * 8)
+TEACHER_FORWARD = 2 * TEACHER_LAYER
+
+
+def _last(layer, hidden_size, num_read, width=WIDTH):
+    """A row's: keys and values of all its tokens, the rest where it is read."""
+    keys_and_values = 2 * 2 * hidden_size**2
+    return width * keys_and_values + num_read * (layer - keys_and_values)
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +90,9 @@ def _run(inputs, tmp_path, stages=STAGES, **changes):
     return read_run(config, config.stages)
 
 
-def _room(rate):
+def _room(rate, width=WIDTH):
     """Slots of a row for its masked tokens: their mean and four standard deviations."""
-    return math.ceil(rate * WIDTH + 4 * math.sqrt(rate * WIDTH * (1 - rate)))
+    return math.ceil(rate * width + 4 * math.sqrt(rate * width * (1 - rate)))
 
 
 def test_dry_run_names_all_stages_and_writes_nothing(inputs, tmp_path, capsys, monkeypatch):
@@ -104,9 +112,11 @@ def test_dry_run_names_all_stages_and_writes_nothing(inputs, tmp_path, capsys, m
             name in ("general", "intermediate", "prediction")
         )
         assert "float32 peak" in block
-    # 512 slots · 3 passes of the teacher, at 40 % of 1,000 FLOP/s
-    assert f"of the stage {3 * SLOTS * TEACHER_FORWARD:.3g}" in blocks[1]
-    assert "this CPU 10:55:22" in blocks[1]
+    # 32 rows · 3 passes of the teacher, at 40 % of 1,000 FLOP/s
+    flops = 3 * SLOTS // WIDTH * (WIDTH * TEACHER_LAYER + _last(TEACHER_LAYER, 16, 1))
+    assert f"of the stage {flops:.3g}" in blocks[1]
+    time = datetime.timedelta(seconds=math.ceil(flops / 400))
+    assert f"this CPU {time}" in blocks[1]
     (total,) = re.findall(r"^together: (\S+) FLOPs\n  time      this CPU ", together)
     of_stages = [float(re.findall(r"of the stage (\S+)", block)[0]) for block in blocks]
     assert float(total) == pytest.approx(sum(of_stages), rel=0.01)
@@ -137,9 +147,10 @@ def test_flops_of_supervised_stages_by_hand(inputs, tmp_path):
     run = _run(inputs, tmp_path)
     teacher, student = plan.price(run, "finetune"), plan.price(run, "baseline")
     assert (teacher.num_tokens, teacher.num_slots, teacher.width) == (TOKENS, SLOTS, WIDTH)
-    once = SLOTS * TEACHER_FORWARD
+    num_rows = SLOTS // WIDTH
+    once = num_rows * (WIDTH * TEACHER_LAYER + _last(TEACHER_LAYER, 16, 1))
     assert teacher.flops == {"forward": once, "backward": 2 * once}
-    once = 3 * SLOTS * STUDENT_FORWARD  # three seeds
+    once = 3 * num_rows * _last(STUDENT_LAYER, 8, 1)  # three seeds
     assert student.flops == {"forward": once, "backward": 2 * once}
 
 
@@ -159,6 +170,8 @@ def test_flops_of_the_masked_lm_by_hand(inputs, tmp_path, last_rate, num_chunks)
     head = 2 * 16 * (mapped * 16 + predicted * run.teacher.vocab_size)
     assert costs.flops["words"] == 3 * STEPS * head
     assert set(costs.flops) == {"forward", "backward", "words"}
+    once = WIDTH * TEACHER_LAYER + _last(TEACHER_LAYER, 16, _room(last_rate or 0.15))
+    assert costs.flops["forward"] == STEPS * ROWS * once
 
 
 def test_the_masked_lm_s_chunks_are_those_of_the_step(inputs, tmp_path):
@@ -205,9 +218,10 @@ def test_each_batch_counts_at_its_own_width(inputs, tmp_path):
     feed = stage_feed(run, "pretrain")
     shapes = [feed.batch_at(step).input_ids.shape for step in range(STEPS)]
     assert {width for _, width in shapes} == {8, 16}
-    expected = sum(
-        rows * width * 2 * 2 * (4 * 16**2 + 2 * 16 * 32 + 2 * width * 16) for rows, width in shapes
-    )
+    expected = 0
+    for rows, width in shapes:
+        layer = 2 * (4 * 16**2 + 2 * 16 * 32 + 2 * width * 16)
+        expected += rows * (width * layer + _last(layer, 16, _room(0.15, width), width))
     costs = plan.price(run, "pretrain")
     np.testing.assert_allclose(costs.flops["forward"], expected, rtol=1e-12)
     assert costs.width == 16 and costs.num_slots == sum(rows * width for rows, width in shapes)
@@ -224,11 +238,13 @@ def test_a_family_has_one_teacher(inputs, tmp_path, monkeypatch):
     ]
     for stage in ("general", "prediction", "baseline"):
         both, *alone = (plan.price(run, stage) for run in runs)
-        teacher = plan._work(runs[0], stage).teacher
+        teacher = plan_work.work_of(runs[0], stage).teacher
         for part, value in both.flops.items():
             total = sum(own.flops[part] for own in alone)
             if part == "teacher":
-                assert value == total / 2 == SLOTS * TEACHER_FORWARD
+                num_read = WIDTH if stage == "general" else 1
+                row = WIDTH * TEACHER_LAYER + _last(TEACHER_LAYER, 16, num_read)
+                assert value == total / 2 == SLOTS // WIDTH * row
             elif part == "words":
                 vocab = runs[0].teacher.vocab_size
                 shared = STEPS * ROWS * WIDTH * 2 * 16 * (16 + vocab)

@@ -250,7 +250,8 @@ def test_features_are_the_teachers_own_beside_known_logits():
         terms = DistillSection(prediction=[{"term": name} for name in names]).prediction
         return make_distill(role, role, terms).targets(batch, params)
 
-    theirs = apply(params, batch.input_ids, batch.attention_mask, batch.token_type_ids)
+    inputs = batch.input_ids, batch.attention_mask, batch.token_type_ids
+    theirs = apply(params, *inputs, taps=True)
     both = targets(batch._replace(teacher_logits=known), "logits", "hidden")
     np.testing.assert_array_equal(both.logits, known)
     np.testing.assert_array_equal(both.encoder.hidden, theirs.encoder.hidden)

@@ -52,13 +52,16 @@ def num_encoder_parameters(config: BertShape) -> int:
     return config.num_hidden_layers * (attention + feed_forward + layer_norms)
 
 
-def forward_flops_per_token(config: BertShape, seq_len: int, *, projection_dim: int = 0) -> int:
+def forward_flops_per_token(
+    config: BertShape, seq_len: int, *, projection_dim: int = 0, num_read: int | None = None
+) -> float:
     """FLOPs of one forward pass divided by its tokens, padding counted as tokens.
 
     Counts the six weight matrices of a layer and the two products of attention (scores, and
     probabilities times values: 2·seq_len·hidden_size multiply-adds per token). No task head.
     `projection_dim` adds the student's share of hidden-state distillation: every entry of `hidden`
-    (num_hidden_layers + 1) projected to a teacher of that width.
+    (num_hidden_layers + 1) projected to a teacher of that width. `num_read`: at how many tokens of
+    a row the last layer is run, but for its keys and values; default: at all.
 
     At T = 128: BERT-base 174.6 M; TinyBERT4 9.7 M, and 12.1 M with projection_dim=768, a third of
     the 36.4 M of a trained token.
@@ -66,7 +69,9 @@ def forward_flops_per_token(config: BertShape, seq_len: int, *, projection_dim: 
     d, f, num_layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     layer = 4 * d * d + 2 * d * f + 2 * seq_len * d
     projection = projection_flops_per_token(config, projection_dim, num_layers + 1)
-    return 2 * num_layers * layer + projection
+    share_left_out = 0 if num_read is None else 1 - num_read / seq_len
+    left_out = share_left_out * (layer - 2 * d * d)
+    return float(2 * (num_layers * layer - left_out) + projection)
 
 
 def projection_flops_per_token(config: BertShape, projection_dim: int, num_entries: int) -> int:
@@ -89,18 +94,20 @@ def training_flops_per_token(
     *,
     projection_dim: int = 0,
     teacher: BertShape | None = None,
-) -> int:
+    num_read: int | None = None,
+) -> float:
     """FLOPs of one training step per token: three forward passes of each model, one of a teacher.
 
-    All read the same batch and share the teacher's pass, if there is one.
+    All read the same batch and share the teacher's pass, if there is one; `num_read` as above.
     The backward pass costs two forward passes: a gradient for the weights and one for the inputs.
     Recomputation (remat) is not counted: it is a cost of the machine, not of the model.
     """
     forward = sum(
-        forward_flops_per_token(config, seq_len, projection_dim=projection_dim)
+        forward_flops_per_token(config, seq_len, projection_dim=projection_dim, num_read=num_read)
         for config in trained
     )
-    return 3 * forward + (forward_flops_per_token(teacher, seq_len) if teacher else 0)
+    taught = forward_flops_per_token(teacher, seq_len, num_read=num_read) if teacher else 0
+    return float(3 * forward + taught)
 
 
 def peak_flops(device_kind: str, dtype: Any) -> float | None:

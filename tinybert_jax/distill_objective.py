@@ -48,7 +48,7 @@ class Role(NamedTuple):
 class Outputs(NamedTuple):
     """What the terms read of one model."""
 
-    encoder: Any  # EncoderOutput; of a teacher that no term but logits reads perhaps None
+    encoder: Any  # EncoderOutput, where a term reads it
     logits: jax.Array | None = None  # [examples, labels]
     words: MaskedLMOutput | None = None
 
@@ -91,6 +91,7 @@ def make_distill(
     """
     values = [_LOSSES[term.term](term, student.num_layers, teacher.num_layers) for term in terms]
     names = _names([term.term for term in terms])
+    run = functools.partial(_run, all_words=objective_sections.reads_all_words(terms))
     options = options._replace(all_words=objective_sections.reads_all_words(terms))
 
     def prepare(batch: Batch, key: jax.Array, share: jax.Array) -> tuple[Batch, Counts]:
@@ -104,13 +105,14 @@ def make_distill(
         read = terms if known is None else objective_sections.without_logits(terms)
         if not objective_sections.teaches(read):
             return Outputs(None, known)
-        outputs = _run(teacher, frozen, batch, None, options.all_words)
+        outputs = run(teacher, frozen, batch, None, taps=objective_sections.reads_taps(read))
         if known is not None:
             outputs = outputs._replace(logits=known)
         return jax.lax.stop_gradient(outputs)
 
     def loss(params, batch, counts, key, goal):
-        ours = _run(student, params["student"], batch, key, options.all_words)
+        taps = objective_sections.reads_taps(terms)
+        ours = run(student, params["student"], batch, key, taps=taps)
         context = Context(ours, goal, batch, counts, params.get("projection"), options)
         parts = {}
         for name, value in zip(names, values, strict=True):
@@ -126,16 +128,23 @@ def make_distill(
 
 
 def _run(
-    role: Role, params: Any, batch: Batch, key: jax.Array | None, all_words: bool = False
+    role: Role,
+    params: Any,
+    batch: Batch,
+    key: jax.Array | None,
+    *,
+    taps: bool,
+    all_words: bool,
 ) -> Outputs:
     """Masked-LM factors at the masked positions [predictions, …], or at all [tokens, …]."""
+    inputs = (params, *encoder_inputs(batch), key)
     if role.kind == "encoder":
-        return Outputs(role.apply(params, *encoder_inputs(batch), key))
+        return Outputs(role.apply(*inputs))
     if role.kind == "classifier":
-        output = role.apply(params, *encoder_inputs(batch), key, num_segments=batch.num_segments)
+        output = role.apply(*inputs, num_segments=batch.num_segments, taps=taps)
         return Outputs(output.encoder, output.logits.reshape(-1, output.logits.shape[-1]))
     positions = None if all_words else batch.labels.positions
-    words = role.apply(params, *encoder_inputs(batch), key, positions=positions)
+    words = role.apply(*inputs, positions=positions, taps=taps)
     return Outputs(words.encoder, words=words)
 
 

@@ -278,6 +278,11 @@ def model_kind(terms: Terms, *, of_teacher: bool = False) -> str:
     return "classifier" if names & set(OF_EXAMPLES) else "encoder"
 
 
+def reads_taps(terms: Terms) -> bool:
+    """Whether any term reads more of a model than its logits."""
+    return any(term.term not in (*OF_WORDS, *OF_EXAMPLES) for term in terms)
+
+
 def needs_projection(terms: Terms) -> bool:
     return any(term.term in ("hidden", "embedding") for term in terms)
 

@@ -14,34 +14,31 @@ import numpy as np
 from tinybert_jax import cost, sharding
 from tinybert_jax.attention_losses import RELATION_BLOCK, builds_maps
 from tinybert_jax.data.pipeline import Batch
-from tinybert_jax.distill import LayerPairs, make_layer_pairs
-from tinybert_jax.distill_objective import Options
 from tinybert_jax.feed import stage_feed
-from tinybert_jax.masking import num_slots
 from tinybert_jax.model.heads import make_encoder
 from tinybert_jax.objective_sections import (
-    OF_WORDS,
     AttentionTerm,
-    EmbeddingTerm,
-    HiddenTerm,
-    LayerTerm,
-    MaskedLMTerm,
     RelationTerm,
-    Terms,
-    reads_all_words,
-    teaches,
 )
-from tinybert_jax.objectives import encoder_inputs, mlm_chunk_size
+from tinybert_jax.objectives import encoder_inputs
+from tinybert_jax.plan_work import (
+    Words,
+    Work,
+    layer_pairs,
+    projected,
+    tokens_read,
+    words_of,
+    work_of,
+)
 from tinybert_jax.report_results import si
 from tinybert_jax.run import Run, compute_options, with_dropout
-from tinybert_jax.sections import SOLE, TEACHER_STAGES, ModelConfig
+from tinybert_jax.sections import ModelConfig
 from tinybert_jax.stage_sections import StageSection
 
 _SAMPLED = 64  # batches that are looked at
 _UTILISATION = 0.4  # of the peak, assumed
 _DEVICES = (("H200", "NVIDIA H200"), ("v5e", "TPU v5e"), ("v6e", "TPU v6e"))
 _FP32 = 4  # bytes
-_CHUNK_SIZE = Options().chunk_size  # of distillation
 _BLOCK_MAPS = 6  # that it has at one time, as XLA:CPU compiles it
 
 
@@ -59,25 +56,6 @@ class Costs(NamedTuple):
     @property
     def total_flops(self) -> float:
         return sum(self.flops.values())
-
-
-class Work(NamedTuple):
-    """What a stage computes with."""
-
-    trained: dict[str, ModelConfig]  # by name
-    num_seeds: int  # of each
-    teacher: ModelConfig | None  # of every step
-    terms: Terms  # of distillation; pretrain's masked LM counts as one
-    beforehand: tuple[ModelConfig, ...] = ()  # teachers that go through the text once
-
-
-class Words(NamedTuple):
-    """What of a batch meets the vocabulary, in tokens of all its rows."""
-
-    mapped: int  # by the masked-LM head's dense map
-    student: int  # by the products with the word table, of all terms
-    teacher: int
-    chunk: int  # whose logits exist at one time on a device
 
 
 def describe(run: Run, stages: tuple[str, ...]) -> str:
@@ -106,32 +84,33 @@ def price(run: Run, stage: str) -> Costs:
 
     FLOPs: `forward` and `backward` (two forward passes) of the trained encoders, one forward pass
     of the `teacher`'s, and with both passes of what is trained: `projection`, of the entries that
-    terms read, and `words`, the masked-LM heads where tokens are predicted. Left out are the
-    heads of whole rows and the terms' products of queries and keys. Teachers whose logits are made
-    beforehand go through the text once.
+    terms read, and `words`, the masked-LM heads where tokens are predicted. The last layer counts
+    at the tokens it is run at. Left out are the heads of whole rows and the terms' products of
+    queries and keys. Teachers whose logits are made beforehand go through the text once.
 
     State is fp32: parameters, gradients, two moments and an average where one is kept, of every
     student with its projection; the teacher's parameters, its layers in 2 bytes where products read
     bfloat16. Activations are of the largest batch seen, in microbatches: what differentiating the
-    students' encoders keeps, by a trace of the very model (nothing is compiled); the teacher's taps
-    that terms read; the projected entries; the maps of queries and keys that terms build; a chunk
-    of logits. Of fp32 steps with the terms of tinybert, minilmv2 and distilbert this came within
-    15 % of XLA:CPU's `memory_analysis`.
+    students' encoders, the last layer in full, keeps by a trace of the very model (nothing is
+    compiled); the teacher's taps that terms read; the projected entries; the maps of queries and
+    keys that terms build; a chunk of logits. Of fp32 steps with the terms of tinybert, minilmv2 and
+    distilbert this came within 15 % of XLA:CPU's `memory_analysis`.
     """
-    section, work = run.section(stage), _work(run, stage)
+    section, work = run.section(stage), work_of(run, stage)
     feed = stage_feed(run, stage)
     num_steps = feed.num_steps(section)
     steps = np.unique(np.linspace(0, num_steps - 1, _SAMPLED).astype(int))
     batches = [feed.batch_at(int(step)) for step in steps]
     words = [
-        _words(run, stage, work.terms, batch, float(step / max(num_steps - 1, 1)))
+        words_of(run, stage, work.terms, batch, float(step / max(num_steps - 1, 1)))
         for step, batch in zip(steps, batches, strict=True)
     ]
-    flops = [_flops(work, *each) for each in zip(batches, words, strict=True)]
+    reads = [tokens_read(run, stage, work.terms, batch) for batch in batches]
+    flops = [_flops(work, *each) for each in zip(batches, words, reads, strict=True)]
     parts = {name: num_steps * float(np.mean([own[name] for own in flops])) for name in flops[0]}
     if work.beforehand:
         parts["teacher"] = parts.get("teacher", 0.0) + feed.num_batches * float(
-            np.mean([_forward_flops(work.beforehand, batch) for batch in batches])
+            np.mean([_forward_flops(work.beforehand, b, b.num_segments or 1) for b in batches])
         )
     largest = max(range(len(batches)), key=lambda i: batches[i].input_ids.size)
     return Costs(
@@ -156,7 +135,7 @@ def _peaks(dtype: str) -> dict[str, float]:
 
 
 def _description(run: Run, stage: str, costs: Costs, peaks: dict[str, float], dtype: str) -> str:
-    work, devices = _work(run, stage), run.mesh.size
+    work, devices = work_of(run, stage), run.mesh.size
     times = f" × {work.num_seeds} seeds" if work.num_seeds > 1 else ""
     lines = [
         f"{stage}: {costs.num_steps:,} steps, {si(costs.num_tokens)} tokens in "
@@ -197,32 +176,16 @@ def _clock(seconds: float) -> str:
     return str(datetime.timedelta(seconds=math.ceil(seconds)))
 
 
-def _work(run: Run, stage: str) -> Work:
-    num_seeds = len(run.config.seeds(stage))
-    if stage in TEACHER_STAGES:
-        terms: Terms = (MaskedLMTerm(term="masked_lm"),) if stage == "pretrain" else ()
-        return Work({SOLE: run.teacher}, num_seeds, None, terms)
-    students = {student.name: student.sizes for student in run.students}
-    if stage == "baseline":
-        return Work(students, num_seeds, None, ())
-    terms = run.config.step_terms(stage)
-    beforehand = ()
-    if run.config.makes_logits_first(stage):
-        beforehand = (run.teacher, *(own.sizes for own in run.further_teachers))
-    teacher = run.teacher if teaches(terms) else None
-    return Work(students, num_seeds, teacher, terms, beforehand)
-
-
-def _flops(work: Work, batch: Batch, words: Words | None) -> dict[str, int]:
+def _flops(work: Work, batch: Batch, words: Words | None, num_read: int | None) -> dict[str, float]:
     """Of one batch by part, as `price` says."""
     slots, models = batch.input_ids.size, work.trained.values()
-    forward = work.num_seeds * _forward_flops(models, batch)
+    forward = work.num_seeds * _forward_flops(models, batch, num_read)
     parts = {"forward": forward, "backward": 2 * forward}
     if work.teacher:
-        parts["teacher"] = _forward_flops((work.teacher,), batch)
+        parts["teacher"] = _forward_flops((work.teacher,), batch, num_read)
         to_width = work.teacher.hidden_size
         once = sum(
-            cost.projection_flops_per_token(model, to_width, len(set(_projected(work, model))))
+            cost.projection_flops_per_token(model, to_width, len(set(projected(work, model))))
             for model in models
         )
         if once:
@@ -235,69 +198,10 @@ def _flops(work: Work, batch: Batch, words: Words | None) -> dict[str, int]:
     return parts
 
 
-def _forward_flops(models: Iterable[ModelConfig], batch: Batch) -> int:
+def _forward_flops(models: Iterable[ModelConfig], batch: Batch, num_read: int | None) -> float:
     slots, width = batch.input_ids.size, batch.input_ids.shape[1]
-    return slots * sum(cost.forward_flops_per_token(model, width) for model in models)
-
-
-def _projected(work: Work, student: ModelConfig) -> list[int]:
-    """The student's hidden entry of each comparison with the teacher's; 0 is the embeddings."""
-    entries = []
-    for term in work.terms:
-        if isinstance(term, EmbeddingTerm):
-            entries.append(0)
-        elif isinstance(term, HiddenTerm):
-            entries += [ours for ours, _ in _layer_pairs(work, student, term)]
-    return entries
-
-
-def _layer_pairs(work: Work, student: ModelConfig, term: LayerTerm) -> LayerPairs:
-    assert work.teacher is not None
-    layers = student.num_hidden_layers, work.teacher.num_hidden_layers
-    return make_layer_pairs(term.layer_map, *layers)
-
-
-def _words(run: Run, stage: str, terms: Terms, batch: Batch, share: float) -> Words | None:
-    """Tokens are expected ones; the products go in whole chunks, as in `losses`.
-
-    `share`: how far the stage is, 0 to 1.
-    """
-    terms = tuple(term for term in terms if term.term in OF_WORDS)
-    if not terms:
-        return None
-    section = run.section(stage)
-    num_parts = sharding.num_batch_shards(run.mesh) * section.gradient_accumulation_steps
-    if stage == "pretrain":
-        rate, unit = section.mask_rate, section.mask_unit
-        end = rate if section.mask_rate_end is None else section.mask_rate_end
-        chunk_size = mlm_chunk_size(
-            batch.input_ids.size // num_parts,
-            section.loss_chunk_size,
-            mask_rate=rate,
-            mask_rate_end=end,
-            unit=unit,
-        )
-    else:
-        rate, unit, chunk_size = run.config.distillation.general_mask_rate, "token", _CHUNK_SIZE
-        end = rate
-    ids, real = batch.input_ids, np.asarray(batch.attention_mask, bool)
-    num_maskable = np.count_nonzero(real & ~np.isin(ids, run.tokenizer.all_special_ids))
-    num_masked = float((rate + (end - rate) * share) * num_maskable)
-    num_picked = len(ids) * num_slots(max(rate, end), ids.shape[1], unit)
-
-    def in_chunks(num_wanted: float, num_rows: int) -> int:
-        size = min(chunk_size, num_rows // num_parts)
-        return num_parts * size * math.ceil(min(num_wanted, num_rows) / num_parts / size)
-
-    everywhere = in_chunks(float(real.sum()), ids.size)
-    where_masked = in_chunks(num_masked, num_picked)
-    of_term = [everywhere if reads_all_words((term,)) else where_masked for term in terms]
-    mapped = ids.size if reads_all_words(terms) else num_picked
-    return Words(
-        mapped,
-        sum(of_term),
-        sum(n for n, term in zip(of_term, terms, strict=True) if term.term == "word_logits"),
-        min(chunk_size, mapped // num_parts),
+    return slots * sum(
+        cost.forward_flops_per_token(model, width, num_read=num_read) for model in models
     )
 
 
@@ -309,7 +213,7 @@ def _state_bytes(run: Run, section: StageSection, work: Work) -> float:
         frozen -= cost.num_encoder_parameters(work.teacher) / 2  # its kernels are kept rounded
     if work.teacher:
         is_shared = run.config.distillation.projection == "shared"
-        for model in (own for own in work.trained.values() if _projected(work, own)):
+        for model in (own for own in work.trained.values() if projected(work, own)):
             num_projections = 1 if is_shared else model.num_hidden_layers + 1
             trained += num_projections * (model.hidden_size + 1) * work.teacher.hidden_size
     split = run.mesh.shape["fsdp"] * run.mesh.shape["tensor"]
@@ -325,7 +229,7 @@ def _activation_bytes(run: Run, stage: str, work: Work, batch: Batch, words: Wor
     for model in work.trained.values():
         students += num_rows * _saved_bytes_a_row(run, stage, model, batch)
         if work.teacher:
-            students += _FP32 * values * len(_projected(work, model))
+            students += _FP32 * values * len(projected(work, model))
             students += _FP32 * num_rows * _num_pairs_in_maps(work, model, batch)
         if words:
             num_copies = 2 + bool(words.teacher)  # the student's logits and their gradient
@@ -364,7 +268,7 @@ def _num_pairs_in_maps(work: Work, student: ModelConfig, batch: Batch) -> int:
         if isinstance(term, RelationTerm):
             # A single block goes without a loop: then all relations are there at one time.
             is_loop = width > RELATION_BLOCK
-            num_relations = 1 if is_loop else len(term.of) * len(_layer_pairs(work, student, term))
+            num_relations = 1 if is_loop else len(term.of) * len(layer_pairs(work, student, term))
             total += num_relations * _BLOCK_MAPS * term.heads * min(RELATION_BLOCK, width) * width
         elif isinstance(term, AttentionTerm):
             assert work.teacher is not None
@@ -374,7 +278,7 @@ def _num_pairs_in_maps(work: Work, student: ModelConfig, batch: Batch) -> int:
             )
             heads = len(term.head_map or ()) or term.heads or student.num_attention_heads
             if builds_maps(width, *dims, packed=is_packed):
-                total += len(_layer_pairs(work, student, term)) * heads * width**2
+                total += len(layer_pairs(work, student, term)) * heads * width**2
     return total
 
 

@@ -135,7 +135,7 @@ def _describe(
         "stage": stage,
         "num_parameters": num_parameters(params[0]),
         "num_encoder_parameters": cost.num_encoder_parameters(model),
-        "flops_per_token": cost.forward_flops_per_token(model, _LATENCY_LENGTH),
+        "flops_per_token": round(cost.forward_flops_per_token(model, _LATENCY_LENGTH)),
         "bytes_on_disk": sum(file.stat().st_size for file in weights),
         "latency_ms": _latency(
             apply, params[0], min(_LATENCY_LENGTH, model.max_position_embeddings)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from tinybert_jax.fields import AttentionBackend
 from tinybert_jax.model.dropout import dropout
@@ -32,6 +32,21 @@ class Visible(NamedTuple):
     pairs: jax.Array  # bool [batch, 1 or seq, seq]: query t reads key s; 1 where all read alike
     query_ids: jax.Array  # int32 [batch, seq]: reads the keys of its own id
     key_ids: jax.Array  # int32 [batch, seq]
+
+
+def pick(
+    tokens: Shaped[Array, "batch seq dim"], positions: Int[Array, "batch picked"]
+) -> Shaped[Array, "batch picked dim"]:
+    """What stands at the given positions of each row."""
+    return jnp.take_along_axis(tokens, positions[:, :, None], axis=1)
+
+
+def pick_queries(visible: Visible, positions: Int[Array, "batch picked"]) -> Visible:
+    """What the queries at `positions` read."""
+    pairs, ids, key_ids = visible
+    if pairs.shape[1] > 1:
+        pairs = pick(pairs, positions)
+    return Visible(pairs, jnp.take_along_axis(ids, positions, axis=1), key_ids)
 
 
 def make_visible(
@@ -61,22 +76,25 @@ class SelfAttention(nnx.Module):
 
     def __call__(
         self,
+        asking: Float[Array, "batch picked dim"],
         hidden: Float[Array, "batch seq dim"],
         visible: Visible,
         key: jax.Array | None,
-    ) -> tuple[Float[Array, "batch seq dim"], AttentionTaps]:
-        heads = (*hidden.shape[:2], self.num_heads, hidden.shape[-1] // self.num_heads)
+    ) -> tuple[Float[Array, "batch picked dim"], AttentionTaps]:
+        """Queries of the tokens `asking`, keys and values of all."""
+
+        def by_head(linear: nnx.Linear, x: jax.Array) -> jax.Array:
+            return dense(linear, x).reshape(*x.shape[:2], self.num_heads, -1)
+
         taps = AttentionTaps(
-            dense(self.query, hidden).reshape(heads),
-            dense(self.key, hidden).reshape(heads),
-            dense(self.value, hidden).reshape(heads),
+            by_head(self.query, asking), by_head(self.key, hidden), by_head(self.value, hidden)
         )
         context = attend(*taps, visible, self.dropout_rate, key, backend=self.backend)
-        return dense(self.output, context.reshape(hidden.shape)), taps
+        return dense(self.output, context.reshape(asking.shape)), taps
 
 
 def attend(
-    queries: Float[Array, "batch seq heads head_dim"],
+    queries: Float[Array, "batch picked heads head_dim"],
     keys: Float[Array, "batch seq heads head_dim"],
     values: Float[Array, "batch seq heads head_dim"],
     visible: Visible,
@@ -84,16 +102,16 @@ def attend(
     key: jax.Array | None,
     *,
     backend: AttentionBackend = "auto",
-) -> Float[Array, "batch seq heads head_dim"]:
+) -> Float[Array, "batch picked heads head_dim"]:
     """softmax(QKᵀ/√head_dim)·V over the keys that are seen, softmax in fp32.
 
     `backend`: xla builds the score map; the others keep none, have no dropout, and want rows of a
     multiple of 128 tokens: cudnn on NVIDIA GPUs, in bfloat16; splash on TPUs. auto is
     cudnn wherever it can be (on an H200, with the gradient, 0.55 to 0.72 of the time at 128 tokens
     and a third of it at 512: benchmarks/attention.py), else xla. Raises ValueError where one is
-    asked for in vain.
+    asked for in vain. Fewer queries than keys always take xla: their map is a small one.
     """
-    if backend != "xla":
+    if backend != "xla" and queries.shape == keys.shape:
         fused = "cudnn" if backend == "auto" else backend
         missing = _missing(fused, queries, 0.0 if key is None else dropout_rate)
         if missing is None:
@@ -175,9 +193,9 @@ _FUSED = {"cudnn": cudnn_attention, "splash": splash_attention}
 
 
 def attention_scores(
-    queries: Float[Array, "batch seq heads head_dim"],
+    queries: Float[Array, "batch picked heads head_dim"],
     keys: Float[Array, "batch seq heads head_dim"],
-) -> Float[Array, "batch heads seq seq"]:
+) -> Float[Array, "batch heads picked seq"]:
     """QKᵀ/√head_dim in fp32, before masking and softmax (arXiv 1909.10351, equation 1)."""
     scaled = queries * jnp.asarray(queries.shape[-1] ** -0.5, queries.dtype)
     return _scores(scaled, keys)

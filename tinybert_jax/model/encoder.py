@@ -1,6 +1,7 @@
 """BERT's encoder: post-LayerNorm blocks, stacked by `vmap` and run by `scan`."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tinybert_jax.fields import AttentionBackend, PositionInit
 from tinybert_jax.model.activations import ACTIVATIONS
-from tinybert_jax.model.attention import AttentionTaps, SelfAttention, Visible, make_visible
+from tinybert_jax.model.attention import (
+    AttentionTaps,
+    SelfAttention,
+    Visible,
+    make_visible,
+    pick,
+    pick_queries,
+)
 from tinybert_jax.model.dropout import dropout
 from tinybert_jax.model.linear import dense, make_linear
 from tinybert_jax.sections import ModelConfig
@@ -71,6 +79,51 @@ class Encoder(nnx.Module):
         examples of a row. Each sees itself alone and has positions of its own; with `num_segments`
         each has its own `pooled` (of a segment that is not there: something finite).
         """
+        embedded, layers, run = self._start(input_ids, attention_mask, token_type_ids, key)
+
+        def layer(hidden, params_and_key):
+            hidden, taps = run(hidden, params_and_key)
+            return hidden, (hidden, taps)
+
+        last, (hiddens, taps) = jax.lax.scan(layer, embedded, layers, unroll=self.unroll)
+        return EncoderOutput(
+            hidden=jnp.concatenate([embedded[None], hiddens]),
+            queries=taps.queries,
+            keys=taps.keys,
+            values=taps.values,
+            pooled=self.pool(first_tokens(last, attention_mask, num_segments)),
+        )
+
+    def last_hidden_at(
+        self,
+        positions: Int[Array, "batch picked"],
+        input_ids: Int[Array, "batch seq"],
+        attention_mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"],
+        token_type_ids: Int[Array, "batch seq"],
+        key: jax.Array | None = None,
+    ) -> Float[Array, "batch picked dim"]:
+        """The last hidden states that a head reads, and of the last layer no more than they take.
+
+        That is keys and values of all tokens, and the rest at `positions` alone. Without dropout it
+        is what `__call__` has there.
+        """
+        embedded, layers, run = self._start(input_ids, attention_mask, token_type_ids, key)
+        below = jax.tree.map(lambda x: x[:-1], layers)
+        last = jax.tree.map(lambda x: x[-1], layers)
+        hidden, _ = jax.lax.scan(
+            lambda hidden, layer: (run(hidden, layer)[0], None), embedded, below, unroll=self.unroll
+        )
+        return run(hidden, last, positions)[0]
+
+    def pool(self, first: Float[Array, "*dims dim"]) -> Float[Array, "*dims dim"]:
+        """`EncoderOutput.pooled` of the first tokens' last hidden states."""
+        with jax.named_scope("~head"):
+            return jnp.tanh(self.pooler(first))
+
+    def _start(
+        self, input_ids: Array, attention_mask: Array, token_type_ids: Array, key: jax.Array | None
+    ) -> tuple[Array, Any, Callable[..., tuple[Array, AttentionTaps]]]:
+        """Embeddings, (parameters, key) of all layers stacked, and what runs one such layer."""
         visible = make_visible(attention_mask)
         graphdef, stacked = nnx.split(self.layers, nnx.Param)
         num_layers = jax.tree.leaves(stacked)[0].shape[0]
@@ -79,27 +132,14 @@ class Encoder(nnx.Module):
             embedded = self.embeddings(
                 input_ids, attention_mask, token_type_ids, None if keys is None else keys[0]
             )
-            embedded = constrain(embedded)
 
-        def layer(hidden, params_and_key):
+        def run(hidden, params_and_key, positions=None):
             params, layer_key = params_and_key
-            hidden, taps = nnx.merge(graphdef, params)(hidden, visible, layer_key)
-            hidden = constrain(hidden)
-            return hidden, (hidden, taps)
+            block = nnx.merge(graphdef, params)
+            hidden, taps = block(hidden, visible, layer_key, positions)
+            return constrain(hidden), taps
 
-        layer_keys = None if keys is None else keys[1:]
-        last, (hiddens, taps) = jax.lax.scan(
-            layer, embedded, (stacked, layer_keys), unroll=self.unroll
-        )
-        with jax.named_scope("~head"):
-            pooled = jnp.tanh(self.pooler(first_tokens(last, attention_mask, num_segments)))
-        return EncoderOutput(
-            hidden=jnp.concatenate([embedded[None], hiddens]),
-            queries=taps.queries,
-            keys=taps.keys,
-            values=taps.values,
-            pooled=pooled,
-        )
+        return constrain(embedded), (stacked, None if keys is None else keys[1:]), run
 
 
 class Embeddings(nnx.Module):
@@ -174,10 +214,15 @@ class Block(nnx.Module):
         hidden: Float[Array, "batch seq dim"],
         visible: Visible,
         key: jax.Array | None,
-    ) -> tuple[Float[Array, "batch seq dim"], AttentionTaps]:
+        positions: Int[Array, "batch picked"] | None = None,
+    ) -> tuple[Float[Array, "batch picked dim"], AttentionTaps]:
+        """Its output at `positions`, or at all of them."""
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         with jax.named_scope("~attention"):
-            attended, taps = self.attention(hidden, visible, keys[0])
+            everywhere = hidden
+            if positions is not None:
+                hidden, visible = pick(hidden, positions), pick_queries(visible, positions)
+            attended, taps = self.attention(hidden, everywhere, visible, keys[0])
             attended = dropout(attended, self.dropout_rate, keys[1])
             hidden = self.attention_norm(hidden + attended)
         with jax.named_scope("~feed-forward"):
@@ -192,8 +237,17 @@ def first_tokens(
     """The first token of each row or, with `num_segments`, of each segment of packed rows."""
     if num_segments is None:
         return hidden[:, 0]
-    starts = _segment_starts(attention_mask, num_segments)
-    return jnp.take_along_axis(hidden, starts[:, :, None], axis=1)
+    return pick(hidden, first_positions(attention_mask, num_segments))
+
+
+def first_positions(
+    attention_mask: Array, num_segments: int | None
+) -> Int[Array, "batch segments"]:
+    """Where rows or, with `num_segments`, their segments begin; of one that is not there: 0."""
+    if num_segments is None:
+        return jnp.zeros((len(attention_mask), 1), jnp.int32)
+    wanted = jnp.arange(1, num_segments + 1)[None, :, None]
+    return jnp.argmax(attention_mask[:, None, :] == wanted, axis=-1)
 
 
 def _restarted_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
@@ -201,13 +255,6 @@ def _restarted_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "ba
     index = jnp.arange(segment_ids.shape[1])[None]
     is_start = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
     return index - jax.lax.cummax(jnp.where(is_start, index, 0), axis=1)
-
-
-def _segment_starts(
-    segment_ids: Int[Array, "batch seq"], num_segments: int
-) -> Int[Array, "batch segments"]:
-    wanted = jnp.arange(1, num_segments + 1)[None, :, None]
-    return jnp.argmax(segment_ids[:, None, :] == wanted, axis=-1)
 
 
 def make_layer_norm(config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:

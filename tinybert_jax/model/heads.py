@@ -13,8 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from tinybert_jax.model.activations import ACTIVATIONS
+from tinybert_jax.model.attention import pick
 from tinybert_jax.model.dropout import dropout
-from tinybert_jax.model.encoder import Encoder, EncoderOutput, make_layer_norm
+from tinybert_jax.model.encoder import Encoder, EncoderOutput, first_positions, make_layer_norm
 from tinybert_jax.model.linear import dense, make_linear
 from tinybert_jax.sections import ModelConfig
 
@@ -24,7 +25,7 @@ Apply = Callable[..., Any]
 
 class ClassifierOutput(NamedTuple):
     logits: jax.Array  # [batch, num_labels] or, packed, [batch, segments, num_labels], fp32
-    encoder: EncoderOutput
+    encoder: EncoderOutput | None = None  # with taps
 
 
 class MaskedLMOutput(NamedTuple):
@@ -34,8 +35,8 @@ class MaskedLMOutput(NamedTuple):
     hidden: jax.Array  # [batch, picked, dim]
     table: jax.Array  # [vocab, dim], fp32
     bias: jax.Array  # [vocab], fp32
-    encoder: EncoderOutput
     pair_logits: jax.Array | None = None  # [batch, 2], fp32
+    encoder: EncoderOutput | None = None  # with taps
 
 
 class SequenceClassifier(nnx.Module):
@@ -52,12 +53,28 @@ class SequenceClassifier(nnx.Module):
         )
 
     def __call__(
-        self, input_ids, attention_mask, token_type_ids, key=None, num_segments=None
+        self,
+        input_ids,
+        attention_mask,
+        token_type_ids,
+        key=None,
+        num_segments=None,
+        *,
+        taps: bool = False,
     ) -> ClassifierOutput:
+        """`taps` hands out what the encoder computes; the last layer is then run in full."""
         keys = (None, None) if key is None else jax.random.split(key)
-        encoded = self.encoder(input_ids, attention_mask, token_type_ids, keys[0], num_segments)
+        inputs = (input_ids, attention_mask, token_type_ids, keys[0])
+        encoded = None
+        if taps:
+            encoded = self.encoder(*inputs, num_segments)
+            pooled = encoded.pooled
+        else:
+            starts = first_positions(attention_mask, num_segments)
+            pooled = self.encoder.pool(self.encoder.last_hidden_at(starts, *inputs))
+            pooled = pooled[:, 0] if num_segments is None else pooled
         with jax.named_scope("~head"):
-            pooled = dropout(encoded.pooled, self.dropout_rate, keys[1])
+            pooled = dropout(pooled, self.dropout_rate, keys[1])
             logits = self.classifier(pooled.astype(jnp.float32))
         return ClassifierOutput(logits, encoded)
 
@@ -90,22 +107,34 @@ class MaskedLM(nnx.Module):
         key=None,
         *,
         positions: Int[Array, "batch picked"] | None = None,
+        taps: bool = False,
     ) -> MaskedLMOutput:
-        """Logits at `positions`, or at every position (costly: [batch, seq, vocab])."""
-        encoded = self.encoder(input_ids, attention_mask, token_type_ids, key)
-        with jax.named_scope("~head"):
-            return self._words(encoded, positions)
+        """Logits at `positions`, or at every position (costly: [batch, seq, vocab]).
 
-    def _words(self, encoded: EncoderOutput, positions: jax.Array | None) -> MaskedLMOutput:
-        hidden = encoded.hidden[-1]
-        if positions is not None:
-            hidden = jnp.take_along_axis(hidden, positions[:, :, None], axis=1)
-        hidden = self.norm(self.activation(dense(self.transform, hidden)))
-        hidden = hidden.astype(self.decoded_dtype)  # what the products with the word table read
-        table = self.encoder.embeddings.word.embedding[...]
-        logits = self.decoder(hidden, table)
-        pair = None if self.pair is None else self.pair(encoded.pooled.astype(jnp.float32))
-        return MaskedLMOutput(logits, hidden, table, self.decoder.bias[...], encoded, pair)
+        `taps` hands out what the encoder computes; the last layer is then run in full.
+        """
+        inputs = (input_ids, attention_mask, token_type_ids, key)
+        encoded = None
+        if taps or positions is None:
+            encoded = self.encoder(*inputs)
+            hidden = encoded.hidden[-1]
+            first = hidden[:, 0]
+            hidden = hidden if positions is None else pick(hidden, positions)
+        else:
+            num_first = 0 if self.pair is None else 1  # the token that the pair head reads
+            read = jnp.pad(positions, ((0, 0), (num_first, 0)))
+            hidden = self.encoder.last_hidden_at(read, *inputs)
+            first, hidden = hidden[:, 0], hidden[:, num_first:]
+        with jax.named_scope("~head"):
+            hidden = self.norm(self.activation(dense(self.transform, hidden)))
+            hidden = hidden.astype(self.decoded_dtype)  # what the products with the table read
+            table = self.encoder.embeddings.word.embedding[...]
+            logits = self.decoder(hidden, table)
+            pair = None
+            if self.pair is not None:
+                pair = self.pair(self.encoder.pool(first).astype(jnp.float32))
+        bias = self.decoder.bias[...]
+        return MaskedLMOutput(logits, hidden, table, bias, pair, encoded if taps else None)
 
 
 class TiedDecoder(nnx.Module):

@@ -33,7 +33,7 @@ def main(run: Run, stage: str = "finetune") -> None:
             feed=stage_feed(run, stage),
             frozen=(),
             flops_per_token=lambda width: cost.training_flops_per_token(
-                [*sizes.values()] * num_seeds, width
+                [*sizes.values()] * num_seeds, width, num_read=1
             ),
             score=run.score,
         ),

@@ -2,7 +2,7 @@
 
 import jax
 
-from tinybert_jax import cost, sharding
+from tinybert_jax import cost, masking, sharding
 from tinybert_jax.convert import hf_files
 from tinybert_jax.data.loader import segment_rows
 from tinybert_jax.data.pipeline import tokenize_corpus
@@ -27,6 +27,7 @@ def main(run: Run) -> None:
         **compute_options(run.config, "pretrain"),
     )
     continuations = None if section.mask_unit == "token" else is_continuation(tokenizer)
+    highest_rate = masking.highest_rate(section.mask_rate, section.mask_rate_end)
 
     # Train and hand on.
     teacher = Member(
@@ -52,7 +53,11 @@ def main(run: Run) -> None:
             members={SOLE: teacher},
             feed=stage_feed(run, "pretrain"),
             frozen=(),
-            flops_per_token=lambda width: cost.training_flops_per_token([run.teacher], width),
+            flops_per_token=lambda width: cost.training_flops_per_token(
+                [run.teacher],
+                width,
+                num_read=masking.num_slots(highest_rate, width, section.mask_unit),
+            ),
         ),
     )
     hf_files.save_model(run.model_folder("pretrain"), trained[SOLE][0], run.teacher, tokenizer)
