@@ -84,13 +84,20 @@ def test_segments_of_a_store_are_the_rows_of_its_documents(prepared):
     assert (rows.second == rows.lengths).all()
 
 
-def test_stages_train_on_stores_and_tell_perplexity_on_a_heldout_one(prepared, tmp_path):
+def test_stages_train_on_stores_and_tell_perplexity_on_a_heldout_one(prepared, tmp_path, capsys):
     folder, _ = prepared
     pipeline.main(_run_config(folder, tmp_path / "run"))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     perplexity = [row["perplexity"] for row in rows if row["kind"] == "eval"]
     assert len(perplexity) == 2 and perplexity[1] < perplexity[0] < 110
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["heldout"]["perplexity"] == perplexity[1]
+    assert (
+        f'perplexity of <b class="teacher">{perplexity[1]:.1f}<'
+        in (tmp_path / "run" / "report.html").read_text()
+    )
+    assert f"held-out perplexity {perplexity[1]:.2f}, " in capsys.readouterr().out
     trained = {row["stage"] for row in rows if row["kind"] == "train"}
     assert trained == {"pretrain", "general"}
     padding = [row["padding_share"] for row in rows if row["kind"] == "train"]

@@ -31,7 +31,11 @@ def headline(results: dict[str, Any]) -> str:
     model = student or next(iter(models_of(results)), None)
     score = score_of(results, model)
     if model is None or score is None:
-        return f"{html.escape(str(results.get('name', 'This run')))} has no scored model."
+        name = html.escape(str(results.get("name", "This run")))
+        perplexity = number(_mapping(results, "heldout").get("perplexity"))
+        if perplexity is None:
+            return f"{name} has no scored model."
+        return f"{name} ends at a held-out perplexity of {_figure(f'{perplexity:.1f}', 'teacher')}."
     subject = html.escape(str(model.get("name", "The model")))
     if student:
         count = len(students_of(results))

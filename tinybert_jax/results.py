@@ -18,11 +18,18 @@ from tinybert_jax.run import Run
 from tinybert_jax.sections import SOLE, ModelConfig
 from tinybert_jax.tree import num_parameters
 
+# Of the masked LM, on the text that was held out.
+HELDOUT = ("loss", "perplexity", "masked_accuracy", "pair_accuracy")
 _LATENCY_BATCH, _LATENCY_LENGTH, _LATENCY_RUNS = 1, 32, 30
 
 
-def collect(run: Run, seconds: dict[str, float], command: str) -> dict[str, Any]:
-    """The content of `results.json`: every judged model of the run, and what the student kept."""
+def collect(
+    run: Run, seconds: dict[str, float], command: str, heldout: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """The content of `results.json`: every judged model of the run, and what the student kept.
+
+    `heldout`: the masked LM's measures (`HELDOUT`) on the text that was held out.
+    """
     models = []
     if run.task is not None:
         teachers = _folders(run, "finetune", SOLE)
@@ -48,6 +55,7 @@ def collect(run: Run, seconds: dict[str, float], command: str) -> dict[str, Any]
         "dev_examples": len(run.task.dev.text) if run.task else 0,
         "label_names": run.task.label_names if run.task else None,
         "models": models,
+        **({"heldout": heldout} if heldout else {}),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "commands": [command] if command else [],
     }
@@ -70,6 +78,11 @@ def headline(summary: dict[str, Any]) -> str:
     kept = summary.get("share_kept", {})
     shares = kept if isinstance(kept, dict) else {"the student": kept}
     lines += [f"{name} keeps {share:.1%} of its teacher" for name, share in shares.items()]
+    if heldout := summary.get("heldout"):
+        lines.append(
+            f"pretrain  held-out perplexity {heldout['perplexity']:.2f}, "
+            f"{heldout['masked_accuracy']:.1%} of masked tokens found"
+        )
     return "\n".join(lines)
 
 

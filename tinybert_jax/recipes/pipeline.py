@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tinybert_jax import plan, results
 from tinybert_jax.recipes import distill, finetune, pretrain
@@ -39,7 +40,8 @@ def main(
             if is_new and name == "finetune" and run.learns_task(chosen):
                 check_teacher(run, run.task_teacher, run.teacher)
         product = next((name for name in _PRODUCTS if run.is_done(name)), "baseline")
-        summary = results.collect(run, _seconds(run), command)
+        lines = _lines(run)
+        summary = results.collect(run, _seconds(lines), command, _heldout(lines))
         best = {name: results.best_seed(summary, product, name) for name in config.members(product)}
         publish(run, {name: run.seed_folders(product, name)[seed] for name, seed in best.items()})
         (run.folder / "results.json").write_text(
@@ -80,8 +82,19 @@ def _run_once(run: Run, name: str) -> bool:
     return True
 
 
-def _seconds(run: Run) -> dict[str, float]:
+def _lines(run: Run) -> list[dict[str, Any]]:
+    text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _seconds(lines: list[dict[str, Any]]) -> dict[str, float]:
     """Wall seconds of each finished stage, the parts before a kill left out."""
-    lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    return {row["stage"]: row["seconds"] for row in rows if row["kind"] == "stage"}
+    return {line["stage"]: line["seconds"] for line in lines if line["kind"] == "stage"}
+
+
+def _heldout(lines: list[dict[str, Any]]) -> dict[str, float] | None:
+    """What pretraining ended with on the held-out text, if there is any."""
+    judged = [line for line in lines if line["kind"] == "eval" and line["stage"] == "pretrain"]
+    if not judged:
+        return None
+    return {name: judged[-1][name] for name in results.HELDOUT if name in judged[-1]}
