@@ -76,7 +76,8 @@ def flops_per_slot(work: Work, chunk_size: int) -> float:
     chunk_size = objectives.mlm_chunk_size(num_slots, chunk_size, mask_rate=MASK_RATE)
     num_predicted = chunk_size * math.ceil(MASK_RATE * num_slots / chunk_size)
     head = cost.masked_lm_flops(student, num_picked, num_predicted) / num_slots
-    return 3 * (cost.forward_flops_per_token(student, work.width) + head)
+    num_read = masking.num_slots(MASK_RATE, work.width)  # of the last layer: what is needed
+    return 3 * (cost.forward_flops_per_token(student, work.width, num_read=num_read) + head)
 
 
 def token_ids(work: Work) -> list[np.ndarray]:

@@ -36,7 +36,8 @@ def scorer(key=0, seen=None, pair_logits=None, packed=False):
             )
         hidden = jnp.zeros((*positions.shape, DIM))
         pair = pair_logits and jnp.broadcast_to(jnp.array(pair_logits), (len(input_ids), 2))
-        return MaskedLMOutput(None, hidden, jnp.zeros((VOCAB, DIM)), params["bias"], None, pair)
+        table = jnp.zeros((VOCAB, DIM))
+        return MaskedLMOutput(None, hidden, table, params["bias"], pair_logits=pair)
 
     return make_masked_lm_scorer(
         apply,

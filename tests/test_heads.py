@@ -4,13 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from tinybert_jax import cost
-from tinybert_jax.model.heads import make_classifier, make_masked_lm
+from tinybert_jax import cost, distill_objective, objectives
+from tinybert_jax.data.pipeline import Batch
+from tinybert_jax.distill import init_projection
+from tinybert_jax.model.encoder import Encoder
+from tinybert_jax.model.heads import is_few, make_classifier, make_masked_lm
+from tinybert_jax.objective_sections import DistillSection, needs_projection
 from tinybert_jax.sections import ModelConfig
 
 ROWS, WIDTH = 5, 16
+TOKENS = ROWS * WIDTH
 SIZES = ModelConfig(
     vocab_size=60,
     hidden_size=32,
@@ -86,8 +92,8 @@ def test_outputs_and_gradients_are_those_of_a_whole_last_layer(head, mask, unrol
 def test_the_last_layer_multiplies_no_more_than_is_read(head, mask, num_read):
     params, outputs = _model(head, mask)
     made = _product_flops(jax.make_jaxpr(lambda params: outputs(params, False))(params).jaxpr)
-    d, tokens = SIZES.hidden_size, ROWS * WIDTH
-    expected = tokens * cost.forward_flops_per_token(SIZES, WIDTH, num_read=num_read)
+    d = SIZES.hidden_size
+    expected = TOKENS * cost.forward_flops_per_token(SIZES, WIDTH, num_read=num_read)
     if head == "classifier":
         expected += 2 * ROWS * num_read * d * (d + 3)
     else:
@@ -95,18 +101,115 @@ def test_the_last_layer_multiplies_no_more_than_is_read(head, mask, num_read):
     if head == "pairs":
         expected += 2 * ROWS * d * (d + 2)
     assert made == pytest.approx(expected, rel=1e-12)
-    whole = tokens * cost.forward_flops_per_token(SIZES, WIDTH)
+    whole = TOKENS * cost.forward_flops_per_token(SIZES, WIDTH)
     assert expected < 0.9 * whole
 
 
 def _product_flops(jaxpr) -> int:
-    total = 0
+    return sum(
+        2 * times * _contracted(equation) * int(np.prod(equation.outvars[0].aval.shape))
+        for equation, times in _products(jaxpr)
+    )
+
+
+def _contracted(product) -> int:
+    (dims, _), _ = product.params["dimension_numbers"]
+    return int(np.prod([product.invars[0].aval.shape[dim] for dim in dims]))
+
+
+def _products(jaxpr):
+    """(equation, how often it runs) of every matrix product."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
-            (left, _), _ = equation.params["dimension_numbers"]
-            contracted = np.prod([equation.invars[0].aval.shape[dim] for dim in left])
-            total += int(2 * contracted * np.prod(equation.outvars[0].aval.shape))
+            yield equation, 1
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         for inner in jaxprs_in_params(equation.params):
-            total += times * _product_flops(inner)
-    return total
+            yield from ((product, times * n) for product, n in _products(inner))
+
+
+@pytest.mark.parametrize(
+    ("stage", "terms", "is_whole"),
+    [
+        ("prediction", ["logits", "label"], False),
+        ("prediction", ["logits", "hidden"], True),
+        ("general", ["masked_lm", {"term": "word_logits", "at": "masked"}], False),
+        ("general", [{"term": "word_logits", "at": "real"}], True),
+        ("general", ["masked_lm", {"term": "word_logits", "at": "masked"}, "cosine"], True),
+    ],
+)
+def test_distillation_runs_the_last_layer_where_terms_read_it(stage, terms, is_whole):
+    """Of teacher and student, forward and backward: products of all tokens into the inner width."""
+    terms = [{"term": term} if isinstance(term, str) else term for term in terms]
+    terms = DistillSection.model_validate({stage: terms}).terms(stage)
+    teacher_sizes = SIZES.model_copy(update={"intermediate_size": 56, "num_hidden_layers": 6})
+    make = make_masked_lm if stage == "general" else lambda sizes: make_classifier(sizes, 3)
+    (student, init), (teacher, teacher_init) = make(SIZES), make(teacher_sizes)
+    kind = "masked_lm" if stage == "general" else "classifier"
+    objective = distill_objective.make_distill(
+        distill_objective.Role(student, kind, 3), distill_objective.Role(teacher, kind, 6), terms
+    )
+    labels = objectives.MaskedLabels(POSITIONS, POSITIONS, jnp.full(ROWS, -1))
+    batch = Batch(
+        IDS,
+        MASKS["padded"],
+        0 * IDS,
+        labels=labels if stage == "general" else jnp.zeros(ROWS, jnp.int32),
+        weights=jnp.ones(ROWS),
+    )
+    key = jax.random.key(0)
+    frozen, params = teacher_init(key), {"student": init(key)}
+    if needs_projection(terms):
+        params["projection"] = init_projection(key, 32, 32, 1)
+
+    def value(params):
+        goal = objective.targets(batch, frozen)
+        return objective.loss(params, batch, objectives.count_units(batch), key, goal)[0]
+
+    program = jax.make_jaxpr(jax.grad(value))(params).jaxpr
+    inner = {"student": SIZES.intermediate_size, "teacher": teacher_sizes.intermediate_size}
+    found = {
+        name: sum(n for e, n in _products(program) if e.outvars[0].aval.shape == (TOKENS, width))
+        for name, width in inner.items()
+    }
+    left_out = 0 if is_whole else 1
+    assert found == {"student": 2 * (3 - left_out), "teacher": 6 - left_out}
+
+
+def test_dropout_is_that_of_a_whole_last_layer():
+    """In rows of one token, where both have masks of one shape; and rate 0 is no key."""
+    encoder = Encoder(SIZES, rngs=nnx.Rngs(0))
+    ids = jnp.arange(5, 55)[:, None]
+    inputs = ids, ids > 0, 0 * ids
+    for key in (jax.random.key(3), jax.random.key(4)):
+        whole = encoder(*inputs, key).hidden[-1]
+        np.testing.assert_allclose(encoder.last_hidden(_first, *inputs, key), whole, atol=1e-5)
+        assert jnp.abs(whole - encoder.last_hidden(_first, *inputs)).max() > 0.1
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    dry = Encoder(SIZES.model_copy(update=rates), rngs=nnx.Rngs(0))
+    inputs = IDS, MASKS["packed"], 0 * IDS
+    np.testing.assert_allclose(
+        dry.last_hidden(_first, *inputs, jax.random.key(3)),
+        dry.last_hidden(_first, *inputs),
+        atol=1e-5,
+    )
+
+
+def _first(x):
+    return x[:, :1]
+
+
+def test_a_single_forward_pass_copies_no_weights():
+    """Rolled, as a model is by default: a part of the stack of layers would be a copy of it."""
+    wide = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6}
+    sizes = SIZES.model_copy(update=wide)
+    apply, init = make_classifier(sizes, 3)
+    params = init(jax.random.key(0))
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params["encoder"]["layers"]))
+    forward = jax.jit(lambda params: apply(params, IDS, MASKS["padded"], 0 * IDS).logits)
+    memory = forward.lower(params).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < num_bytes / 2  # a layer at a time
+
+
+def test_heads_that_read_much_have_a_whole_last_layer():
+    assert is_few(1, 2) and is_few(8, 16)
+    assert not is_few(1, 1) and not is_few(9, 16)

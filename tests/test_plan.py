@@ -13,7 +13,7 @@ import yaml
 from tinybert_jax import cli, cost, objectives, plan, plan_work
 from tinybert_jax.data.vocab import train_wordpiece
 from tinybert_jax.feed import stage_feed
-from tinybert_jax.model.heads import make_encoder
+from tinybert_jax.model.heads import make_classifier
 from tinybert_jax.run import read_run
 from tinybert_jax.sections import RunConfig
 
@@ -47,7 +47,8 @@ TEACHER_FORWARD = 2 * TEACHER_LAYER
 
 
 def _last(layer, hidden_size, num_read, width=WIDTH):
-    """A row's: keys and values of all its tokens, the rest where it is read."""
+    """A row's: keys and values of all its tokens, the rest where few are read, else everywhere."""
+    num_read = num_read if 2 * num_read <= width else width
     keys_and_values = 2 * 2 * hidden_size**2
     return width * keys_and_values + num_read * (layer - keys_and_values)
 
@@ -212,7 +213,7 @@ def test_words_of_distillation_by_hand(inputs, tmp_path, at):
 
 
 def test_each_batch_counts_at_its_own_width(inputs, tmp_path):
-    bucket = {**STAGE, "batching": "bucket", "length_buckets": [8, 16]}
+    bucket = {**STAGE, "batching": "bucket", "length_buckets": [8, 16], "mask_rate": 0.05}
     corpus = {"files": [str(inputs / "mixed.txt")]}
     run = _run(inputs, tmp_path, ["pretrain"], pretrain=bucket, corpus=corpus, num_seeds=1)
     feed = stage_feed(run, "pretrain")
@@ -221,7 +222,7 @@ def test_each_batch_counts_at_its_own_width(inputs, tmp_path):
     expected = 0
     for rows, width in shapes:
         layer = 2 * (4 * 16**2 + 2 * 16 * 32 + 2 * width * 16)
-        expected += rows * (width * layer + _last(layer, 16, _room(0.15, width), width))
+        expected += rows * (width * layer + _last(layer, 16, _room(0.05, width), width))
     costs = plan.price(run, "pretrain")
     np.testing.assert_allclose(costs.flops["forward"], expected, rtol=1e-12)
     assert costs.width == 16 and costs.num_slots == sum(rows * width for rows, width in shapes)
@@ -290,23 +291,27 @@ def test_state_by_hand(inputs, tmp_path):
     ],
 )
 def test_activations_of_terms_by_hand(inputs, tmp_path, terms, taps, of_students):
-    """Of fp32 and one row a device; `baseline` trains the same students without a teacher."""
-    run = _run(inputs, tmp_path, distillation={"general": terms})
-    assert run.teacher.vocab_size == 21
-    alone, taught = (plan.price(run, name).activation_bytes for name in ("baseline", "general"))
-    assert taught - alone == 4 * (taps * 16 * WIDTH + 3 * of_students)
+    """Of fp32 and one row a device, beside the embeddings' term: a tap and a projected entry."""
+    runs = [
+        _run(inputs, tmp_path, distillation={"general": own})
+        for own in ([{"term": "embedding"}], terms)
+    ]
+    assert runs[0].teacher.vocab_size == 21
+    embedding, taught = (plan.price(run, "general").activation_bytes for run in runs)
+    once = 16 * WIDTH
+    assert taught - embedding == 4 * ((taps - 1) * once + 3 * (of_students - once))
 
 
 def test_activations_are_near_those_of_the_compiled_program(inputs, tmp_path):
-    """One row a device; XLA's own figure for the gradient grows by as much with each row."""
+    """One row a device; XLA's own figure of a stage's gradient grows by as much with each row."""
     sizes = {**STUDENT, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 3}
     run = _run(inputs, tmp_path, ["baseline"], student=sizes, num_seeds=1)
-    apply, init = make_encoder(run.students[0].sizes)
+    apply, init = make_classifier(run.students[0].sizes, 2)
     key = jax.random.key(0)
     params = init(key)
 
     def loss(params, ids):
-        return jnp.square(apply(params, ids, ids > 0, ids * 0, key).hidden[-1]).mean()
+        return jnp.square(apply(params, ids, ids > 0, ids * 0, key).logits).mean()
 
     def num_bytes(num_rows):
         ids = jnp.ones((num_rows, WIDTH), jnp.int32)

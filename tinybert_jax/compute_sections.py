@@ -29,7 +29,8 @@ class ComputeSection(Section):
     attention: AttentionBackend = Field(
         default="auto",
         description="flash attention by cudnn (NVIDIA GPUs, bfloat16) or splash (TPUs): for rows "
-        "of a multiple of 128 tokens, without dropout of attention; auto: cudnn where it can be",
+        "of a multiple of 128 tokens, without dropout of attention; auto: cudnn where it can be. "
+        "A last layer of which heads read few tokens takes xla for those",
     )
 
     @property

@@ -61,7 +61,7 @@ def forward_flops_per_token(
     probabilities times values: 2·seq_len·hidden_size multiply-adds per token). No task head.
     `projection_dim` adds the student's share of hidden-state distillation: every entry of `hidden`
     (num_hidden_layers + 1) projected to a teacher of that width. `num_read`: at how many tokens of
-    a row the last layer is run, but for its keys and values; default: at all.
+    a row the last layer runs, but for its keys and values; default: at every one.
 
     At T = 128: BERT-base 174.6 M; TinyBERT4 9.7 M, and 12.1 M with projection_dim=768, a third of
     the 36.4 M of a trained token.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from tinybert_jax import attention_losses, losses, objective_sections, word_losses
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import make_layer_pairs, project
+from tinybert_jax.model import attention
 from tinybert_jax.model.encoder import first_tokens
 from tinybert_jax.model.heads import Apply, MaskedLMOutput
 from tinybert_jax.objective_sections import (
@@ -91,8 +92,8 @@ def make_distill(
     """
     values = [_LOSSES[term.term](term, student.num_layers, teacher.num_layers) for term in terms]
     names = _names([term.term for term in terms])
-    run = functools.partial(_run, all_words=objective_sections.reads_all_words(terms))
     options = options._replace(all_words=objective_sections.reads_all_words(terms))
+    run = functools.partial(_run, all_words=options.all_words)
 
     def prepare(batch: Batch, key: jax.Array, share: jax.Array) -> tuple[Batch, Counts]:
         counts = count_units(batch, options.normalisation)._replace(share=share)
@@ -313,14 +314,14 @@ def _at_temperature(
 
 
 def _factors(
-    c: Context, outputs: Outputs, at: MaskedLabels | None
+    c: Context, outputs: Outputs, labels: MaskedLabels | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """hidden [rows, dim], table [vocab, dim], bias [vocab]: the logits' factors, `at` or all."""
+    """hidden [rows, dim], table [vocab, dim], bias [vocab]: the logits' factors."""
     words = outputs.words
     assert words is not None
     hidden = words.hidden
-    if at is not None and c.options.all_words:
-        hidden = jnp.take_along_axis(hidden, at.positions[:, :, None], axis=1)
+    if labels is not None and c.options.all_words:
+        hidden = attention.at(labels.positions)(hidden)
     return hidden.reshape(-1, hidden.shape[-1]), words.table, words.bias
 
 

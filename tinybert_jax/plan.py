@@ -9,13 +9,14 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tinybert_jax import cost, sharding
 from tinybert_jax.attention_losses import RELATION_BLOCK, builds_maps
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.feed import stage_feed
-from tinybert_jax.model.heads import make_encoder
+from tinybert_jax.model.heads import make_masked_lm
 from tinybert_jax.objective_sections import (
     AttentionTerm,
     RelationTerm,
@@ -24,6 +25,7 @@ from tinybert_jax.objectives import encoder_inputs
 from tinybert_jax.plan_work import (
     Words,
     Work,
+    examples_read,
     layer_pairs,
     projected,
     tokens_read,
@@ -91,10 +93,10 @@ def price(run: Run, stage: str) -> Costs:
     State is fp32: parameters, gradients, two moments and an average where one is kept, of every
     student with its projection; the teacher's parameters, its layers in 2 bytes where products read
     bfloat16. Activations are of the largest batch seen, in microbatches: what differentiating the
-    students' encoders, the last layer in full, keeps by a trace of the very model (nothing is
-    compiled); the teacher's taps that terms read; the projected entries; the maps of queries and
-    keys that terms build; a chunk of logits. Of fp32 steps with the terms of tinybert, minilmv2 and
-    distilbert this came within 15 % of XLA:CPU's `memory_analysis`.
+    students' encoders keeps, by a trace of the very model (nothing is compiled); the teacher's taps
+    that terms read; the projected entries; the maps of queries and keys that terms build; a chunk
+    of logits. Of fp32 steps with the terms of tinybert, minilmv2 and distilbert this came within
+    15 % of XLA:CPU's `memory_analysis`.
     """
     section, work = run.section(stage), work_of(run, stage)
     feed = stage_feed(run, stage)
@@ -105,12 +107,12 @@ def price(run: Run, stage: str) -> Costs:
         words_of(run, stage, work.terms, batch, float(step / max(num_steps - 1, 1)))
         for step, batch in zip(steps, batches, strict=True)
     ]
-    reads = [tokens_read(run, stage, work.terms, batch) for batch in batches]
+    reads = [tokens_read(run, stage, b.input_ids.shape[1], b.num_segments) for b in batches]
     flops = [_flops(work, *each) for each in zip(batches, words, reads, strict=True)]
     parts = {name: num_steps * float(np.mean([own[name] for own in flops])) for name in flops[0]}
     if work.beforehand:
         parts["teacher"] = parts.get("teacher", 0.0) + feed.num_batches * float(
-            np.mean([_forward_flops(work.beforehand, b, b.num_segments or 1) for b in batches])
+            np.mean([_forward_flops(work.beforehand, b, examples_read(b)) for b in batches])
         )
     largest = max(range(len(batches)), key=lambda i: batches[i].input_ids.size)
     return Costs(
@@ -240,15 +242,25 @@ def _activation_bytes(run: Run, stage: str, work: Work, batch: Batch, words: Wor
 
 
 def _saved_bytes_a_row(run: Run, stage: str, model: ModelConfig, batch: Batch) -> int:
-    """What reverse-mode differentiation of the encoder keeps of one more row, with score maps."""
+    """What reverse-mode differentiation of the encoder keeps of one more row, with score maps.
+
+    Where heads read few tokens, that of the masked LM's head too: next to nothing of a classifier.
+    """
     options = compute_options(run.config, stage) | {"attention": "xla"}  # whatever machine plans
-    apply, init = make_encoder(with_dropout(model, run.section(stage)), **options)
+    apply, init = make_masked_lm(with_dropout(model, run.section(stage)), **options)
+    num_read = tokens_read(run, stage, batch.input_ids.shape[1], batch.num_segments)
     key = jax.random.key(0)
     params = jax.eval_shape(init, key)
 
+    def outputs(params, key, batch):
+        inputs = (params, *encoder_inputs(batch), key)
+        if num_read is None:
+            return apply(*inputs, taps=True).encoder.hidden[-1]
+        positions = jnp.zeros((len(batch.input_ids), num_read), jnp.int32)
+        return apply(*inputs, positions=positions).hidden
+
     def saved(params, key, batch):
-        inputs = encoder_inputs(batch)
-        return jax.vjp(lambda params: apply(params, *inputs, key).hidden[-1], params)[1]
+        return jax.vjp(lambda params: outputs(params, key, batch), params)[1]
 
     def num_bytes(num_rows: int) -> int:
         rows = jax.tree.map(

@@ -10,6 +10,7 @@ from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import LayerPairs, make_layer_pairs
 from tinybert_jax.distill_objective import Options
 from tinybert_jax.masking import highest_rate, num_slots
+from tinybert_jax.model.heads import is_few
 from tinybert_jax.objective_sections import (
     OF_WORDS,
     EmbeddingTerm,
@@ -48,14 +49,13 @@ class Words(NamedTuple):
 
 
 def work_of(run: Run, stage: str) -> Work:
-    num_seeds = len(run.config.seeds(stage))
+    """The models of a stage and what their steps read."""
+    num_seeds, terms = len(run.config.seeds(stage)), _terms(run, stage)
     if stage in TEACHER_STAGES:
-        terms: Terms = (MaskedLMTerm(term="masked_lm"),) if stage == "pretrain" else ()
         return Work({SOLE: run.teacher}, num_seeds, None, terms)
     students = {student.name: student.sizes for student in run.students}
     if stage == "baseline":
-        return Work(students, num_seeds, None, ())
-    terms = run.config.step_terms(stage)
+        return Work(students, num_seeds, None, terms)
     beforehand = ()
     if run.config.makes_logits_first(stage):
         beforehand = (run.teacher, *(own.sizes for own in run.further_teachers))
@@ -63,13 +63,31 @@ def work_of(run: Run, stage: str) -> Work:
     return Work(students, num_seeds, teacher, terms, beforehand)
 
 
-def tokens_read(run: Run, stage: str, terms: Terms, batch: Batch) -> int | None:
-    """At how many tokens of a row the last layer is run; None: at all."""
+def tokens_read(run: Run, stage: str, width: int, num_segments: int | None = None) -> int | None:
+    """At how many tokens of a row the last layer runs; None: at every one.
+
+    `num_segments` are the examples that a packed row has room for.
+    """
+    terms = _terms(run, stage)
     if reads_taps(terms) or reads_all_words(terms):
         return None
+    num_read = num_segments or 1
     if any(term.term in OF_WORDS for term in terms):
-        return _num_picked(run, stage, batch.input_ids.shape[1])
-    return batch.num_segments or 1
+        has_pair_head = stage == "pretrain" and run.section(stage).pair_weight > 0
+        num_read = _num_picked(run, stage, width) + has_pair_head
+    return num_read if is_few(num_read, width) else None
+
+
+def examples_read(batch: Batch) -> int | None:
+    """The same, where all that is read are logits of examples."""
+    num_read = batch.num_segments or 1
+    return num_read if is_few(num_read, batch.input_ids.shape[1]) else None
+
+
+def _terms(run: Run, stage: str) -> Terms:
+    if stage == "pretrain":
+        return (MaskedLMTerm(term="masked_lm"),)
+    return () if stage in ("finetune", "baseline") else run.config.step_terms(stage)
 
 
 def projected(work: Work, student: ModelConfig) -> list[int]:
@@ -84,6 +102,7 @@ def projected(work: Work, student: ModelConfig) -> list[int]:
 
 
 def layer_pairs(work: Work, student: ModelConfig, term: LayerTerm) -> LayerPairs:
+    """The student's and the teacher's layers that a term compares, from 1."""
     assert work.teacher is not None
     layers = student.num_hidden_layers, work.teacher.num_hidden_layers
     return make_layer_pairs(term.layer_map, *layers)

@@ -33,6 +33,7 @@ from tinybert_jax.report_results import (
     comparison_table,
     find_model,
     headline,
+    heldout_sentence,
     metric_name,
     number,
     percent,
@@ -71,7 +72,10 @@ class Stage(NamedTuple):
 
 def _page(run_dir: Path, results: dict, stages: list[Stage], num_unreadable: int) -> str:
     name = html.escape(str(results.get("name", run_dir.name)))
-    baseline = baseline_sentence(results)
+    lead = [baseline_sentence(results)]
+    if find_model(results, "teacher"):  # else it is the headline
+        lead.append(heldout_sentence(results))
+    lead = " ".join(sentence for sentence in lead if sentence)
     subject = "student" if find_model(results, "student") else "model"
     subject = "best student" if len(students_of(results)) > 1 else subject
     sections = [
@@ -92,7 +96,7 @@ def _page(run_dir: Path, results: dict, stages: list[Stage], num_unreadable: int
         f'<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
         f"<title>{name}: TinyBERT run</title><style>{STYLE}</style></head><body><main>"
         f'<header><div><p class="run">{name}</p><h1>{headline(results)}</h1>'
-        + (f'<p class="lead">{baseline}</p>' if baseline else "")
+        + (f'<p class="lead">{lead}</p>' if lead else "")
         + f"</div>{scale_mark(results)}</header>{body}</main></body></html>\n"
     )
 

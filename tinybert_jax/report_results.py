@@ -32,10 +32,7 @@ def headline(results: dict[str, Any]) -> str:
     score = score_of(results, model)
     if model is None or score is None:
         name = html.escape(str(results.get("name", "This run")))
-        perplexity = number(_mapping(results, "heldout").get("perplexity"))
-        if perplexity is None:
-            return f"{name} has no scored model."
-        return f"{name} ends at a held-out perplexity of {_figure(f'{perplexity:.1f}', 'teacher')}."
+        return heldout_sentence(results) or f"{name} has no scored model."
     subject = html.escape(str(model.get("name", "The model")))
     if student:
         count = len(students_of(results))
@@ -77,6 +74,15 @@ def baseline_sentence(results: dict[str, Any]) -> str:
         verdict = f"distillation {'adds' if points >= 0 else 'costs'} {abs(points):.1f} points"
     name = html.escape(str(baseline.get("name", "baseline")))
     return f"The baseline, {name}, reaches {_figure(f'{score:.3f}', 'baseline')}: {verdict}."
+
+
+def heldout_sentence(results: dict[str, Any]) -> str:
+    """Where the masked LM ended on text that was held out; empty where there was none."""
+    perplexity = number(_mapping(results, "heldout").get("perplexity"))
+    if perplexity is None:
+        return ""
+    figure = _figure(f"{perplexity:.1f}", "teacher")
+    return f"The pretrained model’s perplexity on held-out text is {figure}."
 
 
 def scale_mark(results: dict[str, Any]) -> str:

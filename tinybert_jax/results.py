@@ -79,10 +79,8 @@ def headline(summary: dict[str, Any]) -> str:
     shares = kept if isinstance(kept, dict) else {"the student": kept}
     lines += [f"{name} keeps {share:.1%} of its teacher" for name, share in shares.items()]
     if heldout := summary.get("heldout"):
-        lines.append(
-            f"pretrain  held-out perplexity {heldout['perplexity']:.2f}, "
-            f"{heldout['masked_accuracy']:.1%} of masked tokens found"
-        )
+        values = (f"{name} {float(value):.4g}" for name, value in heldout.items())
+        lines.append(f"pretrain  held out: {', '.join(values)}")
     return "\n".join(lines)
 
 
@@ -132,6 +130,9 @@ def _describe(
     run: Run, role: str, stage: str, member: str, model: ModelConfig, folders: list[Path]
 ) -> dict[str, Any]:
     """Sizes and scores; `confusion` is of the best of several seeds.
+
+    `flops_per_token` are of the whole model, as published figures are; `latency_ms` is of the
+    program that runs, which leaves out what of the last layer no head reads.
 
     `metrics` are of several students the mean, and of several teachers those of the best, which
     is the one that teaches.

@@ -39,7 +39,8 @@ class Training(NamedTuple):
     members: Mapping[str, Member]  # by name; judged on the same rows, all or none
     feed: Feed
     frozen: Any  # arrays the objective reads and never changes
-    flops_per_token: Callable[[int], float]  # padded width -> FLOPs of a step per token
+    # Padded width -> FLOPs of a step per token; of packed rows as if a head read one example each.
+    flops_per_token: Callable[[int], float]
     read_frozen: Callable[[Any], Any] = lambda frozen: frozen  # as the step is to read them
     score: str = ""  # the metric that chooses the best parameters; none: the last are kept
 

@@ -1,11 +1,12 @@
 """Multi-head self-attention that hands out its queries, keys and values as taps."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from tinybert_jax.fields import AttentionBackend
 from tinybert_jax.model.dropout import dropout
@@ -15,7 +16,10 @@ from tinybert_jax.sharding import over_batch
 
 
 class AttentionTaps(NamedTuple):
-    """What distillation reads of one layer: each [batch, seq, heads, head_dim], before softmax."""
+    """What distillation reads of one layer: each [batch, seq, heads, head_dim], before softmax.
+
+    Queries are of the tokens that ask: all, or those that are read.
+    """
 
     queries: jax.Array
     keys: jax.Array
@@ -29,24 +33,23 @@ class Visible(NamedTuple):
     and a softmax over no key is NaN in one kernel and has a wrong gradient in another.
     """
 
-    pairs: jax.Array  # bool [batch, 1 or seq, seq]: query t reads key s; 1 where all read alike
-    query_ids: jax.Array  # int32 [batch, seq]: reads the keys of its own id
+    pairs: jax.Array  # bool [batch, 1 or queries, seq]: query t reads key s; 1: all read alike
+    query_ids: jax.Array  # int32 [batch, queries]: reads the keys of its own id
     key_ids: jax.Array  # int32 [batch, seq]
 
 
-def pick(
-    tokens: Shaped[Array, "batch seq dim"], positions: Int[Array, "batch picked"]
-) -> Shaped[Array, "batch picked dim"]:
-    """What stands at the given positions of each row."""
-    return jnp.take_along_axis(tokens, positions[:, :, None], axis=1)
+# Takes some tokens of each row: [batch, seq, …] to [batch, picked, …].
+Pick = Callable[[Array], Array]
 
 
-def pick_queries(visible: Visible, positions: Int[Array, "batch picked"]) -> Visible:
-    """What the queries at `positions` read."""
-    pairs, ids, key_ids = visible
-    if pairs.shape[1] > 1:
-        pairs = pick(pairs, positions)
-    return Visible(pairs, jnp.take_along_axis(ids, positions, axis=1), key_ids)
+def at(positions: Int[Array, "batch picked"]) -> Pick:
+    """What stands at these positions of each row."""
+
+    def pick(x: Array) -> Array:
+        index = positions.reshape(*positions.shape, *[1] * (x.ndim - 2))
+        return jnp.take_along_axis(x, index, axis=1, mode="promise_in_bounds")
+
+    return pick
 
 
 def make_visible(
@@ -76,21 +79,30 @@ class SelfAttention(nnx.Module):
 
     def __call__(
         self,
-        asking: Float[Array, "batch picked dim"],
         hidden: Float[Array, "batch seq dim"],
         visible: Visible,
         key: jax.Array | None,
+        pick: Pick | None = None,
     ) -> tuple[Float[Array, "batch picked dim"], AttentionTaps]:
-        """Queries of the tokens `asking`, keys and values of all."""
+        """The context of those tokens that `pick` takes, or of all, in keys and values of all.
+
+        Few queries take xla whatever the backend: their map is small, and no multiple of a tile.
+        """
+        queried, backend = hidden, self.backend
+        if pick is not None:
+            queried, backend = pick(hidden), "xla"
+            pairs, query_ids, key_ids = visible
+            pairs = pick(pairs) if pairs.shape[1] > 1 else pairs
+            visible = Visible(pairs, pick(query_ids), key_ids)
 
         def by_head(linear: nnx.Linear, x: jax.Array) -> jax.Array:
             return dense(linear, x).reshape(*x.shape[:2], self.num_heads, -1)
 
         taps = AttentionTaps(
-            by_head(self.query, asking), by_head(self.key, hidden), by_head(self.value, hidden)
+            by_head(self.query, queried), by_head(self.key, hidden), by_head(self.value, hidden)
         )
-        context = attend(*taps, visible, self.dropout_rate, key, backend=self.backend)
-        return dense(self.output, context.reshape(asking.shape)), taps
+        context = attend(*taps, visible, self.dropout_rate, key, backend=backend)
+        return dense(self.output, context.reshape(queried.shape)), taps
 
 
 def attend(
@@ -109,9 +121,9 @@ def attend(
     multiple of 128 tokens: cudnn on NVIDIA GPUs, in bfloat16; splash on TPUs. auto is
     cudnn wherever it can be (on an H200, with the gradient, 0.55 to 0.72 of the time at 128 tokens
     and a third of it at 512: benchmarks/attention.py), else xla. Raises ValueError where one is
-    asked for in vain. Fewer queries than keys always take xla: their map is a small one.
+    asked for in vain.
     """
-    if backend != "xla" and queries.shape == keys.shape:
+    if backend != "xla":
         fused = "cudnn" if backend == "auto" else backend
         missing = _missing(fused, queries, 0.0 if key is None else dropout_rate)
         if missing is None:

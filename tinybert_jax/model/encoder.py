@@ -15,11 +15,11 @@ from tinybert_jax.fields import AttentionBackend, PositionInit
 from tinybert_jax.model.activations import ACTIVATIONS
 from tinybert_jax.model.attention import (
     AttentionTaps,
+    Pick,
     SelfAttention,
     Visible,
+    at,
     make_visible,
-    pick,
-    pick_queries,
 )
 from tinybert_jax.model.dropout import dropout
 from tinybert_jax.model.linear import dense, make_linear
@@ -94,26 +94,35 @@ class Encoder(nnx.Module):
             pooled=self.pool(first_tokens(last, attention_mask, num_segments)),
         )
 
-    def last_hidden_at(
+    def last_hidden(
         self,
-        positions: Int[Array, "batch picked"],
+        pick: Pick,
         input_ids: Int[Array, "batch seq"],
         attention_mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"],
         token_type_ids: Int[Array, "batch seq"],
         key: jax.Array | None = None,
     ) -> Float[Array, "batch picked dim"]:
-        """The last hidden states that a head reads, and of the last layer no more than they take.
+        """The last hidden states that `pick` takes, with no more of the last layer than they need.
 
-        That is keys and values of all tokens, and the rest at `positions` alone. Without dropout it
-        is what `__call__` has there.
+        That is keys and values of all tokens, and the rest where `pick` does. Without dropout they
+        are those of `__call__`.
         """
-        embedded, layers, run = self._start(input_ids, attention_mask, token_type_ids, key)
-        below = jax.tree.map(lambda x: x[:-1], layers)
-        last = jax.tree.map(lambda x: x[-1], layers)
-        hidden, _ = jax.lax.scan(
-            lambda hidden, layer: (run(hidden, layer)[0], None), embedded, below, unroll=self.unroll
-        )
-        return run(hidden, last, positions)[0]
+        embedded, (stacked, keys), run = self._start(input_ids, attention_mask, token_type_ids, key)
+
+        # XLA copies a part of a stack for its loop. Read layer by layer it needs no copy, but then
+        # each layer's gradient is as large as the stack: only where nothing is trained.
+        if keys is None:
+            below: Any = jnp.arange(len(jax.tree.leaves(stacked)[0]) - 1)
+            last = _layer_at(stacked, -1), None
+        else:
+            below, last = _without_last(stacked)
+            below, last = (below, keys[:-1]), (last, keys[-1])
+
+        def layer(hidden, x):
+            return run(hidden, (_layer_at(stacked, x), None) if keys is None else x)[0], None
+
+        hidden, _ = jax.lax.scan(layer, embedded, below, unroll=self.unroll)
+        return run(hidden, last, pick)[0]
 
     def pool(self, first: Float[Array, "*dims dim"]) -> Float[Array, "*dims dim"]:
         """`EncoderOutput.pooled` of the first tokens' last hidden states."""
@@ -132,14 +141,31 @@ class Encoder(nnx.Module):
             embedded = self.embeddings(
                 input_ids, attention_mask, token_type_ids, None if keys is None else keys[0]
             )
+            embedded = constrain(embedded)
 
-        def run(hidden, params_and_key, positions=None):
+        def run(hidden, params_and_key, pick=None):
             params, layer_key = params_and_key
-            block = nnx.merge(graphdef, params)
-            hidden, taps = block(hidden, visible, layer_key, positions)
+            hidden, taps = nnx.merge(graphdef, params)(hidden, visible, layer_key, pick)
             return constrain(hidden), taps
 
-        return constrain(embedded), (stacked, None if keys is None else keys[1:]), run
+        return embedded, (stacked, None if keys is None else keys[1:]), run
+
+
+def _layer_at(stacked: Any, i: int | Array) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacked)
+
+
+@jax.custom_vjp
+def _without_last(stacked: Any) -> tuple[Any, Any]:
+    """All but the last of a stack, and the last; the gradient is put together in one go."""
+    return jax.tree.map(lambda x: x[:-1], stacked), jax.tree.map(lambda x: x[-1], stacked)
+
+
+def _with_last(_: None, parts: tuple[Any, Any]) -> tuple[Any]:
+    return (jax.tree.map(lambda below, last: jnp.concatenate([below, last[None]]), *parts),)
+
+
+_without_last.defvjp(lambda stacked: (_without_last(stacked), None), _with_last)
 
 
 class Embeddings(nnx.Module):
@@ -214,17 +240,15 @@ class Block(nnx.Module):
         hidden: Float[Array, "batch seq dim"],
         visible: Visible,
         key: jax.Array | None,
-        positions: Int[Array, "batch picked"] | None = None,
+        pick: Pick | None = None,
     ) -> tuple[Float[Array, "batch picked dim"], AttentionTaps]:
-        """Its output at `positions`, or at all of them."""
+        """Its output for those tokens that `pick` takes, or for all."""
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         with jax.named_scope("~attention"):
-            everywhere = hidden
-            if positions is not None:
-                hidden, visible = pick(hidden, positions), pick_queries(visible, positions)
-            attended, taps = self.attention(hidden, everywhere, visible, keys[0])
+            attended, taps = self.attention(hidden, visible, keys[0], pick)
             attended = dropout(attended, self.dropout_rate, keys[1])
-            hidden = self.attention_norm(hidden + attended)
+            residual = hidden if pick is None else pick(hidden)
+            hidden = self.attention_norm(residual + attended)
         with jax.named_scope("~feed-forward"):
             inner = self.activation(dense(self.intermediate, hidden))
             outer = dropout(dense(self.output, inner), self.dropout_rate, keys[2])
@@ -235,19 +259,16 @@ def first_tokens(
     hidden: Float[Array, "batch seq dim"], attention_mask: Array, num_segments: int | None
 ) -> Float[Array, "batch dim"] | Float[Array, "batch segments dim"]:
     """The first token of each row or, with `num_segments`, of each segment of packed rows."""
-    if num_segments is None:
-        return hidden[:, 0]
-    return pick(hidden, first_positions(attention_mask, num_segments))
+    first = pick_first(attention_mask, num_segments)(hidden)
+    return first[:, 0] if num_segments is None else first
 
 
-def first_positions(
-    attention_mask: Array, num_segments: int | None
-) -> Int[Array, "batch segments"]:
-    """Where rows or, with `num_segments`, their segments begin; of one that is not there: 0."""
+def pick_first(attention_mask: Array, num_segments: int | None) -> Pick:
+    """Takes the first token of each row, or of each segment; of one that is not there: token 0."""
     if num_segments is None:
-        return jnp.zeros((len(attention_mask), 1), jnp.int32)
+        return lambda x: x[:, :1]
     wanted = jnp.arange(1, num_segments + 1)[None, :, None]
-    return jnp.argmax(attention_mask[:, None, :] == wanted, axis=-1)
+    return at(jnp.argmax(attention_mask[:, None, :] == wanted, axis=-1))
 
 
 def _restarted_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:

@@ -13,9 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from tinybert_jax.model.activations import ACTIVATIONS
-from tinybert_jax.model.attention import pick
+from tinybert_jax.model.attention import at
 from tinybert_jax.model.dropout import dropout
-from tinybert_jax.model.encoder import Encoder, EncoderOutput, first_positions, make_layer_norm
+from tinybert_jax.model.encoder import Encoder, EncoderOutput, make_layer_norm, pick_first
 from tinybert_jax.model.linear import dense, make_linear
 from tinybert_jax.sections import ModelConfig
 
@@ -62,21 +62,20 @@ class SequenceClassifier(nnx.Module):
         *,
         taps: bool = False,
     ) -> ClassifierOutput:
-        """`taps` hands out what the encoder computes; the last layer is then run in full."""
+        """`taps` hands out what the encoder computes; its last layer then runs in full."""
         keys = (None, None) if key is None else jax.random.split(key)
         inputs = (input_ids, attention_mask, token_type_ids, keys[0])
         encoded = None
-        if taps:
+        if taps or not is_few(num_segments or 1, input_ids.shape[1]):
             encoded = self.encoder(*inputs, num_segments)
             pooled = encoded.pooled
         else:
-            starts = first_positions(attention_mask, num_segments)
-            pooled = self.encoder.pool(self.encoder.last_hidden_at(starts, *inputs))
-            pooled = pooled[:, 0] if num_segments is None else pooled
+            first = self.encoder.last_hidden(pick_first(attention_mask, num_segments), *inputs)
+            pooled = self.encoder.pool(first[:, 0] if num_segments is None else first)
         with jax.named_scope("~head"):
             pooled = dropout(pooled, self.dropout_rate, keys[1])
             logits = self.classifier(pooled.astype(jnp.float32))
-        return ClassifierOutput(logits, encoded)
+        return ClassifierOutput(logits, encoder=encoded if taps else None)
 
 
 class MaskedLM(nnx.Module):
@@ -111,19 +110,20 @@ class MaskedLM(nnx.Module):
     ) -> MaskedLMOutput:
         """Logits at `positions`, or at every position (costly: [batch, seq, vocab]).
 
-        `taps` hands out what the encoder computes; the last layer is then run in full.
+        `taps` hands out what the encoder computes; its last layer then runs in full.
         """
         inputs = (input_ids, attention_mask, token_type_ids, key)
-        encoded = None
-        if taps or positions is None:
+        encoded, num_first = None, 0 if self.pair is None else 1  # the pair head reads that token
+        seq = input_ids.shape[1]
+        num_read = seq if positions is None else num_first + positions.shape[1]
+        if positions is None or taps or not is_few(num_read, seq):
             encoded = self.encoder(*inputs)
             hidden = encoded.hidden[-1]
             first = hidden[:, 0]
-            hidden = hidden if positions is None else pick(hidden, positions)
+            hidden = hidden if positions is None else at(positions)(hidden)
         else:
-            num_first = 0 if self.pair is None else 1  # the token that the pair head reads
-            read = jnp.pad(positions, ((0, 0), (num_first, 0)))
-            hidden = self.encoder.last_hidden_at(read, *inputs)
+            read = at(jnp.pad(positions, ((0, 0), (num_first, 0))))
+            hidden = self.encoder.last_hidden(read, *inputs)
             first, hidden = hidden[:, 0], hidden[:, num_first:]
         with jax.named_scope("~head"):
             hidden = self.norm(self.activation(dense(self.transform, hidden)))
@@ -133,8 +133,22 @@ class MaskedLM(nnx.Module):
             pair = None
             if self.pair is not None:
                 pair = self.pair(self.encoder.pool(first).astype(jnp.float32))
-        bias = self.decoder.bias[...]
-        return MaskedLMOutput(logits, hidden, table, bias, pair, encoded if taps else None)
+        return MaskedLMOutput(
+            logits,
+            hidden,
+            table,
+            self.decoder.bias[...],
+            pair_logits=pair,
+            encoder=encoded if taps else None,
+        )
+
+
+def is_few(num_read: int, seq_len: int) -> bool:
+    """Whether heads that read so many tokens of a row have the last layer run for those alone.
+
+    With more, what is left out is not worth the gathering, nor flash attention.
+    """
+    return 2 * num_read <= seq_len
 
 
 class TiedDecoder(nnx.Module):

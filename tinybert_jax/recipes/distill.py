@@ -16,8 +16,9 @@ from tinybert_jax.distill_objective import Options, Role, make_distill
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import Apply, Params, make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.model.linear import rounded_kernels
-from tinybert_jax.objective_sections import model_kind, needs_projection, reads_taps, teaches
+from tinybert_jax.objective_sections import model_kind, needs_projection, teaches
 from tinybert_jax.objectives import Mask, make_mask
+from tinybert_jax.plan_work import tokens_read
 from tinybert_jax.run import Run, compute_options, dev_judge, with_dropout
 from tinybert_jax.sections import ModelConfig, Student
 from tinybert_jax.stage import Member, Training, run_stage
@@ -101,7 +102,7 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
                 width,
                 projection_dim=run.teacher.hidden_size if needs_projection(terms) else 0,
                 teacher=run.teacher if is_taught else None,
-                num_read=None if reads_taps(terms) or kind != "classifier" else 1,
+                num_read=tokens_read(run, stage, width),
             ),
             score=run.score if is_judged else "",
         ),

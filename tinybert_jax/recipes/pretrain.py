@@ -2,7 +2,7 @@
 
 import jax
 
-from tinybert_jax import cost, masking, sharding
+from tinybert_jax import cost, sharding
 from tinybert_jax.convert import hf_files
 from tinybert_jax.data.loader import segment_rows
 from tinybert_jax.data.pipeline import tokenize_corpus
@@ -11,6 +11,7 @@ from tinybert_jax.evaluate import Judge, make_masked_lm_scorer
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import Apply, make_masked_lm
 from tinybert_jax.objectives import make_mlm
+from tinybert_jax.plan_work import tokens_read
 from tinybert_jax.run import Run, compute_options, with_dropout
 from tinybert_jax.sections import SOLE, STAGES
 from tinybert_jax.stage import Member, Training, run_stage
@@ -27,7 +28,6 @@ def main(run: Run) -> None:
         **compute_options(run.config, "pretrain"),
     )
     continuations = None if section.mask_unit == "token" else is_continuation(tokenizer)
-    highest_rate = masking.highest_rate(section.mask_rate, section.mask_rate_end)
 
     # Train and hand on.
     teacher = Member(
@@ -54,9 +54,7 @@ def main(run: Run) -> None:
             feed=stage_feed(run, "pretrain"),
             frozen=(),
             flops_per_token=lambda width: cost.training_flops_per_token(
-                [run.teacher],
-                width,
-                num_read=masking.num_slots(highest_rate, width, section.mask_unit),
+                [run.teacher], width, num_read=tokens_read(run, "pretrain", width)
             ),
         ),
     )
