@@ -113,7 +113,7 @@ def ours(
 
     from tinybert_jax.convert import hf_files
     from tinybert_jax.distill_objective import Options, Role, make_distill
-    from tinybert_jax.model.heads import make_encoder
+    from tinybert_jax.model.heads import frozen_params, make_encoder
     from tinybert_jax.objective_sections import DistillSection
 
     def model(name: str):
@@ -123,6 +123,9 @@ def ours(
         return Role(apply, "encoder", config.num_hidden_layers), params
 
     (student, params), (teacher, frozen) = model("student"), model("teacher")
+    frozen = frozen_params(
+        frozen, dtype=jax.numpy.float32, product_dtype=product_dtype, unroll=True
+    )
     kernel = np.load(folder / "projection.npy")
     projection = {"kernel": kernel[None], "bias": np.zeros((1, kernel.shape[1]), np.float32)}
     objective = make_distill(

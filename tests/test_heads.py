@@ -8,12 +8,14 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from tinybert_jax import cost, distill_objective, objectives
+from tinybert_jax.compute_sections import MeshSection
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import init_projection
 from tinybert_jax.model.encoder import Encoder
-from tinybert_jax.model.heads import is_few, make_classifier, make_masked_lm
+from tinybert_jax.model.heads import frozen_params, is_few, make_classifier, make_masked_lm
 from tinybert_jax.objective_sections import DistillSection, needs_projection
 from tinybert_jax.sections import ModelConfig
+from tinybert_jax.sharding import make_mesh, param_specs
 
 ROWS, WIDTH = 5, 16
 TOKENS = ROWS * WIDTH
@@ -208,6 +210,31 @@ def test_a_single_forward_pass_copies_no_weights():
     forward = jax.jit(lambda params: apply(params, IDS, MASKS["padded"], 0 * IDS).logits)
     memory = forward.lower(params).compile().memory_analysis()
     assert memory.temp_size_in_bytes < num_bytes / 2  # a layer at a time
+
+
+def test_an_unrolled_model_that_is_not_trained_reads_its_layers_where_they_are():
+    wide = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6}
+    apply, init = make_classifier(SIZES.model_copy(update=wide), 3, unroll=True)
+    params = init(jax.random.key(0))
+    apart = frozen_params(params, dtype=jnp.float32, unroll=True)
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params["encoder"]["layers"]))
+    outputs, sizes = [], []
+    for read in (params, apart):
+        forward = jax.jit(lambda read: apply(read, IDS, MASKS["padded"], 0 * IDS, taps=True))
+        program = forward.lower(read).compile()
+        sizes.append(program.memory_analysis().temp_size_in_bytes)
+        outputs.append(forward(read))
+    jax.tree.map(np.testing.assert_array_equal, *outputs)
+    assert sizes[1] < sizes[0] - num_bytes / 2  # their copies are not all there at one time
+
+
+def test_layers_apart_are_split_over_devices_as_their_stack():
+    _, init = make_classifier(SIZES, 3)
+    params = init(jax.random.key(0))
+    mesh = make_mesh(MeshSection(data=2, fsdp=2, tensor=2))
+    apart = frozen_params(params, dtype=jnp.float32, unroll=True)
+    stacked, layers = (param_specs(own, mesh)["encoder"]["layers"] for own in (params, apart))
+    assert len(layers) == 3 and all(layer == stacked for layer in layers)
 
 
 def test_heads_that_read_much_have_a_whole_last_layer():

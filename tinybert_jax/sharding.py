@@ -21,7 +21,7 @@ BATCH_AXES = ("data", "fsdp")
 _TENSOR_DIM = (
     (re.compile(r"attention/(query|key|value)/kernel$|intermediate/kernel$"), -1),
     (re.compile(r"attention/(query|key|value)/bias$|intermediate/bias$"), -1),
-    (re.compile(r"(attention/output|layers/output)/kernel$"), -2),
+    (re.compile(r"(attention/output|layers/(\[\d+\]/)?output)/kernel$"), -2),
 )
 
 

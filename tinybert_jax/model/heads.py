@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from tinybert_jax.model.activations import ACTIVATIONS
 from tinybert_jax.model.attention import at
 from tinybert_jax.model.dropout import dropout
 from tinybert_jax.model.encoder import Encoder, EncoderOutput, make_layer_norm, pick_first
-from tinybert_jax.model.linear import dense, make_linear
+from tinybert_jax.model.linear import dense, make_linear, rounded_kernels
 from tinybert_jax.sections import ModelConfig
 
 Params = dict[str, Any]
@@ -186,6 +187,42 @@ def _functional(
         return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))
 
     def apply(params: Params, *args, **kwargs):
-        return nnx.merge(graphdef, params)(*args, **kwargs)
+        return nnx.merge(graphdef, _with_layers(params, _joined))(*args, **kwargs)
 
     return apply, init_params
+
+
+def frozen_params(
+    params: Params,
+    *,
+    dtype: DTypeLike,
+    product_dtype: DTypeLike | None = None,
+    unroll: bool = False,
+) -> Params:
+    """Those of a model that is not trained, as its passes read them, for the same bits.
+
+    Kernels are rounded once (`rounded_kernels`). Where layers are unrolled each is by itself: of a
+    stack XLA:CPU copies every layer at every pass.
+    """
+    rounded = rounded_kernels(params, dtype=dtype, product_dtype=product_dtype)
+    return _with_layers(rounded, _apart) if unroll else rounded
+
+
+def _with_layers(params: Params, change: Callable[[Any], Any]) -> Params:
+    if "layers" in params:
+        return {**params, "layers": change(params["layers"])}
+    return {**params, "encoder": _with_layers(params["encoder"], change)}
+
+
+def _apart(stacked: Any) -> tuple[Any, ...]:
+    def one(i: int) -> Any:
+        return jax.tree.map(lambda x: x[i : i + 1], stacked)
+
+    return tuple(one(i) for i in range(len(jax.tree.leaves(stacked)[0])))
+
+
+def _joined(layers: Any) -> Any:
+    """A stack again, whose parts XLA takes where they are."""
+    if not isinstance(layers, tuple):
+        return layers
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)

@@ -14,8 +14,14 @@ from tinybert_jax import cost, distill, sharding, teacher_logits
 from tinybert_jax.convert import hf_files
 from tinybert_jax.distill_objective import Options, Role, make_distill
 from tinybert_jax.feed import stage_feed
-from tinybert_jax.model.heads import Apply, Params, make_classifier, make_encoder, make_masked_lm
-from tinybert_jax.model.linear import rounded_kernels
+from tinybert_jax.model.heads import (
+    Apply,
+    Params,
+    frozen_params,
+    make_classifier,
+    make_encoder,
+    make_masked_lm,
+)
 from tinybert_jax.objective_sections import model_kind, needs_projection, teaches
 from tinybert_jax.objectives import Mask, make_mask
 from tinybert_jax.plan_work import tokens_read
@@ -95,7 +101,10 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
             feed=stage_feed(run, stage, teach),
             frozen=teacher,
             read_frozen=functools.partial(
-                rounded_kernels, dtype=options["dtype"], product_dtype=options["product_dtype"]
+                frozen_params,
+                dtype=options["dtype"],
+                product_dtype=options["product_dtype"],
+                unroll=options["unroll"],
             ),
             flops_per_token=lambda width: cost.training_flops_per_token(
                 [student.sizes for student in run.students] * run.config.num_seeds,
