@@ -58,7 +58,7 @@ def students(
     from tinybert_jax.data import loader, pipeline
     from tinybert_jax.distill import init_projection
     from tinybert_jax.distill_objective import Role, make_distill
-    from tinybert_jax.model.heads import make_encoder
+    from tinybert_jax.model.heads import frozen_params, make_encoder
     from tinybert_jax.objective_sections import DistillSection
     from tinybert_jax.presets import PRESETS
     from tinybert_jax.sections import SOLE, ModelConfig
@@ -94,7 +94,7 @@ def students(
         family.joined(params),
         loader.planned_batches(rows, epochs, pad_token_id=0),
         num_steps=num_steps,
-        frozen=teacher_init(jax.random.key(0)),
+        frozen=frozen_params(teacher_init(jax.random.key(0)), dtype=jnp.float32, unroll=True),
         num_seeds=num_seeds,
     )
     return lambda: (num_steps, run()[1])

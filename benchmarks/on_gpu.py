@@ -277,14 +277,17 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
     if work.teacher:
         from tinybert_jax.distill import init_projection
         from tinybert_jax.distill_objective import Role, make_distill
-        from tinybert_jax.model.heads import make_encoder
-        from tinybert_jax.model.linear import rounded_kernels
+        from tinybert_jax.model.heads import frozen_params, make_encoder
         from tinybert_jax.objective_sections import DistillSection
 
         teacher = ModelConfig(**work.teacher)
         apply, init = make_encoder(student, **options)
         teacher_apply, teacher_init = make_encoder(teacher, **options)
-        frozen = rounded_kernels(jax.jit(teacher_init)(keys[0]), dtype=jnp.bfloat16)
+        frozen = frozen_params(
+            jax.jit(teacher_init)(keys[0]),
+            dtype=jnp.bfloat16,
+            unroll=options.get("unroll", False),
+        )
         objective = make_distill(
             Role(apply, "encoder", student.num_hidden_layers),
             Role(teacher_apply, "encoder", teacher.num_hidden_layers),
