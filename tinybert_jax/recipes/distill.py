@@ -56,8 +56,15 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
     teacher_apply, teacher_init = _make_model(run, teacher_kind, run.teacher)
     is_taught = teaches(run.config.step_terms(stage))
     teacher, options = (), compute_options(run.config)
+    read_frozen: Callable[[Any], Any] = lambda frozen: frozen  # noqa: E731
     if is_taught:
         teacher = hf_files.start_params(_teacher_folder(run, stage), teacher_init, whole=True)
+        read_frozen = functools.partial(
+            frozen_params,
+            dtype=options["dtype"],
+            product_dtype=options["product_dtype"],
+            unroll=options["unroll"],
+        )
 
     @functools.cache
     def teacher_encoder() -> Mapping[str, Any]:
@@ -100,12 +107,7 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
             members=members,
             feed=stage_feed(run, stage, teach),
             frozen=teacher,
-            read_frozen=functools.partial(
-                frozen_params,
-                dtype=options["dtype"],
-                product_dtype=options["product_dtype"],
-                unroll=options["unroll"],
-            ),
+            read_frozen=read_frozen,
             flops_per_token=lambda width: cost.training_flops_per_token(
                 [student.sizes for student in run.students] * run.config.num_seeds,
                 width,
