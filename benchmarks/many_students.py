@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="in a round of every side")
-    parser.add_argument("--examples", type=int, default=256, help="a step, on average")
+    parser.add_argument("--examples", type=int, default=160, help="a step, on average")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.npz"
