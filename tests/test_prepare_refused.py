@@ -141,7 +141,8 @@ def test_a_failed_start_binds_nothing(world):
     path.write_text("id,body\n1,a text\n2,another\n")
     settings = {"sources": [str(path)], "width": 16}
     world.refused("expected a column 'text'", "'body'", **settings)
-    world.prepare(**settings, text="body")
+    store = open_store(world.prepare(**settings, text="body"), verify=True)
+    assert store.num_rows > 0
 
 
 def test_empty_files_are_passed_over(world):
