@@ -55,12 +55,12 @@ def draw(num_rows: int, width: int, num_heads: int, head_dim: int) -> tuple:
 
 
 def forward(backend: str):
-    return jax.jit(lambda *inputs: attend(*inputs, 0.0, None, backend=backend))
+    return jax.jit(lambda *inputs: attend(*inputs, 0.0, None, backend=backend)[0])
 
 
 def gradient(backend: str):
     def value(queries, keys, values, visible):
-        context = attend(queries, keys, values, visible, 0.0, None, backend=backend)
+        context, _ = attend(queries, keys, values, visible, 0.0, None, backend=backend)
         return jnp.sum(jnp.sin(context.astype(jnp.float32)))
 
     return jax.jit(jax.grad(value, argnums=(0, 1, 2)))

@@ -3,7 +3,7 @@
     TEACHER=<folder with BERT's tokenizer> TINYBERT_DATA=<data> python benchmarks/many_students.py
 
 Seconds a step of TinyBERT's layer losses (attention, hidden states, embeddings) in fp32, with
-dropout, clipping and AdamW, on SST-2's real lengths, --examples a step packed into rows of 128. All
+dropout, clipping and AdamW, on SST-2's real lengths, --examples a step packed into rows of 64. All
 from random weights: what a step costs does not depend on them. The last lines say what four sizes
 in one pass cost of four runs, and 8 seeds of tinybert-4l-312d of one. Each figure is the median of
 rounds that the sides run in turn, each in a process of its own.
@@ -16,7 +16,7 @@ from pathlib import Path
 import finetune
 import sides
 
-WIDTH, NUM_SEEDS = 128, 8
+WIDTH, NUM_SEEDS = 64, 8
 PRESET = "tinybert-4l-312d"
 FAMILY = ("2l-192d", "3l-192d", PRESET, "6l-384d")
 

@@ -24,7 +24,9 @@ from tinybert_jax.attention_losses import (  # noqa: E402
     builds_maps,
     regroup,
     relation_kl,
+    score_mse,
 )
+from tinybert_jax.model.attention import attention_scores  # noqa: E402
 
 F = torch.nn.functional
 NORMALISATIONS = ["paper_code", "valid_only"]
@@ -95,6 +97,46 @@ def test_attention_mse_of_the_teacher_itself_is_zero(maps):
 
     for result in value_and_grads(attention_loss("valid_only", maps), query, key, query, key):
         assert not result.any()
+
+
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+@pytest.mark.parametrize("distance", [1.0, 1e-1, 1e-2])
+def test_score_mse_of_maps_that_are_there(normalisation, distance):
+    """Of padded rows. Its error is 6e-8·‖A‖/‖A_S − A_T‖, about 1e-5 at the last distance."""
+    teacher = normal(24, BATCH, HEADS, SEQ, SEQ)
+    student = teacher + normal(25, *teacher.shape, scale=distance)
+
+    def loss(student):
+        return score_mse(student, jnp.array(teacher), jnp.array(MASK), normalisation=normalisation)
+
+    def reference(student):
+        return map_mse(normalisation, student, torch.tensor(teacher, dtype=torch.float64))
+
+    assert_same(loss, reference, student)
+
+
+def test_score_mse_of_packed_rows_is_that_of_queries_and_keys():
+    heads = [jnp.array(normal(26 + i, BATCH, SEQ, HEADS, 4 + i // 2 * 2)) for i in range(4)]
+    mask = jnp.array(PACKED)
+
+    def by_scores(query, key, *teacher):
+        maps = attention_scores(query, key), attention_scores(*teacher)
+        return score_mse(*maps, mask, normalisation="valid_only")
+
+    def by_heads(*heads):
+        return attention_mse(*heads, mask, normalisation="valid_only")
+
+    both = (value_and_grads(loss, *heads) for loss in (by_scores, by_heads))
+    for one, other in zip(*both, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    junk = [jnp.where((mask > 0)[:, :, None, None], x, 1e6) for x in heads]
+    assert by_scores(*junk) == by_scores(*heads)
+
+
+def test_score_mse_of_bfloat16_maps_is_computed_in_float32():
+    short = [jnp.array(normal(26 + i, BATCH, HEADS, SEQ, SEQ), jnp.bfloat16) for i in range(2)]
+    loss = functools.partial(score_mse, mask=jnp.array(MASK), normalisation="valid_only")
+    assert_float32_of_bfloat16(loss, short)
 
 
 @pytest.mark.parametrize("teacher_head_dim", [4, 6])
@@ -180,21 +222,24 @@ def attention_loss(normalisation, maps):
 
 
 def score_map_reference(normalisation):
-    mask = torch.tensor(MASK)
-
     def scores(query, key):
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         return query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
 
     def reference(student_query, student_key, teacher_query, teacher_key):
         student, teacher = scores(student_query, student_key), scores(teacher_query, teacher_key)
-        if normalisation == "paper_code":
-            is_key = mask[:, None, None, :]
-            return F.mse_loss(student * is_key, teacher * is_key)
-        is_pair = (mask[:, :, None] & mask[:, None, :])[:, None].expand_as(student)
-        return F.mse_loss(student[is_pair], teacher[is_pair])
+        return map_mse(normalisation, student, teacher)
 
     return reference
+
+
+def map_mse(normalisation, student, teacher):
+    mask = torch.tensor(MASK)
+    if normalisation == "paper_code":
+        is_key = mask[:, None, None, :]
+        return F.mse_loss(student * is_key, teacher * is_key)
+    is_pair = (mask[:, :, None] & mask[:, None, :])[:, None].expand_as(student)
+    return F.mse_loss(student[is_pair], teacher[is_pair])
 
 
 # Relations, in blocks

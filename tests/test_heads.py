@@ -73,9 +73,10 @@ def _slope(outputs):
 def test_outputs_and_gradients_are_those_of_a_whole_last_layer(head, mask, unroll, num_layers):
     sizes = SIZES.model_copy(update={"num_hidden_layers": num_layers})
     params, outputs = _model(head, mask, sizes, unroll=unroll)
-    for ours, whole in zip(outputs(params, False), outputs(params, True), strict=True):
+    _, scanned = _model(head, mask, sizes)
+    for ours, whole in zip(outputs(params, False), scanned(params, True), strict=True):
         np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-5)
-    ours, whole = (_slope(outputs)(params, taps) for taps in (False, True))
+    ours, whole = _slope(outputs)(params, False), _slope(scanned)(params, True)
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(whole))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * largest), ours, whole

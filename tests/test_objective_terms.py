@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from tinybert_jax import distill_objective, masking, objectives  # noqa: E402
+from tinybert_jax import (  # noqa: E402
+    attention_losses,
+    distill_objective,
+    masking,
+    objectives,
+)
 from tinybert_jax.data.pipeline import Batch  # noqa: E402
 from tinybert_jax.distill import init_projection  # noqa: E402
 from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm  # noqa: E402
@@ -34,7 +39,7 @@ STUDENT_OF_FOUR = TEACHER.model_copy(update={"intermediate_size": 16})
 NARROW = STUDENT.model_copy(update={"hidden_size": 12})
 MAKE = {
     "encoder": make_encoder,
-    "classifier": lambda sizes: make_classifier(sizes, 3),
+    "classifier": lambda sizes, **options: make_classifier(sizes, 3, **options),
     "masked_lm": make_masked_lm,
 }
 LENGTHS = np.array([10, 3, 7, 5, 10, 4])
@@ -60,12 +65,12 @@ def _whole(role):
 class Case:
     """Both models' outputs as float64 tensors, and the objective's value and parts."""
 
-    def __init__(self, section, stage, share=0.0, student=STUDENT):
-        terms = section.terms(stage)
-        roles, params, batch = [], [], _batch()
+    def __init__(self, section, stage, share=0.0, student=STUDENT, unroll=False, batch=None):
+        terms, batch = section.terms(stage), batch or _batch()
+        roles, params = [], []
         kinds = model_kind(terms), model_kind(terms, of_teacher=True)
         for number, (sizes, kind) in enumerate(zip((student, TEACHER), kinds, strict=True)):
-            apply, init = MAKE[kind](sizes)
+            apply, init = MAKE[kind](sizes, unroll=unroll)
             roles.append(distill_objective.Role(apply, kind, sizes.num_hidden_layers))
             params.append(jax.jit(init)(jax.random.key(number)))
         mask = None
@@ -111,8 +116,23 @@ def _scores(left, right):
     return left @ right.transpose(2, 3) / left.shape[-1] ** 0.5
 
 
-def test_tinybert_general():
-    case = Case(DistillSection(), "general", student=NARROW)
+@pytest.fixture
+def maps_read(monkeypatch):
+    """Shapes of the maps that `score_mse` was given."""
+    read, loss = [], attention_losses.score_mse
+    recorded = lambda ours, theirs, *args, **kw: (  # noqa: E731
+        read.append((ours.shape, theirs.shape)) or loss(ours, theirs, *args, **kw)
+    )
+    monkeypatch.setattr(attention_losses, "score_mse", recorded)
+    return read
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_tinybert_general(unroll, maps_read):
+    """Unrolled, the attention loss reads the maps that both models have built: heads of 3 and 6."""
+    case = Case(DistillSection(), "general", student=NARROW, unroll=unroll)
+    shape = (ROWS, 4, WIDTH, WIDTH)
+    assert maps_read == 2 * [(shape, shape)] * unroll
     ours, theirs = case.student, case.teacher
     attention = hidden = 0.0
     for i, g in ((1, 2), (2, 4)):
@@ -122,6 +142,23 @@ def test_tinybert_general():
         hidden += F.mse_loss((ours.hidden[i] @ case.projection)[REAL], theirs.hidden[g][REAL])
     embedding = F.mse_loss((ours.hidden[0] @ case.projection)[REAL], theirs.hidden[0][REAL])
     case.assert_parts(attention=(1, attention), hidden=(1, hidden), embedding=(1, embedding))
+
+
+def test_packed_rows_give_the_same_unrolled(maps_read):
+    segments = np.where(MASK, 1 + (np.arange(WIDTH) >= 4), 0).astype(np.int32)
+    batch = _batch()._replace(attention_mask=jnp.asarray(segments))
+    scanned, unrolled = (
+        Case(DistillSection(), "general", student=NARROW, unroll=unroll, batch=batch)
+        for unroll in (False, True)
+    )
+    assert len(maps_read) == 2
+    for name, value in scanned.parts.items():
+        np.testing.assert_allclose(unrolled.parts[name], value, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        unrolled.grads,
+        scanned.grads,
+    )
 
 
 def test_tinybert_prediction():
@@ -209,9 +246,12 @@ def test_temperature_over_the_stage():
     case.assert_parts(soft=(1, F.kl_div(*both, reduction="batchmean", log_target=True)))
 
 
-def test_pairs_of_heads():
+@pytest.mark.parametrize("unroll", [False, True])
+def test_pairs_of_heads(unroll, maps_read):
     pairs = {"term": "attention", "layer_map": "last", "head_map": [[1, 4], [2, 4], [3, 1]]}
-    case = Case(DistillSection.model_validate({"general": [pairs]}), "general", student=NARROW)
+    section = DistillSection.model_validate({"general": [pairs]})
+    case = Case(section, "general", student=NARROW, unroll=unroll)
+    assert not maps_read
     ours, theirs = (_scores(m.queries[-1], m.keys[-1]) for m in (case.student, case.teacher))
     gap = ours[:, [0, 1, 2]] - theirs[:, [3, 3, 0]]
     case.assert_parts(attention=(1, gap.square()[PAIR.expand_as(gap)].mean()))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tinybert_jax import cli, cost, objectives, plan, plan_work
+from tinybert_jax import cli, cost, objectives, plan, plan_work, sharding
 from tinybert_jax.data.vocab import train_wordpiece
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import make_classifier
@@ -299,10 +299,25 @@ def test_activations_of_terms_by_hand(inputs, tmp_path, terms, taps, of_students
     assert runs[0].teacher.vocab_size == 21
     embedding, taught = (plan.price(run, "general").activation_bytes for run in runs)
     once = 16 * WIDTH
-    assert taught - embedding == 4 * ((taps - 1) * once + 3 * (of_students - once))
+    assert taught - embedding == 4 * ((taps - 1) * once + of_students - once)
 
 
-def test_activations_are_near_those_of_the_compiled_program(inputs, tmp_path):
+def test_what_an_unrolled_teacher_keeps_for_a_term_by_hand(inputs, tmp_path):
+    """Of the one layer that is read: hidden states, or the map of two heads beside the gap."""
+    read = {}
+    for term in ("hidden", "attention"):
+        for unroll in (False, True):
+            settings = {"general": [{"term": term}]}
+            compute = {"unroll_layers": unroll}
+            run = _run(inputs, tmp_path, distillation=settings, compute=compute)
+            read[term, unroll] = plan.price(run, "general").activation_bytes
+    once, maps = 4 * 16 * WIDTH, 4 * 2 * WIDTH**2
+    assert read["hidden", True] - read["hidden", False] == -once  # one layer for two
+    # Rolled: queries and keys of two layers, for Gram matrices.
+    assert read["attention", True] - read["attention", False] == 2 * maps - 4 * once
+
+
+def test_activations_are_near_those_of_the_compiled_program(inputs, tmp_path, monkeypatch):
     """One row a device; XLA's own figure of a stage's gradient grows by as much with each row."""
     sizes = {**STUDENT, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 3}
     run = _run(inputs, tmp_path, ["baseline"], student=sizes, num_seeds=1)
@@ -321,7 +336,9 @@ def test_activations_are_near_those_of_the_compiled_program(inputs, tmp_path):
     each = (num_bytes(96) - num_bytes(32)) / 64
     estimate = plan.price(run, "baseline").activation_bytes
     np.testing.assert_allclose(estimate, each, rtol=0.25)
-    three = plan.price(
-        run._replace(config=run.config.model_copy(update={"num_seeds": 3})), "baseline"
-    )
-    assert three.activation_bytes == 3 * estimate
+    three = run._replace(config=run.config.model_copy(update={"num_seeds": 3}))
+    assert (
+        plan.price(three, "baseline").activation_bytes == estimate
+    )  # one seed at a time, on a CPU
+    monkeypatch.setattr(sharding, "takes_turns", lambda mesh: False)
+    assert plan.price(three, "baseline").activation_bytes == 3 * estimate

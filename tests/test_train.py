@@ -177,13 +177,15 @@ def test_accumulation_equals_the_whole_batch(kind, normalisation):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole, parts)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("accumulation", "in_turn"), [(1, True), (2, True), (1, False)])
 @pytest.mark.parametrize("kind", ["supervised", "layers", "prediction"])
-def test_students_side_by_side_equal_each_alone(kind, accumulation):
-    """Same batches; a start of its own, and the gradient of one is clipped.
+def test_students_side_by_side_equal_each_alone(kind, accumulation, in_turn, monkeypatch):
+    """In a loop as on CPUs, by `vmap` as elsewhere: same batches, a start of its own.
 
+    The gradient of one is clipped.
     Adam turns the rounding noise of gradients that are 0, those of key biases, into steps of 1e-5.
     """
+    monkeypatch.setattr(sharding, "takes_turns", lambda mesh: in_turn)
     objective, params, frozen = _stage(kind)
     starts = [params, jax.tree.map(lambda leaf: 1.5 * leaf, params)]
     keys = [jax.random.key(3), jax.random.key(4)]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tinybert_jax.model.linear import affine
 from tinybert_jax.sections import ModelConfig
 
 LayerPairs = tuple[tuple[int, int], ...]  # (student's layer 1..M, the teacher's 1..N)
@@ -103,9 +104,8 @@ def init_projection(
 def project(projection: Mapping[str, jax.Array], entry: int, hidden: jax.Array) -> jax.Array:
     """H·W + c of one hidden entry: [batch, seq, student_dim] to [batch, seq, teacher_dim]."""
     index = entry if projection["kernel"].shape[0] > 1 else 0
-    kernel, bias = projection["kernel"][index], projection["bias"][index]
-    mapped = jnp.einsum("bts,sd->btd", hidden, kernel.astype(hidden.dtype))
-    return mapped + bias[None, None].astype(hidden.dtype)
+    kernel, bias = (projection[name][index].astype(hidden.dtype) for name in ("kernel", "bias"))
+    return affine(hidden, kernel, bias)
 
 
 def principal_directions(table: np.ndarray, num_directions: int) -> np.ndarray:

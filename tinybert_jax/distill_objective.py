@@ -178,18 +178,42 @@ def _attention(term: AttentionTerm, num_student: int, num_teacher: int) -> Loss:
         return attention_losses.regroup(x, term.heads) if term.heads else x
 
     def one(c: Context, ours: int, theirs: int) -> jax.Array:
-        student, teacher = c.student.encoder, c.teacher.encoder
+        student, teacher, mask = c.student.encoder, c.teacher.encoder, c.batch.attention_mask
+        options = {"normalisation": c.options.normalisation, "count": c.counts.pairs}
+        maps = _maps(term, c, ours, theirs)
+        if maps is not None:
+            return attention_losses.score_mse(*maps, mask, **options)
         return attention_losses.attention_mse(
             heads(student.queries[ours - 1], 0),
             heads(student.keys[ours - 1], 0),
             heads(teacher.queries[theirs - 1], 1),
             heads(teacher.keys[theirs - 1], 1),
-            c.batch.attention_mask,
-            normalisation=c.options.normalisation,
-            count=c.counts.pairs,
+            mask,
+            **options,
         )
 
     return _over_layers(term, num_student, num_teacher, one)
+
+
+def _maps(
+    term: AttentionTerm, c: Context, ours: int, theirs: int
+) -> tuple[jax.Array, jax.Array] | None:
+    """Both models' own score maps, where the loss reads them instead of queries and keys.
+
+    Not of bfloat16 activations: their scores are of rounded, scaled queries.
+    """
+    built = []
+    for model, layer in ((c.student.encoder, ours), (c.teacher.encoder, theirs)):
+        scores, queries = model.attention_scores, model.queries[layer - 1]
+        if scores is None or scores[layer - 1] is None or queries.dtype != jnp.float32:
+            return None
+        built.append((scores[layer - 1], queries.shape[-1]))
+    (student, student_dim), (teacher, teacher_dim) = built
+    mask = c.batch.attention_mask
+    reads = attention_losses.reads_scores(
+        mask.shape[1], student_dim, teacher_dim, packed=mask.dtype != bool
+    )
+    return (student, teacher) if reads and term.keeps_heads else None
 
 
 def _hidden(term: HiddenTerm, num_student: int, num_teacher: int) -> Loss:

@@ -128,15 +128,37 @@ def hidden_mse(
     "paper_code" the plain mean over everything, whose unit count is batch·seq. Source: TinyBERT
     equations 8 and 9.
     """
-    difference = student.astype(jnp.float32) - teacher.astype(jnp.float32)
     if normalisation == "valid_only":
-        difference = jnp.where(mask[:, :, None], difference, 0)
         num_tokens = mask.sum(dtype=jnp.float32)
     elif normalisation == "paper_code":
-        num_tokens = jnp.float32(mask.size)
+        mask, num_tokens = jnp.ones_like(mask), jnp.float32(mask.size)
     else:
         raise ValueError(unknown_normalisation(normalisation))
-    return mean_over(jnp.square(difference).mean(-1).sum(), num_tokens, count)
+    wide = student.astype(jnp.float32), teacher.astype(jnp.float32)
+    return mean_over(_squared_distance(*wide, mask), num_tokens, count)
+
+
+@jax.custom_vjp
+def _squared_distance(student: Array, teacher: Array, mask: Array) -> Array:
+    """Mean over dim of (student − teacher)², summed over the tokens [batch, seq] of the mask."""
+    return _squared_distance_forward(student, teacher, mask)[0]
+
+
+def _squared_distance_forward(student: Array, teacher: Array, mask: Array) -> tuple[Array, Array]:
+    difference = jnp.where(mask[:, :, None], student - teacher, 0)
+    # XLA:CPU would make it anew, from all that it can be fused with, wherever it is read.
+    difference = jax.lax.platform_dependent(
+        difference, cpu=jax.lax.optimization_barrier, default=lambda x: x
+    )
+    return jnp.square(difference).mean(-1).sum(), difference
+
+
+def _squared_distance_backward(difference: Array, slope: Array) -> tuple[Array, Array, None]:
+    by_student = (2 / difference.shape[-1]) * slope * difference
+    return by_student, -by_student, None
+
+
+_squared_distance.defvjp(_squared_distance_forward, _squared_distance_backward)
 
 
 def cosine(

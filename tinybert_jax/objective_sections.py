@@ -60,6 +60,11 @@ class AttentionTerm(LayerTerm):
         Field(None, description="[student's, teacher's] pairs of heads, from 1; default: all alike")
     )
 
+    @property
+    def keeps_heads(self) -> bool:
+        """Whether both models' heads are compared one by one, as they are."""
+        return self.heads is None and self.head_map is None
+
     @model_validator(mode="after")
     def _heads_are_given_once(self) -> "AttentionTerm":
         if self.heads and self.head_map:

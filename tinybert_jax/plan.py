@@ -4,6 +4,7 @@ Owns what of a config costs what; the arithmetic is `cost`'s. Trains and writes 
 """
 
 import datetime
+import itertools
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -13,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinybert_jax import cost, sharding
-from tinybert_jax.attention_losses import RELATION_BLOCK, builds_maps
+from tinybert_jax.attention_losses import RELATION_BLOCK, builds_maps, reads_scores
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import make_masked_lm
 from tinybert_jax.objective_sections import (
     AttentionTerm,
+    LayerTerm,
     RelationTerm,
 )
 from tinybert_jax.objectives import encoder_inputs
@@ -93,10 +95,10 @@ def price(run: Run, stage: str) -> Costs:
     State is fp32: parameters, gradients, two moments and an average where one is kept, of every
     student with its projection; the teacher's parameters, its layers in 2 bytes where products read
     bfloat16. Activations are of the largest batch seen, in microbatches: what differentiating the
-    students' encoders keeps, by a trace of the very model (nothing is compiled); the teacher's taps
-    that terms read; the projected entries; the maps of queries and keys that terms build; a chunk
-    of logits. Of fp32 steps with the terms of tinybert, minilmv2 and distilbert this came within
-    15 % of XLA:CPU's `memory_analysis`.
+    students' encoders keeps, by a trace of the very model (nothing is compiled), on a CPU of one
+    seed at a time; the teacher's taps that terms read; the projected entries; the maps of queries
+    and keys that terms build; a chunk of logits. Of fp32 steps with scanned layers and the terms of
+    tinybert, minilmv2 and distilbert this came within 15 % of XLA:CPU's `memory_analysis`.
     """
     section, work = run.section(stage), work_of(run, stage)
     feed = stage_feed(run, stage)
@@ -232,13 +234,16 @@ def _activation_bytes(run: Run, stage: str, work: Work, batch: Batch, words: Wor
         students += num_rows * _saved_bytes_a_row(run, stage, model, batch)
         if work.teacher:
             students += _FP32 * values * len(projected(work, model))
-            students += _FP32 * num_rows * _num_pairs_in_maps(work, model, batch)
+            students += _FP32 * num_rows * _num_pairs_in_maps(run, work, model, batch)
         if words:
             num_copies = 2 + bool(words.teacher)  # the student's logits and their gradient
             students += _FP32 * num_copies * words.chunk * model.vocab_size
     if work.teacher:
-        theirs = compute_options(run.config)["dtype"].itemsize * values * _num_taps(work)
-    return work.num_seeds * students + theirs
+        itemsize = compute_options(run.config)["dtype"].itemsize
+        num_taps, num_pairs = _num_taps(run, work, batch)
+        theirs = itemsize * values * num_taps + _FP32 * num_rows * num_pairs
+    num_at_a_time = 1 if sharding.takes_turns(run.mesh) else work.num_seeds
+    return num_at_a_time * students + theirs
 
 
 def _saved_bytes_a_row(run: Run, stage: str, model: ModelConfig, batch: Batch) -> int:
@@ -272,7 +277,7 @@ def _saved_bytes_a_row(run: Run, stage: str, model: ModelConfig, batch: Batch) -
     return num_bytes(2) - num_bytes(1)
 
 
-def _num_pairs_in_maps(work: Work, student: ModelConfig, batch: Batch) -> int:
+def _num_pairs_in_maps(run: Run, work: Work, student: ModelConfig, batch: Batch) -> int:
     """Entries of the [query, key] maps that terms build of a row."""
     width, is_packed = batch.input_ids.shape[1], batch.attention_mask.dtype != bool
     total = 0
@@ -289,22 +294,45 @@ def _num_pairs_in_maps(work: Work, student: ModelConfig, batch: Batch) -> int:
                 for m in (student, work.teacher)
             )
             heads = len(term.head_map or ()) or term.heads or student.num_attention_heads
-            if builds_maps(width, *dims, packed=is_packed):
+            if builds_maps(width, *dims, packed=is_packed) or _reads_maps(
+                run, work, student, term, batch
+            ):
                 total += len(layer_pairs(work, student, term)) * heads * width**2
     return total
 
 
-def _num_taps(work: Work) -> int:
-    """How many of the teacher's [slots, dim] arrays the terms read: a scan keeps all layers'."""
+def _reads_maps(
+    run: Run, work: Work, student: ModelConfig, term: AttentionTerm, batch: Batch
+) -> bool:
+    """Whether a term reads the maps that both models' attention builds, on a CPU."""
     assert work.teacher is not None
-    kinds: set[str] = set()
-    for term in work.terms:
-        if isinstance(term, RelationTerm):
-            kinds |= set(term.of)
-        else:
-            kinds |= set(_TAPS.get(term.term, ()))
-    num_layers = work.teacher.num_hidden_layers
-    return sum(1 if kind == "embedding" else num_layers for kind in kinds)
+    dims = (m.hidden_size // m.num_attention_heads for m in (student, work.teacher))
+    is_packed, compute = batch.attention_mask.dtype != bool, run.config.compute
+    is_float32 = "bfloat16" not in (compute.dtype, compute.frozen_dtype)
+    can_read = compute.unroll_layers and is_float32 and term.keeps_heads
+    return can_read and reads_scores(batch.input_ids.shape[1], *dims, packed=is_packed)
+
+
+def _num_taps(run: Run, work: Work, batch: Batch) -> tuple[int, int]:
+    """How many of the teacher's [slots, dim] arrays the terms read, and entries of a row's maps.
+
+    A scan keeps those of all layers.
+    """
+    assert work.teacher is not None
+    num_layers, heads = work.teacher.num_hidden_layers, work.teacher.num_attention_heads
+    taps: set[tuple[str, int]] = set()
+    for term, student in itertools.product(work.terms, work.trained.values()):
+        kinds = term.of if isinstance(term, RelationTerm) else _TAPS.get(term.term, ())
+        if isinstance(term, AttentionTerm) and _reads_maps(run, work, student, term, batch):
+            kinds = ("maps",)
+        layers: Iterable[int] = range(1, num_layers + 1)
+        if run.config.compute.unroll_layers:
+            layers = [num_layers]
+            if isinstance(term, LayerTerm):
+                layers = [theirs for _, theirs in layer_pairs(work, student, term)]
+        taps |= {(k, 0 if k == "embedding" else i) for k, i in itertools.product(kinds, layers)}
+    num_maps = sum(kind == "maps" for kind, _ in taps)
+    return len(taps) - num_maps, num_maps * heads * batch.input_ids.shape[1] ** 2
 
 
 _TAPS = {

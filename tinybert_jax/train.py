@@ -1,5 +1,6 @@
 """The train step: one jitted function of (state, batch, frozen), the same for every stage."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -104,14 +105,14 @@ def make_train_step(
     whole batch's unit counts: the sum over microbatches is the full batch's loss, padding or not.
     """
 
-    gradients = _make_gradients(objective, gradient_accumulation_steps)
+    gradients = _make_gradients(objective, gradient_accumulation_steps, mesh)
     update = _make_update(optimizer, objective.members)
 
     def train_step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
         num_tokens = jnp.count_nonzero(batch.attention_mask)
         share = jnp.minimum(state.step / max(num_steps - 1, 1), 1.0)
         (loss, metrics), grads = gradients(state, batch, share, frozen)
-        each_update = _for_each(update, state.key, (0, 0, 0))
+        each_update = _for_each(update, state.key)
         with jax.named_scope("~optimizer"):
             params, opt_state, grad_norm = each_update(grads, state.opt_state, state.params)
         metrics = {"loss": loss} | metrics | {"grad_norm": grad_norm}
@@ -154,23 +155,28 @@ class TrainStep(NamedTuple):
             return self.jitted.lower(state, batch, frozen).compile().as_text()
 
 
-def _make_gradients(objective: Objective, num_parts: int) -> Callable:
+def _make_gradients(objective: Objective, num_parts: int, mesh: Mesh) -> Callable:
     """(state, batch, share, frozen) -> ((loss, metrics), gradients), in parts if asked."""
     differentiate = jax.value_and_grad(objective.loss, has_aux=True)
 
     def gradients(state: TrainState, batch: Batch, share: jax.Array, frozen: Any):
         split = _for_each(
-            lambda key: jax.random.split(jax.random.fold_in(key, state.step)), state.key, (0,)
+            lambda key: jax.random.split(jax.random.fold_in(key, state.step)), state.key
         )
         prepare_keys, keys = jnp.moveaxis(split(state.key), -1, 0)
         with jax.named_scope("~prepare"):
             batch, counts = objective.prepare(batch, prepare_keys.ravel()[0], share)
-        each = _for_each(differentiate, state.key, (0, None, None, 0, None))
 
         def micro(batch: Batch, keys: jax.Array):
             with jax.named_scope("~teacher"):
                 targets = objective.targets(batch, frozen)
-            return each(state.params, batch, counts, keys, targets)
+
+            def one(student: tuple[Any, jax.Array]):
+                params, key = student
+                return differentiate(params, batch, counts, key, targets)
+
+            each = _for_each(one, state.key, in_turn=sharding.takes_turns(mesh))
+            return each((state.params, keys))
 
         if num_parts == 1:
             return micro(batch, keys)
@@ -178,7 +184,7 @@ def _make_gradients(objective: Objective, num_parts: int) -> Callable:
         def accumulate(total, part):
             return jax.tree.map(jnp.add, total, micro(*part)), None
 
-        split = _for_each(lambda key: jax.random.split(key, num_parts), state.key, (0,))
+        split = _for_each(lambda key: jax.random.split(key, num_parts), state.key)
         parts = (jax.tree.map(_split(num_parts), batch), jnp.moveaxis(split(keys), -1, 0))
         shapes = jax.eval_shape(micro, *jax.tree.map(lambda leaf: leaf[0], parts))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -198,9 +204,14 @@ def _make_update(optimizer: optax.GradientTransformation, members: Sequence[str]
     return update
 
 
-def _for_each(function: Callable, key: jax.Array, in_axes: tuple[int | None, ...]) -> Callable:
-    """The function itself for one student's key, mapped over students for a vector of keys."""
-    return jax.vmap(function, in_axes=in_axes) if key.ndim else function
+def _for_each(function: Callable, key: jax.Array, *, in_turn: bool = False) -> Callable:
+    """The function itself for one student's key, mapped over students for a vector of keys.
+
+    `in_turn`: in a loop, one student after another; a function of one argument then.
+    """
+    if not key.ndim:
+        return function
+    return functools.partial(jax.lax.map, function) if in_turn else jax.vmap(function)
 
 
 def _new_state(
@@ -208,7 +219,7 @@ def _new_state(
 ) -> TrainState:
     # A copy of its own: the step donates both.
     average = jax.tree.map(jnp.copy, params) if averaged else ()
-    opt_state = _for_each(optimizer.init, key, (0,))(params)
+    opt_state = _for_each(optimizer.init, key)(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, average)
 
 

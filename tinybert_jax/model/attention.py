@@ -1,4 +1,4 @@
-"""Multi-head self-attention that hands out its queries, keys and values as taps."""
+"""Multi-head self-attention that hands out its queries, keys, values and scores as taps."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,14 +16,15 @@ from tinybert_jax.sharding import over_batch
 
 
 class AttentionTaps(NamedTuple):
-    """What distillation reads of one layer: each [batch, seq, heads, head_dim], before softmax.
+    """What distillation reads of one layer, before masking and softmax.
 
     Queries are of the tokens that ask: all, or those that are read.
     """
 
-    queries: jax.Array
-    keys: jax.Array
-    values: jax.Array
+    queries: jax.Array  # [batch, queries, heads, head_dim]
+    keys: jax.Array  # [batch, seq, heads, head_dim]
+    values: jax.Array  # [batch, seq, heads, head_dim]
+    attention_scores: jax.Array | None  # [batch, heads, queries, seq], fp32; None: no map is built
 
 
 class Visible(NamedTuple):
@@ -98,11 +99,13 @@ class SelfAttention(nnx.Module):
         def by_head(linear: nnx.Linear, x: jax.Array) -> jax.Array:
             return dense(linear, x).reshape(*x.shape[:2], self.num_heads, -1)
 
-        taps = AttentionTaps(
-            by_head(self.query, queried), by_head(self.key, hidden), by_head(self.value, hidden)
+        queries = by_head(self.query, queried)
+        keys, values = by_head(self.key, hidden), by_head(self.value, hidden)
+        context, scores = attend(
+            queries, keys, values, visible, self.dropout_rate, key, backend=backend
         )
-        context = attend(*taps, visible, self.dropout_rate, key, backend=backend)
-        return dense(self.output, context.reshape(queried.shape)), taps
+        attended = dense(self.output, context.reshape(queried.shape))
+        return attended, AttentionTaps(queries, keys, values, scores)
 
 
 def attend(
@@ -114,8 +117,12 @@ def attend(
     key: jax.Array | None,
     *,
     backend: AttentionBackend = "auto",
-) -> Float[Array, "batch picked heads head_dim"]:
+) -> tuple[
+    Float[Array, "batch picked heads head_dim"], Float[Array, "batch heads picked seq"] | None
+]:
     """softmax(QKᵀ/√head_dim)·V over the keys that are seen, softmax in fp32.
+
+    Beside it the scores QKᵀ/√head_dim of all keys, where there is a map of them: with xla.
 
     `backend`: xla builds the score map; the others keep none, have no dropout, and want rows of a
     multiple of 128 tokens: cudnn on NVIDIA GPUs, in bfloat16; splash on TPUs. auto is
@@ -127,13 +134,13 @@ def attend(
         fused = "cudnn" if backend == "auto" else backend
         missing = _missing(fused, queries, 0.0 if key is None else dropout_rate)
         if missing is None:
-            return over_batch(_FUSED[fused])(queries, keys, values, visible)
+            return over_batch(_FUSED[fused])(queries, keys, values, visible), None
         if backend != "auto":
             raise ValueError(f"attention: {fused} expects {missing}; set compute.attention=auto")
     scores = attention_scores(queries, keys)
     probs = jax.nn.softmax(jnp.where(visible.pairs[:, None], scores, _MASKED), axis=-1)
     probs = dropout(probs.astype(values.dtype), dropout_rate, key)
-    return _context(probs, values)
+    return _context(probs, values), scores
 
 
 def _missing(backend: AttentionBackend, queries: jax.Array, dropout_rate: float) -> str | None:

@@ -1,4 +1,4 @@
-"""BERT's encoder: post-LayerNorm blocks, stacked by `vmap` and run by `scan`."""
+"""BERT's encoder: post-LayerNorm blocks, stacked by `vmap`, run by `scan` or one by one."""
 
 import functools
 from collections.abc import Callable
@@ -26,14 +26,22 @@ from tinybert_jax.model.linear import dense, make_linear
 from tinybert_jax.sections import ModelConfig
 from tinybert_jax.sharding import constrain
 
+# An array with a leading axis for the layers, or of an unrolled encoder one array for each.
+Layers = jax.Array | tuple[jax.Array, ...]
+
+# (hidden, (parameters, key) of a layer[, pick]) -> (hidden, taps)
+Run = Callable[..., tuple[jax.Array, AttentionTaps]]
+
 
 class EncoderOutput(NamedTuple):
     """Everything a head or a loss may read; under `jit` what nobody reads is never computed."""
 
-    hidden: jax.Array  # [layers + 1, batch, seq, dim]; 0 = embeddings after LayerNorm
-    queries: jax.Array  # [layers, batch, seq, heads, head_dim]
-    keys: jax.Array  # [layers, batch, seq, heads, head_dim]
-    values: jax.Array  # [layers, batch, seq, heads, head_dim]
+    hidden: Layers  # [layers + 1, batch, seq, dim]; 0 = embeddings after LayerNorm
+    queries: Layers  # [layers, batch, seq, heads, head_dim]
+    keys: Layers  # [layers, batch, seq, heads, head_dim]
+    values: Layers  # [layers, batch, seq, heads, head_dim]
+    attention_scores: tuple[jax.Array | None, ...] | None  # of each layer [batch, heads, seq, seq],
+    # fp32; None: scanned, or no map is built
     pooled: jax.Array  # [batch, dim] or, packed, [batch, segments, dim]; tanh of a linear map of
     # the first token of a row or of each segment
 
@@ -57,7 +65,7 @@ class Encoder(nnx.Module):
         attention: AttentionBackend = "auto",
         rngs: nnx.Rngs,
     ):
-        self.unroll = config.num_hidden_layers if unroll else 1
+        self.unroll = unroll
         self.embeddings = Embeddings(config, dtype=dtype, position_init=position_init, rngs=rngs)
         self.layers = _stacked_blocks(
             config, rngs, dtype=dtype, product_dtype=product_dtype, attention=attention
@@ -79,20 +87,36 @@ class Encoder(nnx.Module):
         examples of a row. Each sees itself alone and has positions of its own; with `num_segments`
         each has its own `pooled` (of a segment that is not there: something finite).
         """
-        embedded, layers, run = self._start(input_ids, attention_mask, token_type_ids, key)
+        embedded, (stacked, keys), run = self._start(input_ids, attention_mask, token_type_ids, key)
+
+        hidden, taps = (self._one_by_one if self.unroll else self._scanned)(
+            embedded, stacked, keys, run
+        )
+        pooled = self.pool(first_tokens(hidden[-1], attention_mask, num_segments))
+        return EncoderOutput(hidden=hidden, pooled=pooled, **taps._asdict())
+
+    @staticmethod
+    def _one_by_one(embedded: Array, stacked: Any, keys: Array | None, run: Run) -> tuple[Any, Any]:
+        """Hidden states and taps as tuples over layers."""
+        hidden, taps = [embedded], []
+        for layer in _each_layer(stacked, keys):
+            state, own = run(hidden[-1], layer)
+            hidden.append(state)
+            taps.append(own)
+        by_kind: Any = zip(*taps, strict=True)
+        return tuple(hidden), AttentionTaps(*by_kind)
+
+    @staticmethod
+    def _scanned(embedded: Array, stacked: Any, keys: Array | None, run: Run) -> tuple[Any, Any]:
+        """Hidden states and taps with a leading axis for layers."""
 
         def layer(hidden, params_and_key):
             hidden, taps = run(hidden, params_and_key)
-            return hidden, (hidden, taps)
+            # A stack of maps would hold those of layers that nobody reads, too.
+            return hidden, (hidden, taps._replace(attention_scores=None))
 
-        last, (hiddens, taps) = jax.lax.scan(layer, embedded, layers, unroll=self.unroll)
-        return EncoderOutput(
-            hidden=jnp.concatenate([embedded[None], hiddens]),
-            queries=taps.queries,
-            keys=taps.keys,
-            values=taps.values,
-            pooled=self.pool(first_tokens(last, attention_mask, num_segments)),
-        )
+        _, (states, taps) = jax.lax.scan(layer, embedded, (stacked, keys))
+        return jnp.concatenate([embedded[None], states]), taps
 
     def last_hidden(
         self,
@@ -108,6 +132,11 @@ class Encoder(nnx.Module):
         are those of `__call__`.
         """
         embedded, (stacked, keys), run = self._start(input_ids, attention_mask, token_type_ids, key)
+        if self.unroll:
+            hidden, (*lower, last) = embedded, _each_layer(stacked, keys)
+            for each in lower:
+                hidden, _ = run(hidden, each)
+            return run(hidden, last, pick)[0]
 
         # XLA copies a part of a stack for its loop. Read layer by layer it needs no copy, but then
         # each layer's gradient is as large as the stack: only where nothing is trained.
@@ -121,7 +150,7 @@ class Encoder(nnx.Module):
         def layer(hidden, x):
             return run(hidden, (_layer_at(stacked, x), None) if keys is None else x)[0], None
 
-        hidden, _ = jax.lax.scan(layer, embedded, below, unroll=self.unroll)
+        hidden, _ = jax.lax.scan(layer, embedded, below)
         return run(hidden, last, pick)[0]
 
     def pool(self, first: Float[Array, "*dims dim"]) -> Float[Array, "*dims dim"]:
@@ -131,7 +160,7 @@ class Encoder(nnx.Module):
 
     def _start(
         self, input_ids: Array, attention_mask: Array, token_type_ids: Array, key: jax.Array | None
-    ) -> tuple[Array, Any, Callable[..., tuple[Array, AttentionTaps]]]:
+    ) -> tuple[Array, Any, Run]:
         """Embeddings, (parameters, key) of all layers stacked, and what runs one such layer."""
         visible = make_visible(attention_mask)
         graphdef, stacked = nnx.split(self.layers, nnx.Param)
@@ -153,6 +182,25 @@ class Encoder(nnx.Module):
 
 def _layer_at(stacked: Any, i: int | Array) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacked)
+
+
+def _each_layer(stacked: Any, keys: jax.Array | None) -> list[tuple[Any, jax.Array | None]]:
+    """(parameters, key) of each layer."""
+    return [(own, None if keys is None else keys[i]) for i, own in enumerate(_unstacked(stacked))]
+
+
+@jax.custom_vjp
+def _unstacked(stacked: Any) -> tuple[Any, ...]:
+    """Each layer's part of a stack; the gradient is put together in one go."""
+    num_layers = len(jax.tree.leaves(stacked)[0])
+    return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_layers))
+
+
+def _stacked(_: None, layers: tuple[Any, ...]) -> tuple[Any]:
+    return (jax.tree.map(lambda *parts: jnp.stack(parts), *layers),)
+
+
+_unstacked.defvjp(lambda stacked: (_unstacked(stacked), None), _stacked)
 
 
 @jax.custom_vjp
