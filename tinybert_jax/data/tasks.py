@@ -55,7 +55,7 @@ def split_heldout(
     """
     if not share:
         return tuple(documents), ()
-    is_heldout = _is_heldout(documents, share)
+    is_heldout = [_digest(text) < share * 2**64 for text in documents]
     kept, heldout = (
         tuple(text for text, out in zip(documents, is_heldout, strict=True) if out == side)
         for side in (False, True)
@@ -107,11 +107,13 @@ def read_task(section: TaskSection) -> TaskData:
 
 
 def _split_dev(section: TaskSection, text: LabelledText) -> tuple[LabelledText, LabelledText]:
-    """(train, dev): by the hash of the text, so that equal texts are on one side."""
+    """(train, dev): the share of rows of least hash; equal texts are on one side."""
     assert section.dev_share is not None
     pairs = text.text_pair or [""] * len(text.text)
     keys = [f"{one}\n{two}" for one, two in zip(text.text, pairs, strict=True)]
-    is_dev = np.asarray(_is_heldout(keys, section.dev_share))
+    digests = np.array([_digest(key) for key in keys], np.uint64)
+    num_dev = max(round(section.dev_share * len(keys)), 1)
+    is_dev = digests <= np.sort(digests)[num_dev - 1]
     if is_dev.all() or not is_dev.any():
         raise ValueError(
             f"task.dev_share: expected rows on both sides of the split, got {is_dev.sum()} of "
@@ -129,9 +131,9 @@ def _split_dev(section: TaskSection, text: LabelledText) -> tuple[LabelledText, 
     return side(~is_dev), _rows(side(is_dev), 0, section.max_dev_rows)
 
 
-def _is_heldout(texts: Sequence[str], share: float) -> list[bool]:
-    limit = share * 2**64
-    return [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < limit for text in texts]
+def _digest(text: str) -> int:
+    """A number below 2^64."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
 def _task_data(section: TaskSection, train: LabelledText, dev: LabelledText) -> TaskData:
