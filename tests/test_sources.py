@@ -193,7 +193,7 @@ def test_a_folder_that_datasets_did_not_write(tmp_path):
 
 def test_empty_files_and_headers_alone(write):
     _fails("an empty file", path=write("a.tsv", ""))
-    _fails("an empty file", path=write("b.jsonl", "\ufeff\n\n"))
+    _fails("nothing but white space", path=write("b.jsonl", "\ufeff\n\n"))
     for name, content in (("c.tsv", "text\tlabel\n"), ("c.csv", "text,label\r\n")):
         _fails(name, "no rows, only a header", path=write(name, content))
 
@@ -327,7 +327,7 @@ def test_corpus_mistakes(write, tmp_path):
         ([f"{tmp_path}/none"], ["a folder with .txt or .jsonl"]),
         ([f"{tmp_path}/x*"], ["a glob that matches"]),
         ([other], ["a .txt or .jsonl file", "'.md'"]),
-        ([one, empty], ["empty.txt", "an empty file"]),
+        ([one, empty], ["empty.txt", "nothing but white space"]),
         ([rows], ["2 of 3 lines (line 2: '', line 3: 3)"]),
         ([keys], ["a column 'text'", "'txt'", "did you mean 'txt'?"]),
     ):

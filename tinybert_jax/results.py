@@ -145,7 +145,7 @@ def _describe(
     best = best_of(by_seed, run.score)
     description = {
         "role": role,
-        "name": member or f"{model.num_hidden_layers} layers × {model.hidden_size}",
+        "name": member or _sizes(model),
         "stage": stage,
         "num_parameters": num_parameters(params[0]),
         "num_encoder_parameters": cost.num_encoder_parameters(model),
@@ -193,3 +193,8 @@ def _shares_kept(summary: dict[str, Any]) -> dict[str, float]:
     scores = [(m["role"], m["name"], m["metrics"][summary["metric"]]) for m in summary["models"]]
     teacher = next((score for role, _, score in scores if role == "teacher"), 0)
     return {name: s / teacher for role, name, s in scores if role == "student" and teacher > 0}
+
+
+def _sizes(model: ModelConfig) -> str:
+    depth = model.num_hidden_layers
+    return f"{depth} layer{'s' if depth > 1 else ''} × {model.hidden_size}"

@@ -314,7 +314,8 @@ def _read_text(path: str) -> str:
         raise
     text = text.removeprefix("\ufeff").removeprefix("\u00ef\u00bb\u00bf")  # the same, encoded twice
     if not text.strip():
-        fail(path, "text", "an empty file", "check how the file was written")
+        got = "nothing but white space" if text else "an empty file"
+        fail(path, "text", got, "check how the file was written")
     return text
 
 
