@@ -72,6 +72,13 @@ def test_a_table_adds_up():
     assert "| dot.1 | 3.00 | 30.0% | dot_general | teacher: attention |" in table
 
 
+def test_what_runs_at_one_time_shares_it():
+    """Together they have the 6 of their union."""
+    lengths = profile.shared([(0.0, 4.0), (1.0, 3.0), (2.0, 3.0), (6.0, 8.0), (9.0, 9.0)])
+    np.testing.assert_allclose(lengths, [1 + 1 / 2 + 1 / 3 + 1, 1 / 2 + 1 / 3, 1 / 3, 2, 0])
+    assert sum(lengths) == pytest.approx(6)
+
+
 class _Batch:
     def __init__(self, width):
         self.input_ids = jnp.ones((16, width))

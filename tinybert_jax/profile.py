@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ class Operation(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One operation as it ran."""
+    """One operation as it ran. `seconds`: those that run at one time share it."""
 
     operation: Operation
     name: str
@@ -104,7 +104,7 @@ def _part(path: str, opcode: str) -> str:
 
 def read_events(folder: Path, operations: Mapping[str, Operation]) -> list[Event]:
     """All operations of the program that ran in a trace."""
-    events = []
+    ran: dict[Any, list[tuple[str, float, float]]] = defaultdict(list)  # name, begin, end
     for file in folder.rglob("*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
             for line in plane.lines:
@@ -113,9 +113,30 @@ def read_events(folder: Path, operations: Mapping[str, Operation]) -> list[Event
                     name = str(stats.get("hlo_op", ""))
                     if name in operations:
                         device = stats.get("device_ordinal", plane.name)
-                        seconds = event.duration_ns / 1e9
-                        events.append(Event(operations[name], name, device, seconds))
-    return events
+                        end = event.start_ns + event.duration_ns
+                        ran[device].append((name, event.start_ns / 1e9, end / 1e9))
+    return [
+        Event(operations[name], name, device, seconds)
+        for device, own in ran.items()
+        for (name, _, _), seconds in zip(
+            own, shared([(begin, end) for _, begin, end in own]), strict=True
+        )
+    ]
+
+
+def shared(intervals: Sequence[tuple[float, float]]) -> list[float]:
+    """The length of each (begin, end), where those that overlap share it evenly.
+
+    They add up to the length of their union.
+    """
+    edges = sorted((edge, i) for i, interval in enumerate(intervals) for edge in interval)
+    lengths, running, last = [0.0] * len(intervals), set(), 0.0
+    for edge, i in edges:
+        for other in running:
+            lengths[other] += (edge - last) / len(running)
+        running ^= {i}
+        last = edge
+    return lengths
 
 
 def tabulate(events: Iterable[Event], *, seconds: float, num_steps: int) -> str:
@@ -212,7 +233,7 @@ class _Tracer:
         table = (
             f"{NUM_STEPS} steps of rows × tokens {', '.join(shapes)}: "
             f"{1e3 * seconds / NUM_STEPS:.1f} ms each, by the clock and with tracing; what runs "
-            "side by side adds up to more\n\n"
+            "side by side shares the time\n\n"
         ) + tabulate(events, seconds=seconds, num_steps=NUM_STEPS)
         (self.folder / "table.md").write_text(table, encoding="utf-8")
         self.say(f"{table}{self.folder}: the traces; a perfetto_trace.json.gz opens in a browser")
