@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tinybert_jax.model.heads import make_classifier, make_masked_lm
+from tinybert_jax.model.heads import frozen_params, make_classifier, make_masked_lm
 from tinybert_jax.model.linear import dense, make_linear, rounded_kernels
 from tinybert_jax.sections import ModelConfig
 
@@ -121,3 +121,46 @@ def test_the_gradient_of_a_bias_is_the_sum_over_tokens(dtype, error):
     loss = nnx.grad(lambda linear: jnp.sum(dense(linear, x) * slope))
     expected = np.asarray(slope, np.float64).sum((0, 1))
     np.testing.assert_allclose(loss(linear).bias[...], expected, rtol=error)
+
+
+def test_int8_products_are_of_tokens_and_columns_with_scales_of_their_own():
+    """Against float64 sums over what was rounded; a zero token or column stays zero."""
+    x = jax.random.normal(jax.random.key(1), (4, 5, 24)) * jnp.arange(5)[None, :, None]
+    kernel = jax.random.normal(jax.random.key(2), (24, 12)) * jnp.arange(12)[None]
+    bias = jnp.linspace(-1, 1, 12)
+    params = {"layers": {"own": {"kernel": kernel, "bias": bias}}}
+    own = rounded_kernels(params, dtype=jnp.float32, product_dtype=jnp.int8)["layers"]["own"]
+    linear = make_linear(
+        24, 12, CONFIG, dtype=jnp.float32, product_dtype=jnp.int8, rngs=nnx.Rngs(0)
+    )
+    nnx.update(linear, own)
+
+    def rounded(array, axis):
+        scale = np.abs(array).max(axis, keepdims=True) / np.float32(127)
+        scale = np.where(scale == 0, 1, scale)
+        return np.round(array / scale).astype(np.float64) * scale
+
+    assert linear.kernel[...].dtype == jnp.int8
+    y = dense(linear, x)
+    expected = rounded(np.asarray(x), -1) @ rounded(np.asarray(kernel), 0) + np.asarray(bias)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64) + np.asarray(bias)
+    assert 1e-3 < np.abs(y - exact).max() / np.abs(exact).max() < 2e-2
+    np.testing.assert_array_equal(y[:, 0], jnp.tile(bias, (4, 1)))
+    np.testing.assert_array_equal(y[..., 0], jnp.full((4, 5), bias[0]))
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_an_int8_masked_lm_is_near_the_exact_one(unroll):
+    """Parameters start as the exact one's do; the head's own products are exact."""
+    ids = jax.random.randint(jax.random.key(0), (3, 8), 5, 50)
+    inputs = (ids, jnp.ones(ids.shape, bool), jnp.zeros_like(ids))
+    exact, init = make_masked_lm(CONFIG)
+    apply, same_init = make_masked_lm(CONFIG, unroll=unroll, product_dtype=jnp.int8)
+    params = init(jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, same_init(jax.random.key(1)), params)
+    params = jax.tree.map(lambda leaf: 5 * leaf, params)
+    read = frozen_params(params, dtype=jnp.float32, product_dtype=jnp.int8, unroll=unroll)
+    one, other = jax.jit(exact)(params, *inputs).logits, jax.jit(apply)(read, *inputs).logits
+    error = float(jnp.linalg.norm(one - other) / jnp.linalg.norm(one))
+    assert 1e-4 < error < 0.05, error

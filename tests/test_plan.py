@@ -274,6 +274,15 @@ def test_state_by_hand(inputs, tmp_path):
     projection = 2 * (8 + 1) * 16  # one for each hidden entry
     state = plan.price(run, "general").state_bytes
     assert state == 4 * (4 * 3 * (student + projection) + teacher)
+    for dtype, saved in ("bfloat16_products", 2), ("int8_products", 3):
+        short = _run(
+            inputs,
+            tmp_path,
+            distillation={"projection": "per_layer"},
+            compute={"teacher_dtype": dtype},
+        )
+        layers = cost.num_encoder_parameters(run.teacher)
+        assert plan.price(short, "general").state_bytes == state - saved * layers
     averaged = {**STAGE, "average_decay": 0.9}
     state = plan.price(_run(inputs, tmp_path, finetune=averaged), "finetune").state_bytes
     assert state == 4 * 5 * teacher

@@ -5,7 +5,13 @@ Imports no JAX, as all sections.
 
 from pydantic import Field
 
-from tinybert_jax.fields import AttentionBackend, ComputeDtype, PositiveInt, Section
+from tinybert_jax.fields import (
+    AttentionBackend,
+    ComputeDtype,
+    FrozenDtype,
+    PositiveInt,
+    Section,
+)
 
 
 class MeshSection(Section):
@@ -22,8 +28,10 @@ class ComputeSection(Section):
         description="of all activations; bfloat16_products: fp32, only the products with weights "
         "of layers and vocabulary read bfloat16: fast on CPUs with bfloat16 instructions",
     )
-    teacher_dtype: ComputeDtype | None = Field(
-        default=None, description="of teachers that distillation reads; default: dtype"
+    teacher_dtype: FrozenDtype | None = Field(
+        default=None,
+        description="of teachers that distillation reads; default: dtype; int8_products: fp32, "
+        "only the products with weights of layers are of int8, with a scale a token and a column",
     )
     unroll_layers: bool = False
     attention: AttentionBackend = Field(
@@ -34,6 +42,6 @@ class ComputeSection(Section):
     )
 
     @property
-    def frozen_dtype(self) -> ComputeDtype:
+    def frozen_dtype(self) -> FrozenDtype:
         """Of a model that is only read: a teacher."""
         return self.teacher_dtype or self.dtype

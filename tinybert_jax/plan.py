@@ -94,11 +94,12 @@ def price(run: Run, stage: str) -> Costs:
 
     State is fp32: parameters, gradients, two moments and an average where one is kept, of every
     student with its projection; the teacher's parameters, its layers in 2 bytes where products read
-    bfloat16. Activations are of the largest batch seen, in microbatches: what differentiating the
-    students' encoders keeps, by a trace of the very model (nothing is compiled), on a CPU of one
-    seed at a time; the teacher's taps that terms read; the projected entries; the maps of queries
-    and keys that terms build; a chunk of logits. Of fp32 steps with scanned layers and the terms of
-    tinybert, minilmv2 and distilbert this came within 15 % of XLA:CPU's `memory_analysis`.
+    bfloat16, in 1 where they read int8. Activations are of the largest batch seen, in microbatches:
+    what differentiating the students' encoders keeps, by a trace of the very model (nothing is
+    compiled), on a CPU of one seed at a time; the teacher's taps that terms read; the projected
+    entries; the maps of queries and keys that terms build; a chunk of logits. Of fp32 steps with
+    scanned layers and the terms of tinybert, minilmv2 and distilbert this came within 15 % of
+    XLA:CPU's `memory_analysis`.
     """
     section, work = run.section(stage), work_of(run, stage)
     feed = stage_feed(run, stage)
@@ -213,8 +214,9 @@ def _state_bytes(run: Run, section: StageSection, work: Work) -> float:
     copies = 4 + (section.average_decay is not None)
     trained = sum(cost.num_parameters(model) for model in work.trained.values())
     frozen = cost.num_parameters(work.teacher) if work.teacher else 0
-    if work.teacher and run.config.compute.frozen_dtype != "float32":
-        frozen -= cost.num_encoder_parameters(work.teacher) / 2  # its kernels are kept rounded
+    if work.teacher:  # its kernels are kept rounded
+        num_bytes = _KERNEL_BYTES.get(run.config.compute.frozen_dtype, _FP32)
+        frozen -= cost.num_encoder_parameters(work.teacher) * (1 - num_bytes / _FP32)
     if work.teacher:
         is_shared = run.config.distillation.projection == "shared"
         for model in (own for own in work.trained.values() if projected(work, own)):
@@ -334,6 +336,8 @@ def _num_taps(run: Run, work: Work, batch: Batch) -> tuple[int, int]:
     num_maps = sum(kind == "maps" for kind, _ in taps)
     return len(taps) - num_maps, num_maps * heads * batch.input_ids.shape[1] ** 2
 
+
+_KERNEL_BYTES = {"bfloat16": 2, "bfloat16_products": 2, "int8_products": 1}
 
 _TAPS = {
     "attention": ("queries", "keys"),

@@ -24,7 +24,7 @@ from tinybert_jax.data.tasks import TaskData
 from tinybert_jax.evaluate import Judge, majority_share, make_scorer, task_metrics
 from tinybert_jax.inputs import read_inputs
 from tinybert_jax.log import MetricLog
-from tinybert_jax.model.heads import Apply, Params, make_classifier
+from tinybert_jax.model.heads import Apply, Params, frozen_params, make_classifier
 from tinybert_jax.sections import SOLE, FurtherTeacher, ModelConfig, RunConfig, Student
 from tinybert_jax.stage_sections import StageSection
 
@@ -188,15 +188,25 @@ def compute_options(config: RunConfig, stage: str | None = None) -> dict[str, An
     trains; without: of a teacher, which is only read."""
     compute = config.compute
     name = compute.dtype if stage else compute.frozen_dtype
-    only_products = name == "bfloat16_products"
+    product_dtype = _PRODUCT_DTYPES.get(name)
     # cuDNN's call cannot be vectorised over seeds: its mask would lose the axis of the heads.
     is_vectorised = stage is not None and len(config.seeds(stage)) > 1
     return {
-        "dtype": jnp.dtype("float32" if only_products else name),
-        "product_dtype": jnp.bfloat16 if only_products else None,
+        "dtype": jnp.dtype("float32" if product_dtype else name),
+        "product_dtype": product_dtype,
         "unroll": compute.unroll_layers,
         "attention": "xla" if is_vectorised else compute.attention,
     }
+
+
+_PRODUCT_DTYPES: dict[str, Any] = {"bfloat16_products": jnp.bfloat16, "int8_products": jnp.int8}
+
+
+def as_read(config: RunConfig, params: Params) -> Params:
+    """Parameters of a model that is only read, as one made with `compute_options` takes them."""
+    options = compute_options(config)
+    names = ("dtype", "product_dtype", "unroll")
+    return frozen_params(params, **{name: options[name] for name in names})
 
 
 def dev_judge(run: Run, apply: Callable, section: StageSection) -> Judge:
@@ -219,7 +229,8 @@ def dev_judge(run: Run, apply: Callable, section: StageSection) -> Judge:
 def load_classifier(run: Run, path: str | Path, sizes: ModelConfig) -> tuple[Apply, Params]:
     """A model that knows the task, its parameters on the run's devices."""
     apply, init = make_classifier(sizes, run.data.num_outputs, **compute_options(run.config))
-    return apply, sharding.placed(hf_files.start_params(path, init, whole=True), run.mesh)
+    params = as_read(run.config, hf_files.start_params(path, init, whole=True))
+    return apply, sharding.placed(params, run.mesh)
 
 
 def check_teacher(run: Run, path: str | Path, sizes: ModelConfig) -> None:

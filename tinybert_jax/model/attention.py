@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tinybert_jax.fields import AttentionBackend
 from tinybert_jax.model.dropout import dropout
-from tinybert_jax.model.linear import dense, make_linear
+from tinybert_jax.model.linear import Linear, dense, make_linear
 from tinybert_jax.sections import ModelConfig
 from tinybert_jax.sharding import over_batch
 
@@ -69,7 +69,7 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: ModelConfig, *, backend: AttentionBackend = "auto", **options: Any):
         width = config.hidden_size
 
-        def linear() -> nnx.Linear:
+        def linear() -> Linear:
             return make_linear(width, width, config, **options)
 
         self.num_heads = config.num_attention_heads
@@ -96,7 +96,7 @@ class SelfAttention(nnx.Module):
             pairs = pick(pairs) if pairs.shape[1] > 1 else pairs
             visible = Visible(pairs, pick(query_ids), key_ids)
 
-        def by_head(linear: nnx.Linear, x: jax.Array) -> jax.Array:
+        def by_head(linear: Linear, x: jax.Array) -> jax.Array:
             return dense(linear, x).reshape(*x.shape[:2], self.num_heads, -1)
 
         queries = by_head(self.query, queried)

@@ -4,6 +4,7 @@ A model crosses into training as `(apply, params)`: `params` a plain nested dict
 `apply(params, batch fields…, key)` a pure function. No module travels further.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from tinybert_jax.model.activations import ACTIVATIONS
 from tinybert_jax.model.attention import at
 from tinybert_jax.model.dropout import dropout
 from tinybert_jax.model.encoder import Encoder, EncoderOutput, make_layer_norm, pick_first
-from tinybert_jax.model.linear import dense, make_linear, rounded_kernels
+from tinybert_jax.model.linear import dense, is_int8, make_linear, rounded_kernels
 from tinybert_jax.sections import ModelConfig
 
 Params = dict[str, Any]
@@ -87,6 +88,8 @@ class MaskedLM(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, pair_head: bool = False, rngs: nnx.Rngs, **options):
         dtype, product_dtype = options.get("dtype", jnp.float32), options.get("product_dtype")
+        if is_int8(product_dtype):  # of the layers alone
+            product_dtype = None
         self.encoder = Encoder(config, rngs=rngs, **options)
         width, dtypes = config.hidden_size, {"dtype": dtype, "product_dtype": product_dtype}
         self.transform = make_linear(width, width, config, rngs=rngs, **dtypes)
@@ -164,27 +167,31 @@ class TiedDecoder(nnx.Module):
 
 
 def make_encoder(config: ModelConfig, **options) -> tuple[Apply, Callable[[jax.Array], Params]]:
-    return _functional(lambda rngs: Encoder(config, rngs=rngs, **options))
+    return _functional(functools.partial(Encoder, config), options)
 
 
 def make_classifier(
     config: ModelConfig, num_labels: int, **options
 ) -> tuple[Apply, Callable[[jax.Array], Params]]:
     """`(apply, init_params)` of a sequence classifier; options: those of `Encoder`."""
-    return _functional(lambda rngs: SequenceClassifier(config, num_labels, rngs=rngs, **options))
+    return _functional(functools.partial(SequenceClassifier, config, num_labels), options)
 
 
 def make_masked_lm(config: ModelConfig, **options) -> tuple[Apply, Callable[[jax.Array], Params]]:
-    return _functional(lambda rngs: MaskedLM(config, rngs=rngs, **options))
+    return _functional(functools.partial(MaskedLM, config), options)
 
 
 def _functional(
-    build: Callable[[nnx.Rngs], nnx.Module],
+    build: Callable[..., nnx.Module], options: dict[str, Any]
 ) -> tuple[Apply, Callable[[jax.Array], Params]]:
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    """Parameters start and are loaded in fp32; with int8 `apply` takes `frozen_params` of them."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0), **options)))
+    started = dict(options)
+    if is_int8(options.get("product_dtype")):
+        del started["product_dtype"]
 
     def init_params(key: jax.Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(build(rngs=nnx.Rngs(key), **started), nnx.Param))
 
     def apply(params: Params, *args, **kwargs):
         return nnx.merge(graphdef, _with_layers(params, _joined))(*args, **kwargs)

@@ -1,6 +1,6 @@
 """Linear maps over tokens, and the number format that their matrix products read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,13 +20,16 @@ def make_linear(
     dtype: DTypeLike,
     product_dtype: DTypeLike | None = None,
     rngs: nnx.Rngs,
-) -> nnx.Linear:
+) -> "Linear":
     """A linear map with BERT's start. `dtype`: of its input and output; parameters stay fp32.
 
     `product_dtype` bfloat16 rounds only what the matrix product and the two of its gradient read;
     they add up in fp32, and all else keeps `dtype`. On CPUs with bfloat16 instructions this is the
-    faster way: XLA:CPU has fast bfloat16 products and slow bfloat16 everything else.
+    faster way: XLA:CPU has fast bfloat16 products and slow bfloat16 everything else. int8 gives an
+    `Int8Linear`.
     """
+    if is_int8(product_dtype):
+        return Int8Linear(inputs, outputs)
     rounded = product_dtype is not None and jnp.dtype(product_dtype) == jnp.bfloat16
     return nnx.Linear(
         inputs,
@@ -38,8 +41,44 @@ def make_linear(
     )
 
 
-def dense(linear: nnx.Linear, x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq out"]:
+class Int8Linear(nnx.Module):
+    """x·kernel + bias of a model that is only read: the product is of int8, added up in int32.
+
+    Each column of the kernel has a scale, made once (`rounded_kernels`), each token one of its own,
+    made as it comes: its largest number is 127. No gradient.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        self.kernel = nnx.Param(jnp.zeros((inputs, outputs), jnp.int8))
+        self.scale = nnx.Param(jnp.ones(outputs))
+        self.bias = nnx.Param(jnp.zeros(outputs))
+
+    def __call__(self, x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq out"]:
+        rows, scale = _quantised(x.reshape(-1, x.shape[-1]), axis=1)
+        dims = (((1,), (0,)), ((), ()))
+        mapped = jax.lax.dot_general(rows, self.kernel[...], dims, preferred_element_type=jnp.int32)
+        mapped = mapped.astype(jnp.float32) * scale * self.scale[...][None]
+        return (mapped + self.bias[...][None]).reshape(*x.shape[:2], -1)
+
+
+Linear = nnx.Linear | Int8Linear
+
+
+def is_int8(product_dtype: DTypeLike | None) -> bool:
+    return product_dtype is not None and jnp.dtype(product_dtype) == jnp.int8
+
+
+def _quantised(x: Array, axis: int) -> tuple[Array, Array]:
+    """int8 and fp32 scales along `axis`, of length 1 there: x ≈ int8·scale."""
+    scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True).astype(jnp.float32) / 127
+    scale = jnp.where(scale == 0, 1, scale)
+    return jnp.round(x / scale).astype(jnp.int8), scale
+
+
+def dense(linear: Linear, x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq out"]:
     """A linear map over tokens (`affine`), in its own dtypes."""
+    if isinstance(linear, Int8Linear):
+        return linear(x)
     assert linear.bias is not None
     given = linear.promote_dtype((x, linear.kernel[...], linear.bias[...]), dtype=linear.dtype)
     return affine(*given, dot_general=linear.dot_general)
@@ -88,15 +127,21 @@ def rounded_kernels(
 ) -> Any:
     """Parameters with the layers' kernels as their products read them, to round them only once.
 
-    For a model that is not trained: its products read the same bits.
+    For a model that is not trained: its products read the same bits. For int8 the layers' linear
+    maps become those of an `Int8Linear`.
     """
 
-    def rounded(path: tuple, array: Any) -> Any:
-        names = [entry.key for entry in path]
-        is_kernel = "layers" in names and "kernel" in names
-        return array.astype(product_dtype or dtype) if is_kernel else array
+    def rounded(node: Any, in_layers: bool) -> Any:
+        if not isinstance(node, Mapping):
+            return node
+        if not (in_layers and "kernel" in node):
+            return {name: rounded(own, in_layers or name == "layers") for name, own in node.items()}
+        if not is_int8(product_dtype):
+            return {**node, "kernel": node["kernel"].astype(product_dtype or dtype)}
+        kernel, scale = _quantised(jnp.asarray(node["kernel"]), axis=-2)
+        return {"kernel": kernel, "scale": scale[..., 0, :], "bias": node["bias"]}
 
-    return jax.tree.map_with_path(rounded, params)
+    return rounded(params, False)
 
 
 def _bfloat16_dot_general(

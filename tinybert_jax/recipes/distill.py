@@ -17,7 +17,6 @@ from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import (
     Apply,
     Params,
-    frozen_params,
     make_classifier,
     make_encoder,
     make_masked_lm,
@@ -25,7 +24,7 @@ from tinybert_jax.model.heads import (
 from tinybert_jax.objective_sections import model_kind, needs_projection, teaches
 from tinybert_jax.objectives import Mask, make_mask
 from tinybert_jax.plan_work import tokens_read
-from tinybert_jax.run import Run, compute_options, dev_judge, with_dropout
+from tinybert_jax.run import Run, as_read, compute_options, dev_judge, with_dropout
 from tinybert_jax.sections import ModelConfig, Student
 from tinybert_jax.stage import Member, Training, run_stage
 
@@ -55,16 +54,11 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
     teacher_kind = model_kind(terms, of_teacher=True)
     teacher_apply, teacher_init = _make_model(run, teacher_kind, run.teacher)
     is_taught = teaches(run.config.step_terms(stage))
-    teacher, options = (), compute_options(run.config)
+    teacher: Any = ()
     read_frozen: Callable[[Any], Any] = lambda frozen: frozen  # noqa: E731
     if is_taught:
         teacher = hf_files.start_params(_teacher_folder(run, stage), teacher_init, whole=True)
-        read_frozen = functools.partial(
-            frozen_params,
-            dtype=options["dtype"],
-            product_dtype=options["product_dtype"],
-            unroll=options["unroll"],
-        )
+        read_frozen = functools.partial(as_read, run.config)
 
     @functools.cache
     def teacher_encoder() -> Mapping[str, Any]:
