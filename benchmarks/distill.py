@@ -57,6 +57,10 @@ def main() -> None:
                     ours,
                     (*packed, True, "bfloat16"),
                 ),
+                f"ours fp32, int8 teacher, packed rows of {args.width}": (
+                    ours,
+                    (*packed, True, None, "int8"),
+                ),
                 f"PyTorch fp32, padded to {args.width}": (torch_side, (*padded, False)),
                 f"PyTorch bf16 autocast, padded to {args.width}": (torch_side, (*padded, True)),
             },
@@ -104,8 +108,14 @@ def batches(folder: Path, width: int, is_packed: bool):
 
 
 def ours(
-    folder: Path, width: int, num_steps: int, is_packed: bool, product_dtype: str | None
+    folder: Path,
+    width: int,
+    num_steps: int,
+    is_packed: bool,
+    product_dtype: str | None,
+    teacher_dtype: str | None = None,
 ) -> sides.Round:
+    """`product_dtype`: of both models' products; `teacher_dtype`: of the teacher's, if another."""
     from tinybert_jax import host
 
     host.keep_freed_memory()  # as the command does, before the first thread
@@ -116,15 +126,18 @@ def ours(
     from tinybert_jax.model.heads import frozen_params, make_encoder
     from tinybert_jax.objective_sections import DistillSection
 
-    def model(name: str):
+    teacher_dtype = teacher_dtype or product_dtype
+
+    def model(name: str, own_dtype: str | None):
         config = hf_files.read_model(folder / name).config
-        apply, init = make_encoder(config, unroll=True, product_dtype=product_dtype)
+        apply, init = make_encoder(config, unroll=True, product_dtype=own_dtype)
         params = hf_files.start_params(folder / name, init, jax.random.key(0))
         return Role(apply, "encoder", config.num_hidden_layers), params
 
-    (student, params), (teacher, frozen) = model("student"), model("teacher")
+    student, params = model("student", product_dtype)
+    teacher, frozen = model("teacher", teacher_dtype)
     frozen = frozen_params(
-        frozen, dtype=jax.numpy.float32, product_dtype=product_dtype, unroll=True
+        frozen, dtype=jax.numpy.float32, product_dtype=teacher_dtype, unroll=True
     )
     kernel = np.load(folder / "projection.npy")
     projection = {"kernel": kernel[None], "bias": np.zeros((1, kernel.shape[1]), np.float32)}

@@ -15,7 +15,7 @@ from tinybert_jax.model.encoder import Encoder
 from tinybert_jax.model.heads import frozen_params, is_few, make_classifier, make_masked_lm
 from tinybert_jax.objective_sections import DistillSection, needs_projection
 from tinybert_jax.sections import ModelConfig
-from tinybert_jax.sharding import make_mesh, param_specs
+from tinybert_jax.sharding import make_mesh, param_specs, placed
 
 ROWS, WIDTH = 5, 16
 TOKENS = ROWS * WIDTH
@@ -236,6 +236,19 @@ def test_layers_apart_are_split_over_devices_as_their_stack():
     apart = frozen_params(params, dtype=jnp.float32, unroll=True)
     stacked, layers = (param_specs(own, mesh)["encoder"]["layers"] for own in (params, apart))
     assert len(layers) == 3 and all(layer == stacked for layer in layers)
+
+
+def test_int8_layers_give_the_same_on_eight_devices():
+    apply, init = make_classifier(SIZES, 3, unroll=True, product_dtype=jnp.int8)
+    params = frozen_params(
+        init(jax.random.key(0)), dtype=jnp.float32, product_dtype=jnp.int8, unroll=True
+    )
+    mesh = make_mesh(MeshSection(data=2, fsdp=2, tensor=2))
+    specs = param_specs(params, mesh)["encoder"]["layers"][0]["attention"]["query"]
+    assert specs["scale"] == specs["bias"]
+    forward = jax.jit(lambda params: apply(params, IDS, MASKS["padded"], 0 * IDS).logits)
+    one, eight = forward(params), forward(placed(params, mesh))
+    np.testing.assert_allclose(one, eight, rtol=1e-5, atol=1e-6)
 
 
 def test_heads_that_read_much_have_a_whole_last_layer():

@@ -214,10 +214,10 @@ def _state_bytes(run: Run, section: StageSection, work: Work) -> float:
     copies = 4 + (section.average_decay is not None)
     trained = sum(cost.num_parameters(model) for model in work.trained.values())
     frozen = cost.num_parameters(work.teacher) if work.teacher else 0
-    if work.teacher:  # its kernels are kept rounded
-        num_bytes = _KERNEL_BYTES.get(run.config.compute.frozen_dtype, _FP32)
-        frozen -= cost.num_encoder_parameters(work.teacher) * (1 - num_bytes / _FP32)
     if work.teacher:
+        # Its kernels are kept rounded; biases, scales and LayerNorms are next to nothing.
+        num_bytes = _LAYER_BYTES[run.config.compute.frozen_dtype]
+        frozen -= cost.num_encoder_parameters(work.teacher) * (1 - num_bytes / _FP32)
         is_shared = run.config.distillation.projection == "shared"
         for model in (own for own in work.trained.values() if projected(work, own)):
             num_projections = 1 if is_shared else model.num_hidden_layers + 1
@@ -337,7 +337,7 @@ def _num_taps(run: Run, work: Work, batch: Batch) -> tuple[int, int]:
     return len(taps) - num_maps, num_maps * heads * batch.input_ids.shape[1] ** 2
 
 
-_KERNEL_BYTES = {"bfloat16": 2, "bfloat16_products": 2, "int8_products": 1}
+_LAYER_BYTES = {"float32": 4, "bfloat16": 2, "bfloat16_products": 2, "int8_products": 1}
 
 _TAPS = {
     "attention": ("queries", "keys"),

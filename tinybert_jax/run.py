@@ -227,10 +227,14 @@ def dev_judge(run: Run, apply: Callable, section: StageSection) -> Judge:
 
 
 def load_classifier(run: Run, path: str | Path, sizes: ModelConfig) -> tuple[Apply, Params]:
-    """A model that knows the task, its parameters on the run's devices."""
+    """A model that knows the task, to be called with `placed_as_read` of its parameters."""
     apply, init = make_classifier(sizes, run.data.num_outputs, **compute_options(run.config))
-    params = as_read(run.config, hf_files.start_params(path, init, whole=True))
-    return apply, sharding.placed(params, run.mesh)
+    return apply, hf_files.start_params(path, init, whole=True)
+
+
+def placed_as_read(run: Run, params: Params) -> Params:
+    """`as_read`, on the run's devices."""
+    return sharding.placed(as_read(run.config, params), run.mesh)
 
 
 def check_teacher(run: Run, path: str | Path, sizes: ModelConfig) -> None:
@@ -239,7 +243,7 @@ def check_teacher(run: Run, path: str | Path, sizes: ModelConfig) -> None:
         return
     section = run.config.prediction or run.section("intermediate")
     apply, params = load_classifier(run, path, sizes)
-    accuracy = dev_judge(run, apply, section).measure(params)["accuracy"]
+    accuracy = dev_judge(run, apply, section).measure(placed_as_read(run, params))["accuracy"]
     chance = majority_share(run.data.dev_labels)
     needed = min(chance + run.config.distillation.teacher_margin, 1.0)
     if accuracy < needed:

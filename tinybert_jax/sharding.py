@@ -20,7 +20,7 @@ BATCH_AXES = ("data", "fsdp")
 # The dim (counted from the end) that the `tensor` axis splits, by path.
 _TENSOR_DIM = (
     (re.compile(r"attention/(query|key|value)/kernel$|intermediate/kernel$"), -1),
-    (re.compile(r"attention/(query|key|value)/bias$|intermediate/bias$"), -1),
+    (re.compile(r"attention/(query|key|value)/(bias|scale)$|intermediate/(bias|scale)$"), -1),
     (re.compile(r"(attention/output|layers/(\[\d+\]/)?output)/kernel$"), -2),
 )
 

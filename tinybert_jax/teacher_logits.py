@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from tinybert_jax import tree
 from tinybert_jax.data.pipeline import TokenRows
 from tinybert_jax.evaluate import make_scorer
-from tinybert_jax.run import Run, load_classifier
+from tinybert_jax.run import Run, load_classifier, placed_as_read
 from tinybert_jax.sections import ModelConfig
 
 ROWS_PER_FILE = 2**14
@@ -60,11 +60,11 @@ def _read_one(
         packed=section.batching == "pack",
         mesh=run.mesh,
     )
-    parts = []
+    parts, placed = [], placed_as_read(run, params)
     for start in range(0, num_rows, ROWS_PER_FILE):
         stop, file = min(start + ROWS_PER_FILE, num_rows), folder / f"{start}.safetensors"
         if not file.is_file():
-            logits = score(params, rows.part(start, stop))
+            logits = score(placed, rows.part(start, stop))
             _check_finite(logits, path, start)
             _save(logits, file)
             run.log.say(f"{stage}: {stop:,} of {num_rows:,} examples went through {path}")

@@ -206,7 +206,7 @@ def frozen_params(
     product_dtype: DTypeLike | None = None,
     unroll: bool = False,
 ) -> Params:
-    """Those of a model that is not trained, as its passes read them, for the same bits.
+    """Those of a model that is not trained, as its passes read them: the same bits but for int8.
 
     Kernels are rounded once (`rounded_kernels`). Where layers are unrolled each is by itself: of a
     stack XLA:CPU copies every layer at every pass.

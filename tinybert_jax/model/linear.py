@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -29,6 +30,7 @@ def make_linear(
     `Int8Linear`.
     """
     if is_int8(product_dtype):
+        assert jnp.dtype(dtype) == jnp.float32, "int8 products are of fp32 activations"
         return Int8Linear(inputs, outputs)
     rounded = product_dtype is not None and jnp.dtype(product_dtype) == jnp.bfloat16
     return nnx.Linear(
@@ -54,7 +56,7 @@ class Int8Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs))
 
     def __call__(self, x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq out"]:
-        rows, scale = _quantised(x.reshape(-1, x.shape[-1]), axis=1)
+        rows, scale = _quantised(x.reshape(-1, x.shape[-1]), 1, jnp)
         dims = (((1,), (0,)), ((), ()))
         mapped = jax.lax.dot_general(rows, self.kernel[...], dims, preferred_element_type=jnp.int32)
         mapped = mapped.astype(jnp.float32) * scale * self.scale[...][None]
@@ -68,11 +70,11 @@ def is_int8(product_dtype: DTypeLike | None) -> bool:
     return product_dtype is not None and jnp.dtype(product_dtype) == jnp.int8
 
 
-def _quantised(x: Array, axis: int) -> tuple[Array, Array]:
-    """int8 and fp32 scales along `axis`, of length 1 there: x ≈ int8·scale."""
-    scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True).astype(jnp.float32) / 127
-    scale = jnp.where(scale == 0, 1, scale)
-    return jnp.round(x / scale).astype(jnp.int8), scale
+def _quantised(x: Any, axis: int, xp: Any) -> tuple[Any, Any]:
+    """int8 and scales along `axis`, of length 1 there: x ≈ int8·scale. `xp`: jax's numpy, or it."""
+    scale = xp.max(xp.abs(x), axis=axis, keepdims=True) / xp.float32(127)
+    scale = xp.where(scale == 0, xp.float32(1), scale)
+    return xp.round(x / scale).astype(xp.int8), scale
 
 
 def dense(linear: Linear, x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq out"]:
@@ -128,17 +130,18 @@ def rounded_kernels(
     """Parameters with the layers' kernels as their products read them, to round them only once.
 
     For a model that is not trained: its products read the same bits. For int8 the layers' linear
-    maps become those of an `Int8Linear`.
+    maps become those of an `Int8Linear`. Layers are still stacked.
     """
 
     def rounded(node: Any, in_layers: bool) -> Any:
+        assert not isinstance(node, tuple), "layers are split after rounding"
         if not isinstance(node, Mapping):
             return node
         if not (in_layers and "kernel" in node):
             return {name: rounded(own, in_layers or name == "layers") for name, own in node.items()}
         if not is_int8(product_dtype):
             return {**node, "kernel": node["kernel"].astype(product_dtype or dtype)}
-        kernel, scale = _quantised(jnp.asarray(node["kernel"]), axis=-2)
+        kernel, scale = _quantised(np.asarray(node["kernel"]), -2, np)  # where they are: the host
         return {"kernel": kernel, "scale": scale[..., 0, :], "bias": node["bias"]}
 
     return rounded(params, False)
