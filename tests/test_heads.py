@@ -12,7 +12,13 @@ from tinybert_jax.compute_sections import MeshSection
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import init_projection
 from tinybert_jax.model.encoder import Encoder
-from tinybert_jax.model.heads import frozen_params, is_few, make_classifier, make_masked_lm
+from tinybert_jax.model.heads import (
+    frozen_params,
+    is_few,
+    make_classifier,
+    make_encoder,
+    make_masked_lm,
+)
 from tinybert_jax.objective_sections import DistillSection, needs_projection
 from tinybert_jax.sections import ModelConfig
 from tinybert_jax.sharding import make_mesh, param_specs, placed
@@ -236,6 +242,25 @@ def test_layers_apart_are_split_over_devices_as_their_stack():
     apart = frozen_params(params, dtype=jnp.float32, unroll=True)
     stacked, layers = (param_specs(own, mesh)["encoder"]["layers"] for own in (params, apart))
     assert len(layers) == 3 and all(layer == stacked for layer in layers)
+
+
+def test_unrolled_equals_scanned_in_the_gradient_of_every_tap():
+    scanned, init = make_encoder(SIZES)
+    params = init(jax.random.key(0))
+
+    def slope(apply):
+        def total(params):
+            output = apply(params, IDS, MASKS["padded"], IDS % 2, jax.random.key(3))
+            taps = output.hidden, output.queries, output.keys, output.values
+            return sum(jnp.sin(jnp.stack(list(tap))).sum() for tap in taps)
+
+        return jax.jit(jax.grad(total))(params)
+
+    ours, theirs = slope(make_encoder(SIZES, unroll=True)[0]), slope(scanned)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(theirs))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * largest), ours, theirs
+    )
 
 
 def test_int8_layers_give_the_same_on_eight_devices():

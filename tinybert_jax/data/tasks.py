@@ -114,7 +114,7 @@ def _split_dev(section: TaskSection, text: LabelledText) -> tuple[LabelledText, 
     digests = np.array([_digest(key) for key in keys], np.uint64)
     num_dev = max(round(section.dev_share * len(keys)), 1)
     is_dev = digests <= np.sort(digests)[num_dev - 1]
-    if is_dev.all() or not is_dev.any():
+    if is_dev.all():
         raise ValueError(
             f"task.dev_share: expected rows on both sides of the split, got {is_dev.sum()} of "
             f"{len(keys)} rows of {section.train} in dev; give another share, or a dev file"
