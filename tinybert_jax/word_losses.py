@@ -179,7 +179,9 @@ def _from_goal(logits: Array, goal_logits: Array, temperature: Array) -> tuple[A
     ours = jax.nn.log_softmax(logits / temperature)
     theirs = jax.nn.log_softmax(goal_logits / temperature)
     goal = jnp.exp(theirs)
-    lost = jnp.sum(goal * (theirs - ours), axis=-1, keepdims=True)
+    # A product: XLA:CPU adds up products of so long rows at a twentieth of its speed.
+    exact = jax.lax.Precision.HIGHEST
+    lost = jnp.einsum("snv,snv->sn", goal, theirs - ours, precision=exact)[:, :, None]
     return lost, (jnp.exp(ours) - goal) / temperature
 
 
