@@ -123,7 +123,7 @@ def ours(
 
     from tinybert_jax.convert import hf_files
     from tinybert_jax.distill_objective import Options, Role, make_distill
-    from tinybert_jax.model.heads import frozen_params, make_encoder
+    from tinybert_jax.model.heads import frozen_params, layers_apart, make_encoder
     from tinybert_jax.objective_sections import DistillSection
 
     teacher_dtype = teacher_dtype or product_dtype
@@ -147,7 +147,7 @@ def ours(
         DistillSection().terms("intermediate"),
         Options(normalisation="valid_only" if is_packed else "paper_code"),
     )
-    start = {"student": params, "projection": projection}
+    start = layers_apart({"student": params, "projection": projection})
     batch_at = batches(folder, width, is_packed)
     if not is_packed and product_dtype is None:
         first = batch_at(0)

@@ -63,7 +63,7 @@ def ours(path: Path, num_steps: int, product_dtype: str | None) -> sides.Round:
 
     from tinybert_jax.convert import hf_files
     from tinybert_jax.data import loader, pipeline
-    from tinybert_jax.model.heads import make_classifier
+    from tinybert_jax.model.heads import layers_apart, make_classifier
     from tinybert_jax.objectives import make_supervised
 
     teacher = os.environ["TEACHER"]
@@ -74,7 +74,7 @@ def ours(path: Path, num_steps: int, product_dtype: str | None) -> sides.Round:
     apply, init = make_classifier(config, 2, unroll=True, product_dtype=product_dtype)
     return sides.train_rounds(
         make_supervised(apply),
-        hf_files.start_params(teacher, init, jax.random.key(0)),
+        layers_apart(hf_files.start_params(teacher, init, jax.random.key(0))),
         loader.planned_batches(rows, epochs, pad_token_id=config.pad_token_id),
         num_steps=num_steps,
     )

@@ -58,7 +58,7 @@ def students(
     from tinybert_jax.data import loader, pipeline
     from tinybert_jax.distill import init_projection
     from tinybert_jax.distill_objective import Role, make_distill
-    from tinybert_jax.model.heads import frozen_params, make_encoder
+    from tinybert_jax.model.heads import frozen_params, layers_apart, make_encoder
     from tinybert_jax.objective_sections import DistillSection
     from tinybert_jax.presets import PRESETS
     from tinybert_jax.sections import SOLE, ModelConfig
@@ -79,7 +79,7 @@ def students(
 
         def start(key, init=init, sizes=sizes):
             projection = init_projection(key, sizes.hidden_size, teacher.hidden_size, 1)
-            return {"student": init(key), "projection": projection}
+            return layers_apart({"student": init(key), "projection": projection})
 
         every = [start(key) for key in keys]
         params[member] = (

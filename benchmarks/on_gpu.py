@@ -264,6 +264,7 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
     import jax
     import jax.numpy as jnp
 
+    from tinybert_jax.model.heads import layers_apart
     from tinybert_jax.sections import ModelConfig
 
     device = _jax_device(settings.tiny)
@@ -286,7 +287,7 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
         frozen = frozen_params(
             jax.jit(teacher_init)(keys[0]),
             dtype=jnp.bfloat16,
-            unroll=options.get("unroll", False),
+            unroll=settings.unrolled,
         )
         objective = make_distill(
             Role(apply, "encoder", student.num_hidden_layers),
@@ -294,7 +295,7 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
             DistillSection().terms("general"),
         )
         projection = init_projection(keys[1], student.hidden_size, teacher.hidden_size, 1)
-        params = {"student": jax.jit(init)(keys[2]), "projection": projection}
+        params: Any = {"student": jax.jit(init)(keys[2]), "projection": projection}
     else:
         from tinybert_jax.model.heads import make_masked_lm
         from tinybert_jax.objectives import make_mlm
@@ -312,7 +313,7 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
     batches = [_batch(ids) for ids in token_ids(work)]
     run = sides.train_rounds(
         objective,
-        params,
+        layers_apart(params) if settings.unrolled else params,
         lambda step: batches[step % NUM_BATCHES],
         num_steps=settings.num_steps,
         frozen=frozen,

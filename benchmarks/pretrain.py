@@ -77,7 +77,7 @@ def ours(path: Path, num_steps: int, batch_size: int, product_dtype: str | None)
 
     from tinybert_jax.convert import hf_folder
     from tinybert_jax.data import loader, pipeline
-    from tinybert_jax.model.heads import make_masked_lm
+    from tinybert_jax.model.heads import layers_apart, make_masked_lm
     from tinybert_jax.objectives import make_mlm
     from tinybert_jax.sections import ModelConfig
 
@@ -97,7 +97,7 @@ def ours(path: Path, num_steps: int, batch_size: int, product_dtype: str | None)
     )
     return sides.train_rounds(
         objective,
-        init(jax.random.key(0)),
+        layers_apart(init(jax.random.key(0))),
         loader.planned_batches(rows, epochs, pad_token_id=tokenizer.pad_token_id),
         num_steps=num_steps,
     )

@@ -17,6 +17,7 @@ from tinybert_jax.data import loader
 from tinybert_jax.evaluate import Judge
 from tinybert_jax.feed import Feed
 from tinybert_jax.meter import Meter
+from tinybert_jax.model.heads import layers_apart, layers_joined
 from tinybert_jax.objectives import Objective
 from tinybert_jax.run import Run
 from tinybert_jax.sections import SOLE, STAGES
@@ -110,7 +111,8 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
     chosen = state.evaluated
     if training.score:
         chosen = _restore_best(run, training, folder / "best", target.params, progress)
-    return _models(jax.device_get(chosen), training.members, state.key)
+    models = _models(jax.device_get(chosen), training.members, state.key)
+    return {name: [jax.device_get(layers_joined(own)) for own in models[name]] for name in models}
 
 
 def _step(
@@ -177,8 +179,13 @@ def _start(run: Run, training: Training) -> tuple[Any, jax.Array]:
     """First parameters and step key; of several models, stacked."""
     seeds = run.config.seeds(training.name)
     keys = [_keys(seed, training.name) for seed in seeds]
+
+    def start(member: Member, key: jax.Array, i: int) -> Any:
+        params = member.init_params(key, i)
+        return layers_apart(params) if run.config.compute.unroll_layers else params
+
     starts = [
-        family.joined({n: own.init_params(key, i) for n, own in training.members.items()})
+        family.joined({name: start(own, key, i) for name, own in training.members.items()})
         for i, (key, _) in enumerate(keys)
     ]
     if len(seeds) == 1:

@@ -5,7 +5,7 @@ A model crosses into training as `(apply, params)`: `params` a plain nested dict
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -194,7 +194,7 @@ def _functional(
         return nnx.to_pure_dict(nnx.state(build(rngs=nnx.Rngs(key), **started), nnx.Param))
 
     def apply(params: Params, *args, **kwargs):
-        return nnx.merge(graphdef, _with_layers(params, _joined))(*args, **kwargs)
+        return nnx.merge(graphdef, layers_joined(params))(*args, **kwargs)
 
     return apply, init_params
 
@@ -208,28 +208,43 @@ def frozen_params(
 ) -> Params:
     """Those of a model that is not trained, as its passes read them: the same bits but for int8.
 
-    Kernels are rounded once (`rounded_kernels`). Where layers are unrolled each is by itself: of a
-    stack XLA:CPU copies every layer at every pass.
+    Kernels are rounded once (`rounded_kernels`); layers that are unrolled are `layers_apart`.
     """
     rounded = rounded_kernels(params, dtype=dtype, product_dtype=product_dtype)
-    return _with_layers(rounded, _apart) if unroll else rounded
+    return layers_apart(rounded) if unroll else rounded
 
 
-def _with_layers(params: Params, change: Callable[[Any], Any]) -> Params:
-    if "layers" in params:
-        return {**params, "layers": change(params["layers"])}
-    return {**params, "encoder": _with_layers(params["encoder"], change)}
+def layers_apart(params: Params) -> Params:
+    """A model's parameters, and what goes with them, with a tuple of layers instead of a stack.
+
+    `apply` takes both. Of a stack XLA:CPU copies every layer that an unrolled encoder reads, and
+    puts its gradient together.
+    """
+
+    def apart(stacked: Any) -> tuple[Any, ...]:
+        def one(i: int) -> Any:
+            return jax.tree.map(lambda x: x[i : i + 1], stacked)
+
+        return tuple(one(i) for i in range(len(jax.tree.leaves(stacked)[0])))
+
+    return _with_layers(params, apart)
 
 
-def _apart(stacked: Any) -> tuple[Any, ...]:
-    def one(i: int) -> Any:
-        return jax.tree.map(lambda x: x[i : i + 1], stacked)
+def layers_joined(params: Params) -> Params:
+    """The inverse of `layers_apart`; in a program XLA takes the parts where they are."""
 
-    return tuple(one(i) for i in range(len(jax.tree.leaves(stacked)[0])))
+    def joined(layers: Any) -> Any:
+        if not isinstance(layers, tuple):
+            return layers
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
+
+    return _with_layers(params, joined)
 
 
-def _joined(layers: Any) -> Any:
-    """A stack again, whose parts XLA takes where they are."""
-    if not isinstance(layers, tuple):
-        return layers
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
+def _with_layers(params: Any, change: Callable[[Any], Any]) -> Any:
+    if not isinstance(params, Mapping):
+        return params
+    return {
+        name: change(own) if name == "layers" else _with_layers(own, change)
+        for name, own in params.items()
+    }
