@@ -23,6 +23,7 @@ from tinybert_jax.model.attention import (
 )
 from tinybert_jax.model.dropout import dropout
 from tinybert_jax.model.linear import dense, make_linear
+from tinybert_jax.model.norm import LayerNorm
 from tinybert_jax.sections import ModelConfig
 from tinybert_jax.sharding import constrain
 
@@ -235,7 +236,7 @@ class Embeddings(nnx.Module):
         self.word = table(config.vocab_size)
         self.position = table(config.max_position_embeddings, normal if is_normal else waves)
         self.token_type = table(config.type_vocab_size)
-        self.norm = make_layer_norm(config, dtype, rngs)
+        self.norm = LayerNorm(config, dtype=dtype)
         self.dropout_rate = config.hidden_dropout_prob
 
     def __call__(self, input_ids, attention_mask, token_type_ids, key):
@@ -276,10 +277,10 @@ class Block(nnx.Module):
         width, inner = config.hidden_size, config.intermediate_size
         options: dict[str, Any] = dict(dtype=dtype, product_dtype=product_dtype, rngs=rngs)
         self.attention = SelfAttention(config, backend=attention, **options)
-        self.attention_norm = make_layer_norm(config, dtype, rngs)
+        self.attention_norm = LayerNorm(config, dtype=dtype)
         self.intermediate = make_linear(width, inner, config, **options)
         self.output = make_linear(inner, width, config, **options)
-        self.output_norm = make_layer_norm(config, dtype, rngs)
+        self.output_norm = LayerNorm(config, dtype=dtype)
         self.dropout_rate = config.hidden_dropout_prob
         self.activation = ACTIVATIONS[config.hidden_act]
 
@@ -324,17 +325,6 @@ def _restarted_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "ba
     index = jnp.arange(segment_ids.shape[1])[None]
     is_start = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
     return index - jax.lax.cummax(jnp.where(is_start, index, 0), axis=1)
-
-
-def make_layer_norm(config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Statistics in fp32; two-pass variance: E[x²]−E[x]² loses BERT's eps of 1e-12 to rounding."""
-    return nnx.LayerNorm(
-        config.hidden_size,
-        epsilon=config.layer_norm_eps,
-        dtype=dtype,
-        use_fast_variance=False,
-        rngs=rngs,
-    )
 
 
 def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs, **options: Any) -> Block:

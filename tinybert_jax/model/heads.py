@@ -17,8 +17,9 @@ from jaxtyping import Array, Int
 from tinybert_jax.model.activations import ACTIVATIONS
 from tinybert_jax.model.attention import at
 from tinybert_jax.model.dropout import dropout
-from tinybert_jax.model.encoder import Encoder, EncoderOutput, make_layer_norm, pick_first
+from tinybert_jax.model.encoder import Encoder, EncoderOutput, pick_first
 from tinybert_jax.model.linear import dense, is_int8, make_linear, rounded_kernels
+from tinybert_jax.model.norm import LayerNorm
 from tinybert_jax.sections import ModelConfig
 
 Params = dict[str, Any]
@@ -94,7 +95,7 @@ class MaskedLM(nnx.Module):
         width, dtypes = config.hidden_size, {"dtype": dtype, "product_dtype": product_dtype}
         self.transform = make_linear(width, width, config, rngs=rngs, **dtypes)
         self.decoded_dtype = product_dtype or dtype
-        self.norm = make_layer_norm(config, dtype, rngs)
+        self.norm = LayerNorm(config, dtype=dtype)
         self.decoder = TiedDecoder(config.vocab_size)
         if pair_head:
             self.pair = make_linear(width, 2, config, dtype=jnp.float32, rngs=rngs)
