@@ -81,6 +81,12 @@ def test_positions_of_a_model_that_brings_its_own(world):
     world.fails("run", path, "pretrain.position_init=sinusoid", naming=named)
 
 
+def test_preset_of_which_the_sizes_leave_nothing(world):
+    path = world.distil(distillation={"preset": "tinybert"})
+    named = ("student", "preset bert-tiny together with", "hidden_size", "set those to null")
+    world.fails("run", path, "student.preset=bert-tiny", naming=named)
+
+
 def test_distillation_before_its_finetuning(world):
     """`tinybert distill` of a config whose teacher is still to be fine-tuned."""
     path = world.config("finetune", "prediction")

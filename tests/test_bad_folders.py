@@ -95,7 +95,10 @@ def test_finetuned_teacher_near_chance(world):
     assert cli.main(["run", path]) == 2
     assert sorted(p.name for p in (world.run_dir / "models").iterdir()) == ["finetune"]
     assert sorted(p.name for p in (world.run_dir / "checkpoints").iterdir()) == ["finetune"]
-    world.fails("run", path, naming=("teacher", "at least 1.0000", "models/finetune"))
+    named = ("teacher", "at least 1.0000", "models/finetune", "teacher_margin=-1")
+    world.fails("run", path, naming=named)
+    assert cli.main(["run", path, "distillation.teacher_margin=-1"]) == 0  # goes on in the folder
+    assert (world.run_dir / "models" / "prediction").is_dir()
 
 
 # Model folders

@@ -127,6 +127,7 @@ def _killed_until_done(world, golden, num_kills, moments, **settings):
         world.command(output, **settings), cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    assert not before or f"{partial_of(output)}: goes on after" in done.stdout
     assert not partial_of(output).exists()
     same(golden, output)
     return before

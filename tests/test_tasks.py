@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tinybert_jax.data.tasks import read_task, split_heldout
+from tinybert_jax.data.tasks import describe_labels, read_task, split_heldout
 from tinybert_jax.sections import TaskSection
 
 
@@ -94,3 +94,37 @@ def test_a_dev_share_that_leaves_a_side_empty_is_refused(tmp_path):
 def test_dev_comes_from_one_place(settings):
     with pytest.raises(ValueError, match="dev or dev_share|remove dev_split"):
         TaskSection.model_validate({"train": "train.tsv", **settings})
+
+
+def test_labels_are_told_with_what_may_be_mistakes(tmp_path):
+    labels = ["cards"] * 30 + ["loans"] * 9 + ["Loans "] * 3
+    rows = [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
+    (tmp_path / "dev.jsonl").write_text('{"text": "one", "label": "loans"}\n')
+    whole = _task(tmp_path, rows, dev=str(tmp_path / "dev.jsonl"))
+    counts, alike = describe_labels(read_task(whole)).split("\n")
+    assert counts.startswith("task: 42 rows to train on, 1 in dev, of 3 labels: cards 30, loans 9")
+    assert "'Loans ', 'loans' are labels of their own" in alike
+    cut = whole.model_copy(update={"max_train_rows": 30, "labels": ("cards", "loans", "Loans ")})
+    assert "no row to train on has the label 'loans' (1 in dev), 'Loans ' (0 in dev)" in (
+        describe_labels(read_task(cut))
+    )
+
+
+def test_labels_that_nearly_every_row_has_for_itself_are_refused(tmp_path):
+    rows = [{"text": f"text {i}", "label": f"id {i}"} for i in range(40)]
+    with pytest.raises(ValueError, match="expected labels that rows share, got 40 in the 40 rows"):
+        read_task(_task(tmp_path, rows, dev_share=0.1))
+    few = read_task(_task(tmp_path, rows[:19], dev_share=0.1))
+    assert len(few.label_names) == 19
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "fix"),
+    [("rows.csv", "body;label", "parted by ';'"), ("rows.csv", "body\tlabel", "name it .tsv")],
+)
+def test_columns_that_are_parted_otherwise_are_named(tmp_path, name, header, fix):
+    (tmp_path / name).write_text(f"{header}\nfine;1\n")
+    section = TaskSection(train=str(tmp_path / name), dev_share=0.5, text="body")
+    with pytest.raises(ValueError, match="expected a column 'body'") as raised:
+        read_task(section)
+    assert fix in str(raised.value)

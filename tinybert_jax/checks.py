@@ -34,6 +34,9 @@ _STAGE_BEFORE = {
 }
 
 
+_FREE = ("distillation.teacher_margin:",)  # changes nothing that a run computes
+
+
 def check_folder(folder: Path, config: RunConfig) -> None:
     """Refuses a run folder that is a file, has foreign files or holds another config's run."""
     for path in (folder, *folder.parents):
@@ -50,7 +53,7 @@ def check_folder(folder: Path, config: RunConfig) -> None:
                 f"with {', '.join(foreign[:3])}{', …' if len(foreign) > 3 else ''}; choose another"
             )
         return
-    changes = configs.differences(file, config)
+    changes = [own for own in configs.differences(file, config) if not own.startswith(_FREE)]
     if changes:
         raise ValueError(
             f"run_dir: {folder} holds a run of another config; choose another run_dir, or undo "

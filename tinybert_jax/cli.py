@@ -1,6 +1,7 @@
 """The `tinybert` command. Parses and validates; everything heavy is imported by what runs it."""
 
 import argparse
+import functools
 import json
 import os
 import select
@@ -252,7 +253,8 @@ def _prepare(arguments, command: str) -> int:
     from tinybert_jax.convert import hf_folder
     from tinybert_jax.data import prepare, summary
 
-    folder = prepare.prepare(settings, hf_folder.load_tokenizer(settings.tokenizer))
+    tokenizer = hf_folder.load_tokenizer(settings.tokenizer)
+    folder = prepare.prepare(settings, tokenizer, functools.partial(print, flush=True))
     print(summary.counts(folder))
     return 0
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from tinybert_jax.fields import Fraction, NonNegative, Positive, PositiveInt, Probability, Section
+from tinybert_jax.fields import NonNegative, Positive, PositiveInt, Probability, Section
 
 LayerMap = (
     Literal["uniform", "top", "bottom", "last", "skip"]
@@ -199,8 +199,10 @@ class DistillSection(Section):
         default=None,
         description="of general's input; default: 0.15 where a term predicts words, else 0",
     )
-    teacher_margin: Fraction = Field(
-        default=0.02, description="how far above the majority class a teacher has to score on dev"
+    teacher_margin: Annotated[float, Field(ge=-1, le=1)] = Field(
+        default=0.02,
+        description="how far above the majority class a teacher has to score on dev; -1: any will "
+        "do. May change while a run is under way",
     )
     keep_logits: bool | None = Field(
         default=None,

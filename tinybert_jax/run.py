@@ -239,18 +239,20 @@ def placed_as_read(run: Run, params: Params) -> Params:
 
 def check_teacher(run: Run, path: str | Path, sizes: ModelConfig) -> None:
     """Refuses a teacher that has nothing to teach: near the majority class on the dev set."""
-    if run.is_regression:
+    margin = run.config.distillation.teacher_margin
+    if run.is_regression or margin == -1:
         return
     section = run.config.prediction or run.section("intermediate")
     apply, params = load_classifier(run, path, sizes)
     accuracy = dev_judge(run, apply, section).measure(placed_as_read(run, params))["accuracy"]
     chance = majority_share(run.data.dev_labels)
-    needed = min(chance + run.config.distillation.teacher_margin, 1.0)
+    needed = min(chance + margin, 1.0)
     if accuracy < needed:
         raise ValueError(
             f"teacher: expected a dev accuracy of at least {needed:.4f} (the majority class has "
             f"{chance:.4f}), got {accuracy:.4f} from {path}; check its label order, "
-            "fine-tune it on the task, or lower distillation.teacher_margin"
+            "train it for longer (in another run_dir), or go on with it as it is: "
+            "distillation.teacher_margin=-1"
         )
 
 

@@ -77,6 +77,12 @@ class ModelSection(Section):
                 f"{[*(['preset'] if self.preset else []), *sizes]}: a folder brings its own sizes"
             )
         required = [name for name in _SIZE_FIELDS[:4] if name not in sizes]
+        if self.preset and not required:
+            raise ValueError(
+                f"expected a preset or all sizes, got preset {self.preset} together with {sizes}, "
+                f"which leave nothing of it; set those to null, or give it alone: {{preset: "
+                f"{self.preset}}}"
+            )
         if not self.path and not self.preset and required:
             raise ValueError(f"expected a path, a preset or all sizes; missing {required}")
         return self
@@ -253,7 +259,12 @@ class TaskSection(Section):
         ignored = sorted(self.model_fields_set - free) if self.builtin else []
         if ignored:
             raise ValueError(f"builtin: true brings its own text and labels; remove {ignored}")
-        if not self.builtin and (not self.train or bool(self.dev) == bool(self.dev_share)):
+        if self.dev and self.dev_share:
+            raise ValueError(
+                f"expected dev or dev_share, got dev '{self.dev}' and dev_share {self.dev_share}; "
+                "set one of them to null"
+            )
+        if not self.builtin and not (self.train and (self.dev or self.dev_share)):
             raise ValueError("expected train, and dev or dev_share (or builtin: true)")
         if self.dev_share and (self.dev_split or self.dev_columns):
             raise ValueError("dev_share takes dev from train: remove dev_split and dev_columns")

@@ -180,7 +180,10 @@ def _absent(path: str | Path, loaded: Loaded, whole: bool) -> list[str]:
     if whole and absent:
         fix = "that is fine-tuned on the task (finetune section)"
         if "classifier" not in loaded.params:
-            fix = "saved with its masked-LM head, or another objective (distillation.general)"
+            fix = (
+                "saved with its masked-LM head, add a pretrain section, which trains one, or set "
+                "another objective (distillation.general)"
+            )
         raise ValueError(
             f"{path}: expected trained weights for {absent}, the folder has none; give one {fix}"
         )

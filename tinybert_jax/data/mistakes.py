@@ -16,7 +16,7 @@ def fail_column(path: str, column: str, available: list[str], hint: str = "") ->
         fail(path, f"one column {column!r}", f"{available.count(column)}", "rename the others")
     columns = ", ".join(map(short, available))
     where = " (--text, --text-pair or --label; in a config text, text_pair or label)"
-    fix = nearest(column, available) + where + hint
+    fix = nearest(column, available) + where + (_parted_otherwise(available) or hint)
     fail(path, f"a column {column!r}", f"columns {columns}", fix)
 
 
@@ -24,6 +24,16 @@ def fail_missing(path: str) -> NoReturn:
     parent = Path(path).parent
     siblings = os.listdir(parent) if parent.is_dir() else []
     fail(path, "a file or folder", "nothing", nearest(Path(path).name, siblings))
+
+
+def _parted_otherwise(names: Sequence[str]) -> str:
+    """A hint, where column names hold the sign that seems to part them."""
+    counts = {sign: sum(sign in name for name in names) for sign in ";|\t"}
+    found = max(counts, key=lambda sign: counts[sign])
+    if not counts[found]:
+        return ""
+    fix = "name it .tsv, or set format tsv" if found == "\t" else "write commas or tabs instead"
+    return f"; columns seem to be parted by {found!r}: {fix}"
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

@@ -31,7 +31,7 @@ def run(
     try:
         ray: Any = importlib.import_module("ray")  # an extra, also for the type checker
     except ImportError:
-        fail("engine: ray", "the package ray", "none", "pip install 'tinybert-jax[ray]'")
+        fail("engine: ray", "the package ray", "none", "install the extra: pip install '.[ray]'")
     if not ray.is_initialized():
         here = None if os.environ.get("RAY_ADDRESS") else workers
         ray.init(num_cpus=here, include_dashboard=False, log_to_driver=False)

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -33,6 +34,7 @@ from tinybert_jax.data_sections import PrepareConfig
 
 _IDENTITY, _BAD = "identity.json", "bad_records.jsonl"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SECONDS_BETWEEN = 5  # of two lines of how far it is
 _MIN_RECORDS = 1000  # before these a share of bad records says little
 
 
@@ -53,8 +55,10 @@ class Done(NamedTuple):
     entry: dict[str, Any]
 
 
-def prepare(config: PrepareConfig, tokenizer: Any) -> Path:
-    """Writes the store of a config, or goes on with it; returns its folder.
+def prepare(
+    config: PrepareConfig, tokenizer: Any, say: Callable[[str], None] = lambda line: None
+) -> Path:
+    """Writes the store of a config, or goes on with it; returns its folder. `say` hears how far.
 
     Raises ValueError where a source, the output or the disk does not allow it.
     """
@@ -79,7 +83,7 @@ def prepare(config: PrepareConfig, tokenizer: Any) -> Path:
             _keep_identity(partial, identity, config)
             layout, shard_rows = work.layout, config.shard_rows
             writer = StoreWriter(partial, layout.width, np.dtype(layout.dtype), shard_rows)
-            _fill(config, writer, work, sources)
+            _fill(config, writer, work, sources, say)
             _refuse_moving_sources(config, sources)
             _finish(output, writer, work, identity)
     except OSError as error:
@@ -239,7 +243,13 @@ def _refuse_moving_sources(config: PrepareConfig, sources: list[Source]) -> None
         fail(changed, "text that stays as it is while it is read", "a changed one", fix)
 
 
-def _fill(config: PrepareConfig, writer: StoreWriter, work: Work, sources: list[Source]) -> None:
+def _fill(
+    config: PrepareConfig,
+    writer: StoreWriter,
+    work: Work,
+    sources: list[Source],
+    say: Callable[[str], None],
+) -> None:
     """Appends the rows of all chunks that the index does not hold yet."""
     last = writer.entries[-1] if writer.entries else {"group": 0, "number": -1}
     groups = list(enumerate(records.group_sources(sources, config.chunk_bytes)))[last["group"] :]
@@ -247,9 +257,15 @@ def _fill(config: PrepareConfig, writer: StoreWriter, work: Work, sources: list[
     workers = config.workers or os.cpu_count() or 1
     num = sum(entry["records"] for entry in writer.entries)
     bad = sum(len(entry["bad"]) for entry in writer.entries)
+    if writer.entries:
+        say(f"{writer.folder}: goes on after {num:,} records, {writer.num_rows:,} rows")
+    said = time.monotonic()
     for rows, entry in _ENGINES[config.engine](work, groups, done, workers):
         writer.append(rows, entry)
         num, bad = num + entry["records"], bad + len(entry["bad"])
+        if time.monotonic() - said > _SECONDS_BETWEEN:
+            said = time.monotonic()
+            say(f"{entry['source']}: {num:,} records, {writer.num_rows:,} rows so far")
         _check_bad(config, writer, bad, max(num, _MIN_RECORDS))
     _check_bad(config, writer, bad, num)
 

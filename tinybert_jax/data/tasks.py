@@ -90,6 +90,8 @@ def read_task(section: TaskSection) -> TaskData:
             f"{section.train}: expected at least 2 labels in column '{section.label}', got "
             f"{list(train.label_names)}; for numbers set task.regression=true"
         )
+    if section.labels is None:
+        _refuse_no_classes(section, train)
     if section.dev_share:
         return _task_data(section, *_split_dev(section, train))
     # Labels named only by the training split are the only ones that the dev split may hold.
@@ -104,6 +106,50 @@ def read_task(section: TaskSection) -> TaskData:
         max_rows=section.max_dev_rows,
     )
     return _task_data(section, train, dev)
+
+
+def describe_labels(task: TaskData) -> str:
+    """How many rows have which label, and what may be a mistake in them: a line each."""
+    counts = f"task: {len(task.train.text):,} rows to train on, {len(task.dev.text):,} in dev"
+    names = task.label_names
+    if names is None:
+        return f"{counts}, labelled with numbers"
+    assert task.train.labels is not None
+    trained, judged = (
+        np.bincount(labels, minlength=len(names)) for labels in (task.train.labels, task.dev_labels)
+    )
+    order = np.argsort(-trained, kind="stable")
+    shown = ", ".join(f"{names[i]} {trained[i]:,}" for i in order[:_NUM_SHOWN])
+    more = f", {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
+    lines = [f"{counts}, of {len(names)} labels: {shown}{more}"]
+    absent = [f"{names[i]!r} ({judged[i]:,} in dev)" for i in order if not trained[i]]
+    if absent:
+        more = f" and {len(absent) - _NUM_SHOWN} more" if len(absent) > _NUM_SHOWN else ""
+        told = ", ".join(absent[:_NUM_SHOWN])
+        lines.append(f"task: no row to train on has the label {told}{more}")
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(name.strip().casefold(), []).append(name)
+    for own in (own for own in alike.values() if len(own) > 1):
+        one = f"task.labels='{{{', '.join(f'{name!r}: {own[0].strip()!r}' for name in own)}, …}}'"
+        lines.append(f"task: {', '.join(map(repr, own))} are labels of their own; {one} joins them")
+    return "\n".join(lines)
+
+
+_NUM_SHOWN = 8
+_MIN_ROWS = 20  # of fewer each may have a label of its own
+
+
+def _refuse_no_classes(section: TaskSection, text: LabelledText) -> None:
+    if text.label_names is None or len(text.text) < _MIN_ROWS:
+        return
+    if len(text.label_names) > len(text.text) / 2:
+        raise ValueError(
+            f"{section.train}: expected labels that rows share, got {len(text.label_names)} "
+            f"in the {len(text.text)} rows of column '{section.label}'; name the column of the "
+            "classes as task.label, or list them all as task.labels; for numbers set "
+            "task.regression=true"
+        )
 
 
 def _split_dev(section: TaskSection, text: LabelledText) -> tuple[LabelledText, LabelledText]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tinybert_jax import plan, results
+from tinybert_jax.data.tasks import describe_labels
 from tinybert_jax.recipes import distill, finetune, pretrain
 from tinybert_jax.report import write_report
 from tinybert_jax.run import Run, check_teacher, open_run, publish, read_run
@@ -35,6 +36,8 @@ def main(
     chosen = _chosen(config, stages)
     with open_run(config, chosen) as run:
         run = run._replace(is_profiled=is_profiled)
+        if run.task:
+            run.log.say(describe_labels(run.task))
         for name in chosen:
             is_new = _run_once(run, name)
             if is_new and name == "finetune" and run.learns_task(chosen):
@@ -56,7 +59,9 @@ def main(
 def costs(config: RunConfig, stages: Sequence[str] = STAGES) -> str:
     """What those stages would take; writes nothing."""
     chosen = _chosen(config, stages)
-    return plan.describe(read_run(config, chosen), tuple(chosen))
+    run = read_run(config, chosen)
+    about = [describe_labels(run.task)] if run.task else []
+    return "\n\n".join([*about, plan.describe(run, tuple(chosen))])
 
 
 def _chosen(config: RunConfig, stages: Sequence[str]) -> list[str]:
