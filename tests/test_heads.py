@@ -15,6 +15,8 @@ from tinybert_jax.model.encoder import Encoder
 from tinybert_jax.model.heads import (
     frozen_params,
     is_few,
+    layers_apart,
+    layers_joined,
     make_classifier,
     make_encoder,
     make_masked_lm,
@@ -233,6 +235,26 @@ def test_an_unrolled_model_that_is_not_trained_reads_its_layers_where_they_are()
         outputs.append(forward(read))
     jax.tree.map(np.testing.assert_array_equal, *outputs)
     assert sizes[1] < sizes[0] - num_bytes / 2  # their copies are not all there at one time
+
+
+def test_an_unrolled_model_that_is_trained_with_its_layers_apart_copies_none():
+    wide = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6}
+    apply, init = make_classifier(SIZES.model_copy(update=wide), 3, unroll=True)
+    params = init(jax.random.key(0))
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params["encoder"]["layers"]))
+    jax.tree.map(np.testing.assert_array_equal, layers_joined(layers_apart(params)), params)
+
+    def step(params):  # as a train step: the gradients go straight into new parameters
+        def loss(params):
+            return jnp.square(apply(params, IDS, MASKS["padded"], 0 * IDS).logits).sum()
+
+        return jax.tree.map(lambda old, slope: old - 0.1 * slope, params, jax.grad(loss)(params))
+
+    sizes = [
+        jax.jit(step, donate_argnums=0).lower(own).compile().memory_analysis().temp_size_in_bytes
+        for own in (params, layers_apart(params))
+    ]
+    assert sizes[1] < sizes[0] - num_bytes / 2  # neither copies of layers nor a stacked gradient
 
 
 def test_layers_apart_are_split_over_devices_as_their_stack():

@@ -1,6 +1,7 @@
 """Linear maps: merged tokens, and products that read bfloat16."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,29 @@ def test_bfloat16_products_round_their_operands_and_nothing_else():
     np.testing.assert_allclose(by_params["bias"][...], slope.sum((0, 1)), rtol=1e-5, atol=1e-5)
     exact = np.asarray(x) @ np.asarray(linear.kernel[...]) + bias
     assert np.abs(y - exact).max() > 1e-4
+
+
+def test_both_gradients_of_bfloat16_products_are_bfloat16_products():
+    """Where XLA:CPU has one; it had folded a transpose into the kernel's, and run that in fp32."""
+    linear = make_linear(
+        384, 256, CONFIG, dtype=jnp.float32, product_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    )
+    graphdef, params = nnx.split(linear, nnx.Param)
+    x, slope = jnp.ones((4, 64, 384)), jnp.ones((4, 64, 256))
+
+    def num_products(function) -> int:
+        """That read bfloat16, in the compiled program of all that it gives."""
+        text = jax.jit(function).lower(params, x).compile().as_text()
+        rounded = set(re.findall(r"%([\w.]+) = bf16\[", text))
+        products = re.findall(r" dot\(%([\w.]+), %([\w.]+)\)", text)
+        return sum(set(operands) <= rounded for operands in products)
+
+    def forward(params, x):
+        return dense(nnx.merge(graphdef, params), x)
+
+    if not num_products(forward):
+        pytest.skip("no bfloat16 products on this CPU")
+    assert num_products(lambda *given: jax.vjp(forward, *given)[1](slope)) == 2
 
 
 @pytest.mark.parametrize("unroll", [False, True])

@@ -102,25 +102,45 @@ def test_labels_are_told_with_what_may_be_mistakes(tmp_path):
     (tmp_path / "dev.jsonl").write_text('{"text": "one", "label": "loans"}\n')
     whole = _task(tmp_path, rows, dev=str(tmp_path / "dev.jsonl"))
     counts, alike = describe_labels(read_task(whole)).split("\n")
-    assert counts.startswith("task: 42 rows to train on, 1 in dev, of 3 labels: cards 30, loans 9")
-    assert "'Loans ', 'loans' are labels of their own" in alike
+    told = "task: 42 rows to train on, 1 in dev, of 3 labels: 'cards' 30, 'loans' 9, 'Loans ' 3"
+    assert counts == told and "'Loans ' and 'loans'; task.labels can" in alike
+    joined = {"cards": "cards", "loans": "loans", "Loans ": "loans"}  # as it says
+    joined_task = read_task(whole.model_copy(update={"labels": joined}))
+    assert describe_labels(joined_task).endswith("of 2 labels: 'cards' 30, 'loans' 12")
     cut = whole.model_copy(update={"max_train_rows": 30, "labels": ("cards", "loans", "Loans ")})
     assert "no row to train on has the label 'loans' (1 in dev), 'Loans ' (0 in dev)" in (
         describe_labels(read_task(cut))
     )
 
 
-def test_labels_that_nearly_every_row_has_for_itself_are_refused(tmp_path):
-    rows = [{"text": f"text {i}", "label": f"id {i}"} for i in range(40)]
-    with pytest.raises(ValueError, match="expected labels that rows share, got 40 in the 40 rows"):
+def test_many_labels_are_told_in_a_few_words(tmp_path):
+    rows = [{"text": f"text {i}", "label": f"{i % 40} {'long ' * 50}"} for i in range(120)]
+    told = describe_labels(read_task(_task(tmp_path, rows, dev_share=0.1)))
+    assert "and 32 more" in told and len(told) < 800
+
+
+@pytest.mark.parametrize("num_labels, num_rows", [(37, 40), (19, 19)])
+def test_labels_that_nearly_every_row_has_for_itself_are_refused(tmp_path, num_labels, num_rows):
+    rows = [{"text": f"text {i}", "label": f"id {i % num_labels}"} for i in range(num_rows)]
+    if num_rows < 20:
+        assert len(read_task(_task(tmp_path, rows, dev_share=0.1)).label_names) == num_labels
+        return
+    with pytest.raises(ValueError, match="expected labels that rows share, got 37 in the 40 rows"):
         read_task(_task(tmp_path, rows, dev_share=0.1))
-    few = read_task(_task(tmp_path, rows[:19], dev_share=0.1))
-    assert len(few.label_names) == 19
+    listed = {"labels": [f"id {i}" for i in range(num_labels)]}
+    assert len(read_task(_task(tmp_path, rows, dev_share=0.1, **listed)).label_names) == 37
+    one_less = [row | {"label": row["label"].replace("id 36", "id 35")} for row in rows]
+    assert len(read_task(_task(tmp_path, one_less, dev_share=0.1)).label_names) == 36
 
 
 @pytest.mark.parametrize(
     ("name", "header", "fix"),
-    [("rows.csv", "body;label", "parted by ';'"), ("rows.csv", "body\tlabel", "name it .tsv")],
+    [
+        ("rows.csv", "body;label", "parted by ';'"),
+        ("rows.csv", "body\tlabel", "name it .tsv"),
+        ("rows.tsv", "body,label", "name it .csv"),
+        ("rows.csv", "good; really good,1", "without a header give '0'"),
+    ],
 )
 def test_columns_that_are_parted_otherwise_are_named(tmp_path, name, header, fix):
     (tmp_path / name).write_text(f"{header}\nfine;1\n")
@@ -128,3 +148,4 @@ def test_columns_that_are_parted_otherwise_are_named(tmp_path, name, header, fix
     with pytest.raises(ValueError, match="expected a column 'body'") as raised:
         read_task(section)
     assert fix in str(raised.value)
+    assert ("parted by" in str(raised.value)) == ("really" not in header)

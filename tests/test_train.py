@@ -12,7 +12,13 @@ from tinybert_jax import distill_objective, masking, objectives, sharding, train
 from tinybert_jax.compute_sections import MeshSection
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import init_projection
-from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.model.heads import (
+    layers_apart,
+    layers_joined,
+    make_classifier,
+    make_encoder,
+    make_masked_lm,
+)
 from tinybert_jax.objective_sections import DistillSection
 from tinybert_jax.sections import ModelConfig
 
@@ -52,7 +58,11 @@ def _mesh(num_devices, **axes):
 
 @functools.cache
 def _stage(kind, normalisation="valid_only"):
-    """(objective, params, frozen) of a small stage without dropout."""
+    """(objective, params, frozen) of a small stage without dropout; `kind` may end in `_apart`."""
+    if kind == "supervised_apart":  # as run_stage does with compute.unroll_layers
+        apply, init = make_classifier(STUDENT.model_copy(update=DRY), 3, unroll=True)
+        params = layers_apart(jax.jit(init)(jax.random.key(0)))
+        return objectives.make_supervised(apply, label_smoothing=0.1), params, ()
     key = jax.random.key(0)
     student = STUDENT.model_copy(update=DRY)
     options = distill_objective.Options(normalisation=normalisation)
@@ -155,7 +165,7 @@ def _loss(objective, params, batch, frozen):
 KINDS = ["supervised", "masked_lm", "layers", "prediction", "words", "patience", "relations"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "supervised_apart"])
 def test_eight_devices_equal_one(kind):
     one, history_one = _run(kind, _mesh(1))
     eight, history_eight = _run(kind, _mesh(8, fsdp=2, tensor=2))
@@ -166,7 +176,12 @@ def test_eight_devices_equal_one(kind):
 
 @pytest.mark.parametrize(
     ("kind", "normalisation"),
-    [("masked_lm", "valid_only"), ("layers", "valid_only"), ("layers", "paper_code")],
+    [
+        ("masked_lm", "valid_only"),
+        ("layers", "valid_only"),
+        ("layers", "paper_code"),
+        ("supervised_apart", "valid_only"),
+    ],
 )
 def test_accumulation_equals_the_whole_batch(kind, normalisation):
     """Rows differ in length, so a mean of microbatch means would not."""
@@ -178,7 +193,7 @@ def test_accumulation_equals_the_whole_batch(kind, normalisation):
 
 
 @pytest.mark.parametrize(("accumulation", "in_turn"), [(1, True), (2, True), (1, False)])
-@pytest.mark.parametrize("kind", ["supervised", "layers", "prediction"])
+@pytest.mark.parametrize("kind", ["supervised", "supervised_apart", "layers", "prediction"])
 def test_students_side_by_side_equal_each_alone(kind, accumulation, in_turn, monkeypatch):
     """In a loop as on CPUs, by `vmap` as elsewhere: same batches, a start of its own.
 
@@ -223,6 +238,15 @@ def test_students_side_by_side_equal_each_alone(kind, accumulation, in_turn, mon
                     getattr(state, field),
                     getattr(own, field),
                 )
+
+
+def test_layers_apart_train_as_their_stack():
+    stacked, _ = _run("supervised", _mesh(1))
+    apart, _ = _run("supervised_apart", _mesh(1))
+    assert isinstance(apart["encoder"]["layers"], tuple)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), layers_joined(apart), stacked
+    )
 
 
 @pytest.mark.parametrize("kind", ["supervised", "prediction"])

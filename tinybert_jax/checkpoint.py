@@ -67,10 +67,17 @@ def restore_newest(folder: Path, abstract: Any) -> Restored | None:
         fault = _fault(folder / str(step))
         if fault is None:
             meta = json.loads((folder / str(step) / _META).read_text(encoding="utf-8"))
-            with ocp.StandardCheckpointer() as checkpointer:
-                raw = checkpointer.restore(
-                    folder / str(step) / _STATE, jax.tree.map(_raw_abstract, abstract)
-                )
+            try:
+                with ocp.StandardCheckpointer() as checkpointer:
+                    raw = checkpointer.restore(
+                        folder / str(step) / _STATE, jax.tree.map(_raw_abstract, abstract)
+                    )
+            except ValueError as error:
+                raise ValueError(
+                    f"{folder / str(step)}: expected the arrays that this version trains, got "
+                    f"others; delete {folder.parent} to train this stage again, or go on with the "
+                    f"version in {folder.parent.parent.parent / 'env.json'}"
+                ) from error
             return Restored(step, jax.tree.map(_typed_key, abstract, raw), meta)
         aside = folder / f"{_DAMAGED}{step}"
         shutil.rmtree(aside, ignore_errors=True)

@@ -1,14 +1,15 @@
 """The `tinybert` command. Parses and validates; everything heavy is imported by what runs it."""
 
 import argparse
-import functools
 import json
+import math
 import os
 import select
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tinybert_jax import __version__, config, host
@@ -254,9 +255,22 @@ def _prepare(arguments, command: str) -> int:
     from tinybert_jax.data import prepare, summary
 
     tokenizer = hf_folder.load_tokenizer(settings.tokenizer)
-    folder = prepare.prepare(settings, tokenizer, functools.partial(print, flush=True))
+    folder = prepare.prepare(settings, tokenizer, _now_and_then(seconds=5.0))
     print(summary.counts(folder))
     return 0
+
+
+def _now_and_then(seconds: float) -> Callable[[str], None]:
+    """Prints the first line it is given, and then one after each so many seconds."""
+    due = -math.inf
+
+    def say(line: str) -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            due = time.monotonic() + seconds
+            print(line, flush=True)
+
+    return say
 
 
 def _inspect(arguments, command: str) -> int:

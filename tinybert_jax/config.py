@@ -64,8 +64,10 @@ def dump(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def differences(path: Path, config: BaseModel) -> list[str]:
+def differences(path: Path, config: BaseModel, ignored: Sequence[str] = ()) -> list[str]:
     """Where a file that `dump` wrote says otherwise than `config`, each with its dotted path.
+
+    `ignored`: dotted paths that may differ.
 
     A setting that is younger than the file has its default there.
     """
@@ -76,7 +78,7 @@ def differences(path: Path, config: BaseModel) -> list[str]:
     changes = [
         f"{dotted}: {before.get(dotted)!r} there, {now.get(dotted)!r} here"
         for dotted in dict.fromkeys([*now, *before])
-        if before.get(dotted) != now.get(dotted)
+        if before.get(dotted) != now.get(dotted) and dotted not in ignored
     ]
     first, second = ([name for name in leaves if "labels." in name] for leaves in (before, now))
     if first != second and not changes:  # their order numbers them

@@ -202,7 +202,7 @@ class DistillSection(Section):
     teacher_margin: Annotated[float, Field(ge=-1, le=1)] = Field(
         default=0.02,
         description="how far above the majority class a teacher has to score on dev; -1: any will "
-        "do. May change while a run is under way",
+        "do. It may change when a run goes on",
     )
     keep_logits: bool | None = Field(
         default=None,

@@ -250,8 +250,8 @@ def check_teacher(run: Run, path: str | Path, sizes: ModelConfig) -> None:
     if accuracy < needed:
         raise ValueError(
             f"teacher: expected a dev accuracy of at least {needed:.4f} (the majority class has "
-            f"{chance:.4f}), got {accuracy:.4f} from {path}; check its label order, "
-            "train it for longer (in another run_dir), or go on with it as it is: "
+            f"{chance:.4f}), got {accuracy:.4f} from {path}; check its label order, fine-tune it "
+            "on the task, or for longer (in another run_dir), or take it as it is with "
             "distillation.teacher_margin=-1"
         )
 
@@ -309,10 +309,9 @@ def _keep_tokenizer(folder: Path, tokenizer: Any) -> None:
 
 
 def _write_identity(folder: Path, config: RunConfig, mesh: Mesh) -> None:
-    if not (folder / "config.yaml").is_file():
-        partial = folder / ".config-partial"
-        partial.write_text(configs.dump(config), encoding="utf-8")
-        partial.rename(folder / "config.yaml")
+    partial = folder / ".config-partial"
+    partial.write_text(configs.dump(config), encoding="utf-8")
+    partial.rename(folder / "config.yaml")
     packages = (
         "jax",
         "jaxlib",

@@ -76,15 +76,15 @@ class ModelSection(Section):
                 f"expected either path or sizes, got path '{self.path}' together with "
                 f"{[*(['preset'] if self.preset else []), *sizes]}: a folder brings its own sizes"
             )
-        required = [name for name in _SIZE_FIELDS[:4] if name not in sizes]
-        if self.preset and not required:
+        missing = [name for name in _SIZE_FIELDS[:4] if name not in sizes]
+        if self.preset and not missing:
             raise ValueError(
-                f"expected a preset or all sizes, got preset {self.preset} together with {sizes}, "
-                f"which leave nothing of it; set those to null, or give it alone: {{preset: "
-                f"{self.preset}}}"
+                f"expected a preset or all sizes, got preset {self.preset} together with "
+                f"{list(_SIZE_FIELDS[:4])}, which leave nothing of it; set those to null, or give "
+                f"the preset alone: {{preset: {self.preset}}}"
             )
-        if not self.path and not self.preset and required:
-            raise ValueError(f"expected a path, a preset or all sizes; missing {required}")
+        if not self.path and not self.preset and missing:
+            raise ValueError(f"expected a path, a preset or all sizes; missing {missing}")
         return self
 
     def sizes(self) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
     if training.score:
         chosen = _restore_best(run, training, folder / "best", target.params, progress)
     models = _models(jax.device_get(chosen), training.members, state.key)
-    return {name: [jax.device_get(layers_joined(own)) for own in models[name]] for name in models}
+    return {name: [layers_joined(own) for own in models[name]] for name in models}
 
 
 def _step(

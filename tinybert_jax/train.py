@@ -22,6 +22,7 @@ class TrainState(NamedTuple):
 
     Several students that learn side by side, each from a seed of its own, have one more axis, the
     first, in all fields but `step`. A family's `params`, `opt_state` and `average` are by member.
+    Layers that are unrolled are apart (`heads.layers_apart`).
     """
 
     step: jax.Array  # int32 []

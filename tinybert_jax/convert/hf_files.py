@@ -181,8 +181,8 @@ def _absent(path: str | Path, loaded: Loaded, whole: bool) -> list[str]:
         fix = "that is fine-tuned on the task (finetune section)"
         if "classifier" not in loaded.params:
             fix = (
-                "saved with its masked-LM head, add a pretrain section, which trains one, or set "
-                "another objective (distillation.general)"
+                "that was saved with its masked-LM head, or add a pretrain section (it trains the "
+                "head), or set another objective (distillation.general)"
             )
         raise ValueError(
             f"{path}: expected trained weights for {absent}, the folder has none; give one {fix}"

@@ -16,7 +16,7 @@ def fail_column(path: str, column: str, available: list[str], hint: str = "") ->
         fail(path, f"one column {column!r}", f"{available.count(column)}", "rename the others")
     columns = ", ".join(map(short, available))
     where = " (--text, --text-pair or --label; in a config text, text_pair or label)"
-    fix = nearest(column, available) + where + (_parted_otherwise(available) or hint)
+    fix = nearest(column, available) + where + _parted_otherwise(available) + hint
     fail(path, f"a column {column!r}", f"columns {columns}", fix)
 
 
@@ -27,13 +27,15 @@ def fail_missing(path: str) -> NoReturn:
 
 
 def _parted_otherwise(names: Sequence[str]) -> str:
-    """A hint, where column names hold the sign that seems to part them."""
-    counts = {sign: sum(sign in name for name in names) for sign in ";|\t"}
-    found = max(counts, key=lambda sign: counts[sign])
-    if not counts[found]:
+    """A hint, where the only column's name holds the sign that seems to part several."""
+    found = next((sign for sign in "\t;|," if len(names) == 1 and sign in names[0]), None)
+    fixes = {
+        "\t": "set task.format=tsv, or name it .tsv",
+        ",": "set task.format=csv, or name it .csv",
+    }
+    if found is None:
         return ""
-    fix = "name it .tsv, or set format tsv" if found == "\t" else "write commas or tabs instead"
-    return f"; columns seem to be parted by {found!r}: {fix}"
+    return f"; columns seem to be parted by {found!r}: {fixes.get(found, 'write commas or tabs')}"
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -34,7 +33,6 @@ from tinybert_jax.data_sections import PrepareConfig
 
 _IDENTITY, _BAD = "identity.json", "bad_records.jsonl"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_SECONDS_BETWEEN = 5  # of two lines of how far it is
 _MIN_RECORDS = 1000  # before these a share of bad records says little
 
 
@@ -58,8 +56,9 @@ class Done(NamedTuple):
 def prepare(
     config: PrepareConfig, tokenizer: Any, say: Callable[[str], None] = lambda line: None
 ) -> Path:
-    """Writes the store of a config, or goes on with it; returns its folder. `say` hears how far.
+    """Writes the store of a config, or goes on with it; returns its folder.
 
+    `say` hears of each chunk, how far it is.
     Raises ValueError where a source, the output or the disk does not allow it.
     """
     output = Path(config.output)
@@ -259,13 +258,10 @@ def _fill(
     bad = sum(len(entry["bad"]) for entry in writer.entries)
     if writer.entries:
         say(f"{writer.folder}: goes on after {num:,} records, {writer.num_rows:,} rows")
-    said = time.monotonic()
     for rows, entry in _ENGINES[config.engine](work, groups, done, workers):
         writer.append(rows, entry)
         num, bad = num + entry["records"], bad + len(entry["bad"])
-        if time.monotonic() - said > _SECONDS_BETWEEN:
-            said = time.monotonic()
-            say(f"{entry['source']}: {num:,} records, {writer.num_rows:,} rows so far")
+        say(f"{num:,} records, {writer.num_rows:,} rows so far, now in {entry['source']}")
         _check_bad(config, writer, bad, max(num, _MIN_RECORDS))
     _check_bad(config, writer, bad, num)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinybert_jax.data import builtin, sources
+from tinybert_jax.data.mistakes import short
 from tinybert_jax.data.sources import LabelledText
 from tinybert_jax.sections import CorpusSection, TaskSection
 
@@ -110,45 +111,45 @@ def read_task(section: TaskSection) -> TaskData:
 
 def describe_labels(task: TaskData) -> str:
     """How many rows have which label, and what may be a mistake in them: a line each."""
-    counts = f"task: {len(task.train.text):,} rows to train on, {len(task.dev.text):,} in dev"
+    told = f"task: {len(task.train.text):,} rows to train on, {len(task.dev.text):,} in dev"
     names = task.label_names
     if names is None:
-        return f"{counts}, labelled with numbers"
+        return f"{told}, labelled with numbers"
     assert task.train.labels is not None
     trained, judged = (
         np.bincount(labels, minlength=len(names)) for labels in (task.train.labels, task.dev_labels)
     )
     order = np.argsort(-trained, kind="stable")
-    shown = ", ".join(f"{names[i]} {trained[i]:,}" for i in order[:_NUM_SHOWN])
-    more = f", {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
-    lines = [f"{counts}, of {len(names)} labels: {shown}{more}"]
-    absent = [f"{names[i]!r} ({judged[i]:,} in dev)" for i in order if not trained[i]]
+    counts = [f"{short(names[i])} {trained[i]:,}" for i in order]
+    lines = [f"{told}, of {len(names)} labels: {_first(counts)}"]
+    absent = [f"{short(names[i])} ({judged[i]:,} in dev)" for i in order if not trained[i]]
     if absent:
-        more = f" and {len(absent) - _NUM_SHOWN} more" if len(absent) > _NUM_SHOWN else ""
-        told = ", ".join(absent[:_NUM_SHOWN])
-        lines.append(f"task: no row to train on has the label {told}{more}")
+        lines.append(f"task: no row to train on has the label {_first(absent)}")
     alike: dict[str, list[str]] = {}
     for name in names:
-        alike.setdefault(name.strip().casefold(), []).append(name)
-    for own in (own for own in alike.values() if len(own) > 1):
-        one = f"task.labels='{{{', '.join(f'{name!r}: {own[0].strip()!r}' for name in own)}, …}}'"
-        lines.append(f"task: {', '.join(map(repr, own))} are labels of their own; {one} joins them")
+        alike.setdefault(name.strip().casefold(), []).append(short(name))
+    twins = [" and ".join(own) for own in alike.values() if len(own) > 1]
+    if twins:
+        fix = "task.labels can give them one name"
+        lines.append(f"task: labels that differ in case or blanks alone: {_first(twins)}; {fix}")
     return "\n".join(lines)
 
 
-_NUM_SHOWN = 8
-_MIN_ROWS = 20  # of fewer each may have a label of its own
+def _first(items: Sequence[str], num_shown: int = 8) -> str:
+    more = f", and {len(items) - num_shown} more" if len(items) > num_shown else ""
+    return ", ".join(items[:num_shown]) + more
 
 
 def _refuse_no_classes(section: TaskSection, text: LabelledText) -> None:
-    if text.label_names is None or len(text.text) < _MIN_ROWS:
+    """Refuses labels that nearly every row has for itself; of a few rows each may."""
+    if text.label_names is None or text.labels is None or len(text.labels) < 20:
         return
-    if len(text.label_names) > len(text.text) / 2:
+    num_labels, num_rows = len(np.unique(text.labels)), len(text.labels)
+    if num_labels > 0.9 * num_rows:
         raise ValueError(
-            f"{section.train}: expected labels that rows share, got {len(text.label_names)} "
-            f"in the {len(text.text)} rows of column '{section.label}'; name the column of the "
-            "classes as task.label, or list them all as task.labels; for numbers set "
-            "task.regression=true"
+            f"{section.train}: expected labels that rows share, got {num_labels} in the {num_rows} "
+            f"rows of column '{section.label}'; name the column of the classes as task.label, or "
+            "list them all as task.labels; for numbers set task.regression=true"
         )
 
 

@@ -23,7 +23,7 @@ from tinybert_jax.model.attention import (
 )
 from tinybert_jax.model.dropout import dropout
 from tinybert_jax.model.linear import dense, make_linear
-from tinybert_jax.model.norm import LayerNorm
+from tinybert_jax.model.norm import layer_norm, make_layer_norm
 from tinybert_jax.sections import ModelConfig
 from tinybert_jax.sharding import constrain
 
@@ -236,7 +236,7 @@ class Embeddings(nnx.Module):
         self.word = table(config.vocab_size)
         self.position = table(config.max_position_embeddings, normal if is_normal else waves)
         self.token_type = table(config.type_vocab_size)
-        self.norm = LayerNorm(config, dtype=dtype)
+        self.norm = make_layer_norm(config, dtype, rngs)
         self.dropout_rate = config.hidden_dropout_prob
 
     def __call__(self, input_ids, attention_mask, token_type_ids, key):
@@ -245,7 +245,7 @@ class Embeddings(nnx.Module):
         else:
             positions = self.position(_restarted_positions(attention_mask))
         summed = self.word(input_ids) + positions + self.token_type(token_type_ids)
-        return dropout(self.norm(summed), self.dropout_rate, key)
+        return dropout(layer_norm(self.norm, summed), self.dropout_rate, key)
 
 
 def sinusoids(
@@ -277,10 +277,10 @@ class Block(nnx.Module):
         width, inner = config.hidden_size, config.intermediate_size
         options: dict[str, Any] = dict(dtype=dtype, product_dtype=product_dtype, rngs=rngs)
         self.attention = SelfAttention(config, backend=attention, **options)
-        self.attention_norm = LayerNorm(config, dtype=dtype)
+        self.attention_norm = make_layer_norm(config, dtype, rngs)
         self.intermediate = make_linear(width, inner, config, **options)
         self.output = make_linear(inner, width, config, **options)
-        self.output_norm = LayerNorm(config, dtype=dtype)
+        self.output_norm = make_layer_norm(config, dtype, rngs)
         self.dropout_rate = config.hidden_dropout_prob
         self.activation = ACTIVATIONS[config.hidden_act]
 
@@ -297,11 +297,11 @@ class Block(nnx.Module):
             attended, taps = self.attention(hidden, visible, keys[0], pick)
             attended = dropout(attended, self.dropout_rate, keys[1])
             residual = hidden if pick is None else pick(hidden)
-            hidden = self.attention_norm(residual + attended)
+            hidden = layer_norm(self.attention_norm, residual + attended)
         with jax.named_scope("~feed-forward"):
             inner = self.activation(dense(self.intermediate, hidden))
             outer = dropout(dense(self.output, inner), self.dropout_rate, keys[2])
-            return self.output_norm(hidden + outer), taps
+            return layer_norm(self.output_norm, hidden + outer), taps
 
 
 def first_tokens(
