@@ -24,23 +24,28 @@ def layer_norm(norm: nnx.LayerNorm, x: Float[Array, "*rows dim"]) -> Float[Array
     centred = x.astype(jnp.float32)
     centred -= centred.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
-    normed = (centred * jax.lax.rsqrt(variance + norm.epsilon)).reshape(-1, x.shape[-1])
-    scaled = _scale_and_shift(normed, norm.scale[...], norm.bias[...])
-    return scaled.reshape(x.shape).astype(norm.dtype)
+    normed = centred * jax.lax.rsqrt(variance + norm.epsilon)
+    return _scale_and_shift(normed, norm.scale[...], norm.bias[...]).astype(norm.dtype)
 
 
 @jax.custom_vjp
-def _scale_and_shift(rows: Array, scale: Array, bias: Array) -> Array:
-    return rows * scale[None] + bias[None]
+def _scale_and_shift(x: Array, scale: Array, bias: Array) -> Array:
+    return x * _like(scale, x) + _like(bias, x)
 
 
-def _forward(rows: Array, scale: Array, bias: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _scale_and_shift(rows, scale, bias), (rows, scale)
+def _like(row: Array, x: Array) -> Array:
+    return jnp.expand_dims(row, range(x.ndim - 1))
+
+
+def _forward(x: Array, scale: Array, bias: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _scale_and_shift(x, scale, bias), (x, scale)
 
 
 def _backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, Array, Array]:
-    rows, scale = kept
-    return slope * scale[None], sum_of_rows(slope * rows), sum_of_rows(slope)
+    x, scale = kept
+    # Rows are merged here alone: a forward pass over merged rows took XLA:CPU six times as long.
+    sums = (sum_of_rows(y.reshape(-1, len(scale))) for y in (slope * x, slope))
+    return slope * _like(scale, x), *sums
 
 
 _scale_and_shift.defvjp(_forward, _backward)
