@@ -25,7 +25,8 @@ def layer_norm(norm: nnx.LayerNorm, x: Float[Array, "*rows dim"]) -> Float[Array
     centred -= centred.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(variance + norm.epsilon)
-    return _scale_and_shift(normed, norm.scale[...], norm.bias[...]).astype(norm.dtype)
+    scale, bias = jnp.asarray(norm.scale[...]), jnp.asarray(norm.bias[...])
+    return _scale_and_shift(normed, scale, bias).astype(norm.dtype)
 
 
 @jax.custom_vjp
