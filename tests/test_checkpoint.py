@@ -78,3 +78,15 @@ def test_steps_of_a_future_that_did_not_happen_are_discarded(tmp_path):
         checkpoint.save(folder, step, _tree(step), {})
     checkpoint.discard_after(folder, 4)
     assert checkpoint.restore_newest(folder, _abstract(_tree())).step == 3
+
+
+@pytest.mark.parametrize("change", ["layers apart", "shape"])
+def test_other_arrays_than_those_trained_are_refused_and_kept(tmp_path, change):
+    """As where a version that holds its layers otherwise began the run."""
+    folder, tree = tmp_path / "stage" / "last", _tree()
+    checkpoint.save(folder, 1, tree, {})
+    other = tree | {"w": (tree["w"],) if change == "layers apart" else tree["w"][:5]}
+    with pytest.raises(ValueError, match="expected the arrays that this version trains") as raised:
+        checkpoint.restore_newest(folder, _abstract(other))
+    assert f"delete {folder.parent} to train" in str(raised.value)
+    assert checkpoint.steps(folder) == [1]

@@ -75,8 +75,8 @@ def restore_newest(folder: Path, abstract: Any) -> Restored | None:
             except ValueError as error:
                 raise ValueError(
                     f"{folder / str(step)}: expected the arrays that this version trains, got "
-                    f"others; delete {folder.parent} to train this stage again, or go on with the "
-                    f"version in {folder.parent.parent.parent / 'env.json'}"
+                    f"others ({str(error).splitlines()[0][:200]}); delete {folder.parent} to train "
+                    "this stage again, or go on with the version that began it"
                 ) from error
             return Restored(step, jax.tree.map(_typed_key, abstract, raw), meta)
         aside = folder / f"{_DAMAGED}{step}"
