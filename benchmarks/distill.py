@@ -75,7 +75,7 @@ def make_models(folder: Path, pair: str) -> None:
     import torch
     import transformers
 
-    from tinybert_jax.presets import PRESETS
+    from tinybert_jax.config.models import PRESETS
 
     torch.manual_seed(0)
     teacher = transformers.BertModel.from_pretrained(os.environ["TEACHER"], dtype=torch.float32)
@@ -121,10 +121,10 @@ def ours(
     host.keep_freed_memory()  # as the command does, before the first thread
     import jax
 
+    from tinybert_jax.config.objectives import DistillSection
     from tinybert_jax.convert import hf_files
     from tinybert_jax.distill_objective import Options, Role, make_distill
     from tinybert_jax.model.heads import frozen_params, layers_apart, make_encoder
-    from tinybert_jax.objective_sections import DistillSection
 
     teacher_dtype = teacher_dtype or product_dtype
 

@@ -55,13 +55,12 @@ def students(
     import jax.numpy as jnp
 
     from tinybert_jax import family
+    from tinybert_jax.config.models import PRESETS, SOLE, ModelConfig
+    from tinybert_jax.config.objectives import DistillSection
     from tinybert_jax.data import loader, pipeline
     from tinybert_jax.distill import init_projection
     from tinybert_jax.distill_objective import Role, make_distill
     from tinybert_jax.model.heads import frozen_params, layers_apart, make_encoder
-    from tinybert_jax.objective_sections import DistillSection
-    from tinybert_jax.presets import PRESETS
-    from tinybert_jax.sections import SOLE, ModelConfig
 
     teacher = ModelConfig(**PRESETS["bert-base"])
     teacher_apply, teacher_init = make_encoder(teacher, unroll=True)
@@ -102,8 +101,7 @@ def students(
 
 def _sizes(name: str):
     """TinyBERT's own for the preset's name; else 12 heads and 4 times the width inside."""
-    from tinybert_jax.presets import PRESETS
-    from tinybert_jax.sections import ModelConfig
+    from tinybert_jax.config.models import PRESETS, ModelConfig
 
     if name in PRESETS:
         return ModelConfig(**PRESETS[name])

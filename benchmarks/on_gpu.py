@@ -264,8 +264,8 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
     import jax
     import jax.numpy as jnp
 
+    from tinybert_jax.config.models import ModelConfig
     from tinybert_jax.model.heads import layers_apart
-    from tinybert_jax.sections import ModelConfig
 
     device = _jax_device(settings.tiny)
     options: dict[str, Any] = {"unroll": settings.unrolled, "dtype": jnp.bfloat16}
@@ -276,10 +276,10 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
     keys = jax.random.split(jax.random.key(0), 3)
     frozen: Any = ()
     if work.teacher:
+        from tinybert_jax.config.objectives import DistillSection
         from tinybert_jax.distill import init_projection
         from tinybert_jax.distill_objective import Role, make_distill
         from tinybert_jax.model.heads import frozen_params, make_encoder
-        from tinybert_jax.objective_sections import DistillSection
 
         teacher = ModelConfig(**work.teacher)
         apply, init = make_encoder(student, **options)

@@ -40,7 +40,7 @@ class Ready(NamedTuple):
 
 
 def make_measures(tiny: bool) -> dict[str, Work]:
-    from tinybert_jax.presets import PRESETS
+    from tinybert_jax.config.models import PRESETS
 
     student, base = PRESETS["tinybert-4l-312d"], PRESETS["bert-base"]
     widths, rows = (128, 512), (256, 64)
@@ -63,7 +63,7 @@ def _tiny_sizes(**sizes: int) -> dict[str, int]:
 def flops_per_slot(work: Work, chunk_size: int) -> float:
     """As `plan` counts a stage: the masked-LM head at its slots and, in whole chunks, its words."""
     from tinybert_jax import cost, masking, objectives
-    from tinybert_jax.sections import ModelConfig
+    from tinybert_jax.config.models import ModelConfig
 
     student = ModelConfig(**work.student)
     if work.teacher:

@@ -64,7 +64,7 @@ def read_rows():
 
 
 def sizes(tokenizer) -> dict:
-    from tinybert_jax.presets import PRESETS
+    from tinybert_jax.config.models import PRESETS
 
     return PRESETS[PRESET] | {"vocab_size": len(tokenizer)}
 
@@ -75,11 +75,11 @@ def ours(path: Path, num_steps: int, batch_size: int, product_dtype: str | None)
     host.keep_freed_memory()  # as the command does, before the first thread
     import jax
 
+    from tinybert_jax.config.models import ModelConfig
     from tinybert_jax.convert import hf_folder
     from tinybert_jax.data import loader, pipeline
     from tinybert_jax.model.heads import layers_apart, make_masked_lm
     from tinybert_jax.objectives import make_mlm
-    from tinybert_jax.sections import ModelConfig
 
     tokenizer, rows = hf_folder.load_tokenizer(os.environ["TEACHER"]), sides.load_rows(path)
     epochs = pipeline.bucketed_epochs(

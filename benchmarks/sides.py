@@ -83,7 +83,7 @@ def train_rounds(
     import jax
 
     from tinybert_jax import family, optim, sharding, train
-    from tinybert_jax.compute_sections import MeshSection
+    from tinybert_jax.config.compute import MeshSection
     from tinybert_jax.data import loader
 
     mesh = sharding.make_mesh(MeshSection())

@@ -10,10 +10,10 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from tinybert_jax import cli
+from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.convert import hf_files
 from tinybert_jax.data.vocab import train_wordpiece
 from tinybert_jax.model.heads import make_classifier, make_encoder
-from tinybert_jax.sections import ModelConfig
 
 TEXTS = ["a fine film", "a dull film", "tea and toast", "toast and jam and more tea"] * 3
 LABELS = ["neg", "pos"] * 6

@@ -14,16 +14,16 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 install_import_hook("tinybert_jax", "beartype.beartype")
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
-from bad_world import models, world  # noqa: E402, F401
-from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
+import jax
+import pytest
+from bad_world import models, world  # noqa: F401
+from jax.experimental.compilation_cache import compilation_cache
 
-from tinybert_jax import sharding  # noqa: E402
+from tinybert_jax import sharding
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -10,10 +10,10 @@ import yaml
 from transformers import BertTokenizer
 
 from tests.reference import write_vocab
+from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.convert import hf_folder
 from tinybert_jax.data import prepare
 from tinybert_jax.data.store import INDEX, partial_of
-from tinybert_jax.data_sections import PrepareConfig
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tinybert_jax import sharding
-from tinybert_jax.compute_sections import MeshSection
+from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.model.attention import (
     attend,
     cudnn_attention,

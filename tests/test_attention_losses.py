@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from reference import (  # noqa: E402
+from reference import (
     assert_adds_up,
     assert_float32_of_bfloat16,
     assert_padding_is_nothing,
@@ -19,14 +19,14 @@ from reference import (  # noqa: E402
     value_and_grads,
 )
 
-from tinybert_jax.attention_losses import (  # noqa: E402
+from tinybert_jax.attention_losses import (
     attention_mse,
     builds_maps,
     regroup,
     relation_kl,
     score_mse,
 )
-from tinybert_jax.model.attention import attention_scores  # noqa: E402
+from tinybert_jax.model.attention import attention_scores
 
 F = torch.nn.functional
 NORMALISATIONS = ["paper_code", "valid_only"]

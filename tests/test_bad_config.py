@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from bad_world import STUDENT, TEXTS, World, change
 
-from tinybert_jax import config
+from tinybert_jax.config import load as config_files
 from tinybert_jax.run import open_run
 
 # The config
@@ -301,7 +301,7 @@ def test_student_that_cannot_start_from_its_teachers_layers(world, changes, name
 
 @pytest.fixture
 def existing(world) -> World:
-    settings = config.load(world.config("finetune"))
+    settings = config_files.load(world.config("finetune"))
     with open_run(settings, settings.stages) as run:
         (run.folder / "models").mkdir()
         (run.folder / "models" / "weights").write_bytes(b"dear")
@@ -316,7 +316,9 @@ def test_run_folder_of_another_config(existing):
 
 
 def test_run_folder_of_another_label_order(world):
-    settings = config.load(world.config("finetune", task={"labels": {"neg": "neg", "pos": "pos"}}))
+    settings = config_files.load(
+        world.config("finetune", task={"labels": {"neg": "neg", "pos": "pos"}})
+    )
     with open_run(settings, settings.stages):
         pass
     path = world.config("finetune", task={"labels": {"pos": "pos", "neg": "neg"}})

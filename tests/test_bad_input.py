@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from bad_world import LABELS, STAGE, TEXTS, change
 
-from tinybert_jax import config
+from tinybert_jax.config import load as config_files
 from tinybert_jax.run import open_run
 
 
@@ -18,7 +18,7 @@ def test_the_inputs_are_right_where_nothing_is_spoilt(world):
     """What follows fails for the reason it states, not because of the set-up."""
     margin = {"distillation": {"teacher_margin": 0.0}}
     for path in (world.config("finetune", "baseline"), world.distil(**margin)):
-        settings = config.load(path)
+        settings = config_files.load(path)
         other = settings.model_copy(update={"run_dir": str(world.run_dir / Path(path).stem)})
         with open_run(other, other.stages) as run:
             assert run.task.label_names == ("neg", "pos")

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tinybert_jax import cli, config
-from tinybert_jax.config import ConfigError
-from tinybert_jax.data_sections import PrepareConfig
+from tinybert_jax import cli
+from tinybert_jax.config import load as config_files
+from tinybert_jax.config.data import PrepareConfig
+from tinybert_jax.config.load import ConfigError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 MINIMAL = {
@@ -32,9 +33,9 @@ def test_shipped_configs_are_valid_and_say_how_to_run_them(path, monkeypatch):
     for name in ("TEACHER", "TINYBERT_DATA", "TEXT", "TOKENIZER"):
         monkeypatch.setenv(name, "somewhere")
     if path.parent.name == "data":
-        assert config.load_as(PrepareConfig, path).sources
+        assert config_files.load_as(PrepareConfig, path).sources
     else:
-        assert config.load(path).stages
+        assert config_files.load(path).stages
     assert "# Command:" in path.read_text()
     assert "# Expected:" in path.read_text()
 
@@ -46,30 +47,32 @@ def test_arms_are_valid(monkeypatch):
     for comparison in yaml.safe_load((root / "benchmarks" / "arms.yaml").read_text()).values():
         for settings in comparison["arms"].values():
             given = [*comparison.get("settings", []), *settings]
-            assert config.load(root / comparison["config"], given).stages
+            assert config_files.load(root / comparison["config"], given).stages
 
 
 def test_dump_loads_back_to_the_same_config(tmp_path):
-    first = config.load(_written(tmp_path), ["seed=3", "task.labels={0: no, 1: yes}"])
+    first = config_files.load(_written(tmp_path), ["seed=3", "task.labels={0: no, 1: yes}"])
     again = tmp_path / "again.yaml"
-    again.write_text(config.dump(first))
-    assert config.load(again) == first
+    again.write_text(config_files.dump(first))
+    assert config_files.load(again) == first
 
 
 def test_a_run_goes_on_though_its_config_is_older_than_a_setting(tmp_path):
-    settings = config.load(_written(tmp_path))
-    tree = yaml.safe_load(config.dump(settings))
+    settings = config_files.load(_written(tmp_path))
+    tree = yaml.safe_load(config_files.dump(settings))
     del tree["compute"]["attention"]
     older = tmp_path / "older.yaml"
     older.write_text(yaml.safe_dump(tree, sort_keys=False))
-    assert config.differences(older, settings) == []
-    changed = config.load(_written(tmp_path), ["compute.attention=xla"])
-    assert config.differences(older, changed) == ["compute.attention: 'auto' there, 'xla' here"]
+    assert config_files.differences(older, settings) == []
+    changed = config_files.load(_written(tmp_path), ["compute.attention=xla"])
+    assert config_files.differences(older, changed) == [
+        "compute.attention: 'auto' there, 'xla' here"
+    ]
 
 
 def test_overrides_set_remove_and_create(tmp_path):
     file = _written(tmp_path, baseline={"num_epochs": 1, "learning_rate": 1e-3})
-    loaded = config.load(
+    loaded = config_files.load(
         file,
         [
             "finetune.learning_rate=2e-5",
@@ -109,7 +112,7 @@ def test_a_reader_who_stops_early_is_no_error(tmp_path):
 def test_all_mistakes_at_once_with_paths_and_nearest_names(tmp_path):
     file = _written(tmp_path, finetune={"lerning_rate": 1, "num_epochs": 1}, sede=1)
     with pytest.raises(ConfigError) as caught:
-        config.load(file, ["mesh.fsdp=0"])
+        config_files.load(file, ["mesh.fsdp=0"])
     message = str(caught.value)
     assert "4 mistakes" in message
     assert "finetune.lerning_rate: unknown key; did you mean 'learning_rate'?" in message
@@ -149,12 +152,12 @@ def test_all_mistakes_at_once_with_paths_and_nearest_names(tmp_path):
 )
 def test_what_does_not_fit_is_refused(tmp_path, override, expected):
     with pytest.raises(ConfigError, match=expected.replace("[", r"\[")):
-        config.load(_written(tmp_path), [override])
+        config_files.load(_written(tmp_path), [override])
 
 
 def test_default_buckets_double_up_to_max_length(tmp_path):
-    assert config.load(_written(tmp_path)).finetune.buckets() == (16, 32, 64, 128)
-    shorter = config.load(_written(tmp_path), ["finetune.max_length=48"])
+    assert config_files.load(_written(tmp_path)).finetune.buckets() == (16, 32, 64, 128)
+    shorter = config_files.load(_written(tmp_path), ["finetune.max_length=48"])
     assert shorter.finetune.buckets() == (16, 32, 48)
 
 
@@ -162,7 +165,7 @@ def test_a_value_that_is_no_list_or_mapping_is_shown_as_one(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("run_dir: runs/a\ncorpus: {files: wiki.txt, stores: data/mine}\n")
     with pytest.raises(ConfigError) as caught:
-        config.load(path)
+        config_files.load(path)
     assert "corpus.files: expected a list, got 'wiki.txt'; write it as [wiki.txt]" in str(
         caught.value
     )

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 torch = pytest.importorskip("torch")
-import safetensors.torch  # noqa: E402
-from reference import (  # noqa: E402
+import safetensors.torch
+from reference import (
     LABELS,
     NAMES,
     SIZES,
@@ -28,7 +28,7 @@ from reference import (  # noqa: E402
     write_bert,
     write_vocab,
 )
-from transformers import (  # noqa: E402
+from transformers import (
     BertForMaskedLM,
     BertForPreTraining,
     BertForSequenceClassification,
@@ -36,15 +36,15 @@ from transformers import (  # noqa: E402
     BertTokenizer,
 )
 
-from tinybert_jax.convert import hf_files, hf_map  # noqa: E402
-from tinybert_jax.convert.hf_folder import load_tokenizer  # noqa: E402
-from tinybert_jax.model.heads import (  # noqa: E402
+from tinybert_jax.config.models import ModelConfig
+from tinybert_jax.convert import hf_files, hf_map
+from tinybert_jax.convert.hf_folder import load_tokenizer
+from tinybert_jax.model.heads import (
     make_classifier,
     make_encoder,
     make_masked_lm,
 )
-from tinybert_jax.sections import ModelConfig  # noqa: E402
-from tinybert_jax.tree import flatten  # noqa: E402
+from tinybert_jax.tree import flatten
 
 CONFIG = ModelConfig(**SIZES)
 WORD_TABLE = "bert.embeddings.word_embeddings.weight"

@@ -8,6 +8,7 @@ import pytest
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from tinybert_jax import tree
+from tinybert_jax.config.models import PRESETS, ModelConfig
 from tinybert_jax.cost import (
     forward_flops_per_token,
     masked_lm_flops,
@@ -18,8 +19,6 @@ from tinybert_jax.cost import (
     training_flops_per_token,
 )
 from tinybert_jax.model.heads import make_encoder
-from tinybert_jax.presets import PRESETS
-from tinybert_jax.sections import ModelConfig
 
 BERT_BASE = BertConfig()
 TINYBERT4 = BertConfig(hidden_size=312, num_hidden_layers=4, intermediate_size=1200)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from tinybert_jax import distill
+from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.model.heads import make_encoder
-from tinybert_jax.sections import ModelConfig
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from tinybert_jax import sharding
-from tinybert_jax.compute_sections import MeshSection
+from tinybert_jax.config.compute import MeshSection
+from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.data.pipeline import TokenRows
 from tinybert_jax.evaluate import EVAL_MASK_RATE, make_masked_lm_scorer, make_scorer
 from tinybert_jax.model.heads import MaskedLMOutput, make_classifier
-from tinybert_jax.sections import ModelConfig
 
 VOCAB, DIM = 50, 4
 SPECIAL = (0, 1, 2, 3)

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 torch = pytest.importorskip("torch")
-from reference import (  # noqa: E402
+from reference import (
     LABELS,
     SIZES,
     VOCAB,
@@ -19,7 +19,7 @@ from reference import (  # noqa: E402
     write_bert,
     write_vocab,
 )
-from transformers import (  # noqa: E402
+from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
@@ -33,7 +33,7 @@ from transformers import (  # noqa: E402
     BertTokenizer,
 )
 
-from tinybert_jax import cli  # noqa: E402
+from tinybert_jax import cli
 
 EYE = np.eye(SIZES["hidden_size"], dtype=np.float32)
 

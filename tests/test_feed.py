@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
+from tinybert_jax.config.data import PrepareConfig
+from tinybert_jax.config.run import RunConfig
 from tinybert_jax.data import vocab
 from tinybert_jax.data.loader import segment_rows
 from tinybert_jax.data.pipeline import tokenize_corpus
 from tinybert_jax.data.prepare import prepare
 from tinybert_jax.data.store import open_store
-from tinybert_jax.data_sections import PrepareConfig
 from tinybert_jax.recipes import pipeline
-from tinybert_jax.sections import RunConfig
 
 WIDTH = 16
 STAGE = {"num_steps": 6, "global_batch_size": 8, "max_length": WIDTH, "learning_rate": 1e-3}

@@ -8,7 +8,9 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from tinybert_jax import cost, distill_objective, objectives
-from tinybert_jax.compute_sections import MeshSection
+from tinybert_jax.config.compute import MeshSection
+from tinybert_jax.config.models import ModelConfig
+from tinybert_jax.config.objectives import DistillSection, needs_projection
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import init_projection
 from tinybert_jax.model.encoder import Encoder
@@ -21,8 +23,6 @@ from tinybert_jax.model.heads import (
     make_encoder,
     make_masked_lm,
 )
-from tinybert_jax.objective_sections import DistillSection, needs_projection
-from tinybert_jax.sections import ModelConfig
 from tinybert_jax.sharding import make_mesh, param_specs, placed
 
 ROWS, WIDTH = 5, 16

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tinybert_jax import sharding
-from tinybert_jax.compute_sections import MeshSection
+from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.data import loader, pipeline
 
 

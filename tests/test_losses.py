@@ -15,7 +15,7 @@ import pytest
 from tinybert_jax import losses, word_losses
 
 torch = pytest.importorskip("torch")
-from reference import (  # noqa: E402
+from reference import (
     assert_adds_up,
     assert_float32_of_bfloat16,
     assert_padding_is_nothing,

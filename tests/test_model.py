@@ -14,23 +14,23 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 torch = pytest.importorskip("torch")
-from reference import mini_lm, our_config, our_params, random_bert  # noqa: E402
-from transformers import (  # noqa: E402
+from reference import mini_lm, our_config, our_params, random_bert
+from transformers import (
     AutoTokenizer,
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
 )
 
-from tinybert_jax.model.activations import ACTIVATIONS  # noqa: E402
-from tinybert_jax.model.attention import attention_scores  # noqa: E402
-from tinybert_jax.model.heads import (  # noqa: E402
+from tinybert_jax.config.models import ModelConfig
+from tinybert_jax.model.activations import ACTIVATIONS
+from tinybert_jax.model.attention import attention_scores
+from tinybert_jax.model.heads import (
     make_classifier,
     make_encoder,
     make_masked_lm,
 )
-from tinybert_jax.sections import ModelConfig  # noqa: E402
-from tinybert_jax.tree import flatten, unflatten  # noqa: E402
+from tinybert_jax.tree import flatten, unflatten
 
 TOLERANCE = 2e-5
 SEQ = 12

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from reference import SIZES, random_bert, write_bert  # noqa: E402
-from transformers import (  # noqa: E402
+from reference import SIZES, random_bert, write_bert
+from transformers import (
     AutoModelForSequenceClassification,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -17,7 +17,7 @@ from transformers import (  # noqa: E402
     BertTokenizer,
 )
 
-from tinybert_jax import (  # noqa: E402
+from tinybert_jax import (
     TinyBertForMaskedLM,
     TinyBertForSequenceClassification,
     TinyBertModel,

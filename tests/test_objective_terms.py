@@ -9,17 +9,21 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from tinybert_jax import (  # noqa: E402
+from tinybert_jax import (
     attention_losses,
     distill_objective,
     masking,
     objectives,
 )
-from tinybert_jax.data.pipeline import Batch  # noqa: E402
-from tinybert_jax.distill import init_projection  # noqa: E402
-from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm  # noqa: E402
-from tinybert_jax.objective_sections import DistillSection, model_kind, teaches  # noqa: E402
-from tinybert_jax.sections import ModelConfig  # noqa: E402
+from tinybert_jax.config.models import ModelConfig
+from tinybert_jax.config.objectives import (
+    DistillSection,
+    model_kind,
+    teaches,
+)
+from tinybert_jax.data.pipeline import Batch
+from tinybert_jax.distill import init_projection
+from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
 
 F = torch.nn.functional
 WIDTH, ROWS = 10, 6

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from tinybert_jax import distill_objective, objectives
+from tinybert_jax.config.models import ModelConfig
+from tinybert_jax.config.objectives import DistillSection, model_kind
 from tinybert_jax.data import packing, pipeline
 from tinybert_jax.data.pipeline import Plan, TokenRows
 from tinybert_jax.evaluate import make_scorer
 from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
-from tinybert_jax.objective_sections import DistillSection, model_kind
-from tinybert_jax.sections import ModelConfig
 
 WIDTH = 24
 CONFIG = ModelConfig(

@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from tinybert_jax import cli, cost, objectives, plan, plan_work, sharding
+from tinybert_jax.config.run import RunConfig
 from tinybert_jax.data.vocab import train_wordpiece
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import make_classifier
 from tinybert_jax.run import read_run
-from tinybert_jax.sections import RunConfig
 
 STEPS, ROWS, WIDTH, WORDS = 4, 8, 16, 6  # a row is WORDS words, [CLS] and [SEP]
 SLOTS, TOKENS = STEPS * ROWS * WIDTH, STEPS * ROWS * (WORDS + 2)

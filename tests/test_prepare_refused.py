@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from tests.prepare_world import World, count_entries, make_text, read_jsonl, unfinish
-from tinybert_jax import cli, config
+from tinybert_jax import cli
+from tinybert_jax.config import load as config_files
+from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.data.store import open_store, partial_of
-from tinybert_jax.data_sections import PrepareConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -129,10 +130,10 @@ def test_settings_are_read_and_mistakes_named(world, capsys):
     assert cli.main(command) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["width"] == 64 and PrepareConfig(**shown).chunk_bytes == 8000
-    with pytest.raises(config.ConfigError, match="documents: unknown key"):  # a mode's name
-        config.load_as(PrepareConfig, world.config, ["documents=1"])
-    with pytest.raises(config.ConfigError, match="widht: unknown key; did you mean 'width'"):
-        config.load_as(PrepareConfig, world.config, ["widht=64"])
+    with pytest.raises(config_files.ConfigError, match="documents: unknown key"):  # a mode's name
+        config_files.load_as(PrepareConfig, world.config, ["documents=1"])
+    with pytest.raises(config_files.ConfigError, match="widht: unknown key; did you mean 'width'"):
+        config_files.load_as(PrepareConfig, world.config, ["widht=64"])
 
 
 def test_a_failed_start_binds_nothing(world):

@@ -8,22 +8,23 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from reference import VOCAB, our_config, our_params, random_bert  # noqa: E402
-from transformers import BertForPreTraining  # noqa: E402
+from reference import VOCAB, our_config, our_params, random_bert
+from transformers import BertForPreTraining
 
-from tinybert_jax import config, objectives  # noqa: E402
-from tinybert_jax.data import vocab  # noqa: E402
-from tinybert_jax.data.pipeline import Batch, tokenize_corpus  # noqa: E402
-from tinybert_jax.data.prepare import prepare  # noqa: E402
-from tinybert_jax.data.store import open_store  # noqa: E402
-from tinybert_jax.data_sections import PrepareConfig  # noqa: E402
-from tinybert_jax.feed import stage_feed  # noqa: E402
-from tinybert_jax.model.heads import make_masked_lm  # noqa: E402
-from tinybert_jax.recipes import pipeline  # noqa: E402
-from tinybert_jax.run import open_run  # noqa: E402
-from tinybert_jax.sections import RunConfig  # noqa: E402
-from tinybert_jax.stage_sections import PretrainSection  # noqa: E402
-from tinybert_jax.tree import flatten  # noqa: E402
+from tinybert_jax import objectives
+from tinybert_jax.config import load as config_files
+from tinybert_jax.config.data import PrepareConfig
+from tinybert_jax.config.run import RunConfig
+from tinybert_jax.config.stages import PretrainSection
+from tinybert_jax.data import vocab
+from tinybert_jax.data.pipeline import Batch, tokenize_corpus
+from tinybert_jax.data.prepare import prepare
+from tinybert_jax.data.store import open_store
+from tinybert_jax.feed import stage_feed
+from tinybert_jax.model.heads import make_masked_lm
+from tinybert_jax.recipes import pipeline
+from tinybert_jax.run import open_run
+from tinybert_jax.tree import flatten
 
 DRY = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 WORDS = "wave tide harbour sail anchor gull salt deck storm shore oven spoon flour".split()
@@ -242,7 +243,7 @@ def test_a_misspelt_key_of_a_phase_gets_the_nearest_of_a_phase(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("pretrain: {phases: [{share: 0.5, max_lenght: 8}]}")
     with pytest.raises(ValueError, match=r"phases.0.max_lenght: .* did you mean 'max_length'"):
-        config.load(file, [])
+        config_files.load(file, [])
 
 
 def test_shorter_phases_keep_the_buckets_that_fit():

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 torch = pytest.importorskip("torch")
-from reference import (  # noqa: E402
+from reference import (
     LABELS,
     NAMES,
     SIZES,
@@ -18,7 +18,7 @@ from reference import (  # noqa: E402
     random_bert,
     write_vocab,
 )
-from transformers import (  # noqa: E402
+from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -29,15 +29,15 @@ from transformers import (  # noqa: E402
     BertTokenizer,
 )
 
-from tinybert_jax.convert import hf_files  # noqa: E402
-from tinybert_jax.convert.hf_folder import load_tokenizer  # noqa: E402
-from tinybert_jax.model.heads import (  # noqa: E402
+from tinybert_jax.config.models import ModelConfig
+from tinybert_jax.convert import hf_files
+from tinybert_jax.convert.hf_folder import load_tokenizer
+from tinybert_jax.model.heads import (
     make_classifier,
     make_encoder,
     make_masked_lm,
 )
-from tinybert_jax.sections import ModelConfig  # noqa: E402
-from tinybert_jax.tree import flatten, unflatten  # noqa: E402
+from tinybert_jax.tree import flatten, unflatten
 
 CONFIG = ModelConfig(**SIZES)
 

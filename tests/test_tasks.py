@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from tinybert_jax.config.tasks import TaskSection
 from tinybert_jax.data.tasks import describe_labels, read_task, split_heldout
-from tinybert_jax.sections import TaskSection
 
 
 def test_documents_are_held_out_by_the_hash_of_their_text():

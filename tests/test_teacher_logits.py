@@ -10,15 +10,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_inputs import STUDENT, TEACHER, TEXTS, write_config, write_inputs
 
-from tinybert_jax import cli, config, plan, teacher_logits
+from tinybert_jax import cli, plan, teacher_logits
+from tinybert_jax.config import load as config_files
+from tinybert_jax.config.models import ModelConfig
+from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.convert import hf_files
 from tinybert_jax.data.pipeline import Batch, tokenize_task
 from tinybert_jax.distill_objective import Role, make_distill
 from tinybert_jax.evaluate import make_scorer
 from tinybert_jax.model.heads import make_classifier
-from tinybert_jax.objective_sections import DistillSection
 from tinybert_jax.run import read_run
-from tinybert_jax.sections import ModelConfig
 
 STAGE = {
     "num_steps": 6,
@@ -79,7 +80,7 @@ def _kept(run_dir):
 
 def _logits(inputs, file, seed):
     """What a teacher says of the task's text, by a scorer of its own."""
-    run = read_run(config.load(file), ("prediction",))
+    run = read_run(config_files.load(file), ("prediction",))
     path = _teacher(inputs, seed)
     apply, init = make_classifier(hf_files.read_model(path).config, 2)
     score = make_scorer(apply, buckets=(16,), pad_token_id=run.tokenizer.pad_token_id)
@@ -113,7 +114,7 @@ def test_the_student_learns_what_it_learns_from_a_teacher_in_every_step(inputs, 
     "epochs, is_kept", [({"num_epochs": 2, "num_steps": None}, True), ({}, False)]
 )
 def test_only_what_is_read_again_is_kept(inputs, tmp_path, epochs, is_kept):
-    run_config = config.load(_config(inputs, tmp_path / "run", stage=epochs))
+    run_config = config_files.load(_config(inputs, tmp_path / "run", stage=epochs))
     assert run_config.makes_logits_first("prediction") is is_kept
 
 
@@ -173,7 +174,7 @@ def test_other_logits_are_never_taken_for_them(inputs, tmp_path):
     """Text, batching, a teacher's weights and what its config makes of them: one folder each."""
     teacher = tmp_path / "teacher"
     shutil.copytree(_teacher(inputs, 0), teacher)
-    run = read_run(config.load(_config(inputs, tmp_path / "run", keep_logits=True)), ())
+    run = read_run(config_files.load(_config(inputs, tmp_path / "run", keep_logits=True)), ())
     run.folder.mkdir()
     rows = tokenize_task(run.tokenizer, run.data.distilled, 16)
 
@@ -227,7 +228,7 @@ def test_several_teachers_are_their_weighted_mean(inputs, tmp_path):
     assert len(_files(run)) == 2
     one, other = (_logits(inputs, tmp_path / "run.yaml", seed) for seed in (0, 1))
     assert np.abs(one - other).max() > 1e-2
-    opened = read_run(config.load(str(tmp_path / "run.yaml")), ())
+    opened = read_run(config_files.load(str(tmp_path / "run.yaml")), ())
     rows = tokenize_task(opened.tokenizer, opened.data.distilled, 16)
     mean, _ = teacher_logits.read(opened, "prediction", rows)
     np.testing.assert_allclose(mean, (one + 3 * other) / 4, rtol=1e-5, atol=1e-6)
@@ -320,7 +321,7 @@ def test_a_further_teacher_without_room_is_refused(inputs, tmp_path, capsys, cha
     sizes = ModelConfig(
         **{**hf_files.read_model(_teacher(inputs, 1)).config.model_dump(), **change}
     )
-    tokenizer = read_run(config.load(_config(inputs, tmp_path / "run")), ()).tokenizer
+    tokenizer = read_run(config_files.load(_config(inputs, tmp_path / "run")), ()).tokenizer
     params = make_classifier(sizes, 2)[1](jax.random.key(0))
     names = ("neg", "pos")
     hf_files.save_model(further, params, sizes, tokenizer, label_names=names)
@@ -380,7 +381,9 @@ def test_costs_count_the_pass_once(inputs, tmp_path):
     further = [{"path": _teacher(inputs, 1)}]
     once, every, two = (
         plan.price(
-            read_run(config.load(_config(inputs, tmp_path / name, stage=stage, **changes)), ()),
+            read_run(
+                config_files.load(_config(inputs, tmp_path / name, stage=stage, **changes)), ()
+            ),
             "prediction",
         ).flops["teacher"]
         for name, changes in (

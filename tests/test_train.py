@@ -9,7 +9,9 @@ import optax
 import pytest
 
 from tinybert_jax import distill_objective, masking, objectives, sharding, train
-from tinybert_jax.compute_sections import MeshSection
+from tinybert_jax.config.compute import MeshSection
+from tinybert_jax.config.models import ModelConfig
+from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import init_projection
 from tinybert_jax.model.heads import (
@@ -19,8 +21,6 @@ from tinybert_jax.model.heads import (
     make_encoder,
     make_masked_lm,
 )
-from tinybert_jax.objective_sections import DistillSection
-from tinybert_jax.sections import ModelConfig
 
 TEACHER = ModelConfig(
     vocab_size=52,

@@ -10,7 +10,7 @@ import pytest
 from tinybert_jax import losses, word_losses
 
 torch = pytest.importorskip("torch")
-from reference import assert_same, normal, relative_error, value_and_grads  # noqa: E402
+from reference import assert_same, normal, relative_error, value_and_grads
 
 F = torch.nn.functional
 

@@ -10,20 +10,16 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from tinybert_jax import config as configs
 from tinybert_jax import distill, optim, sharding
+from tinybert_jax.config import load as configs
+from tinybert_jax.config.models import FurtherTeacher, ModelConfig, Student
+from tinybert_jax.config.objectives import DISTILL_STAGES, AttentionTerm, LayerTerm, model_kind
+from tinybert_jax.config.run import RunConfig
+from tinybert_jax.config.stages import TEACHER_STAGES, StageSection
 from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.data import vocab
 from tinybert_jax.model.attention import missing_device
 from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
-from tinybert_jax.objective_sections import (
-    DISTILL_STAGES,
-    AttentionTerm,
-    LayerTerm,
-    model_kind,
-)
-from tinybert_jax.sections import TEACHER_STAGES, FurtherTeacher, ModelConfig, RunConfig, Student
-from tinybert_jax.stage_sections import StageSection
 
 # The stage that makes the model which a stage starts from or learns from, where the config has it.
 _STAGE_BEFORE = {

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tinybert_jax import __version__, config, host
-from tinybert_jax.data_sections import PrepareConfig
-from tinybert_jax.sections import STAGES
+from tinybert_jax import __version__, host
+from tinybert_jax.config import load as config_files
+from tinybert_jax.config.data import PrepareConfig
+from tinybert_jax.config.stages import STAGES
 
 _STAGES = {
     "run": (STAGES, "run all stages of a config, then export and report"),
@@ -178,9 +179,9 @@ def _add_data(commands) -> None:
 
 
 def _run(arguments, command: str) -> int:
-    settings = config.load(arguments.config, arguments.overrides)
+    settings = config_files.load(arguments.config, arguments.overrides)
     if arguments.print_config:
-        print(config.dump(settings), end="")
+        print(config_files.dump(settings), end="")
         return 0
     host.keep_freed_memory()
     from tinybert_jax.recipes import pipeline
@@ -247,9 +248,9 @@ def _convert(arguments, command: str) -> int:
 
 
 def _prepare(arguments, command: str) -> int:
-    settings = config.load_as(PrepareConfig, arguments.config, arguments.overrides)
+    settings = config_files.load_as(PrepareConfig, arguments.config, arguments.overrides)
     if arguments.print_config:
-        print(config.dump(settings), end="")
+        print(config_files.dump(settings), end="")
         return 0
     from tinybert_jax.convert import hf_folder
     from tinybert_jax.data import prepare, summary

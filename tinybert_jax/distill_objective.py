@@ -7,13 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tinybert_jax import attention_losses, losses, objective_sections, word_losses
-from tinybert_jax.data.pipeline import Batch
-from tinybert_jax.distill import make_layer_pairs, project
-from tinybert_jax.model import attention
-from tinybert_jax.model.encoder import first_tokens
-from tinybert_jax.model.heads import Apply, MaskedLMOutput
-from tinybert_jax.objective_sections import (
+from tinybert_jax import attention_losses, losses, word_losses
+from tinybert_jax.config import objectives
+from tinybert_jax.config.objectives import (
     AttentionTerm,
     ClsTerm,
     CosineTerm,
@@ -27,6 +23,11 @@ from tinybert_jax.objective_sections import (
     Terms,
     WordLogitsTerm,
 )
+from tinybert_jax.data.pipeline import Batch
+from tinybert_jax.distill import make_layer_pairs, project
+from tinybert_jax.model import attention
+from tinybert_jax.model.encoder import first_tokens
+from tinybert_jax.model.heads import Apply, MaskedLMOutput
 from tinybert_jax.objectives import (
     Counts,
     Mask,
@@ -92,7 +93,7 @@ def make_distill(
     """
     values = [_LOSSES[term.term](term, student.num_layers, teacher.num_layers) for term in terms]
     names = _names([term.term for term in terms])
-    options = options._replace(all_words=objective_sections.reads_all_words(terms))
+    options = options._replace(all_words=objectives.reads_all_words(terms))
     run = functools.partial(_run, all_words=options.all_words)
 
     def prepare(batch: Batch, key: jax.Array, share: jax.Array) -> tuple[Batch, Counts]:
@@ -103,16 +104,16 @@ def make_distill(
         known = batch.teacher_logits
         if known is not None:
             known = known.reshape(-1, known.shape[-1])
-        read = terms if known is None else objective_sections.without_logits(terms)
-        if not objective_sections.teaches(read):
+        read = terms if known is None else objectives.without_logits(terms)
+        if not objectives.teaches(read):
             return Outputs(None, known)
-        outputs = run(teacher, frozen, batch, None, taps=objective_sections.reads_taps(read))
+        outputs = run(teacher, frozen, batch, None, taps=objectives.reads_taps(read))
         if known is not None:
             outputs = outputs._replace(logits=known)
         return jax.lax.stop_gradient(outputs)
 
     def loss(params, batch, counts, key, goal):
-        taps = objective_sections.reads_taps(terms)
+        taps = objectives.reads_taps(terms)
         ours = run(student, params["student"], batch, key, taps=taps)
         context = Context(ours, goal, batch, counts, params.get("projection"), options)
         parts = {}

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tinybert_jax.config.models import SOLE
 from tinybert_jax.objectives import Objective
-from tinybert_jax.sections import SOLE
 
 
 def joined(by_name: Mapping[str, Any]) -> Any:

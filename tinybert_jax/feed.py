@@ -10,12 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from tinybert_jax import sharding
+from tinybert_jax.config.stages import STAGES, StageSection
 from tinybert_jax.data import loader, pipeline
 from tinybert_jax.data.loader import BatchAt
 from tinybert_jax.data.pipeline import Batch, TokenRows
 from tinybert_jax.run import Run
-from tinybert_jax.sections import STAGES
-from tinybert_jax.stage_sections import StageSection
 
 
 class Feed(NamedTuple):

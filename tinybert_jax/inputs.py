@@ -8,21 +8,21 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from tinybert_jax import checks
-from tinybert_jax.convert import hf_files, hf_folder
-from tinybert_jax.convert.hf_folder import find_folder
-from tinybert_jax.data import vocab
-from tinybert_jax.data.store import Store, open_store
-from tinybert_jax.data.tasks import TaskData, read_corpus, read_task, split_heldout
-from tinybert_jax.sections import (
-    CorpusSection,
+from tinybert_jax.config.data import CorpusSection
+from tinybert_jax.config.models import (
     FurtherTeacher,
     ModelConfig,
-    RunConfig,
     Student,
     StudentSection,
     further_origin,
     student_origin,
 )
+from tinybert_jax.config.run import RunConfig
+from tinybert_jax.convert import hf_files, hf_folder
+from tinybert_jax.convert.hf_folder import find_folder
+from tinybert_jax.data import vocab
+from tinybert_jax.data.store import Store, open_store
+from tinybert_jax.data.tasks import TaskData, read_corpus, read_task, split_heldout
 
 
 class Text(NamedTuple):

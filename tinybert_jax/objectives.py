@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinybert_jax import attention_losses, losses, masking, word_losses
+from tinybert_jax.config.models import SOLE
 from tinybert_jax.data.pipeline import Batch
-from tinybert_jax.sections import SOLE
 
 Metrics = dict[str, jax.Array]
 

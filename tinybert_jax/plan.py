@@ -15,14 +15,12 @@ import numpy as np
 
 from tinybert_jax import cost, sharding
 from tinybert_jax.attention_losses import RELATION_BLOCK, builds_maps, reads_scores
+from tinybert_jax.config.models import ModelConfig
+from tinybert_jax.config.objectives import AttentionTerm, LayerTerm, RelationTerm
+from tinybert_jax.config.stages import StageSection
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import make_masked_lm
-from tinybert_jax.objective_sections import (
-    AttentionTerm,
-    LayerTerm,
-    RelationTerm,
-)
 from tinybert_jax.objectives import encoder_inputs
 from tinybert_jax.plan_work import (
     Words,
@@ -36,8 +34,6 @@ from tinybert_jax.plan_work import (
 )
 from tinybert_jax.report_results import si
 from tinybert_jax.run import Run, compute_options, with_dropout
-from tinybert_jax.sections import ModelConfig
-from tinybert_jax.stage_sections import StageSection
 
 _SAMPLED = 64  # batches that are looked at
 _UTILISATION = 0.4  # of the peak, assumed

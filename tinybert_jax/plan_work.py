@@ -6,12 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tinybert_jax import sharding
-from tinybert_jax.data.pipeline import Batch
-from tinybert_jax.distill import LayerPairs, make_layer_pairs
-from tinybert_jax.distill_objective import Options
-from tinybert_jax.masking import highest_rate, num_slots
-from tinybert_jax.model.heads import is_few
-from tinybert_jax.objective_sections import (
+from tinybert_jax.config.models import SOLE, ModelConfig
+from tinybert_jax.config.objectives import (
     OF_WORDS,
     EmbeddingTerm,
     HiddenTerm,
@@ -22,9 +18,14 @@ from tinybert_jax.objective_sections import (
     reads_taps,
     teaches,
 )
+from tinybert_jax.config.stages import TEACHER_STAGES
+from tinybert_jax.data.pipeline import Batch
+from tinybert_jax.distill import LayerPairs, make_layer_pairs
+from tinybert_jax.distill_objective import Options
+from tinybert_jax.masking import highest_rate, num_slots
+from tinybert_jax.model.heads import is_few
 from tinybert_jax.objectives import mlm_chunk_size
 from tinybert_jax.run import Run
-from tinybert_jax.sections import SOLE, TEACHER_STAGES, ModelConfig
 
 _CHUNK_SIZE = Options().chunk_size  # of distillation
 

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 
 from tinybert_jax import cost, metrics
+from tinybert_jax.config.models import SOLE, ModelConfig
 from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.data.pipeline import tokenize_task
 from tinybert_jax.evaluate import make_scorer, task_metrics
 from tinybert_jax.model.heads import make_classifier
 from tinybert_jax.run import Run
-from tinybert_jax.sections import SOLE, ModelConfig
 from tinybert_jax.tree import num_parameters
 
 # Of the masked LM, on the text that was held out.

@@ -16,7 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tinybert_jax import checks, corpus_checks, cost, host, sharding
-from tinybert_jax import config as configs
+from tinybert_jax.config import load as configs
+from tinybert_jax.config.models import SOLE, FurtherTeacher, ModelConfig, Student
+from tinybert_jax.config.run import RunConfig
+from tinybert_jax.config.stages import StageSection
 from tinybert_jax.convert import hf_files
 from tinybert_jax.data.pipeline import tokenize_task
 from tinybert_jax.data.store import Store
@@ -25,8 +28,6 @@ from tinybert_jax.evaluate import Judge, majority_share, make_scorer, task_metri
 from tinybert_jax.inputs import read_inputs
 from tinybert_jax.log import MetricLog
 from tinybert_jax.model.heads import Apply, Params, frozen_params, make_classifier
-from tinybert_jax.sections import SOLE, FurtherTeacher, ModelConfig, RunConfig, Student
-from tinybert_jax.stage_sections import StageSection
 
 
 class Run(NamedTuple):

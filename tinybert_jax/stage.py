@@ -13,6 +13,8 @@ import numpy as np
 import optax
 
 from tinybert_jax import best, checkpoint, family, loop, optim, profile, sharding, train, tree
+from tinybert_jax.config.models import SOLE
+from tinybert_jax.config.stages import STAGES, StageSection
 from tinybert_jax.data import loader
 from tinybert_jax.evaluate import Judge
 from tinybert_jax.feed import Feed
@@ -20,8 +22,6 @@ from tinybert_jax.meter import Meter
 from tinybert_jax.model.heads import layers_apart, layers_joined
 from tinybert_jax.objectives import Objective
 from tinybert_jax.run import Run
-from tinybert_jax.sections import SOLE, STAGES
-from tinybert_jax.stage_sections import StageSection
 
 
 class Member(NamedTuple):

@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tinybert_jax import tree
+from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.data.pipeline import TokenRows
 from tinybert_jax.evaluate import make_scorer
 from tinybert_jax.run import Run, load_classifier, placed_as_read
-from tinybert_jax.sections import ModelConfig
 
 ROWS_PER_FILE = 2**14
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import ValidationError
 
+from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.convert import hf_map
 from tinybert_jax.convert.hf_folder import find_folder, save_tokenizer
 from tinybert_jax.convert.hf_tensors import WEIGHTS, read_json, read_tensors
-from tinybert_jax.sections import ModelConfig
 from tinybert_jax.tree import flatten, unflatten
 
 

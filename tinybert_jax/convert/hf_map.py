@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.model.heads import make_classifier, make_masked_lm
-from tinybert_jax.sections import ModelConfig
 from tinybert_jax.tree import flatten
 
 

@@ -39,7 +39,7 @@ def _read_file(file: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{file.parent}: expected {file.name}, found none{hint}")
     try:
         with safe_open(str(file), framework="numpy") as opened:
-            return {name: _as_float32(opened, name) for name in opened.keys()}  # noqa: SIM118
+            return {name: _as_float32(opened, name) for name in opened.keys()}
     except SafetensorError as error:
         raise ValueError(
             f"{file}: expected a whole safetensors file, got: {error}; copy it again"

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinybert_jax.config.data import CorpusSection
+from tinybert_jax.config.tasks import TaskSection
 from tinybert_jax.data import builtin, sources
 from tinybert_jax.data.mistakes import short
 from tinybert_jax.data.sources import LabelledText
-from tinybert_jax.sections import CorpusSection, TaskSection
 
 
 class TaskData(NamedTuple):

@@ -11,7 +11,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from tinybert_jax.fields import AttentionBackend, PositionInit
+from tinybert_jax.config.models import ModelConfig
+from tinybert_jax.config.section import AttentionBackend, PositionInit
 from tinybert_jax.model.activations import ACTIVATIONS
 from tinybert_jax.model.attention import (
     AttentionTaps,
@@ -24,7 +25,6 @@ from tinybert_jax.model.attention import (
 from tinybert_jax.model.dropout import dropout
 from tinybert_jax.model.linear import dense, make_linear
 from tinybert_jax.model.norm import layer_norm, make_layer_norm
-from tinybert_jax.sections import ModelConfig
 from tinybert_jax.sharding import constrain
 
 # An array with a leading axis for the layers, or of an unrolled encoder one array for each.

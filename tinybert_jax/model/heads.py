@@ -15,13 +15,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
+from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.model.activations import ACTIVATIONS
 from tinybert_jax.model.attention import at
 from tinybert_jax.model.dropout import dropout
 from tinybert_jax.model.encoder import Encoder, EncoderOutput, pick_first
 from tinybert_jax.model.linear import dense, is_int8, make_linear, rounded_kernels
 from tinybert_jax.model.norm import layer_norm, make_layer_norm
-from tinybert_jax.sections import ModelConfig
 
 Params = dict[str, Any]
 Apply = Callable[..., Any]

@@ -11,6 +11,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from tinybert_jax import cost, distill, sharding, teacher_logits
+from tinybert_jax.config.models import ModelConfig, Student
+from tinybert_jax.config.objectives import model_kind, needs_projection, teaches
 from tinybert_jax.convert import hf_files
 from tinybert_jax.distill_objective import Options, Role, make_distill
 from tinybert_jax.feed import stage_feed
@@ -21,11 +23,9 @@ from tinybert_jax.model.heads import (
     make_encoder,
     make_masked_lm,
 )
-from tinybert_jax.objective_sections import model_kind, needs_projection, teaches
 from tinybert_jax.objectives import Mask, make_mask
 from tinybert_jax.plan_work import tokens_read
 from tinybert_jax.run import Run, as_read, compute_options, dev_judge, with_dropout
-from tinybert_jax.sections import ModelConfig, Student
 from tinybert_jax.stage import Member, Training, run_stage
 
 _PROJECTION = "projection.safetensors"

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from tinybert_jax import cost, results
+from tinybert_jax.config.models import SOLE, ModelConfig
 from tinybert_jax.convert import hf_files
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import make_classifier
 from tinybert_jax.objectives import make_supervised
 from tinybert_jax.plan_work import tokens_read
 from tinybert_jax.run import Run, compute_options, dev_judge, with_dropout
-from tinybert_jax.sections import SOLE, ModelConfig
 from tinybert_jax.stage import Member, Training, run_stage
 
 

@@ -3,6 +3,8 @@
 import jax
 
 from tinybert_jax import cost, sharding
+from tinybert_jax.config.models import SOLE
+from tinybert_jax.config.stages import STAGES
 from tinybert_jax.convert import hf_files
 from tinybert_jax.data.loader import segment_rows
 from tinybert_jax.data.pipeline import tokenize_corpus
@@ -13,7 +15,6 @@ from tinybert_jax.model.heads import Apply, make_masked_lm
 from tinybert_jax.objectives import make_mlm
 from tinybert_jax.plan_work import tokens_read
 from tinybert_jax.run import Run, compute_options, with_dropout
-from tinybert_jax.sections import SOLE, STAGES
 from tinybert_jax.stage import Member, Training, run_stage
 
 

@@ -1,13 +1,10 @@
-"""The settings of `tinybert data prepare`: which text becomes token shards, and how.
-
-Imports no JAX, as all sections.
-"""
+"""The settings of plain text: a run's corpus and tokenizer, and `tinybert data prepare`."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from tinybert_jax.fields import Fraction, PositiveInt, Section
+from tinybert_jax.config.section import Fraction, Positive, PositiveInt, Probability, Section
 
 
 class PrepareConfig(Section):
@@ -52,3 +49,45 @@ class PrepareConfig(Section):
         """The settings that decide what a text becomes."""
         free = {"output", "sources", "tokenizer", "max_bad_share", "engine", "workers"}
         return self.model_dump(mode="json", exclude=free)
+
+
+class TokenizerSection(Section):
+    """The teacher's own by default; another folder's; or a WordPiece trained on the corpus."""
+
+    path: str | None = None
+    vocab_size: PositiveInt | None = None
+    lowercase: bool = True
+
+
+class CorpusSection(Section):
+    """Plain text: .txt (blank lines part documents), .jsonl with `text`; folders and globs."""
+
+    files: tuple[str, ...] = ()
+    stores: dict[str, Positive] = Field(
+        {},
+        description="instead of text: folders that `tinybert data prepare` wrote, and each one's "
+        "share of the rows of a batch",
+    )
+    heldout_store: str | None = Field(None, description="a store that pretrain is evaluated on")
+    builtin: bool = False
+    max_documents: PositiveInt | None = None
+    heldout_share: Probability = Field(
+        0.0,
+        description="share of the documents, by the hash of their text, that no stage trains on: "
+        "pretrain tells its perplexity on them",
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "CorpusSection":
+        if [bool(self.files), bool(self.stores), self.builtin].count(True) != 1:
+            raise ValueError("expected files, stores or builtin: true, exactly one of them")
+        if self.stores and (self.max_documents or self.heldout_share):
+            raise ValueError(
+                "stores hold rows, not documents: remove max_documents and heldout_share (give "
+                "heldout_store instead)"
+            )
+        if self.heldout_store and not self.stores:
+            raise ValueError("heldout_store is for stores; text has heldout_share")
+        if self.heldout_store in self.stores:
+            raise ValueError(f"heldout_store: {self.heldout_store} is trained on; give another")
+        return self

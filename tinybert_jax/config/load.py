@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from yaml.composer import ComposerError
 
-from tinybert_jax.sections import RunConfig
+from tinybert_jax.config.run import RunConfig
 
 Root = TypeVar("Root", bound=BaseModel)
 _VARIABLE = re.compile(r"\$\{(\w+)\}")

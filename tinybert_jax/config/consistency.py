@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from tinybert_jax.objective_sections import (
+from tinybert_jax.config.objectives import (
     DISTILL_STAGES,
     TERM_NAMES,
     LabelTerm,

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from tinybert_jax.fields import (
+from tinybert_jax.config.section import (
     Fraction,
     NonNegative,
     PositionInit,
@@ -208,3 +208,9 @@ class FinetuneSection(SupervisedSection):
         description="teachers that are trained side by side, from seeds seed, seed + 1, …, in the "
         "same batches: the best by dev score teaches, or is exported where no student is",
     )
+
+
+STAGES = ("pretrain", "finetune", "general", "intermediate", "prediction", "baseline")
+
+
+TEACHER_STAGES = STAGES[:2]

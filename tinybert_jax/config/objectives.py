@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from tinybert_jax.fields import NonNegative, Positive, PositiveInt, Probability, Section
+from tinybert_jax.config.models import FurtherTeacherSection
+from tinybert_jax.config.section import NonNegative, Positive, PositiveInt, Probability, Section
 
 LayerMap = (
     Literal["uniform", "top", "bottom", "last", "skip"]
@@ -177,13 +178,6 @@ OF_STUDENT = ("label", "masked_lm")  # without the teacher
 DISTILL_STAGES = ("general", "intermediate", "prediction")
 
 
-class FurtherTeacherSection(Section):
-    """A classifier of the same task, labels and vocabulary, of any size."""
-
-    path: str = Field(description="a fine-tuned Hugging Face folder or hub id")
-    weight: Positive = 1.0
-
-
 class DistillSection(Section):
     """What the stages general, intermediate and prediction minimise: a preset's terms, or own."""
 
@@ -301,5 +295,9 @@ def reads_all_words(terms: Terms) -> bool:
 
 @functools.cache
 def _presets() -> dict[str, dict[str, list[dict[str, Any]]]]:
-    text = resources.files("tinybert_jax").joinpath("objectives.yaml").read_text(encoding="utf-8")
+    text = (
+        resources.files("tinybert_jax.config")
+        .joinpath("objectives.yaml")
+        .read_text(encoding="utf-8")
+    )
     return yaml.safe_load(text)

@@ -1,0 +1,183 @@
+"""Which models a run has: named sizes, sizes of an encoder, teachers and students."""
+
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field, model_validator
+
+from tinybert_jax.config.section import Positive, PositiveInt, Probability, Section
+
+
+def _sizes(num_layers: int, hidden: int, intermediate: int, heads: int) -> dict[str, int]:
+    return {
+        "num_hidden_layers": num_layers,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+    }
+
+
+PRESETS: dict[str, dict[str, int]] = {
+    # TinyBERT, arXiv 1909.10351, section 4.1
+    "tinybert-4l-312d": _sizes(4, 312, 1200, 12),
+    "tinybert-6l-768d": _sizes(6, 768, 3072, 12),
+    # BERT, arXiv 1810.04805, and Google's miniatures, arXiv 1908.08962
+    "bert-base": _sizes(12, 768, 3072, 12),
+    "bert-large": _sizes(24, 1024, 4096, 16),
+    "bert-tiny": _sizes(2, 128, 512, 2),
+    "bert-mini": _sizes(4, 256, 1024, 4),
+    "bert-small": _sizes(4, 512, 2048, 8),
+    "bert-medium": _sizes(8, 512, 2048, 8),
+    # Widths that fill a TPU's 128-wide matrix unit; 12 heads, so that a BERT-base teacher fits.
+    "tpu-4l-384d": _sizes(4, 384, 1536, 12),
+    "tpu-6l-768d": _sizes(6, 768, 3072, 12),
+}
+
+
+class FurtherTeacherSection(Section):
+    """A classifier of the same task, labels and vocabulary, of any size."""
+
+    path: str = Field(description="a fine-tuned Hugging Face folder or hub id")
+    weight: Positive = 1.0
+
+
+class ModelConfig(Section):
+    """An encoder's sizes under Hugging Face's `BertConfig` names."""
+
+    vocab_size: PositiveInt = 30522
+    hidden_size: PositiveInt = 768
+    num_hidden_layers: PositiveInt = 12
+    num_attention_heads: PositiveInt = 12
+    intermediate_size: PositiveInt = 3072
+    hidden_act: Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"] = "gelu"
+    max_position_embeddings: PositiveInt = 512
+    type_vocab_size: PositiveInt = 2
+    layer_norm_eps: Positive = 1e-12
+    hidden_dropout_prob: Probability = 0.1
+    attention_probs_dropout_prob: Probability = 0.1
+    initializer_range: Positive = 0.02
+    pad_token_id: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "ModelConfig":
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"expected hidden_size to be a multiple of num_attention_heads, "
+                f"got {self.hidden_size} and {self.num_attention_heads}"
+            )
+        return self
+
+
+class ModelSection(Section):
+    """Which encoder: a Hugging Face folder or hub id (`path`), or a fresh one from sizes."""
+
+    path: str | None = None
+    preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
+    hidden_size: PositiveInt | None = None
+    num_hidden_layers: PositiveInt | None = None
+    num_attention_heads: PositiveInt | None = None
+    intermediate_size: PositiveInt | None = None
+    max_position_embeddings: PositiveInt | None = None
+    hidden_dropout_prob: Probability | None = None
+    attention_probs_dropout_prob: Probability | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "ModelSection":
+        sizes = [name for name in _SIZE_FIELDS if getattr(self, name) is not None]
+        if self.path and (self.preset or sizes):
+            raise ValueError(
+                f"expected either path or sizes, got path '{self.path}' together with "
+                f"{[*(['preset'] if self.preset else []), *sizes]}: a folder brings its own sizes"
+            )
+        missing = [name for name in _SIZE_FIELDS[:4] if name not in sizes]
+        if self.preset and not missing:
+            raise ValueError(
+                f"expected a preset or all sizes, got preset {self.preset} together with "
+                f"{list(_SIZE_FIELDS[:4])}, which leave nothing of it; set those to null, or give "
+                f"the preset alone: {{preset: {self.preset}}}"
+            )
+        if not self.path and not self.preset and missing:
+            raise ValueError(f"expected a path, a preset or all sizes; missing {missing}")
+        return self
+
+    def sizes(self) -> dict[str, Any]:
+        """Fields for `ModelConfig` of a fresh model: preset first, explicit values over it."""
+        explicit = self.model_dump(
+            exclude_none=True, exclude={"path", "preset", "init", "init_layers", "finetuned"}
+        )
+        return {**(PRESETS[self.preset] if self.preset else {}), **explicit}
+
+
+_SIZE_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+
+
+class TeacherSection(ModelSection):
+    finetuned: str | None = Field(
+        None, description="a folder of the same model that knows the task; instead of finetune"
+    )
+
+
+class StudentSection(ModelSection):
+    init: Literal["random", "teacher_embeddings", "teacher_layers"] = Field(
+        "random",
+        description="teacher_embeddings: the tables of the first stage's teacher, projected on the "
+        "principal directions of its words; teacher_layers: its encoder, with init_layers of its "
+        "layers (DistilBERT, arXiv 1910.01108)",
+    )
+    init_layers: Literal["uniform", "top", "bottom"] | tuple[PositiveInt, ...] = Field(
+        "uniform", description="of teacher_layers: evenly spaced, the last, the first, or a list"
+    )
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "StudentSection":
+        if self.init_layers != "uniform" and self.init != "teacher_layers":
+            expected = f"init_layers: expected with init teacher_layers, got init {self.init}"
+            raise ValueError(f"{expected}; set init to that, or leave init_layers out")
+        if self.path and self.init != "random":
+            raise ValueError(
+                f"expected path or init: {self.init}, got both: a student from path "
+                f"'{self.path}' starts from the folder's weights; drop one of them"
+            )
+        return self
+
+
+SOLE = ""  # the name of a model that has no family
+
+
+class Student(NamedTuple):
+    """One of the models that a run distils into; the only one, or a member of a family."""
+
+    name: str
+    section: StudentSection
+    sizes: ModelConfig
+
+    @property
+    def origin(self) -> str:
+        return student_origin(self.name)
+
+
+class FurtherTeacher(NamedTuple):
+    """One whose logits join the teacher's."""
+
+    number: int
+    section: FurtherTeacherSection
+    sizes: ModelConfig
+
+    @property
+    def origin(self) -> str:
+        return further_origin(self.number)
+
+
+def further_origin(number: int) -> str:
+    """Where the config has the further teacher of that number."""
+    return f"distillation.further_teachers.{number}"
+
+
+def student_origin(name: str) -> str:
+    """Where the config has the student of that name."""
+    return "student" if name == SOLE else f"students.{name}"
