@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinybert_jax import attention_losses
+from tinybert_jax.losses import attention as attention_losses
+from tinybert_jax.losses import relations
 
 BATCH, HEADS, SCORE_DIMS, RELATION_DIM = 2, 12, (26, 64), 32
 
@@ -44,7 +45,7 @@ def gram(sq, sk, tq, tk, mask):
 
 def blocks(sq, sk, tq, tk, mask):
     del sk, tk
-    return attention_losses.relation_kl(sq, sq, tq, tq, mask)
+    return relations.relation_kl(sq, sq, tq, tq, mask)
 
 
 def score_maps(sq, sk, tq, tk, mask):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinybert_jax import losses, word_losses
+from tinybert_jax.losses import pointwise, vocabulary
 from tinybert_jax.masking import num_slots
 
 
@@ -33,11 +33,11 @@ def main() -> None:
     shapes = (args.predictions, args.dim), (args.vocab, args.dim), (args.vocab,)
     arrays = [jnp.asarray(0.1 * rng.normal(size=shape), jnp.float32) for shape in shapes]
     filled = 0.15 * 128 / num_slots(0.15, 128)
-    chunked = functools.partial(word_losses.masked_lm, chunk_size=args.chunk_size)
+    chunked = functools.partial(vocabulary.masked_lm, chunk_size=args.chunk_size)
     print(f"{args.predictions} slots × {args.vocab} words × {args.dim}, fp32, {jax.devices()[0]}")
     for share in (1.0, filled):
         labels = rng.integers(0, args.vocab, args.predictions)
-        labels[round(share * args.predictions) :] = losses.IGNORED_LABEL
+        labels[round(share * args.predictions) :] = pointwise.IGNORED_LABEL
         inputs = [*arrays, jnp.asarray(rng.permutation(labels))]
         compare(
             share, inputs, {"whole": whole, f"chunks of {args.chunk_size}": chunked}, args.rounds
@@ -46,7 +46,7 @@ def main() -> None:
 
 def whole(hidden, table, bias, labels):
     logits = jnp.einsum("nd,vd->nv", hidden, table, preferred_element_type=jnp.float32)
-    return losses.masked_lm(logits + bias[None], labels)
+    return pointwise.masked_lm(logits + bias[None], labels)
 
 
 def compare(share: float, inputs: list, candidates: dict, num_rounds: int) -> None:

@@ -19,13 +19,8 @@ from reference import (
     value_and_grads,
 )
 
-from tinybert_jax.attention_losses import (
-    attention_mse,
-    builds_maps,
-    regroup,
-    relation_kl,
-    score_mse,
-)
+from tinybert_jax.losses.attention import attention_mse, builds_maps, regroup, score_mse
+from tinybert_jax.losses.relations import relation_kl
 from tinybert_jax.model.attention import attention_scores
 
 F = torch.nn.functional

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinybert_jax import losses, word_losses
+from tinybert_jax.losses import pointwise, vocabulary
 
 torch = pytest.importorskip("torch")
 from reference import (
@@ -37,7 +37,7 @@ def test_softmax_cross_entropy_matches_torch():
     for label_smoothing in (0.0, 0.1):
 
         def loss(logits, label_smoothing=label_smoothing):
-            return losses.softmax_cross_entropy(
+            return pointwise.softmax_cross_entropy(
                 logits, jnp.array(LABELS), jnp.array(WEIGHTS), label_smoothing=label_smoothing
             )
 
@@ -54,7 +54,7 @@ def test_masked_lm_matches_torch():
     labels = np.array([3, -100, 0, 10, -100, 7])
 
     assert_same(
-        lambda logits: losses.masked_lm(logits, jnp.array(labels)),
+        lambda logits: pointwise.masked_lm(logits, jnp.array(labels)),
         lambda logits: F.cross_entropy(logits, torch.tensor(labels), ignore_index=-100),
         normal(1, 6, 11, scale=5),
     )
@@ -64,7 +64,7 @@ def test_masked_lm_matches_torch():
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_soft_cross_entropy_matches_torch(reduction, temperature):
     def loss(student, teacher):
-        return losses.soft_cross_entropy(
+        return pointwise.soft_cross_entropy(
             student, teacher, jnp.array(WEIGHTS), temperature=temperature, reduction=reduction
         )
 
@@ -79,7 +79,7 @@ def test_soft_cross_entropy_matches_torch(reduction, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_kl_matches_torch(temperature):
     def loss(student, teacher):
-        return losses.kl(student, teacher, jnp.array(WEIGHTS), temperature=temperature)
+        return pointwise.kl(student, teacher, jnp.array(WEIGHTS), temperature=temperature)
 
     def reference(student, teacher):
         per_class = F.kl_div(
@@ -97,7 +97,7 @@ def test_logits_mse_matches_torch():
         return weighted_mean(F.mse_loss(student, target, reduction="none").mean(-1))
 
     assert_same(
-        lambda student, target: losses.logits_mse(student, target, jnp.array(WEIGHTS)),
+        lambda student, target: pointwise.logits_mse(student, target, jnp.array(WEIGHTS)),
         reference,
         normal(6, BATCH, 3),
         normal(7, BATCH, 3),
@@ -107,7 +107,7 @@ def test_logits_mse_matches_torch():
 def test_cosine_matches_torch():
     mask = torch.tensor(MASK)
     assert_same(
-        lambda student, teacher: losses.cosine(student, teacher, jnp.array(MASK)),
+        lambda student, teacher: pointwise.cosine(student, teacher, jnp.array(MASK)),
         lambda student, teacher: (1 - F.cosine_similarity(student[mask], teacher[mask])).mean(),
         normal(8, BATCH, SEQ, 6),
         normal(9, BATCH, SEQ, 6),
@@ -119,7 +119,9 @@ def test_normalised_distance_matches_torch():
         return weighted_mean((F.normalize(student) - F.normalize(teacher)).square().mean(-1))
 
     assert_same(
-        lambda student, teacher: losses.normalised_distance(student, teacher, jnp.array(WEIGHTS)),
+        lambda student, teacher: pointwise.normalised_distance(
+            student, teacher, jnp.array(WEIGHTS)
+        ),
         reference,
         normal(8, BATCH, 6),
         normal(9, BATCH, 6),
@@ -134,7 +136,7 @@ def test_hidden_mse_matches_torch(normalisation):
         return F.mse_loss(student[torch.tensor(MASK)], teacher[torch.tensor(MASK)])
 
     assert_same(
-        lambda student, teacher: losses.hidden_mse(
+        lambda student, teacher: pointwise.hidden_mse(
             student, teacher, jnp.array(MASK), normalisation=normalisation
         ),
         reference,
@@ -147,7 +149,7 @@ def test_padding_changes_nothing_under_valid_only():
     hidden = [normal(seed, BATCH, SEQ, 6) for seed in (30, 31)]
 
     def loss(*args):
-        return losses.hidden_mse(*args, jnp.array(MASK), normalisation="valid_only")
+        return pointwise.hidden_mse(*args, jnp.array(MASK), normalisation="valid_only")
 
     assert_padding_is_nothing(loss, MASK, hidden)
 
@@ -155,21 +157,21 @@ def test_padding_changes_nothing_under_valid_only():
 def test_microbatches_of_examples_add_up_to_the_batch():
     """With `count` of the whole batch, as gradient accumulation uses the losses."""
     student, teacher = (normal(40 + i, BATCH, 4) for i in range(2))
-    soft = functools.partial(losses.soft_cross_entropy, reduction="sum")
+    soft = functools.partial(pointwise.soft_cross_entropy, reduction="sum")
 
-    assert_adds_up(losses.softmax_cross_entropy, [student, LABELS, WEIGHTS], WEIGHTS[:4].sum())
-    assert_adds_up(losses.masked_lm, [student, LABELS], 3)
+    assert_adds_up(pointwise.softmax_cross_entropy, [student, LABELS, WEIGHTS], WEIGHTS[:4].sum())
+    assert_adds_up(pointwise.masked_lm, [student, LABELS], 3)
     assert_adds_up(chunked_lm, [student, LABELS], 3)
     assert_adds_up(soft, [student, teacher, WEIGHTS], WEIGHTS[:4].sum())
-    assert_adds_up(losses.kl, [student, teacher, WEIGHTS], WEIGHTS[:4].sum())
-    assert_adds_up(losses.logits_mse, [student, teacher, WEIGHTS], WEIGHTS[:4].sum())
+    assert_adds_up(pointwise.kl, [student, teacher, WEIGHTS], WEIGHTS[:4].sum())
+    assert_adds_up(pointwise.logits_mse, [student, teacher, WEIGHTS], WEIGHTS[:4].sum())
 
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
 def test_microbatches_of_tokens_add_up_to_the_batch(normalisation):
     hidden = [normal(42 + i, BATCH, SEQ, 6) for i in range(2)]
     num_tokens = 4 * SEQ if normalisation == "paper_code" else LENGTHS[:4].sum()
-    hidden_mse = functools.partial(losses.hidden_mse, normalisation=normalisation)
+    hidden_mse = functools.partial(pointwise.hidden_mse, normalisation=normalisation)
     assert_adds_up(hidden_mse, [*hidden, MASK], num_tokens)
 
 
@@ -178,13 +180,13 @@ def test_a_batch_without_valid_units_has_loss_and_gradient_zero():
     hidden, nothing, weights = jnp.ones((2, 3, 4)), jnp.zeros((2, 3), bool), jnp.zeros(2)
     ignored = jnp.full(2, -100)
     cases = [
-        lambda x: losses.softmax_cross_entropy(x, ignored, weights),
-        lambda x: losses.masked_lm(x, ignored),
+        lambda x: pointwise.softmax_cross_entropy(x, ignored, weights),
+        lambda x: pointwise.masked_lm(x, ignored),
         lambda x: chunked_lm(x, ignored),
-        lambda x: losses.kl(x, x + 1, weights),
-        lambda x: losses.logits_mse(x, x + 1, weights),
-        lambda x: losses.soft_cross_entropy(x, x + 1, weights, reduction="sum"),
-        lambda x: losses.hidden_mse(x * hidden, hidden, nothing, normalisation="valid_only"),
+        lambda x: pointwise.kl(x, x + 1, weights),
+        lambda x: pointwise.logits_mse(x, x + 1, weights),
+        lambda x: pointwise.soft_cross_entropy(x, x + 1, weights, reduction="sum"),
+        lambda x: pointwise.hidden_mse(x * hidden, hidden, nothing, normalisation="valid_only"),
     ]
     inputs = [x, x, x, x, x, x, x[:, :, None]]
     for loss, value in zip(cases, inputs, strict=True):
@@ -197,13 +199,13 @@ def test_bfloat16_inputs_are_computed_in_float32():
     hidden = [jnp.array(normal(52 + i, BATCH, SEQ, 6), jnp.bfloat16) for i in range(2)]
     weights, mask = jnp.array(WEIGHTS), jnp.array(MASK)
     cases = [
-        (lambda x: losses.softmax_cross_entropy(x, jnp.array(LABELS), weights), classes[:1]),
-        (lambda x: losses.masked_lm(x, jnp.array(LABELS)), classes[:1]),
+        (lambda x: pointwise.softmax_cross_entropy(x, jnp.array(LABELS), weights), classes[:1]),
+        (lambda x: pointwise.masked_lm(x, jnp.array(LABELS)), classes[:1]),
         (lambda x: chunked_lm(x, jnp.array(LABELS)), classes[:1]),
-        (lambda x, y: losses.soft_cross_entropy(x, y, weights, reduction="sum"), classes),
-        (lambda x, y: losses.kl(x, y, weights), classes),
-        (lambda x, y: losses.logits_mse(x, y, weights), classes),
-        (lambda x, y: losses.hidden_mse(x, y, mask, normalisation="valid_only"), hidden),
+        (lambda x, y: pointwise.soft_cross_entropy(x, y, weights, reduction="sum"), classes),
+        (lambda x, y: pointwise.kl(x, y, weights), classes),
+        (lambda x, y: pointwise.logits_mse(x, y, weights), classes),
+        (lambda x, y: pointwise.hidden_mse(x, y, mask, normalisation="valid_only"), hidden),
     ]
     for loss, inputs in cases:
         assert_float32_of_bfloat16(loss, inputs)
@@ -213,9 +215,9 @@ def test_an_unknown_choice_is_refused():
     """Below the type check of the import hook, which is off outside the tests."""
     x, mask = jnp.ones((2, 3, 4)), jnp.ones((2, 3), bool)
     with pytest.raises(ValueError, match="expected 'paper_code' or 'valid_only', got 'mean'"):
-        inspect.unwrap(losses.hidden_mse)(x, x, mask, normalisation="mean")
+        inspect.unwrap(pointwise.hidden_mse)(x, x, mask, normalisation="mean")
     with pytest.raises(ValueError, match="expected 'sum' or 'mean_classes', got 'mean'"):
-        inspect.unwrap(losses.soft_cross_entropy)(x[0], x[0], jnp.ones(3), reduction="mean")
+        inspect.unwrap(pointwise.soft_cross_entropy)(x[0], x[0], jnp.ones(3), reduction="mean")
 
 
 def chunked_lm(hidden, labels, count=None):
@@ -224,7 +226,7 @@ def chunked_lm(hidden, labels, count=None):
         jnp.concatenate([jnp.eye(hidden.shape[1]), jnp.ones((2, 4))[:, : hidden.shape[1]]]),
         jnp.arange(hidden.shape[1] + 2.0),
     )
-    return word_losses.masked_lm(hidden, table, bias, labels, chunk_size=1, count=count)
+    return vocabulary.masked_lm(hidden, table, bias, labels, chunk_size=1, count=count)
 
 
 def weighted_mean(per_example):

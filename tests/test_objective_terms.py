@@ -9,12 +9,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from tinybert_jax import (
-    attention_losses,
-    distill_objective,
-    masking,
-    objectives,
-)
+from tinybert_jax import distill_objective, masking, objectives
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import (
     DistillSection,
@@ -23,6 +18,7 @@ from tinybert_jax.config.objectives import (
 )
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import init_projection
+from tinybert_jax.losses import attention as attention_losses
 from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
 
 F = torch.nn.functional

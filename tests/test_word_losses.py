@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinybert_jax import losses, word_losses
+from tinybert_jax.losses import pointwise, vocabulary
 
 torch = pytest.importorskip("torch")
 from reference import assert_same, normal, relative_error, value_and_grads
@@ -25,10 +25,10 @@ def test_chunks_of_logits_give_the_loss_and_the_gradients_of_the_whole(chunk_siz
     labels = jnp.array(VOCAB_LABELS)
 
     def whole(hidden, table, bias):
-        return losses.masked_lm(hidden @ table.T + bias[None], labels)
+        return pointwise.masked_lm(hidden @ table.T + bias[None], labels)
 
     def chunked(hidden, table, bias):
-        return word_losses.masked_lm(
+        return vocabulary.masked_lm(
             hidden, table, bias, labels, chunk_size=chunk_size, num_shards=num_shards
         )
 
@@ -54,7 +54,7 @@ def test_chunks_of_logits_give_the_loss_and_the_gradients_of_the_whole(chunk_siz
 def test_even_chunks_are_as_few_as_the_largest_ones_and_leave_less_room(
     num_expected, largest, size
 ):
-    assert word_losses.even_chunk_size(num_expected, largest) == size
+    assert vocabulary.even_chunk_size(num_expected, largest) == size
     assert -(-num_expected // size) == -(-num_expected // largest)
 
 
@@ -63,7 +63,7 @@ def test_sums_over_chunks_count_losses_and_hits():
     logits[0, VOCAB_LABELS[0]] = logits[9, VOCAB_LABELS[9]] = 20  # two hits at least
     hidden, table, bias = logits, np.eye(11, dtype=np.float32), np.zeros(11, np.float32)
 
-    got = jax.jit(functools.partial(word_losses.masked_lm_sums, chunk_size=5))(
+    got = jax.jit(functools.partial(vocabulary.masked_lm_sums, chunk_size=5))(
         *map(jnp.array, (hidden, table, bias, VOCAB_LABELS))
     )
 
@@ -87,8 +87,8 @@ def test_chunks_never_hold_the_logits_of_all_predictions():
         step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
         return step.lower(*shapes, labels).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporaries(lambda h, t, b, y: losses.masked_lm(h @ t.T + b[None], y)) >= whole_logits
-    chunked = functools.partial(word_losses.masked_lm, chunk_size=64)
+    assert temporaries(lambda h, t, b, y: pointwise.masked_lm(h @ t.T + b[None], y)) >= whole_logits
+    chunked = functools.partial(vocabulary.masked_lm, chunk_size=64)
     assert temporaries(chunked) <= whole_logits / 4
 
 
@@ -99,7 +99,7 @@ def test_word_kl_matches_torch_whatever_the_chunks(chunk_size, temperature, num_
     teacher = [normal(3, len(labels), 6), normal(4, vocab, 6), normal(5, vocab)]
 
     def loss(hidden, table, bias):
-        return word_losses.kl(
+        return vocabulary.kl(
             (hidden, table, bias),
             tuple(map(jnp.array, teacher)),
             jnp.array(labels != -100),

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tinybert_jax import attention_losses, losses, word_losses
 from tinybert_jax.config import objectives
 from tinybert_jax.config.objectives import (
     AttentionTerm,
@@ -25,6 +24,8 @@ from tinybert_jax.config.objectives import (
 )
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import make_layer_pairs, project
+from tinybert_jax.losses import attention as attention_losses
+from tinybert_jax.losses import pointwise, relations, vocabulary
 from tinybert_jax.model import attention
 from tinybert_jax.model.encoder import first_tokens
 from tinybert_jax.model.heads import Apply, MaskedLMOutput
@@ -69,7 +70,7 @@ class Context(NamedTuple):
 class Options(NamedTuple):
     """What all terms of an objective share."""
 
-    normalisation: losses.Normalisation = "valid_only"
+    normalisation: pointwise.Normalisation = "valid_only"
     regression: bool = False
     chunk_size: int = 256  # masked tokens whose logits exist at one time, on each of
     num_shards: int = 1  # batch shards
@@ -226,7 +227,7 @@ def _embedding(term: EmbeddingTerm, num_student: int, num_teacher: int) -> Loss:
 
 
 def _hidden_entry(c: Context, ours: int, theirs: int) -> jax.Array:
-    return losses.hidden_mse(
+    return pointwise.hidden_mse(
         project(c.projection, ours, c.student.encoder.hidden[ours]),
         c.teacher.encoder.hidden[theirs],
         c.batch.real,
@@ -242,7 +243,7 @@ def _relation(term: RelationTerm, num_student: int, num_teacher: int) -> Loss:
                 attention_losses.regroup(getattr(model.encoder, name)[layer - 1], term.heads)
                 for model, layer in ((c.student, ours), (c.teacher, theirs))
             )
-            return attention_losses.relation_kl(
+            return relations.relation_kl(
                 student, student, teacher, teacher, c.batch.attention_mask, count=c.counts.tokens
             )
 
@@ -257,7 +258,7 @@ def _cls(term: ClsTerm, num_student: int, num_teacher: int) -> Loss:
             tokens = first_tokens(hidden, c.batch.attention_mask, c.batch.num_segments)
             return tokens.reshape(-1, hidden.shape[-1])
 
-        return losses.normalised_distance(
+        return pointwise.normalised_distance(
             first(c.student.encoder.hidden[ours]),
             first(c.teacher.encoder.hidden[theirs]),
             c.batch.weights.reshape(-1),
@@ -270,7 +271,7 @@ def _cls(term: ClsTerm, num_student: int, num_teacher: int) -> Loss:
 
 
 def _cosine(term: CosineTerm, num_student: int, num_teacher: int) -> Loss:
-    return lambda c: losses.cosine(
+    return lambda c: pointwise.cosine(
         c.student.encoder.hidden[-1],
         c.teacher.encoder.hidden[-1],
         c.batch.real,
@@ -279,14 +280,14 @@ def _cosine(term: CosineTerm, num_student: int, num_teacher: int) -> Loss:
 
 
 def _logits(term: LogitsTerm, num_student: int, num_teacher: int) -> Loss:
-    loss = losses.kl if term.form == "kl" else losses.soft_cross_entropy
+    loss = pointwise.kl if term.form == "kl" else pointwise.soft_cross_entropy
 
     def value(c: Context) -> jax.Array:
         ours, theirs = c.student.logits, c.teacher.logits
         assert ours is not None and theirs is not None
         weights, count = c.batch.weights.reshape(-1), c.counts.examples
         if c.options.regression:
-            return losses.logits_mse(ours, theirs, weights, count=count)
+            return pointwise.logits_mse(ours, theirs, weights, count=count)
         each = functools.partial(loss, ours, theirs, weights, reduction=term.reduction, count=count)
         return _at_temperature(term, c, each)
 
@@ -300,7 +301,7 @@ def _label(term: LabelTerm, num_student: int, num_teacher: int) -> Loss:
 
 
 def _masked_lm(term: MaskedLMTerm, num_student: int, num_teacher: int) -> Loss:
-    return lambda c: word_losses.masked_lm(
+    return lambda c: vocabulary.masked_lm(
         *_factors(c, c.student, c.batch.labels),
         c.batch.labels.tokens.reshape(-1),
         chunk_size=c.options.chunk_size,
@@ -315,9 +316,9 @@ def _word_logits(term: WordLogitsTerm, num_student: int, num_teacher: int) -> Lo
             labels, mask, count = None, c.batch.real, c.counts.tokens
         else:
             labels = c.batch.labels
-            mask, count = labels.tokens != losses.IGNORED_LABEL, c.counts.predictions
+            mask, count = labels.tokens != pointwise.IGNORED_LABEL, c.counts.predictions
         each = functools.partial(
-            word_losses.kl,
+            vocabulary.kl,
             _factors(c, c.student, labels),
             _factors(c, c.teacher, labels),
             mask.reshape(-1),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tinybert_jax import masking, metrics, sharding, word_losses
+from tinybert_jax import masking, metrics, sharding
 from tinybert_jax.data.pipeline import (
     Batch,
     Plan,
@@ -19,6 +19,7 @@ from tinybert_jax.data.pipeline import (
     packed_epochs,
     plan_epoch,
 )
+from tinybert_jax.losses import vocabulary
 
 Scorer = Callable[[Any, TokenRows], np.ndarray]
 EVAL_MASK_RATE = 0.15  # whatever a stage trains with, so that its figures compare with others'
@@ -172,7 +173,7 @@ def _make_masked_sums(
             params, inputs, batch.attention_mask, batch.token_type_ids, positions=positions
         )
         hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
-        nll, hits = word_losses.masked_lm_sums(
+        nll, hits = vocabulary.masked_lm_sums(
             hidden, output.table, output.bias, labels.reshape(-1), chunk_size=chunk_size
         )
         count = jnp.sum(labels != masking.IGNORED_LABEL, dtype=jnp.float32)

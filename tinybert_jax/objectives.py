@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinybert_jax import attention_losses, losses, masking, word_losses
+from tinybert_jax import masking
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.data.pipeline import Batch
+from tinybert_jax.losses import attention as attention_losses
+from tinybert_jax.losses import pointwise, vocabulary
 
 Metrics = dict[str, jax.Array]
 
@@ -143,7 +145,7 @@ def mlm_chunk_size(
     """
     rate = masking.highest_rate(mask_rate, mask_rate_end)
     num_expected = masking.num_slots(rate, num_tokens, unit, num_deviations=2)
-    return word_losses.even_chunk_size(num_expected, largest)
+    return vocabulary.even_chunk_size(num_expected, largest)
 
 
 def make_mlm(
@@ -182,13 +184,13 @@ def make_mlm(
         hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
         parts: Metrics = {}
         with jax.named_scope("~loss masked_lm"):
-            parts["loss/masked_lm"] = word_losses.masked_lm(
+            parts["loss/masked_lm"] = vocabulary.masked_lm(
                 hidden, output.table, output.bias, labels.tokens.reshape(-1), **sizes
             )
         if pair_weight:
             is_pair = (labels.pair_labels >= 0).astype(jnp.float32)
             with jax.named_scope("~loss pair"):
-                parts["loss/pair"] = losses.softmax_cross_entropy(
+                parts["loss/pair"] = pointwise.softmax_cross_entropy(
                     output.pair_logits, labels.pair_labels, is_pair, count=counts.labelled_rows
                 )
         return _weighted_sum(parts, {"loss/masked_lm": 1.0, "loss/pair": pair_weight}), parts
@@ -209,8 +211,8 @@ def example_logits(apply, params, batch: Batch, key) -> jax.Array:
 def gold_loss(logits, batch: Batch, counts: Counts, regression: bool, label_smoothing: float):
     labels, weights = batch.labels.reshape(-1), batch.weights.reshape(-1)
     if regression:
-        return losses.logits_mse(logits, labels[:, None], weights, count=counts.examples)
-    return losses.softmax_cross_entropy(
+        return pointwise.logits_mse(logits, labels[:, None], weights, count=counts.examples)
+    return pointwise.softmax_cross_entropy(
         logits,
         labels,
         weights,

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinybert_jax import cost, sharding
-from tinybert_jax.attention_losses import RELATION_BLOCK, builds_maps, reads_scores
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import AttentionTerm, LayerTerm, RelationTerm
 from tinybert_jax.config.stages import StageSection
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.feed import stage_feed
+from tinybert_jax.losses.attention import builds_maps, reads_scores
+from tinybert_jax.losses.relations import RELATION_BLOCK
 from tinybert_jax.model.heads import make_masked_lm
 from tinybert_jax.objectives import encoder_inputs
 from tinybert_jax.plan_work import (

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tinybert_jax.losses import IGNORED_LABEL, mean_over
+from tinybert_jax.losses.pointwise import IGNORED_LABEL, mean_over
 
 
 def masked_lm(
