@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tinybert_jax.metrics import classification_metrics, confusion_matrix, regression_metrics
+from tinybert_jax.metrics.classification import classification_metrics, confusion_matrix
+from tinybert_jax.metrics.regression import regression_metrics
 
 
 def one_hot(classes, num_labels):

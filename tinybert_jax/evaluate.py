@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tinybert_jax import masking, metrics, sharding
+from tinybert_jax import masking, sharding
 from tinybert_jax.data.pipeline import (
     Batch,
     Plan,
@@ -20,6 +20,8 @@ from tinybert_jax.data.pipeline import (
     plan_epoch,
 )
 from tinybert_jax.losses import vocabulary
+from tinybert_jax.metrics.classification import classification_metrics
+from tinybert_jax.metrics.regression import regression_metrics
 
 Scorer = Callable[[Any, TokenRows], np.ndarray]
 EVAL_MASK_RATE = 0.15  # whatever a stage trains with, so that its figures compare with others'
@@ -190,8 +192,8 @@ def _make_masked_sums(
 def task_metrics(logits: np.ndarray, labels: np.ndarray, *, regression: bool) -> dict[str, float]:
     """Accuracy, F1 and Matthews; or Pearson, Spearman and MSE."""
     if regression:
-        return metrics.regression_metrics(logits[:, 0], labels)
-    return metrics.classification_metrics(logits, labels)
+        return regression_metrics(logits[:, 0], labels)
+    return classification_metrics(logits, labels)
 
 
 def majority_share(labels: np.ndarray) -> float:

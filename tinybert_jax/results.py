@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from tinybert_jax import cost, metrics
+from tinybert_jax import cost
 from tinybert_jax.config.models import SOLE, ModelConfig
 from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.data.pipeline import tokenize_task
 from tinybert_jax.evaluate import make_scorer, task_metrics
+from tinybert_jax.metrics.classification import confusion_matrix
 from tinybert_jax.model.heads import make_classifier
 from tinybert_jax.run import Run
 from tinybert_jax.tree import num_parameters
@@ -163,7 +164,7 @@ def _describe(
             description["mean"] = _over_seeds(np.mean, by_seed)
     if run.data.label_names:
         chosen = logits[best].argmax(-1)
-        counts = metrics.confusion_matrix(chosen, run.data.dev_labels, run.data.num_outputs)
+        counts = confusion_matrix(chosen, run.data.dev_labels, run.data.num_outputs)
         description["confusion"] = counts.tolist()
     return description
 

@@ -4,7 +4,7 @@ Knows nothing of models, batches or devices; whoever evaluates gathers the predi
 """
 
 import numpy as np
-from jaxtyping import Float, Int, Real
+from jaxtyping import Float, Int
 
 
 def classification_metrics(
@@ -48,25 +48,6 @@ def confusion_matrix(
     return np.bincount(cell, minlength=num_labels**2).reshape(num_labels, num_labels)
 
 
-def regression_metrics(
-    predictions: Real[np.ndarray, " n"], labels: Real[np.ndarray, " n"]
-) -> dict[str, float]:
-    """Pearson and Spearman correlation and mean squared error.
-
-    A correlation with a constant is undefined; it is reported as 0.0 (nothing learnt) so that the
-    best checkpoint can still be chosen. Raises ValueError for an empty set or NaN.
-    """
-    _require_pairs(predictions, labels)
-    _require_no_nan("predictions", predictions)
-    _require_no_nan("labels", labels)
-    predictions, labels = predictions.astype(np.float64), labels.astype(np.float64)
-    return {
-        "pearson": _pearson(predictions, labels),
-        "spearman": _pearson(_average_ranks(predictions), _average_ranks(labels)),
-        "mse": float(np.mean(np.square(predictions - labels))),
-    }
-
-
 def _f1_per_class(counts: np.ndarray) -> np.ndarray:
     """2·tp / (2·tp + fp + fn): the row and column sums together are that denominator."""
     return 2 * np.diag(counts) / np.maximum(counts.sum(0) + counts.sum(1), 1)
@@ -79,21 +60,6 @@ def _matthews(counts: np.ndarray) -> float:
     covariance = np.trace(counts) * total - true @ predicted
     spread = (total**2 - true @ true) * (total**2 - predicted @ predicted)
     return float(covariance / np.sqrt(spread)) if spread > 0 else 0.0
-
-
-def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    # Asked of the range, not of the variance: the mean of equal floats may round to another float.
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return 0.0
-    # Scaled first, so that squaring neither overflows nor underflows.
-    x, y = ((v - v.mean()) / np.ptp(v) for v in (x, y))
-    return float(np.clip(x @ y / np.sqrt((x @ x) * (y @ y)), -1.0, 1.0))
-
-
-def _average_ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks from 1; equal values share the mean of the ranks they span."""
-    _, group, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[group]
 
 
 def _require_pairs(predictions: np.ndarray, labels: np.ndarray) -> None:

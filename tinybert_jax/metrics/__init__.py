@@ -1,0 +1,1 @@
+"""Scores of answers, computed on the host."""
