@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tinybert_jax.charts import (
+from tinybert_jax.report.charts import (
     MAX_DRAWN_POINTS,
     Dot,
     Series,

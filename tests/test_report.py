@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from tinybert_jax.charts import MAX_DRAWN_POINTS
-from tinybert_jax.report import write_report
-from tinybert_jax.report_pareto import pareto_front
-from tinybert_jax.report_results import compare, headline, si
+from tinybert_jax.report.charts import MAX_DRAWN_POINTS
+from tinybert_jax.report.page import write_report
+from tinybert_jax.report.pareto import pareto_front
+from tinybert_jax.report.tables import compare, headline, si
 
 VOID = {"meta", "link", "br"}
 SELF_CLOSED = {"path", "circle", "polyline", "rect"}

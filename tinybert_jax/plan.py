@@ -33,7 +33,7 @@ from tinybert_jax.plan_work import (
     words_of,
     work_of,
 )
-from tinybert_jax.report_results import si
+from tinybert_jax.report.tables import si
 from tinybert_jax.run import Run, compute_options, with_dropout
 
 _SAMPLED = 64  # batches that are looked at

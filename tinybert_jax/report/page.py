@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinybert_jax.charts import (
+from tinybert_jax.report.charts import (
     LARGE,
     SMALL,
     Frame,
@@ -24,9 +24,10 @@ from tinybert_jax.charts import (
     running_mean,
     wants_log,
 )
-from tinybert_jax.report_confusion import confusion_section
-from tinybert_jax.report_pareto import pareto_section
-from tinybert_jax.report_results import (
+from tinybert_jax.report.confusion import confusion_section
+from tinybert_jax.report.pareto import pareto_section
+from tinybert_jax.report.style import STYLE
+from tinybert_jax.report.tables import (
     LOWER_IS_BETTER,
     NBSP,
     baseline_sentence,
@@ -41,7 +42,6 @@ from tinybert_jax.report_results import (
     si,
     students_of,
 )
-from tinybert_jax.report_style import STYLE
 
 REPORT_NAME = "report.html"
 NOT_A_METRIC = frozenset({"kind", "stage", "step", "time", "epoch", "seconds", "num_examples"})

@@ -1,6 +1,6 @@
 """Owns the style sheet of report.html: one palette, light and dark, screen, phone and print."""
 
-from tinybert_jax.charts import CHART_CSS
+from tinybert_jax.report.charts import CHART_CSS
 
 LIGHT = """
 --paper:#fff;--ink:#16212c;--soft:#5c6975;--line:#e1e6ea;--wash:#f3f6f7;

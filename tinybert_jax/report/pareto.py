@@ -7,8 +7,8 @@ import html
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tinybert_jax.charts import Dot, Point, scatter_chart
-from tinybert_jax.report_results import (
+from tinybert_jax.report.charts import Dot, Point, scatter_chart
+from tinybert_jax.report.tables import (
     LOWER_IS_BETTER,
     ROLES,
     Model,

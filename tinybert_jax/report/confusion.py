@@ -7,7 +7,7 @@ import html
 import math
 from typing import Any
 
-from tinybert_jax.report_results import find_model, models_of, number, percent
+from tinybert_jax.report.tables import find_model, models_of, number, percent
 
 MAX_MATRIX_CLASSES = 20
 MAX_CONFUSED_PAIRS = 15
