@@ -116,7 +116,7 @@ def ours(
     teacher_dtype: str | None = None,
 ) -> sides.Round:
     """`product_dtype`: of both models' products; `teacher_dtype`: of the teacher's, if another."""
-    from tinybert_jax import host
+    from tinybert_jax.performance import host
 
     host.keep_freed_memory()  # as the command does, before the first thread
     import jax

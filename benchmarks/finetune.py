@@ -56,7 +56,7 @@ def read_rows():
 
 
 def ours(path: Path, num_steps: int, product_dtype: str | None) -> sides.Round:
-    from tinybert_jax import host
+    from tinybert_jax.performance import host
 
     host.keep_freed_memory()  # as the command does, before the first thread
     import jax

@@ -75,7 +75,7 @@ def write_store(folder: Path, num_rows: int) -> None:
 
 def our_loader(path: Path, batch_size: int) -> sides.Round:
     os.sched_setaffinity(0, {0})
-    from tinybert_jax import host
+    from tinybert_jax.performance import host
 
     host.keep_freed_memory()  # as the command does, before the first thread
     from tinybert_jax.data import loader, store

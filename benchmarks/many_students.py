@@ -48,7 +48,7 @@ def main() -> None:
 def students(
     path: Path, num_examples: int, num_steps: int, names: tuple[str, ...], num_seeds: int
 ) -> sides.Round:
-    from tinybert_jax import host
+    from tinybert_jax.performance import host
 
     host.keep_freed_memory()  # as the command does, before the first thread
     import jax

@@ -189,10 +189,10 @@ def _trace(ready: Ready, folder: Path) -> None:
 
 def priced(line: dict[str, Any], work: Work | None, chunk_size: int) -> dict[str, Any]:
     """What the rate is in FLOP/s and of the card's nominal bf16 peak; `gemm` has no work."""
-    from tinybert_jax import cost
+    from tinybert_jax.performance.device_peaks import peak_flops
 
     flops = flops_per_slot(work, chunk_size) if work else 1
-    peak = cost.peak_flops(line["device"], "bfloat16")
+    peak = peak_flops(line["device"], "bfloat16")
     achieved = line["rate"] * flops
     return {
         "flops_per_slot": flops,
@@ -258,7 +258,7 @@ def gemm(size: int, tiny: bool) -> Ready:
 
 
 def ours(work: Work, settings: Settings, attention: str) -> Ready:
-    from tinybert_jax import host
+    from tinybert_jax.performance import host
 
     host.keep_freed_memory()  # as the command does, before the first thread
     import jax

@@ -62,22 +62,23 @@ def _tiny_sizes(**sizes: int) -> dict[str, int]:
 
 def flops_per_slot(work: Work, chunk_size: int) -> float:
     """As `plan` counts a stage: the masked-LM head at its slots and, in whole chunks, its words."""
-    from tinybert_jax import cost, masking, objectives
+    from tinybert_jax import masking, objectives
     from tinybert_jax.config.models import ModelConfig
+    from tinybert_jax.performance import flops
 
     student = ModelConfig(**work.student)
     if work.teacher:
         teacher = ModelConfig(**work.teacher)
-        return cost.training_flops_per_token(
+        return flops.training_flops_per_token(
             [student], work.width, projection_dim=teacher.hidden_size, teacher=teacher
         )
     num_slots = work.batch_size * work.width
     num_picked = work.batch_size * masking.num_slots(MASK_RATE, work.width)
     chunk_size = objectives.mlm_chunk_size(num_slots, chunk_size, mask_rate=MASK_RATE)
     num_predicted = chunk_size * math.ceil(MASK_RATE * num_slots / chunk_size)
-    head = cost.masked_lm_flops(student, num_picked, num_predicted) / num_slots
+    head = flops.masked_lm_flops(student, num_picked, num_predicted) / num_slots
     num_read = masking.num_slots(MASK_RATE, work.width)  # of the last layer: what is needed
-    return 3 * (cost.forward_flops_per_token(student, work.width, num_read=num_read) + head)
+    return 3 * (flops.forward_flops_per_token(student, work.width, num_read=num_read) + head)
 
 
 def token_ids(work: Work) -> list[np.ndarray]:

@@ -70,7 +70,7 @@ def sizes(tokenizer) -> dict:
 
 
 def ours(path: Path, num_steps: int, batch_size: int, product_dtype: str | None) -> sides.Round:
-    from tinybert_jax import host
+    from tinybert_jax.performance import host
 
     host.keep_freed_memory()  # as the command does, before the first thread
     import jax

@@ -9,16 +9,15 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from tinybert_jax import tree
 from tinybert_jax.config.models import PRESETS, ModelConfig
-from tinybert_jax.cost import (
+from tinybert_jax.model.heads import make_encoder
+from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
+from tinybert_jax.performance.flops import (
     forward_flops_per_token,
     masked_lm_flops,
-    measure_gemm_peak,
     num_encoder_parameters,
     num_parameters,
-    peak_flops,
     training_flops_per_token,
 )
-from tinybert_jax.model.heads import make_encoder
 
 BERT_BASE = BertConfig()
 TINYBERT4 = BertConfig(hidden_size=312, num_hidden_layers=4, intermediate_size=1200)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from tinybert_jax import cost, distill_objective, objectives
+from tinybert_jax import distill_objective, objectives
 from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import DistillSection, needs_projection
@@ -23,6 +23,7 @@ from tinybert_jax.model.heads import (
     make_encoder,
     make_masked_lm,
 )
+from tinybert_jax.performance import flops
 from tinybert_jax.sharding import make_mesh, param_specs, placed
 
 ROWS, WIDTH = 5, 16
@@ -104,15 +105,15 @@ def test_the_last_layer_multiplies_no_more_than_is_read(head, mask, num_read):
     params, outputs = _model(head, mask)
     made = _product_flops(jax.make_jaxpr(lambda params: outputs(params, False))(params).jaxpr)
     d = SIZES.hidden_size
-    expected = TOKENS * cost.forward_flops_per_token(SIZES, WIDTH, num_read=num_read)
+    expected = TOKENS * flops.forward_flops_per_token(SIZES, WIDTH, num_read=num_read)
     if head == "classifier":
         expected += 2 * ROWS * num_read * d * (d + 3)
     else:
-        expected += cost.masked_lm_flops(SIZES, ROWS * 4, ROWS * 4)
+        expected += flops.masked_lm_flops(SIZES, ROWS * 4, ROWS * 4)
     if head == "pairs":
         expected += 2 * ROWS * d * (d + 2)
     assert made == pytest.approx(expected, rel=1e-12)
-    whole = TOKENS * cost.forward_flops_per_token(SIZES, WIDTH)
+    whole = TOKENS * flops.forward_flops_per_token(SIZES, WIDTH)
     assert expected < 0.9 * whole
 
 

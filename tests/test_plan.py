@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import yaml
 
-from tinybert_jax import cli, cost, objectives, plan, plan_work, sharding
+from tinybert_jax import cli, objectives, plan, plan_work, sharding
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.data.vocab import train_wordpiece
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import make_classifier
+from tinybert_jax.performance import flops as performance_flops
 from tinybert_jax.run import read_run
 
 STEPS, ROWS, WIDTH, WORDS = 4, 8, 16, 6  # a row is WORDS words, [CLS] and [SEP]
@@ -98,7 +99,9 @@ def _room(rate, width=WIDTH):
 
 def test_dry_run_names_all_stages_and_writes_nothing(inputs, tmp_path, capsys, monkeypatch):
     measured = []
-    monkeypatch.setattr(cost, "measure_gemm_peak", lambda dtype: measured.append(dtype) or 1e3)
+    monkeypatch.setattr(
+        performance_flops, "measure_gemm_peak", lambda dtype: measured.append(dtype) or 1e3
+    )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(_settings(inputs, tmp_path / "run")))
     before = sorted(tmp_path.rglob("*"))
     assert cli.main(["run", str(tmp_path / "run.yaml"), "--dry-run"]) == 0
@@ -127,16 +130,20 @@ def test_dry_run_names_all_stages_and_writes_nothing(inputs, tmp_path, capsys, m
 def test_time_is_of_the_compute_dtype(inputs, tmp_path, monkeypatch):
     """An H200's sheet: 989.4 TFLOP/s in bfloat16, half of them in float32 (TF32)."""
     measured = []
-    monkeypatch.setattr(cost, "measure_gemm_peak", lambda dtype: measured.append(dtype) or 1e3)
+    monkeypatch.setattr(
+        performance_flops, "measure_gemm_peak", lambda dtype: measured.append(dtype) or 1e3
+    )
     asked = []
-    monkeypatch.setattr(cost, "peak_flops", lambda kind, dtype: asked.append(dtype) or 1e12)
+    monkeypatch.setattr(
+        performance_flops, "peak_flops", lambda kind, dtype: asked.append(dtype) or 1e12
+    )
     run = _run(inputs, tmp_path, ["pretrain"], compute={"dtype": "bfloat16_products"}, num_seeds=1)
     assert "of its bfloat16 peak" in plan.describe(run, ("pretrain",))
     assert set(measured + asked) == {"bfloat16"}
 
 
 def test_stages_that_are_done_are_not_priced_again(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(cost, "measure_gemm_peak", lambda dtype: 1e9)
+    monkeypatch.setattr(performance_flops, "measure_gemm_peak", lambda dtype: 1e9)
     run = _run(inputs, tmp_path)
     run.model_folder("pretrain").mkdir(parents=True)
     (run.model_folder("pretrain") / "config.json").touch()
@@ -252,12 +259,12 @@ def test_a_family_has_one_teacher(inputs, tmp_path, monkeypatch):
                 assert value == total - shared
             else:
                 assert value == total
-        frozen = 4 * cost.num_parameters(teacher) if teacher else 0
+        frozen = 4 * performance_flops.num_parameters(teacher) if teacher else 0
         assert both.state_bytes == sum(own.state_bytes for own in alone) - frozen
         taps = {"general": 2, "prediction": 0, "baseline": 0}[stage]  # hidden states
         shared = 4 * taps * 16 * WIDTH
         assert both.activation_bytes == sum(own.activation_bytes for own in alone) - shared
-    monkeypatch.setattr(cost, "measure_gemm_peak", lambda dtype: 1e9)
+    monkeypatch.setattr(performance_flops, "measure_gemm_peak", lambda dtype: 1e9)
     text = plan.describe(runs[0], ("general",)).replace("\xa0", " ")
     assert text.count("  teacher   ") == 1
     for name in ("one", "two"):
@@ -281,7 +288,7 @@ def test_state_by_hand(inputs, tmp_path):
             distillation={"projection": "per_layer"},
             compute={"teacher_dtype": dtype},
         )
-        layers = cost.num_encoder_parameters(run.teacher)
+        layers = performance_flops.num_encoder_parameters(run.teacher)
         assert plan.price(short, "general").state_bytes == state - saved * layers
     averaged = {**STAGE, "average_decay": 0.9}
     state = plan.price(_run(inputs, tmp_path, finetune=averaged), "finetune").state_bytes

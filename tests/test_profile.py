@@ -10,15 +10,16 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tiny_inputs import write_config, write_inputs
 
-from tinybert_jax import cli, profile
-from tinybert_jax.profile import Event, Operation
+from tinybert_jax import cli
+from tinybert_jax.performance import trace
+from tinybert_jax.performance.trace import Event, Operation
 
 SIZES = {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 16}
 
 
 def _operations(function, *arguments):
     text = jax.jit(function).lower(*arguments).compile().as_text()
-    return profile.read_program(text), text
+    return trace.read_program(text), text
 
 
 def _loss(w, x):
@@ -65,7 +66,7 @@ def test_a_table_adds_up():
             (update, "fusion.3", 0.004),
         )
     ]
-    table = profile.tabulate(events, num_steps=2, seconds=0.02)
+    table = trace.tabulate(events, num_steps=2, seconds=0.02)
     assert "| teacher: attention | 4.00 | 40.0% | 75% |" in table
     assert "| optimizer | 2.00 | 20.0% | 0% |" in table
     assert "| between operations | 4.00 | 40.0% |  |" in table
@@ -74,7 +75,7 @@ def test_a_table_adds_up():
 
 def test_what_runs_at_one_time_shares_it():
     """Together they have the 6 of their union."""
-    lengths = profile.shared([(0.0, 4.0), (1.0, 3.0), (2.0, 3.0), (6.0, 8.0), (9.0, 9.0)])
+    lengths = trace.shared([(0.0, 4.0), (1.0, 3.0), (2.0, 3.0), (6.0, 8.0), (9.0, 9.0)])
     np.testing.assert_allclose(lengths, [1 + 1 / 2 + 1 / 3 + 1, 1 / 2 + 1 / 3, 1 / 3, 2, 0])
     assert sum(lengths) == pytest.approx(6)
 
@@ -96,7 +97,7 @@ def _profiled(tmp_path, widths, between=lambda: None):
         return jitted(state, batch.input_ids), {}
 
     said, states = [], [jnp.zeros(())]
-    with profile.profiled(
+    with trace.profiled(
         step,
         lambda state, batch: jitted.lower(state, batch.input_ids).compile().as_text(),
         tmp_path / "profile",
@@ -139,7 +140,7 @@ def test_a_step_that_fails_ends_its_trace(tmp_path):
         return state + 1, {}
 
     def run():
-        with profile.profiled(
+        with trace.profiled(
             step,
             lambda state, batch: "",
             tmp_path / "profile",

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tinybert_jax import __version__, host
+from tinybert_jax import __version__
 from tinybert_jax.config import load as config_files
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.config.stages import STAGES
+from tinybert_jax.performance import host
 
 _STAGES = {
     "run": (STAGES, "run all stages of a config, then export and report"),

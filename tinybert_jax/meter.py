@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from tinybert_jax import host, train
+from tinybert_jax import train
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.log import MetricLog
+from tinybert_jax.performance import host
 
 _TIDY_SECONDS = 30  # far more than the step whose page faults it costs
 

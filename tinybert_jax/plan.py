@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinybert_jax import cost, sharding
+from tinybert_jax import sharding
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import AttentionTerm, LayerTerm, RelationTerm
 from tinybert_jax.config.stages import StageSection
@@ -23,6 +23,8 @@ from tinybert_jax.losses.attention import builds_maps, reads_scores
 from tinybert_jax.losses.relations import RELATION_BLOCK
 from tinybert_jax.model.heads import make_masked_lm
 from tinybert_jax.objectives import encoder_inputs
+from tinybert_jax.performance import flops as performance_flops
+from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
 from tinybert_jax.plan_work import (
     Words,
     Work,
@@ -128,9 +130,9 @@ def price(run: Run, stage: str) -> Costs:
 
 def _peaks(dtype: str) -> dict[str, float]:
     """FLOP/s of one device of each kind."""
-    peaks = {"this CPU": cost.measure_gemm_peak(dtype)}
+    peaks = {"this CPU": measure_gemm_peak(dtype)}
     for name, kind in _DEVICES:
-        peak = cost.peak_flops(kind, dtype)
+        peak = peak_flops(kind, dtype)
         assert peak is not None, kind
         peaks[name] = peak
     return peaks
@@ -170,7 +172,10 @@ def _time_line(flops: float, peaks: dict[str, float], dtype: str) -> str:
 
 
 def _size(model: ModelConfig, times: str = "") -> str:
-    whole, layers = float(cost.num_parameters(model)), float(cost.num_encoder_parameters(model))
+    whole, layers = (
+        float(performance_flops.num_parameters(model)),
+        float(performance_flops.num_encoder_parameters(model)),
+    )
     return f"{si(whole)} parameters{times}, {si(layers)} of them in layers"
 
 
@@ -187,34 +192,41 @@ def _flops(work: Work, batch: Batch, words: Words | None, num_read: int | None) 
         parts["teacher"] = _forward_flops((work.teacher,), batch, num_read)
         to_width = work.teacher.hidden_size
         once = sum(
-            cost.projection_flops_per_token(model, to_width, len(set(projected(work, model))))
+            performance_flops.projection_flops_per_token(
+                model, to_width, len(set(projected(work, model)))
+            )
             for model in models
         )
         if once:
             parts["projection"] = 3 * slots * work.num_seeds * once
     if words:
-        once = sum(cost.masked_lm_flops(m, words.mapped, words.student) for m in models)
+        once = sum(
+            performance_flops.masked_lm_flops(m, words.mapped, words.student) for m in models
+        )
         parts["words"] = 3 * work.num_seeds * once
         if work.teacher and words.teacher:
-            parts["words"] += cost.masked_lm_flops(work.teacher, words.mapped, words.teacher)
+            parts["words"] += performance_flops.masked_lm_flops(
+                work.teacher, words.mapped, words.teacher
+            )
     return parts
 
 
 def _forward_flops(models: Iterable[ModelConfig], batch: Batch, num_read: int | None) -> float:
     slots, width = batch.input_ids.size, batch.input_ids.shape[1]
     return slots * sum(
-        cost.forward_flops_per_token(model, width, num_read=num_read) for model in models
+        performance_flops.forward_flops_per_token(model, width, num_read=num_read)
+        for model in models
     )
 
 
 def _state_bytes(run: Run, section: StageSection, work: Work) -> float:
     copies = 4 + (section.average_decay is not None)
-    trained = sum(cost.num_parameters(model) for model in work.trained.values())
-    frozen = cost.num_parameters(work.teacher) if work.teacher else 0
+    trained = sum(performance_flops.num_parameters(model) for model in work.trained.values())
+    frozen = performance_flops.num_parameters(work.teacher) if work.teacher else 0
     if work.teacher:
         # Its kernels are kept rounded; biases, scales and LayerNorms are next to nothing.
         num_bytes = _LAYER_BYTES[run.config.compute.frozen_dtype]
-        frozen -= cost.num_encoder_parameters(work.teacher) * (1 - num_bytes / _FP32)
+        frozen -= performance_flops.num_encoder_parameters(work.teacher) * (1 - num_bytes / _FP32)
         is_shared = run.config.distillation.projection == "shared"
         for model in (own for own in work.trained.values() if projected(work, own)):
             num_projections = 1 if is_shared else model.num_hidden_layers + 1

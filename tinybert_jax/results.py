@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from tinybert_jax import cost
 from tinybert_jax.config.models import SOLE, ModelConfig
 from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.data.pipeline import tokenize_task
 from tinybert_jax.evaluate import make_scorer, task_metrics
 from tinybert_jax.metrics.classification import confusion_matrix
 from tinybert_jax.model.heads import make_classifier
+from tinybert_jax.performance import flops
 from tinybert_jax.run import Run
 from tinybert_jax.tree import num_parameters
 
@@ -149,8 +149,8 @@ def _describe(
         "name": member or _sizes(model),
         "stage": stage,
         "num_parameters": num_parameters(params[0]),
-        "num_encoder_parameters": cost.num_encoder_parameters(model),
-        "flops_per_token": round(cost.forward_flops_per_token(model, _LATENCY_LENGTH)),
+        "num_encoder_parameters": flops.num_encoder_parameters(model),
+        "flops_per_token": round(flops.forward_flops_per_token(model, _LATENCY_LENGTH)),
         "bytes_on_disk": sum(file.stat().st_size for file in weights),
         "latency_ms": _latency(
             apply, params[0], min(_LATENCY_LENGTH, model.max_position_embeddings)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tinybert_jax import checks, corpus_checks, cost, host, sharding
+from tinybert_jax import checks, corpus_checks, sharding
 from tinybert_jax.config import load as configs
 from tinybert_jax.config.models import SOLE, FurtherTeacher, ModelConfig, Student
 from tinybert_jax.config.run import RunConfig
@@ -28,6 +28,8 @@ from tinybert_jax.evaluate import Judge, majority_share, make_scorer, task_metri
 from tinybert_jax.inputs import read_inputs
 from tinybert_jax.log import MetricLog
 from tinybert_jax.model.heads import Apply, Params, frozen_params, make_classifier
+from tinybert_jax.performance import host
+from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
 
 
 class Run(NamedTuple):
@@ -359,5 +361,5 @@ def _peak_flops(dtype: str, num_devices: int) -> float:
     """All devices together. Host devices share one CPU, measured; an unknown accelerator: NaN."""
     device, dtype = jax.devices()[0], dtype.removesuffix("_products")
     if device.platform == "cpu":
-        return cost.measure_gemm_peak(dtype)
-    return (cost.peak_flops(device.device_kind, dtype) or np.nan) * num_devices
+        return measure_gemm_peak(dtype)
+    return (peak_flops(device.device_kind, dtype) or np.nan) * num_devices

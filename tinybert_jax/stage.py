@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tinybert_jax import best, checkpoint, family, loop, optim, profile, sharding, train, tree
+from tinybert_jax import best, checkpoint, family, loop, optim, sharding, train, tree
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.stages import STAGES, StageSection
 from tinybert_jax.data import loader
@@ -21,6 +21,7 @@ from tinybert_jax.feed import Feed
 from tinybert_jax.meter import Meter
 from tinybert_jax.model.heads import layers_apart, layers_joined
 from tinybert_jax.objectives import Objective
+from tinybert_jax.performance import trace
 from tinybert_jax.run import Run
 
 
@@ -117,7 +118,7 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
 
 def _step(
     run: Run, training: Training, step_fn: train.TrainStep, meter: Meter
-) -> contextlib.AbstractContextManager[profile.Step]:
+) -> contextlib.AbstractContextManager[trace.Step]:
     """The step as the loop calls it; some of its calls are traced where the run is profiled."""
     frozen = sharding.placed(training.read_frozen(training.frozen), run.mesh)
 
@@ -126,7 +127,7 @@ def _step(
 
     if not run.is_profiled:
         return contextlib.nullcontext(step)
-    return profile.profiled(
+    return trace.profiled(
         step,
         lambda state, batch: step_fn.program(state, batch, frozen),
         run.folder / "profile" / training.name,

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinybert_jax import host
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.data import records, store
 from tinybert_jax.data.instances import Layout, pack_documents, pair_instances
@@ -30,6 +29,7 @@ from tinybert_jax.data.mistakes import fail
 from tinybert_jax.data.records import Chunk, Source
 from tinybert_jax.data.store import Rows, StoreWriter
 from tinybert_jax.data.vocab import backend_json
+from tinybert_jax.performance import host
 
 _IDENTITY, _BAD = "identity.json", "bad_records.jsonl"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from tinybert_jax import cost, distill, sharding, teacher_logits
+from tinybert_jax import distill, sharding, teacher_logits
 from tinybert_jax.config.models import ModelConfig, Student
 from tinybert_jax.config.objectives import model_kind, needs_projection, teaches
 from tinybert_jax.convert import hf_files
@@ -24,6 +24,7 @@ from tinybert_jax.model.heads import (
     make_masked_lm,
 )
 from tinybert_jax.objectives import Mask, make_mask
+from tinybert_jax.performance import flops
 from tinybert_jax.plan_work import tokens_read
 from tinybert_jax.run import Run, as_read, compute_options, dev_judge, with_dropout
 from tinybert_jax.stage import Member, Training, run_stage
@@ -102,7 +103,7 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
             feed=stage_feed(run, stage, teach),
             frozen=teacher,
             read_frozen=read_frozen,
-            flops_per_token=lambda width: cost.training_flops_per_token(
+            flops_per_token=lambda width: flops.training_flops_per_token(
                 [student.sizes for student in run.students] * run.config.num_seeds,
                 width,
                 projection_dim=run.teacher.hidden_size if needs_projection(terms) else 0,

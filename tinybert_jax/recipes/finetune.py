@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from tinybert_jax import cost, results
+from tinybert_jax import results
 from tinybert_jax.config.models import SOLE, ModelConfig
 from tinybert_jax.convert import hf_files
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import make_classifier
 from tinybert_jax.objectives import make_supervised
+from tinybert_jax.performance import flops
 from tinybert_jax.plan_work import tokens_read
 from tinybert_jax.run import Run, compute_options, dev_judge, with_dropout
 from tinybert_jax.stage import Member, Training, run_stage
@@ -33,7 +34,7 @@ def main(run: Run, stage: str = "finetune") -> None:
             members={name: _member(run, stage, sizes[name], starts[name]) for name in sizes},
             feed=stage_feed(run, stage),
             frozen=(),
-            flops_per_token=lambda width: cost.training_flops_per_token(
+            flops_per_token=lambda width: flops.training_flops_per_token(
                 [*sizes.values()] * num_seeds, width, num_read=tokens_read(run, stage, width)
             ),
             score=run.score,

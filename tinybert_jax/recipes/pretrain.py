@@ -2,7 +2,7 @@
 
 import jax
 
-from tinybert_jax import cost, sharding
+from tinybert_jax import sharding
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.stages import STAGES
 from tinybert_jax.convert import hf_files
@@ -13,6 +13,7 @@ from tinybert_jax.evaluate import Judge, make_masked_lm_scorer
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import Apply, make_masked_lm
 from tinybert_jax.objectives import make_mlm
+from tinybert_jax.performance import flops
 from tinybert_jax.plan_work import tokens_read
 from tinybert_jax.run import Run, compute_options, with_dropout
 from tinybert_jax.stage import Member, Training, run_stage
@@ -54,7 +55,7 @@ def main(run: Run) -> None:
             members={SOLE: teacher},
             feed=stage_feed(run, "pretrain"),
             frozen=(),
-            flops_per_token=lambda width: cost.training_flops_per_token(
+            flops_per_token=lambda width: flops.training_flops_per_token(
                 [run.teacher], width, num_read=tokens_read(run, "pretrain", width)
             ),
         ),

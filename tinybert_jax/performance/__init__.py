@@ -1,0 +1,1 @@
+"""What computing costs: FLOPs, peaks of devices, traces, and the host's memory."""
