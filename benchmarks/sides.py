@@ -82,11 +82,13 @@ def train_rounds(
     """The product's own train step, its loader in front: `num_steps` of it, real tokens counted."""
     import jax
 
-    from tinybert_jax import family, optim, sharding, train
+    from tinybert_jax import family, optim, train
     from tinybert_jax.config.compute import MeshSection
     from tinybert_jax.data import loader
+    from tinybert_jax.parallel import sharding
+    from tinybert_jax.parallel.mesh import make_mesh
 
-    mesh = sharding.make_mesh(MeshSection())
+    mesh = make_mesh(MeshSection())
     schedule = optim.make_schedule(
         "constant", learning_rate=LEARNING_RATE, num_steps=10**6, warmup_steps=0
     )

@@ -23,7 +23,8 @@ import pytest
 from bad_world import models, world  # noqa: F401
 from jax.experimental.compilation_cache import compilation_cache
 
-from tinybert_jax import sharding
+from tinybert_jax.parallel import sharding
+from tinybert_jax.parallel.mesh import make_mesh
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -44,7 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="module")
 def cheap_programs(tmp_path_factory):
     """For runs that have most programs in common: kept on disk, and of one device, not of eight."""
-    patch, make_mesh = pytest.MonkeyPatch(), sharding.make_mesh
+    patch, make_mesh = pytest.MonkeyPatch(), make_mesh
     patch.setattr(
         sharding,
         "make_mesh",

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinybert_jax import sharding
 from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.model.attention import (
     attend,
@@ -21,6 +20,8 @@ from tinybert_jax.model.attention import (
     splash_attention,
 )
 from tinybert_jax.model.dropout import dropout
+from tinybert_jax.parallel import sharding
+from tinybert_jax.parallel.mesh import make_mesh
 
 SEQ = 128
 
@@ -107,7 +108,7 @@ def test_splash_against_the_map(is_packed, on_mesh):
     """Sums of 128 products in fp32, in another order; heads of 26 as they are."""
     given = drawn(26, is_packed=is_packed, dtype=jnp.float32)
     exact = gradients(by_map, *given)
-    mesh = sharding.make_mesh(MeshSection())
+    mesh = make_mesh(MeshSection())
     assert mesh.size == 8
     with jax.set_mesh(mesh) if on_mesh else contextlib.nullcontext():
         if on_mesh:

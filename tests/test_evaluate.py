@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinybert_jax import sharding
 from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.data.pipeline import TokenRows
 from tinybert_jax.evaluate import EVAL_MASK_RATE, make_masked_lm_scorer, make_scorer
 from tinybert_jax.model.heads import MaskedLMOutput, make_classifier
+from tinybert_jax.parallel import sharding
+from tinybert_jax.parallel.mesh import make_mesh
 
 VOCAB, DIM = 50, 4
 SPECIAL = (0, 1, 2, 3)
@@ -119,7 +120,7 @@ def test_eight_devices_score_as_one(packed):
         max_position_embeddings=32,
     )
     apply, init = make_classifier(sizes, 3)
-    mesh = sharding.make_mesh(MeshSection())
+    mesh = make_mesh(MeshSection())
     assert mesh.size == 8
     params, rows = init(jax.random.key(0)), rows_of(num_rows=70)
     options = {"buckets": (16, 32), "pad_token_id": 0, "packed": packed}

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_inputs import STUDENT, TEACHER, TEXTS, write_config, write_inputs
 
-from tinybert_jax import cli, distill_objective, family, objectives, optim, sharding, train
+from tinybert_jax import cli, distill_objective, family, objectives, optim, train
 from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import DistillSection
@@ -19,6 +19,8 @@ from tinybert_jax.convert import hf_files
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.log import MetricLog
 from tinybert_jax.model.heads import make_classifier
+from tinybert_jax.parallel import sharding
+from tinybert_jax.parallel.mesh import make_mesh
 
 STUDENTS = {
     "wide": {**TEACHER, "num_attention_heads": 2, "init": "teacher_embeddings"},
@@ -302,7 +304,7 @@ def test_eight_devices_equal_one():
     optimizer = family.join_optimizer(optimizer, made)
     results = []
     for devices, axes in ((1, {}), (8, {"fsdp": 2, "tensor": 2})):
-        mesh = sharding.make_mesh(MeshSection(**axes), jax.devices()[:devices])
+        mesh = make_mesh(MeshSection(**axes), jax.devices()[:devices])
         params = {name: jax.jit(init)(jax.random.key(0)) for name, (_, init) in made.items()}
         state = train.init_state(params, optimizer, jax.random.key(3), mesh)
         placed = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -341,7 +343,7 @@ def test_one_teacher_pass_for_all_members(monkeypatch):
     starts = {name: {"student": init(jax.random.key(0))} for name, (_, init) in made.items()}
     batch = _batch()
     frozen = init_teacher(jax.random.key(1))
-    mesh = sharding.make_mesh(MeshSection())
+    mesh = make_mesh(MeshSection())
     # The step is lowered from outside, where no mesh can be set.
     monkeypatch.setattr(jax, "set_mesh", lambda mesh: contextlib.nullcontext())
 

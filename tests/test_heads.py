@@ -23,8 +23,9 @@ from tinybert_jax.model.heads import (
     make_encoder,
     make_masked_lm,
 )
+from tinybert_jax.parallel.mesh import make_mesh
+from tinybert_jax.parallel.sharding import param_specs, placed
 from tinybert_jax.performance import flops
-from tinybert_jax.sharding import make_mesh, param_specs, placed
 
 ROWS, WIDTH = 5, 16
 TOKENS = ROWS * WIDTH

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from tinybert_jax import sharding
 from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.data import loader, pipeline
+from tinybert_jax.parallel import sharding
+from tinybert_jax.parallel.mesh import make_mesh
 
 
 class PaddedRows(NamedTuple):
@@ -149,7 +150,7 @@ def test_batches_are_made_and_placed_ahead():
         ids, labels = np.full((8, 2), step, np.int32), np.full(8, step, np.int32)
         return pipeline.Batch(ids, ids, ids, labels, labels)
 
-    placement = sharding.batch_sharding(sharding.make_mesh(MeshSection()))
+    placement = sharding.batch_sharding(make_mesh(MeshSection()))
     batches = loader.prefetched(batch_at, start_step=0, placement=placement, num_ahead=5)
     assert {field.sharding for field in jax.tree.leaves(next(batches))} == {placement}
     deadline = time.monotonic() + 10
@@ -303,7 +304,7 @@ print(distributed_sums())
 
 def distributed_sums():
     """Per step, every row's number times its place in the global batch, summed over devices."""
-    mesh = sharding.make_mesh(MeshSection())
+    mesh = make_mesh(MeshSection())
     placement = sharding.batch_sharding(mesh)
     source = PaddedRows(_numbered_rows(), 4, 0)
     batch_at = loader.mixed_batches(

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from tinybert_jax import distill_objective, masking, objectives, sharding, train
+from tinybert_jax import distill_objective, masking, objectives, train
 from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import DistillSection
@@ -21,6 +21,8 @@ from tinybert_jax.model.heads import (
     make_encoder,
     make_masked_lm,
 )
+from tinybert_jax.parallel import sharding
+from tinybert_jax.parallel.mesh import make_mesh
 
 TEACHER = ModelConfig(
     vocab_size=52,
@@ -53,7 +55,7 @@ def _batch(rows=16, width=12, seed=0):
 
 
 def _mesh(num_devices, **axes):
-    return sharding.make_mesh(MeshSection(**axes), jax.devices()[:num_devices])
+    return make_mesh(MeshSection(**axes), jax.devices()[:num_devices])
 
 
 @functools.cache
@@ -348,7 +350,7 @@ def test_state_is_born_sharded_and_moments_with_their_parameters():
 
 def test_mesh_that_does_not_multiply_to_the_devices_is_refused():
     with pytest.raises(ValueError, match="= 8 devices"):
-        sharding.make_mesh(MeshSection(data=3))
+        make_mesh(MeshSection(data=3))
 
 
 def test_dropout_draws_differ_by_step_and_repeat_by_seed():

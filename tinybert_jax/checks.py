@@ -10,7 +10,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from tinybert_jax import distill, optim, sharding
+from tinybert_jax import distill, optim
 from tinybert_jax.config import load as configs
 from tinybert_jax.config.models import FurtherTeacher, ModelConfig, Student
 from tinybert_jax.config.objectives import DISTILL_STAGES, AttentionTerm, LayerTerm, model_kind
@@ -20,6 +20,7 @@ from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.data import vocab
 from tinybert_jax.model.attention import missing_device
 from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.parallel.mesh import num_batch_shards
 
 # The stage that makes the model which a stage starts from or learns from, where the config has it.
 _STAGE_BEFORE = {
@@ -114,7 +115,7 @@ def check_sizes(
             with naming(student.origin):
                 _check_model(config, name, "student", student.sizes, tokenizer)
         check_schedule(name, section)
-        shards = sharding.num_batch_shards(mesh) * section.gradient_accumulation_steps
+        shards = num_batch_shards(mesh) * section.gradient_accumulation_steps
         for part in section.parts():
             if part.section.global_batch_size % shards:
                 raise ValueError(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tinybert_jax import masking, sharding
+from tinybert_jax import masking
 from tinybert_jax.data.pipeline import (
     Batch,
     Plan,
@@ -22,6 +22,8 @@ from tinybert_jax.data.pipeline import (
 from tinybert_jax.losses import vocabulary
 from tinybert_jax.metrics.classification import classification_metrics
 from tinybert_jax.metrics.regression import regression_metrics
+from tinybert_jax.parallel import sharding
+from tinybert_jax.parallel.mesh import num_batch_shards
 
 Scorer = Callable[[Any, TokenRows], np.ndarray]
 EVAL_MASK_RATE = 0.15  # whatever a stage trains with, so that its figures compare with others'
@@ -132,7 +134,7 @@ def _plans(
 
     A batch has as many rows for each device of the mesh.
     """
-    shards = sharding.num_batch_shards(mesh) if mesh else 1
+    shards = num_batch_shards(mesh) if mesh else 1
     global_batch_size = -(-global_batch_size // shards) * shards
     if not packed:
         return plan_epoch(

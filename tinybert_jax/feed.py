@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinybert_jax import sharding
 from tinybert_jax.config.stages import STAGES, StageSection
 from tinybert_jax.data import loader, pipeline
 from tinybert_jax.data.loader import BatchAt
 from tinybert_jax.data.pipeline import Batch, TokenRows
+from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.run import Run
 
 
@@ -94,7 +94,7 @@ def _in_turn(feeds: Sequence[Feed], starts: Sequence[int]) -> Feed:
 
 def _rows_feed(run: Run, section: StageSection, rows: TokenRows, seed: tuple[int, ...]) -> Feed:
     if section.batching == "pack":
-        shards = sharding.num_batch_shards(run.mesh)
+        shards = num_batch_shards(run.mesh)
         epochs = pipeline.packed_epochs(
             rows.lengths,
             width=section.max_length,

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinybert_jax import sharding
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import AttentionTerm, LayerTerm, RelationTerm
 from tinybert_jax.config.stages import StageSection
@@ -23,6 +22,7 @@ from tinybert_jax.losses.attention import builds_maps, reads_scores
 from tinybert_jax.losses.relations import RELATION_BLOCK
 from tinybert_jax.model.heads import make_masked_lm
 from tinybert_jax.objectives import encoder_inputs
+from tinybert_jax.parallel.mesh import num_batch_shards, takes_turns
 from tinybert_jax.performance import flops as performance_flops
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
 from tinybert_jax.plan_work import (
@@ -237,7 +237,7 @@ def _state_bytes(run: Run, section: StageSection, work: Work) -> float:
 
 def _activation_bytes(run: Run, stage: str, work: Work, batch: Batch, words: Words | None) -> float:
     section = run.section(stage)
-    num_parts = sharding.num_batch_shards(run.mesh) * section.gradient_accumulation_steps
+    num_parts = num_batch_shards(run.mesh) * section.gradient_accumulation_steps
     num_rows, width = len(batch.input_ids) / num_parts, batch.input_ids.shape[1]
     values = num_rows * width * (work.teacher.hidden_size if work.teacher else 0)
     students = theirs = 0.0
@@ -253,7 +253,7 @@ def _activation_bytes(run: Run, stage: str, work: Work, batch: Batch, words: Wor
         itemsize = compute_options(run.config)["dtype"].itemsize
         num_taps, num_pairs = _num_taps(run, work, batch)
         theirs = itemsize * values * num_taps + _FP32 * num_rows * num_pairs
-    num_at_a_time = 1 if sharding.takes_turns(run.mesh) else work.num_seeds
+    num_at_a_time = 1 if takes_turns(run.mesh) else work.num_seeds
     return num_at_a_time * students + theirs
 
 

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinybert_jax import sharding
 from tinybert_jax.config.models import SOLE, ModelConfig
 from tinybert_jax.config.objectives import (
     OF_WORDS,
@@ -25,6 +24,7 @@ from tinybert_jax.distill_objective import Options
 from tinybert_jax.masking import highest_rate, num_slots
 from tinybert_jax.model.heads import is_few
 from tinybert_jax.objectives import mlm_chunk_size
+from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.run import Run
 
 _CHUNK_SIZE = Options().chunk_size  # of distillation
@@ -118,7 +118,7 @@ def words_of(run: Run, stage: str, terms: Terms, batch: Batch, share: float) -> 
     if not terms:
         return None
     section = run.section(stage)
-    num_parts = sharding.num_batch_shards(run.mesh) * section.gradient_accumulation_steps
+    num_parts = num_batch_shards(run.mesh) * section.gradient_accumulation_steps
     if stage == "pretrain":
         rate = section.mask_rate
         end = rate if section.mask_rate_end is None else section.mask_rate_end

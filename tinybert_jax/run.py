@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tinybert_jax import checks, corpus_checks, sharding
+from tinybert_jax import checks, corpus_checks
 from tinybert_jax.config import load as configs
 from tinybert_jax.config.models import SOLE, FurtherTeacher, ModelConfig, Student
 from tinybert_jax.config.run import RunConfig
@@ -28,6 +28,8 @@ from tinybert_jax.evaluate import Judge, majority_share, make_scorer, task_metri
 from tinybert_jax.inputs import read_inputs
 from tinybert_jax.log import MetricLog
 from tinybert_jax.model.heads import Apply, Params, frozen_params, make_classifier
+from tinybert_jax.parallel import sharding
+from tinybert_jax.parallel.mesh import make_mesh
 from tinybert_jax.performance import host
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
 
@@ -168,7 +170,7 @@ def read_run(config: RunConfig, stages: Sequence[str]) -> Run:
     run = Run(
         config=config,
         folder=folder,
-        mesh=sharding.make_mesh(config.mesh),
+        mesh=make_mesh(config.mesh),
         log=MetricLog(folder / "metrics.jsonl"),
         **{name: value for name, value in inputs._asdict().items() if name != "text"},
         **inputs.text._asdict(),

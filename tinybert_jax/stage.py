@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tinybert_jax import best, checkpoint, family, loop, optim, sharding, train, tree
+from tinybert_jax import best, checkpoint, family, loop, optim, train, tree
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.stages import STAGES, StageSection
 from tinybert_jax.data import loader
@@ -21,6 +21,7 @@ from tinybert_jax.feed import Feed
 from tinybert_jax.meter import Meter
 from tinybert_jax.model.heads import layers_apart, layers_joined
 from tinybert_jax.objectives import Objective
+from tinybert_jax.parallel import sharding
 from tinybert_jax.performance import trace
 from tinybert_jax.run import Run
 

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from tinybert_jax import sharding
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.family import parted
 from tinybert_jax.objectives import Objective
+from tinybert_jax.parallel import sharding
+from tinybert_jax.parallel.mesh import takes_turns
 
 Metrics = dict[str, jax.Array]
 
@@ -176,7 +177,7 @@ def _make_gradients(objective: Objective, num_parts: int, mesh: Mesh) -> Callabl
                 params, key = student
                 return differentiate(params, batch, counts, key, targets)
 
-            each = _for_each(one, state.key, in_turn=sharding.takes_turns(mesh))
+            each = _for_each(one, state.key, in_turn=takes_turns(mesh))
             return each((state.params, keys))
 
         if num_parts == 1:

@@ -12,7 +12,7 @@ from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.section import AttentionBackend
 from tinybert_jax.model.dropout import dropout
 from tinybert_jax.model.linear import Linear, dense, make_linear
-from tinybert_jax.sharding import over_batch
+from tinybert_jax.parallel.sharding import over_batch
 
 
 class AttentionTaps(NamedTuple):

@@ -25,7 +25,7 @@ from tinybert_jax.model.attention import (
 from tinybert_jax.model.dropout import dropout
 from tinybert_jax.model.linear import dense, make_linear
 from tinybert_jax.model.norm import layer_norm, make_layer_norm
-from tinybert_jax.sharding import constrain
+from tinybert_jax.parallel.sharding import constrain
 
 # An array with a leading axis for the layers, or of an unrolled encoder one array for each.
 Layers = jax.Array | tuple[jax.Array, ...]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from tinybert_jax import distill, sharding, teacher_logits
+from tinybert_jax import distill, teacher_logits
 from tinybert_jax.config.models import ModelConfig, Student
 from tinybert_jax.config.objectives import model_kind, needs_projection, teaches
 from tinybert_jax.convert import hf_files
@@ -24,6 +24,7 @@ from tinybert_jax.model.heads import (
     make_masked_lm,
 )
 from tinybert_jax.objectives import Mask, make_mask
+from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance import flops
 from tinybert_jax.plan_work import tokens_read
 from tinybert_jax.run import Run, as_read, compute_options, dev_judge, with_dropout
@@ -80,7 +81,7 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
             Options(
                 normalisation=run.config.distillation.normalisation,
                 regression=run.is_regression,
-                num_shards=sharding.num_batch_shards(run.mesh),
+                num_shards=num_batch_shards(run.mesh),
             ),
             _make_mask(run) if stage == "general" else None,
         )

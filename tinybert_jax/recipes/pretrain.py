@@ -2,7 +2,6 @@
 
 import jax
 
-from tinybert_jax import sharding
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.stages import STAGES
 from tinybert_jax.convert import hf_files
@@ -13,6 +12,7 @@ from tinybert_jax.evaluate import Judge, make_masked_lm_scorer
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import Apply, make_masked_lm
 from tinybert_jax.objectives import make_mlm
+from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance import flops
 from tinybert_jax.plan_work import tokens_read
 from tinybert_jax.run import Run, compute_options, with_dropout
@@ -40,7 +40,7 @@ def main(run: Run) -> None:
             unit=section.mask_unit,
             is_continuation=continuations,
             max_chunk_size=section.loss_chunk_size,
-            num_shards=sharding.num_batch_shards(run.mesh),
+            num_shards=num_batch_shards(run.mesh),
             **run.mask_ids,
             pair_weight=section.pair_weight,
         ),

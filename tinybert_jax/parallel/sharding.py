@@ -5,17 +5,14 @@ One device is a mesh of one.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tinybert_jax.config.compute import MeshSection
-
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+from tinybert_jax.parallel.mesh import BATCH_AXES
 
 # The dim (counted from the end) that the `tensor` axis splits, by path.
 _TENSOR_DIM = (
@@ -23,20 +20,6 @@ _TENSOR_DIM = (
     (re.compile(r"attention/(query|key|value)/(bias|scale)$|intermediate/(bias|scale)$"), -1),
     (re.compile(r"(attention/output|layers/(\[\d+\]/)?output)/kernel$"), -2),
 )
-
-
-def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices; raises ValueError where the axis sizes do not multiply to them."""
-    devices = jax.devices() if devices is None else devices
-    sizes = [section.data, section.fsdp, section.tensor]
-    if sizes[0] == -1:
-        sizes[0] = len(devices) // (section.fsdp * section.tensor)
-    if int(np.prod(sizes)) != len(devices):
-        raise ValueError(
-            f"mesh: expected data × fsdp × tensor = {len(devices)} devices, got "
-            f"{section.data} × {section.fsdp} × {section.tensor}; data: -1 takes all that are left"
-        )
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def param_specs(abstract: Any, mesh: Mesh, *, num_leading: int = 0) -> Any:
@@ -94,22 +77,8 @@ def over_batch(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)
 
 
-def takes_turns(mesh: Mesh) -> bool:
-    """Whether what is mapped over seeds runs one seed after another: on CPUs.
-
-    Products with an axis for the seeds are slower there than one product each: a step of 8 seeds of
-    benchmarks/many_students.py took 0.86 of `vmap`'s time (2 cores, jax 0.10.2), and the
-    activations of one.
-    """
-    return mesh.devices.flat[0].platform == "cpu"
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
-
-
-def num_batch_shards(mesh: Mesh) -> int:
-    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
 def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

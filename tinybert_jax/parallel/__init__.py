@@ -1,0 +1,1 @@
+"""Which devices hold which part of an array."""
