@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="module")
 def cheap_programs(tmp_path_factory):
     """For runs that have most programs in common: kept on disk, and of one device, not of eight."""
-    patch, make_mesh = pytest.MonkeyPatch(), make_mesh
+    patch = pytest.MonkeyPatch()
     patch.setattr(
         sharding,
         "make_mesh",

@@ -16,7 +16,7 @@ from tinybert_jax.data.vocab import train_wordpiece
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import make_classifier
 from tinybert_jax.parallel import sharding
-from tinybert_jax.performance import flops as performance_flops
+from tinybert_jax.performance import flops as model_flops
 from tinybert_jax.run import read_run
 
 STEPS, ROWS, WIDTH, WORDS = 4, 8, 16, 6  # a row is WORDS words, [CLS] and [SEP]
@@ -101,7 +101,7 @@ def _room(rate, width=WIDTH):
 def test_dry_run_names_all_stages_and_writes_nothing(inputs, tmp_path, capsys, monkeypatch):
     measured = []
     monkeypatch.setattr(
-        performance_flops, "measure_gemm_peak", lambda dtype: measured.append(dtype) or 1e3
+        model_flops, "measure_gemm_peak", lambda dtype: measured.append(dtype) or 1e3
     )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(_settings(inputs, tmp_path / "run")))
     before = sorted(tmp_path.rglob("*"))
@@ -132,19 +132,17 @@ def test_time_is_of_the_compute_dtype(inputs, tmp_path, monkeypatch):
     """An H200's sheet: 989.4 TFLOP/s in bfloat16, half of them in float32 (TF32)."""
     measured = []
     monkeypatch.setattr(
-        performance_flops, "measure_gemm_peak", lambda dtype: measured.append(dtype) or 1e3
+        model_flops, "measure_gemm_peak", lambda dtype: measured.append(dtype) or 1e3
     )
     asked = []
-    monkeypatch.setattr(
-        performance_flops, "peak_flops", lambda kind, dtype: asked.append(dtype) or 1e12
-    )
+    monkeypatch.setattr(model_flops, "peak_flops", lambda kind, dtype: asked.append(dtype) or 1e12)
     run = _run(inputs, tmp_path, ["pretrain"], compute={"dtype": "bfloat16_products"}, num_seeds=1)
     assert "of its bfloat16 peak" in plan.describe(run, ("pretrain",))
     assert set(measured + asked) == {"bfloat16"}
 
 
 def test_stages_that_are_done_are_not_priced_again(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(performance_flops, "measure_gemm_peak", lambda dtype: 1e9)
+    monkeypatch.setattr(model_flops, "measure_gemm_peak", lambda dtype: 1e9)
     run = _run(inputs, tmp_path)
     run.model_folder("pretrain").mkdir(parents=True)
     (run.model_folder("pretrain") / "config.json").touch()
@@ -260,12 +258,12 @@ def test_a_family_has_one_teacher(inputs, tmp_path, monkeypatch):
                 assert value == total - shared
             else:
                 assert value == total
-        frozen = 4 * performance_flops.num_parameters(teacher) if teacher else 0
+        frozen = 4 * model_flops.num_parameters(teacher) if teacher else 0
         assert both.state_bytes == sum(own.state_bytes for own in alone) - frozen
         taps = {"general": 2, "prediction": 0, "baseline": 0}[stage]  # hidden states
         shared = 4 * taps * 16 * WIDTH
         assert both.activation_bytes == sum(own.activation_bytes for own in alone) - shared
-    monkeypatch.setattr(performance_flops, "measure_gemm_peak", lambda dtype: 1e9)
+    monkeypatch.setattr(model_flops, "measure_gemm_peak", lambda dtype: 1e9)
     text = plan.describe(runs[0], ("general",)).replace("\xa0", " ")
     assert text.count("  teacher   ") == 1
     for name in ("one", "two"):
@@ -289,7 +287,7 @@ def test_state_by_hand(inputs, tmp_path):
             distillation={"projection": "per_layer"},
             compute={"teacher_dtype": dtype},
         )
-        layers = performance_flops.num_encoder_parameters(run.teacher)
+        layers = model_flops.num_encoder_parameters(run.teacher)
         assert plan.price(short, "general").state_bytes == state - saved * layers
     averaged = {**STAGE, "average_decay": 0.9}
     state = plan.price(_run(inputs, tmp_path, finetune=averaged), "finetune").state_bytes

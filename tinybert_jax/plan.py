@@ -23,7 +23,7 @@ from tinybert_jax.losses.relations import RELATION_BLOCK
 from tinybert_jax.model.heads import make_masked_lm
 from tinybert_jax.objectives import encoder_inputs
 from tinybert_jax.parallel.mesh import num_batch_shards, takes_turns
-from tinybert_jax.performance import flops as performance_flops
+from tinybert_jax.performance import flops as model_flops
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
 from tinybert_jax.plan_work import (
     Words,
@@ -173,8 +173,8 @@ def _time_line(flops: float, peaks: dict[str, float], dtype: str) -> str:
 
 def _size(model: ModelConfig, times: str = "") -> str:
     whole, layers = (
-        float(performance_flops.num_parameters(model)),
-        float(performance_flops.num_encoder_parameters(model)),
+        float(model_flops.num_parameters(model)),
+        float(model_flops.num_encoder_parameters(model)),
     )
     return f"{si(whole)} parameters{times}, {si(layers)} of them in layers"
 
@@ -192,7 +192,7 @@ def _flops(work: Work, batch: Batch, words: Words | None, num_read: int | None) 
         parts["teacher"] = _forward_flops((work.teacher,), batch, num_read)
         to_width = work.teacher.hidden_size
         once = sum(
-            performance_flops.projection_flops_per_token(
+            model_flops.projection_flops_per_token(
                 model, to_width, len(set(projected(work, model)))
             )
             for model in models
@@ -200,33 +200,28 @@ def _flops(work: Work, batch: Batch, words: Words | None, num_read: int | None) 
         if once:
             parts["projection"] = 3 * slots * work.num_seeds * once
     if words:
-        once = sum(
-            performance_flops.masked_lm_flops(m, words.mapped, words.student) for m in models
-        )
+        once = sum(model_flops.masked_lm_flops(m, words.mapped, words.student) for m in models)
         parts["words"] = 3 * work.num_seeds * once
         if work.teacher and words.teacher:
-            parts["words"] += performance_flops.masked_lm_flops(
-                work.teacher, words.mapped, words.teacher
-            )
+            parts["words"] += model_flops.masked_lm_flops(work.teacher, words.mapped, words.teacher)
     return parts
 
 
 def _forward_flops(models: Iterable[ModelConfig], batch: Batch, num_read: int | None) -> float:
     slots, width = batch.input_ids.size, batch.input_ids.shape[1]
     return slots * sum(
-        performance_flops.forward_flops_per_token(model, width, num_read=num_read)
-        for model in models
+        model_flops.forward_flops_per_token(model, width, num_read=num_read) for model in models
     )
 
 
 def _state_bytes(run: Run, section: StageSection, work: Work) -> float:
     copies = 4 + (section.average_decay is not None)
-    trained = sum(performance_flops.num_parameters(model) for model in work.trained.values())
-    frozen = performance_flops.num_parameters(work.teacher) if work.teacher else 0
+    trained = sum(model_flops.num_parameters(model) for model in work.trained.values())
+    frozen = model_flops.num_parameters(work.teacher) if work.teacher else 0
     if work.teacher:
         # Its kernels are kept rounded; biases, scales and LayerNorms are next to nothing.
         num_bytes = _LAYER_BYTES[run.config.compute.frozen_dtype]
-        frozen -= performance_flops.num_encoder_parameters(work.teacher) * (1 - num_bytes / _FP32)
+        frozen -= model_flops.num_encoder_parameters(work.teacher) * (1 - num_bytes / _FP32)
         is_shared = run.config.distillation.projection == "shared"
         for model in (own for own in work.trained.values() if projected(work, own)):
             num_projections = 1 if is_shared else model.num_hidden_layers + 1

@@ -1,7 +1,4 @@
-"""Owns the final numbers of an evaluation: host arrays in, a flat dict of floats out.
-
-Knows nothing of models, batches or devices; whoever evaluates gathers the predictions first.
-"""
+"""Scores of predicted classes: accuracy, F1, Matthews correlation, confusion counts."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,7 +18,7 @@ def classification_metrics(
             f"expected logits [n, classes] with at least 2 classes, got {logits.shape}; "
             "a single output is a regression: use regression_metrics"
         )
-    _require_no_nan("logits", logits)
+    require_no_nan("logits", logits)
     counts = confusion_matrix(logits.argmax(-1), labels, logits.shape[1])
     f1 = _f1_per_class(counts)
     occurs = counts.sum(0) + counts.sum(1) > 0
@@ -36,7 +33,7 @@ def confusion_matrix(
     predictions: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], num_labels: int
 ) -> Int[np.ndarray, "num_labels num_labels"]:
     """Counts [true class, predicted class]; ValueError for an empty set or a class out of range."""
-    _require_pairs(predictions, labels)
+    require_pairs(predictions, labels)
     for name, classes in (("labels", labels), ("predictions", predictions)):
         low, high = int(classes.min()), int(classes.max())
         if low < 0 or high >= num_labels:
@@ -62,14 +59,14 @@ def _matthews(counts: np.ndarray) -> float:
     return float(covariance / np.sqrt(spread)) if spread > 0 else 0.0
 
 
-def _require_pairs(predictions: np.ndarray, labels: np.ndarray) -> None:
+def require_pairs(predictions: np.ndarray, labels: np.ndarray) -> None:
     # [n, 1] against [n] would broadcast to n² pairs without a word.
     assert predictions.shape == labels.shape == (len(labels),), (predictions.shape, labels.shape)
     if len(labels) == 0:
         raise ValueError("expected at least one example, got none; check the evaluation split")
 
 
-def _require_no_nan(name: str, values: np.ndarray) -> None:
+def require_no_nan(name: str, values: np.ndarray) -> None:
     num_bad = int(np.isnan(values).sum())
     if num_bad:
         raise ValueError(

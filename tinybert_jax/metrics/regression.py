@@ -1,9 +1,9 @@
-"""TODO."""
+"""Scores of predicted numbers: correlations and squared error."""
 
 import numpy as np
 from jaxtyping import Real
 
-from tinybert_jax.metrics.classification import _require_no_nan, _require_pairs
+from tinybert_jax.metrics.classification import require_no_nan, require_pairs
 
 
 def regression_metrics(
@@ -14,9 +14,9 @@ def regression_metrics(
     A correlation with a constant is undefined; it is reported as 0.0 (nothing learnt) so that the
     best checkpoint can still be chosen. Raises ValueError for an empty set or NaN.
     """
-    _require_pairs(predictions, labels)
-    _require_no_nan("predictions", predictions)
-    _require_no_nan("labels", labels)
+    require_pairs(predictions, labels)
+    require_no_nan("predictions", predictions)
+    require_no_nan("labels", labels)
     predictions, labels = predictions.astype(np.float64), labels.astype(np.float64)
     return {
         "pearson": _pearson(predictions, labels),

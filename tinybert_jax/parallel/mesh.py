@@ -1,4 +1,8 @@
-"""TODO."""
+"""The mesh of devices.
+
+Axes: `data` (batch), `fsdp` (batch and parameters), `tensor` (heads and feed-forward width). One
+device is a mesh of one.
+"""
 
 from collections.abc import Sequence
 from typing import Any

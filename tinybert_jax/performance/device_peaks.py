@@ -1,4 +1,4 @@
-"""TODO."""
+"""FLOP/s that one device can reach: data sheets of accelerators, a measurement on this CPU."""
 
 import functools
 import re
