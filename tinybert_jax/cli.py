@@ -196,9 +196,9 @@ def _run(arguments, command: str) -> int:
 
 
 def _evaluate(arguments, command: str) -> int:
-    from tinybert_jax import inference
+    from tinybert_jax.inference import predict
 
-    scores = inference.evaluate_file(
+    scores = predict.evaluate_file(
         arguments.model,
         arguments.data,
         text=arguments.text,
@@ -212,7 +212,7 @@ def _evaluate(arguments, command: str) -> int:
 
 
 def _predict(arguments, command: str) -> int:
-    from tinybert_jax import inference
+    from tinybert_jax.inference import predict
 
     if bool(arguments.data) == bool(arguments.sentence):
         got = "both" if arguments.data else "neither"
@@ -225,7 +225,7 @@ def _predict(arguments, command: str) -> int:
         )
     if output and arguments.data and output.exists() and output.samefile(arguments.data):
         raise ValueError(f"--output: expected another file than the data, got {output} for both")
-    rows = inference.predict(
+    rows = predict.predict(
         arguments.model,
         arguments.data or arguments.sentence,
         text=arguments.text,

@@ -22,7 +22,7 @@ from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.convert.hf_folder import find_folder
 from tinybert_jax.data import vocab
 from tinybert_jax.data.store import Store, open_store
-from tinybert_jax.data.tasks import TaskData, read_corpus, read_task, split_heldout
+from tinybert_jax.data.tasks import TaskData, corpus_documents, read_task, split_heldout
 
 
 class Text(NamedTuple):
@@ -96,7 +96,7 @@ def _read_text(section: CorpusSection | None) -> Text:
     if section is None:
         return Text()
     if not section.stores:
-        return Text(*split_heldout(read_corpus(section), section.heldout_share))
+        return Text(*split_heldout(corpus_documents(section), section.heldout_share))
     stores = tuple((open_store(path), share) for path, share in sorted(section.stores.items()))
     heldout = open_store(section.heldout_store) if section.heldout_store else None
     return Text(stores=stores, heldout_store=heldout)

@@ -42,7 +42,7 @@ class TaskData(NamedTuple):
         return len(self.label_names) if self.label_names else 1
 
 
-def read_corpus(section: CorpusSection) -> tuple[str, ...]:
+def corpus_documents(section: CorpusSection) -> tuple[str, ...]:
     """The documents of a corpus section."""
     documents = builtin.builtin_corpus() if section.builtin else sources.read_corpus(section.files)
     return tuple(documents[: section.max_documents])
