@@ -47,10 +47,11 @@ def main() -> None:
 
 def read_rows():
     from tinybert_jax.convert import hf_folder
-    from tinybert_jax.data import pipeline, sources
+    from tinybert_jax.data import pipeline
+    from tinybert_jax.data.tables import read_labelled
 
     path = Path(os.environ["TINYBERT_DATA"]) / "cls" / "sst2" / "train.tsv"
-    text = sources.read_labelled(str(path), text="sentence", label="label")
+    text = read_labelled(str(path), text="sentence", label="label")
     tokenizer = hf_folder.load_tokenizer(os.environ["TEACHER"])
     return pipeline.tokenize_task(tokenizer, text, MAX_LENGTH)
 

@@ -46,10 +46,11 @@ def read_rows():
     import numpy as np
 
     from tinybert_jax.convert import hf_folder
-    from tinybert_jax.data import pipeline, sources
+    from tinybert_jax.data import pipeline
+    from tinybert_jax.data.corpus import read_corpus
 
     path = Path(os.environ["TINYBERT_DATA"]) / "mlm" / "wikipedia_squad_train.txt"
-    documents = sources.read_corpus((str(path),))[:2000]
+    documents = read_corpus((str(path),))[:2000]
     tokenizer = hf_folder.load_tokenizer(os.environ["TEACHER"])
     rows = pipeline.tokenize_corpus(tokenizer, documents, WIDTH)
     is_full = rows.lengths == WIDTH

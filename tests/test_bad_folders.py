@@ -8,7 +8,7 @@ from bad_world import STUDENT, TEXTS, change
 from safetensors.numpy import load_file
 
 from tinybert_jax import cli
-from tinybert_jax.data.vocab import train_wordpiece
+from tinybert_jax.data.wordpiece import train_wordpiece
 
 # Vocabularies
 

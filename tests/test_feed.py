@@ -7,11 +7,11 @@ import pytest
 
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.config.run import RunConfig
-from tinybert_jax.data import vocab
 from tinybert_jax.data.loader import segment_rows
 from tinybert_jax.data.pipeline import tokenize_corpus
 from tinybert_jax.data.prepare import prepare
 from tinybert_jax.data.store import open_store
+from tinybert_jax.data.wordpiece import train_wordpiece
 from tinybert_jax.recipes import pipeline
 
 WIDTH = 16
@@ -35,7 +35,7 @@ def _documents(seed):
 def prepared(tmp_path_factory):
     """(folder, tokenizer): stores a, b and heldout in it."""
     folder = tmp_path_factory.mktemp("stores")
-    tokenizer = vocab.train_wordpiece(_documents(0) + _documents(1), vocab_size=90)
+    tokenizer = train_wordpiece(_documents(0) + _documents(1), vocab_size=90)
     tokenizer.save_pretrained(folder / "tokenizer")
     for seed, name in enumerate(("a", "b", "heldout")):
         (folder / f"{name}.txt").write_text("\n\n".join(_documents(seed)))
@@ -107,7 +107,7 @@ def test_a_store_of_another_tokenizer_or_width_is_refused_before_anything_is_wri
     prepared, tmp_path
 ):
     folder, _ = prepared
-    other = vocab.train_wordpiece(_documents(2), vocab_size=80)
+    other = train_wordpiece(_documents(2), vocab_size=80)
     other.save_pretrained(tmp_path / "other")
     config = _run_config(
         folder, tmp_path / "run", tokenizer={"path": str(tmp_path / "other")}, general=None

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from tinybert_jax.data import loader, pipeline, vocab
-from tinybert_jax.data.sources import LabelledText
+from tinybert_jax.data import loader, pipeline
+from tinybert_jax.data.tables import LabelledText
+from tinybert_jax.data.wordpiece import is_continuation, train_wordpiece
 
 SENTENCES = [
     "a cat sat on the mat .",
@@ -13,7 +14,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return vocab.train_wordpiece(SENTENCES, vocab_size=120)
+    return train_wordpiece(SENTENCES, vocab_size=120)
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +103,13 @@ def test_filler_rows_have_no_weight_and_no_mask(rows):
 
 
 def test_wordpiece_training_is_deterministic(tokenizer):
-    again = vocab.train_wordpiece(SENTENCES, vocab_size=120)
+    again = train_wordpiece(SENTENCES, vocab_size=120)
     assert again.get_vocab() == tokenizer.get_vocab()
     assert tokenizer.tokenize("Café MAT") == again.tokenize("cafe mat")
 
 
 def test_pieces_that_continue_a_word_are_the_tokenizers_own(tokenizer):
-    table = vocab.is_continuation(tokenizer)
+    table = is_continuation(tokenizer)
     encoded = tokenizer("foxes jumping over zebras .", add_special_tokens=False)
     words = encoded.word_ids()
     expected = [i > 0 and words[i] == words[i - 1] for i in range(len(words))]

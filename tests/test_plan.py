@@ -12,7 +12,7 @@ import yaml
 
 from tinybert_jax import cli, objectives, plan, plan_work
 from tinybert_jax.config.run import RunConfig
-from tinybert_jax.data.vocab import train_wordpiece
+from tinybert_jax.data.wordpiece import train_wordpiece
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import make_classifier
 from tinybert_jax.parallel import sharding

@@ -16,10 +16,10 @@ from tinybert_jax.config import load as config_files
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import PretrainSection
-from tinybert_jax.data import vocab
 from tinybert_jax.data.pipeline import Batch, tokenize_corpus
 from tinybert_jax.data.prepare import prepare
 from tinybert_jax.data.store import open_store
+from tinybert_jax.data.wordpiece import train_wordpiece
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.model.heads import make_masked_lm
 from tinybert_jax.recipes import pipeline
@@ -49,7 +49,7 @@ def _documents(seed):
 def prepared(tmp_path_factory):
     """A folder with text, its tokenizer and stores of it by name."""
     folder = tmp_path_factory.mktemp("prepared")
-    tokenizer = vocab.train_wordpiece(_documents(0), vocab_size=90)
+    tokenizer = train_wordpiece(_documents(0), vocab_size=90)
     tokenizer.save_pretrained(folder / "tokenizer")
     for seed, name in enumerate(("text", "heldout")):
         (folder / f"{name}.txt").write_text("\n\n".join(_documents(seed)))

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinybert_jax.data.sources import LabelledText, read_corpus, read_labelled
+from tinybert_jax.data.corpus import read_corpus
+from tinybert_jax.data.tables import LabelledText, read_labelled
 
 DATA = os.environ.get("TINYBERT_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="TINYBERT_DATA is unset")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tinybert_jax.config.tasks import TaskSection
-from tinybert_jax.data.tasks import describe_labels, read_task, split_heldout
+from tinybert_jax.data.splits import describe_labels, read_task, split_heldout
 
 
 def test_documents_are_held_out_by_the_hash_of_their_text():

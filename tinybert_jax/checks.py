@@ -17,7 +17,7 @@ from tinybert_jax.config.objectives import DISTILL_STAGES, AttentionTerm, LayerT
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import TEACHER_STAGES, StageSection
 from tinybert_jax.convert import hf_files, hf_folder
-from tinybert_jax.data import vocab
+from tinybert_jax.data.wordpiece import is_continuation
 from tinybert_jax.model.attention import missing_device
 from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.parallel.mesh import num_batch_shards
@@ -89,7 +89,7 @@ def check_vocabularies(config: RunConfig, tokenizer: Any, students: Sequence[Stu
             "tokenizer.path to a folder of BERT's kind"
         )
     if config.pretrain and config.pretrain.mask_unit != "token":
-        vocab.is_continuation(tokenizer)
+        is_continuation(tokenizer)
 
 
 def _masks(config: RunConfig, stage: str) -> bool:

@@ -284,14 +284,12 @@ def _inspect(arguments, command: str) -> int:
 
 def _extend(arguments, command: str) -> int:
     from tinybert_jax import export
-    from tinybert_jax.data import corpus_vocab
+    from tinybert_jax.data.wordpiece import iter_texts
 
     bad: list = []
     words = export.extend_vocabulary(
         arguments.model,
-        corpus_vocab.iter_texts(
-            arguments.sources, text=arguments.text, split=arguments.split, bad=bad
-        ),
+        iter_texts(arguments.sources, text=arguments.text, split=arguments.split, bad=bad),
         arguments.output,
         num_words=arguments.words,
         min_count=arguments.min_count,
@@ -303,10 +301,10 @@ def _extend(arguments, command: str) -> int:
 
 
 def _vocab(arguments, command: str) -> int:
-    from tinybert_jax.data import corpus_vocab
+    from tinybert_jax.data.wordpiece import write_vocab
 
     print(
-        corpus_vocab.write_vocab(
+        write_vocab(
             arguments.sources,
             arguments.output,
             vocab_size=arguments.size,

@@ -5,10 +5,10 @@ from typing import Any
 
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import StageSection
-from tinybert_jax.data import vocab
 from tinybert_jax.data.loader import check_mixture
 from tinybert_jax.data.pipeline import MIN_TOKENS
 from tinybert_jax.data.store import Store
+from tinybert_jax.data.wordpiece import backend_sha256
 
 
 def check_stores(
@@ -19,7 +19,7 @@ def check_stores(
     heldout: Store | None,
 ) -> None:
     """Refuses stores of another tokenizer, without rows, or of a width that no stage reads."""
-    expected = vocab.backend_sha256(tokenizer)
+    expected = backend_sha256(tokenizer)
     given = [("corpus.stores", store) for store, _ in stores]
     given += [("corpus.heldout_store", heldout)] if heldout else []
     for origin, store in given:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tinybert_jax.convert import hf_files, hf_folder, hf_map
-from tinybert_jax.data import vocab
+from tinybert_jax.data.wordpiece import check_extendable, split_words, with_words
 from tinybert_jax.tree import unflatten
 
 _WORD_TABLE, _WORD_BIAS = "encoder/embeddings/word/embedding", "decoder/bias"
@@ -44,8 +44,8 @@ def extend_vocabulary(
             raise ValueError(f"{name}: expected 1 or more, got {value}")
     model, flat, tokenizer = _read_whole(source, target)
     hf_folder.check_table(tokenizer, model.config, f"the model in {source}")
-    vocab.check_extendable(tokenizer)
-    words = vocab.split_words(tokenizer, texts, num_words=num_words, min_count=min_count)
+    check_extendable(tokenizer)
+    words = split_words(tokenizer, texts, num_words=num_words, min_count=min_count)
     if not words:
         raise ValueError(
             f"--words: expected words that {source} splits, {min_count} times or more in the text, "
@@ -57,7 +57,7 @@ def extend_vocabulary(
         if path in flat:
             flat[path] = _with_means(flat[path], len(tokenizer), list(words.values()))
     config = model.config.model_copy(update={"vocab_size": len(flat[_WORD_TABLE])})
-    _save(target, model._replace(config=config), flat, vocab.with_words(tokenizer, numbers))
+    _save(target, model._replace(config=config), flat, with_words(tokenizer, numbers))
     return tuple(words)
 
 

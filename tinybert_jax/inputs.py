@@ -20,9 +20,9 @@ from tinybert_jax.config.models import (
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.convert.hf_folder import find_folder
-from tinybert_jax.data import vocab
+from tinybert_jax.data.splits import TaskData, corpus_documents, read_task, split_heldout
 from tinybert_jax.data.store import Store, open_store
-from tinybert_jax.data.tasks import TaskData, corpus_documents, read_task, split_heldout
+from tinybert_jax.data.wordpiece import train_wordpiece
 
 
 class Text(NamedTuple):
@@ -107,9 +107,7 @@ def _make_tokenizer(config: RunConfig, folder: Path, corpus: Sequence[str]) -> A
         return hf_folder.load_tokenizer(folder / "tokenizer")
     section = config.tokenizer
     if section.vocab_size:
-        return vocab.train_wordpiece(
-            corpus, vocab_size=section.vocab_size, lowercase=section.lowercase
-        )
+        return train_wordpiece(corpus, vocab_size=section.vocab_size, lowercase=section.lowercase)
     folder_of_pieces = section.path or config.teacher.path
     assert folder_of_pieces is not None  # the config has one of the three
     return hf_folder.load_tokenizer(folder_of_pieces)

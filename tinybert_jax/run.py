@@ -22,8 +22,8 @@ from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import StageSection
 from tinybert_jax.convert import hf_files
 from tinybert_jax.data.pipeline import tokenize_task
+from tinybert_jax.data.splits import TaskData
 from tinybert_jax.data.store import Store
-from tinybert_jax.data.tasks import TaskData
 from tinybert_jax.evaluate import Judge, majority_share, make_scorer, task_metrics
 from tinybert_jax.inputs import read_inputs
 from tinybert_jax.log import MetricLog

@@ -1,1 +1,1 @@
-"""From raw text to batches: sources, the built-in data set, tokenizing and batch plans."""
+"""Raw text to examples: tables, corpora and records, before any tokenizer but its training."""

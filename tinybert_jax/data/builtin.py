@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinybert_jax.data.sources import LabelledText
+from tinybert_jax.data.tables import LabelledText
 
 _CLASSES = ("huggingface_hub", "jax", "orbax", "pandas", "scipy", "transformers")
 _TEXT_ONLY = ("datasets", "flax", "numpy", "optax", "pydantic")  # too short, or too like a class

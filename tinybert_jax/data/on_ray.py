@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tinybert_jax.data import prepare
-from tinybert_jax.data.mistakes import fail
+from tinybert_jax.data.errors import fail
 from tinybert_jax.data.prepare import Done, Work
 from tinybert_jax.data.records import Source
 

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from tinybert_jax.data import packing
-from tinybert_jax.data.sources import LabelledText
-from tinybert_jax.data.vocab import plain_backend
+from tinybert_jax.data.tables import LabelledText
+from tinybert_jax.data.wordpiece import plain_backend
 
 MIN_TOKENS = 4  # a corpus chunk shorter than this teaches nothing: [CLS] one word [SEP]
 

@@ -24,11 +24,11 @@ import numpy as np
 
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.data import records, store
+from tinybert_jax.data.errors import fail
 from tinybert_jax.data.instances import Layout, pack_documents, pair_instances
-from tinybert_jax.data.mistakes import fail
 from tinybert_jax.data.records import Chunk, Source
 from tinybert_jax.data.store import Rows, StoreWriter
-from tinybert_jax.data.vocab import backend_json
+from tinybert_jax.data.wordpiece import backend_json
 from tinybert_jax.performance import host
 
 _IDENTITY, _BAD = "identity.json", "bad_records.jsonl"

@@ -20,8 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinybert_jax.data.mistakes import fail, fail_column, short
-from tinybert_jax.data.sources import COMPRESSED, corpus_files, load_dataset
+from tinybert_jax.data.corpus import COMPRESSED, corpus_files
+from tinybert_jax.data.errors import fail, fail_column, short
+from tinybert_jax.data.tables import load_dataset
 
 _KINDS = (".txt", ".jsonl", ".tsv", ".csv", ".parquet")
 _SUFFIXES = tuple(kind + end for kind in _KINDS for end in ("", *COMPRESSED))

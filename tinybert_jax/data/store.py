@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinybert_jax.data.mistakes import fail
+from tinybert_jax.data.errors import fail
 
 FORMAT = "tinybert token store 1"
 INDEX, MANIFEST, TOKENIZER = "index.jsonl", "manifest.json", "tokenizer.json"

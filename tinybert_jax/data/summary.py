@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinybert_jax.data.mistakes import fail
+from tinybert_jax.data.errors import fail
 from tinybert_jax.data.store import MANIFEST, TOKENIZER, Store, open_store
 
 _BAR = 40  # characters of the longest bar

@@ -7,9 +7,8 @@ import numpy as np
 
 from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.convert.hf_files import HfModel
-from tinybert_jax.data import sources
 from tinybert_jax.data.pipeline import MIN_TOKENS, tokenize_task
-from tinybert_jax.data.sources import LabelledText
+from tinybert_jax.data.tables import LabelledText, read_labelled
 from tinybert_jax.evaluate import make_scorer, task_metrics
 from tinybert_jax.model.heads import make_classifier
 
@@ -35,9 +34,7 @@ def predict(
     positions) are cut.
     """
     if isinstance(data, str):
-        labelled = sources.read_labelled(
-            data, text=text, text_pair=text_pair, label=None, split=split
-        )
+        labelled = read_labelled(data, text=text, text_pair=text_pair, label=None, split=split)
     else:
         empty = [number for number, sentence in enumerate(data, 1) if not sentence.strip()]
         if empty:
@@ -83,12 +80,12 @@ def evaluate_file(
 def _read(data, text, text_pair, label, split, names, regression) -> LabelledText:
     options = {"text": text, "text_pair": text_pair, "label": label, "split": split}
     if regression:
-        return sources.read_labelled(data, regression=True, **options)
-    found = sources.read_labelled(data, **options)
+        return read_labelled(data, regression=True, **options)
+    found = read_labelled(data, **options)
     ids = tuple(str(i) for i in range(len(names)))
     raw = set(found.label_names or ())
     known = ids if raw <= set(ids) and not raw <= set(names) else names
-    return sources.read_labelled(data, labels=known, **options)
+    return read_labelled(data, labels=known, **options)
 
 
 def _read_classifier(model: str) -> HfModel:

@@ -9,7 +9,7 @@ from typing import Any
 from tinybert_jax import plan, results
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import STAGES
-from tinybert_jax.data.tasks import describe_labels
+from tinybert_jax.data.splits import describe_labels
 from tinybert_jax.recipes import distill, finetune, pretrain
 from tinybert_jax.report.page import write_report
 from tinybert_jax.run import Run, check_teacher, open_run, publish, read_run

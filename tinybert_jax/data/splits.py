@@ -8,9 +8,10 @@ import numpy as np
 
 from tinybert_jax.config.data import CorpusSection
 from tinybert_jax.config.tasks import TaskSection
-from tinybert_jax.data import builtin, sources
-from tinybert_jax.data.mistakes import short
-from tinybert_jax.data.sources import LabelledText
+from tinybert_jax.data import builtin
+from tinybert_jax.data.corpus import read_corpus
+from tinybert_jax.data.errors import short
+from tinybert_jax.data.tables import LabelledText, read_labelled
 
 
 class TaskData(NamedTuple):
@@ -44,7 +45,7 @@ class TaskData(NamedTuple):
 
 def corpus_documents(section: CorpusSection) -> tuple[str, ...]:
     """The documents of a corpus section."""
-    documents = builtin.builtin_corpus() if section.builtin else sources.read_corpus(section.files)
+    documents = builtin.builtin_corpus() if section.builtin else read_corpus(section.files)
     return tuple(documents[: section.max_documents])
 
 
@@ -84,7 +85,7 @@ def read_task(section: TaskSection) -> TaskData:
     }
     common: dict[str, Any] = {"regression": section.regression, "format": section.format}
     assert section.train is not None  # or the section is builtin
-    train = sources.read_labelled(
+    train = read_labelled(
         section.train, **columns, **common, split=section.train_split, labels=section.labels
     )
     if train.label_names is not None and len(train.label_names) < 2:
@@ -99,7 +100,7 @@ def read_task(section: TaskSection) -> TaskData:
     # Labels named only by the training split are the only ones that the dev split may hold.
     labels = section.labels or train.label_names
     assert section.dev is not None  # or there is a dev_share
-    dev = sources.read_labelled(
+    dev = read_labelled(
         section.dev,
         **columns | dict(section.dev_columns),
         **common,
@@ -189,7 +190,7 @@ def _task_data(section: TaskSection, train: LabelledText, dev: LabelledText) -> 
     if section.unlabelled == "rest":
         unlabelled = _rows(train, section.max_train_rows, None)
     elif section.unlabelled:
-        unlabelled = sources.read_labelled(
+        unlabelled = read_labelled(
             section.unlabelled, text=section.text, text_pair=section.text_pair, label=None
         )
     return TaskData(_rows(train, 0, section.max_train_rows), dev, unlabelled)
