@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinybert_jax.model.attention import attend, make_visible
+from tinybert_jax.models.attention import attend, make_visible
 
 SIZES = {  # heads, head dim
     "bert-base": (12, 64),

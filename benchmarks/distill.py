@@ -124,7 +124,8 @@ def ours(
     from tinybert_jax.config.objectives import DistillSection
     from tinybert_jax.convert import hf_files
     from tinybert_jax.distill_objective import Options, Role, make_distill
-    from tinybert_jax.model.heads import frozen_params, layers_apart, make_encoder
+    from tinybert_jax.models.heads import make_encoder
+    from tinybert_jax.models.params import frozen_params, layers_apart
 
     teacher_dtype = teacher_dtype or product_dtype
 

@@ -64,7 +64,8 @@ def ours(path: Path, num_steps: int, product_dtype: str | None) -> sides.Round:
 
     from tinybert_jax.convert import hf_files
     from tinybert_jax.data import loader, pipeline
-    from tinybert_jax.model.heads import layers_apart, make_classifier
+    from tinybert_jax.models.heads import make_classifier
+    from tinybert_jax.models.params import layers_apart
     from tinybert_jax.objectives import make_supervised
 
     teacher = os.environ["TEACHER"]

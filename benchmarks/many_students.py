@@ -60,7 +60,8 @@ def students(
     from tinybert_jax.data import loader, pipeline
     from tinybert_jax.distill import init_projection
     from tinybert_jax.distill_objective import Role, make_distill
-    from tinybert_jax.model.heads import frozen_params, layers_apart, make_encoder
+    from tinybert_jax.models.heads import make_encoder
+    from tinybert_jax.models.params import frozen_params, layers_apart
 
     teacher = ModelConfig(**PRESETS["bert-base"])
     teacher_apply, teacher_init = make_encoder(teacher, unroll=True)

@@ -265,7 +265,7 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
     import jax.numpy as jnp
 
     from tinybert_jax.config.models import ModelConfig
-    from tinybert_jax.model.heads import layers_apart
+    from tinybert_jax.models.params import layers_apart
 
     device = _jax_device(settings.tiny)
     options: dict[str, Any] = {"unroll": settings.unrolled, "dtype": jnp.bfloat16}
@@ -279,7 +279,8 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
         from tinybert_jax.config.objectives import DistillSection
         from tinybert_jax.distill import init_projection
         from tinybert_jax.distill_objective import Role, make_distill
-        from tinybert_jax.model.heads import frozen_params, make_encoder
+        from tinybert_jax.models.heads import make_encoder
+        from tinybert_jax.models.params import frozen_params
 
         teacher = ModelConfig(**work.teacher)
         apply, init = make_encoder(student, **options)
@@ -297,7 +298,7 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
         projection = init_projection(keys[1], student.hidden_size, teacher.hidden_size, 1)
         params: Any = {"student": jax.jit(init)(keys[2]), "projection": projection}
     else:
-        from tinybert_jax.model.heads import make_masked_lm
+        from tinybert_jax.models.heads import make_masked_lm
         from tinybert_jax.objectives import make_mlm
 
         apply, init = make_masked_lm(student, **options)

@@ -79,7 +79,8 @@ def ours(path: Path, num_steps: int, batch_size: int, product_dtype: str | None)
     from tinybert_jax.config.models import ModelConfig
     from tinybert_jax.convert import hf_folder
     from tinybert_jax.data import loader, pipeline
-    from tinybert_jax.model.heads import layers_apart, make_masked_lm
+    from tinybert_jax.models.heads import make_masked_lm
+    from tinybert_jax.models.params import layers_apart
     from tinybert_jax.objectives import make_mlm
 
     tokenizer, rows = hf_folder.load_tokenizer(os.environ["TEACHER"]), sides.load_rows(path)

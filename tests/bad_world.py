@@ -13,7 +13,7 @@ from tinybert_jax import cli
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.convert import hf_files
 from tinybert_jax.data.wordpiece import train_wordpiece
-from tinybert_jax.model.heads import make_classifier, make_encoder
+from tinybert_jax.models.heads import make_classifier, make_encoder
 
 TEXTS = ["a fine film", "a dull film", "tea and toast", "toast and jam and more tea"] * 3
 LABELS = ["neg", "pos"] * 6

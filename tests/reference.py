@@ -12,7 +12,7 @@ from transformers import BertConfig, BertTokenizer
 
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.convert import hf_map
-from tinybert_jax.tree import flatten, unflatten
+from tinybert_jax.models.params import flatten, unflatten
 
 # head_dim 26 as in TinyBERT4; no two sizes alike, so that a transposed tensor cannot fit.
 SIZES = {

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinybert_jax.model.activations import ACTIVATIONS
+from tinybert_jax.models.activations import ACTIVATIONS
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 4e-3)])

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from tinybert_jax.config.compute import MeshSection
-from tinybert_jax.model.attention import (
+from tinybert_jax.models.attention import (
     attend,
     cudnn_attention,
     make_visible,
     missing_device,
     splash_attention,
 )
-from tinybert_jax.model.dropout import dropout
+from tinybert_jax.models.dropout import dropout
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
 

@@ -21,7 +21,7 @@ from reference import (
 
 from tinybert_jax.losses.attention import attention_mse, builds_maps, regroup, score_mse
 from tinybert_jax.losses.relations import relation_kl
-from tinybert_jax.model.attention import attention_scores
+from tinybert_jax.models.attention import attention_scores
 
 F = torch.nn.functional
 NORMALISATIONS = ["paper_code", "valid_only"]

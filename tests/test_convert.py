@@ -39,12 +39,8 @@ from transformers import (
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.convert import hf_files, hf_map
 from tinybert_jax.convert.hf_folder import load_tokenizer
-from tinybert_jax.model.heads import (
-    make_classifier,
-    make_encoder,
-    make_masked_lm,
-)
-from tinybert_jax.tree import flatten
+from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.models.params import flatten
 
 CONFIG = ModelConfig(**SIZES)
 WORD_TABLE = "bert.embeddings.word_embeddings.weight"

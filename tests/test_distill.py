@@ -5,7 +5,7 @@ import pytest
 
 from tinybert_jax import distill
 from tinybert_jax.config.models import ModelConfig
-from tinybert_jax.model.heads import make_encoder
+from tinybert_jax.models.heads import make_encoder
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinybert_jax.model.dropout import dropout, kept
+from tinybert_jax.models.dropout import dropout, kept
 
 KEYS = jax.random.split(jax.random.key(0), 24)
 SHAPE = (16, 8, 32, 32)

@@ -9,7 +9,7 @@ from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.data.pipeline import TokenRows
 from tinybert_jax.evaluate import EVAL_MASK_RATE, make_masked_lm_scorer, make_scorer
-from tinybert_jax.model.heads import MaskedLMOutput, make_classifier
+from tinybert_jax.models.heads import MaskedLMOutput, make_classifier
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
 

@@ -18,7 +18,7 @@ from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.convert import hf_files
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.log import MetricLog
-from tinybert_jax.model.heads import make_classifier
+from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
 

@@ -13,16 +13,9 @@ from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import DistillSection, needs_projection
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import init_projection
-from tinybert_jax.model.encoder import Encoder
-from tinybert_jax.model.heads import (
-    frozen_params,
-    is_few,
-    layers_apart,
-    layers_joined,
-    make_classifier,
-    make_encoder,
-    make_masked_lm,
-)
+from tinybert_jax.models.encoder import Encoder
+from tinybert_jax.models.heads import is_few, make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.models.params import frozen_params, layers_apart, layers_joined
 from tinybert_jax.parallel.mesh import make_mesh
 from tinybert_jax.parallel.sharding import param_specs, placed
 from tinybert_jax.performance import flops

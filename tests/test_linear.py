@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 from tinybert_jax.config.models import ModelConfig
-from tinybert_jax.model.heads import frozen_params, make_classifier, make_masked_lm
-from tinybert_jax.model.linear import dense, make_linear, rounded_kernels
+from tinybert_jax.models.heads import make_classifier, make_masked_lm
+from tinybert_jax.models.linear import dense, make_linear, rounded_kernels
+from tinybert_jax.models.params import frozen_params
 
 CONFIG = ModelConfig(
     vocab_size=50,

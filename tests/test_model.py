@@ -23,14 +23,10 @@ from transformers import (
 )
 
 from tinybert_jax.config.models import ModelConfig
-from tinybert_jax.model.activations import ACTIVATIONS
-from tinybert_jax.model.attention import attention_scores
-from tinybert_jax.model.heads import (
-    make_classifier,
-    make_encoder,
-    make_masked_lm,
-)
-from tinybert_jax.tree import flatten, unflatten
+from tinybert_jax.models.activations import ACTIVATIONS
+from tinybert_jax.models.attention import attention_scores
+from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.models.params import flatten, unflatten
 
 TOLERANCE = 2e-5
 SEQ = 12

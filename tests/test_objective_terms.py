@@ -19,7 +19,7 @@ from tinybert_jax.config.objectives import (
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import init_projection
 from tinybert_jax.losses import attention as attention_losses
-from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 
 F = torch.nn.functional
 WIDTH, ROWS = 10, 6

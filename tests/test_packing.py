@@ -11,7 +11,7 @@ from tinybert_jax.config.objectives import DistillSection, model_kind
 from tinybert_jax.data import packing, pipeline
 from tinybert_jax.data.pipeline import Plan, TokenRows
 from tinybert_jax.evaluate import make_scorer
-from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 
 WIDTH = 24
 CONFIG = ModelConfig(

@@ -14,7 +14,7 @@ from tinybert_jax import cli, objectives, plan, plan_work
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.data.wordpiece import train_wordpiece
 from tinybert_jax.feed import stage_feed
-from tinybert_jax.model.heads import make_classifier
+from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.parallel import sharding
 from tinybert_jax.performance import flops as model_flops
 from tinybert_jax.run import read_run

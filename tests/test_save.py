@@ -32,12 +32,8 @@ from transformers import (
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.convert import hf_files
 from tinybert_jax.convert.hf_folder import load_tokenizer
-from tinybert_jax.model.heads import (
-    make_classifier,
-    make_encoder,
-    make_masked_lm,
-)
-from tinybert_jax.tree import flatten, unflatten
+from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.models.params import flatten, unflatten
 
 CONFIG = ModelConfig(**SIZES)
 

@@ -18,7 +18,7 @@ from tinybert_jax.convert import hf_files
 from tinybert_jax.data.pipeline import Batch, tokenize_task
 from tinybert_jax.distill_objective import Role, make_distill
 from tinybert_jax.evaluate import make_scorer
-from tinybert_jax.model.heads import make_classifier
+from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.run import read_run
 
 STAGE = {

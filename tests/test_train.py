@@ -14,13 +14,8 @@ from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import init_projection
-from tinybert_jax.model.heads import (
-    layers_apart,
-    layers_joined,
-    make_classifier,
-    make_encoder,
-    make_masked_lm,
-)
+from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.models.params import layers_apart, layers_joined
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
 

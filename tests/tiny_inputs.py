@@ -9,7 +9,7 @@ import yaml
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.convert import hf_files
 from tinybert_jax.data.wordpiece import train_wordpiece
-from tinybert_jax.model.heads import make_masked_lm
+from tinybert_jax.models.heads import make_masked_lm
 
 TEXTS = ["a fine film with a sea", "a dull film", "tea and toast", "toast and jam and tea"] * 6
 LABELS = ["pos", "neg"] * 12

@@ -18,8 +18,8 @@ from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import TEACHER_STAGES, StageSection
 from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.data.wordpiece import is_continuation
-from tinybert_jax.model.attention import missing_device
-from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.models.attention import missing_device
+from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.parallel.mesh import num_batch_shards
 
 # The stage that makes the model which a stage starts from or learns from, where the config has it.

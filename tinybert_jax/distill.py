@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinybert_jax.config.models import ModelConfig
-from tinybert_jax.model.linear import affine
+from tinybert_jax.models.linear import affine
 
 LayerPairs = tuple[tuple[int, int], ...]  # (student's layer 1..M, the teacher's 1..N)
 

@@ -26,9 +26,10 @@ from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import make_layer_pairs, project
 from tinybert_jax.losses import attention as attention_losses
 from tinybert_jax.losses import pointwise, relations, vocabulary
-from tinybert_jax.model import attention
-from tinybert_jax.model.encoder import first_tokens
-from tinybert_jax.model.heads import Apply, MaskedLMOutput
+from tinybert_jax.models import attention
+from tinybert_jax.models.encoder import first_tokens
+from tinybert_jax.models.heads import MaskedLMOutput
+from tinybert_jax.models.params import Apply
 from tinybert_jax.objectives import (
     Counts,
     Mask,

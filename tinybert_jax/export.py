@@ -8,7 +8,7 @@ import numpy as np
 
 from tinybert_jax.convert import hf_files, hf_folder, hf_map
 from tinybert_jax.data.wordpiece import check_extendable, split_words, with_words
-from tinybert_jax.tree import unflatten
+from tinybert_jax.models.params import unflatten
 
 _WORD_TABLE, _WORD_BIAS = "encoder/embeddings/word/embedding", "decoder/bias"
 

@@ -14,10 +14,10 @@ from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.data.pipeline import tokenize_task
 from tinybert_jax.evaluate import make_scorer, task_metrics
 from tinybert_jax.metrics.classification import confusion_matrix
-from tinybert_jax.model.heads import make_classifier
+from tinybert_jax.models.heads import make_classifier
+from tinybert_jax.models.params import num_parameters
 from tinybert_jax.performance import flops
 from tinybert_jax.run import Run
-from tinybert_jax.tree import num_parameters
 
 # Of the masked LM, on the text that was held out.
 HELDOUT = ("loss", "perplexity", "masked_accuracy", "pair_accuracy")

@@ -27,7 +27,8 @@ from tinybert_jax.data.store import Store
 from tinybert_jax.evaluate import Judge, majority_share, make_scorer, task_metrics
 from tinybert_jax.inputs import read_inputs
 from tinybert_jax.log import MetricLog
-from tinybert_jax.model.heads import Apply, Params, frozen_params, make_classifier
+from tinybert_jax.models.heads import make_classifier
+from tinybert_jax.models.params import Apply, Params, frozen_params
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
 from tinybert_jax.performance import host

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tinybert_jax import best, checkpoint, family, loop, optim, train, tree
+from tinybert_jax import best, checkpoint, family, loop, optim, train
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.stages import STAGES, StageSection
 from tinybert_jax.data import loader
 from tinybert_jax.evaluate import Judge
 from tinybert_jax.feed import Feed
 from tinybert_jax.meter import Meter
-from tinybert_jax.model.heads import layers_apart, layers_joined
+from tinybert_jax.models.params import layers_apart, layers_joined, sha256
 from tinybert_jax.objectives import Objective
 from tinybert_jax.parallel import sharding
 from tinybert_jax.performance import trace
@@ -173,7 +173,7 @@ def _fingerprint(training: Training) -> str:
     digest = hashlib.sha256(training.feed.fingerprint.encode())
     for judge in list(training.judges.values())[:1]:
         digest.update(judge.fingerprint.encode())
-    digest.update(tree.sha256(training.frozen).encode())
+    digest.update(sha256(training.frozen).encode())
     return digest.hexdigest()
 
 

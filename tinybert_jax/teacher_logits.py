@@ -13,10 +13,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tinybert_jax import tree
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.data.pipeline import TokenRows
 from tinybert_jax.evaluate import make_scorer
+from tinybert_jax.models.params import sha256
 from tinybert_jax.run import Run, load_classifier, placed_as_read
 
 ROWS_PER_FILE = 2**14
@@ -48,7 +48,7 @@ def _read_one(
         "widths": section.buckets(),
         "dtype": run.config.compute.frozen_dtype,
         "sizes": sizes.model_dump(),
-        "weights": tree.sha256(params),
+        "weights": sha256(params),
     }
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     folder = run.folder / "teacher_logits" / key

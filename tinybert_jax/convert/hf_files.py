@@ -16,7 +16,7 @@ from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.convert import hf_map
 from tinybert_jax.convert.hf_folder import find_folder, save_tokenizer
 from tinybert_jax.convert.hf_tensors import WEIGHTS, read_json, read_tensors
-from tinybert_jax.tree import flatten, unflatten
+from tinybert_jax.models.params import flatten, unflatten
 
 
 class HfModel(NamedTuple):

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from tinybert_jax.config.models import ModelConfig
-from tinybert_jax.model.heads import make_classifier, make_masked_lm
-from tinybert_jax.tree import flatten
+from tinybert_jax.models.heads import make_classifier, make_masked_lm
+from tinybert_jax.models.params import flatten
 
 
 class Entry(NamedTuple):

@@ -10,7 +10,7 @@ from tinybert_jax.convert.hf_files import HfModel
 from tinybert_jax.data.pipeline import MIN_TOKENS, tokenize_task
 from tinybert_jax.data.tables import LabelledText, read_labelled
 from tinybert_jax.evaluate import make_scorer, task_metrics
-from tinybert_jax.model.heads import make_classifier
+from tinybert_jax.models.heads import make_classifier
 
 
 class Classifier(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.convert import hf_files, hf_folder
-from tinybert_jax.model.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 
 
 class ModelOutput(dict):

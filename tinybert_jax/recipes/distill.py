@@ -16,13 +16,8 @@ from tinybert_jax.config.objectives import model_kind, needs_projection, teaches
 from tinybert_jax.convert import hf_files
 from tinybert_jax.distill_objective import Options, Role, make_distill
 from tinybert_jax.feed import stage_feed
-from tinybert_jax.model.heads import (
-    Apply,
-    Params,
-    make_classifier,
-    make_encoder,
-    make_masked_lm,
-)
+from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.models.params import Apply, Params
 from tinybert_jax.objectives import Mask, make_mask
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance import flops

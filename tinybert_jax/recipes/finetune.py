@@ -6,7 +6,7 @@ from tinybert_jax import results
 from tinybert_jax.config.models import SOLE, ModelConfig
 from tinybert_jax.convert import hf_files
 from tinybert_jax.feed import stage_feed
-from tinybert_jax.model.heads import make_classifier
+from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.objectives import make_supervised
 from tinybert_jax.performance import flops
 from tinybert_jax.plan_work import tokens_read

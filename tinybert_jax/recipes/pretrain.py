@@ -10,7 +10,8 @@ from tinybert_jax.data.pipeline import tokenize_corpus
 from tinybert_jax.data.wordpiece import is_continuation
 from tinybert_jax.evaluate import Judge, make_masked_lm_scorer
 from tinybert_jax.feed import stage_feed
-from tinybert_jax.model.heads import Apply, make_masked_lm
+from tinybert_jax.models.heads import make_masked_lm
+from tinybert_jax.models.params import Apply
 from tinybert_jax.objectives import make_mlm
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance import flops

@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.section import AttentionBackend
-from tinybert_jax.model.dropout import dropout
-from tinybert_jax.model.linear import Linear, dense, make_linear
+from tinybert_jax.models.dropout import dropout
+from tinybert_jax.models.linear import Linear, dense, make_linear
 from tinybert_jax.parallel.sharding import over_batch
 
 

@@ -5,26 +5,22 @@ A model crosses into training as `(apply, params)`: `params` a plain nested dict
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from tinybert_jax.config.models import ModelConfig
-from tinybert_jax.model.activations import ACTIVATIONS
-from tinybert_jax.model.attention import at
-from tinybert_jax.model.dropout import dropout
-from tinybert_jax.model.encoder import Encoder, EncoderOutput, pick_first
-from tinybert_jax.model.linear import dense, is_int8, make_linear, rounded_kernels
-from tinybert_jax.model.norm import layer_norm, make_layer_norm
-
-Params = dict[str, Any]
-Apply = Callable[..., Any]
+from tinybert_jax.models.activations import ACTIVATIONS
+from tinybert_jax.models.attention import at
+from tinybert_jax.models.dropout import dropout
+from tinybert_jax.models.encoder import Encoder, EncoderOutput, pick_first
+from tinybert_jax.models.linear import dense, is_int8, make_linear
+from tinybert_jax.models.norm import layer_norm, make_layer_norm
+from tinybert_jax.models.params import Apply, Params, layers_joined
 
 
 class ClassifierOutput(NamedTuple):
@@ -199,60 +195,3 @@ def _functional(
         return nnx.merge(graphdef, layers_joined(params))(*args, **kwargs)
 
     return apply, init_params
-
-
-def frozen_params(
-    params: Params,
-    *,
-    dtype: DTypeLike,
-    product_dtype: DTypeLike | None = None,
-    unroll: bool = False,
-) -> Params:
-    """Those of a model that is not trained, as its passes read them: the same bits but for int8.
-
-    Kernels are rounded once (`rounded_kernels`); layers that are unrolled are `layers_apart`.
-    """
-    rounded = rounded_kernels(params, dtype=dtype, product_dtype=product_dtype)
-    return layers_apart(rounded) if unroll else rounded
-
-
-def layers_apart(params: Params) -> Params:
-    """Parameters with a tuple of layers, each a stack of one, instead of a stack of all.
-
-    Of one model, or of a dict that holds one, such as {student, projection}. `apply` takes both
-    forms. Of a stack XLA:CPU copies every layer that an unrolled encoder reads, and puts its
-    gradient together: a fine-tuning step of benchmarks/finetune.py took 1.04 times as long.
-    """
-
-    def apart(stacked: Any) -> tuple[Any, ...]:
-        def one(i: int) -> Any:
-            return jax.tree.map(lambda x: x[i : i + 1], stacked)
-
-        return tuple(one(i) for i in range(len(jax.tree.leaves(stacked)[0])))
-
-    return _with_layers(params, apart)
-
-
-def layers_joined(params: Params) -> Params:
-    """The inverse of `layers_apart`; in a program XLA takes the parts where they are.
-
-    Of arrays of NumPy it makes arrays of NumPy.
-    """
-
-    def joined(layers: Any) -> Any:
-        if not isinstance(layers, tuple):
-            return layers
-        is_host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(layers))
-        xp = np if is_host else jnp
-        return jax.tree.map(lambda *parts: xp.concatenate(parts), *layers)
-
-    return _with_layers(params, joined)
-
-
-def _with_layers(params: Any, change: Callable[[Any], Any]) -> Any:
-    if not isinstance(params, Mapping):
-        return params
-    return {
-        name: change(own) if name == "layers" else _with_layers(own, change)
-        for name, own in params.items()
-    }

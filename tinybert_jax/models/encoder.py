@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.section import AttentionBackend, PositionInit
-from tinybert_jax.model.activations import ACTIVATIONS
-from tinybert_jax.model.attention import (
+from tinybert_jax.models.activations import ACTIVATIONS
+from tinybert_jax.models.attention import (
     AttentionTaps,
     Pick,
     SelfAttention,
@@ -22,9 +22,9 @@ from tinybert_jax.model.attention import (
     at,
     make_visible,
 )
-from tinybert_jax.model.dropout import dropout
-from tinybert_jax.model.linear import dense, make_linear
-from tinybert_jax.model.norm import layer_norm, make_layer_norm
+from tinybert_jax.models.dropout import dropout
+from tinybert_jax.models.linear import dense, make_linear
+from tinybert_jax.models.norm import layer_norm, make_layer_norm
 from tinybert_jax.parallel.sharding import constrain
 
 # An array with a leading axis for the layers, or of an unrolled encoder one array for each.

@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tinybert_jax.config.models import ModelConfig
-from tinybert_jax.model.linear import sum_of_rows
+from tinybert_jax.models.linear import sum_of_rows
 
 
 def make_layer_norm(config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -1,1 +1,0 @@
-"""The encoder, its heads and how to build them. Knows nothing of losses, data or training."""
