@@ -93,15 +93,15 @@ def make_models(folder: Path, pair: str) -> None:
 
 
 def batches(folder: Path, width: int, is_packed: bool):
-    from tinybert_jax.data import loader, pipeline
+    from tinybert_jax.batches import loader
+    from tinybert_jax.batches.bucketing import bucketed_epochs
+    from tinybert_jax.batches.packing import packed_epochs
 
     rows = sides.load_rows(folder / "rows.npz")
     if is_packed:
-        epochs = pipeline.packed_epochs(
-            rows.lengths, width=width, global_batch_size=BATCH_SIZE, seed=(0,)
-        )
+        epochs = packed_epochs(rows.lengths, width=width, global_batch_size=BATCH_SIZE, seed=(0,))
     else:
-        epochs = pipeline.bucketed_epochs(
+        epochs = bucketed_epochs(
             rows.lengths, buckets=(width,), global_batch_size=BATCH_SIZE, seed=(0,)
         )
     return loader.planned_batches(rows, epochs, pad_token_id=0)

@@ -78,7 +78,8 @@ def our_loader(path: Path, batch_size: int) -> sides.Round:
     from tinybert_jax.performance import host
 
     host.keep_freed_memory()  # as the command does, before the first thread
-    from tinybert_jax.data import loader, store
+    from tinybert_jax.batches import loader
+    from tinybert_jax.data import store
 
     batch_at = loader.mixed_batches(
         [store.open_store(path)], [1.0], global_batch_size=batch_size, seed=(0,)

@@ -55,9 +55,10 @@ def students(
     import jax.numpy as jnp
 
     from tinybert_jax import family
+    from tinybert_jax.batches import loader
+    from tinybert_jax.batches.packing import packed_epochs
     from tinybert_jax.config.models import PRESETS, SOLE, ModelConfig
     from tinybert_jax.config.objectives import DistillSection
-    from tinybert_jax.data import loader, pipeline
     from tinybert_jax.distill import init_projection
     from tinybert_jax.distill_objective import Role, make_distill
     from tinybert_jax.models.heads import make_encoder
@@ -86,9 +87,7 @@ def students(
             jax.tree.map(lambda *leaves: jnp.stack(leaves), *every) if num_seeds > 1 else every[0]
         )
     rows = sides.load_rows(path)
-    epochs = pipeline.packed_epochs(
-        rows.lengths, width=WIDTH, global_batch_size=num_examples, seed=(0,)
-    )
+    epochs = packed_epochs(rows.lengths, width=WIDTH, global_batch_size=num_examples, seed=(0,))
     run = sides.train_rounds(
         family.join_objectives(objectives),
         family.joined(params),

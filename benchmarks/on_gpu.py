@@ -336,7 +336,7 @@ def _jax_device(tiny: bool) -> Callable[[], tuple[str, int | None]]:
 
 
 def _batch(ids: np.ndarray):
-    from tinybert_jax.data.pipeline import Batch
+    from tinybert_jax.batches.batch import Batch
 
     return Batch(
         input_ids=ids,

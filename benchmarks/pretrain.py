@@ -45,17 +45,18 @@ def read_rows():
     """The full rows of a part of the shared corpus."""
     import numpy as np
 
+    from tinybert_jax.batches.batch import TokenRows
+    from tinybert_jax.batches.tokenize import tokenize_corpus
     from tinybert_jax.convert import hf_folder
-    from tinybert_jax.data import pipeline
     from tinybert_jax.data.corpus import read_corpus
 
     path = Path(os.environ["TINYBERT_DATA"]) / "mlm" / "wikipedia_squad_train.txt"
     documents = read_corpus((str(path),))[:2000]
     tokenizer = hf_folder.load_tokenizer(os.environ["TEACHER"])
-    rows = pipeline.tokenize_corpus(tokenizer, documents, WIDTH)
+    rows = tokenize_corpus(tokenizer, documents, WIDTH)
     is_full = rows.lengths == WIDTH
     num_full = int(is_full.sum())
-    return pipeline.TokenRows(
+    return TokenRows(
         ids=rows.ids[np.repeat(is_full, rows.lengths)],
         offsets=np.arange(num_full + 1, dtype=np.int64) * WIDTH,
         second=np.full(num_full, WIDTH, np.int32),
@@ -76,15 +77,16 @@ def ours(path: Path, num_steps: int, batch_size: int, product_dtype: str | None)
     host.keep_freed_memory()  # as the command does, before the first thread
     import jax
 
+    from tinybert_jax.batches import loader
+    from tinybert_jax.batches.bucketing import bucketed_epochs
     from tinybert_jax.config.models import ModelConfig
     from tinybert_jax.convert import hf_folder
-    from tinybert_jax.data import loader, pipeline
     from tinybert_jax.models.heads import make_masked_lm
     from tinybert_jax.models.params import layers_apart
     from tinybert_jax.objectives import make_mlm
 
     tokenizer, rows = hf_folder.load_tokenizer(os.environ["TEACHER"]), sides.load_rows(path)
-    epochs = pipeline.bucketed_epochs(
+    epochs = bucketed_epochs(
         rows.lengths, buckets=(WIDTH,), global_batch_size=batch_size, seed=(0,)
     )
     apply, init = make_masked_lm(

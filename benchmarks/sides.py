@@ -69,7 +69,7 @@ def save_rows(path: Path, rows) -> None:
 
 
 def load_rows(path: Path):
-    from tinybert_jax.data.pipeline import TokenRows
+    from tinybert_jax.batches.batch import TokenRows
 
     with np.load(path) as saved:
         fields = {"labels": None} | dict(saved)
@@ -83,8 +83,8 @@ def train_rounds(
     import jax
 
     from tinybert_jax import family, optim, train
+    from tinybert_jax.batches import loader
     from tinybert_jax.config.compute import MeshSection
-    from tinybert_jax.data import loader
     from tinybert_jax.parallel import sharding
     from tinybert_jax.parallel.mesh import make_mesh
 

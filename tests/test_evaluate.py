@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tinybert_jax.batches.batch import TokenRows
 from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.config.models import ModelConfig
-from tinybert_jax.data.pipeline import TokenRows
 from tinybert_jax.evaluate import EVAL_MASK_RATE, make_masked_lm_scorer, make_scorer
 from tinybert_jax.models.heads import MaskedLMOutput, make_classifier
 from tinybert_jax.parallel import sharding

@@ -12,11 +12,11 @@ from safetensors.numpy import load_file
 from tiny_inputs import STUDENT, TEACHER, TEXTS, write_config, write_inputs
 
 from tinybert_jax import cli, distill_objective, family, objectives, optim, train
+from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.convert import hf_files
-from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.log import MetricLog
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.parallel import sharding

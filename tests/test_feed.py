@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from tinybert_jax.batches.loader import segment_rows
+from tinybert_jax.batches.tokenize import tokenize_corpus
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.config.run import RunConfig
-from tinybert_jax.data.loader import segment_rows
-from tinybert_jax.data.pipeline import tokenize_corpus
 from tinybert_jax.data.prepare import prepare
 from tinybert_jax.data.store import open_store
 from tinybert_jax.data.wordpiece import train_wordpiece

@@ -10,8 +10,11 @@ import jax
 import numpy as np
 import pytest
 
+from tinybert_jax.batches import loader
+from tinybert_jax.batches.batch import Batch, Plan, TokenRows, make_batch
+from tinybert_jax.batches.bucketing import bucketed_epochs
+from tinybert_jax.batches.packing import packed_epochs
 from tinybert_jax.config.compute import MeshSection
-from tinybert_jax.data import loader, pipeline
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
 
@@ -19,7 +22,7 @@ from tinybert_jax.parallel.mesh import make_mesh
 class PaddedRows(NamedTuple):
     """`TokenRows` in memory as a row source: each padded to one width."""
 
-    rows: pipeline.TokenRows
+    rows: TokenRows
     width: int
     pad_token_id: int
 
@@ -28,8 +31,8 @@ class PaddedRows(NamedTuple):
         return len(self.rows.lengths)
 
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        plan = pipeline.Plan(rows[:, None], self.width)
-        batch = pipeline.make_batch(self.rows, plan, self.pad_token_id)
+        plan = Plan(rows[:, None], self.width)
+        batch = make_batch(self.rows, plan, self.pad_token_id)
         ids, segment_ids, types, labels = (np.asarray(field) for field in batch[:4])
         return ids, segment_ids, types, labels[:, 0]
 
@@ -66,7 +69,7 @@ def corpora(tmp_path_factory):
 def rows():
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, 17, 150)
-    return pipeline.TokenRows(
+    return TokenRows(
         ids=rng.integers(5, 99, lengths.sum()).astype(np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         second=lengths.astype(np.int32),
@@ -79,12 +82,8 @@ def rows():
 def _makers(corpora, rows):
     """Every kind of order, as a function of the process -> step -> batch."""
     lengths, size = rows.lengths, 16
-    bucketed = pipeline.bucketed_epochs(
-        lengths, buckets=(8, 16), global_batch_size=size, seed=(3, 1)
-    )
-    packed = pipeline.packed_epochs(
-        lengths, width=16, global_batch_size=size, seed=(3, 1), multiple=4
-    )
+    bucketed = bucketed_epochs(lengths, buckets=(8, 16), global_batch_size=size, seed=(3, 1))
+    packed = packed_epochs(lengths, width=16, global_batch_size=size, seed=(3, 1), multiple=4)
     return {
         "mixed": lambda **process: loader.mixed_batches(
             corpora, (0.5, 0.3, 0.2), global_batch_size=size, seed=(3, 1), **process
@@ -148,7 +147,7 @@ def test_batches_are_made_and_placed_ahead():
     def batch_at(step):
         made.append(step)
         ids, labels = np.full((8, 2), step, np.int32), np.full(8, step, np.int32)
-        return pipeline.Batch(ids, ids, ids, labels, labels)
+        return Batch(ids, ids, ids, labels, labels)
 
     placement = sharding.batch_sharding(make_mesh(MeshSection()))
     batches = loader.prefetched(batch_at, start_step=0, placement=placement, num_ahead=5)
@@ -252,7 +251,7 @@ def test_rows_in_memory_are_a_row_source(rows):
     source = PaddedRows(rows, 16, pad_token_id=2)
     chosen = np.array([5, 149, 0])
     ids, segment_ids, types, labels = source.gather(chosen)
-    expected = pipeline.make_batch(rows, pipeline.Plan(chosen, 16), 2)
+    expected = make_batch(rows, Plan(chosen, 16), 2)
     assert np.array_equal(ids, expected.input_ids) and np.array_equal(labels, expected.labels)
     assert np.array_equal(segment_ids, expected.attention_mask.astype(np.int32))
     assert np.array_equal(types, expected.token_type_ids)
@@ -322,7 +321,7 @@ def distributed_sums():
 
 
 def _numbered_rows():
-    return pipeline.TokenRows(
+    return TokenRows(
         ids=np.full(100 * 4, 7, np.int32),
         offsets=np.arange(101, dtype=np.int64) * 4,
         second=np.full(100, 4, np.int32),

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinybert_jax.data.pipeline import Batch
+from tinybert_jax.batches.batch import Batch
 from tinybert_jax.log import MetricLog
 from tinybert_jax.meter import Meter
 

@@ -10,13 +10,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from tinybert_jax import distill_objective, masking, objectives
+from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import (
     DistillSection,
     model_kind,
     teaches,
 )
-from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import init_projection
 from tinybert_jax.losses import attention as attention_losses
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tinybert_jax import distill_objective, objectives
+from tinybert_jax.batches.batch import Batch, Plan, TokenRows, make_batch
+from tinybert_jax.batches.packing import pack, packed_epochs
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import DistillSection, model_kind
-from tinybert_jax.data import packing, pipeline
-from tinybert_jax.data.pipeline import Plan, TokenRows
 from tinybert_jax.evaluate import make_scorer
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 
@@ -39,11 +39,11 @@ def _rows(num: int = 12, seed: int = 0) -> TokenRows:
 
 
 ROWS = _rows()
-BINS = packing.pack(ROWS.lengths, WIDTH, seed=0)
+BINS = pack(ROWS.lengths, WIDTH, seed=0)
 
 
-def _batch(rows: np.ndarray, width: int) -> pipeline.Batch:
-    return jax.tree.map(jnp.asarray, pipeline.make_batch(ROWS, Plan(rows, width), 0))
+def _batch(rows: np.ndarray, width: int) -> Batch:
+    return jax.tree.map(jnp.asarray, make_batch(ROWS, Plan(rows, width), 0))
 
 
 PACKED = _batch(BINS, WIDTH)
@@ -61,19 +61,19 @@ def _params(init, seed):
 @pytest.mark.parametrize("width", [16, 24, 64])
 def test_every_example_is_packed_once_and_fits(width):
     lengths = np.random.default_rng(2).integers(3, 16, 500)
-    bins = packing.pack(lengths, width, seed=3)
+    bins = pack(lengths, width, seed=3)
     chosen = bins[bins >= 0]
     assert sorted(chosen.tolist()) == list(range(500))
     filled = np.where(bins >= 0, lengths[bins], 0).sum(1)
     assert filled.max() <= width
     assert len(bins) <= 11 / 9 * np.ceil(lengths.sum() / width) + 1, "best fit's own bound"
-    assert np.array_equal(bins, packing.pack(lengths, width, seed=3))
-    assert not np.array_equal(bins, packing.pack(lengths, width, seed=4))
+    assert np.array_equal(bins, pack(lengths, width, seed=3))
+    assert not np.array_equal(bins, pack(lengths, width, seed=4))
 
 
 def test_packed_epochs_hold_every_example_once_in_batches_of_one_shape():
     lengths = np.random.default_rng(2).integers(3, 16, 500)
-    epochs = pipeline.packed_epochs(lengths, width=32, global_batch_size=24, seed=(1,), multiple=2)
+    epochs = packed_epochs(lengths, width=32, global_batch_size=24, seed=(1,), multiple=2)
     first, second = epochs.plan(0), epochs.plan(1)
     assert len(first) == len(second) == epochs.num_batches
     assert {plan.rows.shape for plan in first + second} == {first[0].rows.shape}

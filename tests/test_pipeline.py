@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
 
-from tinybert_jax.data import loader, pipeline
+from tinybert_jax.batches import loader
+from tinybert_jax.batches.batch import Plan, make_batch
+from tinybert_jax.batches.bucketing import bucketed_epochs, num_batches, plan_epoch
+from tinybert_jax.batches.tokenize import MIN_TOKENS, tokenize_corpus, tokenize_task
 from tinybert_jax.data.tables import LabelledText
 from tinybert_jax.data.wordpiece import is_continuation, train_wordpiece
 
@@ -20,7 +23,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def rows(tokenizer):
     labels = np.arange(len(SENTENCES), dtype=np.int32)
-    return pipeline.tokenize_task(
+    return tokenize_task(
         tokenizer, LabelledText(SENTENCES, None, labels, tuple(map(str, labels))), 32
     )
 
@@ -33,10 +36,10 @@ def test_rows_are_the_tokenizers_own_encoding(tokenizer, rows):
 
 def test_pairs_carry_token_types_and_cut_the_longer_part(tokenizer):
     text = LabelledText([SENTENCES[2]], [SENTENCES[1]], np.zeros(1, np.int32), ("x",))
-    rows = pipeline.tokenize_task(tokenizer, text, 12)
+    rows = tokenize_task(tokenizer, text, 12)
     expected = tokenizer(SENTENCES[2], SENTENCES[1], truncation="longest_first", max_length=12)
-    plan = pipeline.Plan(np.array([0]), 16)
-    batch = pipeline.make_batch(rows, plan, tokenizer.pad_token_id)
+    plan = Plan(np.array([0]), 16)
+    batch = make_batch(rows, plan, tokenizer.pad_token_id)
     assert rows.num_truncated == 1
     assert batch.input_ids[0, :12].tolist() == expected["input_ids"]
     assert batch.token_type_ids[0, :12].tolist() == expected["token_type_ids"]
@@ -46,19 +49,19 @@ def test_pairs_carry_token_types_and_cut_the_longer_part(tokenizer):
 def test_truncation_does_not_leak_into_the_tokenizer(tokenizer):
     before = tokenizer.backend_tokenizer.to_str()
     text = LabelledText([SENTENCES[2]], None, np.zeros(1, np.int32), ("x",))
-    pipeline.tokenize_task(tokenizer, text, 8)
+    tokenize_task(tokenizer, text, 8)
     assert tokenizer.backend_tokenizer.to_str() == before
 
 
 def test_corpus_rows_hold_every_token_in_order(tokenizer):
     documents = [" ".join(SENTENCES), SENTENCES[2]]
-    rows = pipeline.tokenize_corpus(tokenizer, documents, 16)
+    rows = tokenize_corpus(tokenizer, documents, 16)
     assert rows.lengths.max() == 16
     special = {tokenizer.cls_token_id, tokenizer.sep_token_id}
     kept = [i for i in rows.ids.tolist() if i not in special]
     expected = [i for d in documents for i in tokenizer(d, add_special_tokens=False)["input_ids"]]
     # Only a document's last piece of fewer than MIN_TOKENS may be missing.
-    assert len(expected) - len(kept) < len(documents) * pipeline.MIN_TOKENS
+    assert len(expected) - len(kept) < len(documents) * MIN_TOKENS
     assert kept[: 14 * 8] == expected[: 14 * 8]
 
 
@@ -66,12 +69,10 @@ def test_corpus_rows_hold_every_token_in_order(tokenizer):
 @pytest.mark.parametrize("size", [1, 4, 8, 64])
 def test_an_epoch_holds_every_row_once_in_the_narrowest_bucket(seed, size):
     lengths = np.random.default_rng(1).integers(3, 33, 101)
-    plans = pipeline.plan_epoch(
-        lengths, buckets=(8, 16, 32), global_batch_size=size, seed=seed, epoch=2
-    )
+    plans = plan_epoch(lengths, buckets=(8, 16, 32), global_batch_size=size, seed=seed, epoch=2)
     chosen = np.concatenate([plan.rows for plan in plans])
     assert sorted(chosen[chosen >= 0].tolist()) == list(range(101))
-    assert len(plans) == pipeline.num_batches(101, size)
+    assert len(plans) == num_batches(101, size)
     assert all(lengths[plan.rows[plan.rows >= 0]].max() <= plan.width for plan in plans)
     slots = sum(len(plan.rows) * plan.width for plan in plans)
     assert slots <= len(plans) * size * 32
@@ -79,9 +80,7 @@ def test_an_epoch_holds_every_row_once_in_the_narrowest_bucket(seed, size):
 
 def test_order_is_a_function_of_seed_and_step(rows):
     def first(start, seed, count):
-        epochs = pipeline.bucketed_epochs(
-            rows.lengths, buckets=(8, 32), global_batch_size=4, seed=(seed,)
-        )
+        epochs = bucketed_epochs(rows.lengths, buckets=(8, 32), global_batch_size=4, seed=(seed,))
         batch_at = loader.planned_batches(rows, epochs, pad_token_id=0)
         batches = loader.prefetched(batch_at, start_step=start)
         return [next(batches) for _ in range(count)]
@@ -96,8 +95,8 @@ def test_order_is_a_function_of_seed_and_step(rows):
 
 
 def test_filler_rows_have_no_weight_and_no_mask(rows):
-    plan = pipeline.Plan(np.array([2, -1]), 32)
-    batch = pipeline.make_batch(rows, plan, 0)
+    plan = Plan(np.array([2, -1]), 32)
+    batch = make_batch(rows, plan, 0)
     assert batch.weights.tolist() == [1.0, 0.0]
     assert batch.attention_mask[0].any() and not batch.attention_mask[1].any()
 

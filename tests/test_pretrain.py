@@ -12,11 +12,12 @@ from reference import VOCAB, our_config, our_params, random_bert
 from transformers import BertForPreTraining
 
 from tinybert_jax import objectives
+from tinybert_jax.batches.batch import Batch
+from tinybert_jax.batches.tokenize import tokenize_corpus
 from tinybert_jax.config import load as config_files
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import PretrainSection
-from tinybert_jax.data.pipeline import Batch, tokenize_corpus
 from tinybert_jax.data.prepare import prepare
 from tinybert_jax.data.store import open_store
 from tinybert_jax.data.wordpiece import train_wordpiece

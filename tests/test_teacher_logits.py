@@ -11,11 +11,12 @@ from safetensors.numpy import load_file, save_file
 from tiny_inputs import STUDENT, TEACHER, TEXTS, write_config, write_inputs
 
 from tinybert_jax import cli, plan, teacher_logits
+from tinybert_jax.batches.batch import Batch
+from tinybert_jax.batches.tokenize import tokenize_task
 from tinybert_jax.config import load as config_files
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.convert import hf_files
-from tinybert_jax.data.pipeline import Batch, tokenize_task
 from tinybert_jax.distill_objective import Role, make_distill
 from tinybert_jax.evaluate import make_scorer
 from tinybert_jax.models.heads import make_classifier

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from tinybert_jax.batches.loader import check_mixture
+from tinybert_jax.batches.tokenize import MIN_TOKENS
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import StageSection
-from tinybert_jax.data.loader import check_mixture
-from tinybert_jax.data.pipeline import MIN_TOKENS
 from tinybert_jax.data.store import Store
 from tinybert_jax.data.wordpiece import backend_sha256
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config import objectives
 from tinybert_jax.config.objectives import (
     AttentionTerm,
@@ -22,7 +23,6 @@ from tinybert_jax.config.objectives import (
     Terms,
     WordLogitsTerm,
 )
-from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import make_layer_pairs, project
 from tinybert_jax.losses import attention as attention_losses
 from tinybert_jax.losses import pointwise, relations, vocabulary

@@ -9,10 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tinybert_jax.batches import loader
+from tinybert_jax.batches.batch import Batch, TokenRows
+from tinybert_jax.batches.bucketing import bucketed_epochs, num_batches
+from tinybert_jax.batches.loader import BatchAt
+from tinybert_jax.batches.packing import packed_epochs
+from tinybert_jax.batches.tokenize import tokenize_corpus, tokenize_task
 from tinybert_jax.config.stages import STAGES, StageSection
-from tinybert_jax.data import loader, pipeline
-from tinybert_jax.data.loader import BatchAt
-from tinybert_jax.data.pipeline import Batch, TokenRows
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.run import Run
 
@@ -39,7 +42,7 @@ def stage_feed(
         return _corpus_feed(run, stage)
     text = run.data.distilled if stage in ("intermediate", "prediction") else run.data.train
     section = run.section(stage)
-    rows = pipeline.tokenize_task(run.tokenizer, text, section.max_length)
+    rows = tokenize_task(run.tokenizer, text, section.max_length)
     run.log.say(
         f"{stage}: {len(rows.lengths):,} examples, {len(rows.ids):,} tokens, "
         f"{rows.num_truncated:,} cut at {section.max_length}; {len(run.data.dev_labels):,} in dev"
@@ -65,7 +68,7 @@ def _corpus_feed(run: Run, stage: str) -> Feed:
 
     @functools.cache
     def rows_of(max_length: int) -> TokenRows:
-        rows = pipeline.tokenize_corpus(run.tokenizer, run.corpus, max_length)
+        rows = tokenize_corpus(run.tokenizer, run.corpus, max_length)
         num_rows, num_tokens = len(rows.lengths), len(rows.ids)
         run.log.say(f"{stage}: {num_rows:,} rows of at most {max_length}, {num_tokens:,} tokens")
         return rows
@@ -95,7 +98,7 @@ def _in_turn(feeds: Sequence[Feed], starts: Sequence[int]) -> Feed:
 def _rows_feed(run: Run, section: StageSection, rows: TokenRows, seed: tuple[int, ...]) -> Feed:
     if section.batching == "pack":
         shards = num_batch_shards(run.mesh)
-        epochs = pipeline.packed_epochs(
+        epochs = packed_epochs(
             rows.lengths,
             width=section.max_length,
             global_batch_size=section.global_batch_size,
@@ -103,7 +106,7 @@ def _rows_feed(run: Run, section: StageSection, rows: TokenRows, seed: tuple[int
             multiple=shards * section.gradient_accumulation_steps,
         )
     else:
-        epochs = pipeline.bucketed_epochs(
+        epochs = bucketed_epochs(
             rows.lengths,
             buckets=section.buckets(),
             global_batch_size=section.global_batch_size,
@@ -126,7 +129,7 @@ def _store_feed(run: Run, stage: str, section: StageSection, seed: tuple[int, ..
         stores, weights, global_batch_size=section.global_batch_size, seed=seed
     )
     content = json.dumps([[store.manifest["files"] for store in stores], weights], sort_keys=True)
-    num_batches = pipeline.num_batches(num_rows, section.global_batch_size)
+    num_batches = num_batches(num_rows, section.global_batch_size)
     return Feed(batch_at, num_batches, hashlib.sha256(content.encode()).hexdigest())
 
 

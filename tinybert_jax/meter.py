@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from tinybert_jax import train
-from tinybert_jax.data.pipeline import Batch
+from tinybert_jax.batches.batch import Batch
 from tinybert_jax.log import MetricLog
 from tinybert_jax.performance import host
 

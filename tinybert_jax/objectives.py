@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinybert_jax import masking
+from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.models import SOLE
-from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.losses import attention as attention_losses
 from tinybert_jax.losses import pointwise, vocabulary
 

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import AttentionTerm, LayerTerm, RelationTerm
 from tinybert_jax.config.stages import StageSection
-from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.losses.attention import builds_maps, reads_scores
 from tinybert_jax.losses.relations import RELATION_BLOCK

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.models import SOLE, ModelConfig
 from tinybert_jax.config.objectives import (
     OF_WORDS,
@@ -18,7 +19,6 @@ from tinybert_jax.config.objectives import (
     teaches,
 )
 from tinybert_jax.config.stages import TEACHER_STAGES
-from tinybert_jax.data.pipeline import Batch
 from tinybert_jax.distill import LayerPairs, make_layer_pairs
 from tinybert_jax.distill_objective import Options
 from tinybert_jax.masking import highest_rate, num_slots

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from tinybert_jax.batches.tokenize import tokenize_task
 from tinybert_jax.config.models import SOLE, ModelConfig
 from tinybert_jax.convert import hf_files, hf_folder
-from tinybert_jax.data.pipeline import tokenize_task
 from tinybert_jax.evaluate import make_scorer, task_metrics
 from tinybert_jax.metrics.classification import confusion_matrix
 from tinybert_jax.models.heads import make_classifier

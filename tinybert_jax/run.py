@@ -16,12 +16,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tinybert_jax import checks, corpus_checks
+from tinybert_jax.batches.tokenize import tokenize_task
 from tinybert_jax.config import load as configs
 from tinybert_jax.config.models import SOLE, FurtherTeacher, ModelConfig, Student
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import StageSection
 from tinybert_jax.convert import hf_files
-from tinybert_jax.data.pipeline import tokenize_task
 from tinybert_jax.data.splits import TaskData
 from tinybert_jax.data.store import Store
 from tinybert_jax.evaluate import Judge, majority_share, make_scorer, task_metrics

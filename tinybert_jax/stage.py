@@ -13,9 +13,9 @@ import numpy as np
 import optax
 
 from tinybert_jax import best, checkpoint, family, loop, optim, train
+from tinybert_jax.batches import loader
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.stages import STAGES, StageSection
-from tinybert_jax.data import loader
 from tinybert_jax.evaluate import Judge
 from tinybert_jax.feed import Feed
 from tinybert_jax.meter import Meter

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from tinybert_jax.data.pipeline import Batch
+from tinybert_jax.batches.batch import Batch
 from tinybert_jax.family import parted
 from tinybert_jax.objectives import Objective
 from tinybert_jax.parallel import sharding

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinybert_jax.batches.tokenize import MIN_TOKENS, tokenize_task
 from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.convert.hf_files import HfModel
-from tinybert_jax.data.pipeline import MIN_TOKENS, tokenize_task
 from tinybert_jax.data.tables import LabelledText, read_labelled
 from tinybert_jax.evaluate import make_scorer, task_metrics
 from tinybert_jax.models.heads import make_classifier

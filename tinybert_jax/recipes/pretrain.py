@@ -2,11 +2,11 @@
 
 import jax
 
+from tinybert_jax.batches.loader import segment_rows
+from tinybert_jax.batches.tokenize import tokenize_corpus
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.stages import STAGES
 from tinybert_jax.convert import hf_files
-from tinybert_jax.data.loader import segment_rows
-from tinybert_jax.data.pipeline import tokenize_corpus
 from tinybert_jax.data.wordpiece import is_continuation
 from tinybert_jax.evaluate import Judge, make_masked_lm_scorer
 from tinybert_jax.feed import stage_feed

@@ -16,7 +16,8 @@ import grain
 import jax
 import numpy as np
 
-from tinybert_jax.data.pipeline import Batch, Epochs, Plan, TokenRows, make_batch
+from tinybert_jax.batches.batch import Batch, Plan, TokenRows, make_batch
+from tinybert_jax.batches.bucketing import Epochs
 
 BatchAt = Callable[[int], Batch]  # step -> this process's slice of its global batch
 

@@ -5,8 +5,12 @@ number of batches and any step is reached without replay.
 """
 
 import bisect
+from collections.abc import Sequence
 
 import numpy as np
+
+from tinybert_jax.batches.batch import Plan
+from tinybert_jax.batches.bucketing import Epochs, num_batches
 
 
 def pack(lengths: np.ndarray, width: int, *, seed: int | tuple[int, ...]) -> np.ndarray:
@@ -48,3 +52,28 @@ def rows_per_batch(num_bins: int, num_examples: int, global_batch_size: int, mul
     """Rows that hold `global_batch_size` examples on average, rounded to a multiple."""
     rows = global_batch_size * num_bins / max(num_examples, 1)
     return max(1, round(rows / multiple)) * multiple
+
+
+def packed_epochs(
+    lengths: np.ndarray,
+    *,
+    width: int,
+    global_batch_size: int,
+    seed: Sequence[int],
+    multiple: int = 1,
+) -> Epochs:
+    """Rows of several examples; `global_batch_size` examples a batch on average.
+
+    The number of rows in a batch is the same for all, and a multiple of `multiple`.
+    """
+    bins = pack(lengths, width, seed=tuple(seed))
+    size = rows_per_batch(len(bins), len(lengths), global_batch_size, multiple)
+    num = num_batches(len(bins), size)
+
+    def plan(epoch: int) -> list[Plan]:
+        order = np.random.default_rng([*seed, epoch]).permutation(len(bins))
+        filled = np.full((num * size, bins.shape[1]), -1, np.int64)
+        filled[: len(bins)] = bins[order]
+        return [Plan(rows, width) for rows in np.split(filled, num)]
+
+    return Epochs(num, plan)

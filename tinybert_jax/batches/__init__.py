@@ -1,0 +1,1 @@
+"""Examples to device batches: tokenised rows, bucketing, packing, the loader."""

@@ -1,0 +1,55 @@
+"""TODO."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tinybert_jax.batches.batch import TokenRows
+from tinybert_jax.data.tables import LabelledText
+from tinybert_jax.data.wordpiece import plain_backend
+
+MIN_TOKENS = 4  # a corpus chunk shorter than this teaches nothing: [CLS] one word [SEP]
+
+
+def tokenize_task(tokenizer: Any, text: LabelledText, max_length: int) -> TokenRows:
+    """[CLS] text [SEP], or [CLS] text [SEP] text_pair [SEP]; the longer part is cut first."""
+    backend = plain_backend(tokenizer)
+    backend.enable_truncation(max_length, strategy="longest_first")
+    pairs = (
+        text.text if text.text_pair is None else list(zip(text.text, text.text_pair, strict=True))
+    )
+    encoded = backend.encode_batch(pairs)
+    second = [len(e.ids) if 1 not in e.type_ids else e.type_ids.index(1) for e in encoded]
+    num_truncated = sum(bool(e.overflowing) for e in encoded)
+    return _rows([e.ids for e in encoded], second, text.labels, num_truncated)
+
+
+def tokenize_corpus(tokenizer: Any, documents: Sequence[str], max_length: int) -> TokenRows:
+    """Each document cut into full rows [CLS] … [SEP] of `max_length`; its rest is a shorter row."""
+    backend = plain_backend(tokenizer)
+    cls_id, sep_id, room = tokenizer.cls_token_id, tokenizer.sep_token_id, max_length - 2
+    rows = []
+    for start in range(0, len(documents), 4096):
+        encoded = backend.encode_batch(
+            list(documents[start : start + 4096]), add_special_tokens=False
+        )
+        for document in encoded:
+            ids = document.ids
+            for begin in range(0, len(ids), room):
+                rows.append([cls_id, *ids[begin : begin + room], sep_id])
+    rows = [row for row in rows if len(row) >= MIN_TOKENS]
+    if not rows:
+        raise ValueError(f"corpus: expected text, got none in {len(documents)} documents")
+    return _rows(rows, [len(row) for row in rows], None, 0)
+
+
+def _rows(ids, second, labels, num_truncated: int) -> TokenRows:
+    lengths = np.fromiter((len(row) for row in ids), np.int64, len(ids))
+    return TokenRows(
+        ids=np.concatenate([np.asarray(row, np.int32) for row in ids]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        second=np.asarray(second, np.int32),
+        labels=labels,
+        num_truncated=num_truncated,
+    )
