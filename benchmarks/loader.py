@@ -51,7 +51,7 @@ def main() -> None:
 
 def write_store(folder: Path, num_rows: int) -> None:
     """Random rows as `tinybert data prepare` writes them: a tenth short, a third of two texts."""
-    from tinybert_jax.data import store
+    from tinybert_jax.tokens import store
 
     rng = np.random.default_rng(0)
     ids = rng.integers(1000, VOCAB, (num_rows, WIDTH), np.uint16)
@@ -79,7 +79,7 @@ def our_loader(path: Path, batch_size: int) -> sides.Round:
 
     host.keep_freed_memory()  # as the command does, before the first thread
     from tinybert_jax.batches import loader
-    from tinybert_jax.data import store
+    from tinybert_jax.tokens import store
 
     batch_at = loader.mixed_batches(
         [store.open_store(path)], [1.0], global_batch_size=batch_size, seed=(0,)

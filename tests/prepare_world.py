@@ -12,8 +12,8 @@ from transformers import BertTokenizer
 from tests.reference import write_vocab
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.convert import hf_folder
-from tinybert_jax.data import prepare
-from tinybert_jax.data.store import INDEX, partial_of
+from tinybert_jax.tokens import prepare
+from tinybert_jax.tokens.store import INDEX, partial_of
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,10 +9,10 @@ from tinybert_jax.batches.loader import segment_rows
 from tinybert_jax.batches.tokenize import tokenize_corpus
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.config.run import RunConfig
-from tinybert_jax.data.prepare import prepare
-from tinybert_jax.data.store import open_store
 from tinybert_jax.data.wordpiece import train_wordpiece
 from tinybert_jax.recipes import pipeline
+from tinybert_jax.tokens.prepare import prepare
+from tinybert_jax.tokens.store import open_store
 
 WIDTH = 16
 STAGE = {"num_steps": 6, "global_batch_size": 8, "max_length": WIDTH, "learning_rate": 1e-3}

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tinybert_jax.data.instances import Layout, pack_documents, pair_instances
-from tinybert_jax.data.store import MAX_SEGMENTS
+from tinybert_jax.tokens.instances import Layout, pack_documents, pair_instances
+from tinybert_jax.tokens.store import MAX_SEGMENTS
 
 CLS, SEP, PAD = 1, 2, 0
 LAYOUT = Layout(width=32, cls_id=CLS, sep_id=SEP, pad_id=PAD, dtype="<u2")

@@ -23,7 +23,7 @@ from tests.prepare_world import (
 )
 from tinybert_jax import cli
 from tinybert_jax.convert import hf_folder
-from tinybert_jax.data.store import INDEX, open_store, partial_of
+from tinybert_jax.tokens.store import INDEX, open_store, partial_of
 
 ROOT = Path(__file__).parent.parent
 

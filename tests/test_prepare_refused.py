@@ -13,7 +13,7 @@ from tests.prepare_world import World, count_entries, make_text, read_jsonl, unf
 from tinybert_jax import cli
 from tinybert_jax.config import load as config_files
 from tinybert_jax.config.data import PrepareConfig
-from tinybert_jax.data.store import open_store, partial_of
+from tinybert_jax.tokens.store import open_store, partial_of
 
 ROOT = Path(__file__).parent.parent
 

@@ -18,14 +18,14 @@ from tinybert_jax.config import load as config_files
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import PretrainSection
-from tinybert_jax.data.prepare import prepare
-from tinybert_jax.data.store import open_store
 from tinybert_jax.data.wordpiece import train_wordpiece
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.models.heads import make_masked_lm
 from tinybert_jax.models.params import flatten
 from tinybert_jax.recipes import pipeline
 from tinybert_jax.run import open_run
+from tinybert_jax.tokens.prepare import prepare
+from tinybert_jax.tokens.store import open_store
 
 DRY = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 WORDS = "wave tide harbour sail anchor gull salt deck storm shore oven spoon flour".split()

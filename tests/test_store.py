@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tinybert_jax.data.store import (
+from tinybert_jax.tokens.store import (
     INDEX,
     Rows,
     StoreWriter,

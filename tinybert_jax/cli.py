@@ -254,11 +254,11 @@ def _prepare(arguments, command: str) -> int:
         print(config_files.dump(settings), end="")
         return 0
     from tinybert_jax.convert import hf_folder
-    from tinybert_jax.data import prepare, summary
+    from tinybert_jax.tokens import inspect, prepare
 
     tokenizer = hf_folder.load_tokenizer(settings.tokenizer)
     folder = prepare.prepare(settings, tokenizer, _now_and_then(seconds=5.0))
-    print(summary.counts(folder))
+    print(inspect.counts(folder))
     return 0
 
 
@@ -276,9 +276,9 @@ def _now_and_then(seconds: float) -> Callable[[str], None]:
 
 
 def _inspect(arguments, command: str) -> int:
-    from tinybert_jax.data import summary
+    from tinybert_jax.tokens import inspect
 
-    print(summary.describe(arguments.store, num_rows=arguments.rows, verify=arguments.verify))
+    print(inspect.describe(arguments.store, num_rows=arguments.rows, verify=arguments.verify))
     return 0
 
 

@@ -7,8 +7,8 @@ from tinybert_jax.batches.loader import check_mixture
 from tinybert_jax.batches.tokenize import MIN_TOKENS
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import StageSection
-from tinybert_jax.data.store import Store
 from tinybert_jax.data.wordpiece import backend_sha256
+from tinybert_jax.tokens.store import Store
 
 
 def check_stores(

@@ -21,8 +21,8 @@ from tinybert_jax.config.run import RunConfig
 from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.convert.hf_folder import find_folder
 from tinybert_jax.data.splits import TaskData, corpus_documents, read_task, split_heldout
-from tinybert_jax.data.store import Store, open_store
 from tinybert_jax.data.wordpiece import train_wordpiece
+from tinybert_jax.tokens.store import Store, open_store
 
 
 class Text(NamedTuple):

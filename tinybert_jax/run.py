@@ -23,7 +23,6 @@ from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import StageSection
 from tinybert_jax.convert import hf_files
 from tinybert_jax.data.splits import TaskData
-from tinybert_jax.data.store import Store
 from tinybert_jax.evaluate import Judge, majority_share, make_scorer, task_metrics
 from tinybert_jax.inputs import read_inputs
 from tinybert_jax.log import MetricLog
@@ -33,6 +32,7 @@ from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
 from tinybert_jax.performance import host
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
+from tinybert_jax.tokens.store import Store
 
 
 class Run(NamedTuple):

@@ -15,10 +15,10 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
-from tinybert_jax.data import prepare
 from tinybert_jax.data.errors import fail
-from tinybert_jax.data.prepare import Done, Work
 from tinybert_jax.data.records import Source
+from tinybert_jax.tokens import prepare
+from tinybert_jax.tokens.transform import Done, Work, make_transform, read_options
 
 Row = dict[str, Any]  # one column: Ray's blocks are Arrow tables
 _COLUMN = "pickle"
@@ -51,7 +51,7 @@ def run(
 
 def _read(row: Row) -> Iterator[Row]:
     group, done, settings = pickle.loads(row[_COLUMN])
-    for chunk in prepare.todo(group, done, prepare.read_options(settings)):
+    for chunk in prepare.todo(group, done, read_options(settings)):
         yield {_COLUMN: pickle.dumps(chunk)}
 
 
@@ -60,7 +60,7 @@ class _Transform:
 
     def __init__(self, work: Work):
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        self._transform = prepare.make_transform(work)
+        self._transform = make_transform(work)
 
     def __call__(self, row: Row) -> Row:
         return {_COLUMN: pickle.dumps(self._transform(pickle.loads(row[_COLUMN])))}

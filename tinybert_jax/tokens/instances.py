@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinybert_jax.batches.packing import pack
-from tinybert_jax.data.store import MAX_SEGMENTS, Rows, row_dtype
+from tinybert_jax.tokens.store import MAX_SEGMENTS, Rows, row_dtype
 
 Ids = list[int]
 

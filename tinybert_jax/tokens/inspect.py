@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from tinybert_jax.data.errors import fail
-from tinybert_jax.data.store import MANIFEST, TOKENIZER, Store, open_store
+from tinybert_jax.tokens.store import MANIFEST, TOKENIZER, Store, open_store
 
 _BAR = 40  # characters of the longest bar
 _BLOCK = 2**16  # rows read at a time

@@ -1,0 +1,1 @@
+"""Token shards on disk: written once by `tinybert data prepare`, read by training."""
