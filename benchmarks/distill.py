@@ -122,17 +122,17 @@ def ours(
     import jax
 
     from tinybert_jax.config.objectives import DistillSection
-    from tinybert_jax.convert import hf_files
     from tinybert_jax.distill_objective import Options, Role, make_distill
+    from tinybert_jax.huggingface.folder import read_model, start_params
     from tinybert_jax.models.heads import make_encoder
     from tinybert_jax.models.params import frozen_params, layers_apart
 
     teacher_dtype = teacher_dtype or product_dtype
 
     def model(name: str, own_dtype: str | None):
-        config = hf_files.read_model(folder / name).config
+        config = read_model(folder / name).config
         apply, init = make_encoder(config, unroll=True, product_dtype=own_dtype)
-        params = hf_files.start_params(folder / name, init, jax.random.key(0))
+        params = start_params(folder / name, init, jax.random.key(0))
         return Role(apply, "encoder", config.num_hidden_layers), params
 
     student, params = model("student", product_dtype)

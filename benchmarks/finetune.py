@@ -47,12 +47,12 @@ def main() -> None:
 
 def read_rows():
     from tinybert_jax.batches.tokenize import tokenize_task
-    from tinybert_jax.convert import hf_folder
     from tinybert_jax.data.tables import read_labelled
+    from tinybert_jax.huggingface.hub import load_tokenizer
 
     path = Path(os.environ["TINYBERT_DATA"]) / "cls" / "sst2" / "train.tsv"
     text = read_labelled(str(path), text="sentence", label="label")
-    tokenizer = hf_folder.load_tokenizer(os.environ["TEACHER"])
+    tokenizer = load_tokenizer(os.environ["TEACHER"])
     return tokenize_task(tokenizer, text, MAX_LENGTH)
 
 
@@ -64,18 +64,18 @@ def ours(path: Path, num_steps: int, product_dtype: str | None) -> sides.Round:
 
     from tinybert_jax.batches import loader
     from tinybert_jax.batches.packing import packed_epochs
-    from tinybert_jax.convert import hf_files
+    from tinybert_jax.huggingface.folder import read_model, start_params
     from tinybert_jax.models.heads import make_classifier
     from tinybert_jax.models.params import layers_apart
     from tinybert_jax.objectives import make_supervised
 
     teacher = os.environ["TEACHER"]
-    config, rows = hf_files.read_model(teacher).config, sides.load_rows(path)
+    config, rows = read_model(teacher).config, sides.load_rows(path)
     epochs = packed_epochs(rows.lengths, width=MAX_LENGTH, global_batch_size=BATCH_SIZE, seed=(0,))
     apply, init = make_classifier(config, 2, unroll=True, product_dtype=product_dtype)
     return sides.train_rounds(
         make_supervised(apply),
-        layers_apart(hf_files.start_params(teacher, init, jax.random.key(0))),
+        layers_apart(start_params(teacher, init, jax.random.key(0))),
         loader.planned_batches(rows, epochs, pad_token_id=config.pad_token_id),
         num_steps=num_steps,
     )

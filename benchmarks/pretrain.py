@@ -47,12 +47,12 @@ def read_rows():
 
     from tinybert_jax.batches.batch import TokenRows
     from tinybert_jax.batches.tokenize import tokenize_corpus
-    from tinybert_jax.convert import hf_folder
     from tinybert_jax.data.corpus import read_corpus
+    from tinybert_jax.huggingface.hub import load_tokenizer
 
     path = Path(os.environ["TINYBERT_DATA"]) / "mlm" / "wikipedia_squad_train.txt"
     documents = read_corpus((str(path),))[:2000]
-    tokenizer = hf_folder.load_tokenizer(os.environ["TEACHER"])
+    tokenizer = load_tokenizer(os.environ["TEACHER"])
     rows = tokenize_corpus(tokenizer, documents, WIDTH)
     is_full = rows.lengths == WIDTH
     num_full = int(is_full.sum())
@@ -80,12 +80,12 @@ def ours(path: Path, num_steps: int, batch_size: int, product_dtype: str | None)
     from tinybert_jax.batches import loader
     from tinybert_jax.batches.bucketing import bucketed_epochs
     from tinybert_jax.config.models import ModelConfig
-    from tinybert_jax.convert import hf_folder
+    from tinybert_jax.huggingface.hub import load_tokenizer
     from tinybert_jax.models.heads import make_masked_lm
     from tinybert_jax.models.params import layers_apart
     from tinybert_jax.objectives import make_mlm
 
-    tokenizer, rows = hf_folder.load_tokenizer(os.environ["TEACHER"]), sides.load_rows(path)
+    tokenizer, rows = load_tokenizer(os.environ["TEACHER"]), sides.load_rows(path)
     epochs = bucketed_epochs(
         rows.lengths, buckets=(WIDTH,), global_batch_size=batch_size, seed=(0,)
     )

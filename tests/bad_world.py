@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from tinybert_jax import cli
 from tinybert_jax.config.models import ModelConfig
-from tinybert_jax.convert import hf_files
 from tinybert_jax.data.wordpiece import train_wordpiece
+from tinybert_jax.huggingface.folder import save_model
 from tinybert_jax.models.heads import make_classifier, make_encoder
 
 TEXTS = ["a fine film", "a dull film", "tea and toast", "toast and jam and more tea"] * 3
@@ -42,18 +42,16 @@ def models(tmp_path_factory) -> Path:
     params = make_classifier(sizes, 2)[1](jax.random.key(0))
     params["classifier"] = jax.tree.map(np.zeros_like, params["classifier"])
     names = ("neg", "pos")
-    hf_files.save_model(folder / "classifier", params, sizes, tokenizer, label_names=names)
-    hf_files.save_model(folder / "encoder", params["encoder"], sizes, tokenizer)
+    save_model(folder / "classifier", params, sizes, tokenizer, label_names=names)
+    save_model(folder / "encoder", params["encoder"], sizes, tokenizer)
     wider = sizes.model_copy(update={"hidden_size": 24})
     init = make_classifier(wider, 2)[1]
-    hf_files.save_model(
-        folder / "wider", init(jax.random.key(0)), wider, tokenizer, label_names=names
-    )
+    save_model(folder / "wider", init(jax.random.key(0)), wider, tokenizer, label_names=names)
     # As many pieces, but others.
     other = train_wordpiece([text.replace("m", "x") for text in TEXTS], vocab_size=60)
     sizes = sizes.model_copy(update={"vocab_size": len(other)})
     init = make_encoder(sizes)[1]
-    hf_files.save_model(folder / "other_vocabulary", init(jax.random.key(0)), sizes, other)
+    save_model(folder / "other_vocabulary", init(jax.random.key(0)), sizes, other)
     return folder
 
 

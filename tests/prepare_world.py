@@ -11,7 +11,7 @@ from transformers import BertTokenizer
 
 from tests.reference import write_vocab
 from tinybert_jax.config.data import PrepareConfig
-from tinybert_jax.convert import hf_folder
+from tinybert_jax.huggingface.hub import load_tokenizer
 from tinybert_jax.tokens import prepare
 from tinybert_jax.tokens.store import INDEX, partial_of
 
@@ -55,7 +55,7 @@ class World:
 
     def prepare(self, **settings):
         loaded = PrepareConfig(**self.settings | settings)
-        return prepare.prepare(loaded, hf_folder.load_tokenizer(loaded.tokenizer))
+        return prepare.prepare(loaded, load_tokenizer(loaded.tokenizer))
 
     def command(self, output, **settings):
         given = [f"{name}={value}" for name, value in settings.items()]

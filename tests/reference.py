@@ -11,7 +11,7 @@ import torch
 from transformers import BertConfig, BertTokenizer
 
 from tinybert_jax.config.models import ModelConfig
-from tinybert_jax.convert import hf_map
+from tinybert_jax.huggingface.weights import from_hf
 from tinybert_jax.models.params import flatten, unflatten
 
 # head_dim 26 as in TinyBERT4; no two sizes alike, so that a transposed tensor cannot fit.
@@ -70,7 +70,7 @@ def our_params(model, init) -> dict:
     shapes = {p: leaf.shape for p, leaf in flatten(jax.eval_shape(init, jax.random.key(0))).items()}
     prefix = "" if any(path.startswith("encoder/") for path in shapes) else "encoder/"
     shapes = {prefix + path: shape for path, shape in shapes.items()}
-    flat, missing, _ = hf_map.from_hf(tensors_of(model), shapes)
+    flat, missing, _ = from_hf(tensors_of(model), shapes)
     assert all(path.startswith("encoder/pooler") for path in missing), missing
     flat |= {path: np.zeros(shapes[path], np.float32) for path in missing}
     return unflatten({path.removeprefix(prefix): leaf for path, leaf in flat.items()})

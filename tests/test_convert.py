@@ -37,8 +37,9 @@ from transformers import (
 )
 
 from tinybert_jax.config.models import ModelConfig
-from tinybert_jax.convert import hf_files, hf_map
-from tinybert_jax.convert.hf_folder import load_tokenizer
+from tinybert_jax.huggingface.folder import load_params, read_model, save_model, start_params
+from tinybert_jax.huggingface.hub import load_tokenizer
+from tinybert_jax.huggingface.weights import from_hf, to_hf
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.models.params import flatten
 
@@ -70,12 +71,10 @@ def spoilt(original, tmp_path):
 
 
 def load(folder, make=make_classifier, num_labels=3):
-    config = hf_files.read_model(folder).config
+    config = read_model(folder).config
     _, init = make(config, num_labels) if make is make_classifier else make(config)
     key = jax.random.key(0)
-    return hf_files.load_params(
-        hf_files.read_model(folder), jax.eval_shape(init, key), lambda: jax.jit(init)(key)
-    )
+    return load_params(read_model(folder), jax.eval_shape(init, key), lambda: jax.jit(init)(key))
 
 
 # There and back.
@@ -94,7 +93,7 @@ def load(folder, make=make_classifier, num_labels=3):
 def test_there_and_back_is_bit_equal(kind, make, tmp_path):
     model = random_bert(kind)
     params = our_params(model, make(CONFIG)[1])
-    saved = hf_files.save_model(
+    saved = save_model(
         tmp_path / "ours", params, CONFIG, load_tokenizer(write_vocab(tmp_path / "vocab"))
     )
     expected = {
@@ -113,7 +112,7 @@ def test_real_mini_lm_there_and_back_is_bit_equal():
     tensors = load_file(mini_lm() / "model.safetensors")
     loaded = load(mini_lm(), make_encoder)
     assert (loaded.missing, loaded.surplus) == ((), ())
-    again = hf_map.to_hf({f"encoder/{path}": leaf for path, leaf in flatten(loaded.params).items()})
+    again = to_hf({f"encoder/{path}": leaf for path, leaf in flatten(loaded.params).items()})
     expected = {f"bert.{name}": t for name, t in tensors.items() if "position_ids" not in name}
     assert_same_bits(again, expected)
 
@@ -163,7 +162,7 @@ def test_narrow_weights_widen_exactly(original, tmp_path, dtype):
     shutil.copytree(folder, other)
     safetensors.torch.save_file(narrow, other / "model.safetensors")
     change_config(other, dtype=dtype)
-    expected = hf_map.from_hf(
+    expected = from_hf(
         {name: t.float().numpy() for name, t in narrow.items()},
         {path: leaf.shape for path, leaf in flatten(load(folder).params).items()},
     )
@@ -187,7 +186,7 @@ def test_missing_pooler_and_head_start_fresh_and_are_named(tmp_path, capsys):
     )
     _, init = make_classifier(CONFIG, 4)
     fresh = flatten(jax.jit(init)(jax.random.key(7)))
-    params = flatten(hf_files.start_params(folder, init, jax.random.key(7)))
+    params = flatten(start_params(folder, init, jax.random.key(7)))
     absent = {p for p in fresh if p.startswith(("classifier/", "encoder/pooler/"))}
     assert set(load(folder, num_labels=4).missing) == absent
     for path in fresh:
@@ -195,14 +194,14 @@ def test_missing_pooler_and_head_start_fresh_and_are_named(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "classifier/kernel" in said and "start fresh" in said
     with pytest.raises(ValueError, match="expected trained weights for .*classifier"):
-        hf_files.start_params(folder, init, whole=True)
+        start_params(folder, init, whole=True)
 
 
 def test_a_left_over_head_is_named(original, tmp_path, capsys):
     folder, _ = original
     loaded = load(folder, make_encoder)
     assert loaded.missing == () and loaded.surplus == ("classifier.bias", "classifier.weight")
-    hf_files.start_params(folder, make_encoder(CONFIG)[1])
+    start_params(folder, make_encoder(CONFIG)[1])
     assert "not used: classifier.bias, classifier.weight" in capsys.readouterr().out
     loaded = load(write_bert(tmp_path / "pre", random_bert(BertForPreTraining)), make_masked_lm)
     pair = ("cls.seq_relationship.bias", "cls.seq_relationship.weight")
@@ -214,9 +213,9 @@ def test_head_of_another_size_is_refused_or_makes_way_for_a_fresh_one(original, 
         load(original[0], num_labels=5)
     _, init = make_classifier(CONFIG, 5)
     with pytest.raises(ValueError, match="expected a head with 5 labels, got one with 3"):
-        hf_files.start_params(original[0], init, whole=True)
+        start_params(original[0], init, whole=True)
     fresh = flatten(jax.jit(init)(jax.random.key(7)))
-    params = flatten(hf_files.start_params(original[0], init, jax.random.key(7)))
+    params = flatten(start_params(original[0], init, jax.random.key(7)))
     theirs = flatten(load(original[0], num_labels=3).params)
     assert np.array_equal(params["classifier/kernel"], fresh["classifier/kernel"])
     assert params["classifier/bias"].shape == (5,)
@@ -228,9 +227,9 @@ def test_head_of_another_size_is_refused_or_makes_way_for_a_fresh_one(original, 
 
 def test_a_head_of_other_labels_makes_way_for_a_fresh_one(original, capsys):
     _, init = make_classifier(CONFIG, 3)
-    theirs = flatten(hf_files.start_params(original[0], init, label_names=NAMES))
+    theirs = flatten(start_params(original[0], init, label_names=NAMES))
     assert capsys.readouterr().out == ""
-    other = flatten(hf_files.start_params(original[0], init, label_names=("x", "y", "z")))
+    other = flatten(start_params(original[0], init, label_names=("x", "y", "z")))
     assert not np.array_equal(other["classifier/kernel"], theirs["classifier/kernel"])
     assert np.array_equal(other["encoder/pooler/kernel"], theirs["encoder/pooler/kernel"])
     assert "not used: classifier." in capsys.readouterr().out
@@ -332,7 +331,7 @@ def test_configs_with_more_or_fewer_fields_load_alike(original, spoilt):
     for name in ("model_type", "architectures", "layer_norm_eps", "initializer_range"):
         del config[name]
     (folder / "config.json").write_text(json.dumps(config))
-    ours, plain = hf_files.read_model(folder), hf_files.read_model(original[0])
+    ours, plain = read_model(folder), read_model(original[0])
     assert ours.config == plain.config == CONFIG
     assert ours.label_names == plain.label_names == NAMES
 

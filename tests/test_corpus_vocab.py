@@ -1,7 +1,7 @@
 """`tinybert data vocab`: a WordPiece vocabulary from text files."""
 
 from tinybert_jax import cli
-from tinybert_jax.convert import hf_folder
+from tinybert_jax.huggingface.hub import load_tokenizer
 
 
 def test_vocabularies_cased_uncased_and_chinese(tmp_path, capsys):
@@ -12,8 +12,7 @@ def test_vocabularies_cased_uncased_and_chinese(tmp_path, capsys):
     assert "pieces from" in capsys.readouterr().out
     assert cli.main([*command, str(tmp_path / "cased"), "--cased"]) == 0
     lower, cased = (
-        hf_folder.load_tokenizer(tmp_path / name).tokenize("Ärger 电影")
-        for name in ("lower", "cased")
+        load_tokenizer(tmp_path / name).tokenize("Ärger 电影") for name in ("lower", "cased")
     )
     assert lower[-2:] == cased[-2:] == ["电", "影"]
     assert "".join(lower[:-2]).replace("##", "") == "arger"
@@ -37,7 +36,7 @@ def test_each_chinese_character_has_a_piece_and_none_within_a_word(tmp_path):
     (tmp_path / "text.txt").write_text(f"{text} a\n{text} a\n")
     command = ["data", "vocab", str(tmp_path / "text.txt"), "--size", "3500", "-o"]
     assert cli.main([*command, str(tmp_path / "out")]) == 0
-    pieces = hf_folder.load_tokenizer(tmp_path / "out").get_vocab()
+    pieces = load_tokenizer(tmp_path / "out").get_vocab()
     assert set(text) <= pieces.keys()
     assert len(pieces) == 5 + 3000 + 2  # a, ##a
 
@@ -47,7 +46,7 @@ def test_no_more_pieces_than_asked_for(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("we saw a tree, we saw the sea, we see 电影 电影\n" * 9)
     command = ["data", "vocab", str(tmp_path / "text.txt"), "-o", str(tmp_path / "out"), "--size"]
     assert cli.main([*command, "11"]) == 0
-    pieces = hf_folder.load_tokenizer(tmp_path / "out").get_vocab()
+    pieces = load_tokenizer(tmp_path / "out").get_vocab()
     assert len(pieces) == 11 and {"e", "##e"} <= pieces.keys()
     capsys.readouterr()
     assert cli.main([*command[:-2], str(tmp_path / "no"), "--max-length", "1"]) == 2

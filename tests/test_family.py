@@ -16,7 +16,7 @@ from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import DistillSection
-from tinybert_jax.convert import hf_files
+from tinybert_jax.huggingface.folder import read_model, start_params
 from tinybert_jax.log import MetricLog
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.parallel import sharding
@@ -228,12 +228,12 @@ def test_exports_load_in_transformers(together):
         inputs = AutoTokenizer.from_pretrained(folder)(TEXTS[:4], padding=True, return_tensors="pt")
         with torch.no_grad():
             theirs = model(**inputs).logits.numpy()
-        config = hf_files.read_model(folder).config
+        config = read_model(folder).config
         apply, init = make_classifier(config, 2)
         names = ("input_ids", "attention_mask", "token_type_ids")
         arrays = [jnp.asarray(inputs[key].numpy(), jnp.int32) for key in names]
         arrays[1] = arrays[1] > 0
-        ours = apply(hf_files.start_params(folder, init, whole=True), *arrays).logits
+        ours = apply(start_params(folder, init, whole=True), *arrays).logits
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 from tiny_inputs import write_config, write_inputs
 
 from tinybert_jax import cli
-from tinybert_jax.convert import hf_files
+from tinybert_jax.huggingface.folder import read_model, save_model
 
 SIZES = {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 32}
 STAGE = {"num_steps": 4, "global_batch_size": 8, "max_length": 16, "learning_rate": 1e-3}
@@ -24,7 +24,7 @@ def inputs(tmp_path_factory):
     """A folder with text and a teacher that has a masked-LM head, not one of the task."""
     folder = tmp_path_factory.mktemp("inputs")
     params, sizes, tokenizer = write_inputs(folder, **SIZES)
-    hf_files.save_model(folder / "encoder", params["encoder"], sizes, tokenizer)
+    save_model(folder / "encoder", params["encoder"], sizes, tokenizer)
     return folder
 
 
@@ -59,7 +59,7 @@ def test_a_preset_runs_from_end_to_end(inputs, tmp_path, preset):
         parts = {f"loss/{metric.get(t['term'], t['term'])}" for t in terms[stage]}
         rows = [row for row in train if row["stage"] == stage]
         assert rows and all(parts <= row.keys() for row in rows)
-    saved = hf_files.read_model(tmp_path / "run" / "hf")
+    saved = read_model(tmp_path / "run" / "hf")
     assert saved.config.num_hidden_layers == 2 and saved.label_names == ("neg", "pos")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert {m["role"] for m in results["models"]} == (

@@ -22,7 +22,7 @@ from tests.prepare_world import (
     unfinish,
 )
 from tinybert_jax import cli
-from tinybert_jax.convert import hf_folder
+from tinybert_jax.huggingface.hub import load_tokenizer
 from tinybert_jax.tokens.store import INDEX, open_store, partial_of
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +45,7 @@ def test_a_store_holds_the_text_and_verifies(world, mode, capsys):
     assert rows.segment_ids.max() > 1 or mode == "pairs"
     assert set(np.unique(rows.labels)) == ({-1} if mode == "documents" else {0, 1})
     if mode == "documents":
-        tokenizer = hf_folder.load_tokenizer(world.tokenizer)
+        tokenizer = load_tokenizer(world.tokenizer)
         ids = tokenizer(world.text.read_text(), add_special_tokens=False)["input_ids"]
         pieces = rows.ids[(rows.segment_ids > 0) & (rows.ids > 4)]
         assert sorted(pieces.tolist()) == sorted(i for i in ids if i > 4)

@@ -30,8 +30,8 @@ from transformers import (
 )
 
 from tinybert_jax.config.models import ModelConfig
-from tinybert_jax.convert import hf_files
-from tinybert_jax.convert.hf_folder import load_tokenizer
+from tinybert_jax.huggingface.folder import save_model
+from tinybert_jax.huggingface.hub import load_tokenizer
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.models.params import flatten, unflatten
 
@@ -72,7 +72,7 @@ def test_transformers_loads_what_we_write(kind, auto, unexpected, tokenizer, tmp
     make = makes.get(kind, lambda config: make_classifier(config, len(NAMES)))
     apply, init = make(our_config(model))
     params = our_params(model, init)
-    folder = hf_files.save_model(
+    folder = save_model(
         tmp_path / "a" / "ours",
         params,
         our_config(model),
@@ -112,11 +112,11 @@ def test_transformers_loads_what_we_write(kind, auto, unexpected, tokenizer, tmp
 def test_a_head_without_names_gets_one_name_an_output(tokenizer, tmp_path):
     _, init = make_classifier(CONFIG, 4)
     params = init(jax.random.key(0))
-    folder = hf_files.save_model(tmp_path / "unnamed", params, CONFIG, tokenizer)
+    folder = save_model(tmp_path / "unnamed", params, CONFIG, tokenizer)
     loaded = AutoModelForSequenceClassification.from_pretrained(str(folder))
     assert loaded.config.num_labels == 4 and loaded.classifier.out_features == 4
     with pytest.raises(ValueError, match="head's 4 outputs, got .*'bad'"):
-        hf_files.save_model(tmp_path / "wrong", params, CONFIG, tokenizer, label_names=NAMES)
+        save_model(tmp_path / "wrong", params, CONFIG, tokenizer, label_names=NAMES)
 
 
 # Saving is all or nothing.
@@ -132,7 +132,7 @@ class TornTokenizer:
 
 def fail_by_tokenizer(folder, params, tokenizer):
     with pytest.raises(OSError, match="No space"):
-        hf_files.save_model(folder, params, CONFIG, TornTokenizer())
+        save_model(folder, params, CONFIG, TornTokenizer())
 
 
 def fail_by_extra_file(folder, params, tokenizer):
@@ -141,29 +141,27 @@ def fail_by_extra_file(folder, params, tokenizer):
         raise OSError("No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        hf_files.save_model(folder, params, CONFIG, tokenizer, extra={"more.bin": write})
+        save_model(folder, params, CONFIG, tokenizer, extra={"more.bin": write})
 
 
 def fail_by_nan(folder, params, tokenizer):
     flat = {path: np.array(leaf) for path, leaf in flatten(params).items()}
     flat["encoder/pooler/bias"][3] = np.nan
     with pytest.raises(ValueError, match="finite"):
-        hf_files.save_model(folder, unflatten(flat), CONFIG, tokenizer)
+        save_model(folder, unflatten(flat), CONFIG, tokenizer)
 
 
 def fail_by_other_sizes(folder, params, tokenizer):
     """The config of another model: the folder would not load."""
     with pytest.raises(ValueError, match="differs from what was saved"):
-        hf_files.save_model(
-            folder, params, CONFIG.model_copy(update={"num_hidden_layers": 2}), tokenizer
-        )
+        save_model(folder, params, CONFIG.model_copy(update={"num_hidden_layers": 2}), tokenizer)
 
 
 @pytest.mark.parametrize(
     "fail", [fail_by_tokenizer, fail_by_extra_file, fail_by_nan, fail_by_other_sizes]
 )
 def test_a_failing_save_leaves_the_earlier_folder(params, tokenizer, tmp_path, fail):
-    folder = hf_files.save_model(tmp_path / "model", params, CONFIG, tokenizer, label_names=NAMES)
+    folder = save_model(tmp_path / "model", params, CONFIG, tokenizer, label_names=NAMES)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     fail(folder, params, tokenizer)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -171,15 +169,15 @@ def test_a_failing_save_leaves_the_earlier_folder(params, tokenizer, tmp_path, f
 
 
 def test_truncation_leaves_no_more_than_the_positions(params, tokenizer, tmp_path):
-    folder = hf_files.save_model(tmp_path / "m", params, CONFIG, tokenizer)
+    folder = save_model(tmp_path / "m", params, CONFIG, tokenizer)
     saved = AutoTokenizer.from_pretrained(folder)
     ids = saved("word " * 1000, truncation=True)["input_ids"]
     assert len(ids) == CONFIG.max_position_embeddings
 
 
 def test_a_save_replaces_an_earlier_one_whole(params, tokenizer, tmp_path):
-    folder = hf_files.save_model(tmp_path / "model", params, CONFIG, tokenizer, label_names=NAMES)
-    hf_files.save_model(folder, params["encoder"], CONFIG, tokenizer)
+    folder = save_model(tmp_path / "model", params, CONFIG, tokenizer, label_names=NAMES)
+    save_model(folder, params["encoder"], CONFIG, tokenizer)
     assert "classifier.weight" not in load_file(folder / "model.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # who reads one reads all
@@ -189,10 +187,10 @@ def test_a_save_destroys_no_foreign_file(params, tokenizer, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="thesis.txt.*would be lost"):
-        hf_files.save_model(tmp_path / "home", params, CONFIG, tokenizer)
+        save_model(tmp_path / "home", params, CONFIG, tokenizer)
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
     (tmp_path / "file").write_text("not a folder")
     for path in (tmp_path / "file", tmp_path / "file" / "model"):
         with pytest.raises(ValueError, match="file is a file"):
-            hf_files.save_model(path, params, CONFIG, tokenizer)
+            save_model(path, params, CONFIG, tokenizer)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "home"]

@@ -16,9 +16,9 @@ from tinybert_jax.batches.tokenize import tokenize_task
 from tinybert_jax.config import load as config_files
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import DistillSection
-from tinybert_jax.convert import hf_files
 from tinybert_jax.distill_objective import Role, make_distill
 from tinybert_jax.evaluate import make_scorer
+from tinybert_jax.huggingface.folder import read_model, save_model, start_params
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.run import read_run
 
@@ -83,10 +83,10 @@ def _logits(inputs, file, seed):
     """What a teacher says of the task's text, by a scorer of its own."""
     run = read_run(config_files.load(file), ("prediction",))
     path = _teacher(inputs, seed)
-    apply, init = make_classifier(hf_files.read_model(path).config, 2)
+    apply, init = make_classifier(read_model(path).config, 2)
     score = make_scorer(apply, buckets=(16,), pad_token_id=run.tokenizer.pad_token_id)
     rows = tokenize_task(run.tokenizer, run.data.distilled, 16)
-    return score(hf_files.start_params(path, init, whole=True), rows)
+    return score(start_params(path, init, whole=True), rows)
 
 
 def _assert_close(one, other):
@@ -180,7 +180,7 @@ def test_other_logits_are_never_taken_for_them(inputs, tmp_path):
     rows = tokenize_task(run.tokenizer, run.data.distilled, 16)
 
     def read(run, rows=rows):
-        sizes = hf_files.read_model(teacher).config
+        sizes = read_model(teacher).config
         given = run.config.teacher.model_copy(update={"finetuned": str(teacher)})
         config = run.config.model_copy(update={"teacher": given})
         return teacher_logits.read(run._replace(config=config, teacher=sizes), "prediction", rows)
@@ -319,13 +319,11 @@ def test_a_further_teacher_near_chance_is_refused(inputs, tmp_path, capsys):
 )
 def test_a_further_teacher_without_room_is_refused(inputs, tmp_path, capsys, change, words):
     further = tmp_path / "further"
-    sizes = ModelConfig(
-        **{**hf_files.read_model(_teacher(inputs, 1)).config.model_dump(), **change}
-    )
+    sizes = ModelConfig(**{**read_model(_teacher(inputs, 1)).config.model_dump(), **change})
     tokenizer = read_run(config_files.load(_config(inputs, tmp_path / "run")), ()).tokenizer
     params = make_classifier(sizes, 2)[1](jax.random.key(0))
     names = ("neg", "pos")
-    hf_files.save_model(further, params, sizes, tokenizer, label_names=names)
+    save_model(further, params, sizes, tokenizer, label_names=names)
     (tmp_path / "pairs.tsv").write_text("text\tother\tlabel\n" + "a\tb\tneg\na\tb\tpos\n" * 9)
     pairs = str(tmp_path / "pairs.tsv")
     file = write_config(

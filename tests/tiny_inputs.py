@@ -7,8 +7,8 @@ import jax
 import yaml
 
 from tinybert_jax.config.models import ModelConfig
-from tinybert_jax.convert import hf_files
 from tinybert_jax.data.wordpiece import train_wordpiece
+from tinybert_jax.huggingface.folder import save_model
 from tinybert_jax.models.heads import make_masked_lm
 
 TEXTS = ["a fine film with a sea", "a dull film", "tea and toast", "toast and jam and tea"] * 6
@@ -33,7 +33,7 @@ def write_inputs(folder: Path, **sizes: int) -> tuple[dict, ModelConfig, Any]:
         vocab_size=len(tokenizer), num_attention_heads=2, max_position_embeddings=16, **sizes
     )
     params = make_masked_lm(config)[1](jax.random.key(0))
-    hf_files.save_model(folder / "teacher", params, config, tokenizer)
+    save_model(folder / "teacher", params, config, tokenizer)
     return params, config, tokenizer
 
 

@@ -16,8 +16,9 @@ from tinybert_jax.config.models import FurtherTeacher, ModelConfig, Student
 from tinybert_jax.config.objectives import DISTILL_STAGES, AttentionTerm, LayerTerm, model_kind
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import TEACHER_STAGES, StageSection
-from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.data.wordpiece import is_continuation
+from tinybert_jax.huggingface.folder import check_start, read_model
+from tinybert_jax.huggingface.hub import check_same_pieces, check_table
 from tinybert_jax.models.attention import missing_device
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.parallel.mesh import num_batch_shards
@@ -75,13 +76,13 @@ def check_order(config: RunConfig, stages: Sequence[str], is_done: Callable[[str
 def check_vocabularies(config: RunConfig, tokenizer: Any, students: Sequence[Student]) -> None:
     """Refuses a given model whose folder has another tokenizer than the run's."""
     if config.teacher.path:
-        hf_folder.check_same_pieces(tokenizer, config.teacher.path, "teacher")
+        check_same_pieces(tokenizer, config.teacher.path, "teacher")
     if config.teacher.finetuned:
-        hf_folder.check_same_pieces(tokenizer, config.teacher.finetuned, "teacher")
+        check_same_pieces(tokenizer, config.teacher.finetuned, "teacher")
     for student in students:
         if student.section.path:
             with naming(student.origin):
-                hf_folder.check_same_pieces(tokenizer, student.section.path, "student")
+                check_same_pieces(tokenizer, student.section.path, "student")
     masks = [name for name in ("pretrain", "general") if _masks(config, name)]
     if masks and tokenizer.mask_token is None:
         raise ValueError(
@@ -132,7 +133,7 @@ def _check_model(
     config: RunConfig, stage: str, role: str, model: ModelConfig, tokenizer: Any
 ) -> None:
     """Refuses a model that has no room for a stage's text."""
-    hf_folder.check_table(tokenizer, model, f"the {role}")
+    check_table(tokenizer, model, f"the {role}")
     max_length, positions = getattr(config, stage).max_length, model.max_position_embeddings
     if max_length > positions:
         raise ValueError(
@@ -219,7 +220,7 @@ def check_weights(
     for origin, model, path, kind, whole in starts:
         with naming(origin):
             _, init = make[kind](model)
-            hf_files.check_start(path, init, whole=whole)
+            check_start(path, init, whole=whole)
 
 
 def check_further_teachers(
@@ -233,16 +234,16 @@ def check_further_teachers(
     for own in teachers:
         path = own.section.path
         with naming(own.origin):
-            hf_folder.check_same_pieces(tokenizer, path, "teacher")
+            check_same_pieces(tokenizer, path, "teacher")
             _check_model(config, "prediction", "teacher", own.sizes, tokenizer)
             check_labels(path, label_names)
             _, init = make_classifier(own.sizes, num_outputs)
-            hf_files.check_start(path, init, whole=True)
+            check_start(path, init, whole=True)
 
 
 def check_labels(path: str | Path, label_names: Sequence[str] | None) -> None:
     """Refuses a teacher whose labels, or their order, are not the task's."""
-    theirs = hf_files.read_model(path).label_names
+    theirs = read_model(path).label_names
     if label_names is None or theirs is None or all(n.startswith("LABEL_") for n in theirs):
         if label_names is not None and theirs is not None and len(theirs) != len(label_names):
             raise ValueError(
@@ -362,7 +363,7 @@ def _check_same_sizes(path: str, teacher: ModelConfig) -> None:
     """Of all that changes what the weights compute."""
     free = {"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"}
     expected = teacher.model_dump(exclude=free | {"pad_token_id"})
-    got = hf_files.read_model(path).config.model_dump()
+    got = read_model(path).config.model_dump()
     different = [name for name in expected if got[name] != expected[name]]
     if different:
         raise ValueError(

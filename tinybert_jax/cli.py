@@ -242,9 +242,9 @@ def _predict(arguments, command: str) -> int:
 
 
 def _convert(arguments, command: str) -> int:
-    from tinybert_jax import export
+    from tinybert_jax.huggingface import rewrite
 
-    print(export.convert(arguments.source, arguments.target))
+    print(rewrite.convert(arguments.source, arguments.target))
     return 0
 
 
@@ -253,10 +253,10 @@ def _prepare(arguments, command: str) -> int:
     if arguments.print_config:
         print(config_files.dump(settings), end="")
         return 0
-    from tinybert_jax.convert import hf_folder
+    from tinybert_jax.huggingface.hub import load_tokenizer
     from tinybert_jax.tokens import inspect, prepare
 
-    tokenizer = hf_folder.load_tokenizer(settings.tokenizer)
+    tokenizer = load_tokenizer(settings.tokenizer)
     folder = prepare.prepare(settings, tokenizer, _now_and_then(seconds=5.0))
     print(inspect.counts(folder))
     return 0
@@ -283,11 +283,11 @@ def _inspect(arguments, command: str) -> int:
 
 
 def _extend(arguments, command: str) -> int:
-    from tinybert_jax import export
     from tinybert_jax.data.wordpiece import iter_texts
+    from tinybert_jax.huggingface import rewrite
 
     bad: list = []
-    words = export.extend_vocabulary(
+    words = rewrite.extend_vocabulary(
         arguments.model,
         iter_texts(arguments.sources, text=arguments.text, split=arguments.split, bad=bad),
         arguments.output,

@@ -18,10 +18,10 @@ from tinybert_jax.config.models import (
     student_origin,
 )
 from tinybert_jax.config.run import RunConfig
-from tinybert_jax.convert import hf_files, hf_folder
-from tinybert_jax.convert.hf_folder import find_folder
 from tinybert_jax.data.splits import TaskData, corpus_documents, read_task, split_heldout
 from tinybert_jax.data.wordpiece import train_wordpiece
+from tinybert_jax.huggingface.folder import read_model
+from tinybert_jax.huggingface.hub import find_folder, load_tokenizer
 from tinybert_jax.tokens.store import Store, open_store
 
 
@@ -104,13 +104,13 @@ def _read_text(section: CorpusSection | None) -> Text:
 
 def _make_tokenizer(config: RunConfig, folder: Path, corpus: Sequence[str]) -> Any:
     if (folder / "tokenizer").is_dir():
-        return hf_folder.load_tokenizer(folder / "tokenizer")
+        return load_tokenizer(folder / "tokenizer")
     section = config.tokenizer
     if section.vocab_size:
         return train_wordpiece(corpus, vocab_size=section.vocab_size, lowercase=section.lowercase)
     folder_of_pieces = section.path or config.teacher.path
     assert folder_of_pieces is not None  # the config has one of the three
-    return hf_folder.load_tokenizer(folder_of_pieces)
+    return load_tokenizer(folder_of_pieces)
 
 
 def _fresh_teacher(config: RunConfig, tokenizer: Any) -> ModelConfig:
@@ -122,7 +122,7 @@ def _read_sizes(origin: str, path: str | None) -> ModelConfig | None:
     if path is None:
         return None
     with checks.naming(origin):
-        return hf_files.read_model(path).config
+        return read_model(path).config
 
 
 def _student_sizes(name: str, section: StudentSection, teacher: ModelConfig) -> ModelConfig:

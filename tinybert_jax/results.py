@@ -11,8 +11,9 @@ import numpy as np
 
 from tinybert_jax.batches.tokenize import tokenize_task
 from tinybert_jax.config.models import SOLE, ModelConfig
-from tinybert_jax.convert import hf_files, hf_folder
 from tinybert_jax.evaluate import make_scorer, task_metrics
+from tinybert_jax.huggingface.folder import has_classifier, start_params
+from tinybert_jax.huggingface.hub import find_folder
 from tinybert_jax.metrics.classification import confusion_matrix
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.models.params import num_parameters
@@ -48,7 +49,7 @@ def collect(
         models = [
             _describe(run, role, stage, name, model, folders)
             for role, stage, name, model, folders in places
-            if folders and hf_files.has_classifier(folders[0])
+            if folders and has_classifier(folders[0])
         ]
     summary = {
         "name": run.config.name,
@@ -138,9 +139,9 @@ def _describe(
     `metrics` are of several students the mean, and of several teachers those of the best, which
     is the one that teaches.
     """
-    weights = hf_folder.find_folder(folders[0]).glob("model*.safetensors")  # one, or shards
+    weights = find_folder(folders[0]).glob("model*.safetensors")  # one, or shards
     apply, init = make_classifier(model, run.data.num_outputs)
-    params = [hf_files.start_params(folder, init, whole=True) for folder in folders]
+    params = [start_params(folder, init, whole=True) for folder in folders]
     logits = dev_logits(run, stage, params, model)
     by_seed = [dev_metrics(run, own) for own in logits]
     best = best_of(by_seed, run.score)

@@ -21,9 +21,9 @@ from tinybert_jax.config import load as configs
 from tinybert_jax.config.models import SOLE, FurtherTeacher, ModelConfig, Student
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import StageSection
-from tinybert_jax.convert import hf_files
 from tinybert_jax.data.splits import TaskData
 from tinybert_jax.evaluate import Judge, majority_share, make_scorer, task_metrics
+from tinybert_jax.huggingface.folder import start_params
 from tinybert_jax.inputs import read_inputs
 from tinybert_jax.log import MetricLog
 from tinybert_jax.models.heads import make_classifier
@@ -235,7 +235,7 @@ def dev_judge(run: Run, apply: Callable, section: StageSection) -> Judge:
 def load_classifier(run: Run, path: str | Path, sizes: ModelConfig) -> tuple[Apply, Params]:
     """A model that knows the task, to be called with `placed_as_read` of its parameters."""
     apply, init = make_classifier(sizes, run.data.num_outputs, **compute_options(run.config))
-    return apply, hf_files.start_params(path, init, whole=True)
+    return apply, start_params(path, init, whole=True)
 
 
 def placed_as_read(run: Run, params: Params) -> Params:

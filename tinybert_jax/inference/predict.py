@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinybert_jax.batches.tokenize import MIN_TOKENS, tokenize_task
-from tinybert_jax.convert import hf_files, hf_folder
-from tinybert_jax.convert.hf_files import HfModel
 from tinybert_jax.data.tables import LabelledText, read_labelled
 from tinybert_jax.evaluate import make_scorer, task_metrics
+from tinybert_jax.huggingface.folder import HfModel, read_model, start_params
+from tinybert_jax.huggingface.hub import check_table, load_tokenizer
 from tinybert_jax.models.heads import make_classifier
 
 
@@ -89,7 +89,7 @@ def _read(data, text, text_pair, label, split, names, regression) -> LabelledTex
 
 
 def _read_classifier(model: str) -> HfModel:
-    source = hf_files.read_model(model)
+    source = read_model(model)
     if "classifier.weight" not in source.tensors:
         raise ValueError(
             f"{model}: expected a model with a classification head, found none; fine-tune it first "
@@ -100,8 +100,8 @@ def _read_classifier(model: str) -> HfModel:
 
 def _score(model: str, labelled: LabelledText, max_length: int | None) -> Classifier:
     source = _read_classifier(model)
-    tokenizer = hf_folder.load_tokenizer(model)
-    hf_folder.check_table(tokenizer, source.config, "the model")
+    tokenizer = load_tokenizer(model)
+    check_table(tokenizer, source.config, "the model")
     positions = source.config.max_position_embeddings
     max_length = positions if max_length is None else max_length
     if not MIN_TOKENS <= max_length <= positions:
@@ -111,7 +111,7 @@ def _score(model: str, labelled: LabelledText, max_length: int | None) -> Classi
         )
     names = source.label_names or ()
     apply, init = make_classifier(source.config, len(names))
-    params = hf_files.start_params(model, init, whole=True)
+    params = start_params(model, init, whole=True)
     rows = tokenize_task(tokenizer, labelled, max_length)
     buckets = [width for width in (16, 32, 64, 128, 256) if width < max_length] + [max_length]
     score = make_scorer(apply, buckets=buckets, pad_token_id=tokenizer.pad_token_id)

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from tinybert_jax.config.models import ModelConfig
-from tinybert_jax.convert import hf_files, hf_folder
+from tinybert_jax.huggingface.folder import is_unnamed, read_model, save_model, start_params
+from tinybert_jax.huggingface.hub import load_tokenizer
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 
 
@@ -47,19 +48,19 @@ class TinyBertModel:
         Raises ValueError where the folder is not a readable BERT, or where it has a head that was
         trained with other labels.
         """
-        source = hf_files.read_model(path)
+        source = read_model(path)
         names = tuple(label_names or ()) or source.label_names
         theirs = source.label_names if "classifier.weight" in source.tensors else None
-        is_named = theirs and not hf_files.is_unnamed(theirs)
+        is_named = theirs and not is_unnamed(theirs)
         if theirs and names != theirs and (is_named or len(names or ()) != len(theirs)):
             raise ValueError(
                 f"label_names: expected those of the head in {path}, {list(theirs)}, got "
                 f"{list(names or ())}; leave label_names out"
             )
         _, init = cls._functions(source.config, len(names or ()) or 1)
-        params = hf_files.start_params(path, init)
+        params = start_params(path, init)
         try:
-            tokenizer = hf_folder.load_tokenizer(path)
+            tokenizer = load_tokenizer(path)
         except ValueError:
             tokenizer = None  # only save_pretrained needs it, and says so
         return cls(source.config, params, names, tokenizer)
@@ -103,7 +104,7 @@ class TinyBertModel:
         tokenizer = tokenizer or self.tokenizer
         if tokenizer is None:
             raise ValueError("save_pretrained: expected a tokenizer; pass tokenizer=…")
-        return hf_files.save_model(
+        return save_model(
             folder,
             self.params,
             self.config,

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 from tinybert_jax import distill, teacher_logits
 from tinybert_jax.config.models import ModelConfig, Student
 from tinybert_jax.config.objectives import model_kind, needs_projection, teaches
-from tinybert_jax.convert import hf_files
 from tinybert_jax.distill_objective import Options, Role, make_distill
 from tinybert_jax.feed import stage_feed
+from tinybert_jax.huggingface.folder import save_model, start_params
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.models.params import Apply, Params
 from tinybert_jax.objectives import Mask, make_mask
@@ -54,7 +54,7 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
     teacher: Any = ()
     read_frozen: Callable[[Any], Any] = lambda frozen: frozen  # noqa: E731
     if is_taught:
-        teacher = hf_files.start_params(_teacher_folder(run, stage), teacher_init, whole=True)
+        teacher = start_params(_teacher_folder(run, stage), teacher_init, whole=True)
         read_frozen = functools.partial(as_read, run.config)
 
     @functools.cache
@@ -63,7 +63,7 @@ def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
         if teacher:
             return _encoder(teacher)
         _, init = make_encoder(run.teacher)
-        return hf_files.start_params(_teacher_folder(run, stage), init, whole=True)
+        return start_params(_teacher_folder(run, stage), init, whole=True)
 
     # Students, each from a stage before where there is one.
     members, kind = {}, model_kind(terms)
@@ -119,7 +119,7 @@ def _save(run: Run, folder: Path, params: Any, sizes: ModelConfig, is_judged: bo
     extra: dict[str, Callable[[Path], None]] = {}
     if "projection" in params:
         extra[_PROJECTION] = functools.partial(save_file, params["projection"])
-    hf_files.save_model(
+    save_model(
         folder,
         params["student"],
         sizes,
@@ -177,7 +177,7 @@ def _start(
 ) -> tuple[Params, np.ndarray | None]:
     """(student, the directions of its embeddings in the teacher's, where it starts from them)."""
     label_names = run.task.label_names if run.task else None
-    params = hf_files.start_params(start, init, key, label_names=label_names)
+    params = start_params(start, init, key, label_names=label_names)
     if start is not None or student.section.init == "random":
         return params, None
     own, directions = _encoder(params), None

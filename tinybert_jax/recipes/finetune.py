@@ -4,8 +4,8 @@ from pathlib import Path
 
 from tinybert_jax import results
 from tinybert_jax.config.models import SOLE, ModelConfig
-from tinybert_jax.convert import hf_files
 from tinybert_jax.feed import stage_feed
+from tinybert_jax.huggingface.folder import save_model, start_params
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.objectives import make_supervised
 from tinybert_jax.performance import flops
@@ -47,7 +47,7 @@ def main(run: Run, stage: str = "finetune") -> None:
             by_seed = [results.dev_metrics(run, own) for own in logits]
             places.append((run.model_folder(stage), models[results.best_of(by_seed, run.score)]))
         for folder, params in places:
-            hf_files.save_model(
+            save_model(
                 folder,
                 params,
                 sizes[name],
@@ -66,6 +66,6 @@ def _member(run: Run, stage: str, sizes: ModelConfig, start: str | Path | None) 
         make_supervised(
             apply, regression=run.is_regression, label_smoothing=section.label_smoothing
         ),
-        lambda key, _: hf_files.start_params(start, init, key, label_names=run.data.label_names),
+        lambda key, _: start_params(start, init, key, label_names=run.data.label_names),
         dev_judge(run, apply, section),
     )

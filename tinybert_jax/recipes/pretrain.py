@@ -6,10 +6,10 @@ from tinybert_jax.batches.loader import segment_rows
 from tinybert_jax.batches.tokenize import tokenize_corpus
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.stages import STAGES
-from tinybert_jax.convert import hf_files
 from tinybert_jax.data.wordpiece import is_continuation
 from tinybert_jax.evaluate import Judge, make_masked_lm_scorer
 from tinybert_jax.feed import stage_feed
+from tinybert_jax.huggingface.folder import save_model, start_params
 from tinybert_jax.models.heads import make_masked_lm
 from tinybert_jax.models.params import Apply
 from tinybert_jax.objectives import make_mlm
@@ -45,7 +45,7 @@ def main(run: Run) -> None:
             **run.mask_ids,
             pair_weight=section.pair_weight,
         ),
-        lambda key, _: hf_files.start_params(run.config.teacher.path, init, key),
+        lambda key, _: start_params(run.config.teacher.path, init, key),
         _heldout_judge(run, apply),
     )
     trained = run_stage(
@@ -61,7 +61,7 @@ def main(run: Run) -> None:
             ),
         ),
     )
-    hf_files.save_model(run.model_folder("pretrain"), trained[SOLE][0], run.teacher, tokenizer)
+    save_model(run.model_folder("pretrain"), trained[SOLE][0], run.teacher, tokenizer)
 
 
 def _heldout_judge(run: Run, apply: Apply) -> Judge | None:

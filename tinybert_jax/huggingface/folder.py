@@ -13,9 +13,9 @@ import numpy as np
 from pydantic import ValidationError
 
 from tinybert_jax.config.models import ModelConfig
-from tinybert_jax.convert import hf_map
-from tinybert_jax.convert.hf_folder import find_folder, save_tokenizer
-from tinybert_jax.convert.hf_tensors import WEIGHTS, read_json, read_tensors
+from tinybert_jax.huggingface.hub import find_folder, save_tokenizer
+from tinybert_jax.huggingface.tensors import WEIGHTS, read_json, read_tensors
+from tinybert_jax.huggingface.weights import Conversion, config_shapes, from_hf, to_hf
 from tinybert_jax.models.params import flatten, unflatten
 
 
@@ -107,10 +107,10 @@ def _head_fits(model: HfModel, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     return head is None or wanted is None or wanted[-1] == len(head)
 
 
-def to_ours(model: HfModel, shapes: Mapping[str, tuple[int, ...]]) -> hf_map.Conversion:
+def to_ours(model: HfModel, shapes: Mapping[str, tuple[int, ...]]) -> Conversion:
     """The folder's tensors as our flat parameters; raises ValueError that names the folder."""
     try:
-        return hf_map.from_hf(model.tensors, shapes)
+        return from_hf(model.tensors, shapes)
     except ValueError as error:
         raise ValueError(f"{model.folder}: {error}") from None
 
@@ -221,7 +221,7 @@ def save_model(
         save_tokenizer(tokenizer, partial, config.max_position_embeddings)
         text = json.dumps(settings, indent=2) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
-        save_file(hf_map.to_hf(flat), str(partial / WEIGHTS), metadata={"format": "pt"})
+        save_file(to_hf(flat), str(partial / WEIGHTS), metadata={"format": "pt"})
         for name, write in (extra or {}).items():
             write(partial / name)
         mode = (
@@ -362,7 +362,7 @@ def _replace(folder: Path, new: Path) -> None:
 
 
 def _compare(folder: Path, flat: Mapping[str, np.ndarray], config: ModelConfig) -> None:
-    shapes = hf_map.config_shapes(config, {path: leaf.shape for path, leaf in flat.items()})
+    shapes = config_shapes(config, {path: leaf.shape for path, leaf in flat.items()})
     model = read_model(folder)
     again = to_ours(model, shapes)
     same = model.config == config and not again.missing and not again.surplus

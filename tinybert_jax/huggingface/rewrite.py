@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from tinybert_jax.convert import hf_files, hf_folder, hf_map
 from tinybert_jax.data.wordpiece import check_extendable, split_words, with_words
+from tinybert_jax.huggingface.folder import HfModel, read_model, save_model, to_ours
+from tinybert_jax.huggingface.hub import check_table, load_tokenizer
+from tinybert_jax.huggingface.weights import config_shapes, our_shapes
 from tinybert_jax.models.params import unflatten
 
 _WORD_TABLE, _WORD_BIAS = "encoder/embeddings/word/embedding", "decoder/bias"
@@ -43,7 +45,7 @@ def extend_vocabulary(
         if value < 1:
             raise ValueError(f"{name}: expected 1 or more, got {value}")
     model, flat, tokenizer = _read_whole(source, target)
-    hf_folder.check_table(tokenizer, model.config, f"the model in {source}")
+    check_table(tokenizer, model.config, f"the model in {source}")
     check_extendable(tokenizer)
     words = split_words(tokenizer, texts, num_words=num_words, min_count=min_count)
     if not words:
@@ -69,16 +71,16 @@ def _with_means(rows: np.ndarray, first: int, pieces: Sequence[Sequence[int]]) -
 
 def _read_whole(
     source: str | Path, target: str | Path
-) -> tuple[hf_files.HfModel, dict[str, np.ndarray], Any]:
+) -> tuple[HfModel, dict[str, np.ndarray], Any]:
     """(the folder, its weights under our paths, its tokenizer), if the target can be written."""
     if Path(target).exists():
         raise ValueError(
             f"{target}: expected a folder that does not exist yet; nothing is replaced"
         )
-    model = hf_files.read_model(source)
-    tokenizer = hf_folder.load_tokenizer(source)
-    held = hf_map.our_shapes(model.tensors, model.config.num_hidden_layers)
-    flat, missing, surplus = hf_files.to_ours(model, hf_map.config_shapes(model.config, held))
+    model = read_model(source)
+    tokenizer = load_tokenizer(source)
+    held = our_shapes(model.tensors, model.config.num_hidden_layers)
+    flat, missing, surplus = to_ours(model, config_shapes(model.config, held))
     if missing:
         raise ValueError(f"{source}: lacks {list(missing)}; nothing was written")
     if surplus:
@@ -86,10 +88,8 @@ def _read_whole(
     return model, flat, tokenizer
 
 
-def _save(
-    target: str | Path, model: hf_files.HfModel, flat: dict[str, np.ndarray], tokenizer: Any
-) -> Path:
-    return hf_files.save_model(
+def _save(target: str | Path, model: HfModel, flat: dict[str, np.ndarray], tokenizer: Any) -> Path:
+    return save_model(
         target,
         unflatten(flat),
         model.config,
