@@ -9,7 +9,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from tinybert_jax.config.models import PRESETS, ModelConfig
 from tinybert_jax.models.heads import make_encoder
-from tinybert_jax.models.params import num_parameters
+from tinybert_jax.models.params import num_parameters as num_leaves
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
 from tinybert_jax.performance.flops import (
     forward_flops_per_token,
@@ -185,4 +185,4 @@ def test_presets_have_the_published_sizes(preset, parameters):
 def test_cost_counts_the_parameters_that_a_preset_has(preset):
     config = ModelConfig(**PRESETS[preset])
     abstract = jax.eval_shape(make_encoder(config)[1], jax.random.key(0))
-    assert num_parameters(abstract) == num_parameters(config)
+    assert num_leaves(abstract) == num_parameters(config)

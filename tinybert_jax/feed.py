@@ -129,8 +129,8 @@ def _store_feed(run: Run, stage: str, section: StageSection, seed: tuple[int, ..
         stores, weights, global_batch_size=section.global_batch_size, seed=seed
     )
     content = json.dumps([[store.manifest["files"] for store in stores], weights], sort_keys=True)
-    num_batches = num_batches(num_rows, section.global_batch_size)
-    return Feed(batch_at, num_batches, hashlib.sha256(content.encode()).hexdigest())
+    num_epoch_batches = num_batches(num_rows, section.global_batch_size)
+    return Feed(batch_at, num_epoch_batches, hashlib.sha256(content.encode()).hexdigest())
 
 
 def _seed(run: Run, stage: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The order of training, and batches of rows of like length."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Text to ragged token rows."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Documents of plain corpora: .txt and .jsonl files, folders and globs of them."""
 
 import glob
 import itertools

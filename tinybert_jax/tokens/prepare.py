@@ -30,7 +30,7 @@ from tinybert_jax.performance import host
 from tinybert_jax.tokens import store
 from tinybert_jax.tokens.instances import Layout
 from tinybert_jax.tokens.store import StoreWriter
-from tinybert_jax.tokens.transform import Done, Work, make_transform, read_options
+from tinybert_jax.tokens.transform import Done, Work, make_transform, read_options, todo
 
 _IDENTITY, _BAD = "identity.json", "bad_records.jsonl"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -165,15 +165,6 @@ def _fill(
         say(f"{num:,} records, {writer.num_rows:,} rows so far, now in {entry['source']}")
         _check_bad(config, writer, bad, max(num, _MIN_RECORDS))
     _check_bad(config, writer, bad, num)
-
-
-def todo(
-    group: tuple[int, list[Source]], done: tuple[int, int], options: records.Options
-) -> Iterator[Chunk]:
-    """The chunks of a numbered group that come after the chunk `done`."""
-    for chunk in records.read_chunks(*group, options):
-        if (chunk.group, chunk.number) > done:
-            yield chunk
 
 
 def _in_processes(

@@ -17,8 +17,7 @@ from typing import Any
 
 from tinybert_jax.data.errors import fail
 from tinybert_jax.data.records import Source
-from tinybert_jax.tokens import prepare
-from tinybert_jax.tokens.transform import Done, Work, make_transform, read_options
+from tinybert_jax.tokens.transform import Done, Work, make_transform, read_options, todo
 
 Row = dict[str, Any]  # one column: Ray's blocks are Arrow tables
 _COLUMN = "pickle"
@@ -51,7 +50,7 @@ def run(
 
 def _read(row: Row) -> Iterator[Row]:
     group, done, settings = pickle.loads(row[_COLUMN])
-    for chunk in prepare.todo(group, done, read_options(settings)):
+    for chunk in todo(group, done, read_options(settings)):
         yield {_COLUMN: pickle.dumps(chunk)}
 
 

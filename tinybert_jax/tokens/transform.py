@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a worker does with a chunk of text: read records, tokenise, pack rows."""
 
 import itertools
 import re
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinybert_jax.data import records
-from tinybert_jax.data.records import Chunk
+from tinybert_jax.data.records import Chunk, Source
 from tinybert_jax.tokens.instances import Layout, pack_documents, pair_instances
 from tinybert_jax.tokens.store import Rows
 
@@ -112,3 +112,12 @@ def _entry(
         "labels": {str(label): labels[label] for label in sorted(labels)},
         "bad": [[r.path, r.place, r.reason] for r in found if r.text is None],
     }
+
+
+def todo(
+    group: tuple[int, list[Source]], done: tuple[int, int], options: records.Options
+) -> Iterator[Chunk]:
+    """The chunks of a numbered group that come after the chunk `done`."""
+    for chunk in records.read_chunks(*group, options):
+        if (chunk.group, chunk.number) > done:
+            yield chunk
