@@ -122,10 +122,10 @@ def ours(
     import jax
 
     from tinybert_jax.config.objectives import DistillSection
-    from tinybert_jax.distill_objective import Options, Role, make_distill
     from tinybert_jax.huggingface.folder import read_model, start_params
     from tinybert_jax.models.heads import make_encoder
     from tinybert_jax.models.params import frozen_params, layers_apart
+    from tinybert_jax.objectives.distillation import Options, Role, make_distill
 
     teacher_dtype = teacher_dtype or product_dtype
 

@@ -67,7 +67,7 @@ def ours(path: Path, num_steps: int, product_dtype: str | None) -> sides.Round:
     from tinybert_jax.huggingface.folder import read_model, start_params
     from tinybert_jax.models.heads import make_classifier
     from tinybert_jax.models.params import layers_apart
-    from tinybert_jax.objectives import make_supervised
+    from tinybert_jax.objectives.supervised import make_supervised
 
     teacher = os.environ["TEACHER"]
     config, rows = read_model(teacher).config, sides.load_rows(path)

@@ -59,10 +59,10 @@ def students(
     from tinybert_jax.batches.packing import packed_epochs
     from tinybert_jax.config.models import PRESETS, SOLE, ModelConfig
     from tinybert_jax.config.objectives import DistillSection
-    from tinybert_jax.distill import init_projection
-    from tinybert_jax.distill_objective import Role, make_distill
     from tinybert_jax.models.heads import make_encoder
     from tinybert_jax.models.params import frozen_params, layers_apart
+    from tinybert_jax.objectives.alignment import init_projection
+    from tinybert_jax.objectives.distillation import Role, make_distill
 
     teacher = ModelConfig(**PRESETS["bert-base"])
     teacher_apply, teacher_init = make_encoder(teacher, unroll=True)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinybert_jax.losses import pointwise, vocabulary
-from tinybert_jax.masking import num_slots
+from tinybert_jax.objectives.masking import num_slots
 
 
 def main() -> None:

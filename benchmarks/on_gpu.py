@@ -277,10 +277,10 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
     frozen: Any = ()
     if work.teacher:
         from tinybert_jax.config.objectives import DistillSection
-        from tinybert_jax.distill import init_projection
-        from tinybert_jax.distill_objective import Role, make_distill
         from tinybert_jax.models.heads import make_encoder
         from tinybert_jax.models.params import frozen_params
+        from tinybert_jax.objectives.alignment import init_projection
+        from tinybert_jax.objectives.distillation import Role, make_distill
 
         teacher = ModelConfig(**work.teacher)
         apply, init = make_encoder(student, **options)
@@ -299,7 +299,7 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
         params: Any = {"student": jax.jit(init)(keys[2]), "projection": projection}
     else:
         from tinybert_jax.models.heads import make_masked_lm
-        from tinybert_jax.objectives import make_mlm
+        from tinybert_jax.objectives.masked_lm import make_mlm
 
         apply, init = make_masked_lm(student, **options)
         objective = make_mlm(

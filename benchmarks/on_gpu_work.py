@@ -62,8 +62,9 @@ def _tiny_sizes(**sizes: int) -> dict[str, int]:
 
 def flops_per_slot(work: Work, chunk_size: int) -> float:
     """As `plan` counts a stage: the masked-LM head at its slots and, in whole chunks, its words."""
-    from tinybert_jax import masking, objectives
     from tinybert_jax.config.models import ModelConfig
+    from tinybert_jax.objectives import masking
+    from tinybert_jax.objectives.masked_lm import mlm_chunk_size
     from tinybert_jax.performance import flops
 
     student = ModelConfig(**work.student)
@@ -74,7 +75,7 @@ def flops_per_slot(work: Work, chunk_size: int) -> float:
         )
     num_slots = work.batch_size * work.width
     num_picked = work.batch_size * masking.num_slots(MASK_RATE, work.width)
-    chunk_size = objectives.mlm_chunk_size(num_slots, chunk_size, mask_rate=MASK_RATE)
+    chunk_size = mlm_chunk_size(num_slots, chunk_size, mask_rate=MASK_RATE)
     num_predicted = chunk_size * math.ceil(MASK_RATE * num_slots / chunk_size)
     head = flops.masked_lm_flops(student, num_picked, num_predicted) / num_slots
     num_read = masking.num_slots(MASK_RATE, work.width)  # of the last layer: what is needed

@@ -83,7 +83,7 @@ def ours(path: Path, num_steps: int, batch_size: int, product_dtype: str | None)
     from tinybert_jax.huggingface.hub import load_tokenizer
     from tinybert_jax.models.heads import make_masked_lm
     from tinybert_jax.models.params import layers_apart
-    from tinybert_jax.objectives import make_mlm
+    from tinybert_jax.objectives.masked_lm import make_mlm
 
     tokenizer, rows = load_tokenizer(os.environ["TEACHER"]), sides.load_rows(path)
     epochs = bucketed_epochs(

@@ -3,9 +3,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinybert_jax import distill
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.models.heads import make_encoder
+from tinybert_jax.objectives.alignment import (
+    check_heads,
+    check_vocabularies,
+    init_projection,
+    make_layer_pairs,
+    principal_directions,
+    project,
+    start_from_teacher_embeddings,
+    start_from_teacher_layers,
+)
 
 
 @pytest.mark.parametrize(
@@ -20,7 +29,7 @@ from tinybert_jax.models.heads import make_encoder
 )
 def test_layer_maps(kind, student, teacher, expected):
     pairs = tuple(enumerate(expected, start=1))
-    assert distill.make_layer_pairs(kind, student, teacher) == pairs
+    assert make_layer_pairs(kind, student, teacher) == pairs
 
 
 @pytest.mark.parametrize(
@@ -32,7 +41,7 @@ def test_layer_maps(kind, student, teacher, expected):
     ],
 )
 def test_layer_maps_that_leave_layers_out(kind, expected):
-    assert distill.make_layer_pairs(kind, 3, 6) == expected
+    assert make_layer_pairs(kind, 3, 6) == expected
 
 
 @pytest.mark.parametrize(
@@ -46,23 +55,23 @@ def test_layer_maps_that_leave_layers_out(kind, expected):
 )
 def test_layer_maps_that_do_not_fit_name_both(kind, student, teacher, words):
     with pytest.raises(ValueError) as caught:
-        distill.make_layer_pairs(kind, student, teacher)
+        make_layer_pairs(kind, student, teacher)
     assert all(word in str(caught.value) for word in words)
 
 
 def test_fit_names_both_values():
     student = ModelConfig(num_attention_heads=8, hidden_size=64)
     with pytest.raises(ValueError, match="8 for the student and 12 for the teacher"):
-        distill.check_heads(student, ModelConfig(), None)
-    distill.check_vocabularies(student, ModelConfig())
+        check_heads(student, ModelConfig(), None)
+    check_vocabularies(student, ModelConfig())
     with pytest.raises(ValueError, match="100 entries for the student and 30522"):
-        distill.check_vocabularies(ModelConfig(vocab_size=100), ModelConfig())
+        check_vocabularies(ModelConfig(vocab_size=100), ModelConfig())
 
 
 def test_principal_directions_are_the_best_basis_of_their_size():
     """Equals the truncated SVD: no other basis of 3 directions loses less."""
     table = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
-    basis = distill.principal_directions(table, 3)
+    basis = principal_directions(table, 3)
     np.testing.assert_allclose(basis.T @ basis, np.eye(3), atol=1e-6)
     singular = np.linalg.svd(table.astype(np.float64), compute_uv=False)
     residual = table - table @ basis @ basis.T
@@ -78,7 +87,7 @@ def test_start_from_teacher_embeddings_reconstructs_what_its_directions_hold():
         }
 
     teacher, student = tables(12), tables(4)
-    started, directions = distill.start_from_teacher_embeddings(student, teacher)
+    started, directions = start_from_teacher_embeddings(student, teacher)
     for name in ("word", "position", "token_type"):
         ours = started["embeddings"][name]["embedding"]
         theirs = teacher["embeddings"][name]["embedding"]
@@ -92,7 +101,7 @@ def test_start_from_teacher_layers_copies_tables_and_the_layers_named():
     teacher, student = (
         make_encoder(model)[1](jax.random.key(seed)) for seed, model in enumerate((deep, shallow))
     )
-    started = distill.start_from_teacher_layers(student, teacher, [2, 4])
+    started = start_from_teacher_layers(student, teacher, [2, 4])
 
     def expected(path, own, given):
         return given[np.array([1, 3])] if path[0].key == "layers" else given[: len(own)]
@@ -108,11 +117,11 @@ def test_start_from_teacher_layers_copies_tables_and_the_layers_named():
 def test_shared_and_per_layer_projection():
     key = jax.random.key(0)
     hidden = jax.random.normal(key, (2, 3, 4))
-    shared = distill.init_projection(key, 4, 6, 1)
-    own = distill.init_projection(key, 4, 6, 3)
+    shared = init_projection(key, 4, 6, 1)
+    own = init_projection(key, 4, 6, 3)
     own["kernel"] = own["kernel"].at[2].multiply(2.0)
-    first = distill.project(shared, 0, hidden)
-    assert jnp.array_equal(distill.project(shared, 2, hidden), first)
-    np.testing.assert_allclose(distill.project(own, 2, hidden), 2 * first, rtol=1e-6)
-    same_width = distill.init_projection(key, 4, 4, 1)
-    assert jnp.array_equal(distill.project(same_width, 1, hidden), hidden)
+    first = project(shared, 0, hidden)
+    assert jnp.array_equal(project(shared, 2, hidden), first)
+    np.testing.assert_allclose(project(own, 2, hidden), 2 * first, rtol=1e-6)
+    same_width = init_projection(key, 4, 4, 1)
+    assert jnp.array_equal(project(same_width, 1, hidden), hidden)

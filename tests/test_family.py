@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_inputs import STUDENT, TEACHER, TEXTS, write_config, write_inputs
 
-from tinybert_jax import cli, distill_objective, family, objectives, optim, train
+from tinybert_jax import cli, family, optim, train
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.config.models import ModelConfig
@@ -19,6 +19,9 @@ from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.huggingface.folder import read_model, start_params
 from tinybert_jax.log import MetricLog
 from tinybert_jax.models.heads import make_classifier
+from tinybert_jax.objectives.distillation import Role, make_distill
+from tinybert_jax.objectives.objective import encoder_inputs
+from tinybert_jax.objectives.supervised import make_supervised
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
 
@@ -299,7 +302,7 @@ def _members():
 
 def test_eight_devices_equal_one():
     made = {name: make_classifier(sizes, 2) for name, sizes in _members().items()}
-    supervised = {name: objectives.make_supervised(apply) for name, (apply, _) in made.items()}
+    supervised = {name: make_supervised(apply) for name, (apply, _) in made.items()}
     optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1))
     optimizer = family.join_optimizer(optimizer, made)
     results = []
@@ -322,9 +325,9 @@ def test_eight_devices_equal_one():
 def _objective(sizes, apply_teacher):
     apply, init = make_classifier(sizes, 2)
     terms = DistillSection().terms("prediction")
-    role = distill_objective.Role(apply, "classifier", sizes.num_hidden_layers)
-    teacher = distill_objective.Role(apply_teacher, "classifier", SIZES.num_hidden_layers)
-    return distill_objective.make_distill(role, teacher, terms), init
+    role = Role(apply, "classifier", sizes.num_hidden_layers)
+    teacher = Role(apply_teacher, "classifier", SIZES.num_hidden_layers)
+    return make_distill(role, teacher, terms), init
 
 
 def test_one_teacher_pass_for_all_members(monkeypatch):
@@ -369,7 +372,7 @@ def test_one_teacher_pass_for_all_members(monkeypatch):
         return objective._replace(targets=targets)
 
     programs = [compiled("1l"), compiled("2l"), compiled("1l", "2l")]
-    programs.append(jax.jit(teach).lower(frozen, *objectives.encoder_inputs(batch)).compile())
+    programs.append(jax.jit(teach).lower(frozen, *encoder_inputs(batch)).compile())
     one, two, both, teacher = (program.cost_analysis()["flops"] for program in programs)
     assert both == pytest.approx(one + two - teacher, rel=0.01)
     assert teacher > 0.1 * both

@@ -7,15 +7,17 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from tinybert_jax import distill_objective, objectives
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import DistillSection, needs_projection
-from tinybert_jax.distill import init_projection
 from tinybert_jax.models.encoder import Encoder
 from tinybert_jax.models.heads import is_few, make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.models.params import frozen_params, layers_apart, layers_joined
+from tinybert_jax.objectives.alignment import init_projection
+from tinybert_jax.objectives.distillation import Role, make_distill
+from tinybert_jax.objectives.masked_lm import MaskedLabels
+from tinybert_jax.objectives.objective import count_units
 from tinybert_jax.parallel.mesh import make_mesh
 from tinybert_jax.parallel.sharding import param_specs, placed
 from tinybert_jax.performance import flops
@@ -151,10 +153,8 @@ def test_distillation_runs_the_last_layer_where_terms_read_it(stage, terms, is_w
     make = make_masked_lm if stage == "general" else lambda sizes: make_classifier(sizes, 3)
     (student, init), (teacher, teacher_init) = make(SIZES), make(teacher_sizes)
     kind = "masked_lm" if stage == "general" else "classifier"
-    objective = distill_objective.make_distill(
-        distill_objective.Role(student, kind, 3), distill_objective.Role(teacher, kind, 6), terms
-    )
-    labels = objectives.MaskedLabels(POSITIONS, POSITIONS, jnp.full(ROWS, -1))
+    objective = make_distill(Role(student, kind, 3), Role(teacher, kind, 6), terms)
+    labels = MaskedLabels(POSITIONS, POSITIONS, jnp.full(ROWS, -1))
     batch = Batch(
         IDS,
         MASKS["padded"],
@@ -169,7 +169,7 @@ def test_distillation_runs_the_last_layer_where_terms_read_it(stage, terms, is_w
 
     def value(params):
         goal = objective.targets(batch, frozen)
-        return objective.loss(params, batch, objectives.count_units(batch), key, goal)[0]
+        return objective.loss(params, batch, count_units(batch), key, goal)[0]
 
     program = jax.make_jaxpr(jax.grad(value))(params).jaxpr
     inner = {"student": SIZES.intermediate_size, "teacher": teacher_sizes.intermediate_size}

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tinybert_jax.masking import MAX_SPAN, SPAN_STOP, gather_masked, mask_tokens, num_slots
+from tinybert_jax.objectives.masking import (
+    MAX_SPAN,
+    SPAN_STOP,
+    gather_masked,
+    mask_tokens,
+    num_slots,
+)
 
 VOCAB_SIZE, MASK_TOKEN_ID = 1000, 999
 KEY = jax.random.key(0)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from tinybert_jax import distill_objective, masking, objectives
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import (
@@ -17,9 +16,12 @@ from tinybert_jax.config.objectives import (
     model_kind,
     teaches,
 )
-from tinybert_jax.distill import init_projection
 from tinybert_jax.losses import attention as attention_losses
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.objectives import masking
+from tinybert_jax.objectives.alignment import init_projection
+from tinybert_jax.objectives.distillation import Options, Role, make_distill
+from tinybert_jax.objectives.masked_lm import make_mask
 
 F = torch.nn.functional
 WIDTH, ROWS = 10, 6
@@ -71,13 +73,13 @@ class Case:
         kinds = model_kind(terms), model_kind(terms, of_teacher=True)
         for number, (sizes, kind) in enumerate(zip((student, TEACHER), kinds, strict=True)):
             apply, init = MAKE[kind](sizes, unroll=unroll)
-            roles.append(distill_objective.Role(apply, kind, sizes.num_hidden_layers))
+            roles.append(Role(apply, kind, sizes.num_hidden_layers))
             params.append(jax.jit(init)(jax.random.key(number)))
         mask = None
         if section.general_mask_rate and stage == "general":
             ids = {"mask_token_id": 4, "special_token_ids": (0, 1, 2), "vocab_size": 40}
-            mask = objectives.make_mask(mask_rate=0.4, **ids)
-        objective = distill_objective.make_distill(*roles, terms, mask=mask)
+            mask = make_mask(mask_rate=0.4, **ids)
+        objective = make_distill(*roles, terms, mask=mask)
         width = student.hidden_size
         projection = init_projection(jax.random.key(3), width, 24, 1)
         ours = {"student": params[0], "projection": projection}
@@ -286,7 +288,7 @@ def test_no_more_than_a_chunk_of_word_logits_exists(at, num_words):
     """Of arrays as wide as the vocabulary, in the compiled step of teacher and student."""
     changes = {"vocab_size": 8192, "max_position_embeddings": 64}
     apply, init = make_masked_lm(TEACHER.model_copy(update=changes))
-    role = distill_objective.Role(apply, "masked_lm", TEACHER.num_hidden_layers)
+    role = Role(apply, "masked_lm", TEACHER.num_hidden_layers)
     terms = [{"term": "word_logits", "at": at}, {"term": "masked_lm"}]
     ids = {"mask_token_id": 4, "special_token_ids": (0, 1, 2), "vocab_size": 8192}
     assert masking.num_slots(0.5, 64) == 48
@@ -294,12 +296,12 @@ def test_no_more_than_a_chunk_of_word_logits_exists(at, num_words):
     batch = Batch(rows, rows > 0, 0 * rows, rows[:, 0], jnp.ones(64))
 
     def largest(chunk_size):
-        objective = distill_objective.make_distill(
+        objective = make_distill(
             role,
             role,
             DistillSection.model_validate({"general": terms}).terms("general"),
-            distill_objective.Options(chunk_size=chunk_size),
-            objectives.make_mask(mask_rate=0.5, **ids),
+            Options(chunk_size=chunk_size),
+            make_mask(mask_rate=0.5, **ids),
         )
 
         def step(student, teacher, key):

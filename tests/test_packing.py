@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinybert_jax import distill_objective, objectives
 from tinybert_jax.batches.batch import Batch, Plan, TokenRows, make_batch
 from tinybert_jax.batches.packing import pack, packed_epochs
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import DistillSection, model_kind
 from tinybert_jax.evaluate import make_scorer
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.objectives.distillation import Role, make_distill
+from tinybert_jax.objectives.supervised import make_supervised
 
 WIDTH = 24
 CONFIG = ModelConfig(
@@ -138,15 +139,15 @@ def test_packed_evaluation_gives_every_example_its_own_logits():
 def _objective(kind):
     if kind == "classification":
         apply, init = make_classifier(STUDENT, 3)
-        return objectives.make_supervised(apply), _params(init, 1), ()
+        return make_supervised(apply), _params(init, 1), ()
     terms = DistillSection.model_validate({"prediction": KINDS[kind]}).terms("prediction")
     model = model_kind(terms)
     make = {"classifier": lambda sizes: make_classifier(sizes, 3), "encoder": make_encoder}[model]
     student = STUDENT.model_copy(update={"hidden_size": 32}) if kind == "patience" else STUDENT
     (apply, init), (teacher_apply, teacher_init) = make(student), make(CONFIG)
-    objective = distill_objective.make_distill(
-        distill_objective.Role(apply, model, student.num_hidden_layers),
-        distill_objective.Role(teacher_apply, model, CONFIG.num_hidden_layers),
+    objective = make_distill(
+        Role(apply, model, student.num_hidden_layers),
+        Role(teacher_apply, model, CONFIG.num_hidden_layers),
         terms,
     )
     kernel = jax.random.normal(jax.random.key(4), (1, 16, 32))

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import yaml
 
-from tinybert_jax import cli, objectives, plan, plan_work
+from tinybert_jax import cli, plan, plan_work
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.data.wordpiece import train_wordpiece
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.models.heads import make_classifier
+from tinybert_jax.objectives.masked_lm import mlm_chunk_size
 from tinybert_jax.parallel import sharding
 from tinybert_jax.performance import flops as model_flops
 from tinybert_jax.run import read_run
@@ -185,7 +186,7 @@ def test_the_masked_lm_s_chunks_are_those_of_the_step(inputs, tmp_path):
     """A row of 16 slots on each device, 2.4 masked, 5.3 with two deviations: a chunk of 8."""
     settings = {**STAGE, "mask_rate": 0.15, "loss_chunk_size": 64}
     run = _run(inputs, tmp_path, ["pretrain"], pretrain=settings, num_seeds=1)
-    assert objectives.mlm_chunk_size(WIDTH, 64, mask_rate=0.15) == 8 < _room(0.15)
+    assert mlm_chunk_size(WIDTH, 64, mask_rate=0.15) == 8 < _room(0.15)
     head = 2 * 16 * ROWS * (_room(0.15) * 16 + 8 * run.teacher.vocab_size)
     assert plan.price(run, "pretrain").flops["words"] == 3 * STEPS * head
 

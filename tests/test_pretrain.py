@@ -11,7 +11,6 @@ torch = pytest.importorskip("torch")
 from reference import VOCAB, our_config, our_params, random_bert
 from transformers import BertForPreTraining
 
-from tinybert_jax import objectives
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.batches.tokenize import tokenize_corpus
 from tinybert_jax.config import load as config_files
@@ -22,6 +21,8 @@ from tinybert_jax.data.wordpiece import train_wordpiece
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.models.heads import make_masked_lm
 from tinybert_jax.models.params import flatten
+from tinybert_jax.objectives.masked_lm import MaskedLabels, make_mlm
+from tinybert_jax.objectives.objective import Counts
 from tinybert_jax.recipes import pipeline
 from tinybert_jax.run import open_run
 from tinybert_jax.tokens.prepare import prepare
@@ -107,9 +108,9 @@ def test_masked_lm_with_pairs_equals_transformers():
     positions = np.array([[1, 5], [2, 0], [0, 0], [3, 4], [11, 0]])
     tokens = np.array([[7, 8], [9, -100], [-100, -100], [6, 5], [10, -100]])
     pairs = np.array([0, 1, -1, 1, 0])
-    counts = objectives.Counts(*(jnp.float32(n) for n in (5, 60, 720, 6, 4, 0)))
-    labels = objectives.MaskedLabels(*map(jnp.asarray, (positions, tokens, pairs)))
-    objective = objectives.make_mlm(
+    counts = Counts(*(jnp.float32(n) for n in (5, 60, 720, 6, 4, 0)))
+    labels = MaskedLabels(*map(jnp.asarray, (positions, tokens, pairs)))
+    objective = make_mlm(
         apply,
         mask_rate=0.15,
         mask_token_id=4,

@@ -8,14 +8,19 @@ import numpy as np
 import optax
 import pytest
 
-from tinybert_jax import distill_objective, masking, objectives, train
+from tinybert_jax import train
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import DistillSection
-from tinybert_jax.distill import init_projection
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.models.params import layers_apart, layers_joined
+from tinybert_jax.objectives import masking
+from tinybert_jax.objectives.alignment import init_projection
+from tinybert_jax.objectives.distillation import Options, Role, make_distill
+from tinybert_jax.objectives.masked_lm import make_mask, make_mlm
+from tinybert_jax.objectives.objective import Objective, count_units
+from tinybert_jax.objectives.supervised import make_supervised
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
 
@@ -59,17 +64,17 @@ def _stage(kind, normalisation="valid_only"):
     if kind == "supervised_apart":  # as run_stage does with compute.unroll_layers
         apply, init = make_classifier(STUDENT.model_copy(update=DRY), 3, unroll=True)
         params = layers_apart(jax.jit(init)(jax.random.key(0)))
-        return objectives.make_supervised(apply, label_smoothing=0.1), params, ()
+        return make_supervised(apply, label_smoothing=0.1), params, ()
     key = jax.random.key(0)
     student = STUDENT.model_copy(update=DRY)
-    options = distill_objective.Options(normalisation=normalisation)
+    options = Options(normalisation=normalisation)
     if kind == "supervised":
         apply, init = make_classifier(student, 3)
-        return objectives.make_supervised(apply, label_smoothing=0.1), jax.jit(init)(key), ()
+        return make_supervised(apply, label_smoothing=0.1), jax.jit(init)(key), ()
     if kind == "masked_lm":
         apply, init = make_masked_lm(student, pair_head=True)
         ids = {"mask_token_id": 4, "special_token_ids": (0, 1, 2), "vocab_size": 52}
-        objective = objectives.make_mlm(apply, mask_rate=0.3, pair_weight=0.5, **ids)
+        objective = make_mlm(apply, mask_rate=0.3, pair_weight=0.5, **ids)
 
         def prepare(batch, key, share):  # labels of pairs: none, 0 and 1
             return objective.prepare(batch._replace(labels=batch.labels - 1), key, share)
@@ -79,7 +84,7 @@ def _stage(kind, normalisation="valid_only"):
         roles, params, frozen = _roles("classifier", make_classifier, 3)
         terms = [{"term": "logits", "temperature": 2.0, "weight": 0.7}]
         terms += [{"term": "label", "weight": 0.3}]
-        objective = distill_objective.make_distill(*roles, _terms(terms), options)
+        objective = make_distill(*roles, _terms(terms), options)
         return objective, {"student": params}, frozen
     if kind == "words":
         roles, params, frozen = _roles("masked_lm", make_masked_lm, width=16)
@@ -87,20 +92,20 @@ def _stage(kind, normalisation="valid_only"):
         terms = DistillSection.model_validate(
             {"general": [*WORDS, {"term": "word_logits", "at": "masked"}]}
         ).terms("general")
-        mask = objectives.make_mask(mask_rate=0.3, **ids)
+        mask = make_mask(mask_rate=0.3, **ids)
         options = options._replace(chunk_size=5)
-        objective = distill_objective.make_distill(*roles, terms, options, mask)
+        objective = make_distill(*roles, terms, options, mask)
         return objective, {"student": params}, frozen
     if kind == "patience":
         roles, params, frozen = _roles("classifier", make_classifier, 3, width=16)
         terms = DistillSection(preset="pkd").terms("prediction")
-        return distill_objective.make_distill(*roles, terms, options), {"student": params}, frozen
+        return make_distill(*roles, terms, options), {"student": params}, frozen
     roles, params, frozen = _roles("encoder", make_encoder)
     params = {"student": params, "projection": init_projection(key, 8, 16, 1)}
     terms = DistillSection().terms("intermediate")
     if kind == "relations":
         terms = _terms([{"term": "relation", "heads": 2}, {"term": "attention", "heads": 8}])
-    return distill_objective.make_distill(*roles, terms, options), params, frozen
+    return make_distill(*roles, terms, options), params, frozen
 
 
 WORDS = [
@@ -115,7 +120,7 @@ def _roles(kind, make, *more, width=8):
     roles, params = [], []
     for number, sizes in enumerate((STUDENT.model_copy(update={"hidden_size": width}), TEACHER)):
         apply, init = make(sizes.model_copy(update=DRY), *more)
-        roles.append(distill_objective.Role(apply, kind, sizes.num_hidden_layers))
+        roles.append(Role(apply, kind, sizes.num_hidden_layers))
         params.append(jax.jit(init)(jax.random.key(number)))
     return roles, *params
 
@@ -260,7 +265,7 @@ def test_filler_rows_change_nothing(kind):
 
 @pytest.mark.parametrize("unit", ["token", "whole_word", "span"])
 def test_the_mask_rate_moves_over_the_stage_and_every_step_draws_anew(unit):
-    objective = objectives.make_mlm(
+    objective = make_mlm(
         make_masked_lm(STUDENT)[0],
         mask_rate=0.4,
         mask_rate_end=0.1,
@@ -291,7 +296,7 @@ def test_the_mask_rate_moves_over_the_stage_and_every_step_draws_anew(unit):
 
 def test_an_objective_is_told_how_far_the_stage_is():
     def prepare(batch, key, share):
-        return batch, objectives.count_units(batch)._replace(predictions=share)
+        return batch, count_units(batch)._replace(predictions=share)
 
     def loss(params, batch, counts, key, targets):
         return params["w"] ** 2, {"share": counts.predictions}
@@ -299,7 +304,7 @@ def test_an_objective_is_told_how_far_the_stage_is():
     params, mesh, optimizer = {"w": jnp.ones(())}, _mesh(1), optax.sgd(0.1)
     state = train.init_state(params, optimizer, KEY, mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    objective = objectives.Objective(prepare, loss)
+    objective = Objective(prepare, loss)
     step = train.make_train_step(objective, optimizer, lambda _: 0.1, mesh, placed, num_steps=5)
     shares = []
     for _ in range(6):
@@ -315,7 +320,7 @@ def test_a_masked_lm_step_never_holds_the_logits_of_all_predictions():
 
     def temporaries(chunk_size):
         options = {"mask_token_id": 4, "special_token_ids": (0, 1, 2), "vocab_size": 8192}
-        objective = objectives.make_mlm(apply, mask_rate=0.5, max_chunk_size=chunk_size, **options)
+        objective = make_mlm(apply, mask_rate=0.5, max_chunk_size=chunk_size, **options)
 
         def step(params, batch, key):
             prepared = objective.prepare(batch, key, jnp.float32(0))

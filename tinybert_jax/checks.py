@@ -10,7 +10,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from tinybert_jax import distill, optim
+from tinybert_jax import optim
 from tinybert_jax.config import load as configs
 from tinybert_jax.config.models import FurtherTeacher, ModelConfig, Student
 from tinybert_jax.config.objectives import DISTILL_STAGES, AttentionTerm, LayerTerm, model_kind
@@ -21,6 +21,7 @@ from tinybert_jax.huggingface.folder import check_start, read_model
 from tinybert_jax.huggingface.hub import check_same_pieces, check_table
 from tinybert_jax.models.attention import missing_device
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.objectives.alignment import check_heads, check_vocabularies, make_layer_pairs
 from tinybert_jax.parallel.mesh import num_batch_shards
 
 # The stage that makes the model which a stage starts from or learns from, where the config has it.
@@ -269,16 +270,16 @@ def _check_pair(
         if stage in stages
         for term in config.distillation.terms(stage)
     ]
-    distill.check_vocabularies(student, teacher)
+    check_vocabularies(student, teacher)
     for stage, term in terms:
         origin = f"distillation.{stage}, term {term.term}"
         with naming(origin):
             if isinstance(term, AttentionTerm) and not term.heads:
-                distill.check_heads(student, teacher, term.head_map)
+                check_heads(student, teacher, term.head_map)
             if isinstance(term, LayerTerm):
                 depths = student.num_hidden_layers, teacher.num_hidden_layers
                 with naming("layer_map"):
-                    distill.make_layer_pairs(term.layer_map, *depths)
+                    make_layer_pairs(term.layer_map, *depths)
         for role, model in (("student", student), ("teacher", teacher)):
             heads = getattr(term, "heads", None)
             if heads and model.hidden_size % heads:
@@ -313,7 +314,7 @@ def _check_start(student: Student, teacher: ModelConfig) -> None:
             )
     if copies:
         with naming(f"{student.origin}.init_layers"):
-            distill.make_layer_pairs(
+            make_layer_pairs(
                 student.section.init_layers,
                 student.sizes.num_hidden_layers,
                 teacher.num_hidden_layers,

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tinybert_jax import masking
 from tinybert_jax.batches.batch import Batch, Plan, TokenRows, make_batch
 from tinybert_jax.batches.bucketing import plan_epoch
 from tinybert_jax.batches.packing import packed_epochs
 from tinybert_jax.losses import vocabulary
 from tinybert_jax.metrics.classification import classification_metrics
 from tinybert_jax.metrics.regression import regression_metrics
+from tinybert_jax.objectives import masking
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import num_batch_shards
 

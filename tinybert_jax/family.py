@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from tinybert_jax.config.models import SOLE
-from tinybert_jax.objectives import Objective
+from tinybert_jax.objectives.objective import Objective
 
 
 def joined(by_name: Mapping[str, Any]) -> Any:

@@ -21,7 +21,7 @@ from tinybert_jax.feed import stage_feed
 from tinybert_jax.losses.attention import builds_maps, reads_scores
 from tinybert_jax.losses.relations import RELATION_BLOCK
 from tinybert_jax.models.heads import make_masked_lm
-from tinybert_jax.objectives import encoder_inputs
+from tinybert_jax.objectives.objective import encoder_inputs
 from tinybert_jax.parallel.mesh import num_batch_shards, takes_turns
 from tinybert_jax.performance import flops as model_flops
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops

@@ -19,11 +19,11 @@ from tinybert_jax.config.objectives import (
     teaches,
 )
 from tinybert_jax.config.stages import TEACHER_STAGES
-from tinybert_jax.distill import LayerPairs, make_layer_pairs
-from tinybert_jax.distill_objective import Options
-from tinybert_jax.masking import highest_rate, num_slots
 from tinybert_jax.models.heads import is_few
-from tinybert_jax.objectives import mlm_chunk_size
+from tinybert_jax.objectives.alignment import LayerPairs, make_layer_pairs
+from tinybert_jax.objectives.distillation import Options
+from tinybert_jax.objectives.masked_lm import mlm_chunk_size
+from tinybert_jax.objectives.masking import highest_rate, num_slots
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.run import Run
 

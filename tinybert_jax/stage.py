@@ -20,7 +20,7 @@ from tinybert_jax.evaluate import Judge
 from tinybert_jax.feed import Feed
 from tinybert_jax.meter import Meter
 from tinybert_jax.models.params import layers_apart, layers_joined, sha256
-from tinybert_jax.objectives import Objective
+from tinybert_jax.objectives.objective import Objective
 from tinybert_jax.parallel import sharding
 from tinybert_jax.performance import trace
 from tinybert_jax.run import Run

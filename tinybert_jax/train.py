@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.family import parted
-from tinybert_jax.objectives import Objective
+from tinybert_jax.objectives.objective import Objective
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import takes_turns
 

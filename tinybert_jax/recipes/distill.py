@@ -10,15 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from tinybert_jax import distill, teacher_logits
+from tinybert_jax import teacher_logits
 from tinybert_jax.config.models import ModelConfig, Student
 from tinybert_jax.config.objectives import model_kind, needs_projection, teaches
-from tinybert_jax.distill_objective import Options, Role, make_distill
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.huggingface.folder import save_model, start_params
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.models.params import Apply, Params
-from tinybert_jax.objectives import Mask, make_mask
+from tinybert_jax.objectives.alignment import (
+    init_projection,
+    make_layer_pairs,
+    start_from_teacher_embeddings,
+    start_from_teacher_layers,
+)
+from tinybert_jax.objectives.distillation import Options, Role, make_distill
+from tinybert_jax.objectives.masked_lm import Mask, make_mask
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance import flops
 from tinybert_jax.plan_work import tokens_read
@@ -182,14 +188,14 @@ def _start(
         return params, None
     own, directions = _encoder(params), None
     if student.section.init == "teacher_layers":
-        layers = distill.make_layer_pairs(
+        layers = make_layer_pairs(
             student.section.init_layers,
             student.sizes.num_hidden_layers,
             run.teacher.num_hidden_layers,
         )
-        own = distill.start_from_teacher_layers(own, teacher_encoder(), [g for _, g in layers])
+        own = start_from_teacher_layers(own, teacher_encoder(), [g for _, g in layers])
     else:
-        own, directions = distill.start_from_teacher_embeddings(own, teacher_encoder())
+        own, directions = start_from_teacher_embeddings(own, teacher_encoder())
     return ({**params, "encoder": own} if "encoder" in params else own), directions
 
 
@@ -208,7 +214,7 @@ def _start_projection(
     num_projections = 1
     if run.config.distillation.projection == "per_layer":
         num_projections = student.sizes.num_hidden_layers + 1
-    projection: dict[str, Any] = distill.init_projection(
+    projection: dict[str, Any] = init_projection(
         key, student.sizes.hidden_size, run.teacher.hidden_size, num_projections
     )
     files = (Path(folder) / _PROJECTION for folder in folders if folder is not None)

@@ -7,7 +7,7 @@ from tinybert_jax.config.models import SOLE, ModelConfig
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.huggingface.folder import save_model, start_params
 from tinybert_jax.models.heads import make_classifier
-from tinybert_jax.objectives import make_supervised
+from tinybert_jax.objectives.supervised import make_supervised
 from tinybert_jax.performance import flops
 from tinybert_jax.plan_work import tokens_read
 from tinybert_jax.run import Run, compute_options, dev_judge, with_dropout

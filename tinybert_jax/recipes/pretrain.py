@@ -12,7 +12,7 @@ from tinybert_jax.feed import stage_feed
 from tinybert_jax.huggingface.folder import save_model, start_params
 from tinybert_jax.models.heads import make_masked_lm
 from tinybert_jax.models.params import Apply
-from tinybert_jax.objectives import make_mlm
+from tinybert_jax.objectives.masked_lm import make_mlm
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance import flops
 from tinybert_jax.plan_work import tokens_read

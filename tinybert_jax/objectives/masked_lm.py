@@ -1,4 +1,4 @@
-"""What a stage minimises: losses put together, as pure functions of parameters and a batch."""
+"""Masked-LM training, with the second loss of BERT where wanted."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,24 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinybert_jax import masking
 from tinybert_jax.batches.batch import Batch
-from tinybert_jax.config.models import SOLE
-from tinybert_jax.losses import attention as attention_losses
 from tinybert_jax.losses import pointwise, vocabulary
-
-Metrics = dict[str, jax.Array]
-
-
-class Counts(NamedTuple):
-    """Units of the whole global batch, fp32 scalars: the denominators of the losses."""
-
-    examples: jax.Array
-    tokens: jax.Array
-    pairs: jax.Array  # token pairs of the same example
-    predictions: jax.Array  # masked tokens
-    labelled_rows: jax.Array  # rows whose two parts have a label
-    share: jax.Array  # how far the stage is, 0 to 1: not a count, but what a ramp reads
+from tinybert_jax.objectives import masking
+from tinybert_jax.objectives.objective import (
+    Counts,
+    Metrics,
+    Objective,
+    count_units,
+    encoder_inputs,
+)
 
 
 class MaskedLabels(NamedTuple):
@@ -33,57 +25,6 @@ class MaskedLabels(NamedTuple):
     positions: jax.Array  # int32 [batch, picked]
     tokens: jax.Array  # int32 [batch, picked]; IGNORED_LABEL where nothing is masked
     pair_labels: jax.Array  # int32 [batch]; -1 where there is no pair
-
-
-def _no_targets(batch: Batch, frozen: Any) -> tuple[()]:
-    return ()
-
-
-class Objective(NamedTuple):
-    """`prepare(batch, key, share)` sees the whole batch: corruption and unit counts.
-
-    `share` says how far the stage is, 0 at its first step and 1 at its last. `targets(batch,
-    frozen)` is what a teacher says of a batch: made once, however many students read it; `frozen`
-    are its parameters, read and never trained. `loss(params, batch, counts, key, targets)` is one
-    student's, or the sum over a family's `members`. Both may see a microbatch; the losses over all
-    microbatches add up. A metric `loss` is told in place of the loss.
-    """
-
-    prepare: Callable[[Batch, jax.Array, jax.Array], tuple[Batch, Counts]]
-    loss: Callable[[Any, Batch, Counts, jax.Array, Any], tuple[jax.Array, Metrics]]
-    targets: Callable[[Batch, Any], Any] = _no_targets
-    members: tuple[str, ...] = (SOLE,)
-
-
-def count_units(batch: Batch, normalisation: str = "valid_only") -> Counts:
-    if normalisation == "paper_code":  # padding counts
-        num_rows, width = batch.input_ids.shape
-        tokens, pairs = num_rows * width, num_rows * width**2
-    else:
-        tokens = jnp.sum(batch.real, dtype=jnp.float32)
-        pairs = attention_losses.num_pairs(batch.attention_mask)
-    return Counts(
-        examples=batch.weights.sum(),
-        tokens=jnp.asarray(tokens, jnp.float32),
-        pairs=jnp.asarray(pairs, jnp.float32),
-        predictions=jnp.zeros(()),
-        labelled_rows=jnp.zeros(()),
-        share=jnp.zeros(()),
-    )
-
-
-def make_supervised(
-    apply: Callable, *, regression: bool = False, label_smoothing: float = 0.0
-) -> Objective:
-    """Gold labels: cross-entropy, or mean squared error of the single output."""
-
-    def loss(params, batch, counts, key, targets):
-        logits = example_logits(apply, params, batch, key)
-        with jax.named_scope("~loss label"):
-            value = gold_loss(logits, batch, counts, regression, label_smoothing)
-        return value, {"loss/label": value}
-
-    return Objective(lambda batch, key, share: (batch, count_units(batch)), loss)
 
 
 Mask = Callable[[Batch, jax.Array, Counts], tuple[Batch, Counts]]
@@ -196,29 +137,6 @@ def make_mlm(
         return _weighted_sum(parts, {"loss/masked_lm": 1.0, "loss/pair": pair_weight}), parts
 
     return Objective(prepare, loss)
-
-
-def encoder_inputs(batch: Batch) -> tuple[jax.Array, ...]:
-    return batch.input_ids, batch.attention_mask, batch.token_type_ids
-
-
-def example_logits(apply, params, batch: Batch, key) -> jax.Array:
-    """[examples, num_labels]: rows, or every segment of packed rows."""
-    logits = apply(params, *encoder_inputs(batch), key, num_segments=batch.num_segments).logits
-    return logits.reshape(-1, logits.shape[-1])
-
-
-def gold_loss(logits, batch: Batch, counts: Counts, regression: bool, label_smoothing: float):
-    labels, weights = batch.labels.reshape(-1), batch.weights.reshape(-1)
-    if regression:
-        return pointwise.logits_mse(logits, labels[:, None], weights, count=counts.examples)
-    return pointwise.softmax_cross_entropy(
-        logits,
-        labels,
-        weights,
-        label_smoothing=label_smoothing,
-        count=counts.examples,
-    )
 
 
 def _weighted_sum(parts: Metrics, weights: Mapping[str, float]) -> jax.Array:

@@ -23,22 +23,16 @@ from tinybert_jax.config.objectives import (
     Terms,
     WordLogitsTerm,
 )
-from tinybert_jax.distill import make_layer_pairs, project
 from tinybert_jax.losses import attention as attention_losses
 from tinybert_jax.losses import pointwise, relations, vocabulary
 from tinybert_jax.models import attention
 from tinybert_jax.models.encoder import first_tokens
 from tinybert_jax.models.heads import MaskedLMOutput
 from tinybert_jax.models.params import Apply
-from tinybert_jax.objectives import (
-    Counts,
-    Mask,
-    MaskedLabels,
-    Objective,
-    count_units,
-    encoder_inputs,
-    gold_loss,
-)
+from tinybert_jax.objectives.alignment import make_layer_pairs, project
+from tinybert_jax.objectives.masked_lm import Mask, MaskedLabels
+from tinybert_jax.objectives.objective import Counts, Objective, count_units, encoder_inputs
+from tinybert_jax.objectives.supervised import gold_loss
 
 
 class Role(NamedTuple):
