@@ -16,7 +16,7 @@ from tinybert_jax.batches.tokenize import tokenize_task
 from tinybert_jax.config import load as config_files
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import DistillSection
-from tinybert_jax.evaluate import make_scorer
+from tinybert_jax.evaluation.scorer import make_scorer
 from tinybert_jax.huggingface.folder import read_model, save_model, start_params
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.objectives.distillation import Role, make_distill

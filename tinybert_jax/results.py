@@ -11,7 +11,7 @@ import numpy as np
 
 from tinybert_jax.batches.tokenize import tokenize_task
 from tinybert_jax.config.models import SOLE, ModelConfig
-from tinybert_jax.evaluate import make_scorer, task_metrics
+from tinybert_jax.evaluation.scorer import make_scorer, task_metrics
 from tinybert_jax.huggingface.folder import has_classifier, start_params
 from tinybert_jax.huggingface.hub import find_folder
 from tinybert_jax.metrics.classification import confusion_matrix

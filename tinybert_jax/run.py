@@ -22,7 +22,7 @@ from tinybert_jax.config.models import SOLE, FurtherTeacher, ModelConfig, Studen
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import StageSection
 from tinybert_jax.data.splits import TaskData
-from tinybert_jax.evaluate import Judge, majority_share, make_scorer, task_metrics
+from tinybert_jax.evaluation.scorer import Judge, majority_share, make_scorer, task_metrics
 from tinybert_jax.huggingface.folder import start_params
 from tinybert_jax.inputs import read_inputs
 from tinybert_jax.log import MetricLog

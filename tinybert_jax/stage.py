@@ -16,7 +16,7 @@ from tinybert_jax import best, checkpoint, family, loop, optim, train
 from tinybert_jax.batches import loader
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.stages import STAGES, StageSection
-from tinybert_jax.evaluate import Judge
+from tinybert_jax.evaluation.scorer import Judge
 from tinybert_jax.feed import Feed
 from tinybert_jax.meter import Meter
 from tinybert_jax.models.params import layers_apart, layers_joined, sha256

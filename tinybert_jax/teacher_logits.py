@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from tinybert_jax.batches.batch import TokenRows
 from tinybert_jax.config.models import ModelConfig
-from tinybert_jax.evaluate import make_scorer
+from tinybert_jax.evaluation.scorer import make_scorer
 from tinybert_jax.models.params import sha256
 from tinybert_jax.run import Run, load_classifier, placed_as_read
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from tinybert_jax.batches.tokenize import MIN_TOKENS, tokenize_task
 from tinybert_jax.data.tables import LabelledText, read_labelled
-from tinybert_jax.evaluate import make_scorer, task_metrics
+from tinybert_jax.evaluation.scorer import make_scorer, task_metrics
 from tinybert_jax.huggingface.folder import HfModel, read_model, start_params
 from tinybert_jax.huggingface.hub import check_table, load_tokenizer
 from tinybert_jax.models.heads import make_classifier

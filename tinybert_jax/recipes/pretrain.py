@@ -7,7 +7,7 @@ from tinybert_jax.batches.tokenize import tokenize_corpus
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.stages import STAGES
 from tinybert_jax.data.wordpiece import is_continuation
-from tinybert_jax.evaluate import Judge, make_masked_lm_scorer
+from tinybert_jax.evaluation.scorer import Judge, make_masked_lm_scorer
 from tinybert_jax.feed import stage_feed
 from tinybert_jax.huggingface.folder import save_model, start_params
 from tinybert_jax.models.heads import make_masked_lm

@@ -1,0 +1,1 @@
+"""Models run over a whole data set. Knows nothing of training."""
