@@ -54,7 +54,6 @@ def students(
     import jax
     import jax.numpy as jnp
 
-    from tinybert_jax import family
     from tinybert_jax.batches import loader
     from tinybert_jax.batches.packing import packed_epochs
     from tinybert_jax.config.models import PRESETS, SOLE, ModelConfig
@@ -63,6 +62,7 @@ def students(
     from tinybert_jax.models.params import frozen_params, layers_apart
     from tinybert_jax.objectives.alignment import init_projection
     from tinybert_jax.objectives.distillation import Role, make_distill
+    from tinybert_jax.training.members import join_objectives, joined
 
     teacher = ModelConfig(**PRESETS["bert-base"])
     teacher_apply, teacher_init = make_encoder(teacher, unroll=True)
@@ -89,8 +89,8 @@ def students(
     rows = sides.load_rows(path)
     epochs = packed_epochs(rows.lengths, width=WIDTH, global_batch_size=num_examples, seed=(0,))
     run = sides.train_rounds(
-        family.join_objectives(objectives),
-        family.joined(params),
+        join_objectives(objectives),
+        joined(params),
         loader.planned_batches(rows, epochs, pad_token_id=0),
         num_steps=num_steps,
         frozen=frozen_params(teacher_init(jax.random.key(0)), dtype=jnp.float32, unroll=True),

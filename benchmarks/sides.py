@@ -82,23 +82,25 @@ def train_rounds(
     """The product's own train step, its loader in front: `num_steps` of it, real tokens counted."""
     import jax
 
-    from tinybert_jax import family, optim, train
     from tinybert_jax.batches import loader
     from tinybert_jax.config.compute import MeshSection
     from tinybert_jax.parallel import sharding
     from tinybert_jax.parallel.mesh import make_mesh
+    from tinybert_jax.training.members import join_optimizer
+    from tinybert_jax.training.optimizer import make_optimizer, make_schedule
+    from tinybert_jax.training.step import init_state, make_train_step
 
     mesh = make_mesh(MeshSection())
-    schedule = optim.make_schedule(
+    schedule = make_schedule(
         "constant", learning_rate=LEARNING_RATE, num_steps=10**6, warmup_steps=0
     )
-    optimizer = family.join_optimizer(optim.make_optimizer(schedule), objective.members)
+    optimizer = join_optimizer(make_optimizer(schedule), objective.members)
     frozen = jax.device_put(frozen)
     key = jax.random.key(0)
     keys = jax.random.split(key, num_seeds) if num_seeds > 1 else key
-    state = train.init_state(params, optimizer, keys, mesh)
+    state = init_state(params, optimizer, keys, mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = train.make_train_step(objective, optimizer, schedule, mesh, placed, num_steps=10**6)
+    step = make_train_step(objective, optimizer, schedule, mesh, placed, num_steps=10**6)
     batches = loader.prefetched(batch_at, start_step=0, placement=sharding.batch_sharding(mesh))
 
     def run() -> tuple[float, float]:

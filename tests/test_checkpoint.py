@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinybert_jax import checkpoint
+from tinybert_jax.training import checkpoint
 
 
 def _tree(value=0.0):

@@ -11,19 +11,22 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_inputs import STUDENT, TEACHER, TEXTS, write_config, write_inputs
 
-from tinybert_jax import cli, family, optim, train
+from tinybert_jax import cli
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.huggingface.folder import read_model, start_params
-from tinybert_jax.log import MetricLog
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.objectives.distillation import Role, make_distill
 from tinybert_jax.objectives.objective import encoder_inputs
 from tinybert_jax.objectives.supervised import make_supervised
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
+from tinybert_jax.training.members import join_objectives, join_optimizer
+from tinybert_jax.training.metric_log import MetricLog
+from tinybert_jax.training.optimizer import make_optimizer
+from tinybert_jax.training.step import init_state, make_train_step
 
 STUDENTS = {
     "wide": {**TEACHER, "num_attention_heads": 2, "init": "teacher_embeddings"},
@@ -304,17 +307,17 @@ def test_eight_devices_equal_one():
     made = {name: make_classifier(sizes, 2) for name, sizes in _members().items()}
     supervised = {name: make_supervised(apply) for name, (apply, _) in made.items()}
     optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1))
-    optimizer = family.join_optimizer(optimizer, made)
+    optimizer = join_optimizer(optimizer, made)
     results = []
     for devices, axes in ((1, {}), (8, {"fsdp": 2, "tensor": 2})):
         mesh = make_mesh(MeshSection(**axes), jax.devices()[:devices])
         params = {name: jax.jit(init)(jax.random.key(0)) for name, (_, init) in made.items()}
-        state = train.init_state(params, optimizer, jax.random.key(3), mesh)
+        state = init_state(params, optimizer, jax.random.key(3), mesh)
         placed = jax.tree.map(lambda leaf: leaf.sharding, state)
         kernel = state.params["2l"]["encoder"]["layers"]["intermediate"]["kernel"]
         assert len({str(shard.index) for shard in kernel.addressable_shards}) == min(devices, 4)
-        objective = family.join_objectives(supervised)
-        step = train.make_train_step(objective, optimizer, lambda _: 0.1, mesh, placed, num_steps=2)
+        objective = join_objectives(supervised)
+        step = make_train_step(objective, optimizer, lambda _: 0.1, mesh, placed, num_steps=2)
         for _ in range(2):
             batch = jax.device_put(_batch(), sharding.batch_sharding(mesh))
             state, metrics = step(state, batch, ())
@@ -351,15 +354,13 @@ def test_one_teacher_pass_for_all_members(monkeypatch):
     monkeypatch.setattr(jax, "set_mesh", lambda mesh: contextlib.nullcontext())
 
     def compiled(*names, change=lambda objective: objective):
-        objective = change(family.join_objectives({name: made[name][0] for name in names}))
-        optimizer = family.join_optimizer(optim.make_optimizer(lambda _: 1e-3), names)
-        state = train.init_state(
+        objective = change(join_objectives({name: made[name][0] for name in names}))
+        optimizer = join_optimizer(make_optimizer(lambda _: 1e-3), names)
+        state = init_state(
             {name: starts[name] for name in names}, optimizer, jax.random.key(0), mesh
         )
         placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step = train.make_train_step(
-            objective, optimizer, lambda _: 1e-3, mesh, placed, num_steps=2
-        )
+        step = make_train_step(objective, optimizer, lambda _: 1e-3, mesh, placed, num_steps=2)
         calls.clear()
         program = jax.jit(lambda *inputs: step(*inputs)).lower(state, batch, frozen).compile()
         assert len(calls) == 1

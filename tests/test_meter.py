@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tinybert_jax.batches.batch import Batch
-from tinybert_jax.log import MetricLog
-from tinybert_jax.meter import Meter
+from tinybert_jax.training.metric_log import MetricLog
+from tinybert_jax.training.throughput import Meter
 
 
 def test_the_step_that_compiles_is_out_of_the_clock(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from tinybert_jax.optim import SCHEDULES, decay_mask, make_optimizer, make_schedule
+from tinybert_jax.training.optimizer import SCHEDULES, decay_mask, make_optimizer, make_schedule
 
 torch = pytest.importorskip("torch")
 

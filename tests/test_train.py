@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 
-from tinybert_jax import train
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.config.models import ModelConfig
@@ -23,6 +22,7 @@ from tinybert_jax.objectives.objective import Objective, count_units
 from tinybert_jax.objectives.supervised import make_supervised
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
+from tinybert_jax.training.step import init_state, make_train_step
 
 TEACHER = ModelConfig(
     vocab_size=52,
@@ -134,9 +134,9 @@ def _run(kind, mesh, *, accumulation=1, num_steps=2, normalisation="valid_only")
     schedule = optax.constant_schedule(1e-2)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(schedule))
     key = jax.random.key(3)
-    state = train.init_state(params, optimizer, key, mesh)
+    state = init_state(params, optimizer, key, mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = train.make_train_step(
+    step = make_train_step(
         objective,
         optimizer,
         schedule,
@@ -210,8 +210,8 @@ def test_students_side_by_side_equal_each_alone(kind, accumulation, in_turn, mon
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(schedule))
 
     def run(start, key, mesh):
-        state = train.init_state(start, optimizer, key, mesh, averaged=True)
-        step = train.make_train_step(
+        state = init_state(start, optimizer, key, mesh, averaged=True)
+        step = make_train_step(
             objective,
             optimizer,
             schedule,
@@ -302,10 +302,10 @@ def test_an_objective_is_told_how_far_the_stage_is():
         return params["w"] ** 2, {"share": counts.predictions}
 
     params, mesh, optimizer = {"w": jnp.ones(())}, _mesh(1), optax.sgd(0.1)
-    state = train.init_state(params, optimizer, KEY, mesh)
+    state = init_state(params, optimizer, KEY, mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     objective = Objective(prepare, loss)
-    step = train.make_train_step(objective, optimizer, lambda _: 0.1, mesh, placed, num_steps=5)
+    step = make_train_step(objective, optimizer, lambda _: 0.1, mesh, placed, num_steps=5)
     shares = []
     for _ in range(6):
         state, metrics = step(state, _batch(), ())
@@ -337,9 +337,7 @@ def test_a_masked_lm_step_never_holds_the_logits_of_all_predictions():
 def test_state_is_born_sharded_and_moments_with_their_parameters():
     mesh = _mesh(8, fsdp=2, tensor=2)
     _, init = make_encoder(STUDENT)
-    state = train.init_state(
-        jax.jit(init)(jax.random.key(0)), optax.adam(1e-3), jax.random.key(0), mesh
-    )
+    state = init_state(jax.jit(init)(jax.random.key(0)), optax.adam(1e-3), jax.random.key(0), mesh)
     kernel = state.params["layers"]["intermediate"]["kernel"]
     moment = state.opt_state[0].mu["layers"]["intermediate"]["kernel"]
     assert kernel.sharding.spec == moment.sharding.spec == jax.P(None, "fsdp", "tensor")
@@ -374,9 +372,9 @@ def test_the_average_follows_its_formula_on_one_and_eight_devices():
         objective, params, frozen = _stage("supervised")
         schedule = optax.constant_schedule(1e-2)
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(schedule))
-        state = train.init_state(params, optimizer, jax.random.key(3), mesh, averaged=True)
+        state = init_state(params, optimizer, jax.random.key(3), mesh, averaged=True)
         placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step = train.make_train_step(
+        step = make_train_step(
             objective,
             optimizer,
             schedule,

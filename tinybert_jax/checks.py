@@ -10,7 +10,6 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from tinybert_jax import optim
 from tinybert_jax.config import load as configs
 from tinybert_jax.config.models import FurtherTeacher, ModelConfig, Student
 from tinybert_jax.config.objectives import DISTILL_STAGES, AttentionTerm, LayerTerm, model_kind
@@ -23,6 +22,7 @@ from tinybert_jax.models.attention import missing_device
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.objectives.alignment import check_heads, check_vocabularies, make_layer_pairs
 from tinybert_jax.parallel.mesh import num_batch_shards
+from tinybert_jax.training.optimizer import make_schedule
 
 # The stage that makes the model which a stage starts from or learns from, where the config has it.
 _STAGE_BEFORE = {
@@ -180,7 +180,7 @@ def _has_second_part(config: RunConfig, stage: str) -> bool:
 def check_schedule(stage: str, section: StageSection) -> None:
     """Refuses schedule settings that do not fit together, as the stage itself would, but now."""
     try:
-        optim.make_schedule(
+        make_schedule(
             section.schedule,
             learning_rate=section.learning_rate,
             num_steps=1000,

@@ -25,7 +25,6 @@ from tinybert_jax.data.splits import TaskData
 from tinybert_jax.evaluation.scorer import Judge, majority_share, make_scorer, task_metrics
 from tinybert_jax.huggingface.folder import start_params
 from tinybert_jax.inputs import read_inputs
-from tinybert_jax.log import MetricLog
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.models.params import Apply, Params, frozen_params
 from tinybert_jax.parallel import sharding
@@ -33,6 +32,7 @@ from tinybert_jax.parallel.mesh import make_mesh
 from tinybert_jax.performance import host
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
 from tinybert_jax.tokens.store import Store
+from tinybert_jax.training.metric_log import MetricLog
 
 
 class Run(NamedTuple):

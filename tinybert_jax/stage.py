@@ -12,18 +12,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tinybert_jax import best, checkpoint, family, loop, optim, train
 from tinybert_jax.batches import loader
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.stages import STAGES, StageSection
 from tinybert_jax.evaluation.scorer import Judge
 from tinybert_jax.feed import Feed
-from tinybert_jax.meter import Meter
 from tinybert_jax.models.params import layers_apart, layers_joined, sha256
 from tinybert_jax.objectives.objective import Objective
 from tinybert_jax.parallel import sharding
 from tinybert_jax.performance import trace
 from tinybert_jax.run import Run
+from tinybert_jax.training import checkpoint, loop
+from tinybert_jax.training.early_stopping import judge
+from tinybert_jax.training.members import join_objectives, join_optimizer, joined, parted
+from tinybert_jax.training.optimizer import make_optimizer, make_schedule
+from tinybert_jax.training.step import (
+    TrainState,
+    TrainStep,
+    abstract_state,
+    init_state,
+    make_train_step,
+)
+from tinybert_jax.training.throughput import Meter
 
 
 class Member(NamedTuple):
@@ -64,7 +74,7 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
     section, folder = training.section, run.folder / "checkpoints" / training.name
     num_steps = training.num_steps
     schedule, optimizer = _make_optimizer(section, num_steps)
-    optimizer = family.join_optimizer(optimizer, training.members)
+    optimizer = join_optimizer(optimizer, training.members)
     state, target, progress = _open_state(run, training, optimizer, folder)
     start_step = int(state.step)
     if start_step:
@@ -78,7 +88,7 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
     def is_due(step: int) -> bool:
         return step % section.save_every == 0 or step == num_steps or judge.is_due(step)
 
-    def save(step: int, state: train.TrainState) -> bool:
+    def save(step: int, state: TrainState) -> bool:
         # A new best is only ever one save ahead of the state that knows of it.
         if is_due(step):
             with meter.paused(state):
@@ -87,8 +97,8 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
         return False
 
     if not progress.get("stopped"):
-        step_fn = train.make_train_step(
-            family.join_objectives({n: own.objective for n, own in training.members.items()}),
+        step_fn = make_train_step(
+            join_objectives({n: own.objective for n, own in training.members.items()}),
             optimizer,
             schedule,
             run.mesh,
@@ -118,7 +128,7 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
 
 
 def _step(
-    run: Run, training: Training, step_fn: train.TrainStep, meter: Meter
+    run: Run, training: Training, step_fn: TrainStep, meter: Meter
 ) -> contextlib.AbstractContextManager[trace.Step]:
     """The step as the loop calls it; some of its calls are traced where the run is profiled."""
     frozen = sharding.placed(training.read_frozen(training.frozen), run.mesh)
@@ -145,20 +155,20 @@ def _models(params: Any, names: Iterable[str], key: jax.Array) -> dict[str, list
             return [own]
         return [jax.tree.map(lambda leaf: leaf[i], own) for i in range(len(key))]  # noqa: B023
 
-    return {name: models(own) for name, own in family.parted(params, names).items()}
+    return {name: models(own) for name, own in parted(params, names).items()}
 
 
 def _open_state(
     run: Run, training: Training, optimizer: optax.GradientTransformation, folder: Path
-) -> tuple[train.TrainState, train.TrainState, dict[str, Any]]:
+) -> tuple[TrainState, TrainState, dict[str, Any]]:
     """The state to go on from, its abstract form, and the progress that was saved with it."""
     params, step_key = _start(run, training)
     averaged = training.section.average_decay is not None
-    target = train.abstract_state(params, optimizer, step_key, run.mesh, averaged=averaged)
+    target = abstract_state(params, optimizer, step_key, run.mesh, averaged=averaged)
     fingerprint = _fingerprint(training)
     restored = checkpoint.restore_newest(folder / "last", target)
     if restored is None:
-        state = train.init_state(params, optimizer, step_key, run.mesh, averaged=averaged)
+        state = init_state(params, optimizer, step_key, run.mesh, averaged=averaged)
         progress: dict[str, Any] = {"data": fingerprint}
     else:
         state, progress = restored.tree, restored.meta
@@ -187,7 +197,7 @@ def _start(run: Run, training: Training) -> tuple[Any, jax.Array]:
         return layers_apart(params) if run.config.compute.unroll_layers else params
 
     starts = [
-        family.joined({name: start(own, key, i) for name, own in training.members.items()})
+        joined({name: start(own, key, i) for name, own in training.members.items()})
         for i, (key, _) in enumerate(keys)
     ]
     if len(seeds) == 1:
@@ -198,7 +208,7 @@ def _start(run: Run, training: Training) -> tuple[Any, jax.Array]:
 
 def _restore_best(run: Run, training: Training, folder: Path, target: Any, progress: dict) -> Any:
     best = _best(training.name, folder, target, progress)
-    by_name = family.parted(progress["best_scores"], training.members)
+    by_name = parted(progress["best_scores"], training.members)
     shown = "; ".join(
         f"{name} {', '.join(f'{score:.4f}' for score in own)}".lstrip()
         for name, own in by_name.items()
@@ -239,7 +249,7 @@ class _Judge:
         is_time = step % self.every == 0 or step == self.num_steps
         return bool(self.training.judges) and is_time
 
-    def __call__(self, step: int, state: train.TrainState) -> bool:
+    def __call__(self, step: int, state: TrainState) -> bool:
         if not self.is_due(step):
             return False
         with self.meter.paused(state):
@@ -267,41 +277,40 @@ class _Judge:
         text += f", mean of {len(every)}" if len(every) > 1 else ""
         self.run.log.say(f"{name:<12} {step:>6}/{self.num_steps}  {text}: {shown}")
 
-    def _keep(self, step: int, state: train.TrainState, scores: dict[str, list[float]]) -> bool:
+    def _keep(self, step: int, state: TrainState, scores: dict[str, list[float]]) -> bool:
         """Keeps each model's best parameters; True where no member is still getting better.
 
         The best of a member whose patience is out is frozen; it trains on with the others.
         """
         names = ("best_scores", "evals_since_best")
         known = [
-            family.parted(self.progress[name], scores) if name in self.progress else None
-            for name in names
+            parted(self.progress[name], scores) if name in self.progress else None for name in names
         ]
-        standing = best.judge(scores, *known, self.training.section.patience)
+        standing = judge(scores, *known, self.training.section.patience)
         flags = standing.is_better
         if any(own.any() for own in flags.values()):
             is_all = all(own.all() for own in flags.values())
             kept = state.evaluated if is_all else self._merged(state, flags)
             checkpoint.save(self.folder / "best", step, kept, {}, keep=3)
             self.progress["best_step"] = step
-        self.progress |= {name: family.joined(getattr(standing, name)) for name in names}
+        self.progress |= {name: joined(getattr(standing, name)) for name in names}
         if standing.is_over:
             self.progress["stopped"] = True
         return bool(self.progress.get("stopped"))
 
-    def _merged(self, state: train.TrainState, is_better: Mapping[str, np.ndarray]) -> Any:
+    def _merged(self, state: TrainState, is_better: Mapping[str, np.ndarray]) -> Any:
         """The new parameters of the models that got better, the kept ones of the others."""
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
             state.evaluated,
         )
         kept = _best(self.training.name, self.folder / "best", target, self.progress)
-        new, old = (family.parted(params, is_better) for params in (state.evaluated, kept))
+        new, old = (parted(params, is_better) for params in (state.evaluated, kept))
 
         def choose(flags: np.ndarray, new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(jnp.expand_dims(flags, range(1, new.ndim)), new, old)
 
-        return family.joined(
+        return joined(
             {
                 name: jax.tree.map(functools.partial(choose, flags), new[name], old[name])
                 for name, flags in is_better.items()
@@ -325,7 +334,7 @@ def _make_meter(run: Run, training: Training, start_step: int, pending: list[Any
 def _make_optimizer(
     section: StageSection, num_steps: int
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    schedule = optim.make_schedule(
+    schedule = make_schedule(
         section.schedule,
         learning_rate=section.learning_rate,
         num_steps=num_steps,
@@ -334,7 +343,7 @@ def _make_optimizer(
         decay_steps=round(section.decay * num_steps),
         power=section.power,
     )
-    optimizer = optim.make_optimizer(
+    optimizer = make_optimizer(
         schedule,
         weight_decay=section.weight_decay,
         b1=section.b1,

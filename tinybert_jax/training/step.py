@@ -10,10 +10,10 @@ import optax
 from jax.sharding import Mesh
 
 from tinybert_jax.batches.batch import Batch
-from tinybert_jax.family import parted
 from tinybert_jax.objectives.objective import Objective
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import takes_turns
+from tinybert_jax.training.members import parted
 
 Metrics = dict[str, jax.Array]
 

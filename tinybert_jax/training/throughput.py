@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from tinybert_jax import train
 from tinybert_jax.batches.batch import Batch
-from tinybert_jax.log import MetricLog
 from tinybert_jax.performance import host
+from tinybert_jax.training.metric_log import MetricLog
+from tinybert_jax.training.step import TrainState
 
 _TIDY_SECONDS = 30  # far more than the step whose page faults it costs
 
@@ -98,7 +98,7 @@ class Meter:
         }
 
     @contextlib.contextmanager
-    def paused(self, state: train.TrainState) -> Iterator[None]:
+    def paused(self, state: TrainState) -> Iterator[None]:
         """Leaves what runs inside out of the clock; work still in flight belongs to training."""
         jax.block_until_ready(state)
         start = time.perf_counter()
