@@ -11,7 +11,7 @@ import pytest
 from bad_world import LABELS, STAGE, TEXTS, change
 
 from tinybert_jax.config import load as config_files
-from tinybert_jax.run import open_run
+from tinybert_jax.runs.run import open_run
 
 
 def test_the_inputs_are_right_where_nothing_is_spoilt(world):

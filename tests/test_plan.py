@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 import yaml
 
-from tinybert_jax import cli, plan, plan_work
+from tinybert_jax import cli
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.data.wordpiece import train_wordpiece
-from tinybert_jax.feed import stage_feed
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.objectives.masked_lm import mlm_chunk_size
 from tinybert_jax.parallel import sharding
 from tinybert_jax.performance import flops as model_flops
-from tinybert_jax.run import read_run
+from tinybert_jax.runs import estimate as runs_estimate
+from tinybert_jax.runs.run import read_run
+from tinybert_jax.runs.stage_batches import stage_feed
+from tinybert_jax.runs.workload import work_of
 
 STEPS, ROWS, WIDTH, WORDS = 4, 8, 16, 6  # a row is WORDS words, [CLS] and [SEP]
 SLOTS, TOKENS = STEPS * ROWS * WIDTH, STEPS * ROWS * (WORDS + 2)
@@ -138,7 +140,7 @@ def test_time_is_of_the_compute_dtype(inputs, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(model_flops, "peak_flops", lambda kind, dtype: asked.append(dtype) or 1e12)
     run = _run(inputs, tmp_path, ["pretrain"], compute={"dtype": "bfloat16_products"}, num_seeds=1)
-    assert "of its bfloat16 peak" in plan.describe(run, ("pretrain",))
+    assert "of its bfloat16 peak" in runs_estimate.describe(run, ("pretrain",))
     assert set(measured + asked) == {"bfloat16"}
 
 
@@ -147,13 +149,13 @@ def test_stages_that_are_done_are_not_priced_again(inputs, tmp_path, monkeypatch
     run = _run(inputs, tmp_path)
     run.model_folder("pretrain").mkdir(parents=True)
     (run.model_folder("pretrain") / "config.json").touch()
-    done, pending = plan.describe(run, ("pretrain", "finetune")).split("\n\n")
+    done, pending = runs_estimate.describe(run, ("pretrain", "finetune")).split("\n\n")
     assert done == "pretrain: done before" and pending.startswith("finetune: 4 steps")
 
 
 def test_flops_of_supervised_stages_by_hand(inputs, tmp_path):
     run = _run(inputs, tmp_path)
-    teacher, student = plan.price(run, "finetune"), plan.price(run, "baseline")
+    teacher, student = runs_estimate.price(run, "finetune"), runs_estimate.price(run, "baseline")
     assert (teacher.num_tokens, teacher.num_slots, teacher.width) == (TOKENS, SLOTS, WIDTH)
     num_rows = SLOTS // WIDTH
     once = num_rows * (WIDTH * TEACHER_LAYER + _last(TEACHER_LAYER, 16, 1))
@@ -173,7 +175,7 @@ def test_flops_of_the_masked_lm_by_hand(inputs, tmp_path, last_rate, num_chunks)
     """Eight devices with a row each; the product with the table goes there token by token."""
     settings = {**STAGE, "mask_rate": 0.15, "mask_rate_end": last_rate, "loss_chunk_size": 1}
     run = _run(inputs, tmp_path, ["pretrain"], pretrain=settings, num_seeds=1)
-    costs = plan.price(run, "pretrain")
+    costs = runs_estimate.price(run, "pretrain")
     mapped, predicted = ROWS * _room(last_rate or 0.15), ROWS * np.mean(num_chunks)
     head = 2 * 16 * (mapped * 16 + predicted * run.teacher.vocab_size)
     assert costs.flops["words"] == 3 * STEPS * head
@@ -188,7 +190,7 @@ def test_the_masked_lm_s_chunks_are_those_of_the_step(inputs, tmp_path):
     run = _run(inputs, tmp_path, ["pretrain"], pretrain=settings, num_seeds=1)
     assert mlm_chunk_size(WIDTH, 64, mask_rate=0.15) == 8 < _room(0.15)
     head = 2 * 16 * ROWS * (_room(0.15) * 16 + 8 * run.teacher.vocab_size)
-    assert plan.price(run, "pretrain").flops["words"] == 3 * STEPS * head
+    assert runs_estimate.price(run, "pretrain").flops["words"] == 3 * STEPS * head
 
 
 @pytest.mark.parametrize(
@@ -202,7 +204,7 @@ def test_the_masked_lm_s_chunks_are_those_of_the_step(inputs, tmp_path):
 )
 def test_projection_is_of_the_entries_that_terms_read(inputs, tmp_path, terms, entries):
     run = _run(inputs, tmp_path, distillation={"general": terms})
-    flops = plan.price(run, "general").flops
+    flops = runs_estimate.price(run, "general").flops
     assert flops.get("projection", 0) == 3 * 3 * SLOTS * 2 * entries * 8 * 16
     assert flops["teacher"] == SLOTS * TEACHER_FORWARD, "one pass for three students"
 
@@ -216,7 +218,7 @@ def test_words_of_distillation_by_hand(inputs, tmp_path, at):
     mapped = ROWS * (WIDTH if at == "real" else _room(0.15))
     student = 2 * 8 * (mapped * 8 + (ROWS * _room(0.15) + mapped) * vocab)
     teacher = 2 * 16 * (mapped * 16 + mapped * vocab)
-    assert plan.price(run, "general").flops["words"] == STEPS * (3 * 3 * student + teacher)
+    assert runs_estimate.price(run, "general").flops["words"] == STEPS * (3 * 3 * student + teacher)
 
 
 def test_each_batch_counts_at_its_own_width(inputs, tmp_path):
@@ -230,7 +232,7 @@ def test_each_batch_counts_at_its_own_width(inputs, tmp_path):
     for rows, width in shapes:
         layer = 2 * (4 * 16**2 + 2 * 16 * 32 + 2 * width * 16)
         expected += rows * (width * layer + _last(layer, 16, _room(0.05, width), width))
-    costs = plan.price(run, "pretrain")
+    costs = runs_estimate.price(run, "pretrain")
     np.testing.assert_allclose(costs.flops["forward"], expected, rtol=1e-12)
     assert costs.width == 16 and costs.num_slots == sum(rows * width for rows, width in shapes)
 
@@ -245,8 +247,8 @@ def test_a_family_has_one_teacher(inputs, tmp_path, monkeypatch):
         for students in (family, {"student": STUDENT}, {"student": other})
     ]
     for stage in ("general", "prediction", "baseline"):
-        both, *alone = (plan.price(run, stage) for run in runs)
-        teacher = plan_work.work_of(runs[0], stage).teacher
+        both, *alone = (runs_estimate.price(run, stage) for run in runs)
+        teacher = work_of(runs[0], stage).teacher
         for part, value in both.flops.items():
             total = sum(own.flops[part] for own in alone)
             if part == "teacher":
@@ -265,7 +267,7 @@ def test_a_family_has_one_teacher(inputs, tmp_path, monkeypatch):
         shared = 4 * taps * 16 * WIDTH
         assert both.activation_bytes == sum(own.activation_bytes for own in alone) - shared
     monkeypatch.setattr(model_flops, "measure_gemm_peak", lambda dtype: 1e9)
-    text = plan.describe(runs[0], ("general",)).replace("\xa0", " ")
+    text = runs_estimate.describe(runs[0], ("general",)).replace("\xa0", " ")
     assert text.count("  teacher   ") == 1
     for name in ("one", "two"):
         assert f"  trained   {name}, " in text
@@ -279,7 +281,7 @@ def test_state_by_hand(inputs, tmp_path):
     teacher = rows * 16 + 2 * (4 * 272 + 2 * 512 + 48 + 4 * 16) + 272
     student = rows * 8 + 1 * (4 * 72 + 2 * 128 + 24 + 4 * 8) + 72
     projection = 2 * (8 + 1) * 16  # one for each hidden entry
-    state = plan.price(run, "general").state_bytes
+    state = runs_estimate.price(run, "general").state_bytes
     assert state == 4 * (4 * 3 * (student + projection) + teacher)
     for dtype, saved in ("bfloat16_products", 2), ("int8_products", 3):
         short = _run(
@@ -289,9 +291,9 @@ def test_state_by_hand(inputs, tmp_path):
             compute={"teacher_dtype": dtype},
         )
         layers = model_flops.num_encoder_parameters(run.teacher)
-        assert plan.price(short, "general").state_bytes == state - saved * layers
+        assert runs_estimate.price(short, "general").state_bytes == state - saved * layers
     averaged = {**STAGE, "average_decay": 0.9}
-    state = plan.price(_run(inputs, tmp_path, finetune=averaged), "finetune").state_bytes
+    state = runs_estimate.price(_run(inputs, tmp_path, finetune=averaged), "finetune").state_bytes
     assert state == 4 * 5 * teacher
 
 
@@ -313,7 +315,7 @@ def test_activations_of_terms_by_hand(inputs, tmp_path, terms, taps, of_students
         for own in ([{"term": "embedding"}], terms)
     ]
     assert runs[0].teacher.vocab_size == 21
-    embedding, taught = (plan.price(run, "general").activation_bytes for run in runs)
+    embedding, taught = (runs_estimate.price(run, "general").activation_bytes for run in runs)
     once = 16 * WIDTH
     assert taught - embedding == 4 * ((taps - 1) * once + of_students - once)
 
@@ -326,7 +328,7 @@ def test_what_an_unrolled_teacher_keeps_for_a_term_by_hand(inputs, tmp_path):
             settings = {"general": [{"term": term}]}
             compute = {"unroll_layers": unroll}
             run = _run(inputs, tmp_path, distillation=settings, compute=compute)
-            read[term, unroll] = plan.price(run, "general").activation_bytes
+            read[term, unroll] = runs_estimate.price(run, "general").activation_bytes
     once, maps = 4 * 16 * WIDTH, 4 * 2 * WIDTH**2
     assert read["hidden", True] - read["hidden", False] == -once  # one layer for two
     # Rolled: queries and keys of two layers, for Gram matrices.
@@ -350,11 +352,11 @@ def test_activations_are_near_those_of_the_compiled_program(inputs, tmp_path, mo
         return compiled.memory_analysis().temp_size_in_bytes
 
     each = (num_bytes(96) - num_bytes(32)) / 64
-    estimate = plan.price(run, "baseline").activation_bytes
+    estimate = runs_estimate.price(run, "baseline").activation_bytes
     np.testing.assert_allclose(estimate, each, rtol=0.25)
     three = run._replace(config=run.config.model_copy(update={"num_seeds": 3}))
     assert (
-        plan.price(three, "baseline").activation_bytes == estimate
+        runs_estimate.price(three, "baseline").activation_bytes == estimate
     )  # one seed at a time, on a CPU
     monkeypatch.setattr(sharding, "takes_turns", lambda mesh: False)
-    assert plan.price(three, "baseline").activation_bytes == 3 * estimate
+    assert runs_estimate.price(three, "baseline").activation_bytes == 3 * estimate

@@ -18,13 +18,13 @@ from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import PretrainSection
 from tinybert_jax.data.wordpiece import train_wordpiece
-from tinybert_jax.feed import stage_feed
 from tinybert_jax.models.heads import make_masked_lm
 from tinybert_jax.models.params import flatten
 from tinybert_jax.objectives.masked_lm import MaskedLabels, make_mlm
 from tinybert_jax.objectives.objective import Counts
 from tinybert_jax.recipes import pipeline
-from tinybert_jax.run import open_run
+from tinybert_jax.runs.run import open_run
+from tinybert_jax.runs.stage_batches import stage_feed
 from tinybert_jax.tokens.prepare import prepare
 from tinybert_jax.tokens.store import open_store
 

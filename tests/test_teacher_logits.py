@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_inputs import STUDENT, TEACHER, TEXTS, write_config, write_inputs
 
-from tinybert_jax import cli, plan, teacher_logits
+from tinybert_jax import cli
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.batches.tokenize import tokenize_task
 from tinybert_jax.config import load as config_files
@@ -20,7 +20,8 @@ from tinybert_jax.evaluation.scorer import make_scorer
 from tinybert_jax.huggingface.folder import read_model, save_model, start_params
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.objectives.distillation import Role, make_distill
-from tinybert_jax.run import read_run
+from tinybert_jax.runs import estimate, teacher_logits
+from tinybert_jax.runs.run import read_run
 
 STAGE = {
     "num_steps": 6,
@@ -379,7 +380,7 @@ def test_costs_count_the_pass_once(inputs, tmp_path):
     stage = {"num_steps": None, "num_epochs": 3.0}
     further = [{"path": _teacher(inputs, 1)}]
     once, every, two = (
-        plan.price(
+        estimate.price(
             read_run(
                 config_files.load(_config(inputs, tmp_path / name, stage=stage, **changes)), ()
             ),

@@ -10,10 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from tinybert_jax import teacher_logits
 from tinybert_jax.config.models import ModelConfig, Student
 from tinybert_jax.config.objectives import model_kind, needs_projection, teaches
-from tinybert_jax.feed import stage_feed
 from tinybert_jax.huggingface.folder import save_model, start_params
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.models.params import Apply, Params
@@ -27,9 +25,11 @@ from tinybert_jax.objectives.distillation import Options, Role, make_distill
 from tinybert_jax.objectives.masked_lm import Mask, make_mask
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance import flops
-from tinybert_jax.plan_work import tokens_read
-from tinybert_jax.run import Run, as_read, compute_options, dev_judge, with_dropout
-from tinybert_jax.stage import Member, Training, run_stage
+from tinybert_jax.runs import teacher_logits
+from tinybert_jax.runs.run import Run, as_read, compute_options, dev_judge, with_dropout
+from tinybert_jax.runs.stage import Member, Training, run_stage
+from tinybert_jax.runs.stage_batches import stage_feed
+from tinybert_jax.runs.workload import tokens_read
 
 _PROJECTION = "projection.safetensors"
 

@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from tinybert_jax import results
 from tinybert_jax.config.models import SOLE, ModelConfig
-from tinybert_jax.feed import stage_feed
 from tinybert_jax.huggingface.folder import save_model, start_params
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.objectives.supervised import make_supervised
 from tinybert_jax.performance import flops
-from tinybert_jax.plan_work import tokens_read
-from tinybert_jax.run import Run, compute_options, dev_judge, with_dropout
-from tinybert_jax.stage import Member, Training, run_stage
+from tinybert_jax.runs.results import best_of, dev_logits, dev_metrics
+from tinybert_jax.runs.run import Run, compute_options, dev_judge, with_dropout
+from tinybert_jax.runs.stage import Member, Training, run_stage
+from tinybert_jax.runs.stage_batches import stage_feed
+from tinybert_jax.runs.workload import tokens_read
 
 
 def main(run: Run, stage: str = "finetune") -> None:
@@ -43,9 +43,9 @@ def main(run: Run, stage: str = "finetune") -> None:
     for name, models in trained.items():
         places = list(zip(run.seed_folders(stage, name), models, strict=True))
         if stage == "finetune" and len(models) > 1:
-            logits = results.dev_logits(run, stage, models, sizes[name])
-            by_seed = [results.dev_metrics(run, own) for own in logits]
-            places.append((run.model_folder(stage), models[results.best_of(by_seed, run.score)]))
+            logits = dev_logits(run, stage, models, sizes[name])
+            by_seed = [dev_metrics(run, own) for own in logits]
+            places.append((run.model_folder(stage), models[best_of(by_seed, run.score)]))
         for folder, params in places:
             save_model(
                 folder,

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinybert_jax import plan, results
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import STAGES
 from tinybert_jax.data.splits import describe_labels
 from tinybert_jax.recipes import distill, finetune, pretrain
 from tinybert_jax.report.page import write_report
-from tinybert_jax.run import Run, check_teacher, open_run, publish, read_run
+from tinybert_jax.runs import estimate
+from tinybert_jax.runs.results import HELDOUT, best_seed, collect, headline
+from tinybert_jax.runs.run import Run, check_teacher, open_run, publish, read_run
 
 _RECIPES = {
     "pretrain": pretrain.main,
@@ -45,14 +46,14 @@ def main(
                 check_teacher(run, run.task_teacher, run.teacher)
         product = next((name for name in _PRODUCTS if run.is_done(name)), "baseline")
         lines = _lines(run)
-        summary = results.collect(run, _seconds(lines), command, _heldout(lines))
-        best = {name: results.best_seed(summary, product, name) for name in config.members(product)}
+        summary = collect(run, _seconds(lines), command, _heldout(lines))
+        best = {name: best_seed(summary, product, name) for name in config.members(product)}
         publish(run, {name: run.seed_folders(product, name)[seed] for name, seed in best.items()})
         (run.folder / "results.json").write_text(
             json.dumps(summary, indent=2) + "\n", encoding="utf-8"
         )
         report = write_report(run.folder)
-        run.log.say(results.headline(summary))
+        run.log.say(headline(summary))
         run.log.say(f"model:  {run.folder / 'hf'}\nreport: {report}")
         return run.folder
 
@@ -62,7 +63,7 @@ def costs(config: RunConfig, stages: Sequence[str] = STAGES) -> str:
     chosen = _chosen(config, stages)
     run = read_run(config, chosen)
     about = [describe_labels(run.task)] if run.task else []
-    return "\n\n".join([*about, plan.describe(run, tuple(chosen))])
+    return "\n\n".join([*about, estimate.describe(run, tuple(chosen))])
 
 
 def _chosen(config: RunConfig, stages: Sequence[str]) -> list[str]:
@@ -103,4 +104,4 @@ def _heldout(lines: list[dict[str, Any]]) -> dict[str, float] | None:
     judged = [line for line in lines if line["kind"] == "eval" and line["stage"] == "pretrain"]
     if not judged:
         return None
-    return {name: judged[-1][name] for name in results.HELDOUT if name in judged[-1]}
+    return {name: judged[-1][name] for name in HELDOUT if name in judged[-1]}

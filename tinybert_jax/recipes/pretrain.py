@@ -8,16 +8,16 @@ from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.stages import STAGES
 from tinybert_jax.data.wordpiece import is_continuation
 from tinybert_jax.evaluation.scorer import Judge, make_masked_lm_scorer
-from tinybert_jax.feed import stage_feed
 from tinybert_jax.huggingface.folder import save_model, start_params
 from tinybert_jax.models.heads import make_masked_lm
 from tinybert_jax.models.params import Apply
 from tinybert_jax.objectives.masked_lm import make_mlm
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance import flops
-from tinybert_jax.plan_work import tokens_read
-from tinybert_jax.run import Run, compute_options, with_dropout
-from tinybert_jax.stage import Member, Training, run_stage
+from tinybert_jax.runs.run import Run, compute_options, with_dropout
+from tinybert_jax.runs.stage import Member, Training, run_stage
+from tinybert_jax.runs.stage_batches import stage_feed
+from tinybert_jax.runs.workload import tokens_read
 
 
 def main(run: Run) -> None:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tinybert_jax import checks, corpus_checks
+from tinybert_jax.runs.preflight import check_folder, check_further_teachers, check_labels, check_order, check_sizes, check_vocabularies, check_weights
+from tinybert_jax.runs import corpus_preflight
 from tinybert_jax.batches.tokenize import tokenize_task
 from tinybert_jax.config import load as configs
 from tinybert_jax.config.models import SOLE, FurtherTeacher, ModelConfig, Student
@@ -24,7 +25,7 @@ from tinybert_jax.config.stages import StageSection
 from tinybert_jax.data.splits import TaskData
 from tinybert_jax.evaluation.scorer import Judge, majority_share, make_scorer, task_metrics
 from tinybert_jax.huggingface.folder import start_params
-from tinybert_jax.inputs import read_inputs
+from tinybert_jax.runs.inputs import read_inputs
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.models.params import Apply, Params, frozen_params
 from tinybert_jax.parallel import sharding
@@ -153,7 +154,7 @@ def open_run(config: RunConfig, stages: Sequence[str]) -> Iterator[Run]:
         for own in run.further_teachers:
             check_teacher(run, own.section.path, own.sizes)
     with host.locked(run.folder, "run_dir"):
-        checks.check_folder(run.folder, config)  # again: another run may have begun while we read
+        check_folder(run.folder, config)  # again: another run may have begun while we read
         _write_identity(run.folder, config, run.mesh)
         _keep_tokenizer(run.folder, run.tokenizer)
         yield run._replace(peak_flops=_peak_flops(config.compute.dtype, run.mesh.size))
@@ -166,7 +167,7 @@ def read_run(config: RunConfig, stages: Sequence[str]) -> Run:
             f"expected one process, got {jax.process_count()}: use one with all devices"
         )
     folder = Path(config.run_dir).expanduser().resolve()
-    checks.check_folder(folder, config)
+    check_folder(folder, config)
     inputs = read_inputs(config, folder)
     run = Run(
         config=config,
@@ -280,23 +281,23 @@ def publish(run: Run, models: Mapping[str, Path]) -> Path:
 
 def _check(run: Run, stages: Sequence[str]) -> None:
     config = run.config
-    checks.check_order(config, stages, run.is_done)
-    checks.check_sizes(config, stages, run.mesh, run.tokenizer, run.teacher, run.students)
-    checks.check_vocabularies(config, run.tokenizer, run.students)
+    check_order(config, stages, run.is_done)
+    check_sizes(config, stages, run.mesh, run.tokenizer, run.teacher, run.students)
+    check_vocabularies(config, run.tokenizer, run.students)
     if run.stores:
-        corpus_checks.check_stores(config, stages, run.tokenizer, run.stores, run.heldout_store)
+        corpus_preflight.check_stores(config, stages, run.tokenizer, run.stores, run.heldout_store)
     elif {"pretrain", "general"} & set(stages):
-        corpus_checks.check_corpus(run.tokenizer, run.corpus)
+        corpus_preflight.check_corpus(run.tokenizer, run.corpus)
         if run.heldout and "pretrain" in stages:
-            corpus_checks.check_corpus(run.tokenizer, run.heldout, "corpus.heldout_share")
+            corpus_preflight.check_corpus(run.tokenizer, run.heldout, "corpus.heldout_share")
     if _learns_now(run, stages):
-        checks.check_labels(run.task_teacher, run.data.label_names)
+        check_labels(run.task_teacher, run.data.label_names)
     num_outputs = run.task.num_outputs if run.task else 0
     if "prediction" in stages:
         labels = run.data.label_names
         further = run.further_teachers
-        checks.check_further_teachers(config, run.tokenizer, further, num_outputs, labels)
-    checks.check_weights(config, stages, run.teacher, run.students, num_outputs)
+        check_further_teachers(config, run.tokenizer, further, num_outputs, labels)
+    check_weights(config, stages, run.teacher, run.students, num_outputs)
 
 
 def _learns_now(run: Run, stages: Sequence[str]) -> bool:

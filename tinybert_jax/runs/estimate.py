@@ -17,7 +17,7 @@ from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import AttentionTerm, LayerTerm, RelationTerm
 from tinybert_jax.config.stages import StageSection
-from tinybert_jax.feed import stage_feed
+from tinybert_jax.runs.stage_batches import stage_feed
 from tinybert_jax.losses.attention import builds_maps, reads_scores
 from tinybert_jax.losses.relations import RELATION_BLOCK
 from tinybert_jax.models.heads import make_masked_lm
@@ -25,18 +25,18 @@ from tinybert_jax.objectives.objective import encoder_inputs
 from tinybert_jax.parallel.mesh import num_batch_shards, takes_turns
 from tinybert_jax.performance import flops as model_flops
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
-from tinybert_jax.plan_work import (
-    Words,
-    Work,
-    examples_read,
-    layer_pairs,
-    projected,
-    tokens_read,
-    words_of,
-    work_of,
-)
+from tinybert_jax.runs.workload import Words
+from tinybert_jax.runs.workload import Work
+from tinybert_jax.runs.workload import examples_read
+from tinybert_jax.runs.workload import layer_pairs
+from tinybert_jax.runs.workload import projected
+from tinybert_jax.runs.workload import tokens_read
+from tinybert_jax.runs.workload import words_of
+from tinybert_jax.runs.workload import work_of
 from tinybert_jax.report.tables import si
-from tinybert_jax.run import Run, compute_options, with_dropout
+from tinybert_jax.runs.run import Run
+from tinybert_jax.runs.run import compute_options
+from tinybert_jax.runs.run import with_dropout
 
 _SAMPLED = 64  # batches that are looked at
 _UTILISATION = 0.4  # of the peak, assumed

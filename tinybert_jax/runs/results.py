@@ -18,7 +18,7 @@ from tinybert_jax.metrics.classification import confusion_matrix
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.models.params import num_parameters
 from tinybert_jax.performance import flops
-from tinybert_jax.run import Run
+from tinybert_jax.runs.run import Run
 
 # Of the masked LM, on the text that was held out.
 HELDOUT = ("loss", "perplexity", "masked_accuracy", "pair_accuracy")

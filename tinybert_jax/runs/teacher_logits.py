@@ -17,7 +17,9 @@ from tinybert_jax.batches.batch import TokenRows
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.evaluation.scorer import make_scorer
 from tinybert_jax.models.params import sha256
-from tinybert_jax.run import Run, load_classifier, placed_as_read
+from tinybert_jax.runs.run import Run
+from tinybert_jax.runs.run import load_classifier
+from tinybert_jax.runs.run import placed_as_read
 
 ROWS_PER_FILE = 2**14
 

@@ -17,7 +17,7 @@ from tinybert_jax.batches.packing import packed_epochs
 from tinybert_jax.batches.tokenize import tokenize_corpus, tokenize_task
 from tinybert_jax.config.stages import STAGES, StageSection
 from tinybert_jax.parallel.mesh import num_batch_shards
-from tinybert_jax.run import Run
+from tinybert_jax.runs.run import Run
 
 
 class Feed(NamedTuple):

@@ -25,7 +25,7 @@ from tinybert_jax.objectives.distillation import Options
 from tinybert_jax.objectives.masked_lm import mlm_chunk_size
 from tinybert_jax.objectives.masking import highest_rate, num_slots
 from tinybert_jax.parallel.mesh import num_batch_shards
-from tinybert_jax.run import Run
+from tinybert_jax.runs.run import Run
 
 _CHUNK_SIZE = Options().chunk_size  # of distillation
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from tinybert_jax import checks
+from tinybert_jax.runs.preflight import naming
 from tinybert_jax.config.data import CorpusSection
 from tinybert_jax.config.models import (
     FurtherTeacher,
@@ -121,7 +121,7 @@ def _fresh_teacher(config: RunConfig, tokenizer: Any) -> ModelConfig:
 def _read_sizes(origin: str, path: str | None) -> ModelConfig | None:
     if path is None:
         return None
-    with checks.naming(origin):
+    with naming(origin):
         return read_model(path).config
 
 
