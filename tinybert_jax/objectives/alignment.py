@@ -55,7 +55,7 @@ def make_layer_pairs(
     return tuple((i, first + i) for i in range(1, num_student + 1))
 
 
-def check_vocabularies(student: ModelConfig, teacher: ModelConfig) -> None:
+def check_same_vocabulary(student: ModelConfig, teacher: ModelConfig) -> None:
     """Raises ValueError naming both sizes where they differ."""
     if student.vocab_size != teacher.vocab_size:
         raise ValueError(

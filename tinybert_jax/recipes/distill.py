@@ -36,20 +36,20 @@ _PROJECTION = "projection.safetensors"
 
 def general(run: Run) -> None:
     """The pretrained teacher, on the corpus."""
-    _distil(run, "general", ())
+    main(run, "general", ())
 
 
 def intermediate(run: Run) -> None:
     """The fine-tuned teacher, on the task's text."""
-    _distil(run, "intermediate", ("general",))
+    main(run, "intermediate", ("general",))
 
 
 def prediction(run: Run) -> None:
     """The fine-tuned teacher, on the task's text, to the best dev score."""
-    _distil(run, "prediction", ("intermediate", "general"))
+    main(run, "prediction", ("intermediate", "general"))
 
 
-def _distil(run: Run, stage: str, before: tuple[str, ...]) -> None:
+def main(run: Run, stage: str, before: tuple[str, ...]) -> None:
     section, terms = run.section(stage), run.config.distillation.terms(stage)
     is_judged = stage == "prediction"
 

@@ -20,7 +20,7 @@ from tinybert_jax.huggingface.folder import check_start, read_model
 from tinybert_jax.huggingface.hub import check_same_pieces, check_table
 from tinybert_jax.models.attention import missing_device
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
-from tinybert_jax.objectives.alignment import check_heads, check_vocabularies, make_layer_pairs
+from tinybert_jax.objectives.alignment import check_heads, check_same_vocabulary, make_layer_pairs
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.training.optimizer import make_schedule
 
@@ -270,7 +270,7 @@ def _check_pair(
         if stage in stages
         for term in config.distillation.terms(stage)
     ]
-    check_vocabularies(student, teacher)
+    check_same_vocabulary(student, teacher)
     for stage, term in terms:
         origin = f"distillation.{stage}, term {term.term}"
         with naming(origin):

@@ -23,7 +23,7 @@ from tinybert_jax.parallel import sharding
 from tinybert_jax.performance import trace
 from tinybert_jax.runs.run import Run
 from tinybert_jax.training import checkpoint, loop
-from tinybert_jax.training.early_stopping import judge
+from tinybert_jax.training.early_stopping import compare_with_best
 from tinybert_jax.training.members import join_objectives, join_optimizer, joined, parted
 from tinybert_jax.training.optimizer import make_optimizer, make_schedule
 from tinybert_jax.training.step import (
@@ -286,7 +286,7 @@ class _Judge:
         known = [
             parted(self.progress[name], scores) if name in self.progress else None for name in names
         ]
-        standing = judge(scores, *known, self.training.section.patience)
+        standing = compare_with_best(scores, *known, self.training.section.patience)
         flags = standing.is_better
         if any(own.any() for own in flags.values()):
             is_all = all(own.all() for own in flags.values())

@@ -15,7 +15,7 @@ class Standing(NamedTuple):
     is_over: bool
 
 
-def judge(
+def compare_with_best(
     scores: Mapping[str, Sequence[float]],
     best_scores: Mapping[str, Sequence[float]] | None,
     evals_since_best: Mapping[str, int] | None,

@@ -12,7 +12,7 @@ from tinybert_jax.config import load as config_files
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.config.load import ConfigError
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 MINIMAL = {
     "run_dir": "r",
     "teacher": {"preset": "bert-tiny"},
@@ -43,7 +43,7 @@ def test_shipped_configs_are_valid_and_say_how_to_run_them(path, monkeypatch):
 def test_arms_are_valid(monkeypatch):
     for name in ("TEACHER", "TINYBERT_DATA"):
         monkeypatch.setenv(name, "somewhere")
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     for comparison in yaml.safe_load((root / "benchmarks" / "arms.yaml").read_text()).values():
         for settings in comparison["arms"].values():
             given = [*comparison.get("settings", []), *settings]

@@ -104,7 +104,7 @@ def _room(rate, width=WIDTH):
 def test_dry_run_names_all_stages_and_writes_nothing(inputs, tmp_path, capsys, monkeypatch):
     measured = []
     monkeypatch.setattr(
-        model_flops, "measure_gemm_peak", lambda dtype: measured.append(dtype) or 1e3
+        runs_estimate, "measure_gemm_peak", lambda dtype: measured.append(dtype) or 1e3
     )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(_settings(inputs, tmp_path / "run")))
     before = sorted(tmp_path.rglob("*"))
@@ -135,7 +135,7 @@ def test_time_is_of_the_compute_dtype(inputs, tmp_path, monkeypatch):
     """An H200's sheet: 989.4 TFLOP/s in bfloat16, half of them in float32 (TF32)."""
     measured = []
     monkeypatch.setattr(
-        model_flops, "measure_gemm_peak", lambda dtype: measured.append(dtype) or 1e3
+        runs_estimate, "measure_gemm_peak", lambda dtype: measured.append(dtype) or 1e3
     )
     asked = []
     monkeypatch.setattr(model_flops, "peak_flops", lambda kind, dtype: asked.append(dtype) or 1e12)
@@ -145,7 +145,7 @@ def test_time_is_of_the_compute_dtype(inputs, tmp_path, monkeypatch):
 
 
 def test_stages_that_are_done_are_not_priced_again(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(model_flops, "measure_gemm_peak", lambda dtype: 1e9)
+    monkeypatch.setattr(runs_estimate, "measure_gemm_peak", lambda dtype: 1e9)
     run = _run(inputs, tmp_path)
     run.model_folder("pretrain").mkdir(parents=True)
     (run.model_folder("pretrain") / "config.json").touch()
@@ -266,7 +266,7 @@ def test_a_family_has_one_teacher(inputs, tmp_path, monkeypatch):
         taps = {"general": 2, "prediction": 0, "baseline": 0}[stage]  # hidden states
         shared = 4 * taps * 16 * WIDTH
         assert both.activation_bytes == sum(own.activation_bytes for own in alone) - shared
-    monkeypatch.setattr(model_flops, "measure_gemm_peak", lambda dtype: 1e9)
+    monkeypatch.setattr(runs_estimate, "measure_gemm_peak", lambda dtype: 1e9)
     text = runs_estimate.describe(runs[0], ("general",)).replace("\xa0", " ")
     assert text.count("  teacher   ") == 1
     for name in ("one", "two"):
@@ -358,5 +358,5 @@ def test_activations_are_near_those_of_the_compiled_program(inputs, tmp_path, mo
     assert (
         runs_estimate.price(three, "baseline").activation_bytes == estimate
     )  # one seed at a time, on a CPU
-    monkeypatch.setattr(sharding, "takes_turns", lambda mesh: False)
+    monkeypatch.setattr(runs_estimate, "takes_turns", lambda mesh: False)
     assert runs_estimate.price(three, "baseline").activation_bytes == 3 * estimate

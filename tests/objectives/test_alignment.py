@@ -7,7 +7,7 @@ from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.models.heads import make_encoder
 from tinybert_jax.objectives.alignment import (
     check_heads,
-    check_vocabularies,
+    check_same_vocabulary,
     init_projection,
     make_layer_pairs,
     principal_directions,
@@ -63,9 +63,9 @@ def test_fit_names_both_values():
     student = ModelConfig(num_attention_heads=8, hidden_size=64)
     with pytest.raises(ValueError, match="8 for the student and 12 for the teacher"):
         check_heads(student, ModelConfig(), None)
-    check_vocabularies(student, ModelConfig())
+    check_same_vocabulary(student, ModelConfig())
     with pytest.raises(ValueError, match="100 entries for the student and 30522"):
-        check_vocabularies(ModelConfig(vocab_size=100), ModelConfig())
+        check_same_vocabulary(ModelConfig(vocab_size=100), ModelConfig())
 
 
 def test_principal_directions_are_the_best_basis_of_their_size():

@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from tinybert_jax.training.early_stopping import judge
+from tinybert_jax.training.early_stopping import compare_with_best
 
 
 def _run(evaluations, patience):
     """Kept scores, and the evaluation after which all was over; saved and restored in between."""
     scores, waited = None, None
     for number, each in enumerate(evaluations, start=1):
-        standing = judge(each, scores, waited, patience)
+        standing = compare_with_best(each, scores, waited, patience)
         scores, waited = standing.best_scores, standing.evals_since_best
         if standing.is_over:
             return scores, number
@@ -17,7 +17,7 @@ def _run(evaluations, patience):
 
 
 def test_each_seed_keeps_its_own_best():
-    standing = judge({"a": [0.5, 0.7]}, {"a": [0.6, 0.6]}, {"a": 1}, 3)
+    standing = compare_with_best({"a": [0.5, 0.7]}, {"a": [0.6, 0.6]}, {"a": 1}, 3)
     np.testing.assert_array_equal(standing.is_better["a"], [False, True])
     assert standing.best_scores == {"a": [0.6, 0.7]}
     assert standing.evals_since_best == {"a": 0}
@@ -25,7 +25,7 @@ def test_each_seed_keeps_its_own_best():
 
 
 def test_an_equal_score_is_no_better():
-    standing = judge({"a": [0.6]}, {"a": [0.6]}, {"a": 1}, 2)
+    standing = compare_with_best({"a": [0.6]}, {"a": [0.6]}, {"a": 1}, 2)
     assert standing.evals_since_best == {"a": 2} and standing.is_over
 
 

@@ -25,7 +25,7 @@ from tinybert_jax import cli
 from tinybert_jax.huggingface.hub import load_tokenizer
 from tinybert_jax.tokens.store import INDEX, open_store, partial_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -202,7 +202,7 @@ def test_students_side_by_side_equal_each_alone(kind, accumulation, in_turn, mon
     The gradient of one is clipped.
     Adam turns the rounding noise of gradients that are 0, those of key biases, into steps of 1e-5.
     """
-    monkeypatch.setattr(sharding, "takes_turns", lambda mesh: in_turn)
+    monkeypatch.setattr("tinybert_jax.training.step.takes_turns", lambda mesh: in_turn)
     objective, params, frozen = _stage(kind)
     starts = [params, jax.tree.map(lambda leaf: 1.5 * leaf, params)]
     keys = [jax.random.key(3), jax.random.key(4)]

@@ -15,7 +15,7 @@ from tinybert_jax.config import load as config_files
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.tokens.store import open_store, partial_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
