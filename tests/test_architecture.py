@@ -18,7 +18,7 @@ ROOMS = {
     "performance": "flops device_peaks trace host",
     "parallel": "mesh sharding",
     "data": "errors tables corpus records builtin wordpiece splits",
-    "models": "activations dropout linear params norm attention encoder heads",
+    "models": "inputs activations dropout linear params norm attention encoder heads",
     "batches": "batch tokenize bucketing packing loader",
     "tokens": "store instances transform ray prepare inspect",
     "huggingface": "tensors hub weights folder rewrite",

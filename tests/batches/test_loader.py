@@ -15,6 +15,7 @@ from tinybert_jax.batches.batch import Batch, Plan, TokenRows, make_batch
 from tinybert_jax.batches.bucketing import bucketed_epochs
 from tinybert_jax.batches.packing import packed_epochs
 from tinybert_jax.config.compute import MeshSection
+from tinybert_jax.models.inputs import Text
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
 
@@ -147,7 +148,7 @@ def test_batches_are_made_and_placed_ahead():
     def batch_at(step):
         made.append(step)
         ids, labels = np.full((8, 2), step, np.int32), np.full(8, step, np.int32)
-        return Batch(ids, ids, ids, labels, labels)
+        return Batch(Text(ids, ids), ids, {"labels": labels}, labels)
 
     placement = sharding.batch_sharding(make_mesh(MeshSection()))
     batches = loader.prefetched(batch_at, start_step=0, placement=placement, num_ahead=5)

@@ -30,7 +30,7 @@ def rows_of(*, num_rows=600, seed=0):
 def scorer(key=0, seen=None, pair_logits=None, packed=False):
     """Of a model that only knows its bias: the same logits at every position, in every row."""
 
-    def apply(params, input_ids, attention_mask, token_type_ids, *, positions):
+    def apply(params, inputs, attention_mask, *, positions):
         if seen is not None:
             jax.debug.callback(
                 lambda ids, mask: seen.append((ids, mask)), input_ids, attention_mask

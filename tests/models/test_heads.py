@@ -13,6 +13,7 @@ from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import DistillSection, needs_projection
 from tinybert_jax.models.encoder import Encoder
 from tinybert_jax.models.heads import is_few, make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.params import frozen_params, layers_apart, layers_joined
 from tinybert_jax.objectives.alignment import init_projection
 from tinybert_jax.objectives.distillation import Role, make_distill
@@ -60,7 +61,7 @@ def _model(head, mask, sizes=SIZES, **options):
     params = jax.tree.map(lambda leaf: 3 * leaf, init(jax.random.key(2)))
 
     def outputs(params, taps):
-        output = apply(params, IDS, MASKS[mask], IDS % 2, taps=taps, **reads)
+        output = apply(params, Text(IDS, IDS % 2), MASKS[mask], taps=taps, **reads)
         assert (output.encoder is not None) == taps
         return [output.logits, *([output.pair_logits] if head == "pairs" else [])]
 
@@ -211,7 +212,7 @@ def test_a_single_forward_pass_copies_no_weights():
     apply, init = make_classifier(sizes, 3)
     params = init(jax.random.key(0))
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params["encoder"]["layers"]))
-    forward = jax.jit(lambda params: apply(params, IDS, MASKS["padded"], 0 * IDS).logits)
+    forward = jax.jit(lambda params: apply(params, Text(IDS, 0 * IDS), MASKS["padded"]).logits)
     memory = forward.lower(params).compile().memory_analysis()
     assert memory.temp_size_in_bytes < num_bytes / 2  # a layer at a time
 
@@ -224,7 +225,7 @@ def test_an_unrolled_model_that_is_not_trained_reads_its_layers_where_they_are()
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params["encoder"]["layers"]))
     outputs, sizes = [], []
     for read in (params, apart):
-        forward = jax.jit(lambda read: apply(read, IDS, MASKS["padded"], 0 * IDS, taps=True))
+        forward = jax.jit(lambda read: apply(read, Text(IDS, 0 * IDS), MASKS["padded"], taps=True))
         program = forward.lower(read).compile()
         sizes.append(program.memory_analysis().temp_size_in_bytes)
         outputs.append(forward(read))
@@ -241,7 +242,7 @@ def test_an_unrolled_model_that_is_trained_with_its_layers_apart_copies_none():
 
     def step(params):  # as a train step: the gradients go straight into new parameters
         def loss(params):
-            return jnp.square(apply(params, IDS, MASKS["padded"], 0 * IDS).logits).sum()
+            return jnp.square(apply(params, Text(IDS, 0 * IDS), MASKS["padded"]).logits).sum()
 
         return jax.tree.map(lambda old, slope: old - 0.1 * slope, params, jax.grad(loss)(params))
 
@@ -267,7 +268,7 @@ def test_unrolled_equals_scanned_in_the_gradient_of_every_tap():
 
     def slope(apply):
         def total(params):
-            output = apply(params, IDS, MASKS["padded"], IDS % 2, jax.random.key(3))
+            output = apply(params, Text(IDS, IDS % 2), MASKS["padded"], jax.random.key(3))
             taps = output.hidden, output.queries, output.keys, output.values
             return sum(jnp.sin(jnp.stack(list(tap))).sum() for tap in taps)
 
@@ -288,7 +289,7 @@ def test_int8_layers_give_the_same_on_eight_devices():
     mesh = make_mesh(MeshSection(data=2, fsdp=2, tensor=2))
     specs = param_specs(params, mesh)["encoder"]["layers"][0]["attention"]["query"]
     assert specs["scale"] == specs["bias"]
-    forward = jax.jit(lambda params: apply(params, IDS, MASKS["padded"], 0 * IDS).logits)
+    forward = jax.jit(lambda params: apply(params, Text(IDS, 0 * IDS), MASKS["padded"]).logits)
     one, eight = forward(params), forward(placed(params, mesh))
     np.testing.assert_allclose(one, eight, rtol=1e-5, atol=1e-6)
 

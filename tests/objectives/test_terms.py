@@ -18,6 +18,7 @@ from tinybert_jax.config.objectives import (
 )
 from tinybert_jax.losses import attention as attention_losses
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.models.inputs import Text
 from tinybert_jax.objectives import masking
 from tinybert_jax.objectives.alignment import init_projection
 from tinybert_jax.objectives.distillation import Options, Role, make_distill
@@ -53,7 +54,9 @@ def _batch():
     ids = np.where(MASK, rng.integers(5, 40, MASK.shape), 0).astype(np.int32)
     labels = rng.integers(0, 3, ROWS).astype(np.int32)
     weights = np.ones(ROWS, np.float32)
-    return jax.tree.map(jnp.asarray, Batch(ids, MASK, np.zeros_like(ids), labels, weights))
+    return jax.tree.map(
+        jnp.asarray, Batch(Text(ids, np.zeros_like(ids)), MASK, {"labels": labels}, weights)
+    )
 
 
 def _long(x):
@@ -293,7 +296,7 @@ def test_no_more_than_a_chunk_of_word_logits_exists(at, num_words):
     ids = {"mask_token_id": 4, "special_token_ids": (0, 1, 2), "vocab_size": 8192}
     assert masking.num_slots(0.5, 64) == 48
     rows = jnp.ones((64, 64), jnp.int32)
-    batch = Batch(rows, rows > 0, 0 * rows, rows[:, 0], jnp.ones(64))
+    batch = Batch(Text(rows, 0 * rows), rows > 0, {"labels": rows[:, 0]}, jnp.ones(64))
 
     def largest(chunk_size):
         objective = make_distill(

@@ -19,6 +19,7 @@ from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import PretrainSection
 from tinybert_jax.data.wordpiece import train_wordpiece
 from tinybert_jax.models.heads import make_masked_lm
+from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.params import flatten
 from tinybert_jax.objectives.masked_lm import MaskedLabels, make_mlm
 from tinybert_jax.objectives.objective import Counts
@@ -104,7 +105,9 @@ def test_masked_lm_with_pairs_equals_transformers():
     apply, init = make_masked_lm(our_config(model), pair_head=True)
     rng = np.random.default_rng(0)
     ids, types = rng.integers(5, 61, (5, 12)).astype(np.int32), np.arange(12)[None] // 6
-    batch = Batch(ids, np.ones(ids.shape, bool), np.tile(types, (5, 1)), 0, np.ones(5, np.float32))
+    batch = Batch(
+        Text(ids, np.tile(types, (5, 1))), np.ones(ids.shape, bool), {}, np.ones(5, np.float32)
+    )
     positions = np.array([[1, 5], [2, 0], [0, 0], [3, 4], [11, 0]])
     tokens = np.array([[7, 8], [9, -100], [-100, -100], [6, 5], [10, -100]])
     pairs = np.array([0, 1, -1, 1, 0])

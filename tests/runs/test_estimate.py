@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tinybert_jax import cli
+from tinybert_jax.models.inputs import Text
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.data.wordpiece import train_wordpiece
 from tinybert_jax.models.heads import make_classifier
@@ -344,7 +345,7 @@ def test_activations_are_near_those_of_the_compiled_program(inputs, tmp_path, mo
     params = init(key)
 
     def loss(params, ids):
-        return jnp.square(apply(params, ids, ids > 0, ids * 0, key).logits).mean()
+        return jnp.square(apply(params, Text(ids, ids * 0), ids > 0, key).logits).mean()
 
     def num_bytes(num_rows):
         ids = jnp.ones((num_rows, WIDTH), jnp.int32)

@@ -18,6 +18,7 @@ from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.huggingface.folder import read_model, start_params
 from tinybert_jax.models.heads import make_classifier
+from tinybert_jax.models.inputs import Text
 from tinybert_jax.objectives.distillation import Role, make_distill
 from tinybert_jax.objectives.objective import encoder_inputs
 from tinybert_jax.objectives.supervised import make_supervised
@@ -293,7 +294,7 @@ def _batch():
     ids = jnp.asarray(rng.integers(5, SIZES.vocab_size, (8, 16)), jnp.int32)
     real = jnp.asarray(np.arange(16) < np.arange(9, 17)[:, None])
     labels = jnp.asarray(rng.integers(0, 2, 8), jnp.int32)
-    return Batch(ids * real, real, ids * 0, labels, jnp.linspace(0.5, 1.5, 8))
+    return Batch(Text(ids * real, ids * 0), real, {"labels": labels}, jnp.linspace(0.5, 1.5, 8))
 
 
 def _members():

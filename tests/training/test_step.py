@@ -13,6 +13,7 @@ from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.params import layers_apart, layers_joined
 from tinybert_jax.objectives import masking
 from tinybert_jax.objectives.alignment import init_projection
@@ -276,7 +277,12 @@ def test_the_mask_rate_moves_over_the_stage_and_every_step_draws_anew(unit):
         is_continuation=np.arange(52) % 4 == 3,
     )
     ids = np.random.default_rng(0).integers(5, 50, (2048, 64)).astype(np.int32)
-    batch = Batch(ids, np.ones(ids.shape, bool), 0 * ids, ids[:, 0], np.ones(len(ids), np.float32))
+    batch = Batch(
+        Text(ids, 0 * ids),
+        np.ones(ids.shape, bool),
+        {"labels": ids[:, 0]},
+        np.ones(len(ids), np.float32),
+    )
     batch = jax.tree.map(jnp.asarray, batch)
 
     @jax.jit

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tinybert_jax.batches.batch import Batch
+from tinybert_jax.models.inputs import Text
 from tinybert_jax.training.metric_log import MetricLog
 from tinybert_jax.training.throughput import Meter
 
@@ -16,7 +17,7 @@ def test_the_step_that_compiles_is_out_of_the_clock(tmp_path, monkeypatch):
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     log, ids = MetricLog(tmp_path / "metrics.jsonl"), np.zeros((2, 8), np.int32)
     meter = Meter(log, "finetune", lambda width: 1.0, 7, 0, [], log_every=3, peak_flops=1e9)
-    batch = Batch(ids, ids, ids, labels=None, weights=None)
+    batch = Batch(Text(ids, ids), ids, targets={}, weights=None)
     metrics = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1, "num_tokens": 10.0}
     metrics = {name: jnp.asarray(value) for name, value in metrics.items()}
     now[0] += 100.0  # a compilation

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from tinybert_jax.models.inputs import Text
+
 
 class TokenRows(NamedTuple):
     """Examples of any length, end to end: row i is `ids[offsets[i]:offsets[i + 1]]`."""
@@ -46,21 +48,30 @@ class TokenRows(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One step's examples, padded to one width. An example of weight 0 is only filler.
+    """The examples of one step, padded to one width. An example of weight 0 is only filler.
 
     Packed rows hold several examples: their `attention_mask` is the segment ids 1, 2, … (0:
-    padding), labels and weights have a second axis. Rows of a token store have segment ids too,
-    but one label and one weight a row. The fields are NumPy arrays until the batch is
-    placed on devices.
+    padding), and `weights` and the targets of examples have a second axis. Rows of a token store
+    have segment ids too, but one label and one weight a row. The fields are NumPy arrays until the
+    batch is placed on devices.
     """
 
-    input_ids: jax.Array  # int32 [batch, seq]
+    inputs: Text
     attention_mask: jax.Array  # bool [batch, seq]; packed: int32, segment ids
-    token_type_ids: jax.Array  # int32 [batch, seq]
-    labels: Any  # int32 or fp32 [batch]; packed: [batch, segments]; -1 where there are none. Once
-    # an objective has masked a batch: its MaskedLabels
+    targets: dict[str, jax.Array]  # what the task or the objective predicts; see `tasks`, `masking`
     weights: jax.Array  # fp32 [batch], 1 or 0; packed: [batch, segments]
     teacher_logits: jax.Array | None = None  # fp32 [batch, outputs]; packed: [batch, segments, …]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, width)."""
+        num_rows, width = self.attention_mask.shape
+        return num_rows, width
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens and padding."""
+        return self.attention_mask.size
 
     @property
     def real(self) -> jax.Array:
@@ -109,11 +120,11 @@ def make_batch(rows: TokenRows, plan: Plan, pad_token_id: int) -> Batch:
     labels = np.full(chosen.shape, -1, np.int32) if rows.labels is None else rows.labels[chosen]
     weights = real.astype(np.float32)
     logits = None if rows.teacher_logits is None else rows.teacher_logits[chosen]
+    read: Any = (ids, types)  # NumPy, where the fields of a placed batch are arrays of JAX
     fields: dict[str, Any] = dict(
-        input_ids=ids,
+        inputs=Text(*read),
         attention_mask=segments if is_packed else segments > 0,
-        token_type_ids=types,
-        labels=labels if is_packed else labels[:, 0],
+        targets={"labels": labels if is_packed else labels[:, 0]},
         weights=weights if is_packed else weights[:, 0],
         teacher_logits=logits if is_packed or logits is None else logits[:, 0],
     )

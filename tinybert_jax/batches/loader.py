@@ -10,7 +10,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 
 from tinybert_jax.batches.batch import Batch, Plan, TokenRows, make_batch
 from tinybert_jax.batches.bucketing import Epochs
+from tinybert_jax.models.inputs import Text
 
 BatchAt = Callable[[int], Batch]  # step -> this process's slice of its global batch
 
@@ -114,8 +115,10 @@ def mixed_batches(
 
     def batch_at(step: int) -> Batch:
         corpus, row = draw(step * global_batch_size + within)
-        fields = _gather(sources, corpus, row)
-        return Batch(*fields, weights=np.ones(len(row), np.float32))  # type: ignore[arg-type]
+        fields: Any = _gather(sources, corpus, row)
+        ids, segments, types, labels = fields
+        weights: Any = np.ones(len(row), np.float32)
+        return Batch(Text(ids, types), segments, {"labels": labels}, weights)
 
     return batch_at
 

@@ -1,7 +1,6 @@
 """Runs a model over a whole data set. Knows nothing of training."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -45,17 +44,17 @@ def make_scorer(
     With a mesh, on which the parameters are, its devices share each batch.
     """
 
-    @functools.partial(jax.jit, static_argnames="num_segments")
-    def forward(params: Any, *inputs: jax.Array, num_segments: int | None) -> jax.Array:
-        return apply(params, *inputs, num_segments=num_segments).logits
+    @jax.jit
+    def forward(params: Any, batch: Batch) -> jax.Array:
+        inputs = batch.inputs, batch.attention_mask
+        return apply(params, *inputs, num_segments=batch.num_segments).logits
 
     def score(params: Any, rows: TokenRows, *, global_batch_size: int = 64) -> np.ndarray:
         pending = []
         for plan in _plans(rows, buckets, packed, global_batch_size, mesh):
             batch = _placed(make_batch(rows, plan, pad_token_id), mesh)
-            inputs = batch.input_ids, batch.attention_mask, batch.token_type_ids
             with _context(mesh):
-                values = forward(params, *inputs, num_segments=batch.num_segments)
+                values = forward(params, batch)
             pending.append((plan, values))
         logits = np.zeros((len(rows.lengths), pending[0][1].shape[-1]), np.float32)
         for plan, values in pending:
@@ -160,17 +159,16 @@ def _make_masked_sums(
 
     @jax.jit
     def sums(params: Any, number: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
-        inputs, positions, labels = masking.mask_rows(
-            batch.input_ids,
+        ids, positions, labels = masking.mask_rows(
+            batch.inputs.input_ids,
             batch.real,
             jax.random.fold_in(key, number),
             rate=EVAL_MASK_RATE,
-            max_predictions=masking.num_slots(EVAL_MASK_RATE, batch.input_ids.shape[1]),
+            max_predictions=masking.num_slots(EVAL_MASK_RATE, batch.shape[1]),
             **options,
         )
-        output = apply(
-            params, inputs, batch.attention_mask, batch.token_type_ids, positions=positions
-        )
+        inputs = batch.inputs._replace(input_ids=ids)
+        output = apply(params, inputs, batch.attention_mask, positions=positions)
         hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
         nll, hits = vocabulary.masked_lm_sums(
             hidden, output.table, output.bias, labels.reshape(-1), chunk_size=chunk_size
@@ -178,9 +176,10 @@ def _make_masked_sums(
         count = jnp.sum(labels != masking.IGNORED_LABEL, dtype=jnp.float32)
         if output.pair_logits is None:
             return nll, hits, count
-        assert batch.labels.ndim == 1, "a pair head reads one label a row"
-        is_pair = (batch.labels >= 0) & (batch.weights > 0)
-        is_right = jnp.argmax(output.pair_logits, axis=-1) == batch.labels
+        pair_labels = batch.targets["labels"]
+        assert pair_labels.ndim == 1, "a pair head reads one label a row"
+        is_pair = (pair_labels >= 0) & (batch.weights > 0)
+        is_right = jnp.argmax(output.pair_logits, axis=-1) == pair_labels
         return nll, hits, count, jnp.sum(is_right & is_pair), jnp.sum(is_pair)
 
     return sums

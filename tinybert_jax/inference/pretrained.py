@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.huggingface.folder import is_unnamed, read_model, save_model, start_params
 from tinybert_jax.huggingface.hub import load_tokenizer
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.models.inputs import Text
 
 
 class ModelOutput(dict):
@@ -38,7 +40,9 @@ class TinyBertModel:
         self.config, self.params = config, params
         self.label_names, self.tokenizer = label_names, tokenizer
         apply, _ = self._functions(config, len(label_names or ()) or 1)
-        self._forward = jax.jit(lambda params, *inputs: self._outputs(apply(params, *inputs)))
+        self._forward = jax.jit(
+            lambda params, inputs, mask: self._outputs(apply(params, inputs, mask))
+        )
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, label_names: tuple[str, ...] | None = None):
@@ -97,7 +101,11 @@ class TinyBertModel:
         if token_type_ids is not None:
             num_types = self.config.type_vocab_size
             types = _checked("token_type_ids", token_type_ids, below=num_types, like=ids)
-        return ModelOutput(self._forward(self.params, ids, mask.astype(bool), types))
+        return ModelOutput(
+            self._forward(
+                self.params, Text(jnp.asarray(ids), jnp.asarray(types)), mask.astype(bool)
+            )
+        )
 
     def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> Path:
         """Writes a folder that `AutoModel….from_pretrained` loads; reads it back and compares."""

@@ -23,6 +23,7 @@ from tinybert_jax.models.attention import (
     make_visible,
 )
 from tinybert_jax.models.dropout import dropout
+from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.linear import dense, make_linear
 from tinybert_jax.models.norm import layer_norm, make_layer_norm
 from tinybert_jax.parallel.sharding import constrain
@@ -76,9 +77,8 @@ class Encoder(nnx.Module):
 
     def __call__(
         self,
-        input_ids: Int[Array, "batch seq"],
+        inputs: Text,
         attention_mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"],
-        token_type_ids: Int[Array, "batch seq"],
         key: jax.Array | None = None,
         num_segments: int | None = None,
     ) -> EncoderOutput:
@@ -88,7 +88,7 @@ class Encoder(nnx.Module):
         examples of a row. Each sees itself alone and has positions of its own; with `num_segments`
         each has its own `pooled` (of a segment that is not there: something finite).
         """
-        embedded, (stacked, keys), run = self._start(input_ids, attention_mask, token_type_ids, key)
+        embedded, (stacked, keys), run = self._start(inputs, attention_mask, key)
 
         hidden, taps = (self._one_by_one if self.unroll else self._scanned)(
             embedded, stacked, keys, run
@@ -122,9 +122,8 @@ class Encoder(nnx.Module):
     def last_hidden(
         self,
         pick: Pick,
-        input_ids: Int[Array, "batch seq"],
+        inputs: Text,
         attention_mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"],
-        token_type_ids: Int[Array, "batch seq"],
         key: jax.Array | None = None,
     ) -> Float[Array, "batch picked dim"]:
         """The last hidden states that `pick` takes, with no more of the last layer than they need.
@@ -132,7 +131,7 @@ class Encoder(nnx.Module):
         That is keys and values of all tokens, and the rest where `pick` does. Without dropout they
         are those of `__call__`.
         """
-        embedded, (stacked, keys), run = self._start(input_ids, attention_mask, token_type_ids, key)
+        embedded, (stacked, keys), run = self._start(inputs, attention_mask, key)
         if self.unroll:
             hidden, (*lower, last) = embedded, _each_layer(stacked, keys)
             for each in lower:
@@ -160,7 +159,7 @@ class Encoder(nnx.Module):
             return jnp.tanh(self.pooler(first))
 
     def _start(
-        self, input_ids: Array, attention_mask: Array, token_type_ids: Array, key: jax.Array | None
+        self, inputs: Text, attention_mask: Array, key: jax.Array | None
     ) -> tuple[Array, Any, Run]:
         """Embeddings, (parameters, key) of all layers stacked, and what runs one such layer."""
         visible = make_visible(attention_mask)
@@ -168,9 +167,7 @@ class Encoder(nnx.Module):
         num_layers = jax.tree.leaves(stacked)[0].shape[0]
         keys = None if key is None else jax.random.split(key, num_layers + 1)
         with jax.named_scope("~embeddings"):
-            embedded = self.embeddings(
-                input_ids, attention_mask, token_type_ids, None if keys is None else keys[0]
-            )
+            embedded = self.embeddings(inputs, attention_mask, None if keys is None else keys[0])
             embedded = constrain(embedded)
 
         def run(hidden, params_and_key, pick=None):
@@ -239,7 +236,8 @@ class Embeddings(nnx.Module):
         self.norm = make_layer_norm(config, dtype, rngs)
         self.dropout_rate = config.hidden_dropout_prob
 
-    def __call__(self, input_ids, attention_mask, token_type_ids, key):
+    def __call__(self, inputs: Text, attention_mask: Array, key: jax.Array | None) -> Array:
+        input_ids, token_type_ids = inputs
         if attention_mask.dtype == bool:
             positions = self.position.embedding[: input_ids.shape[1]][None]
         else:

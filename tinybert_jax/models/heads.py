@@ -18,6 +18,7 @@ from tinybert_jax.models.activations import ACTIVATIONS
 from tinybert_jax.models.attention import at
 from tinybert_jax.models.dropout import dropout
 from tinybert_jax.models.encoder import Encoder, EncoderOutput, pick_first
+from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.linear import dense, is_int8, make_linear
 from tinybert_jax.models.norm import layer_norm, make_layer_norm
 from tinybert_jax.models.params import Apply, Params, layers_joined
@@ -54,9 +55,8 @@ class SequenceClassifier(nnx.Module):
 
     def __call__(
         self,
-        input_ids,
-        attention_mask,
-        token_type_ids,
+        inputs: Text,
+        attention_mask: Array,
         key=None,
         num_segments=None,
         *,
@@ -64,13 +64,13 @@ class SequenceClassifier(nnx.Module):
     ) -> ClassifierOutput:
         """`taps` hands out what the encoder computes; its last layer then runs in full."""
         keys = (None, None) if key is None else jax.random.split(key)
-        inputs = (input_ids, attention_mask, token_type_ids, keys[0])
+        arguments = (inputs, attention_mask, keys[0])
         encoded = None
-        if taps or not is_few(num_segments or 1, input_ids.shape[1]):
-            encoded = self.encoder(*inputs, num_segments)
+        if taps or not is_few(num_segments or 1, attention_mask.shape[1]):
+            encoded = self.encoder(*arguments, num_segments)
             pooled = encoded.pooled
         else:
-            first = self.encoder.last_hidden(pick_first(attention_mask, num_segments), *inputs)
+            first = self.encoder.last_hidden(pick_first(attention_mask, num_segments), *arguments)
             pooled = self.encoder.pool(first[:, 0] if num_segments is None else first)
         with jax.named_scope("~head"):
             pooled = dropout(pooled, self.dropout_rate, keys[1])
@@ -102,9 +102,8 @@ class MaskedLM(nnx.Module):
 
     def __call__(
         self,
-        input_ids,
-        attention_mask,
-        token_type_ids,
+        inputs: Text,
+        attention_mask: Array,
         key=None,
         *,
         positions: Int[Array, "batch picked"] | None = None,
@@ -114,18 +113,18 @@ class MaskedLM(nnx.Module):
 
         `taps` hands out what the encoder computes; its last layer then runs in full.
         """
-        inputs = (input_ids, attention_mask, token_type_ids, key)
+        arguments = (inputs, attention_mask, key)
         encoded, num_first = None, 0 if self.pair is None else 1  # the pair head reads that token
-        seq = input_ids.shape[1]
+        seq = attention_mask.shape[1]
         num_read = seq if positions is None else num_first + positions.shape[1]
         if positions is None or taps or not is_few(num_read, seq):
-            encoded = self.encoder(*inputs)
+            encoded = self.encoder(*arguments)
             hidden = encoded.hidden[-1]
             first = hidden[:, 0]
             hidden = hidden if positions is None else at(positions)(hidden)
         else:
             read = at(jnp.pad(positions, ((0, 0), (num_first, 0))))
-            hidden = self.encoder.last_hidden(read, *inputs)
+            hidden = self.encoder.last_hidden(read, *arguments)
             first, hidden = hidden[:, 0], hidden[:, num_first:]
         with jax.named_scope("~head"):
             hidden = layer_norm(self.norm, self.activation(dense(self.transform, hidden)))

@@ -30,7 +30,7 @@ from tinybert_jax.models.encoder import first_tokens
 from tinybert_jax.models.heads import MaskedLMOutput
 from tinybert_jax.models.params import Apply
 from tinybert_jax.objectives.alignment import make_layer_pairs, project
-from tinybert_jax.objectives.masked_lm import Mask, MaskedLabels
+from tinybert_jax.objectives.masked_lm import Mask
 from tinybert_jax.objectives.objective import Counts, Objective, count_units, encoder_inputs
 from tinybert_jax.objectives.supervised import gold_loss
 
@@ -141,7 +141,7 @@ def _run(
     if role.kind == "classifier":
         output = role.apply(*inputs, num_segments=batch.num_segments, taps=taps)
         return Outputs(output.encoder, output.logits.reshape(-1, output.logits.shape[-1]))
-    positions = None if all_words else batch.labels.positions
+    positions = None if all_words else batch.targets["positions"]
     words = role.apply(*inputs, positions=positions, taps=taps)
     return Outputs(words.encoder, words=words)
 
@@ -297,8 +297,8 @@ def _label(term: LabelTerm, num_student: int, num_teacher: int) -> Loss:
 
 def _masked_lm(term: MaskedLMTerm, num_student: int, num_teacher: int) -> Loss:
     return lambda c: vocabulary.masked_lm(
-        *_factors(c, c.student, c.batch.labels),
-        c.batch.labels.tokens.reshape(-1),
+        *_factors(c, c.student, masked=True),
+        c.batch.targets["tokens"].reshape(-1),
         chunk_size=c.options.chunk_size,
         num_shards=c.options.num_shards,
         count=c.counts.predictions,
@@ -308,14 +308,15 @@ def _masked_lm(term: MaskedLMTerm, num_student: int, num_teacher: int) -> Loss:
 def _word_logits(term: WordLogitsTerm, num_student: int, num_teacher: int) -> Loss:
     def value(c: Context) -> jax.Array:
         if term.at == "real":
-            labels, mask, count = None, c.batch.real, c.counts.tokens
+            mask, count = c.batch.real, c.counts.tokens
         else:
-            labels = c.batch.labels
-            mask, count = labels.tokens != pointwise.IGNORED_LABEL, c.counts.predictions
+            mask = c.batch.targets["tokens"] != pointwise.IGNORED_LABEL
+            count = c.counts.predictions
+        masked = term.at == "masked"
         each = functools.partial(
             vocabulary.kl,
-            _factors(c, c.student, labels),
-            _factors(c, c.teacher, labels),
+            _factors(c, c.student, masked=masked),
+            _factors(c, c.teacher, masked=masked),
             mask.reshape(-1),
             chunk_size=c.options.chunk_size,
             num_shards=c.options.num_shards,
@@ -335,14 +336,14 @@ def _at_temperature(
 
 
 def _factors(
-    c: Context, outputs: Outputs, labels: MaskedLabels | None
+    c: Context, outputs: Outputs, *, masked: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """hidden [rows, dim], table [vocab, dim], bias [vocab]: the logits' factors."""
     words = outputs.words
     assert words is not None
     hidden = words.hidden
-    if labels is not None and c.options.all_words:
-        hidden = attention.at(labels.positions)(hidden)
+    if masked and c.options.all_words:
+        hidden = attention.at(c.batch.targets["positions"])(hidden)
     return hidden.reshape(-1, hidden.shape[-1]), words.table, words.bias
 
 

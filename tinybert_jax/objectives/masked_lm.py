@@ -1,7 +1,7 @@
 """Masked-LM training, with the second loss of BERT where wanted."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,6 @@ from tinybert_jax.objectives.objective import (
     encoder_inputs,
 )
 
-
-class MaskedLabels(NamedTuple):
-    """A batch's labels once it is masked."""
-
-    positions: jax.Array  # int32 [batch, picked]
-    tokens: jax.Array  # int32 [batch, picked]; IGNORED_LABEL where nothing is masked
-    pair_labels: jax.Array  # int32 [batch]; -1 where there is no pair
-
-
 Mask = Callable[[Batch, jax.Array, Counts], tuple[Batch, Counts]]
 
 
@@ -40,7 +31,10 @@ def make_mask(
     unit: masking.Unit = "token",
     is_continuation: np.ndarray | None = None,
 ) -> Mask:
-    """(batch, key, counts) -> the batch as a masked LM sees it, its labels `MaskedLabels`.
+    """(batch, key, counts) -> the batch as a masked LM sees it.
+
+    Its targets: `positions` int32 [batch, picked], `tokens` int32 [batch, picked], IGNORED_LABEL
+    where nothing is masked, and `pair_labels` int32 [batch], -1 where there is no pair.
 
     With `mask_rate_end` the rate goes there in a straight line from `mask_rate`.
     """
@@ -49,13 +43,13 @@ def make_mask(
 
     def mask(batch: Batch, key: jax.Array, counts: Counts) -> tuple[Batch, Counts]:
         change = None if mask_rate_end is None else mask_rate_end - mask_rate
-        inputs, positions, tokens = masking.mask_rows(
-            batch.input_ids,
+        ids, positions, tokens = masking.mask_rows(
+            batch.inputs.input_ids,
             batch.real,
             key,
             rate=mask_rate if change is None else mask_rate + change * counts.share,
             special_token_ids=special_token_ids,
-            max_predictions=masking.num_slots(highest_rate, batch.input_ids.shape[1], unit),
+            max_predictions=masking.num_slots(highest_rate, batch.shape[1], unit),
             mask_token_id=mask_token_id,
             vocab_size=vocab_size,
             unit=unit,
@@ -63,10 +57,15 @@ def make_mask(
         )
         counts = counts._replace(
             predictions=jnp.sum(tokens != masking.IGNORED_LABEL, dtype=jnp.float32),
-            labelled_rows=jnp.sum(batch.labels >= 0, dtype=jnp.float32),
+            labelled_rows=jnp.sum(batch.targets["labels"] >= 0, dtype=jnp.float32),
         )
-        labels = MaskedLabels(positions, tokens, batch.labels)
-        return batch._replace(input_ids=inputs, labels=labels), counts
+        targets = {
+            "positions": positions,
+            "tokens": tokens,
+            "pair_labels": batch.targets["labels"],
+        }
+        inputs = batch.inputs._replace(input_ids=ids)
+        return batch._replace(inputs=inputs, targets=targets), counts
 
     return mask
 
@@ -112,10 +111,12 @@ def make_mlm(
         return mask(batch, key, count_units(batch)._replace(share=share))
 
     def loss(params, batch, counts, key, targets):
-        labels: MaskedLabels = batch.labels
-        output = apply(params, *encoder_inputs(batch), key, positions=labels.positions)
+        positions, tokens, pair_labels = (
+            batch.targets[name] for name in ("positions", "tokens", "pair_labels")
+        )
+        output = apply(params, *encoder_inputs(batch), key, positions=positions)
         size = mlm_chunk_size(
-            batch.input_ids.size // num_shards,
+            batch.num_slots // num_shards,
             max_chunk_size,
             mask_rate=mask_rate,
             mask_rate_end=mask_rate_end,
@@ -126,13 +127,13 @@ def make_mlm(
         parts: Metrics = {}
         with jax.named_scope("~loss masked_lm"):
             parts["loss/masked_lm"] = vocabulary.masked_lm(
-                hidden, output.table, output.bias, labels.tokens.reshape(-1), **sizes
+                hidden, output.table, output.bias, tokens.reshape(-1), **sizes
             )
         if pair_weight:
-            is_pair = (labels.pair_labels >= 0).astype(jnp.float32)
+            is_pair = (pair_labels >= 0).astype(jnp.float32)
             with jax.named_scope("~loss pair"):
                 parts["loss/pair"] = pointwise.softmax_cross_entropy(
-                    output.pair_logits, labels.pair_labels, is_pair, count=counts.labelled_rows
+                    output.pair_logits, pair_labels, is_pair, count=counts.labelled_rows
                 )
         return _weighted_sum(parts, {"loss/masked_lm": 1.0, "loss/pair": pair_weight}), parts
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.losses import attention as attention_losses
+from tinybert_jax.models.inputs import Text
 
 Metrics = dict[str, jax.Array]
 
@@ -46,7 +47,7 @@ class Objective(NamedTuple):
 
 def count_units(batch: Batch, normalisation: str = "valid_only") -> Counts:
     if normalisation == "paper_code":  # padding counts
-        num_rows, width = batch.input_ids.shape
+        num_rows, width = batch.shape
         tokens, pairs = num_rows * width, num_rows * width**2
     else:
         tokens = jnp.sum(batch.real, dtype=jnp.float32)
@@ -61,5 +62,5 @@ def count_units(batch: Batch, normalisation: str = "valid_only") -> Counts:
     )
 
 
-def encoder_inputs(batch: Batch) -> tuple[jax.Array, ...]:
-    return batch.input_ids, batch.attention_mask, batch.token_type_ids
+def encoder_inputs(batch: Batch) -> tuple[Text, jax.Array]:
+    return batch.inputs, batch.attention_mask

@@ -30,7 +30,7 @@ def example_logits(apply, params, batch: Batch, key) -> jax.Array:
 
 
 def gold_loss(logits, batch: Batch, counts: Counts, regression: bool, label_smoothing: float):
-    labels, weights = batch.labels.reshape(-1), batch.weights.reshape(-1)
+    labels, weights = batch.targets["labels"].reshape(-1), batch.weights.reshape(-1)
     if regression:
         return pointwise.logits_mse(logits, labels[:, None], weights, count=counts.examples)
     return pointwise.softmax_cross_entropy(

@@ -193,7 +193,7 @@ class _Tracer:
         self.traced: list[_Traced] = []
 
     def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
-        shape = batch.input_ids.shape
+        shape = batch.shape
         self.num_calls += 1
         if self.is_done or self.num_calls <= _FIRST or shape not in self.known:
             self.known.add(shape)
@@ -217,7 +217,7 @@ class _Tracer:
             jax.profiler.stop_trace()
         with self.pause(result[0]):
             events = read_events(folder, operations)
-            self.traced.append(_Traced(batch.input_ids.shape, seconds, events))
+            self.traced.append(_Traced(batch.shape, seconds, events))
             if len(self.traced) == NUM_STEPS:
                 self._tell()
         return result

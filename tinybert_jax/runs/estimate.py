@@ -109,19 +109,19 @@ def price(run: Run, stage: str) -> Costs:
         words_of(run, stage, work.terms, batch, float(step / max(num_steps - 1, 1)))
         for step, batch in zip(steps, batches, strict=True)
     ]
-    reads = [tokens_read(run, stage, b.input_ids.shape[1], b.num_segments) for b in batches]
+    reads = [tokens_read(run, stage, b.shape[1], b.num_segments) for b in batches]
     flops = [_flops(work, *each) for each in zip(batches, words, reads, strict=True)]
     parts = {name: num_steps * float(np.mean([own[name] for own in flops])) for name in flops[0]}
     if work.beforehand:
         parts["teacher"] = parts.get("teacher", 0.0) + feed.num_batches * float(
             np.mean([_forward_flops(work.beforehand, b, examples_read(b)) for b in batches])
         )
-    largest = max(range(len(batches)), key=lambda i: batches[i].input_ids.size)
+    largest = max(range(len(batches)), key=lambda i: batches[i].num_slots)
     return Costs(
         num_steps,
         num_steps * float(np.mean([np.count_nonzero(b.attention_mask) for b in batches])),
-        num_steps * float(np.mean([b.input_ids.size for b in batches])),
-        max(b.input_ids.shape[1] for b in batches),
+        num_steps * float(np.mean([b.num_slots for b in batches])),
+        max(b.shape[1] for b in batches),
         parts,
         _state_bytes(run, section, work),
         _activation_bytes(run, stage, work, batches[largest], words[largest]),
@@ -185,7 +185,7 @@ def _clock(seconds: float) -> str:
 
 def _flops(work: Work, batch: Batch, words: Words | None, num_read: int | None) -> dict[str, float]:
     """Of one batch by part, as `price` says."""
-    slots, models = batch.input_ids.size, work.trained.values()
+    slots, models = batch.num_slots, work.trained.values()
     forward = work.num_seeds * _forward_flops(models, batch, num_read)
     parts = {"forward": forward, "backward": 2 * forward}
     if work.teacher:
@@ -208,7 +208,7 @@ def _flops(work: Work, batch: Batch, words: Words | None, num_read: int | None) 
 
 
 def _forward_flops(models: Iterable[ModelConfig], batch: Batch, num_read: int | None) -> float:
-    slots, width = batch.input_ids.size, batch.input_ids.shape[1]
+    slots, width = batch.num_slots, batch.shape[1]
     return slots * sum(
         model_flops.forward_flops_per_token(model, width, num_read=num_read) for model in models
     )
@@ -233,7 +233,7 @@ def _state_bytes(run: Run, section: StageSection, work: Work) -> float:
 def _activation_bytes(run: Run, stage: str, work: Work, batch: Batch, words: Words | None) -> float:
     section = run.section(stage)
     num_parts = num_batch_shards(run.mesh) * section.gradient_accumulation_steps
-    num_rows, width = len(batch.input_ids) / num_parts, batch.input_ids.shape[1]
+    num_rows, width = batch.shape[0] / num_parts, batch.shape[1]
     values = num_rows * width * (work.teacher.hidden_size if work.teacher else 0)
     students = theirs = 0.0
     for model in work.trained.values():
@@ -259,7 +259,7 @@ def _saved_bytes_a_row(run: Run, stage: str, model: ModelConfig, batch: Batch) -
     """
     options = compute_options(run.config, stage) | {"attention": "xla"}  # whatever machine plans
     apply, init = make_masked_lm(with_dropout(model, run.section(stage)), **options)
-    num_read = tokens_read(run, stage, batch.input_ids.shape[1], batch.num_segments)
+    num_read = tokens_read(run, stage, batch.shape[1], batch.num_segments)
     key = jax.random.key(0)
     params = jax.eval_shape(init, key)
 
@@ -267,7 +267,7 @@ def _saved_bytes_a_row(run: Run, stage: str, model: ModelConfig, batch: Batch) -
         inputs = (params, *encoder_inputs(batch), key)
         if num_read is None:
             return apply(*inputs, taps=True).encoder.hidden[-1]
-        positions = jnp.zeros((len(batch.input_ids), num_read), jnp.int32)
+        positions = jnp.zeros((batch.shape[0], num_read), jnp.int32)
         return apply(*inputs, positions=positions).hidden
 
     def saved(params, key, batch):
@@ -285,7 +285,7 @@ def _saved_bytes_a_row(run: Run, stage: str, model: ModelConfig, batch: Batch) -
 
 def _num_pairs_in_maps(run: Run, work: Work, student: ModelConfig, batch: Batch) -> int:
     """Entries of the [query, key] maps that terms build of a row."""
-    width, is_packed = batch.input_ids.shape[1], batch.attention_mask.dtype != bool
+    width, is_packed = batch.shape[1], batch.attention_mask.dtype != bool
     total = 0
     for term in work.terms:
         if isinstance(term, RelationTerm):
@@ -316,7 +316,7 @@ def _reads_maps(
     is_packed, compute = batch.attention_mask.dtype != bool, run.config.compute
     is_float32 = "bfloat16" not in (compute.dtype, compute.frozen_dtype)
     can_read = compute.unroll_layers and is_float32 and term.keeps_heads
-    return can_read and reads_scores(batch.input_ids.shape[1], *dims, packed=is_packed)
+    return can_read and reads_scores(batch.shape[1], *dims, packed=is_packed)
 
 
 def _num_taps(run: Run, work: Work, batch: Batch) -> tuple[int, int]:
@@ -338,7 +338,7 @@ def _num_taps(run: Run, work: Work, batch: Batch) -> tuple[int, int]:
                 layers = [theirs for _, theirs in layer_pairs(work, student, term)]
         taps |= {(k, 0 if k == "embedding" else i) for k, i in itertools.product(kinds, layers)}
     num_maps = sum(kind == "maps" for kind, _ in taps)
-    return len(taps) - num_maps, num_maps * heads * batch.input_ids.shape[1] ** 2
+    return len(taps) - num_maps, num_maps * heads * batch.shape[1] ** 2
 
 
 _LAYER_BYTES = {"float32": 4, "bfloat16": 2, "bfloat16_products": 2, "int8_products": 1}

@@ -15,6 +15,7 @@ from tinybert_jax.evaluation.scorer import make_scorer, task_metrics
 from tinybert_jax.huggingface.folder import has_classifier, start_params
 from tinybert_jax.huggingface.hub import find_folder
 from tinybert_jax.metrics.classification import confusion_matrix
+from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.models.params import num_parameters
 from tinybert_jax.performance import flops
@@ -179,12 +180,12 @@ def _over_seeds(
 def _latency(apply, params, length: int) -> dict[str, Any]:
     """Median milliseconds of one compiled forward pass of one example."""
     ids = np.ones((_LATENCY_BATCH, length), np.int32)
-    forward = jax.jit(lambda params, *inputs: apply(params, *inputs).logits)
+    forward = jax.jit(lambda params, ids: apply(params, Text(ids, ids * 0), ids > 0).logits)
     params = jax.device_put(params)
     times = []
     for _ in range(_LATENCY_RUNS + 3):
         start = time.perf_counter()
-        forward(params, ids, ids > 0, ids * 0).block_until_ready()
+        forward(params, ids).block_until_ready()
         times.append(1000 * (time.perf_counter() - start))
     median = float(np.median(times[3:]))
     return {"batch": _LATENCY_BATCH, "seq_len": length, "median": round(median, 3)}

@@ -82,7 +82,7 @@ def tokens_read(run: Run, stage: str, width: int, num_segments: int | None = Non
 def examples_read(batch: Batch) -> int | None:
     """The same, where all that is read are logits of examples."""
     num_read = batch.num_segments or 1
-    return num_read if is_few(num_read, batch.input_ids.shape[1]) else None
+    return num_read if is_few(num_read, batch.shape[1]) else None
 
 
 def _terms(run: Run, stage: str) -> Terms:
@@ -123,7 +123,7 @@ def words_of(run: Run, stage: str, terms: Terms, batch: Batch, share: float) -> 
         rate = section.mask_rate
         end = rate if section.mask_rate_end is None else section.mask_rate_end
         chunk_size = mlm_chunk_size(
-            batch.input_ids.size // num_parts,
+            batch.num_slots // num_parts,
             section.loss_chunk_size,
             mask_rate=rate,
             mask_rate_end=end,
@@ -132,7 +132,7 @@ def words_of(run: Run, stage: str, terms: Terms, batch: Batch, share: float) -> 
     else:
         rate = end = run.config.distillation.general_mask_rate
         chunk_size = _CHUNK_SIZE
-    ids, real = batch.input_ids, np.asarray(batch.attention_mask, bool)
+    ids, real = batch.inputs.input_ids, np.asarray(batch.attention_mask, bool)
     num_maskable = np.count_nonzero(real & ~np.isin(ids, run.tokenizer.all_special_ids))
     num_masked = float((rate + (end - rate) * share) * num_maskable)
     num_picked = len(ids) * _num_picked(run, stage, ids.shape[1])

@@ -43,7 +43,7 @@ class Meter:
         self.tidied = self.since
 
     def record(self, step: int, batch: Batch, metrics: dict[str, jax.Array]) -> None:
-        num_rows, width = batch.input_ids.shape
+        num_rows, width = batch.shape
         self.pending.append((metrics, num_rows, width))
         is_told = step % self.log_every == 0 or step == self.num_steps
         if self.is_first and not is_told:
