@@ -75,7 +75,7 @@ def make_models(folder: Path, pair: str) -> None:
     import torch
     import transformers
 
-    from tinybert_jax.config.models import PRESETS
+    from tinybert_jax.settings.sizes import PRESETS
 
     torch.manual_seed(0)
     teacher = transformers.BertModel.from_pretrained(os.environ["TEACHER"], dtype=torch.float32)

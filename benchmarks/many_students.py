@@ -56,12 +56,13 @@ def students(
 
     from tinybert_jax.batches import loader
     from tinybert_jax.batches.packing import packed_epochs
-    from tinybert_jax.config.models import PRESETS, SOLE, ModelConfig
+    from tinybert_jax.config.models import SOLE
     from tinybert_jax.config.objectives import DistillSection
     from tinybert_jax.models.heads import make_encoder
     from tinybert_jax.models.params import frozen_params, layers_apart
     from tinybert_jax.objectives.alignment import init_projection
     from tinybert_jax.objectives.distillation import Role, make_distill
+    from tinybert_jax.settings.sizes import PRESETS, ModelConfig
     from tinybert_jax.training.members import join_objectives, joined
 
     teacher = ModelConfig(**PRESETS["bert-base"])
@@ -101,7 +102,7 @@ def students(
 
 def _sizes(name: str):
     """TinyBERT's own for the preset's name; else 12 heads and 4 times the width inside."""
-    from tinybert_jax.config.models import PRESETS, ModelConfig
+    from tinybert_jax.settings.sizes import PRESETS, ModelConfig
 
     if name in PRESETS:
         return ModelConfig(**PRESETS[name])

@@ -264,8 +264,8 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
     import jax
     import jax.numpy as jnp
 
-    from tinybert_jax.config.models import ModelConfig
     from tinybert_jax.models.params import layers_apart
+    from tinybert_jax.settings.sizes import ModelConfig
 
     device = _jax_device(settings.tiny)
     options: dict[str, Any] = {"unroll": settings.unrolled, "dtype": jnp.bfloat16}

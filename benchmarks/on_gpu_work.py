@@ -40,7 +40,7 @@ class Ready(NamedTuple):
 
 
 def make_measures(tiny: bool) -> dict[str, Work]:
-    from tinybert_jax.config.models import PRESETS
+    from tinybert_jax.settings.sizes import PRESETS
 
     student, base = PRESETS["tinybert-4l-312d"], PRESETS["bert-base"]
     widths, rows = (128, 512), (256, 64)
@@ -62,10 +62,10 @@ def _tiny_sizes(**sizes: int) -> dict[str, int]:
 
 def flops_per_slot(work: Work, chunk_size: int) -> float:
     """As `plan` counts a stage: the masked-LM head at its slots and, in whole chunks, its words."""
-    from tinybert_jax.config.models import ModelConfig
     from tinybert_jax.objectives import masking
     from tinybert_jax.objectives.masked_lm import mlm_chunk_size
     from tinybert_jax.performance import flops
+    from tinybert_jax.settings.sizes import ModelConfig
 
     student = ModelConfig(**work.student)
     if work.teacher:

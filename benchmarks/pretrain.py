@@ -66,7 +66,7 @@ def read_rows():
 
 
 def sizes(tokenizer) -> dict:
-    from tinybert_jax.config.models import PRESETS
+    from tinybert_jax.settings.sizes import PRESETS
 
     return PRESETS[PRESET] | {"vocab_size": len(tokenizer)}
 
@@ -79,11 +79,11 @@ def ours(path: Path, num_steps: int, batch_size: int, product_dtype: str | None)
 
     from tinybert_jax.batches import loader
     from tinybert_jax.batches.bucketing import bucketed_epochs
-    from tinybert_jax.config.models import ModelConfig
     from tinybert_jax.huggingface.hub import load_tokenizer
     from tinybert_jax.models.heads import make_masked_lm
     from tinybert_jax.models.params import layers_apart
     from tinybert_jax.objectives.masked_lm import make_mlm
+    from tinybert_jax.settings.sizes import ModelConfig
 
     tokenizer, rows = load_tokenizer(os.environ["TEACHER"]), sides.load_rows(path)
     epochs = bucketed_epochs(

@@ -10,10 +10,10 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from tinybert_jax import cli
-from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.data.wordpiece import train_wordpiece
 from tinybert_jax.huggingface.folder import save_model
 from tinybert_jax.models.heads import make_classifier, make_encoder
+from tinybert_jax.settings.sizes import ModelConfig
 
 TEXTS = ["a fine film", "a dull film", "tea and toast", "toast and jam and more tea"] * 3
 LABELS = ["neg", "pos"] * 6

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertTokenizer
 
-from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.huggingface.weights import from_hf
 from tinybert_jax.models.params import flatten, unflatten
+from tinybert_jax.settings.sizes import ModelConfig
 
 # head_dim 26 as in TinyBERT4; no two sizes alike, so that a transposed tensor cannot fit.
 SIZES = {

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent / "tinybert_jax"
 # Ground floor first. A room imports only from rooms above it in this table; inside a room a file
 # imports only from files before it. Late imports count too.
 ROOMS = {
-    "config": "section models data tasks stages objectives compute consistency run load",
+    "settings": "section sizes layer_maps",
+    "config": "models data tasks stages objectives compute consistency run load",
     "losses": "pointwise attention relations vocabulary",
     "metrics": "classification regression",
     "report": "charts style tables confusion pareto page",

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import yaml
 
-from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.data.wordpiece import train_wordpiece
 from tinybert_jax.huggingface.folder import save_model
 from tinybert_jax.models.heads import make_masked_lm
+from tinybert_jax.settings.sizes import ModelConfig
 
 TEXTS = ["a fine film with a sea", "a dull film", "tea and toast", "toast and jam and tea"] * 6
 LABELS = ["pos", "neg"] * 12

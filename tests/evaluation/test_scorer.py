@@ -7,11 +7,11 @@ import pytest
 
 from tinybert_jax.batches.batch import TokenRows
 from tinybert_jax.config.compute import MeshSection
-from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.evaluation.scorer import EVAL_MASK_RATE, make_masked_lm_scorer, make_scorer
 from tinybert_jax.models.heads import MaskedLMOutput, make_classifier
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
+from tinybert_jax.settings.sizes import ModelConfig
 
 VOCAB, DIM = 50, 4
 SPECIAL = (0, 1, 2, 3)

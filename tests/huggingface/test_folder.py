@@ -29,11 +29,11 @@ from transformers import (
     BertTokenizer,
 )
 
-from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.huggingface.folder import save_model
 from tinybert_jax.huggingface.hub import load_tokenizer
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.models.params import flatten, unflatten
+from tinybert_jax.settings.sizes import ModelConfig
 
 CONFIG = ModelConfig(**SIZES)
 

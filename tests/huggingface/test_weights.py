@@ -36,12 +36,12 @@ from transformers import (
     BertTokenizer,
 )
 
-from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.huggingface.folder import load_params, read_model, save_model, start_params
 from tinybert_jax.huggingface.hub import load_tokenizer
 from tinybert_jax.huggingface.weights import from_hf, to_hf
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.models.params import flatten
+from tinybert_jax.settings.sizes import ModelConfig
 
 CONFIG = ModelConfig(**SIZES)
 WORD_TABLE = "bert.embeddings.word_embeddings.weight"

@@ -22,11 +22,11 @@ from transformers import (
     BertModel,
 )
 
-from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.models.activations import ACTIVATIONS
 from tinybert_jax.models.attention import attention_scores
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.models.params import flatten, unflatten
+from tinybert_jax.settings.sizes import ModelConfig
 
 TOLERANCE = 2e-5
 SEQ = 12

@@ -9,7 +9,6 @@ from jax.extend.core import jaxprs_in_params
 
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.compute import MeshSection
-from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import DistillSection, needs_projection
 from tinybert_jax.models.encoder import Encoder
 from tinybert_jax.models.heads import is_few, make_classifier, make_encoder, make_masked_lm
@@ -22,6 +21,7 @@ from tinybert_jax.objectives.objective import count_units
 from tinybert_jax.parallel.mesh import make_mesh
 from tinybert_jax.parallel.sharding import param_specs, placed
 from tinybert_jax.performance import flops
+from tinybert_jax.settings.sizes import ModelConfig
 
 ROWS, WIDTH = 5, 16
 TOKENS = ROWS * WIDTH

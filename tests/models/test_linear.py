@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.models.heads import make_classifier, make_masked_lm
 from tinybert_jax.models.linear import dense, make_linear, rounded_kernels
 from tinybert_jax.models.params import frozen_params
+from tinybert_jax.settings.sizes import ModelConfig
 
 CONFIG = ModelConfig(
     vocab_size=50,

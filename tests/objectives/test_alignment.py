@@ -3,18 +3,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.models.heads import make_encoder
 from tinybert_jax.objectives.alignment import (
     check_heads,
     check_same_vocabulary,
     init_projection,
-    make_layer_pairs,
     principal_directions,
     project,
     start_from_teacher_embeddings,
     start_from_teacher_layers,
 )
+from tinybert_jax.settings.layer_maps import make_layer_pairs
+from tinybert_jax.settings.sizes import ModelConfig
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from tinybert_jax.batches.batch import Batch
-from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import (
     DistillSection,
     model_kind,
@@ -23,6 +22,7 @@ from tinybert_jax.objectives import masking
 from tinybert_jax.objectives.alignment import init_projection
 from tinybert_jax.objectives.distillation import Options, Role, make_distill
 from tinybert_jax.objectives.masked_lm import make_mask
+from tinybert_jax.settings.sizes import ModelConfig
 
 F = torch.nn.functional
 WIDTH, ROWS = 10, 6

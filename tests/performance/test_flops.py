@@ -7,7 +7,6 @@ import jax
 import pytest
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
-from tinybert_jax.config.models import PRESETS, ModelConfig
 from tinybert_jax.models.heads import make_encoder
 from tinybert_jax.models.params import num_parameters as num_leaves
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
@@ -18,6 +17,7 @@ from tinybert_jax.performance.flops import (
     num_parameters,
     training_flops_per_token,
 )
+from tinybert_jax.settings.sizes import PRESETS, ModelConfig
 
 BERT_BASE = BertConfig()
 TINYBERT4 = BertConfig(hidden_size=312, num_hidden_layers=4, intermediate_size=1200)

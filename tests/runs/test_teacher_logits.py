@@ -14,7 +14,7 @@ from tinybert_jax import cli
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.batches.tokenize import tokenize_task
 from tinybert_jax.config import load as config_files
-from tinybert_jax.config.models import ModelConfig
+from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.evaluation.scorer import make_scorer
 from tinybert_jax.huggingface.folder import read_model, save_model, start_params

@@ -14,7 +14,6 @@ from tiny_inputs import STUDENT, TEACHER, TEXTS, write_config, write_inputs
 from tinybert_jax import cli
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.compute import MeshSection
-from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.huggingface.folder import read_model, start_params
 from tinybert_jax.models.heads import make_classifier
@@ -24,6 +23,7 @@ from tinybert_jax.objectives.objective import encoder_inputs
 from tinybert_jax.objectives.supervised import make_supervised
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
+from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.training.members import join_objectives, join_optimizer
 from tinybert_jax.training.metric_log import MetricLog
 from tinybert_jax.training.optimizer import make_optimizer

@@ -10,7 +10,6 @@ import pytest
 
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.compute import MeshSection
-from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.models.inputs import Text
@@ -23,6 +22,7 @@ from tinybert_jax.objectives.objective import Objective, count_units
 from tinybert_jax.objectives.supervised import make_supervised
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
+from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.training.step import init_state, make_train_step
 
 TEACHER = ModelConfig(

@@ -5,7 +5,7 @@ Imports no JAX, as all sections.
 
 from pydantic import Field
 
-from tinybert_jax.config.section import (
+from tinybert_jax.settings.section import (
     AttentionBackend,
     ComputeDtype,
     FrozenDtype,

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tinybert_jax.config.section import Fraction, Positive, PositiveInt, Probability, Section
+from tinybert_jax.settings.section import Fraction, Positive, PositiveInt, Probability, Section
 
 
 class PrepareConfig(Section):

@@ -1,36 +1,11 @@
 """Which models a run has: named sizes, sizes of an encoder, teachers and students."""
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from tinybert_jax.config.section import Positive, PositiveInt, Probability, Section
-
-
-def _sizes(num_layers: int, hidden: int, intermediate: int, heads: int) -> dict[str, int]:
-    return {
-        "num_hidden_layers": num_layers,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_attention_heads": heads,
-    }
-
-
-PRESETS: dict[str, dict[str, int]] = {
-    # TinyBERT, arXiv 1909.10351, section 4.1
-    "tinybert-4l-312d": _sizes(4, 312, 1200, 12),
-    "tinybert-6l-768d": _sizes(6, 768, 3072, 12),
-    # BERT, arXiv 1810.04805, and Google's miniatures, arXiv 1908.08962
-    "bert-base": _sizes(12, 768, 3072, 12),
-    "bert-large": _sizes(24, 1024, 4096, 16),
-    "bert-tiny": _sizes(2, 128, 512, 2),
-    "bert-mini": _sizes(4, 256, 1024, 4),
-    "bert-small": _sizes(4, 512, 2048, 8),
-    "bert-medium": _sizes(8, 512, 2048, 8),
-    # Widths that fill a TPU's 128-wide matrix unit; 12 heads, so that a BERT-base teacher fits.
-    "tpu-4l-384d": _sizes(4, 384, 1536, 12),
-    "tpu-6l-768d": _sizes(6, 768, 3072, 12),
-}
+from tinybert_jax.settings.section import Positive, PositiveInt, Probability, Section
+from tinybert_jax.settings.sizes import PRESETS, ModelConfig
 
 
 class FurtherTeacherSection(Section):
@@ -38,33 +13,6 @@ class FurtherTeacherSection(Section):
 
     path: str = Field(description="a fine-tuned Hugging Face folder or hub id")
     weight: Positive = 1.0
-
-
-class ModelConfig(Section):
-    """An encoder's sizes under Hugging Face's `BertConfig` names."""
-
-    vocab_size: PositiveInt = 30522
-    hidden_size: PositiveInt = 768
-    num_hidden_layers: PositiveInt = 12
-    num_attention_heads: PositiveInt = 12
-    intermediate_size: PositiveInt = 3072
-    hidden_act: Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"] = "gelu"
-    max_position_embeddings: PositiveInt = 512
-    type_vocab_size: PositiveInt = 2
-    layer_norm_eps: Positive = 1e-12
-    hidden_dropout_prob: Probability = 0.1
-    attention_probs_dropout_prob: Probability = 0.1
-    initializer_range: Positive = 0.02
-    pad_token_id: Annotated[int, Field(ge=0)] = 0
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "ModelConfig":
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"expected hidden_size to be a multiple of num_attention_heads, "
-                f"got {self.hidden_size} and {self.num_attention_heads}"
-            )
-        return self
 
 
 class ModelSection(Section):

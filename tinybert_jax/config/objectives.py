@@ -9,13 +9,8 @@ import yaml
 from pydantic import Field, model_validator
 
 from tinybert_jax.config.models import FurtherTeacherSection
-from tinybert_jax.config.section import NonNegative, Positive, PositiveInt, Probability, Section
-
-LayerMap = (
-    Literal["uniform", "top", "bottom", "last", "skip"]
-    | tuple[PositiveInt, ...]
-    | tuple[tuple[PositiveInt, PositiveInt], ...]
-)
+from tinybert_jax.settings.layer_maps import LayerMap
+from tinybert_jax.settings.section import NonNegative, Positive, PositiveInt, Probability, Section
 
 
 class Ramp(Section):

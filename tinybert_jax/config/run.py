@@ -22,7 +22,6 @@ from tinybert_jax.config.objectives import (
     teaches,
     without_logits,
 )
-from tinybert_jax.config.section import PositiveInt, Section
 from tinybert_jax.config.stages import (
     STAGES,
     TEACHER_STAGES,
@@ -33,6 +32,7 @@ from tinybert_jax.config.stages import (
     SupervisedSection,
 )
 from tinybert_jax.config.tasks import TaskSection
+from tinybert_jax.settings.section import PositiveInt, Section
 
 
 class RunConfig(Section):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from tinybert_jax.config.section import (
+from tinybert_jax.settings.section import (
     Fraction,
     NonNegative,
     PositionInit,

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from tinybert_jax.config.section import PositiveInt, Probability, Section
+from tinybert_jax.settings.section import PositiveInt, Probability, Section
 
 
 class TaskSection(Section):

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import ValidationError
 
-from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.huggingface.hub import find_folder, save_tokenizer
 from tinybert_jax.huggingface.tensors import WEIGHTS, read_json, read_tensors
 from tinybert_jax.huggingface.weights import Conversion, config_shapes, from_hf, to_hf
 from tinybert_jax.models.params import flatten, unflatten
+from tinybert_jax.settings.sizes import ModelConfig
 
 
 class HfModel(NamedTuple):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tinybert_jax.config.models import ModelConfig
+from tinybert_jax.settings.sizes import ModelConfig
 
 _FILES = ("tokenizer.json", "vocab.txt")
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.models.heads import make_classifier, make_masked_lm
 from tinybert_jax.models.params import flatten
+from tinybert_jax.settings.sizes import ModelConfig
 
 
 class Entry(NamedTuple):

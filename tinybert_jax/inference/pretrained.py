@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.huggingface.folder import is_unnamed, read_model, save_model, start_params
 from tinybert_jax.huggingface.hub import load_tokenizer
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.models.inputs import Text
+from tinybert_jax.settings.sizes import ModelConfig
 
 
 class ModelOutput(dict):

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from tinybert_jax.config.models import ModelConfig
-from tinybert_jax.config.section import AttentionBackend
 from tinybert_jax.models.dropout import dropout
 from tinybert_jax.models.linear import Linear, dense, make_linear
 from tinybert_jax.parallel.sharding import over_batch
+from tinybert_jax.settings.section import AttentionBackend
+from tinybert_jax.settings.sizes import ModelConfig
 
 
 class AttentionTaps(NamedTuple):

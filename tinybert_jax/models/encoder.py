@@ -11,8 +11,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from tinybert_jax.config.models import ModelConfig
-from tinybert_jax.config.section import AttentionBackend, PositionInit
 from tinybert_jax.models.activations import ACTIVATIONS
 from tinybert_jax.models.attention import (
     AttentionTaps,
@@ -27,6 +25,8 @@ from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.linear import dense, make_linear
 from tinybert_jax.models.norm import layer_norm, make_layer_norm
 from tinybert_jax.parallel.sharding import constrain
+from tinybert_jax.settings.section import AttentionBackend, PositionInit
+from tinybert_jax.settings.sizes import ModelConfig
 
 # An array with a leading axis for the layers, or of an unrolled encoder one array for each.
 Layers = jax.Array | tuple[jax.Array, ...]

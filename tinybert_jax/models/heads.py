@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
-from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.models.activations import ACTIVATIONS
 from tinybert_jax.models.attention import at
 from tinybert_jax.models.dropout import dropout
@@ -22,6 +21,7 @@ from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.linear import dense, is_int8, make_linear
 from tinybert_jax.models.norm import layer_norm, make_layer_norm
 from tinybert_jax.models.params import Apply, Params, layers_joined
+from tinybert_jax.settings.sizes import ModelConfig
 
 
 class ClassifierOutput(NamedTuple):

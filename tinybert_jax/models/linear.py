@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from tinybert_jax.config.models import ModelConfig
+from tinybert_jax.settings.sizes import ModelConfig
 
 
 def make_linear(

@@ -6,8 +6,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from tinybert_jax.config.models import ModelConfig
 from tinybert_jax.models.linear import sum_of_rows
+from tinybert_jax.settings.sizes import ModelConfig
 
 
 def make_layer_norm(config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -29,10 +29,11 @@ from tinybert_jax.models import attention
 from tinybert_jax.models.encoder import first_tokens
 from tinybert_jax.models.heads import MaskedLMOutput
 from tinybert_jax.models.params import Apply
-from tinybert_jax.objectives.alignment import make_layer_pairs, project
+from tinybert_jax.objectives.alignment import project
 from tinybert_jax.objectives.masked_lm import Mask
 from tinybert_jax.objectives.objective import Counts, Objective, count_units, encoder_inputs
 from tinybert_jax.objectives.supervised import gold_loss
+from tinybert_jax.settings.layer_maps import make_layer_pairs
 
 
 class Role(NamedTuple):

@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from tinybert_jax.config.models import ModelConfig, Student
+from tinybert_jax.config.models import Student
 from tinybert_jax.config.objectives import model_kind, needs_projection, teaches
 from tinybert_jax.huggingface.folder import save_model, start_params
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.models.params import Apply, Params
 from tinybert_jax.objectives.alignment import (
     init_projection,
-    make_layer_pairs,
     start_from_teacher_embeddings,
     start_from_teacher_layers,
 )
@@ -30,6 +29,8 @@ from tinybert_jax.runs.run import Run, as_read, compute_options, dev_judge, with
 from tinybert_jax.runs.stage import Member, Training, run_stage
 from tinybert_jax.runs.stage_batches import stage_feed
 from tinybert_jax.runs.workload import tokens_read
+from tinybert_jax.settings.layer_maps import make_layer_pairs
+from tinybert_jax.settings.sizes import ModelConfig
 
 _PROJECTION = "projection.safetensors"
 

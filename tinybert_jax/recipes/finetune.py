@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tinybert_jax.config.models import SOLE, ModelConfig
+from tinybert_jax.config.models import SOLE
 from tinybert_jax.huggingface.folder import save_model, start_params
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.objectives.supervised import make_supervised
@@ -12,6 +12,7 @@ from tinybert_jax.runs.run import Run, compute_options, dev_judge, with_dropout
 from tinybert_jax.runs.stage import Member, Training, run_stage
 from tinybert_jax.runs.stage_batches import stage_feed
 from tinybert_jax.runs.workload import tokens_read
+from tinybert_jax.settings.sizes import ModelConfig
 
 
 def main(run: Run, stage: str = "finetune") -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinybert_jax.batches.batch import Batch
-from tinybert_jax.config.models import ModelConfig
+from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.config.objectives import AttentionTerm, LayerTerm, RelationTerm
 from tinybert_jax.config.stages import StageSection
 from tinybert_jax.runs.stage_batches import stage_feed

@@ -9,14 +9,12 @@ from pydantic import ValidationError
 
 from tinybert_jax.runs.preflight import naming
 from tinybert_jax.config.data import CorpusSection
-from tinybert_jax.config.models import (
-    FurtherTeacher,
-    ModelConfig,
-    Student,
-    StudentSection,
-    further_origin,
-    student_origin,
-)
+from tinybert_jax.config.models import FurtherTeacher
+from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.config.models import Student
+from tinybert_jax.config.models import StudentSection
+from tinybert_jax.config.models import further_origin
+from tinybert_jax.config.models import student_origin
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.data.splits import TaskData, corpus_documents, read_task, split_heldout
 from tinybert_jax.data.wordpiece import train_wordpiece

@@ -11,7 +11,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from tinybert_jax.config import load as configs
-from tinybert_jax.config.models import FurtherTeacher, ModelConfig, Student
+from tinybert_jax.config.models import FurtherTeacher
+from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.config.models import Student
 from tinybert_jax.config.objectives import DISTILL_STAGES, AttentionTerm, LayerTerm, model_kind
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import TEACHER_STAGES, StageSection
@@ -20,7 +22,9 @@ from tinybert_jax.huggingface.folder import check_start, read_model
 from tinybert_jax.huggingface.hub import check_same_pieces, check_table
 from tinybert_jax.models.attention import missing_device
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
-from tinybert_jax.objectives.alignment import check_heads, check_same_vocabulary, make_layer_pairs
+from tinybert_jax.objectives.alignment import check_heads
+from tinybert_jax.objectives.alignment import check_same_vocabulary
+from tinybert_jax.settings.layer_maps import make_layer_pairs
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.training.optimizer import make_schedule
 

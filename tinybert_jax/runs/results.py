@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from tinybert_jax.batches.tokenize import tokenize_task
-from tinybert_jax.config.models import SOLE, ModelConfig
+from tinybert_jax.config.models import SOLE
+from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.evaluation.scorer import make_scorer, task_metrics
 from tinybert_jax.huggingface.folder import has_classifier, start_params
 from tinybert_jax.huggingface.hub import find_folder

@@ -19,7 +19,10 @@ from tinybert_jax.runs.preflight import check_folder, check_further_teachers, ch
 from tinybert_jax.runs import corpus_preflight
 from tinybert_jax.batches.tokenize import tokenize_task
 from tinybert_jax.config import load as configs
-from tinybert_jax.config.models import SOLE, FurtherTeacher, ModelConfig, Student
+from tinybert_jax.config.models import SOLE
+from tinybert_jax.config.models import FurtherTeacher
+from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.config.models import Student
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import StageSection
 from tinybert_jax.data.splits import TaskData

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tinybert_jax.batches.batch import TokenRows
-from tinybert_jax.config.models import ModelConfig
+from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.evaluation.scorer import make_scorer
 from tinybert_jax.models.params import sha256
 from tinybert_jax.runs.run import Run

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tinybert_jax.batches.batch import Batch
-from tinybert_jax.config.models import SOLE, ModelConfig
+from tinybert_jax.config.models import SOLE
+from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.config.objectives import (
     OF_WORDS,
     EmbeddingTerm,
@@ -20,7 +21,8 @@ from tinybert_jax.config.objectives import (
 )
 from tinybert_jax.config.stages import TEACHER_STAGES
 from tinybert_jax.models.heads import is_few
-from tinybert_jax.objectives.alignment import LayerPairs, make_layer_pairs
+from tinybert_jax.settings.layer_maps import LayerPairs
+from tinybert_jax.settings.layer_maps import make_layer_pairs
 from tinybert_jax.objectives.distillation import Options
 from tinybert_jax.objectives.masked_lm import mlm_chunk_size
 from tinybert_jax.objectives.masking import highest_rate, num_slots

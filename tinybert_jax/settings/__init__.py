@@ -1,0 +1,1 @@
+"""The kinds of values that settings are made of. Imports no JAX."""
