@@ -46,14 +46,14 @@ def main() -> None:
 
 
 def read_rows():
-    from tinybert_jax.batches.tokenize import tokenize_task
+    from tinybert_jax.batches.tokenize import tokenize_texts
     from tinybert_jax.data.tables import read_labelled
     from tinybert_jax.huggingface.hub import load_tokenizer
 
     path = Path(os.environ["TINYBERT_DATA"]) / "cls" / "sst2" / "train.tsv"
     text = read_labelled(str(path), text="sentence", label="label")
     tokenizer = load_tokenizer(os.environ["TEACHER"])
-    return tokenize_task(tokenizer, text, MAX_LENGTH)
+    return tokenize_texts(tokenizer, text, MAX_LENGTH)
 
 
 def ours(path: Path, num_steps: int, product_dtype: str | None) -> sides.Round:

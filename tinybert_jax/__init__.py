@@ -5,9 +5,10 @@ import importlib
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "TinyBertModel": "tinybert_jax.models",
-    "TinyBertForMaskedLM": "tinybert_jax.models",
-    "TinyBertForSequenceClassification": "tinybert_jax.models",
+    "TinyBertModel": "tinybert_jax.inference.pretrained",
+    "TinyBertForMaskedLM": "tinybert_jax.inference.pretrained",
+    "TinyBertForSequenceClassification": "tinybert_jax.inference.pretrained",
+    "TinyBertForTokenClassification": "tinybert_jax.inference.pretrained",
 }
 __all__ = list(_PUBLIC)
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from tinybert_jax import __version__
 from tinybert_jax.config import load as config_files
 from tinybert_jax.config.data import PrepareConfig
-from tinybert_jax.config.stages import STAGES
+from tinybert_jax.config.stages import STAGE_NAMES
 from tinybert_jax.performance import host
 
 _STAGES = {
-    "run": (STAGES, "run all stages of a config, then export and report"),
+    "run": (STAGE_NAMES, "run all stages of a config, then export and report"),
     "pretrain": (("pretrain",), "run only the masked-LM stage of a config"),
     "finetune": (("finetune", "baseline"), "run only the supervised stages of a config"),
     "distill": (
@@ -108,7 +108,7 @@ def _add_evaluate(commands) -> None:
     command = commands.add_parser("evaluate", help=text, description=text)
     command.add_argument("model", help="a model folder or hub id")
     command.add_argument("data", help=".tsv, .csv or .jsonl, a saved datasets folder, hub:…")
-    command.add_argument("--label", default="label", help="column of the label")
+    command.add_argument("--label", help="column of the label (label)")
     _add_columns(command)
     command.set_defaults(act=_evaluate)
 
@@ -125,7 +125,7 @@ def _add_predict(commands) -> None:
 
 
 def _add_columns(command) -> None:
-    command.add_argument("--text", default="text", help="column of the text")
+    command.add_argument("--text", help="column of the text (text)")
     command.add_argument("--text-pair", help="column of a second text")
     command.add_argument("--split", help="of a datasets folder or hub id")
     command.add_argument("--max-length", type=int, help="default: the model's positions")

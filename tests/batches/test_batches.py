@@ -4,8 +4,8 @@ import pytest
 from tinybert_jax.batches import loader
 from tinybert_jax.batches.batch import Plan, make_batch
 from tinybert_jax.batches.bucketing import bucketed_epochs, num_batches, plan_epoch
-from tinybert_jax.batches.tokenize import MIN_TOKENS, tokenize_corpus, tokenize_task
-from tinybert_jax.data.tables import LabelledText
+from tinybert_jax.batches.tokenize import MIN_TOKENS, tokenize_corpus, tokenize_texts
+from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.wordpiece import is_continuation, train_wordpiece
 
 SENTENCES = [
@@ -23,9 +23,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def rows(tokenizer):
     labels = np.arange(len(SENTENCES), dtype=np.int32)
-    return tokenize_task(
-        tokenizer, LabelledText(SENTENCES, None, labels, tuple(map(str, labels))), 32
-    )
+    return tokenize_texts(tokenizer, Examples(SENTENCES, None, labels, tuple(map(str, labels))), 32)
 
 
 def test_rows_are_the_tokenizers_own_encoding(tokenizer, rows):
@@ -35,8 +33,8 @@ def test_rows_are_the_tokenizers_own_encoding(tokenizer, rows):
 
 
 def test_pairs_carry_token_types_and_cut_the_longer_part(tokenizer):
-    text = LabelledText([SENTENCES[2]], [SENTENCES[1]], np.zeros(1, np.int32), ("x",))
-    rows = tokenize_task(tokenizer, text, 12)
+    text = Examples([SENTENCES[2]], [SENTENCES[1]], np.zeros(1, np.int32), ("x",))
+    rows = tokenize_texts(tokenizer, text, 12)
     expected = tokenizer(SENTENCES[2], SENTENCES[1], truncation="longest_first", max_length=12)
     plan = Plan(np.array([0]), 16)
     batch = make_batch(rows, plan, tokenizer.pad_token_id)
@@ -48,8 +46,8 @@ def test_pairs_carry_token_types_and_cut_the_longer_part(tokenizer):
 
 def test_truncation_does_not_leak_into_the_tokenizer(tokenizer):
     before = tokenizer.backend_tokenizer.to_str()
-    text = LabelledText([SENTENCES[2]], None, np.zeros(1, np.int32), ("x",))
-    tokenize_task(tokenizer, text, 8)
+    text = Examples([SENTENCES[2]], None, np.zeros(1, np.int32), ("x",))
+    tokenize_texts(tokenizer, text, 8)
     assert tokenizer.backend_tokenizer.to_str() == before
 
 

@@ -8,7 +8,7 @@ import pytest
 from tinybert_jax.batches.batch import Batch, Plan, TokenRows, make_batch
 from tinybert_jax.batches.packing import pack, packed_epochs
 from tinybert_jax.config.objectives import DistillSection, model_kind
-from tinybert_jax.evaluation.scorer import make_scorer
+from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.objectives.distillation import Role, make_distill
 from tinybert_jax.objectives.supervised import make_supervised

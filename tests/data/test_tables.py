@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tinybert_jax.data.corpus import read_corpus
-from tinybert_jax.data.tables import LabelledText, read_labelled
+from tinybert_jax.data.examples import Examples
+from tinybert_jax.data.tables import read_labelled
 
 DATA = os.environ.get("TINYBERT_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="TINYBERT_DATA is unset")
@@ -41,7 +42,7 @@ def _fails(*parts: str, **kwargs):
         assert part in str(caught.value)
 
 
-def _same(got: LabelledText):
+def _same(got: Examples):
     assert got.text == TEXTS
     assert got.text_pair is None
     assert got.labels is not None and got.labels.dtype == np.int32

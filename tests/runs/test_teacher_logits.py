@@ -12,11 +12,11 @@ from tiny_inputs import STUDENT, TEACHER, TEXTS, write_config, write_inputs
 
 from tinybert_jax import cli
 from tinybert_jax.batches.batch import Batch
-from tinybert_jax.batches.tokenize import tokenize_task
+from tinybert_jax.batches.tokenize import tokenize_texts
 from tinybert_jax.config import load as config_files
 from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.config.objectives import DistillSection
-from tinybert_jax.evaluation.scorer import make_scorer
+from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.huggingface.folder import read_model, save_model, start_params
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.objectives.distillation import Role, make_distill
@@ -86,7 +86,7 @@ def _logits(inputs, file, seed):
     path = _teacher(inputs, seed)
     apply, init = make_classifier(read_model(path).config, 2)
     score = make_scorer(apply, buckets=(16,), pad_token_id=run.tokenizer.pad_token_id)
-    rows = tokenize_task(run.tokenizer, run.data.distilled, 16)
+    rows = tokenize_texts(run.tokenizer, run.data.distilled, 16)
     return score(start_params(path, init, whole=True), rows)
 
 
@@ -178,7 +178,7 @@ def test_other_logits_are_never_taken_for_them(inputs, tmp_path):
     shutil.copytree(_teacher(inputs, 0), teacher)
     run = read_run(config_files.load(_config(inputs, tmp_path / "run", keep_logits=True)), ())
     run.folder.mkdir()
-    rows = tokenize_task(run.tokenizer, run.data.distilled, 16)
+    rows = tokenize_texts(run.tokenizer, run.data.distilled, 16)
 
     def read(run, rows=rows):
         sizes = read_model(teacher).config
@@ -231,7 +231,7 @@ def test_several_teachers_are_their_weighted_mean(inputs, tmp_path):
     one, other = (_logits(inputs, tmp_path / "run.yaml", seed) for seed in (0, 1))
     assert np.abs(one - other).max() > 1e-2
     opened = read_run(config_files.load(str(tmp_path / "run.yaml")), ())
-    rows = tokenize_task(opened.tokenizer, opened.data.distilled, 16)
+    rows = tokenize_texts(opened.tokenizer, opened.data.distilled, 16)
     mean, _ = teacher_logits.read(opened, "prediction", rows)
     np.testing.assert_allclose(mean, (one + 3 * other) / 4, rtol=1e-5, atol=1e-6)
 

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 
 from tinybert_jax.batches.batch import TokenRows
-from tinybert_jax.data.tables import LabelledText
+from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.wordpiece import plain_backend
 
 MIN_TOKENS = 4  # a corpus chunk shorter than this teaches nothing: [CLS] one word [SEP]
 
 
-def tokenize_task(tokenizer: Any, text: LabelledText, max_length: int) -> TokenRows:
+def tokenize_texts(tokenizer: Any, text: Examples, max_length: int) -> TokenRows:
     """[CLS] text [SEP], or [CLS] text [SEP] text_pair [SEP]; the longer part is cut first."""
     backend = plain_backend(tokenizer)
     backend.enable_truncation(max_length, strategy="longest_first")

@@ -1,38 +1,58 @@
-"""The sections of a run configuration: every field, its default and what it may be.
+"""A whole run: all sections together, and what they say of each stage.
 
 Code holds defaults, YAML holds choices. Imports no JAX: `--help` and launchers stay instant.
 """
 
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, model_validator
 
 from tinybert_jax.config.compute import ComputeSection, MeshSection
 from tinybert_jax.config.consistency import missing_needs
 from tinybert_jax.config.data import CorpusSection, TokenizerSection
-from tinybert_jax.config.models import (
-    SOLE,
-    StudentSection,
-    TeacherSection,
-)
-from tinybert_jax.config.objectives import (
-    DISTILL_STAGES,
-    DistillSection,
-    Terms,
-    teaches,
-    without_logits,
-)
+from tinybert_jax.config.models import SOLE, StudentSection, TeacherSection
+from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.config.stages import (
+    STAGE_NAMES,
     STAGES,
-    TEACHER_STAGES,
     CorpusStageSection,
     FinetuneSection,
+    Masking,
     PretrainSection,
+    Stage,
     StageSection,
     SupervisedSection,
 )
-from tinybert_jax.config.tasks import TaskSection
+from tinybert_jax.config.tasks import AnyTask
 from tinybert_jax.settings.section import PositiveInt, Section
+from tinybert_jax.terms.table import Terms, reads_of, without_task_logits
+from tinybert_jax.terms.words import MaskedLMTerm
+
+
+class StagePlan(NamedTuple):
+    """One stage of a run and the settings that it reads."""
+
+    stage: Stage
+    section: Any  # the StageSection of that stage
+    seeds: tuple[int, ...]  # of each model that the stage trains
+    members: tuple[str, ...]  # names of the models; `SOLE` for one that stands alone
+    terms: Terms = ()  # pretrain's masked LM counts as one
+    keeps_logits: bool = False  # the teachers' logits are made before the first step
+    masking: Masking | None = None  # of the input
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+    @property
+    def step_terms(self) -> Terms:
+        """The terms for which a step runs the models."""
+        return without_task_logits(self.terms) if self.keeps_logits else self.terms
+
+    @property
+    def teaches(self) -> bool:
+        """Whether a term reads a teacher, in the steps or before them."""
+        return reads_of(self.terms).teacher
 
 
 class RunConfig(Section):
@@ -60,7 +80,7 @@ class RunConfig(Section):
     )
     tokenizer: TokenizerSection = TokenizerSection()
     corpus: CorpusSection | None = None
-    task: TaskSection | None = None
+    task: AnyTask | None = None
     distillation: DistillSection = Field(default_factory=lambda: DistillSection())
     mesh: MeshSection = MeshSection()
     compute: ComputeSection = ComputeSection()
@@ -72,55 +92,70 @@ class RunConfig(Section):
     baseline: SupervisedSection | None = None
 
     @property
-    def stages(self) -> tuple[str, ...]:
-        return tuple(name for name in STAGES if getattr(self, name) is not None)
+    def stages(self) -> tuple[Stage, ...]:
+        return tuple(stage for stage in STAGES if getattr(self, stage.name) is not None)
 
-    def teaches(self, stage: str) -> bool:
-        """Whether the config has this distillation stage, and a term of it reads a teacher."""
-        return getattr(self, stage) is not None and teaches(self.distillation.terms(stage))
+    @property
+    def plans(self) -> dict[str, StagePlan]:
+        """The plan of each stage that the run has, by name."""
+        return {stage.name: self._plan(stage) for stage in self.stages}
 
-    def makes_logits_first(self, stage: str) -> bool:
-        """Whether the teachers' logits of the stage's text are made before its first step."""
-        if stage != "prediction" or self.prediction is None:
-            return False
-        terms, chosen = self.distillation.terms(stage), self.distillation.keep_logits
-        others = without_logits(terms)
-        if len(others) == len(terms):
-            return False
-        if self.distillation.further_teachers or chosen is not None:
-            return chosen is not False
-        return (self.prediction.num_epochs or 0) > 1 and not teaches(others)
+    def reads_teacher(self, stage: Stage, stages: tuple[Stage, ...] | None = None) -> bool:
+        """Whether this stage reads a teacher: for a term, or to start students from it.
 
-    def step_terms(self, stage: str) -> Terms:
-        """The terms of a distillation stage for which a step needs the teacher, or none."""
-        terms = self.distillation.terms(stage)
-        return without_logits(terms) if self.makes_logits_first(stage) else terms
-
-    def reads_teacher(self, stage: str, stages: tuple[str, ...] | None = None) -> bool:
-        """Whether this distillation stage reads a teacher; to start, the first of `stages` does."""
+        Students start in the first of `stages` that distils.
+        """
+        first = next((own for own in stages or self.stages if own.distils), None)
         starts = any(own.init != "random" for own in self.family.values())
-        first = next((name for name in DISTILL_STAGES if name in (stages or self.stages)), None)
         return self.teaches(stage) or (starts and stage == first)
+
+    def teaches(self, stage: Stage) -> bool:
+        """Whether the run has this stage, and a term of it reads a teacher."""
+        is_there = stage.distils and stage in self.stages
+        return is_there and reads_of(self.distillation.terms(stage.name)).teacher
 
     @property
     def family(self) -> dict[str, StudentSection]:
         """The students by name; a single one is `SOLE`."""
         return self.students or ({SOLE: self.student} if self.student else {})
 
-    def members(self, stage: str) -> tuple[str, ...]:
-        """The names of what a stage trains, each with all its seeds."""
-        return (SOLE,) if stage in TEACHER_STAGES else tuple(self.family)
+    def seeds(self, stage: Stage) -> tuple[int, ...]:
+        """The seed of each model that a stage trains."""
+        section = getattr(self, stage.name)
+        own = section.num_seeds if isinstance(section, FinetuneSection) else 1
+        number = self.num_seeds if stage.role == "student" else own
+        return tuple(range(self.seed, self.seed + number))
 
-    def seeds(self, stage: str) -> tuple[int, ...]:
-        """The seed of each model that a stage trains; one teacher is pretrained."""
-        teachers = {"pretrain": 1, "finetune": self.finetune.num_seeds if self.finetune else 1}
-        return tuple(range(self.seed, self.seed + teachers.get(stage, self.num_seeds)))
+    def keeps_logits(self, stage: Stage) -> bool:
+        """Whether the teachers' logits of the stage's text are made before its first step."""
+        section = getattr(self, stage.name)
+        if not (stage.distils and stage.trains_head and section):
+            return False
+        terms, chosen = self.distillation.terms(stage.name), self.distillation.keep_logits
+        others = without_task_logits(terms)
+        if len(others) == len(terms):
+            return False
+        if self.distillation.further_teachers or chosen is not None:
+            return chosen is not False
+        return (section.num_epochs or 0) > 1 and not reads_of(others).teacher
+
+    def _plan(self, stage: Stage) -> StagePlan:
+        section = getattr(self, stage.name)
+        masking = section.masking if isinstance(section, PretrainSection) else None
+        terms: Terms = (MaskedLMTerm(term="masked_lm"),) if masking else ()
+        if stage.distils:
+            terms = self.distillation.terms(stage.name)
+            rate = self.distillation.general_mask_rate if stage.reads_corpus else 0.0
+            masking = Masking(rate) if rate else None
+        members = (SOLE,) if stage.role == "teacher" else tuple(self.family)
+        keeps_logits = self.keeps_logits(stage)
+        return StagePlan(stage, section, self.seeds(stage), members, terms, keeps_logits, masking)
 
     @model_validator(mode="after")
     def _stages_have_what_they_need(self) -> "RunConfig":
         mistakes = list(missing_needs(self))
         if not self.stages:
-            mistakes.insert(0, f"expected at least one stage of {list(STAGES)}, got none")
+            mistakes.insert(0, f"expected at least one stage of {list(STAGE_NAMES)}, got none")
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self

@@ -14,6 +14,8 @@ from tinybert_jax.settings.section import (
     Section,
 )
 
+MaskUnit = Literal["token", "whole_word", "span"]
+
 
 class StageSection(Section):
     """One training stage: how long, how fast, how often it is looked at and saved."""
@@ -180,7 +182,7 @@ class PretrainSection(CorpusStageSection):
     mask_rate_end: Probability | None = Field(
         None, description="the rate of the last step; in a straight line from mask_rate"
     )
-    mask_unit: Literal["token", "whole_word", "span"] = Field(
+    mask_unit: MaskUnit = Field(
         "token", description="what is masked together; span: words in a row, as in SpanBERT"
     )
     position_init: PositionInit = Field(
@@ -197,6 +199,26 @@ class PretrainSection(CorpusStageSection):
         "stores were prepared with (mode: pairs)",
     )
 
+    @property
+    def masking(self) -> "Masking":
+        return Masking(
+            self.mask_rate,
+            self.mask_rate_end,
+            self.mask_unit,
+            self.loss_chunk_size,
+            self.pair_weight,
+        )
+
+
+class Masking(NamedTuple):
+    """How tokens of a stage's input are masked, and what is predicted of it."""
+
+    rate: float
+    rate_end: float | None = None
+    unit: MaskUnit = "token"
+    max_chunk_size: int | None = None  # masked tokens whose logits exist at one time on a device
+    pair_weight: float = 0.0
+
 
 class SupervisedSection(StageSection):
     label_smoothing: Probability = 0.0
@@ -210,7 +232,39 @@ class FinetuneSection(SupervisedSection):
     )
 
 
-STAGES = ("pretrain", "finetune", "general", "intermediate", "prediction", "baseline")
+class Stage(NamedTuple):
+    """One of the stages a run may have. What a stage does follows from these fields alone.
+
+    `salt` is folded into the run's seed for all draws of the stage: it never changes and no other
+    stage may ever get it.
+    """
+
+    name: str
+    salt: int
+    role: Literal["teacher", "student"]  # whose weights the stage trains
+    text: Literal["corpus", "labelled", "distilled"]  # distilled: labelled and unlabelled
+    teacher: Literal["pretrained", "task"] | None = None  # which teacher a distillation reads
+    starts_from: tuple[str, ...] = ()  # the stages before, the first that is done
+    trains_head: bool = False  # of the task: then dev scores choose the best checkpoint
+
+    @property
+    def reads_corpus(self) -> bool:
+        return self.text == "corpus"
+
+    @property
+    def distils(self) -> bool:
+        return self.teacher is not None
 
 
-TEACHER_STAGES = STAGES[:2]
+PRETRAIN = Stage("pretrain", 0, "teacher", "corpus")
+FINETUNE = Stage("finetune", 1, "teacher", "labelled", None, ("pretrain",), trains_head=True)
+GENERAL = Stage("general", 2, "student", "corpus", "pretrained")
+INTERMEDIATE = Stage("intermediate", 3, "student", "distilled", "task", ("general",))
+PREDICTION = Stage(
+    "prediction", 4, "student", "distilled", "task", ("intermediate", "general"), trains_head=True
+)
+BASELINE = Stage("baseline", 5, "student", "labelled", trains_head=True)
+STAGES = (PRETRAIN, FINETUNE, GENERAL, INTERMEDIATE, PREDICTION, BASELINE)  # in running order
+HELDOUT_SALT = 6  # of the masks on held-out text
+STAGE_NAMES = tuple(stage.name for stage in STAGES)
+DISTILL_STAGES = tuple(stage for stage in STAGES if stage.distils)

@@ -1,15 +1,21 @@
-"""The settings of a task: where its labelled text is and what its labels are."""
+"""The settings of a task: its kind, where its labelled text is and what its labels are."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from tinybert_jax.settings.section import PositiveInt, Probability, Section
 
+Form = Literal["softmax", "sigmoid", "square"]  # how the scores of a unit are read: losses.forms
+
 
 class TaskSection(Section):
-    """Labelled text: .tsv, .csv, .jsonl, a saved `datasets` folder or `hub:owner/name`."""
+    """What every kind of task has: files to train on and to be judged on."""
 
+    form: ClassVar[Form]
+    default_metric: ClassVar[str]
+
+    kind: str
     name: str = "task"
     builtin: bool = False
     train: str | None = None
@@ -19,16 +25,7 @@ class TaskSection(Section):
     )
     train_split: str | None = None
     dev_split: str | None = None
-    format: Literal["auto", "tsv", "csv", "jsonl", "datasets"] = "auto"
-    text: str = "text"
-    text_pair: str | None = None
-    label: str = "label"
-    dev_columns: dict[Literal["text", "text_pair", "label"], str] = Field(
-        {}, description="where dev names its columns otherwise, like {text: sentence}"
-    )
-    labels: dict[str, str] | tuple[str, ...] | None = None
-    regression: bool = False
-    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman"] | None = None
+    metric: str | None = None
     unlabelled: str | None = Field(
         default=None,
         description="more text for intermediate and prediction, which need no labels: a file with "
@@ -37,22 +34,10 @@ class TaskSection(Section):
     max_train_rows: PositiveInt | None = None
     max_dev_rows: PositiveInt | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _label_keys_are_text(cls, tree: Any) -> Any:
-        """YAML reads `{0: negative}` and `[0, 1]` as integers; raw label values are text."""
-        if isinstance(tree, dict) and isinstance(tree.get("labels"), dict):
-            return {**tree, "labels": {str(k): str(v) for k, v in tree["labels"].items()}}
-        if isinstance(tree, dict) and isinstance(tree.get("labels"), list):
-            return {**tree, "labels": tuple(str(v) for v in tree["labels"])}
-        return tree
-
     @model_validator(mode="after")
-    def _sources_and_metric(self) -> "TaskSection":
-        free = {"name", "builtin", "metric", "unlabelled", "max_train_rows", "max_dev_rows"}
-        ignored = sorted(self.model_fields_set - free) if self.builtin else []
-        if ignored:
-            raise ValueError(f"builtin: true brings its own text and labels; remove {ignored}")
+    def _sources(self) -> "TaskSection":
+        if self.builtin:
+            self._refuse_beside_builtin()
         if self.dev and self.dev_share:
             raise ValueError(
                 f"expected dev or dev_share, got dev '{self.dev}' and dev_share {self.dev_share}; "
@@ -60,20 +45,116 @@ class TaskSection(Section):
             )
         if not self.builtin and not (self.train and (self.dev or self.dev_share)):
             raise ValueError("expected train, and dev or dev_share (or builtin: true)")
-        if self.dev_share and (self.dev_split or self.dev_columns):
-            raise ValueError("dev_share takes dev from train: remove dev_split and dev_columns")
-        if "text_pair" in self.dev_columns and not self.text_pair:
-            raise ValueError("dev_columns names a text_pair, the task has none: set text_pair too")
-        regression_metric = self.metric in ("pearson", "spearman")
-        if self.metric and regression_metric != self.regression:
-            raise ValueError(f"metric '{self.metric}' does not fit regression: {self.regression}")
+        if self.dev_share and self.dev_split:
+            raise ValueError("dev_share takes dev from train: remove dev_split")
         if self.unlabelled == "rest" and not self.max_train_rows:
-            raise ValueError("unlabelled: 'rest' expects max_train_rows: what is beyond it?")
-        if self.regression and self.labels:
-            raise ValueError("expected no labels for regression: its labels are numbers")
+            raise ValueError("unlabelled: 'rest' needs max_train_rows; set it, or give a file")
         return self
+
+    def _refuse_beside_builtin(self) -> None:
+        """Settings at their defaults are as good as absent: a dumped config has them all."""
+        free = {"name", "kind", "builtin", "metric", "unlabelled", "max_train_rows", "max_dev_rows"}
+        given = {
+            name
+            for name, field in type(self).model_fields.items()
+            if name not in free and getattr(self, name) != field.default
+        }
+        if given:
+            raise ValueError(
+                f"builtin: true brings its own text and labels; remove {sorted(given)}"
+            )
 
     @property
     def score(self) -> str:
         """The metric that chooses the best checkpoint and is reported first."""
-        return self.metric or ("pearson" if self.regression else "accuracy")
+        return self.metric or self.default_metric
+
+
+class TextTask(TaskSection):
+    """Texts or pairs of texts, from .tsv, .csv, .jsonl, a saved `datasets` folder or a hub id."""
+
+    format: Literal["auto", "tsv", "csv", "jsonl", "datasets"] = "auto"
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    dev_columns: dict[Literal["text", "text_pair", "label"], str] = Field(
+        {}, description="where dev names its columns otherwise, like {text: sentence}"
+    )
+
+    @model_validator(mode="after")
+    def _columns(self) -> "TextTask":
+        if self.dev_share and self.dev_columns:
+            raise ValueError("dev_share takes dev from train: remove dev_columns")
+        if "text_pair" in self.dev_columns and not self.text_pair:
+            raise ValueError("dev_columns names a text_pair, the task has none: set text_pair too")
+        return self
+
+
+def _raw_labels(labels: Any) -> Any:
+    """YAML reads `{0: negative}` and `[0, 1]` as integers; raw label values are text."""
+    if not isinstance(labels, dict | list | tuple):
+        return labels
+    raw = list(labels)
+    if any(isinstance(value, bool) or value is None for value in raw):
+        shown = [value for value in raw if isinstance(value, bool) or value is None]
+        raise ValueError(
+            f"expected labels that are text or numbers, got {shown}; put quotes around them, as "
+            "they are written in the data"
+        )
+    if isinstance(labels, dict):
+        return {str(raw): str(name) for raw, name in labels.items()}
+    return tuple(str(value) for value in labels)
+
+
+Labels = Annotated[dict[str, str] | tuple[str, ...] | None, BeforeValidator(_raw_labels)]
+
+
+class ClassificationTask(TextTask):
+    """One of several classes for each text or pair."""
+
+    form: ClassVar[Form] = "softmax"
+    default_metric: ClassVar[str] = "accuracy"
+
+    kind: Literal["classification"] = "classification"
+    labels: Labels = None
+    metric: Literal["accuracy", "f1", "matthews"] | None = None
+
+
+class RegressionTask(TextTask):
+    """A number for each text or pair."""
+
+    form: ClassVar[Form] = "square"
+    default_metric: ClassVar[str] = "pearson"
+
+    kind: Literal["regression"] = "regression"
+    labels: None = None
+    metric: Literal["pearson", "spearman"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _labels_are_numbers(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("labels"):
+            raise ValueError("expected no labels for regression: its labels are numbers")
+        if isinstance(tree, dict) and tree.get("builtin"):
+            raise ValueError("builtin: true brings text with classes, not numbers: leave kind out")
+        return tree
+
+
+def _with_kind(tree: Any) -> Any:
+    """Fills in the kind; `regression: true` is the older way to write `kind: regression`."""
+    if not isinstance(tree, dict):
+        return tree
+    tree, is_regression = dict(tree), tree.get("regression")
+    tree.pop("regression", None)
+    if is_regression not in (None, True, False):
+        raise ValueError(f"regression: expected true or false, got {is_regression!r}; or set kind")
+    kind = "regression" if is_regression else "classification"
+    if is_regression and tree.get("kind", kind) != kind:
+        raise ValueError(f"expected kind regression or no regression: true, got {tree['kind']}")
+    return {"kind": kind, **tree}
+
+
+AnyTask = Annotated[
+    Annotated[ClassificationTask | RegressionTask, Field(discriminator="kind")],
+    BeforeValidator(_with_kind),
+]

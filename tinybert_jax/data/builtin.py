@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinybert_jax.data.tables import LabelledText
+from tinybert_jax.data.examples import Examples
 
 _CLASSES = ("huggingface_hub", "jax", "orbax", "pandas", "scipy", "transformers")
 _TEXT_ONLY = ("datasets", "flax", "numpy", "optax", "pydantic")  # too short, or too like a class
@@ -41,7 +41,7 @@ def builtin_corpus() -> list[str]:
     ]
 
 
-def builtin_task(split: str, *, max_per_class: int = 2000) -> LabelledText:
+def builtin_task(split: str, *, max_per_class: int = 2000) -> Examples:
     """Sentences labelled with the package they come from, in a fixed mixed order.
 
     Every class has equally many: the smallest class's number, at most `max_per_class`. A smaller
@@ -58,7 +58,7 @@ def builtin_task(split: str, *, max_per_class: int = 2000) -> LabelledText:
         for label, texts in enumerate(per_class)
         for text in texts[:count]
     )
-    return LabelledText(
+    return Examples(
         text=[text for _, text, _ in rows],
         text_pair=None,
         labels=np.array([label for *_, label in rows], np.int32),

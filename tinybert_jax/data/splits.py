@@ -1,8 +1,8 @@
 """The text of a run, as its config names it: a task's splits and a corpus's documents."""
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -11,36 +11,55 @@ from tinybert_jax.config.tasks import TaskSection
 from tinybert_jax.data import builtin
 from tinybert_jax.data.corpus import read_corpus
 from tinybert_jax.data.errors import short
-from tinybert_jax.data.tables import LabelledText, read_labelled
+from tinybert_jax.data.examples import Examples
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """How a kind of task reads one file of its examples."""
+
+    def __call__(
+        self,
+        path: str,
+        section: Any,
+        *,
+        split: str | None = None,
+        label_names: Sequence[str] | None = None,
+        is_dev: bool = False,
+        is_labelled: bool = True,
+        keep_blank: bool = False,
+    ) -> Examples:
+        """`label_names`: the only labels that may occur, instead of those of the section.
+
+        `keep_blank` reads a blank text as "" instead of refusing it.
+        Raises ValueError naming file and place where an example cannot be read.
+        """
+        ...
 
 
 class TaskData(NamedTuple):
-    train: LabelledText
-    dev: LabelledText
-    unlabelled: LabelledText | None = None  # more text to distil on
+    train: Examples
+    dev: Examples
+    unlabelled: Examples | None = None  # more text to distil on
 
     @property
-    def distilled(self) -> LabelledText:
+    def distilled(self) -> Examples:
         """All text that a teacher can label: the training text, then the unlabelled."""
         if self.unlabelled is None:
             return self.train
         pairs = None
         if self.train.text_pair is not None and self.unlabelled.text_pair is not None:
             pairs = self.train.text_pair + self.unlabelled.text_pair
-        return LabelledText(self.train.text + self.unlabelled.text, pairs, None, self.label_names)
+        text = [*self.train.text, *self.unlabelled.text]
+        return Examples(text, pairs, None, self.label_names)
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
         return self.train.label_names
 
     @property
-    def dev_labels(self) -> np.ndarray:
-        assert self.dev.labels is not None  # read with a label column
-        return self.dev.labels
-
-    @property
     def num_outputs(self) -> int:
-        return len(self.label_names) if self.label_names else 1
+        return self.train.num_outputs
 
 
 def corpus_documents(section: CorpusSection) -> tuple[str, ...]:
@@ -72,61 +91,45 @@ def split_heldout(
     return kept, heldout
 
 
-def read_task(section: TaskSection) -> TaskData:
+def read_task(section: TaskSection, read: Reader) -> TaskData:
     """Train, dev and unlabelled text; raises ValueError naming file and line where one is wrong."""
     if section.builtin:
         train, dev = builtin.builtin_task("train"), builtin.builtin_task("dev")
-        return _task_data(section, train, _rows(dev, 0, section.max_dev_rows))
-
-    columns: dict[str, Any] = {
-        "text": section.text,
-        "text_pair": section.text_pair,
-        "label": section.label,
-    }
-    common: dict[str, Any] = {"regression": section.regression, "format": section.format}
+        return _task_data(section, train, dev, None)
     assert section.train is not None  # or the section is builtin
-    train = read_labelled(
-        section.train, **columns, **common, split=section.train_split, labels=section.labels
-    )
-    if train.label_names is not None and len(train.label_names) < 2:
-        raise ValueError(
-            f"{section.train}: expected at least 2 labels in column '{section.label}', got "
-            f"{list(train.label_names)}; for numbers set task.regression=true"
-        )
-    if section.labels is None:
-        _refuse_no_classes(section, train)
+    train = read(section.train, section, split=section.train_split)
+    unlabelled = None
+    if section.unlabelled and section.unlabelled != "rest":
+        unlabelled = read(section.unlabelled, section, is_labelled=False)
     if section.dev_share:
-        return _task_data(section, *_split_dev(section, train))
+        return _task_data(section, *_split_dev(section, train), unlabelled)
     # Labels named only by the training split are the only ones that the dev split may hold.
-    labels = section.labels or train.label_names
     assert section.dev is not None  # or there is a dev_share
-    dev = read_labelled(
+    dev = read(
         section.dev,
-        **columns | dict(section.dev_columns),
-        **common,
+        section,
         split=section.dev_split,
-        labels=labels,
-        max_rows=section.max_dev_rows,
+        label_names=train.label_names,
+        is_dev=True,
     )
-    return _task_data(section, train, dev)
+    return _task_data(section, train, dev, unlabelled)
 
 
-def describe_labels(task: TaskData) -> str:
-    """How many rows have which label, and what may be a mistake in them: a line each."""
-    told = f"task: {len(task.train.text):,} rows to train on, {len(task.dev.text):,} in dev"
-    names = task.label_names
+def describe_labels(
+    data: TaskData, count: Callable[[Examples], np.ndarray], unit: str = "row"
+) -> str:
+    """How many units have which label, and what may be a mistake in them: a line each."""
+    told = f"task: {len(data.train.text):,} rows to train on, {len(data.dev.text):,} in dev"
+    names = data.label_names
     if names is None:
         return f"{told}, labelled with numbers"
-    assert task.train.labels is not None
-    trained, judged = (
-        np.bincount(labels, minlength=len(names)) for labels in (task.train.labels, task.dev_labels)
-    )
+    trained, judged = count(data.train), count(data.dev)
     order = np.argsort(-trained, kind="stable")
     counts = [f"{short(names[i])} {trained[i]:,}" for i in order]
     lines = [f"{told}, of {len(names)} labels: {_first(counts)}"]
     absent = [f"{short(names[i])} ({judged[i]:,} in dev)" for i in order if not trained[i]]
     if absent:
-        lines.append(f"task: no row to train on has the label {_first(absent)}")
+        lines.append(f"task: no {unit} to train on has the label {_first(absent)}")
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(name.strip().casefold(), []).append(short(name))
@@ -142,24 +145,11 @@ def _first(items: Sequence[str], num_shown: int = 8) -> str:
     return ", ".join(items[:num_shown]) + more
 
 
-def _refuse_no_classes(section: TaskSection, text: LabelledText) -> None:
-    """Refuses labels that nearly every row has for itself; of a few rows each may."""
-    if text.label_names is None or text.labels is None or len(text.labels) < 20:
-        return
-    num_labels, num_rows = len(np.unique(text.labels)), len(text.labels)
-    if num_labels > 0.9 * num_rows:
-        raise ValueError(
-            f"{section.train}: expected labels that rows share, got {num_labels} in the {num_rows} "
-            f"rows of column '{section.label}'; name the column of the classes as task.label, or "
-            "list them all as task.labels; for numbers set task.regression=true"
-        )
-
-
-def _split_dev(section: TaskSection, text: LabelledText) -> tuple[LabelledText, LabelledText]:
+def _split_dev(section: TaskSection, examples: Examples) -> tuple[Examples, Examples]:
     """(train, dev): the share of rows of least hash; equal texts are on one side."""
     assert section.dev_share is not None
-    pairs = text.text_pair or [""] * len(text.text)
-    keys = [f"{one}\n{two}" for one, two in zip(text.text, pairs, strict=True)]
+    pairs = examples.text_pair or [""] * len(examples.text)
+    keys = [f"{one}\n{two}" for one, two in zip(examples.text, pairs, strict=True)]
     digests = np.array([_digest(key) for key in keys], np.uint64)
     num_dev = max(round(section.dev_share * len(keys)), 1)
     is_dev = digests <= np.sort(digests)[num_dev - 1]
@@ -168,16 +158,8 @@ def _split_dev(section: TaskSection, text: LabelledText) -> tuple[LabelledText, 
             f"task.dev_share: expected rows on both sides of the split, got {is_dev.sum()} of "
             f"{len(keys)} rows of {section.train} in dev; give another share, or a dev file"
         )
-
-    def side(rows: np.ndarray) -> LabelledText:
-        chosen = np.flatnonzero(rows).tolist()
-        return text._replace(
-            text=[text.text[row] for row in chosen],
-            text_pair=text.text_pair and [text.text_pair[row] for row in chosen],
-            labels=None if text.labels is None else text.labels[chosen],
-        )
-
-    return side(~is_dev), _rows(side(is_dev), 0, section.max_dev_rows)
+    train, dev = (examples.take(np.flatnonzero(side).tolist()) for side in (~is_dev, is_dev))
+    return train, dev
 
 
 def _digest(text: str) -> int:
@@ -185,18 +167,10 @@ def _digest(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
-def _task_data(section: TaskSection, train: LabelledText, dev: LabelledText) -> TaskData:
-    unlabelled = None
+def _task_data(
+    section: TaskSection, train: Examples, dev: Examples, unlabelled: Examples | None
+) -> TaskData:
+    most = section.max_train_rows
     if section.unlabelled == "rest":
-        unlabelled = _rows(train, section.max_train_rows, None)
-    elif section.unlabelled:
-        unlabelled = read_labelled(
-            section.unlabelled, text=section.text, text_pair=section.text_pair, label=None
-        )
-    return TaskData(_rows(train, 0, section.max_train_rows), dev, unlabelled)
-
-
-def _rows(text: LabelledText, start: int | None, stop: int | None) -> LabelledText:
-    pair = text.text_pair[start:stop] if text.text_pair else None
-    labels = None if text.labels is None else text.labels[start:stop]
-    return text._replace(text=text.text[start:stop], text_pair=pair, labels=labels)
+        unlabelled = train.take(slice(most, None))
+    return TaskData(train.take(slice(most)), dev.take(slice(section.max_dev_rows)), unlabelled)

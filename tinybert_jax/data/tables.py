@@ -17,15 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinybert_jax.data.errors import fail, fail_column, fail_missing, nearest, short
-
-
-class LabelledText(NamedTuple):
-    """The rows of a task: n texts, with n second texts and n labels where there are any."""
-
-    text: list[str]
-    text_pair: list[str] | None
-    labels: np.ndarray | None  # int32 [n] class ids or float32 [n] for regression; None: unlabelled
-    label_names: tuple[str, ...] | None  # None for regression
+from tinybert_jax.data.examples import Examples
 
 
 def read_labelled(
@@ -35,11 +27,12 @@ def read_labelled(
     text_pair: str | None = None,
     label: str | None,
     labels: Mapping[str, str] | Sequence[str] | None = None,
-    regression: bool = False,
+    numbers: bool = False,
     format: str = "auto",
     split: str | None = None,
     max_rows: int | None = None,
-) -> LabelledText:
+    keep_blank: bool = False,
+) -> Examples:
     """Reads one table of texts and, unless `label` is None, their labels.
 
     `path`: .tsv (no quoting), .csv (standard quoting), .jsonl, a folder saved by `datasets`, or
@@ -50,26 +43,28 @@ def read_labelled(
     `labels`: raw values in id order, or raw value -> class name in id order (raw values of one name
     share its id); None: the classes that a data set declares, else the sorted raw values. Raw
     values compare as `str(value)`. `max_rows` keeps the first rows; all rows are checked and
-    counted all the same, so that class ids do not depend on it.
+    counted all the same, so that class ids do not depend on it. `keep_blank` reads a blank or
+    missing text as "", which is refused otherwise.
 
     Raises ValueError for all that is wrong with the source or the arguments.
     """
     path, known = os.fspath(path), _known_labels(labels)
-    if regression and known is not None:
-        fail("labels", "none with regression, whose labels are numbers", repr(labels), "drop one")
+    if numbers and known is not None:
+        fail("labels", "none for labels that are numbers", repr(labels), "drop one")
     if max_rows is not None and max_rows < 1:
         fail("max_rows", "1 or more", str(max_rows), "leave it out to read all rows")
     wanted = [column for column in (text, text_pair, label) if column is not None]
     table = _read_table(path, _format_of(path, format), split, wanted)
 
-    texts = _texts(table, text)
-    pairs = None if text_pair is None else _texts(table, text_pair)
+    read_texts = _texts_or_blank if keep_blank else _texts
+    texts = read_texts(table, text)
+    pairs = None if text_pair is None else read_texts(table, text_pair)
     values, names = None, None if known is None else tuple(dict.fromkeys(known.values()))
-    if label is not None and regression:
+    if label is not None and numbers:
         values = _numbers(table, label)
     elif label is not None:
         values, names = _class_ids(table, label, known)
-    return LabelledText(
+    return Examples(
         text=texts[:max_rows],
         text_pair=None if pairs is None else pairs[:max_rows],
         labels=None if values is None else values[:max_rows],
@@ -286,6 +281,17 @@ def _texts(table: _Table, column: str) -> list[str]:
     return values
 
 
+def _texts_or_blank(table: _Table, column: str) -> list[str]:
+    values = [value if value is not None else "" for value in table.columns[column]]
+    wrong = [
+        (n, short(value))
+        for n, value in zip(table.numbers, values, strict=True)
+        if not isinstance(value, str)
+    ]
+    _fail_rows(table, f"text in column {column!r}", wrong, "fill in or remove these rows")
+    return [value if value.strip() else "" for value in values]
+
+
 def _numbers(table: _Table, column: str) -> np.ndarray:
     numbers, wrong, largest = [], [], float(np.finfo(np.float32).max)
     for n, value in zip(table.numbers, table.columns[column], strict=True):
@@ -295,7 +301,7 @@ def _numbers(table: _Table, column: str) -> np.ndarray:
             numbers.append(float("nan"))
         if not abs(numbers[-1]) <= largest:
             wrong.append((n, short(value)))
-    fix = "correct or remove these rows; for classes turn regression off"
+    fix = "correct or remove these rows; for classes set task.kind=classification"
     _fail_rows(table, f"a finite number in label column {column!r}", wrong, fix)
     return np.array(numbers, np.float32)
 

@@ -19,16 +19,27 @@ from tinybert_jax.models.params import flatten, unflatten
 from tinybert_jax.settings.sizes import ModelConfig
 
 
-class HfModel(NamedTuple):
-    """A model folder as read: sizes, label names in id order (or None), and raw tensors.
+class Head(NamedTuple):
+    """The head of a task, as config.json tells of it."""
 
-    A folder with a head always has names (`LABEL_0` … where it gives none), one for each output.
-    """
+    kind: str  # as in the names of transformers' classes, such as SequenceClassification
+    problem_type: str | None
+    label_names: tuple[str, ...]  # in id order, one for each output; LABEL_0 … where there are none
+    settings: Mapping[str, float] = {}  # of the answers, such as a threshold
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the names are more than transformers' placeholders."""
+        return not is_unnamed(self.label_names)
+
+
+class HfModel(NamedTuple):
+    """A model folder as read: sizes, the head of a task if it has one, and raw tensors."""
 
     folder: Path
     config: ModelConfig
-    label_names: tuple[str, ...] | None
-    problem_type: str | None
+    label_names: tuple[str, ...] | None  # as config.json has them, also without a head
+    head: Head | None
     tensors: dict[str, np.ndarray]
 
 
@@ -43,14 +54,17 @@ def read_model(path: str | Path) -> HfModel:
     folder = find_folder(path)
     raw = read_json(folder / "config.json")
     config, names = _model_config(raw, folder), _label_names(raw, folder)
-    model = HfModel(folder, config, names, raw.get("problem_type"), read_tensors(folder))
-    if "classifier.weight" not in model.tensors:
+    model = HfModel(folder, config, names, None, read_tensors(folder))
+    if _HEAD not in model.tensors:
         return model
-    return _with_head(model, raw.get("architectures") or [])
+    head = _head(model, raw)
+    return model._replace(head=head, label_names=head.label_names)
 
 
-def has_classifier(path: str | Path) -> bool:
-    return "classifier.weight" in read_model(path).tensors
+_HEAD = "classifier.weight"
+_SETTINGS = "tinybert_answers"  # the key of config.json for a head's settings
+# Heads that are a linear map named `classifier`, over pooled tokens or over all.
+_HEAD_KINDS = ("SequenceClassification", "TokenClassification")
 
 
 def is_unnamed(label_names: Sequence[str]) -> bool:
@@ -73,12 +87,12 @@ def load_params(
     if not _head_fits(model, shapes):
         raise ValueError(
             f"{model.folder}: expected a head with {shapes['classifier/kernel'][1]} labels, "
-            f"got one with {len(model.tensors['classifier.weight'])}: "
+            f"got one with {len(model.tensors[_HEAD])}: "
             f"{list(model.label_names or ())}; give the labels it was trained with (task.labels), "
             "or a folder without a head"
         )
     flat, missing, surplus = to_ours(model, shapes)
-    foreign = [name for name in surplus if name.startswith("bert.")]
+    foreign = [name for name in surplus if name.startswith("bert.") and ".pooler." not in name]
     if foreign:
         raise ValueError(
             f"{model.folder}: expected the weights of a plain BERT with "
@@ -103,7 +117,7 @@ def load_params(
 
 def _head_fits(model: HfModel, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether the folder's classifier, where it has one and one is wanted, has as many labels."""
-    head, wanted = model.tensors.get("classifier.weight"), shapes.get("classifier/kernel")
+    head, wanted = model.tensors.get(_HEAD), shapes.get("classifier/kernel")
     return head is None or wanted is None or wanted[-1] == len(head)
 
 
@@ -164,7 +178,7 @@ def _load_start(
 ) -> Loaded:
     model = read_model(path)
     shapes = {name: tuple(leaf.shape) for name, leaf in flatten(abstract).items()}
-    theirs = model.label_names if "classifier.weight" in model.tensors else None
+    theirs = model.head.label_names if model.head else None
     is_known = theirs is None or label_names is None or is_unnamed(theirs)
     if whole or _head_fits(model, shapes) and (is_known or theirs == label_names):
         return load_params(model, abstract, init)
@@ -196,8 +210,7 @@ def save_model(
     config: ModelConfig,
     tokenizer: Any,
     *,
-    label_names: tuple[str, ...] | None = None,
-    regression: bool = False,
+    head: Head | None = None,
     extra: Mapping[str, Callable[[Path], None]] | None = None,
 ) -> Path:
     """Writes a folder that `AutoModel….from_pretrained` loads, then reads it back and compares.
@@ -214,7 +227,7 @@ def save_model(
     flat = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(params).items()}
     if "embeddings/word/embedding" in flat:
         flat = {f"encoder/{path}": leaf for path, leaf in flat.items()}
-    settings = _config_json(flat, config, label_names, regression)
+    settings = _config_json(flat, config, head)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         partial = Path(scratch) / "new"
         partial.mkdir()
@@ -278,42 +291,39 @@ def _label_names(raw: Mapping[str, Any], folder: Path) -> tuple[str, ...] | None
     return tuple(by_id[i] for i in ids)
 
 
-def _with_head(model: HfModel, architectures: Sequence[str]) -> HfModel:
-    """Checks what the classifier weights are for; names and problem type as transformers infers."""
-    if architectures and not any("SequenceClassification" in name for name in architectures):
+def _head(model: HfModel, raw: Mapping[str, Any]) -> Head:
+    """The head that the classifier weights are for; of old folders without a class, of sequences.
+
+    Raises ValueError for heads of other kinds, and where names and outputs differ in number.
+    """
+    architectures = raw.get("architectures") or [f"BertFor{_HEAD_KINDS[0]}"]
+    kinds = [kind for kind in _HEAD_KINDS if any(kind in name for name in architectures)]
+    if not kinds:
         raise ValueError(
-            f"{model.folder}: expected a head for whole sequences, got one of {architectures}"
+            f"{model.folder}: expected a head of one of the kinds {list(_HEAD_KINDS)}, got one of "
+            f"{architectures}"
         )
-    num_outputs = len(model.tensors["classifier.weight"])
+    num_outputs = len(model.tensors[_HEAD])
     names = model.label_names or tuple(f"LABEL_{i}" for i in range(num_outputs))
     if len(names) != num_outputs:
         raise ValueError(
             f"{model.folder}: expected one label name for each of the head's {num_outputs} "
             f"outputs, config.json has {len(names)}: {list(names)}"
         )
-    problem_type = model.problem_type or ("regression" if num_outputs == 1 else None)
-    if problem_type == "multi_label_classification" or (
-        problem_type == "regression" and num_outputs > 1
-    ):
-        raise ValueError(
-            f"{model.folder}: expected a head with one label or one number for each text, got "
-            f"problem_type '{problem_type}' with {num_outputs} outputs"
-        )
-    return model._replace(label_names=names, problem_type=problem_type)
+    return Head(kinds[0], raw.get("problem_type"), names, raw.get(_SETTINGS) or {})
 
 
-def _config_json(
-    flat: Mapping[str, Any],
-    config: ModelConfig,
-    label_names: tuple[str, ...] | None,
-    regression: bool,
-) -> dict[str, Any]:
-    has_head = "classifier/kernel" in flat
-    settings = {"architectures": [_architecture(flat)], "model_type": "bert", **config.model_dump()}
+def _config_json(flat: Mapping[str, Any], config: ModelConfig, head: Head | None) -> dict[str, Any]:
+    assert (head is not None) == ("classifier/kernel" in flat), "a head comes with its weights"
+    settings = {
+        "architectures": [_architecture(flat, head)],
+        "model_type": "bert",
+        **config.model_dump(),
+    }
     settings |= {"dtype": "float32", "tie_word_embeddings": True}
-    if has_head:
+    if head is not None:
         num_outputs = flat["classifier/kernel"].shape[1]
-        names = label_names or tuple(f"LABEL_{i}" for i in range(num_outputs))
+        names = head.label_names or tuple(f"LABEL_{i}" for i in range(num_outputs))
         if len(names) != num_outputs:
             raise ValueError(
                 f"label_names: expected one for each of the head's {num_outputs} outputs, got "
@@ -321,14 +331,15 @@ def _config_json(
             )
         settings["id2label"] = {str(i): name for i, name in enumerate(names)}
         settings["label2id"] = {name: i for i, name in enumerate(names)}
-        settings["problem_type"] = "regression" if regression else "single_label_classification"
+        settings |= {"problem_type": head.problem_type} if head.problem_type else {}
+        settings |= {_SETTINGS: dict(head.settings)} if head.settings else {}
     return settings
 
 
-def _architecture(flat: Mapping[str, Any]) -> str:
+def _architecture(flat: Mapping[str, Any], head: Head | None) -> str:
     """The class of transformers for a folder with these parameters; a task's head goes first."""
-    if "classifier/kernel" in flat:
-        return "BertForSequenceClassification"
+    if head is not None:
+        return f"BertFor{head.kind}"
     if "pair/kernel" in flat:
         return "BertForPreTraining" if "decoder/bias" in flat else "BertForNextSentencePrediction"
     return "BertForMaskedLM" if "decoder/bias" in flat else "BertModel"

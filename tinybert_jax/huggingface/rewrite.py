@@ -94,6 +94,5 @@ def _save(target: str | Path, model: HfModel, flat: dict[str, np.ndarray], token
         unflatten(flat),
         model.config,
         tokenizer,
-        label_names=model.label_names,
-        regression=model.problem_type == "regression",
+        head=model.head,
     )

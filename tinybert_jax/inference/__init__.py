@@ -1,1 +1,1 @@
-"""Finished models at work: the public Python classes, prediction and evaluation of files."""
+"""Models at work: scoring of data sets, prediction, the public Python classes."""

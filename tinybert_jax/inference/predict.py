@@ -1,57 +1,48 @@
-"""Labels and scores text with a classifier folder: what `tinybert predict` and `evaluate` do."""
+"""Answers and scores text with a model folder: `tinybert predict` and `tinybert evaluate`."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from tinybert_jax.batches.tokenize import MIN_TOKENS, tokenize_task
-from tinybert_jax.data.tables import LabelledText, read_labelled
-from tinybert_jax.evaluation.scorer import make_scorer, task_metrics
-from tinybert_jax.huggingface.folder import HfModel, read_model, start_params
+from tinybert_jax.batches.tokenize import MIN_TOKENS
+from tinybert_jax.config.tasks import TaskSection
+from tinybert_jax.data.examples import Examples
+from tinybert_jax.huggingface.folder import Head, HfModel, read_model, start_params
 from tinybert_jax.huggingface.hub import check_table, load_tokenizer
-from tinybert_jax.models.heads import make_classifier
-
-
-class Classifier(NamedTuple):
-    label_names: tuple[str, ...]
-    regression: bool
-    logits: np.ndarray
+from tinybert_jax.inference.scorer import make_scorer
+from tinybert_jax.tasks.table import task_of
+from tinybert_jax.tasks.task import Scored, Task
 
 
 def predict(
     model: str,
     data: str | Sequence[str],
     *,
-    text: str = "text",
-    text_pair: str | None = None,
     split: str | None = None,
     max_length: int | None = None,
+    **columns: str | None,
 ) -> list[dict[str, Any]]:
-    """One row a text, in order: `label`, `probability`, `logits`; for regression `value`.
+    """One object a text, in order: `row` from 1, `text`, and the answer of the model's task.
 
-    `data` is a file or a list of texts. Texts longer than `max_length` (default: the model's
+    `data` is a file, whose `columns` are those of the task's settings, or a list of texts. A blank
+    text has `problem` in place of an answer. Texts longer than `max_length` (default: the model's
     positions) are cut.
     """
+    loaded = _load(model)
     if isinstance(data, str):
-        labelled = read_labelled(data, text=text, text_pair=text_pair, label=None, split=split)
+        section = _section(loaded.task, data, columns)
+        examples = loaded.task.read(data, section, split=split, is_labelled=False, keep_blank=True)
     else:
-        empty = [number for number, sentence in enumerate(data, 1) if not sentence.strip()]
-        if empty:
-            raise ValueError(f"expected text in every sentence, got none in number {empty[0]}")
-        labelled = LabelledText(list(data), None, None, None)
-    scored = _score(model, labelled, max_length)
-    if scored.regression:
-        return [{"value": float(row[0])} for row in scored.logits]
-    shifted = np.exp(scored.logits - scored.logits.max(-1, keepdims=True))
-    probabilities = shifted / shifted.sum(-1, keepdims=True)
+        examples = Examples(list(data), None, None, None)
+    examples = examples._replace(label_names=loaded.head.label_names)
+    filled = [place for place, text in enumerate(examples.text) if _has_text(text)]
+    answers: dict[int, dict[str, Any]] = {}
+    if filled:
+        scored = _score(loaded, examples.take(filled), max_length)
+        found = loaded.task.answers(scored, loaded.head.settings)
+        answers = dict(zip(filled, found, strict=True))
     return [
-        {
-            "label": scored.label_names[best],
-            "probability": float(p[best]),
-            "logits": [float(value) for value in row],
-        }
-        for best, p, row in zip(scored.logits.argmax(-1), probabilities, scored.logits, strict=True)
+        {"row": place + 1, "text": text, **answers.get(place, {"problem": "no text"})}
+        for place, text in enumerate(examples.text)
     ]
 
 
@@ -59,48 +50,53 @@ def evaluate_file(
     model: str,
     data: str,
     *,
-    text: str = "text",
-    text_pair: str | None = None,
-    label: str = "label",
     split: str | None = None,
     max_length: int | None = None,
+    **columns: str | None,
 ) -> dict[str, float]:
     """The task's metrics on labelled text; raw labels are the model's names or their ids."""
-    source = _read_classifier(model)
-    regression = source.problem_type == "regression"
-    raw = _read(data, text, text_pair, label, split, source.label_names, regression)
-    assert raw.labels is not None
-    scored = _score(model, raw, max_length)
-    return {
-        **task_metrics(scored.logits, raw.labels, regression=regression),
-        "num_examples": len(raw.text),
-    }
+    loaded = _load(model)
+    section = _section(loaded.task, data, columns)
+    examples = loaded.task.read(data, section, split=split, is_dev=True)
+    names = loaded.head.label_names
+    if examples.label_names is not None:
+        ids, raw = tuple(str(i) for i in range(len(names))), set(examples.label_names)
+        known = ids if raw <= set(ids) and not raw <= set(names) else names
+        examples = loaded.task.read(data, section, split=split, is_dev=True, label_names=known)
+    scored = _score(loaded, examples, max_length)
+    metrics = loaded.task.measure(scored, loaded.head.settings)
+    return {**metrics, "num_examples": len(examples.text)}
 
 
-def _read(data, text, text_pair, label, split, names, regression) -> LabelledText:
-    options = {"text": text, "text_pair": text_pair, "label": label, "split": split}
-    if regression:
-        return read_labelled(data, regression=True, **options)
-    found = read_labelled(data, **options)
-    ids = tuple(str(i) for i in range(len(names)))
-    raw = set(found.label_names or ())
-    known = ids if raw <= set(ids) and not raw <= set(names) else names
-    return read_labelled(data, labels=known, **options)
+class _Loaded(NamedTuple):
+    source: HfModel
+    head: Head
+    task: Task
 
 
-def _read_classifier(model: str) -> HfModel:
+def _load(model: str) -> _Loaded:
     source = read_model(model)
-    if "classifier.weight" not in source.tensors:
-        raise ValueError(
-            f"{model}: expected a model with a classification head, found none; fine-tune it first "
-            "(tinybert finetune)"
-        )
-    return source
+    task = task_of(source)
+    assert source.head is not None  # or it has no task
+    return _Loaded(source, source.head, task)
 
 
-def _score(model: str, labelled: LabelledText, max_length: int | None) -> Classifier:
-    source = _read_classifier(model)
-    tokenizer = load_tokenizer(model)
+def _section(task: Task, data: str, columns: dict[str, str | None]) -> TaskSection:
+    """The task's settings for one file, with the columns that were named."""
+    given: dict[str, Any] = {name: value for name, value in columns.items() if value is not None}
+    unknown = sorted(set(given) - set(task.section.model_fields))
+    if unknown:
+        raise ValueError(f"expected columns of a {task.kind} model, got also {unknown}")
+    return task.section(train=data, dev=data, **given)
+
+
+def _has_text(text: str | Sequence[str]) -> bool:
+    return bool(text.strip() if isinstance(text, str) else text)
+
+
+def _score(loaded: _Loaded, examples: Examples, max_length: int | None) -> Scored:
+    source, task = loaded.source, loaded.task
+    tokenizer = load_tokenizer(source.folder)
     check_table(tokenizer, source.config, "the model")
     positions = source.config.max_position_embeddings
     max_length = positions if max_length is None else max_length
@@ -109,10 +105,9 @@ def _score(model: str, labelled: LabelledText, max_length: int | None) -> Classi
             f"max_length: expected at least {MIN_TOKENS} and at most {positions} (the model's "
             f"positions), got {max_length}"
         )
-    names = source.label_names or ()
-    apply, init = make_classifier(source.config, len(names))
-    params = start_params(model, init, whole=True)
-    rows = tokenize_task(tokenizer, labelled, max_length)
+    apply, init = task.make_head(source.config, len(loaded.head.label_names))
+    params = start_params(source.folder, init, whole=True)
+    rows = task.encode(tokenizer, examples, max_length)
     buckets = [width for width in (16, 32, 64, 128, 256) if width < max_length] + [max_length]
     score = make_scorer(apply, buckets=buckets, pad_token_id=tokenizer.pad_token_id)
-    return Classifier(names, source.problem_type == "regression", score(params, rows))
+    return Scored(score(params, rows), rows, examples)

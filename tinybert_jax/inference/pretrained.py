@@ -10,9 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinybert_jax.huggingface.folder import is_unnamed, read_model, save_model, start_params
+from tinybert_jax.huggingface.folder import Head, is_unnamed, read_model, save_model, start_params
 from tinybert_jax.huggingface.hub import load_tokenizer
-from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.models.heads import (
+    make_classifier,
+    make_encoder,
+    make_masked_lm,
+    make_token_classifier,
+)
 from tinybert_jax.models.inputs import Text
 from tinybert_jax.settings.sizes import ModelConfig
 
@@ -30,15 +35,19 @@ class ModelOutput(dict):
 class TinyBertModel:
     """The bare encoder: `last_hidden_state`, `pooler_output`, and what distillation reads."""
 
+    head_kind: str | None = None  # as in the names of transformers' classes
+
     def __init__(
         self,
         config: ModelConfig,
         params: dict[str, Any],
         label_names: tuple[str, ...] | None = None,
         tokenizer: Any = None,
+        problem_type: str | None = None,
     ):
         self.config, self.params = config, params
         self.label_names, self.tokenizer = label_names, tokenizer
+        self.problem_type = problem_type
         apply, _ = self._functions(config, len(label_names or ()) or 1)
         self._forward = jax.jit(
             lambda params, inputs, mask: self._outputs(apply(params, inputs, mask))
@@ -54,7 +63,7 @@ class TinyBertModel:
         """
         source = read_model(path)
         names = tuple(label_names or ()) or source.label_names
-        theirs = source.label_names if "classifier.weight" in source.tensors else None
+        theirs = source.head.label_names if source.head else None
         is_named = theirs and not is_unnamed(theirs)
         if theirs and names != theirs and (is_named or len(names or ()) != len(theirs)):
             raise ValueError(
@@ -67,7 +76,8 @@ class TinyBertModel:
             tokenizer = load_tokenizer(path)
         except ValueError:
             tokenizer = None  # only save_pretrained needs it, and says so
-        return cls(source.config, params, names, tokenizer)
+        problem_type = source.head.problem_type if source.head else None
+        return cls(source.config, params, names, tokenizer, problem_type)
 
     def __call__(
         self,
@@ -117,9 +127,17 @@ class TinyBertModel:
             self.params,
             self.config,
             tokenizer,
-            label_names=self.label_names,
-            regression=len(self.label_names or ()) < 2,
+            head=self._head(),
         )
+
+    def _head(self) -> Head | None:
+        if self.head_kind is None:
+            return None
+        names = self.label_names or ("LABEL_0",)
+        inferred = None
+        if self.head_kind == "SequenceClassification":
+            inferred = "regression" if len(names) < 2 else "single_label_classification"
+        return Head(self.head_kind, self.problem_type or inferred, names)
 
     @staticmethod
     def _functions(config: ModelConfig, num_outputs: int):
@@ -139,11 +157,27 @@ class TinyBertModel:
 
 
 class TinyBertForSequenceClassification(TinyBertModel):
-    """Classification or regression: `logits` [batch, num_labels]."""
+    """Scores of whole texts: `logits` [batch, num_labels]."""
+
+    head_kind = "SequenceClassification"
 
     @staticmethod
     def _functions(config: ModelConfig, num_outputs: int):
         return make_classifier(config, num_outputs)
+
+    @staticmethod
+    def _outputs(output) -> dict[str, jax.Array]:
+        return {"logits": output.logits}
+
+
+class TinyBertForTokenClassification(TinyBertModel):
+    """Scores of tokens: `logits` [batch, seq, num_labels]."""
+
+    head_kind = "TokenClassification"
+
+    @staticmethod
+    def _functions(config: ModelConfig, num_outputs: int):
+        return make_token_classifier(config, num_outputs)
 
     @staticmethod
     def _outputs(output) -> dict[str, jax.Array]:

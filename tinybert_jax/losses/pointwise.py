@@ -98,6 +98,53 @@ def kl(
     return _weighted_mean(_over_classes(per_class, reduction), weights, count)
 
 
+def sigmoid_cross_entropy(
+    logits: Float[Array, "units classes"],
+    labels: Int[Array, "units classes"],
+    weights: Float[Array, " units"],
+    *,
+    label_smoothing: float = 0.0,
+    count: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """Binary cross-entropy of each class, mean over classes and weighted units.
+
+    `labels` are 1 for the classes that a unit has, else 0. `label_smoothing` moves both towards
+    1/2. As `torch.nn.BCEWithLogitsLoss`.
+    """
+    wide = logits.astype(jnp.float32)
+    wanted = (1 - label_smoothing) * labels.astype(jnp.float32) + label_smoothing / 2
+    per_class = -(wanted * jax.nn.log_sigmoid(wide) + (1 - wanted) * jax.nn.log_sigmoid(-wide))
+    return _weighted_mean(per_class.mean(-1), weights, count)
+
+
+def soft_sigmoid_cross_entropy(
+    student_logits: Float[Array, "units classes"],
+    teacher_logits: Float[Array, "units classes"],
+    weights: Float[Array, " units"],
+    *,
+    divergence: Literal["cross_entropy", "kl"] = "cross_entropy",
+    temperature: float | Float[Array, ""] = 1.0,
+    reduction: Reduction = "sum",
+    count: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """Binary cross-entropy with a teacher's probabilities, each class on its own (unit: unit).
+
+    At the given temperature, without its square as a factor; `reduction` over classes as in
+    `soft_cross_entropy`. "kl" subtracts the teacher's entropy, which moves no gradient.
+    """
+    theirs = teacher_logits.astype(jnp.float32) / temperature
+    ours = student_logits.astype(jnp.float32) / temperature
+
+    def each(teacher: Array, student: Array) -> Array:
+        goal = jax.nn.log_sigmoid(student)
+        if divergence == "kl":
+            goal = goal - jax.nn.log_sigmoid(teacher)
+        return -jax.nn.sigmoid(teacher) * goal
+
+    per_class = each(theirs, ours) + each(-theirs, -ours)
+    return _weighted_mean(_over_classes(per_class, reduction), weights, count)
+
+
 def logits_mse(
     student_logits: Float[Array, "batch k"],
     target: Float[Array, "batch k"],

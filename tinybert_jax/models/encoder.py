@@ -44,8 +44,8 @@ class EncoderOutput(NamedTuple):
     values: Layers  # [layers, batch, seq, heads, head_dim]
     attention_scores: tuple[jax.Array | None, ...] | None  # of each layer [batch, heads, seq, seq],
     # fp32; None: scanned, or no map is built
-    pooled: jax.Array  # [batch, dim] or, packed, [batch, segments, dim]; tanh of a linear map of
-    # the first token of a row or of each segment
+    pooled: jax.Array | None  # [batch, dim] or, packed, [batch, segments, dim]; tanh of a linear
+    # map of the first token of a row or of each segment; None: an encoder without pooler
 
 
 class Encoder(nnx.Module):
@@ -53,7 +53,7 @@ class Encoder(nnx.Module):
 
     `product_dtype` is what the matrix products of the layers read, where it is not `dtype`.
     `position_init`: how a fresh position table starts; it is trained whichever way.
-    `attention`: what computes attention, see `attend`.
+    `attention`: what computes attention, see `attend`. `has_pooler`: heads over tokens need none.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Encoder(nnx.Module):
         unroll: bool = False,
         position_init: PositionInit = "normal",
         attention: AttentionBackend = "auto",
+        has_pooler: bool = True,
         rngs: nnx.Rngs,
     ):
         self.unroll = unroll
@@ -73,7 +74,9 @@ class Encoder(nnx.Module):
             config, rngs, dtype=dtype, product_dtype=product_dtype, attention=attention
         )
         width = config.hidden_size
-        self.pooler = make_linear(width, width, config, dtype=dtype, rngs=rngs)
+        self.pooler = None
+        if has_pooler:
+            self.pooler = make_linear(width, width, config, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -93,7 +96,9 @@ class Encoder(nnx.Module):
         hidden, taps = (self._one_by_one if self.unroll else self._scanned)(
             embedded, stacked, keys, run
         )
-        pooled = self.pool(first_tokens(hidden[-1], attention_mask, num_segments))
+        pooled = None
+        if self.pooler is not None:
+            pooled = self.pool(first_tokens(hidden[-1], attention_mask, num_segments))
         return EncoderOutput(hidden=hidden, pooled=pooled, **taps._asdict())
 
     @staticmethod
@@ -155,6 +160,7 @@ class Encoder(nnx.Module):
 
     def pool(self, first: Float[Array, "*dims dim"]) -> Float[Array, "*dims dim"]:
         """`EncoderOutput.pooled` of the first tokens' last hidden states."""
+        assert self.pooler is not None
         with jax.named_scope("~head"):
             return jnp.tanh(self.pooler(first))
 

@@ -25,7 +25,8 @@ from tinybert_jax.settings.sizes import ModelConfig
 
 
 class ClassifierOutput(NamedTuple):
-    logits: jax.Array  # [batch, num_labels] or, packed, [batch, segments, num_labels], fp32
+    logits: jax.Array  # fp32 [batch, classes]; packed: [batch, segments, classes]; of tokens:
+    # [batch, seq, classes]
     encoder: EncoderOutput | None = None  # with taps
 
 
@@ -40,18 +41,22 @@ class MaskedLMOutput(NamedTuple):
     encoder: EncoderOutput | None = None  # with taps
 
 
-class SequenceClassifier(nnx.Module):
-    """Dropout and a linear map over the pooled first token; one output for regression."""
+def _make_classifier_map(config: ModelConfig, num_classes: int, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(
+        config.hidden_size,
+        num_classes,
+        kernel_init=nnx.initializers.normal(config.initializer_range),
+        rngs=rngs,
+    )
 
-    def __init__(self, config: ModelConfig, num_labels: int, *, rngs: nnx.Rngs, **options):
+
+class SequenceClassifier(nnx.Module):
+    """Dropout and a linear map over the pooled first token; one output for a number."""
+
+    def __init__(self, config: ModelConfig, num_classes: int, *, rngs: nnx.Rngs, **options):
         self.encoder = Encoder(config, rngs=rngs, **options)
         self.dropout_rate = config.hidden_dropout_prob
-        self.classifier = nnx.Linear(
-            config.hidden_size,
-            num_labels,
-            kernel_init=nnx.initializers.normal(config.initializer_range),
-            rngs=rngs,
-        )
+        self.classifier = _make_classifier_map(config, num_classes, rngs)
 
     def __call__(
         self,
@@ -69,12 +74,39 @@ class SequenceClassifier(nnx.Module):
         if taps or not is_few(num_segments or 1, attention_mask.shape[1]):
             encoded = self.encoder(*arguments, num_segments)
             pooled = encoded.pooled
+            assert pooled is not None
         else:
             first = self.encoder.last_hidden(pick_first(attention_mask, num_segments), *arguments)
             pooled = self.encoder.pool(first[:, 0] if num_segments is None else first)
         with jax.named_scope("~head"):
             pooled = dropout(pooled, self.dropout_rate, keys[1])
             logits = self.classifier(pooled.astype(jnp.float32))
+        return ClassifierOutput(logits, encoder=encoded if taps else None)
+
+
+class TokenClassifier(nnx.Module):
+    """Dropout and a linear map over the last hidden state of every token."""
+
+    def __init__(self, config: ModelConfig, num_classes: int, *, rngs: nnx.Rngs, **options):
+        self.encoder = Encoder(config, has_pooler=False, rngs=rngs, **options)
+        self.dropout_rate = config.hidden_dropout_prob
+        self.classifier = _make_classifier_map(config, num_classes, rngs)
+
+    def __call__(
+        self,
+        inputs: Text,
+        attention_mask: Array,
+        key=None,
+        num_segments=None,
+        *,
+        taps: bool = False,
+    ) -> ClassifierOutput:
+        """Logits [batch, seq, classes]; `num_segments` changes nothing."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        encoded = self.encoder(inputs, attention_mask, keys[0])
+        with jax.named_scope("~head"):
+            hidden = dropout(encoded.hidden[-1], self.dropout_rate, keys[1])
+            logits = self.classifier(hidden.astype(jnp.float32))
         return ClassifierOutput(logits, encoder=encoded if taps else None)
 
 
@@ -163,24 +195,37 @@ class TiedDecoder(nnx.Module):
         return logits + self.bias[...][None, None]
 
 
-def make_encoder(config: ModelConfig, **options) -> tuple[Apply, Callable[[jax.Array], Params]]:
+class Model(NamedTuple):
+    """A model as training calls it."""
+
+    apply: Apply
+    init: Callable[[jax.Array], Params]  # key -> parameters
+
+
+MakeHead = Callable[..., Model]  # (sizes, number of classes, options of `Encoder`)
+
+
+def make_encoder(config: ModelConfig, **options: Any) -> Model:
+    """An encoder without a head; options: those of `Encoder`."""
     return _functional(functools.partial(Encoder, config), options)
 
 
-def make_classifier(
-    config: ModelConfig, num_labels: int, **options
-) -> tuple[Apply, Callable[[jax.Array], Params]]:
-    """`(apply, init_params)` of a sequence classifier; options: those of `Encoder`."""
-    return _functional(functools.partial(SequenceClassifier, config, num_labels), options)
+def make_classifier(config: ModelConfig, num_classes: int, **options: Any) -> Model:
+    """A classifier of whole examples; options: those of `Encoder`."""
+    return _functional(functools.partial(SequenceClassifier, config, num_classes), options)
 
 
-def make_masked_lm(config: ModelConfig, **options) -> tuple[Apply, Callable[[jax.Array], Params]]:
+def make_token_classifier(config: ModelConfig, num_classes: int, **options: Any) -> Model:
+    """A classifier of tokens; options: those of `Encoder`."""
+    return _functional(functools.partial(TokenClassifier, config, num_classes), options)
+
+
+def make_masked_lm(config: ModelConfig, **options: Any) -> Model:
+    """A masked LM; options: `pair_head` and those of `Encoder`."""
     return _functional(functools.partial(MaskedLM, config), options)
 
 
-def _functional(
-    build: Callable[..., nnx.Module], options: dict[str, Any]
-) -> tuple[Apply, Callable[[jax.Array], Params]]:
+def _functional(build: Callable[..., nnx.Module], options: dict[str, Any]) -> Model:
     """Parameters start and are loaded in fp32; with int8 `apply` takes `frozen_params` of them."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0), **options)))
     started = dict(options)
@@ -193,4 +238,4 @@ def _functional(
     def apply(params: Params, *args, **kwargs):
         return nnx.merge(graphdef, layers_joined(params))(*args, **kwargs)
 
-    return apply, init_params
+    return Model(apply, init_params)

@@ -1,4 +1,4 @@
-"""What distillation knows of two models: the layer map, what has to fit, how a student starts."""
+"""How a student stands to its teacher: the projection between their widths, and its start."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,25 +18,6 @@ def check_same_vocabulary(student: ModelConfig, teacher: ModelConfig) -> None:
             f"vocabulary: expected the same for both, got {student.vocab_size} entries for the "
             f"student and {teacher.vocab_size} for the teacher; use the teacher's tokenizer"
         )
-
-
-def check_heads(
-    student: ModelConfig, teacher: ModelConfig, head_map: Sequence[tuple[int, int]] | None
-) -> None:
-    """Raises ValueError where heads, all or the map's, cannot be compared one by one."""
-    ours, theirs = student.num_attention_heads, teacher.num_attention_heads
-    if head_map is None and ours != theirs:
-        raise ValueError(
-            f"attention heads: expected as many in both, got {ours} for the student and {theirs} "
-            f"for the teacher; give it num_attention_heads {theirs} (with a hidden_size that "
-            "is a multiple of it), or the term heads or a head_map"
-        )
-    for one, other in head_map or ():
-        if one > ours or other > theirs:
-            raise ValueError(
-                f"head_map: expected pairs of a student's head from 1 to {ours} and a teacher's "
-                f"from 1 to {theirs}, got {[one, other]}; leave that pair out"
-            )
 
 
 def init_projection(
@@ -113,4 +94,5 @@ def start_from_teacher_layers(
         assert kept.shape == own.shape, f"{path}: checked before a run"
         return kept
 
-    return jax.tree.map_with_path(copied, dict(student), dict(teacher))
+    kept = {name: teacher[name] for name in student}  # a student may have no pooler
+    return jax.tree.map_with_path(copied, dict(student), kept)

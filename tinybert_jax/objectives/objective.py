@@ -18,6 +18,7 @@ class Counts(NamedTuple):
     """Units of the whole global batch, fp32 scalars: the denominators of the losses."""
 
     examples: jax.Array
+    units: jax.Array  # of the task: examples, or tokens that have a label
     tokens: jax.Array
     pairs: jax.Array  # token pairs of the same example
     predictions: jax.Array  # masked tokens
@@ -54,12 +55,19 @@ def count_units(batch: Batch, normalisation: str = "valid_only") -> Counts:
         pairs = attention_losses.num_pairs(batch.attention_mask)
     return Counts(
         examples=batch.weights.sum(),
+        units=batch.targets.get("units", batch.weights).sum(),
         tokens=jnp.asarray(tokens, jnp.float32),
         pairs=jnp.asarray(pairs, jnp.float32),
         predictions=jnp.zeros(()),
         labelled_rows=jnp.zeros(()),
         share=jnp.zeros(()),
     )
+
+
+def units(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The task's labels [units, …] and the weights [units]: 0 for filler, padding, other tokens."""
+    labels, weights = batch.targets["labels"], batch.targets.get("units", batch.weights)
+    return labels.reshape(-1, *labels.shape[weights.ndim :]), weights.reshape(-1)
 
 
 def encoder_inputs(batch: Batch) -> tuple[Text, jax.Array]:

@@ -11,10 +11,10 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from tinybert_jax.config.models import Student
-from tinybert_jax.config.objectives import model_kind, needs_projection, teaches
-from tinybert_jax.huggingface.folder import save_model, start_params
-from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
-from tinybert_jax.models.params import Apply, Params
+from tinybert_jax.config.run import StagePlan
+from tinybert_jax.huggingface.folder import Head, save_model, start_params
+from tinybert_jax.models.heads import make_encoder
+from tinybert_jax.models.params import Params
 from tinybert_jax.objectives.alignment import (
     init_projection,
     start_from_teacher_embeddings,
@@ -23,137 +23,124 @@ from tinybert_jax.objectives.alignment import (
 from tinybert_jax.objectives.distillation import Options, Role, make_distill
 from tinybert_jax.objectives.masked_lm import Mask, make_mask
 from tinybert_jax.parallel.mesh import num_batch_shards
-from tinybert_jax.performance import flops
+from tinybert_jax.performance.flops import training_flops_per_token
 from tinybert_jax.runs import teacher_logits
-from tinybert_jax.runs.run import Run, as_read, compute_options, dev_judge, with_dropout
+from tinybert_jax.runs.checks import model_maker
+from tinybert_jax.runs.run import (
+    Run,
+    TaskJudge,
+    as_frozen,
+    frozen_options,
+    head_of,
+    make_dev_judge,
+    trained_options,
+    with_dropout,
+)
 from tinybert_jax.runs.stage import Member, Training, run_stage
 from tinybert_jax.runs.stage_batches import stage_feed
 from tinybert_jax.runs.workload import tokens_read
 from tinybert_jax.settings.layer_maps import make_layer_pairs
 from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.terms.table import reads_of
 
 _PROJECTION = "projection.safetensors"
 
 
-def general(run: Run) -> None:
-    """The pretrained teacher, on the corpus."""
-    main(run, "general", ())
-
-
-def intermediate(run: Run) -> None:
-    """The fine-tuned teacher, on the task's text."""
-    main(run, "intermediate", ("general",))
-
-
-def prediction(run: Run) -> None:
-    """The fine-tuned teacher, on the task's text, to the best dev score."""
-    main(run, "prediction", ("intermediate", "general"))
-
-
-def main(run: Run, stage: str, before: tuple[str, ...]) -> None:
-    section, terms = run.section(stage), run.config.distillation.terms(stage)
-    is_judged = stage == "prediction"
+def main(run: Run, plan: StagePlan) -> None:
+    """Students learn from the pretrained teacher, or from the one that knows the task."""
+    section, terms = plan.section, plan.terms
+    teacher_reads, reads = reads_of(terms, of_teacher=True), reads_of(terms)
 
     # Teacher, frozen; it is there only if a term reads it in the step.
-    teacher_kind = model_kind(terms, of_teacher=True)
-    teacher_apply, teacher_init = _make_model(run, teacher_kind, run.teacher)
-    is_taught = teaches(run.config.step_terms(stage))
+    make_teacher = model_maker(run, teacher_reads, **frozen_options(run.compute))
+    teacher_apply, teacher_init = make_teacher(run.teacher)
+    is_taught = reads_of(plan.step_terms).teacher
     teacher: Any = ()
     read_frozen: Callable[[Any], Any] = lambda frozen: frozen  # noqa: E731
     if is_taught:
-        teacher = start_params(_teacher_folder(run, stage), teacher_init, whole=True)
-        read_frozen = functools.partial(as_read, run.config)
+        teacher = start_params(run.teacher_of(plan), teacher_init, whole=True)
+        read_frozen = functools.partial(as_frozen, run.compute)
 
     @functools.cache
     def teacher_encoder() -> Mapping[str, Any]:
-        """What students start from, where the steps read it or not."""
+        """The weights that students start from, whether the steps read them or not."""
         if teacher:
             return _encoder(teacher)
-        _, init = make_encoder(run.teacher)
-        return start_params(_teacher_folder(run, stage), init, whole=True)
+        return start_params(run.teacher_of(plan), make_encoder(run.teacher).init, whole=True)
 
     # Students, each from a stage before where there is one.
-    members, kind = {}, model_kind(terms)
+    members: dict[str, Member] = {}
+    judges: dict[str, TaskJudge] = {}
+    make_student = model_maker(run, reads, **trained_options(run.compute, plan))
     for student in run.students:
-        apply, init = _make_model(run, kind, with_dropout(student.sizes, section), stage)
+        apply, init = make_student(with_dropout(student.sizes, section))
         objective = make_distill(
-            Role(apply, kind, student.sizes.num_hidden_layers),
-            Role(teacher_apply, teacher_kind, run.teacher.num_hidden_layers),
+            Role(apply, reads, student.sizes.num_hidden_layers),
+            Role(teacher_apply, teacher_reads, run.teacher.num_hidden_layers),
             terms,
             Options(
-                normalisation=run.config.distillation.normalisation,
-                regression=run.is_regression,
+                normalisation=run.distillation.normalisation,
+                form=run.task.kind.form if run.task else "softmax",
                 num_shards=num_batch_shards(run.mesh),
             ),
-            _make_mask(run) if stage == "general" else None,
+            _make_mask(run, plan),
         )
-        init_params = _make_init(run, stage, before, student, init, teacher_encoder)
-        judge = _judge(run, apply) if is_judged else None
+        init_params = _make_init(run, plan, student, init, teacher_encoder)
+        judge = None
+        if plan.stage.trains_head:
+            judges[student.name] = make_dev_judge(run, apply, section)
+            judge = judges[student.name].as_judge()
+            judge = judge._replace(measure=_of_student(judge.measure))
         members[student.name] = Member(objective, init_params, judge)
 
-    # What the teachers say of each example, where that is made beforehand.
+    # The teachers' logits of each example, where they are made beforehand.
     teach = None
-    if run.config.makes_logits_first(stage):
-        teach = functools.partial(teacher_logits.read, run, stage)
+    if plan.keeps_logits:
+        teach = functools.partial(teacher_logits.read, run, plan)
 
     # Train; the last is handed on, or the best by dev score where a head is trained.
     trained = run_stage(
         run,
         Training(
-            name=stage,
-            section=section,
+            plan=plan,
             members=members,
-            feed=stage_feed(run, stage, teach),
+            feed=stage_feed(run, plan, teach),
             frozen=teacher,
             read_frozen=read_frozen,
-            flops_per_token=lambda width: flops.training_flops_per_token(
-                [student.sizes for student in run.students] * run.config.num_seeds,
+            flops_per_token=lambda width: training_flops_per_token(
+                [student.sizes for student in run.students] * len(plan.seeds),
                 width,
-                projection_dim=run.teacher.hidden_size if needs_projection(terms) else 0,
+                projection_dim=run.teacher.hidden_size if reads.projection else 0,
                 teacher=run.teacher if is_taught else None,
-                num_read=tokens_read(run, stage, width),
+                num_read=tokens_read(run, plan, width),
             ),
-            score=run.score if is_judged else "",
+            score=run.the_task.score if plan.stage.trains_head else "",
         ),
     )
     for student in run.students:
-        folders = run.seed_folders(stage, student.name)
+        folders = run.seed_folders(plan, student.name)
         for folder, params in zip(folders, trained[student.name], strict=True):
-            _save(run, folder, params, student.sizes, is_judged)
+            head = None
+            if student.name in judges:
+                head = head_of(run, judges[student.name].tune(params["student"]))
+            _save(run, folder, params, student.sizes, head)
 
 
-def _save(run: Run, folder: Path, params: Any, sizes: ModelConfig, is_judged: bool) -> None:
+def _of_student(measure: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Judges the student without the projection beside it."""
+    return lambda params: measure(params["student"])
+
+
+def _save(run: Run, folder: Path, params: Any, sizes: ModelConfig, head: Head | None) -> None:
     extra: dict[str, Callable[[Path], None]] = {}
     if "projection" in params:
         extra[_PROJECTION] = functools.partial(save_file, params["projection"])
-    save_model(
-        folder,
-        params["student"],
-        sizes,
-        run.tokenizer,
-        label_names=run.data.label_names if is_judged else None,
-        regression=is_judged and run.is_regression,
-        extra=extra,
-    )
-
-
-def _make_model(
-    run: Run, kind: str, sizes: ModelConfig, stage: str | None = None
-) -> tuple[Apply, Callable[[jax.Array], Params]]:
-    options = compute_options(run.config, stage)
-    if kind == "classifier":
-        return make_classifier(sizes, run.data.num_outputs, **options)
-    return {"encoder": make_encoder, "masked_lm": make_masked_lm}[kind](sizes, **options)
-
-
-def _teacher_folder(run: Run, stage: str) -> str | Path | None:
-    return run.pretrained_teacher if stage == "general" else run.task_teacher
+    save_model(folder, params["student"], sizes, run.tokenizer, head=head, extra=extra)
 
 
 def _make_init(
     run: Run,
-    stage: str,
-    before: tuple[str, ...],
+    plan: StagePlan,
     student: Student,
     init: Callable[[jax.Array], Params],
     teacher_encoder: Callable[[], Mapping[str, Any]],
@@ -161,10 +148,11 @@ def _make_init(
     """A student's start, from a stage before or its folder, and of a projection if it needs one."""
 
     def init_params(key: jax.Array, seed: int) -> dict[str, Any]:
+        before = plan.stage.starts_from
         done = [run.latest(name, member=student.name, seed=seed) for name in before]
         folders = [*(folder for folder in done if folder is not None), student.section.path]
         start = functools.partial(_start, run, student, folders[0], init, teacher_encoder)
-        if not needs_projection(run.config.distillation.terms(stage)):
+        if not reads_of(plan.terms).projection:
             return {"student": start(key)[0]}
         student_key, projection_key = jax.random.split(key)
         params, directions = start(student_key)
@@ -183,7 +171,7 @@ def _start(
     key: jax.Array,
 ) -> tuple[Params, np.ndarray | None]:
     """(student, the directions of its embeddings in the teacher's, where it starts from them)."""
-    label_names = run.task.label_names if run.task else None
+    label_names = run.task.data.label_names if run.task else None
     params = start_params(start, init, key, label_names=label_names)
     if start is not None or student.section.init == "random":
         return params, None
@@ -213,7 +201,7 @@ def _start_projection(
 ) -> dict[str, Any]:
     """The one that the first of the folders keeps, else a fresh one."""
     num_projections = 1
-    if run.config.distillation.projection == "per_layer":
+    if run.distillation.projection == "per_layer":
         num_projections = student.sizes.num_hidden_layers + 1
     projection: dict[str, Any] = init_projection(
         key, student.sizes.hidden_size, run.teacher.hidden_size, num_projections
@@ -239,14 +227,7 @@ def _load_projection(file: Path, expected: dict[str, jax.Array]) -> dict[str, np
     return loaded
 
 
-def _make_mask(run: Run) -> Mask | None:
-    rate = run.config.distillation.general_mask_rate
-    if not rate:
+def _make_mask(run: Run, plan: StagePlan) -> Mask | None:
+    if plan.masking is None:
         return None
-    return make_mask(mask_rate=rate, **run.mask_ids)
-
-
-def _judge(run: Run, apply: Apply):
-    """The dev set's, of the student without what stands beside it."""
-    judge = dev_judge(run, apply, run.section("prediction"))
-    return judge._replace(measure=lambda params: judge.measure(params["student"]))
+    return make_mask(mask_rate=plan.masking.rate, **run.mask_ids)

@@ -6,30 +6,40 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinybert_jax.config.run import RunConfig
-from tinybert_jax.config.stages import STAGES
+from tinybert_jax.config.run import RunConfig, StagePlan
+from tinybert_jax.config.stages import (
+    BASELINE,
+    FINETUNE,
+    GENERAL,
+    INTERMEDIATE,
+    PREDICTION,
+    PRETRAIN,
+    STAGE_NAMES,
+    Stage,
+)
 from tinybert_jax.data.splits import describe_labels
 from tinybert_jax.recipes import distill, finetune, pretrain
 from tinybert_jax.report.page import write_report
 from tinybert_jax.runs import estimate
+from tinybert_jax.runs.preflight import learns_task, open_run, read_run
 from tinybert_jax.runs.results import HELDOUT, best_seed, collect, headline
-from tinybert_jax.runs.run import Run, check_teacher, open_run, publish, read_run
+from tinybert_jax.runs.run import Run, RunTask, check_teacher, publish
 
 _RECIPES = {
-    "pretrain": pretrain.main,
-    "finetune": finetune.main,
-    "general": distill.general,
-    "intermediate": distill.intermediate,
-    "prediction": distill.prediction,
-    "baseline": lambda run: finetune.main(run, "baseline"),
+    PRETRAIN: pretrain.main,
+    FINETUNE: finetune.main,
+    GENERAL: distill.main,
+    INTERMEDIATE: distill.main,
+    PREDICTION: distill.main,
+    BASELINE: finetune.main,
 }
 # What a run is for, the best first: a student before a teacher.
-_PRODUCTS = ("prediction", "intermediate", "general", "finetune", "pretrain")
+_PRODUCTS = (PREDICTION, INTERMEDIATE, GENERAL, FINETUNE, PRETRAIN, BASELINE)
 
 
 def main(
     config: RunConfig,
-    stages: Sequence[str] = STAGES,
+    stages: Sequence[str] = STAGE_NAMES,
     command: str = "",
     *,
     is_profiled: bool = False,
@@ -39,15 +49,16 @@ def main(
     with open_run(config, chosen) as run:
         run = run._replace(is_profiled=is_profiled)
         if run.task:
-            run.log.say(describe_labels(run.task))
-        for name in chosen:
-            is_new = _run_once(run, name)
-            if is_new and name == "finetune" and run.learns_task(chosen):
+            run.log.say(_describe_task(run.task))
+        plans = [run.plans[stage.name] for stage in chosen]
+        for plan in plans:
+            is_new = _run_once(run, plan)
+            if is_new and plan.stage is FINETUNE and learns_task(plans):
                 check_teacher(run, run.task_teacher, run.teacher)
-        product = next((name for name in _PRODUCTS if run.is_done(name)), "baseline")
+        product = run.plans[next(s.name for s in _PRODUCTS if run.is_done(s.name))]
         lines = _lines(run)
         summary = collect(run, _seconds(lines), command, _heldout(lines))
-        best = {name: best_seed(summary, product, name) for name in config.members(product)}
+        best = {name: best_seed(summary, product.name, name) for name in product.members}
         publish(run, {name: run.seed_folders(product, name)[seed] for name, seed in best.items()})
         (run.folder / "results.json").write_text(
             json.dumps(summary, indent=2) + "\n", encoding="utf-8"
@@ -58,31 +69,36 @@ def main(
         return run.folder
 
 
-def costs(config: RunConfig, stages: Sequence[str] = STAGES) -> str:
+def costs(config: RunConfig, stages: Sequence[str] = STAGE_NAMES) -> str:
     """What those stages would take; writes nothing."""
     chosen = _chosen(config, stages)
     run = read_run(config, chosen)
-    about = [describe_labels(run.task)] if run.task else []
-    return "\n\n".join([*about, estimate.describe(run, tuple(chosen))])
+    about = [_describe_task(run.task)] if run.task else []
+    plans = [run.plans[stage.name] for stage in chosen]
+    return "\n\n".join([*about, estimate.describe(run, plans)])
 
 
-def _chosen(config: RunConfig, stages: Sequence[str]) -> list[str]:
-    chosen = [name for name in STAGES if name in stages and name in config.stages]
+def _chosen(config: RunConfig, stages: Sequence[str]) -> list[Stage]:
+    chosen = [stage for stage in config.stages if stage.name in stages]
     if not chosen:
-        raise ValueError(
-            f"expected a config with one of the stages {list(stages)}, got {list(config.stages)}"
-        )
+        got = [stage.name for stage in config.stages]
+        raise ValueError(f"expected a config with one of the stages {list(stages)}, got {got}")
     return chosen
 
 
-def _run_once(run: Run, name: str) -> bool:
+def _describe_task(task: RunTask) -> str:
+    return describe_labels(task.data, task.kind.count_labels, task.kind.unit)
+
+
+def _run_once(run: Run, plan: StagePlan) -> bool:
     """False for a stage that was done before."""
+    name = plan.name
     if run.is_done(name):
         profile = "; no profile of it" if run.is_profiled else ""
         run.log.say(f"{name}: done before, kept{profile}")
         return False
     start = time.perf_counter()
-    _RECIPES[name](run)
+    _RECIPES[plan.stage](run, plan)
     seconds = time.perf_counter() - start
     run.log.write("stage", name, 0, {"seconds": seconds})
     run.log.say(f"{name}: finished in {seconds:.0f} s")
@@ -101,7 +117,7 @@ def _seconds(lines: list[dict[str, Any]]) -> dict[str, float]:
 
 def _heldout(lines: list[dict[str, Any]]) -> dict[str, float] | None:
     """What pretraining ended with on the held-out text, if there is any."""
-    judged = [line for line in lines if line["kind"] == "eval" and line["stage"] == "pretrain"]
+    judged = [row for row in lines if row["kind"] == "eval" and row["stage"] == PRETRAIN.name]
     if not judged:
         return None
     return {name: judged[-1][name] for name in HELDOUT if name in judged[-1]}

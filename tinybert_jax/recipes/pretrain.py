@@ -5,30 +5,32 @@ import jax
 from tinybert_jax.batches.loader import segment_rows
 from tinybert_jax.batches.tokenize import tokenize_corpus
 from tinybert_jax.config.models import SOLE
-from tinybert_jax.config.stages import STAGES
+from tinybert_jax.config.run import StagePlan
+from tinybert_jax.config.stages import HELDOUT_SALT
 from tinybert_jax.data.wordpiece import is_continuation
-from tinybert_jax.evaluation.scorer import Judge, make_masked_lm_scorer
 from tinybert_jax.huggingface.folder import save_model, start_params
+from tinybert_jax.inference.scorer import Judge, make_masked_lm_scorer
 from tinybert_jax.models.heads import make_masked_lm
 from tinybert_jax.models.params import Apply
 from tinybert_jax.objectives.masked_lm import make_mlm
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance import flops
-from tinybert_jax.runs.run import Run, compute_options, with_dropout
+from tinybert_jax.runs.run import Run, trained_options, with_dropout
 from tinybert_jax.runs.stage import Member, Training, run_stage
 from tinybert_jax.runs.stage_batches import stage_feed
 from tinybert_jax.runs.workload import tokens_read
 
 
-def main(run: Run) -> None:
-    section, tokenizer = run.section("pretrain"), run.tokenizer
+def main(run: Run, plan: StagePlan) -> None:
+    """Trains the one teacher, and tells of the held-out text where there is any."""
+    section, tokenizer = plan.section, run.tokenizer
 
     # Model.
     apply, init = make_masked_lm(
         with_dropout(run.teacher, section),
         pair_head=section.pair_weight > 0,
         position_init=section.position_init,
-        **compute_options(run.config, "pretrain"),
+        **trained_options(run.compute, plan),
     )
     continuations = None if section.mask_unit == "token" else is_continuation(tokenizer)
 
@@ -45,38 +47,37 @@ def main(run: Run) -> None:
             **run.mask_ids,
             pair_weight=section.pair_weight,
         ),
-        lambda key, _: start_params(run.config.teacher.path, init, key),
-        _heldout_judge(run, apply),
+        lambda key, _: start_params(run.teacher_section.path, init, key),
+        _heldout_judge(run, plan, apply),
     )
     trained = run_stage(
         run,
         Training(
-            name="pretrain",
-            section=section,
+            plan=plan,
             members={SOLE: teacher},
-            feed=stage_feed(run, "pretrain"),
+            feed=stage_feed(run, plan),
             frozen=(),
             flops_per_token=lambda width: flops.training_flops_per_token(
-                [run.teacher], width, num_read=tokens_read(run, "pretrain", width)
+                [run.teacher], width, num_read=tokens_read(run, plan, width)
             ),
         ),
     )
-    save_model(run.model_folder("pretrain"), trained[SOLE][0], run.teacher, tokenizer)
+    save_model(run.model_folder(plan.name), trained[SOLE][0], run.teacher, tokenizer)
 
 
-def _heldout_judge(run: Run, apply: Apply) -> Judge | None:
+def _heldout_judge(run: Run, plan: StagePlan, apply: Apply) -> Judge | None:
     """Loss, perplexity and masked accuracy on the held-out documents, if any."""
-    section = run.section("pretrain")
+    section = plan.section
     if run.heldout_store:
         rows = segment_rows(run.heldout_store)
     elif run.heldout:
         rows = tokenize_corpus(run.tokenizer, run.heldout, section.max_length)
     else:
         return None
-    run.log.say(f"pretrain: {len(rows.lengths):,} rows, {len(rows.ids):,} tokens held out")
+    run.log.say(f"{plan.name}: {len(rows.lengths):,} rows, {len(rows.ids):,} tokens held out")
     score = make_masked_lm_scorer(
         apply,
-        key=jax.random.fold_in(jax.random.key(run.config.seed), len(STAGES)),
+        key=jax.random.fold_in(jax.random.key(run.seed), HELDOUT_SALT),
         **run.mask_ids,
         buckets=section.buckets(),
         pad_token_id=run.tokenizer.pad_token_id,

@@ -1,12 +1,12 @@
 """Costs up front: what each stage of a run will take, before anything is trained or written.
 
-Owns what of a config costs what; the arithmetic is `cost`'s. Trains and writes nothing.
+Owns what of a config costs what; the arithmetic is that of `performance.flops`. Trains and writes nothing.
 """
 
 import datetime
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,35 +14,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinybert_jax.batches.batch import Batch
-from tinybert_jax.settings.sizes import ModelConfig
-from tinybert_jax.config.objectives import AttentionTerm, LayerTerm, RelationTerm
+from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import StageSection
-from tinybert_jax.runs.stage_batches import stage_feed
-from tinybert_jax.losses.attention import builds_maps, reads_scores
-from tinybert_jax.losses.relations import RELATION_BLOCK
 from tinybert_jax.models.heads import make_masked_lm
 from tinybert_jax.objectives.objective import encoder_inputs
 from tinybert_jax.parallel.mesh import num_batch_shards, takes_turns
 from tinybert_jax.performance import flops as model_flops
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
-from tinybert_jax.runs.workload import Words
-from tinybert_jax.runs.workload import Work
-from tinybert_jax.runs.workload import examples_read
-from tinybert_jax.runs.workload import layer_pairs
-from tinybert_jax.runs.workload import projected
-from tinybert_jax.runs.workload import tokens_read
-from tinybert_jax.runs.workload import words_of
-from tinybert_jax.runs.workload import work_of
 from tinybert_jax.report.tables import si
-from tinybert_jax.runs.run import Run
-from tinybert_jax.runs.run import compute_options
-from tinybert_jax.runs.run import with_dropout
+from tinybert_jax.runs.run import Run, frozen_options, trained_options, with_dropout
+from tinybert_jax.runs.stage_batches import stage_feed
+from tinybert_jax.runs.workload import (
+    Words,
+    Work,
+    examples_read,
+    projected,
+    tokens_read,
+    words_of,
+    work_of,
+)
+from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.terms.term import Row, Tap
 
 _SAMPLED = 64  # batches that are looked at
 _UTILISATION = 0.4  # of the peak, assumed
 _DEVICES = (("H200", "NVIDIA H200"), ("v5e", "TPU v5e"), ("v6e", "TPU v6e"))
 _FP32 = 4  # bytes
-_BLOCK_MAPS = 6  # that it has at one time, as XLA:CPU compiles it
 
 
 class Costs(NamedTuple):
@@ -61,20 +58,20 @@ class Costs(NamedTuple):
         return sum(self.flops.values())
 
 
-def describe(run: Run, stages: tuple[str, ...]) -> str:
+def describe(run: Run, plans: Sequence[StagePlan]) -> str:
     """Steps, tokens, parameters, FLOPs by part, memory and time of each stage that is not done.
 
     Time is of the training steps, at 40 % of one device's peak in the run's compute dtype:
     measured on this CPU, by the makers' sheets (`cost.peak_flops`) of others.
     """
-    dtype = run.config.compute.dtype.removesuffix("_products")
-    priced = {stage: price(run, stage) for stage in stages if not run.is_done(stage)}
+    dtype = run.compute.dtype.removesuffix("_products")
+    priced = {plan.name: price(run, plan) for plan in plans if not run.is_done(plan.name)}
     peaks = _peaks(dtype) if priced else {}
     told = [
-        _description(run, stage, priced[stage], peaks, dtype)
-        if stage in priced
-        else f"{stage}: done before"
-        for stage in stages
+        _description(run, plan, priced[plan.name], peaks, dtype)
+        if plan.name in priced
+        else f"{plan.name}: done before"
+        for plan in plans
     ]
     if len(priced) > 1:
         total = sum(costs.total_flops for costs in priced.values())
@@ -82,7 +79,7 @@ def describe(run: Run, stages: tuple[str, ...]) -> str:
     return "\n\n".join(told)
 
 
-def price(run: Run, stage: str) -> Costs:
+def price(run: Run, plan: StagePlan) -> Costs:
     """What a stage takes, by 64 batches from its first step to its last, each at its own width.
 
     FLOPs: `forward` and `backward` (two forward passes) of the trained encoders, one forward pass
@@ -100,21 +97,21 @@ def price(run: Run, stage: str) -> Costs:
     scanned layers and the terms of tinybert, minilmv2 and distilbert this came within 15 % of
     XLA:CPU's `memory_analysis`.
     """
-    section, work = run.section(stage), work_of(run, stage)
-    feed = stage_feed(run, stage)
+    section, work = plan.section, work_of(run, plan)
+    feed = stage_feed(run, plan)
     num_steps = feed.num_steps(section)
     steps = np.unique(np.linspace(0, num_steps - 1, _SAMPLED).astype(int))
     batches = [feed.batch_at(int(step)) for step in steps]
     words = [
-        words_of(run, stage, work.terms, batch, float(step / max(num_steps - 1, 1)))
+        words_of(run, plan, batch, float(step / max(num_steps - 1, 1)))
         for step, batch in zip(steps, batches, strict=True)
     ]
-    reads = [tokens_read(run, stage, b.shape[1], b.num_segments) for b in batches]
+    reads = [tokens_read(run, plan, b.shape[1], b.num_segments) for b in batches]
     flops = [_flops(work, *each) for each in zip(batches, words, reads, strict=True)]
     parts = {name: num_steps * float(np.mean([own[name] for own in flops])) for name in flops[0]}
     if work.beforehand:
         parts["teacher"] = parts.get("teacher", 0.0) + feed.num_batches * float(
-            np.mean([_forward_flops(work.beforehand, b, examples_read(b)) for b in batches])
+            np.mean([_forward_flops(work.beforehand, b, examples_read(run, b)) for b in batches])
         )
     largest = max(range(len(batches)), key=lambda i: batches[i].num_slots)
     return Costs(
@@ -124,7 +121,7 @@ def price(run: Run, stage: str) -> Costs:
         max(b.shape[1] for b in batches),
         parts,
         _state_bytes(run, section, work),
-        _activation_bytes(run, stage, work, batches[largest], words[largest]),
+        _activation_bytes(run, plan, work, batches[largest], words[largest]),
     )
 
 
@@ -138,11 +135,11 @@ def _peaks(dtype: str) -> dict[str, float]:
     return peaks
 
 
-def _description(run: Run, stage: str, costs: Costs, peaks: dict[str, float], dtype: str) -> str:
-    work, devices = work_of(run, stage), run.mesh.size
+def _description(run: Run, plan: StagePlan, costs: Costs, peaks: dict[str, float], dtype: str) -> str:
+    work, devices = work_of(run, plan), run.mesh.size
     times = f" × {work.num_seeds} seeds" if work.num_seeds > 1 else ""
     lines = [
-        f"{stage}: {costs.num_steps:,} steps, {si(costs.num_tokens)} tokens in "
+        f"{plan.name}: {costs.num_steps:,} steps, {si(costs.num_tokens)} tokens in "
         f"{si(costs.num_slots)} slots ({1 - costs.num_tokens / costs.num_slots:.0%} padding), "
         f"rows of up to {costs.width}",
         *(
@@ -220,9 +217,9 @@ def _state_bytes(run: Run, section: StageSection, work: Work) -> float:
     frozen = model_flops.num_parameters(work.teacher) if work.teacher else 0
     if work.teacher:
         # Its kernels are kept rounded; biases, scales and LayerNorms are next to nothing.
-        num_bytes = _LAYER_BYTES[run.config.compute.frozen_dtype]
+        num_bytes = _LAYER_BYTES[run.compute.frozen_dtype]
         frozen -= model_flops.num_encoder_parameters(work.teacher) * (1 - num_bytes / _FP32)
-        is_shared = run.config.distillation.projection == "shared"
+        is_shared = run.distillation.projection == "shared"
         for model in (own for own in work.trained.values() if projected(work, own)):
             num_projections = 1 if is_shared else model.num_hidden_layers + 1
             trained += num_projections * (model.hidden_size + 1) * work.teacher.hidden_size
@@ -230,14 +227,14 @@ def _state_bytes(run: Run, section: StageSection, work: Work) -> float:
     return _FP32 * (copies * work.num_seeds * trained + frozen) / split
 
 
-def _activation_bytes(run: Run, stage: str, work: Work, batch: Batch, words: Words | None) -> float:
-    section = run.section(stage)
+def _activation_bytes(run: Run, plan: StagePlan, work: Work, batch: Batch, words: Words | None) -> float:
+    section = plan.section
     num_parts = num_batch_shards(run.mesh) * section.gradient_accumulation_steps
     num_rows, width = batch.shape[0] / num_parts, batch.shape[1]
     values = num_rows * width * (work.teacher.hidden_size if work.teacher else 0)
     students = theirs = 0.0
     for model in work.trained.values():
-        students += num_rows * _saved_bytes_a_row(run, stage, model, batch)
+        students += num_rows * _saved_bytes_a_row(run, plan, model, batch)
         if work.teacher:
             students += _FP32 * values * len(projected(work, model))
             students += _FP32 * num_rows * _num_pairs_in_maps(run, work, model, batch)
@@ -245,21 +242,21 @@ def _activation_bytes(run: Run, stage: str, work: Work, batch: Batch, words: Wor
             num_copies = 2 + bool(words.teacher)  # the student's logits and their gradient
             students += _FP32 * num_copies * words.chunk * model.vocab_size
     if work.teacher:
-        itemsize = compute_options(run.config)["dtype"].itemsize
+        itemsize = frozen_options(run.compute)["dtype"].itemsize
         num_taps, num_pairs = _num_taps(run, work, batch)
         theirs = itemsize * values * num_taps + _FP32 * num_rows * num_pairs
     num_at_a_time = 1 if takes_turns(run.mesh) else work.num_seeds
     return num_at_a_time * students + theirs
 
 
-def _saved_bytes_a_row(run: Run, stage: str, model: ModelConfig, batch: Batch) -> int:
+def _saved_bytes_a_row(run: Run, plan: StagePlan, model: ModelConfig, batch: Batch) -> int:
     """What reverse-mode differentiation of the encoder keeps of one more row, with score maps.
 
     Where heads read few tokens, that of the masked LM's head too: next to nothing of a classifier.
     """
-    options = compute_options(run.config, stage) | {"attention": "xla"}  # whatever machine plans
-    apply, init = make_masked_lm(with_dropout(model, run.section(stage)), **options)
-    num_read = tokens_read(run, stage, batch.shape[1], batch.num_segments)
+    options = trained_options(run.compute, plan) | {"attention": "xla"}  # whatever machine plans
+    apply, init = make_masked_lm(with_dropout(model, plan.section), **options)
+    num_read = tokens_read(run, plan, batch.shape[1], batch.num_segments)
     key = jax.random.key(0)
     params = jax.eval_shape(init, key)
 
@@ -285,38 +282,18 @@ def _saved_bytes_a_row(run: Run, stage: str, model: ModelConfig, batch: Batch) -
 
 def _num_pairs_in_maps(run: Run, work: Work, student: ModelConfig, batch: Batch) -> int:
     """Entries of the [query, key] maps that terms build of a row."""
-    width, is_packed = batch.shape[1], batch.attention_mask.dtype != bool
-    total = 0
-    for term in work.terms:
-        if isinstance(term, RelationTerm):
-            # A single block goes without a loop: then all relations are there at one time.
-            is_loop = width > RELATION_BLOCK
-            num_relations = 1 if is_loop else len(term.of) * len(layer_pairs(work, student, term))
-            total += num_relations * _BLOCK_MAPS * term.heads * min(RELATION_BLOCK, width) * width
-        elif isinstance(term, AttentionTerm):
-            assert work.teacher is not None
-            dims = (
-                m.hidden_size // (term.heads or m.num_attention_heads)
-                for m in (student, work.teacher)
-            )
-            heads = len(term.head_map or ()) or term.heads or student.num_attention_heads
-            if builds_maps(width, *dims, packed=is_packed) or _reads_maps(
-                run, work, student, term, batch
-            ):
-                total += len(layer_pairs(work, student, term)) * heads * width**2
-    return total
+    if work.teacher is None:
+        return 0
+    row = _row(run, batch)
+    return sum(term.num_map_entries(student, work.teacher, row) for term in work.terms)
 
 
-def _reads_maps(
-    run: Run, work: Work, student: ModelConfig, term: AttentionTerm, batch: Batch
-) -> bool:
-    """Whether a term reads the maps that both models' attention builds, on a CPU."""
-    assert work.teacher is not None
-    dims = (m.hidden_size // m.num_attention_heads for m in (student, work.teacher))
-    is_packed, compute = batch.attention_mask.dtype != bool, run.config.compute
+def _row(run: Run, batch: Batch) -> Row:
+    """The layout of a batch's rows; score maps are kept by unrolled layers in fp32, on a CPU."""
+    compute = run.compute
     is_float32 = "bfloat16" not in (compute.dtype, compute.frozen_dtype)
-    can_read = compute.unroll_layers and is_float32 and term.keeps_heads
-    return can_read and reads_scores(batch.shape[1], *dims, packed=is_packed)
+    is_packed = batch.attention_mask.dtype != bool
+    return Row(batch.shape[1], is_packed, compute.unroll_layers and is_float32)
 
 
 def _num_taps(run: Run, work: Work, batch: Batch) -> tuple[int, int]:
@@ -325,28 +302,16 @@ def _num_taps(run: Run, work: Work, batch: Batch) -> tuple[int, int]:
     A scan keeps those of all layers.
     """
     assert work.teacher is not None
-    num_layers, heads = work.teacher.num_hidden_layers, work.teacher.num_attention_heads
-    taps: set[tuple[str, int]] = set()
+    row, teacher = _row(run, batch), work.teacher
+    taps: set[Tap] = set()
     for term, student in itertools.product(work.terms, work.trained.values()):
-        kinds = term.of if isinstance(term, RelationTerm) else _TAPS.get(term.term, ())
-        if isinstance(term, AttentionTerm) and _reads_maps(run, work, student, term, batch):
-            kinds = ("maps",)
-        layers: Iterable[int] = range(1, num_layers + 1)
-        if run.config.compute.unroll_layers:
-            layers = [num_layers]
-            if isinstance(term, LayerTerm):
-                layers = [theirs for _, theirs in layer_pairs(work, student, term)]
-        taps |= {(k, 0 if k == "embedding" else i) for k, i in itertools.product(kinds, layers)}
-    num_maps = sum(kind == "maps" for kind, _ in taps)
-    return len(taps) - num_maps, num_maps * heads * batch.shape[1] ** 2
+        for tap in term.teacher_taps(student, teacher, row):
+            is_scanned = tap.layer > 0 and not run.compute.unroll_layers
+            layers = range(1, teacher.num_hidden_layers + 1) if is_scanned else [tap.layer]
+            taps |= {Tap(tap.kind, layer) for layer in layers}
+    num_maps = sum(tap.kind == "maps" for tap in taps)
+    entries = num_maps * teacher.num_attention_heads * batch.shape[1] ** 2
+    return len(taps) - num_maps, entries
 
 
 _LAYER_BYTES = {"float32": 4, "bfloat16": 2, "bfloat16_products": 2, "int8_products": 1}
-
-_TAPS = {
-    "attention": ("queries", "keys"),
-    "hidden": ("hidden",),
-    "cls": ("hidden",),
-    "cosine": ("hidden",),
-    "embedding": ("embedding",),
-}

@@ -1,33 +1,38 @@
-"""The inputs of a run, as its config names them: read, not yet checked against one another."""
+"""The inputs of a run, each from its section: read, not yet checked against one another."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from tinybert_jax.runs.preflight import naming
-from tinybert_jax.config.data import CorpusSection
-from tinybert_jax.config.models import FurtherTeacher
-from tinybert_jax.settings.sizes import ModelConfig
-from tinybert_jax.config.models import Student
-from tinybert_jax.config.models import StudentSection
-from tinybert_jax.config.models import further_origin
-from tinybert_jax.config.models import student_origin
-from tinybert_jax.config.run import RunConfig
+from tinybert_jax.config.data import CorpusSection, TokenizerSection
+from tinybert_jax.config.models import (
+    FurtherTeacher,
+    FurtherTeacherSection,
+    Student,
+    StudentSection,
+    TeacherSection,
+    further_origin,
+    student_origin,
+)
+from tinybert_jax.config.tasks import TaskSection
 from tinybert_jax.data.splits import TaskData, corpus_documents, read_task, split_heldout
 from tinybert_jax.data.wordpiece import train_wordpiece
 from tinybert_jax.huggingface.folder import read_model
 from tinybert_jax.huggingface.hub import find_folder, load_tokenizer
+from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.tasks.table import TASKS
 from tinybert_jax.tokens.store import Store, open_store
 
 
-class Text(NamedTuple):
-    """The corpus: as documents, or as token stores."""
+class Corpus(NamedTuple):
+    """Plain text: as documents, or as token stores."""
 
-    corpus: tuple[str, ...] = ()
-    heldout: tuple[str, ...] = ()  # documents of the corpus that no stage trains on
+    documents: tuple[str, ...] = ()
+    heldout: tuple[str, ...] = ()  # documents that no stage trains on
     stores: tuple[tuple[Store, float], ...] = ()  # each with its weight
     heldout_store: Store | None = None
 
@@ -38,47 +43,63 @@ class Inputs(NamedTuple):
     further_teachers: tuple[FurtherTeacher, ...]
     students: tuple[Student, ...]
     task: TaskData | None
-    text: Text
+    corpus: Corpus
 
 
-def read_inputs(config: RunConfig, folder: Path) -> Inputs:
-    """All that the config names; a tokenizer that the run folder holds already comes from there.
+def read_inputs(
+    *,
+    teacher: TeacherSection,
+    further: Sequence[FurtherTeacherSection],
+    students: Mapping[str, StudentSection],
+    tokenizer: TokenizerSection,
+    corpus: CorpusSection | None,
+    task: TaskSection | None,
+    kept_tokenizer: Path,
+) -> Inputs:
+    """All that the sections name; where `kept_tokenizer` is a folder, its tokenizer is taken.
 
     Raises one ValueError that tells of every input that cannot be read, a line each.
     """
     # Models before the tokenizer: transformers reads config.json too, and fails less clearly.
-    members = config.family.items()
-    further = tuple(enumerate(config.distillation.further_teachers))
-    given, _, *sizes, task, text, _ = _read_all(
-        lambda: _read_sizes("teacher", config.teacher.path),
-        lambda: _read_sizes("teacher.finetuned", config.teacher.finetuned),
+    given, _, *sizes, examples, text, _ = _read_all(
+        lambda: _read_sizes("teacher", teacher.path),
+        lambda: _read_sizes("teacher.finetuned", teacher.finetuned),
         *(
             functools.partial(_read_sizes, student_origin(name), section.path)
-            for name, section in members
+            for name, section in students.items()
         ),
         *(
             functools.partial(_read_sizes, further_origin(number), section.path)
-            for number, section in further
+            for number, section in enumerate(further)
         ),
-        lambda: read_task(config.task) if config.task else None,
-        lambda: _read_text(config.corpus),
-        lambda: find_folder(config.tokenizer.path) if config.tokenizer.path else None,
+        lambda: read_task(task, TASKS[task.kind].read) if task else None,
+        lambda: _read_corpus(corpus),
+        lambda: find_folder(tokenizer.path) if tokenizer.path else None,
     )
-    tokenizer = _make_tokenizer(config, folder, text.corpus)
-    teacher = given or _fresh_teacher(config, tokenizer)
-    students = tuple(
-        Student(name, section, own or _student_sizes(name, section, teacher))
-        for (name, section), own in zip(members, sizes[: len(members)], strict=True)
+    pieces = _make_tokenizer(tokenizer, teacher.path, kept_tokenizer, text.documents)
+    teacher_sizes = given or _fresh_teacher(teacher, pieces)
+    named = tuple(
+        Student(name, section, own or _student_sizes(name, section, teacher_sizes))
+        for (name, section), own in zip(students.items(), sizes[: len(students)], strict=True)
     )
     others = tuple(
-        FurtherTeacher(*own, sizes)
-        for own, sizes in zip(further, sizes[len(members) :], strict=True)
+        FurtherTeacher(number, section, own)
+        for (number, section), own in zip(enumerate(further), sizes[len(students) :], strict=True)
     )
-    return Inputs(tokenizer, teacher, others, students, task, text)
+    return Inputs(pieces, teacher_sizes, others, named, examples, text)
+
+
+@contextlib.contextmanager
+def naming(origin: str) -> Iterator[None]:
+    """Puts the place in the config before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
 
 
 def _read_all(*readers: Callable[[], Any]) -> list[Any]:
-    """What each of them reads; raises one ValueError of all that cannot be read, a line each."""
+    """The results of all readers; raises one ValueError of all that fail, a line each."""
     results, mistakes = [], []
     for read in readers:
         try:
@@ -90,30 +111,33 @@ def _read_all(*readers: Callable[[], Any]) -> list[Any]:
     return results
 
 
-def _read_text(section: CorpusSection | None) -> Text:
+def _read_corpus(section: CorpusSection | None) -> Corpus:
     if section is None:
-        return Text()
+        return Corpus()
     if not section.stores:
-        return Text(*split_heldout(corpus_documents(section), section.heldout_share))
+        return Corpus(*split_heldout(corpus_documents(section), section.heldout_share))
     stores = tuple((open_store(path), share) for path, share in sorted(section.stores.items()))
     heldout = open_store(section.heldout_store) if section.heldout_store else None
-    return Text(stores=stores, heldout_store=heldout)
+    return Corpus(stores=stores, heldout_store=heldout)
 
 
-def _make_tokenizer(config: RunConfig, folder: Path, corpus: Sequence[str]) -> Any:
-    if (folder / "tokenizer").is_dir():
-        return load_tokenizer(folder / "tokenizer")
-    section = config.tokenizer
+def _make_tokenizer(
+    section: TokenizerSection, teacher: str | None, kept: Path, documents: Sequence[str]
+) -> Any:
+    if kept.is_dir():
+        return load_tokenizer(kept)
     if section.vocab_size:
-        return train_wordpiece(corpus, vocab_size=section.vocab_size, lowercase=section.lowercase)
-    folder_of_pieces = section.path or config.teacher.path
-    assert folder_of_pieces is not None  # the config has one of the three
-    return load_tokenizer(folder_of_pieces)
+        return train_wordpiece(
+            documents, vocab_size=section.vocab_size, lowercase=section.lowercase
+        )
+    folder = section.path or teacher
+    assert folder is not None  # the config has one of the three
+    return load_tokenizer(folder)
 
 
-def _fresh_teacher(config: RunConfig, tokenizer: Any) -> ModelConfig:
+def _fresh_teacher(section: TeacherSection, tokenizer: Any) -> ModelConfig:
     ours = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    return _sized({**config.teacher.sizes(), **ours}, "teacher")
+    return _sized({**section.sizes(), **ours}, "teacher")
 
 
 def _read_sizes(origin: str, path: str | None) -> ModelConfig | None:

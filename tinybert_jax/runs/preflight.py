@@ -1,43 +1,106 @@
-"""What has to hold before a run writes anything. Each raises ValueError: expected, got, the fix.
+"""From a config to a run: reads and checks everything before anything is written.
 
-Reads configs and folders; neither trains nor scores, and writes nothing.
+The only place below the recipes that reads a whole `RunConfig`.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import datetime
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from tinybert_jax.config import load as configs
-from tinybert_jax.config.models import FurtherTeacher
-from tinybert_jax.settings.sizes import ModelConfig
-from tinybert_jax.config.models import Student
-from tinybert_jax.config.objectives import DISTILL_STAGES, AttentionTerm, LayerTerm, model_kind
-from tinybert_jax.config.run import RunConfig
-from tinybert_jax.config.stages import TEACHER_STAGES, StageSection
-from tinybert_jax.data.wordpiece import is_continuation
-from tinybert_jax.huggingface.folder import check_start, read_model
-from tinybert_jax.huggingface.hub import check_same_pieces, check_table
-from tinybert_jax.models.attention import missing_device
-from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
-from tinybert_jax.objectives.alignment import check_heads
-from tinybert_jax.objectives.alignment import check_same_vocabulary
-from tinybert_jax.settings.layer_maps import make_layer_pairs
-from tinybert_jax.parallel.mesh import num_batch_shards
-from tinybert_jax.training.optimizer import make_schedule
-
-# The stage that makes the model which a stage starts from or learns from, where the config has it.
-_STAGE_BEFORE = {
-    "finetune": "pretrain",
-    "general": "pretrain",
-    "intermediate": "finetune",
-    "prediction": "finetune",
-}
-
+from tinybert_jax.config import load as config_files
+from tinybert_jax.config.run import RunConfig, StagePlan
+from tinybert_jax.config.stages import FINETUNE, PRETRAIN, Stage
+from tinybert_jax.parallel.mesh import make_mesh
+from tinybert_jax.performance import host
+from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
+from tinybert_jax.runs import checks, corpus_checks
+from tinybert_jax.runs.inputs import read_inputs
+from tinybert_jax.runs.run import Run, RunTask, check_teacher
+from tinybert_jax.tasks.table import TASKS
+from tinybert_jax.training.metric_log import MetricLog
 
 _MAY_CHANGE = ("distillation.teacher_margin",)  # when a run goes on: no array depends on it
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+
+
+@contextlib.contextmanager
+def open_run(config: RunConfig, stages: Sequence[Stage]) -> Iterator[Run]:
+    """Reads and checks all inputs of the given stages, then opens or resumes the run folder.
+
+    Raises ValueError, with nothing written, where an input is wrong or the folder belongs to
+    another config or to a run that is still going.
+    """
+    run = read_run(config, stages)
+    if _learns_now(run, stages):
+        check_teacher(run, run.task_teacher, run.teacher)
+    for plan in (run.plans[stage.name] for stage in stages):
+        if plan.keeps_logits and not run.is_done(plan.name):
+            for own in run.further_teachers:
+                check_teacher(run, own.section.path, own.sizes)
+    with host.locked(run.folder, "run_dir"):
+        check_folder(run.folder, config)  # again: another run may have begun while we read
+        _write_identity(run.folder, config, run.mesh)
+        _keep_tokenizer(run.folder, run.tokenizer)
+        yield run._replace(peak_flops=_peak_flops(config.compute.dtype, run.mesh.size))
+
+
+def read_run(config: RunConfig, stages: Sequence[Stage]) -> Run:
+    """Reads and checks all inputs of the given stages; scores no model, writes nothing."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"expected one process, got {jax.process_count()}: use one with all devices"
+        )
+    folder = Path(config.run_dir).expanduser().resolve()
+    check_folder(folder, config)
+    inputs = read_inputs(
+        teacher=config.teacher,
+        further=config.distillation.further_teachers,
+        students=config.family,
+        tokenizer=config.tokenizer,
+        corpus=config.corpus,
+        task=config.task,
+        kept_tokenizer=folder / "tokenizer",
+    )
+    task = None
+    if config.task and inputs.task:
+        kind = TASKS[config.task.kind]
+        task = RunTask(kind, config.task.name, config.task.score, inputs.task)
+    run = Run(
+        name=config.name,
+        folder=folder,
+        mesh=make_mesh(config.mesh),
+        log=MetricLog(folder / "metrics.jsonl"),
+        seed=config.seed,
+        plans=config.plans,
+        compute=config.compute,
+        distillation=config.distillation,
+        tokenizer=inputs.tokenizer,
+        teacher=inputs.teacher,
+        teacher_section=config.teacher,
+        further_teachers=inputs.further_teachers,
+        students=inputs.students,
+        is_family=config.students is not None,
+        task=task,
+        corpus=inputs.corpus.documents,
+        heldout=inputs.corpus.heldout,
+        stores=inputs.corpus.stores,
+        heldout_store=inputs.corpus.heldout_store,
+        peak_flops=np.nan,  # measured once the run is sure to start
+    )
+    _check_order(config, stages, run)
+    _check(run, [run.plans[stage.name] for stage in stages])
+    return run
 
 
 def check_folder(folder: Path, config: RunConfig) -> None:
@@ -56,7 +119,7 @@ def check_folder(folder: Path, config: RunConfig) -> None:
                 f"with {', '.join(foreign[:3])}{', …' if len(foreign) > 3 else ''}; choose another"
             )
         return
-    changes = configs.differences(file, config, ignored=_MAY_CHANGE)
+    changes = config_files.differences(file, config, ignored=_MAY_CHANGE)
     if changes:
         raise ValueError(
             f"run_dir: {folder} holds a run of another config; choose another run_dir, or undo "
@@ -64,316 +127,119 @@ def check_folder(folder: Path, config: RunConfig) -> None:
         )
 
 
-def check_order(config: RunConfig, stages: Sequence[str], is_done: Callable[[str], bool]) -> None:
+def learns_task(plans: Sequence[StagePlan]) -> bool:
+    """Whether any of the stages reads a teacher that knows the task."""
+    return any(plan.teaches and plan.stage.teacher == "task" for plan in plans)
+
+
+def _check_order(config: RunConfig, stages: Sequence[Stage], run: Run) -> None:
     """Refuses a stage whose teacher the config wants trained first, by a stage not run yet."""
-    there = tuple(name for name in DISTILL_STAGES if name in stages or is_done(name))
-    for name in stages:
-        before = _STAGE_BEFORE.get(name)
-        if name in DISTILL_STAGES and not config.reads_teacher(name, there):
+    there = tuple(own for own in config.stages if own in stages or run.is_done(own.name))
+    for stage in stages:
+        if stage.distils and not config.reads_teacher(stage, there):
             continue
-        if before and getattr(config, before) and before not in stages and not is_done(before):
+        before = {"pretrained": PRETRAIN, "task": FINETUNE}.get(stage.teacher or "")
+        if stage.role == "teacher" and stage.starts_from:
+            before = PRETRAIN
+        is_wanted = before is not None and before in config.stages and before not in stages
+        if before and is_wanted and not run.is_done(before.name):
             raise ValueError(
-                f"{name}: expected a finished {before} stage in {config.run_dir}, found none; do "
-                f"`tinybert {before}` with this config first, or all at once with `tinybert run`"
+                f"{stage.name}: expected a finished {before.name} stage in {config.run_dir}, found "
+                f"none; do `tinybert {before.name}` with this config first, or all at once with "
+                "`tinybert run`"
             )
 
 
-def check_vocabularies(config: RunConfig, tokenizer: Any, students: Sequence[Student]) -> None:
-    """Refuses a given model whose folder has another tokenizer than the run's."""
-    if config.teacher.path:
-        check_same_pieces(tokenizer, config.teacher.path, "teacher")
-    if config.teacher.finetuned:
-        check_same_pieces(tokenizer, config.teacher.finetuned, "teacher")
-    for student in students:
-        if student.section.path:
-            with naming(student.origin):
-                check_same_pieces(tokenizer, student.section.path, "student")
-    masks = [name for name in ("pretrain", "general") if _masks(config, name)]
-    if masks and tokenizer.mask_token is None:
-        raise ValueError(
-            f"{masks[0]}: expected a tokenizer with a mask_token, got one without; set "
-            "tokenizer.path to a folder of BERT's kind"
-        )
-    if config.pretrain and config.pretrain.mask_unit != "token":
-        is_continuation(tokenizer)
+def _check(run: Run, plans: Sequence[StagePlan]) -> None:
+    checks.check_sizes(run, plans)
+    checks.check_vocabularies(run)
+    if run.stores:
+        corpus_checks.check_stores(run, plans)
+    elif any(plan.stage.reads_corpus for plan in plans):
+        corpus_checks.check_corpus(run.tokenizer, run.corpus)
+        if run.heldout and any(not p.stage.distils and p.stage.reads_corpus for p in plans):
+            corpus_checks.check_corpus(run.tokenizer, run.heldout, "corpus.heldout_share")
+    if _learns_now(run, [plan.stage for plan in plans]):
+        checks.check_labels(run.task_teacher, run.the_task.data.label_names)
+    if any(plan.keeps_logits for plan in plans):
+        checks.check_further_teachers(run)
+    checks.check_weights(run, plans)
 
 
-def _masks(config: RunConfig, stage: str) -> bool:
-    is_there = getattr(config, stage) is not None
-    return is_there and (stage == "pretrain" or config.distillation.general_mask_rate > 0)
+def _learns_now(run: Run, stages: Sequence[Stage]) -> bool:
+    """Whether a stage will read a teacher of the task that is there already."""
+    pending = [run.plans[stage.name] for stage in stages if not run.is_done(stage.name)]
+    return learns_task(pending) and all(plan.stage is not FINETUNE for plan in pending)
 
 
-def check_sizes(
-    config: RunConfig,
-    stages: Sequence[str],
-    mesh: Mesh,
-    tokenizer: Any,
-    teacher: ModelConfig,
-    students: Sequence[Student],
-) -> None:
-    """Word tables, positions, batches, and what distillation asks of a pair of models."""
-    for name in stages:
-        section = getattr(config, name)
-        _check_attention(config, name, teacher, students)
-        if name != "baseline":
-            _check_model(config, name, "teacher", teacher, tokenizer)
-        for student in students if name not in TEACHER_STAGES else ():
-            with naming(student.origin):
-                _check_model(config, name, "student", student.sizes, tokenizer)
-        check_schedule(name, section)
-        shards = num_batch_shards(mesh) * section.gradient_accumulation_steps
-        for part in section.parts():
-            if part.section.global_batch_size % shards:
-                raise ValueError(
-                    f"{name}.{part.key}global_batch_size: expected a multiple of {shards} (batch "
-                    f"devices × accumulation steps), got {part.section.global_batch_size}"
-                )
-    for student in students if set(DISTILL_STAGES) & set(stages) else ():
-        with naming(student.origin):
-            _check_pair(config, stages, teacher, student.sizes)
-        _check_start(student, teacher)
+def _keep_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Whole or not at all: a resumed run reads it back."""
+    if not (folder / "tokenizer").is_dir():
+        partial = folder / ".tokenizer-partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        tokenizer.save_pretrained(str(partial))
+        partial.rename(folder / "tokenizer")
 
 
-def _check_model(
-    config: RunConfig, stage: str, role: str, model: ModelConfig, tokenizer: Any
-) -> None:
-    """Refuses a model that has no room for a stage's text."""
-    check_table(tokenizer, model, f"the {role}")
-    max_length, positions = getattr(config, stage).max_length, model.max_position_embeddings
-    if max_length > positions:
-        raise ValueError(
-            f"{stage}.max_length: expected at most {positions} (the {role}'s positions), got "
-            f"{max_length}; set {stage}.max_length={positions} or less"
-        )
-    if model.type_vocab_size < 2 and _has_second_part(config, stage):
-        raise ValueError(
-            f"{stage}: expected a {role} with two token types for pairs of texts, got "
-            f"type_vocab_size {model.type_vocab_size}; use another model, or no pairs"
-        )
-
-
-def _check_attention(
-    config: RunConfig, stage: str, teacher: ModelConfig, students: Sequence[Student]
-) -> None:
-    """Refuses flash attention that is asked for by name and cannot train the stage's models."""
-    backend = config.compute.attention
-    if backend in ("auto", "xla"):
-        return
-    origin, fix = f"compute.attention {backend}", "or set compute.attention=auto"
-    missing = missing_device(backend)
-    if missing:
-        raise ValueError(f"{origin}: expected {missing}; run it there, {fix}")
-    trained = [teacher] if stage in TEACHER_STAGES else [student.sizes for student in students]
-    rates = [model.attention_probs_dropout_prob for model in trained]
-    own = getattr(config, stage).dropout
-    rate = max(rates) if own is None else own
-    if rate:
-        raise ValueError(
-            f"{origin}: expected no dropout of attention, got {rate} in {stage}; set "
-            f"{stage}.dropout=0, {fix}"
-        )
-
-
-def _has_second_part(config: RunConfig, stage: str) -> bool:
-    """Whether the rows of a stage are pairs of texts."""
-    if stage == "pretrain":
-        return config.pretrain is not None and config.pretrain.pair_weight > 0
-    return stage != "general" and config.task is not None and config.task.text_pair is not None
-
-
-def check_schedule(stage: str, section: StageSection) -> None:
-    """Refuses schedule settings that do not fit together, as the stage itself would, but now."""
-    try:
-        make_schedule(
-            section.schedule,
-            learning_rate=section.learning_rate,
-            num_steps=1000,
-            warmup_steps=round(section.warmup * 1000),
-            end_factor=section.end_factor,
-            decay_steps=round(section.decay * 1000),
-            power=section.power,
-        )
-    except ValueError as error:
-        raise ValueError(f"{stage}.schedule {section.schedule}, for 1000 steps: {error}") from None
-
-
-def check_weights(
-    config: RunConfig,
-    stages: Sequence[str],
-    teacher: ModelConfig,
-    students: Sequence[Student],
-    num_outputs: int,
-) -> None:
-    """Reads every given folder as the stages will, so that none fails in the middle of a run."""
-    if config.teacher.finetuned:
-        _check_same_sizes(config.teacher.finetuned, teacher)
-    make = {
-        "encoder": make_encoder,
-        "pretrained": lambda model: make_masked_lm(
-            model, pair_head=bool(config.pretrain and config.pretrain.pair_weight)
-        ),
-        "masked_lm": make_masked_lm,
-        "classifier": lambda model: make_classifier(model, num_outputs),
+def _write_identity(folder: Path, config: RunConfig, mesh: Mesh) -> None:
+    partial = folder / ".config-partial"
+    partial.write_text(config_files.dump(config), encoding="utf-8")
+    partial.rename(folder / "config.yaml")
+    environment: dict[str, Any] = {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "tinybert-jax": _own_version(),
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+        "mesh": " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+        "git_commit": _git_commit(),
     }
-    starts = [("teacher", teacher, *start) for start in _teacher_starts(config, stages)]
-    starts += [
-        (student.origin, student.sizes, student.section.path, kind, False)
-        for student in students
-        if student.section.path
-        for kind in _student_kinds(config, stages)
-    ]
-    for origin, model, path, kind, whole in starts:
-        with naming(origin):
-            _, init = make[kind](model)
-            check_start(path, init, whole=whole)
+    environment["earlier"] = _earlier_environments(folder / "env.json")
+    partial = folder / ".env-partial"
+    partial.write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    partial.rename(folder / "env.json")
 
 
-def check_further_teachers(
-    config: RunConfig,
-    tokenizer: Any,
-    teachers: Sequence[FurtherTeacher],
-    num_outputs: int,
-    label_names: Sequence[str] | None,
-) -> None:
-    """Refuses those that cannot say of the task's text what the teacher says."""
-    for own in teachers:
-        path = own.section.path
-        with naming(own.origin):
-            check_same_pieces(tokenizer, path, "teacher")
-            _check_model(config, "prediction", "teacher", own.sizes, tokenizer)
-            check_labels(path, label_names)
-            _, init = make_classifier(own.sizes, num_outputs)
-            check_start(path, init, whole=True)
-
-
-def check_labels(path: str | Path, label_names: Sequence[str] | None) -> None:
-    """Refuses a teacher whose labels, or their order, are not the task's."""
-    theirs = read_model(path).label_names
-    if label_names is None or theirs is None or all(n.startswith("LABEL_") for n in theirs):
-        if label_names is not None and theirs is not None and len(theirs) != len(label_names):
-            raise ValueError(
-                f"labels: expected {len(label_names)} ({list(label_names)}), the teacher {path} "
-                f"has {len(theirs)}; fine-tune it on this task first (finetune section)"
-            )
-        return
-    if tuple(theirs) != tuple(label_names):
-        raise ValueError(
-            f"labels: expected the teacher's order {list(theirs)}, got the task's "
-            f"{list(label_names)}; write task.labels in the teacher's order, or fine-tune the "
-            f"teacher on this task first (finetune section)"
-        )
-
-
-def _check_pair(
-    config: RunConfig, stages: Sequence[str], teacher: ModelConfig, student: ModelConfig
-) -> None:
-    """Refuses a pair of models that a term cannot compare."""
-    terms = [
-        (stage, term)
-        for stage in DISTILL_STAGES
-        if stage in stages
-        for term in config.distillation.terms(stage)
-    ]
-    check_same_vocabulary(student, teacher)
-    for stage, term in terms:
-        origin = f"distillation.{stage}, term {term.term}"
-        with naming(origin):
-            if isinstance(term, AttentionTerm) and not term.heads:
-                check_heads(student, teacher, term.head_map)
-            if isinstance(term, LayerTerm):
-                depths = student.num_hidden_layers, teacher.num_hidden_layers
-                with naming("layer_map"):
-                    make_layer_pairs(term.layer_map, *depths)
-        for role, model in (("student", student), ("teacher", teacher)):
-            heads = getattr(term, "heads", None)
-            if heads and model.hidden_size % heads:
-                raise ValueError(
-                    f"{origin}: expected heads that divide the {role}'s hidden_size "
-                    f"{model.hidden_size}, got {heads}; choose a divisor of both widths"
-                )
-        if term.term in ("cls", "cosine") and student.hidden_size != teacher.hidden_size:
-            raise ValueError(
-                f"{origin}: expected a student as wide as its teacher, got hidden_size "
-                f"{student.hidden_size} and {teacher.hidden_size}; use the term hidden, which has "
-                "a projection"
-            )
-
-
-def _check_start(student: Student, teacher: ModelConfig) -> None:
-    """Refuses a student that cannot start from its teacher's weights as it is to."""
-    init = student.section.init
-    if init == "random":
-        return
-    copies = init == "teacher_layers"
-    is_equal = {"max_position_embeddings": False, "hidden_size": copies}
-    if copies:
-        is_equal |= {"num_attention_heads": True, "intermediate_size": True}
-    for name, equal in is_equal.items():
-        theirs, got = getattr(teacher, name), getattr(student.sizes, name)
-        if got > theirs or (equal and got != theirs):
-            raise ValueError(
-                f"{student.origin}.{name}: expected {'' if equal else 'at most '}{theirs} (the "
-                f"teacher's), got {got}, because {student.origin}.init is {init}; set it to that, "
-                f"or {student.origin}.init=random"
-            )
-    if copies:
-        with naming(f"{student.origin}.init_layers"):
-            make_layer_pairs(
-                student.section.init_layers,
-                student.sizes.num_hidden_layers,
-                teacher.num_hidden_layers,
-            )
-
-
-@contextlib.contextmanager
-def naming(origin: str) -> Iterator[None]:
-    """Puts what is checked before what is wrong with it."""
+def _earlier_environments(file: Path) -> list[dict[str, Any]]:
+    """One entry for each process that worked on the run before, oldest first."""
+    if not file.is_file():
+        return []
     try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from None
-
-
-def _teacher_starts(config: RunConfig, stages: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
-    """Given folders that the stages read: path, what they make of it, if all has to be there."""
-    chosen, teacher = set(stages), config.teacher
-    if teacher.path and "pretrain" in chosen:
-        yield teacher.path, "pretrained", False
-    elif teacher.path and "finetune" in chosen and not config.pretrain:
-        yield teacher.path, "classifier", False
-    if teacher.path and not config.pretrain and "general" in chosen:
-        if config.teaches("general"):
-            kind = model_kind(config.distillation.terms("general"), of_teacher=True)
-            yield teacher.path, kind, True
-        elif config.reads_teacher("general"):
-            yield teacher.path, "encoder", True
-    given, on_task = teacher.finetuned or teacher.path, chosen & {"intermediate", "prediction"}
-    if given and not config.finetune:
-        if any(config.teaches(name) for name in on_task):
-            yield given, "classifier", True
-        elif any(config.reads_teacher(name) for name in on_task):
-            yield given, "encoder", True
-
-
-def _student_kinds(config: RunConfig, stages: Sequence[str]) -> Iterator[str]:
-    """What the stages make of a student's folder."""
-    first = next((name for name in DISTILL_STAGES if name in stages), None)
-    if first == "prediction" or "baseline" in stages:
-        yield "classifier"
-    if first in ("general", "intermediate"):
-        yield model_kind(config.distillation.terms(first))
-
-
-def _check_same_sizes(path: str, teacher: ModelConfig) -> None:
-    """Of all that changes what the weights compute."""
-    free = {"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"}
-    expected = teacher.model_dump(exclude=free | {"pad_token_id"})
-    got = read_model(path).config.model_dump()
-    different = [name for name in expected if got[name] != expected[name]]
-    if different:
+        last = json.loads(file.read_text(encoding="utf-8"))
+        return [*last.pop("earlier", []), last]
+    except (ValueError, AttributeError) as error:
         raise ValueError(
-            f"teacher.finetuned: expected the teacher's "
-            f"{', '.join(f'{name} {expected[name]}' for name in different)}, got "
-            f"{', '.join(f'{name} {got[name]}' for name in different)} in {path}; give "
-            "teacher.path and teacher.finetuned of one model"
-        )
+            f"{file}: expected the JSON object that an earlier process wrote, got {error}; remove "
+            "the file: only the record of earlier machines is lost"
+        ) from None
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("tinybert-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # run from a checkout
+
+
+def _git_commit() -> str:
+    """The commit of the package's own checkout, or 'none' for an installed package."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # or it is somebody else's checkout
+        return git("rev-parse", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+
+
+def _peak_flops(dtype: str, num_devices: int) -> float:
+    """All devices together. Host devices share one CPU, measured; an unknown accelerator: NaN."""
+    device, dtype = jax.devices()[0], dtype.removesuffix("_products")
+    if device.platform == "cpu":
+        return measure_gemm_peak(dtype)
+    return (peak_flops(device.device_kind, dtype) or np.nan) * num_devices

@@ -4,23 +4,23 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from tinybert_jax.batches.tokenize import tokenize_task
 from tinybert_jax.config.models import SOLE
-from tinybert_jax.settings.sizes import ModelConfig
-from tinybert_jax.evaluation.scorer import make_scorer, task_metrics
-from tinybert_jax.huggingface.folder import has_classifier, start_params
+from tinybert_jax.config.run import StagePlan
+from tinybert_jax.config.stages import BASELINE, FINETUNE, PREDICTION
+from tinybert_jax.inference.scorer import make_scorer
+from tinybert_jax.huggingface.folder import read_model, start_params
 from tinybert_jax.huggingface.hub import find_folder
-from tinybert_jax.metrics.classification import confusion_matrix
 from tinybert_jax.models.inputs import Text
-from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.models.params import num_parameters
 from tinybert_jax.performance import flops
-from tinybert_jax.runs.run import Run
+from tinybert_jax.runs.run import Run, make_task_model
+from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.tasks.task import Scored
 
 # Of the masked LM, on the text that was held out.
 HELDOUT = ("loss", "perplexity", "masked_accuracy", "pair_accuracy")
@@ -36,28 +36,13 @@ def collect(
     """
     models = []
     if run.task is not None:
-        teachers = _folders(run, "finetune", SOLE)
-        given = run.config.teacher.finetuned
-        if given is None and run.learns_task(run.config.stages):
-            given = run.config.teacher.path  # it has the task's head, or the run had refused it
-        if given and not teachers:
-            teachers = [Path(given)]
-        places = [("teacher", "finetune", SOLE, run.teacher, teachers)]
-        places += [
-            (role, stage, student.name, student.sizes, _folders(run, stage, student.name))
-            for role, stage in (("student", "prediction"), ("baseline", "baseline"))
-            for student in run.students
-        ]
-        models = [
-            _describe(run, role, stage, name, model, folders)
-            for role, stage, name, model, folders in places
-            if folders and has_classifier(folders[0])
-        ]
+        models = [_describe(run, place) for place in _places(run)]
+    data = run.task.data if run.task else None
     summary = {
-        "name": run.config.name,
-        "metric": run.score if run.task else None,
-        "dev_examples": len(run.task.dev.text) if run.task else 0,
-        "label_names": run.task.label_names if run.task else None,
+        "name": run.name,
+        "metric": run.task.score if run.task else None,
+        "dev_examples": len(data.dev.text) if data else 0,
+        "label_names": data.label_names if data else None,
         "models": models,
         **({"heldout": heldout} if heldout else {}),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -66,7 +51,34 @@ def collect(
     kept = _shares_kept(summary)
     if not kept:
         return summary
-    return {**summary, "share_kept": kept if run.config.students else kept.popitem()[1]}
+    return {**summary, "share_kept": kept if run.is_family else kept.popitem()[1]}
+
+
+class _Place(NamedTuple):
+    """One model of the run, with all its seeds."""
+
+    role: str
+    stage: str
+    member: str
+    sizes: ModelConfig
+    folders: list[Path]
+
+
+def _places(run: Run) -> list[_Place]:
+    """The models that have a head of the task."""
+    teachers = _folders(run, FINETUNE.name, SOLE)
+    section, given = run.teacher_section, run.teacher_section.finetuned
+    is_taught = any(p.teaches for p in run.plans.values() if p.stage.teacher == "task")
+    if given is None and is_taught:
+        given = section.path  # it has the task's head, or the run had refused it
+    if given and not teachers:
+        teachers = [Path(given)]
+    places = [_Place("teacher", FINETUNE.name, SOLE, run.teacher, teachers)]
+    for role, stage in (("student", PREDICTION.name), ("baseline", BASELINE.name)):
+        for student in run.students:
+            folders = _folders(run, stage, student.name)
+            places.append(_Place(role, stage, student.name, student.sizes, folders))
+    return [place for place in places if place.folders and read_model(place.folders[0]).head]
 
 
 def headline(summary: dict[str, Any]) -> str:
@@ -102,18 +114,18 @@ def best_of(by_seed: Sequence[Mapping[str, float]], metric: str) -> int:
     return int(np.argmax([own[metric] for own in by_seed]))
 
 
-def dev_logits(run: Run, stage: str, params: Sequence[Any], model: ModelConfig) -> list[np.ndarray]:
-    """Each model's logits on the dev set [rows, num_labels], in fp32."""
-    known = (getattr(run.config, name) for name in (stage, "prediction", *run.config.stages))
-    section = next(section for section in known if section is not None)
-    apply, _ = make_classifier(model, run.data.num_outputs)
-    rows = tokenize_task(run.tokenizer, run.data.dev, section.max_length)
+def score_dev(run: Run, plan: StagePlan, params: Sequence[Any], sizes: ModelConfig) -> list[Scored]:
+    """The dev set with each model's logits, in fp32."""
+    task, dev, section = run.the_task.kind, run.the_task.data.dev, plan.section
+    apply, _ = make_task_model(run, sizes)
+    rows = task.encode(run.tokenizer, dev, section.max_length)
     score = make_scorer(apply, buckets=section.buckets(), pad_token_id=run.tokenizer.pad_token_id)
-    return [score(own, rows) for own in params]
+    return [Scored(score(own, rows), rows, dev) for own in params]
 
 
-def dev_metrics(run: Run, logits: np.ndarray) -> dict[str, float]:
-    return task_metrics(logits, run.data.dev_labels, regression=run.is_regression)
+def measure(run: Run, scored: Scored) -> dict[str, float]:
+    task = run.the_task.kind
+    return task.measure(scored, task.tuned(scored))
 
 
 def _spread(metric: str, model: dict[str, Any]) -> str:
@@ -127,13 +139,11 @@ def _spread(metric: str, model: dict[str, Any]) -> str:
 
 def _folders(run: Run, stage: str, member: str) -> list[Path]:
     """The model of each seed of a stage, where it is done."""
-    return run.seed_folders(stage, member) if run.is_done(stage) else []
+    return run.seed_folders(run.plans[stage], member) if run.is_done(stage) else []
 
 
-def _describe(
-    run: Run, role: str, stage: str, member: str, model: ModelConfig, folders: list[Path]
-) -> dict[str, Any]:
-    """Sizes and scores; `confusion` is of the best of several seeds.
+def _describe(run: Run, place: _Place) -> dict[str, Any]:
+    """Sizes and scores; details, such as the confusion matrix, are of the best of several seeds.
 
     `flops_per_token` are of the whole model, as published figures are; `latency_ms` is of the
     program that runs, which leaves out what of the last layer no head reads.
@@ -141,16 +151,17 @@ def _describe(
     `metrics` are of several students the mean, and of several teachers those of the best, which
     is the one that teaches.
     """
-    weights = find_folder(folders[0]).glob("model*.safetensors")  # one, or shards
-    apply, init = make_classifier(model, run.data.num_outputs)
-    params = [start_params(folder, init, whole=True) for folder in folders]
-    logits = dev_logits(run, stage, params, model)
-    by_seed = [dev_metrics(run, own) for own in logits]
-    best = best_of(by_seed, run.score)
+    role, model = place.role, place.sizes
+    weights = find_folder(place.folders[0]).glob("model*.safetensors")  # one, or shards
+    apply, init = make_task_model(run, model)
+    params = [start_params(folder, init, whole=True) for folder in place.folders]
+    each = score_dev(run, _judging_plan(run, place.stage), params, model)
+    by_seed = [measure(run, scored) for scored in each]
+    best = best_of(by_seed, run.the_task.score)
     description = {
         "role": role,
-        "name": member or _sizes(model),
-        "stage": stage,
+        "name": place.member or _sizes(model),
+        "stage": place.stage,
         "num_parameters": num_parameters(params[0]),
         "num_encoder_parameters": flops.num_encoder_parameters(model),
         "flops_per_token": round(flops.forward_flops_per_token(model, _LATENCY_LENGTH)),
@@ -165,11 +176,14 @@ def _describe(
         description |= {"by_seed": by_seed, "deviation": deviation}
         if role == "teacher":
             description["mean"] = _over_seeds(np.mean, by_seed)
-    if run.data.label_names:
-        chosen = logits[best].argmax(-1)
-        counts = confusion_matrix(chosen, run.data.dev_labels, run.data.num_outputs)
-        description["confusion"] = counts.tolist()
-    return description
+    task = run.the_task.kind
+    return description | task.details(each[best], task.tuned(each[best]))
+
+
+def _judging_plan(run: Run, stage: str) -> StagePlan:
+    """The stage whose batches a model is judged in: the one that made it, or the run's first."""
+    known = (run.plans.get(name) for name in (stage, PREDICTION.name, *run.plans))
+    return next(plan for plan in known if plan is not None)
 
 
 def _over_seeds(
@@ -189,7 +203,13 @@ def _latency(apply, params, length: int) -> dict[str, Any]:
         forward(params, ids).block_until_ready()
         times.append(1000 * (time.perf_counter() - start))
     median = float(np.median(times[3:]))
-    return {"batch": _LATENCY_BATCH, "seq_len": length, "median": round(median, 3)}
+    device = jax.devices()[0].device_kind
+    return {
+        "batch": _LATENCY_BATCH,
+        "seq_len": length,
+        "median": round(median, 3),
+        "device": device,
+    }
 
 
 def _shares_kept(summary: dict[str, Any]) -> dict[str, float]:

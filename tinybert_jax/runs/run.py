@@ -1,56 +1,58 @@
-"""One run: its inputs, its folder, its mesh. All is read and checked before anything is written."""
+"""One run as its stages see it: folder, devices, inputs, and the models of finished stages."""
 
-import contextlib
-import importlib.metadata
-import json
-import platform
 import shutil
-import subprocess
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from tinybert_jax.runs.preflight import check_folder, check_further_teachers, check_labels, check_order, check_sizes, check_vocabularies, check_weights
-from tinybert_jax.runs import corpus_preflight
-from tinybert_jax.batches.tokenize import tokenize_task
-from tinybert_jax.config import load as configs
-from tinybert_jax.config.models import SOLE
-from tinybert_jax.config.models import FurtherTeacher
-from tinybert_jax.settings.sizes import ModelConfig
-from tinybert_jax.config.models import Student
-from tinybert_jax.config.run import RunConfig
-from tinybert_jax.config.stages import StageSection
+from tinybert_jax.config.compute import ComputeSection
+from tinybert_jax.config.models import SOLE, FurtherTeacher, Student, TeacherSection
+from tinybert_jax.config.objectives import DistillSection
+from tinybert_jax.config.run import StagePlan
+from tinybert_jax.config.stages import FINETUNE, PRETRAIN, StageSection
 from tinybert_jax.data.splits import TaskData
-from tinybert_jax.evaluation.scorer import Judge, majority_share, make_scorer, task_metrics
-from tinybert_jax.huggingface.folder import start_params
-from tinybert_jax.runs.inputs import read_inputs
-from tinybert_jax.models.heads import make_classifier
+from tinybert_jax.inference.scorer import Judge
+from tinybert_jax.inference.scorer import make_scorer
+from tinybert_jax.huggingface.folder import Head, start_params
+from tinybert_jax.models.heads import Model
 from tinybert_jax.models.params import Apply, Params, frozen_params
-from tinybert_jax.parallel import sharding
-from tinybert_jax.parallel.mesh import make_mesh
-from tinybert_jax.performance import host
-from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
+from tinybert_jax.parallel.sharding import placed
+from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.tasks.task import Scored, Settings, Task
 from tinybert_jax.tokens.store import Store
 from tinybert_jax.training.metric_log import MetricLog
+
+
+class RunTask(NamedTuple):
+    """The task of a run with its text."""
+
+    kind: Task
+    name: str
+    score: str  # the metric that chooses the best checkpoint
+    data: TaskData
 
 
 class Run(NamedTuple):
     """What every recipe gets. Model folders of finished stages are under `folder/models`."""
 
-    config: RunConfig
+    name: str
     folder: Path
     mesh: Mesh
     log: MetricLog
+    seed: int
+    plans: Mapping[str, StagePlan]  # of each stage that the run has
+    compute: ComputeSection
+    distillation: DistillSection
     tokenizer: Any
     teacher: ModelConfig
+    teacher_section: TeacherSection
     further_teachers: tuple[FurtherTeacher, ...]
     students: tuple[Student, ...]
-    task: TaskData | None
+    is_family: bool  # whether students have names
+    task: RunTask | None
     corpus: tuple[str, ...]
     heldout: tuple[str, ...]  # documents of the corpus that no stage trains on
     stores: tuple[tuple[Store, float], ...]  # the corpus as token stores, each with its weight
@@ -59,22 +61,10 @@ class Run(NamedTuple):
     is_profiled: bool = False  # whether each stage leaves a trace in `folder/profile`
 
     @property
-    def data(self) -> TaskData:
-        """The task's text; `open_run` refuses stages without the task they need."""
+    def the_task(self) -> RunTask:
+        """The task; preflight refuses stages without the task that they need."""
         assert self.task is not None
         return self.task
-
-    @property
-    def score(self) -> str:
-        """The metric that chooses the best checkpoint."""
-        assert self.config.task is not None
-        return self.config.task.score
-
-    def section(self, stage: str) -> Any:
-        """The section of a stage that runs; it is there, or the stage would not run."""
-        section = getattr(self.config, stage)
-        assert section is not None
-        return section
 
     @property
     def mask_ids(self) -> dict[str, Any]:
@@ -85,28 +75,26 @@ class Run(NamedTuple):
             "vocab_size": len(self.tokenizer),
         }
 
-    @property
-    def is_regression(self) -> bool:
-        return self.config.task is not None and self.config.task.regression
-
     def model_folder(self, stage: str, member: str = SOLE) -> Path:
         """`models/<stage>[-<member>]`: its one model, its first seed's, or the best teacher."""
         return self.folder / "models" / (f"{stage}-{member}" if member else stage)
 
-    def seed_folders(self, stage: str, member: str = SOLE) -> list[Path]:
+    def seed_folders(self, plan: StagePlan, member: str = SOLE) -> list[Path]:
         """The model of each seed: of several all but the first student's are `…-seed-<seed>`."""
-        first = self.model_folder(stage, member)
-        seeds = self.config.seeds(stage)
-        if len(seeds) == 1:
+        first = self.model_folder(plan.name, member)
+        if len(plan.seeds) == 1:
             return [first]
-        folders = [first.with_name(f"{first.name}-seed-{seed}") for seed in seeds]
-        return folders if stage == "finetune" else [first, *folders[1:]]
+        folders = [first.with_name(f"{first.name}-seed-{seed}") for seed in plan.seeds]
+        return folders if plan.stage.role == "teacher" else [first, *folders[1:]]
 
     def is_done(self, stage: str) -> bool:
+        plan = self.plans.get(stage)
+        if plan is None:
+            return False
         folders = [
             folder
-            for name in self.config.members(stage)
-            for folder in (*self.seed_folders(stage, name), self.model_folder(stage, name))
+            for name in plan.members
+            for folder in (*self.seed_folders(plan, name), self.model_folder(stage, name))
         ]
         return bool(folders) and all((path / "config.json").is_file() for path in folders)
 
@@ -117,24 +105,18 @@ class Run(NamedTuple):
             return None
         if seed is None:
             return self.model_folder(stage, member)
-        return self.seed_folders(stage, member)[seed]
+        return self.seed_folders(self.plans[stage], member)[seed]
 
     @property
     def pretrained_teacher(self) -> str | Path | None:
         """Where the teacher's general weights are; None for a teacher from random weights."""
-        return self.latest("pretrain") or self.config.teacher.path
-
-    def learns_task(self, stages: Collection[str]) -> bool:
-        """Whether any of the stages reads a teacher that knows the task."""
-        return any(
-            self.config.teaches(name) for name in ("intermediate", "prediction") if name in stages
-        )
+        return self.latest(PRETRAIN.name) or self.teacher_section.path
 
     @property
     def task_teacher(self) -> str | Path:
         """The teacher that knows the task; raises ValueError where there is none."""
-        teacher = self.config.teacher
-        folder = self.latest("finetune") or teacher.finetuned or teacher.path
+        given = self.teacher_section.finetuned or self.teacher_section.path
+        folder = self.latest(FINETUNE.name) or given
         if folder is None:
             raise ValueError(
                 "teacher: expected one that knows the task, got none; add a finetune section or "
@@ -142,86 +124,90 @@ class Run(NamedTuple):
             )
         return folder
 
-
-@contextlib.contextmanager
-def open_run(config: RunConfig, stages: Sequence[str]) -> Iterator[Run]:
-    """Reads and checks all inputs of the given stages, then opens or resumes the run folder.
-
-    Raises ValueError, with nothing written, where an input is wrong or the folder belongs to
-    another config or to a run that is still going.
-    """
-    run = read_run(config, stages)
-    if _learns_now(run, stages):
-        check_teacher(run, run.task_teacher, run.teacher)
-    if "prediction" in stages and not run.is_done("prediction"):
-        for own in run.further_teachers:
-            check_teacher(run, own.section.path, own.sizes)
-    with host.locked(run.folder, "run_dir"):
-        check_folder(run.folder, config)  # again: another run may have begun while we read
-        _write_identity(run.folder, config, run.mesh)
-        _keep_tokenizer(run.folder, run.tokenizer)
-        yield run._replace(peak_flops=_peak_flops(config.compute.dtype, run.mesh.size))
-
-
-def read_run(config: RunConfig, stages: Sequence[str]) -> Run:
-    """Reads and checks all inputs of the given stages; scores no model, writes nothing."""
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"expected one process, got {jax.process_count()}: use one with all devices"
-        )
-    folder = Path(config.run_dir).expanduser().resolve()
-    check_folder(folder, config)
-    inputs = read_inputs(config, folder)
-    run = Run(
-        config=config,
-        folder=folder,
-        mesh=make_mesh(config.mesh),
-        log=MetricLog(folder / "metrics.jsonl"),
-        **{name: value for name, value in inputs._asdict().items() if name != "text"},
-        **inputs.text._asdict(),
-        peak_flops=np.nan,  # measured once the run is sure to start
-    )
-    _check(run, stages)
-    return run
+    def teacher_of(self, plan: StagePlan) -> str | Path | None:
+        """The teacher that a stage of distillation reads."""
+        return self.task_teacher if plan.stage.teacher == "task" else self.pretrained_teacher
 
 
 def with_dropout(model: ModelConfig, section: StageSection) -> ModelConfig:
-    """The sizes with a stage's own dropout rate, where it has one."""
+    """The sizes with the dropout rate of a stage, where the stage has one."""
     if section.dropout is None:
         return model
     rates = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     return model.model_copy(update=dict.fromkeys(rates, section.dropout))
 
 
-def compute_options(config: RunConfig, stage: str | None = None) -> dict[str, Any]:
-    """Keyword options for `make_classifier` and its kin; `stage`: of a model that it
-    trains; without: of a teacher, which is only read."""
-    compute = config.compute
-    name = compute.dtype if stage else compute.frozen_dtype
-    product_dtype = _PRODUCT_DTYPES.get(name)
+def trained_options(compute: ComputeSection, plan: StagePlan) -> dict[str, Any]:
+    """Keyword options of an encoder that a stage trains."""
     # cuDNN's call cannot be vectorised over seeds: its mask would lose the axis of the heads.
-    is_vectorised = stage is not None and len(config.seeds(stage)) > 1
-    return {
-        "dtype": jnp.dtype("float32" if product_dtype else name),
-        "product_dtype": product_dtype,
-        "unroll": compute.unroll_layers,
-        "attention": "xla" if is_vectorised else compute.attention,
-    }
+    is_vectorised = len(plan.seeds) > 1
+    attention = "xla" if is_vectorised else compute.attention
+    return _options(compute.dtype, compute.unroll_layers, attention)
+
+
+def frozen_options(compute: ComputeSection) -> dict[str, Any]:
+    """Keyword options of an encoder that is only read: a teacher's."""
+    return _options(compute.frozen_dtype, compute.unroll_layers, compute.attention)
 
 
 _PRODUCT_DTYPES: dict[str, Any] = {"bfloat16_products": jnp.bfloat16, "int8_products": jnp.int8}
 
 
-def as_read(config: RunConfig, params: Params) -> Params:
-    """Parameters of a model that is only read, as one made with `compute_options` takes them."""
-    options = compute_options(config)
+def _options(dtype: str, unroll: bool, attention: str) -> dict[str, Any]:
+    product_dtype = _PRODUCT_DTYPES.get(dtype)
+    return {
+        "dtype": jnp.dtype("float32" if product_dtype else dtype),
+        "product_dtype": product_dtype,
+        "unroll": unroll,
+        "attention": attention,
+    }
+
+
+def as_frozen(compute: ComputeSection, params: Params) -> Params:
+    """Parameters of a teacher in the form that an encoder with `frozen_options` reads."""
+    options = frozen_options(compute)
     names = ("dtype", "product_dtype", "unroll")
     return frozen_params(params, **{name: options[name] for name in names})
 
 
-def dev_judge(run: Run, apply: Callable, section: StageSection) -> Judge:
-    """Metrics on the dev set."""
-    rows = tokenize_task(run.tokenizer, run.data.dev, section.max_length)
+def placed_as_frozen(run: Run, params: Params) -> Params:
+    """`as_frozen`, on the run's devices."""
+    return placed(as_frozen(run.compute, params), run.mesh)
+
+
+def make_task_model(run: Run, sizes: ModelConfig, **options: Any) -> Model:
+    """A model with the head of the run's task."""
+    return run.the_task.kind.make_head(sizes, run.the_task.data.num_outputs, **options)
+
+
+def load_frozen(run: Run, path: str | Path, sizes: ModelConfig) -> tuple[Apply, Params]:
+    """A model that knows the task, to be called with `placed_as_frozen` of its parameters."""
+    apply, init = make_task_model(run, sizes, **frozen_options(run.compute))
+    return apply, start_params(path, init, whole=True)
+
+
+class TaskJudge(NamedTuple):
+    """The dev set of the task, as it judges parameters."""
+
+    score: Any  # parameters -> Scored
+    task: Task
+    fingerprint: str  # SHA-256 of the rows
+
+    def measure(self, params: Any) -> dict[str, float]:
+        scored = self.score(params)
+        return self.task.measure(scored, self.task.tuned(scored))
+
+    def tune(self, params: Any) -> Settings:
+        return self.task.tuned(self.score(params)) if self.task.tune else {}
+
+    def as_judge(self) -> Judge:
+        return Judge(self.measure, self.fingerprint)
+
+
+def make_dev_judge(run: Run, apply: Apply, section: StageSection) -> TaskJudge:
+    """Metrics on the dev set, in the batches that the stage has."""
+    task, dev = run.the_task.kind, run.the_task.data.dev
+    rows = task.encode(run.tokenizer, dev, section.max_length)
     score = make_scorer(
         apply,
         buckets=section.buckets(),
@@ -229,39 +215,31 @@ def dev_judge(run: Run, apply: Callable, section: StageSection) -> Judge:
         packed=section.batching == "pack",
         mesh=run.mesh,
     )
-
-    def measure(params: Any) -> dict[str, float]:
-        return task_metrics(score(params, rows), run.data.dev_labels, regression=run.is_regression)
-
-    return Judge(measure, rows.fingerprint())
+    return TaskJudge(lambda params: Scored(score(params, rows), rows, dev), task, rows.fingerprint())
 
 
-def load_classifier(run: Run, path: str | Path, sizes: ModelConfig) -> tuple[Apply, Params]:
-    """A model that knows the task, to be called with `placed_as_read` of its parameters."""
-    apply, init = make_classifier(sizes, run.data.num_outputs, **compute_options(run.config))
-    return apply, start_params(path, init, whole=True)
-
-
-def placed_as_read(run: Run, params: Params) -> Params:
-    """`as_read`, on the run's devices."""
-    return sharding.placed(as_read(run.config, params), run.mesh)
+def head_of(run: Run, settings: Settings) -> Head:
+    """The head that a trained model is saved with."""
+    task = run.the_task
+    names = task.data.label_names or ()
+    return Head(task.kind.hf_head, task.kind.problem_type, names, dict(settings))
 
 
 def check_teacher(run: Run, path: str | Path, sizes: ModelConfig) -> None:
-    """Refuses a teacher that has nothing to teach: near the majority class on the dev set."""
-    margin = run.config.distillation.teacher_margin
-    if run.is_regression or margin == -1:
+    """Refuses a teacher that learnt nothing: near the score of the commonest class on dev."""
+    margin, task = run.distillation.teacher_margin, run.the_task.kind
+    floor = task.floor(run.the_task.data.dev)
+    if floor is None or margin == -1:
         return
-    section = run.config.prediction or run.section("intermediate")
-    apply, params = load_classifier(run, path, sizes)
-    accuracy = dev_judge(run, apply, section).measure(placed_as_read(run, params))["accuracy"]
-    chance = majority_share(run.data.dev_labels)
-    needed = min(chance + margin, 1.0)
-    if accuracy < needed:
+    plan = next(own for own in reversed([*run.plans.values()]) if own.stage.teacher == "task")
+    apply, params = load_frozen(run, path, sizes)
+    metrics = make_dev_judge(run, apply, plan.section).measure(placed_as_frozen(run, params))
+    got, needed = metrics[task.floor_metric], min(floor + margin, 1.0)
+    if got < needed:
         raise ValueError(
-            f"teacher: expected a dev accuracy of at least {needed:.4f} (the majority class has "
-            f"{chance:.4f}), got {accuracy:.4f} from {path}; check its label order, fine-tune it "
-            "on the task, or for longer (in another run_dir), or take it as it is with "
+            f"teacher: expected a dev {task.floor_metric} of at least {needed:.4f} (the majority "
+            f"class has {floor:.4f}), got {got:.4f} from {path}; check its label order, fine-tune "
+            "it on the task, or for longer (in another run_dir), or take it as it is with "
             "distillation.teacher_margin=-1"
         )
 
@@ -280,93 +258,3 @@ def publish(run: Run, models: Mapping[str, Path]) -> Path:
     partial.rename(product)
     shutil.rmtree(before, ignore_errors=True)
     return product
-
-
-def _check(run: Run, stages: Sequence[str]) -> None:
-    config = run.config
-    check_order(config, stages, run.is_done)
-    check_sizes(config, stages, run.mesh, run.tokenizer, run.teacher, run.students)
-    check_vocabularies(config, run.tokenizer, run.students)
-    if run.stores:
-        corpus_preflight.check_stores(config, stages, run.tokenizer, run.stores, run.heldout_store)
-    elif {"pretrain", "general"} & set(stages):
-        corpus_preflight.check_corpus(run.tokenizer, run.corpus)
-        if run.heldout and "pretrain" in stages:
-            corpus_preflight.check_corpus(run.tokenizer, run.heldout, "corpus.heldout_share")
-    if _learns_now(run, stages):
-        check_labels(run.task_teacher, run.data.label_names)
-    num_outputs = run.task.num_outputs if run.task else 0
-    if "prediction" in stages:
-        labels = run.data.label_names
-        further = run.further_teachers
-        check_further_teachers(config, run.tokenizer, further, num_outputs, labels)
-    check_weights(config, stages, run.teacher, run.students, num_outputs)
-
-
-def _learns_now(run: Run, stages: Sequence[str]) -> bool:
-    """Whether a stage will read a teacher of the task that is there already."""
-    pending = {name for name in stages if not run.is_done(name)}
-    return run.learns_task(pending) and "finetune" not in pending
-
-
-def _keep_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Whole or not at all: a resumed run reads it back."""
-    if not (folder / "tokenizer").is_dir():
-        partial = folder / ".tokenizer-partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        tokenizer.save_pretrained(str(partial))
-        partial.rename(folder / "tokenizer")
-
-
-def _write_identity(folder: Path, config: RunConfig, mesh: Mesh) -> None:
-    partial = folder / ".config-partial"
-    partial.write_text(configs.dump(config), encoding="utf-8")
-    partial.rename(folder / "config.yaml")
-    packages = (
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "transformers",
-    )
-    environment = {
-        "tinybert-jax": _own_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": jax.devices()[0].device_kind,
-        "num_devices": jax.device_count(),
-        "mesh": " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
-        "git_commit": _git_commit(),
-    }
-    (folder / "env.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
-
-
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("tinybert-jax")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"  # run from a checkout
-
-
-def _git_commit() -> str:
-    """The commit of the package's own checkout, or 'none' for an installed package."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # or it is somebody else's checkout
-        return git("rev-parse", "HEAD")
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
-
-
-def _peak_flops(dtype: str, num_devices: int) -> float:
-    """All devices together. Host devices share one CPU, measured; an unknown accelerator: NaN."""
-    device, dtype = jax.devices()[0], dtype.removesuffix("_products")
-    if device.platform == "cpu":
-        return measure_gemm_peak(dtype)
-    return (peak_flops(device.device_kind, dtype) or np.nan) * num_devices

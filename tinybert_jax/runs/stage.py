@@ -14,8 +14,9 @@ import optax
 
 from tinybert_jax.batches import loader
 from tinybert_jax.config.models import SOLE
-from tinybert_jax.config.stages import STAGES, StageSection
-from tinybert_jax.evaluation.scorer import Judge
+from tinybert_jax.config.run import StagePlan
+from tinybert_jax.config.stages import StageSection
+from tinybert_jax.inference.scorer import Judge
 from tinybert_jax.runs.stage_batches import Feed
 from tinybert_jax.models.params import layers_apart, layers_joined, sha256
 from tinybert_jax.objectives.objective import Objective
@@ -47,8 +48,7 @@ class Member(NamedTuple):
 class Training(NamedTuple):
     """What one stage trains, and on what."""
 
-    name: str
-    section: StageSection
+    plan: StagePlan
     members: Mapping[str, Member]  # by name; judged on the same rows, all or none
     feed: Feed
     frozen: Any  # arrays the objective reads and never changes
@@ -56,6 +56,14 @@ class Training(NamedTuple):
     flops_per_token: Callable[[int], float]
     read_frozen: Callable[[Any], Any] = lambda frozen: frozen  # as the step is to read them
     score: str = ""  # the metric that chooses the best parameters; none: the last are kept
+
+    @property
+    def name(self) -> str:
+        return self.plan.name
+
+    @property
+    def section(self) -> StageSection:
+        return self.plan.section
 
     @property
     def num_steps(self) -> int:
@@ -189,12 +197,12 @@ def _fingerprint(training: Training) -> str:
 
 def _start(run: Run, training: Training) -> tuple[Any, jax.Array]:
     """First parameters and step key; of several models, stacked."""
-    seeds = run.config.seeds(training.name)
-    keys = [_keys(seed, training.name) for seed in seeds]
+    seeds = training.plan.seeds
+    keys = [_keys(seed, training.plan.stage.salt) for seed in seeds]
 
     def start(member: Member, key: jax.Array, i: int) -> Any:
         params = member.init_params(key, i)
-        return layers_apart(params) if run.config.compute.unroll_layers else params
+        return layers_apart(params) if run.compute.unroll_layers else params
 
     starts = [
         joined({name: start(own, key, i) for name, own in training.members.items()})
@@ -354,9 +362,7 @@ def _make_optimizer(
     return schedule, optimizer
 
 
-def _keys(seed: int, stage: str) -> tuple[jax.Array, jax.Array]:
+def _keys(seed: int, salt: int) -> tuple[jax.Array, jax.Array]:
     """Parameter key and step key; each stage draws its own from the run's seed."""
-    param_key, step_key = jax.random.split(
-        jax.random.fold_in(jax.random.key(seed), STAGES.index(stage))
-    )
+    param_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), salt))
     return param_key, step_key

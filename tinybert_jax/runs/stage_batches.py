@@ -14,8 +14,9 @@ from tinybert_jax.batches.batch import Batch, TokenRows
 from tinybert_jax.batches.bucketing import bucketed_epochs, num_batches
 from tinybert_jax.batches.loader import BatchAt
 from tinybert_jax.batches.packing import packed_epochs
-from tinybert_jax.batches.tokenize import tokenize_corpus, tokenize_task
-from tinybert_jax.config.stages import STAGES, StageSection
+from tinybert_jax.batches.tokenize import tokenize_corpus
+from tinybert_jax.config.run import StagePlan
+from tinybert_jax.config.stages import StageSection
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.runs.run import Run
 
@@ -31,26 +32,28 @@ class Feed(NamedTuple):
 
 
 def stage_feed(
-    run: Run, stage: str, teach: Callable[[TokenRows], tuple[np.ndarray, str]] | None = None
+    run: Run,
+    plan: StagePlan,
+    teach: Callable[[TokenRows], tuple[np.ndarray, str]] | None = None,
 ) -> Feed:
     """The corpus for pretrain and general; else the task's text, for distillation all of it.
 
     `teach` gives what teachers say of the task's rows, fp32 [rows, outputs], and a SHA-256 of
     what that depends on.
     """
-    if stage in ("pretrain", "general"):
-        return _corpus_feed(run, stage)
-    text = run.data.distilled if stage in ("intermediate", "prediction") else run.data.train
-    section = run.section(stage)
-    rows = tokenize_task(run.tokenizer, text, section.max_length)
+    if plan.stage.reads_corpus:
+        return _corpus_feed(run, plan)
+    task, section = run.the_task, plan.section
+    text = task.data.train if plan.stage.text == "labelled" else task.data.distilled
+    rows = task.kind.encode(run.tokenizer, text, section.max_length)
     run.log.say(
-        f"{stage}: {len(rows.lengths):,} examples, {len(rows.ids):,} tokens, "
-        f"{rows.num_truncated:,} cut at {section.max_length}; {len(run.data.dev_labels):,} in dev"
+        f"{plan.name}: {len(rows.lengths):,} examples, {len(rows.ids):,} tokens, "
+        f"{rows.num_truncated:,} cut at {section.max_length}; {len(task.data.dev.text):,} in dev"
     )
     if teach is None:
-        return _rows_feed(run, section, rows, _seed(run, stage))
+        return _rows_feed(run, section, rows, _seed(run, plan))
     logits, fingerprint = teach(rows)
-    feed = _rows_feed(run, section, rows._replace(teacher_logits=logits), _seed(run, stage))
+    feed = _rows_feed(run, section, rows._replace(teacher_logits=logits), _seed(run, plan))
     content = (feed.fingerprint + fingerprint).encode()
     return feed._replace(fingerprint=hashlib.sha256(content).hexdigest())
 
@@ -58,26 +61,26 @@ def stage_feed(
 _PHASE_SEED = 2**31  # beyond any number of an epoch or a corpus, which a seed may end in too
 
 
-def _corpus_feed(run: Run, stage: str) -> Feed:
+def _corpus_feed(run: Run, plan: StagePlan) -> Feed:
     """The run's corpus: documents cut into rows of `max_length`, or the rows of its stores.
 
     An epoch of several stores has as many rows as they have together. Each phase of the stage goes
     through the corpus in an order of its own; the epoch is that of what follows the phases.
     """
-    parts = run.section(stage).parts()
+    parts = plan.section.parts()
 
     @functools.cache
     def rows_of(max_length: int) -> TokenRows:
         rows = tokenize_corpus(run.tokenizer, run.corpus, max_length)
         num_rows, num_tokens = len(rows.lengths), len(rows.ids)
-        run.log.say(f"{stage}: {num_rows:,} rows of at most {max_length}, {num_tokens:,} tokens")
+        run.log.say(f"{plan.name}: {num_rows:,} rows of at most {max_length}, {num_tokens:,} tokens")
         return rows
 
     def feed(number: int, section: StageSection) -> Feed:
-        seed = _seed(run, stage)
+        seed = _seed(run, plan)
         seed = (*seed, _PHASE_SEED + number) if number else seed
         if run.stores:
-            return _store_feed(run, stage, section, seed)
+            return _store_feed(run, plan.name, section, seed)
         return _rows_feed(run, section, rows_of(section.max_length), seed)
 
     feeds = [feed(number, part.section) for number, part in enumerate(parts)]
@@ -133,5 +136,5 @@ def _store_feed(run: Run, stage: str, section: StageSection, seed: tuple[int, ..
     return Feed(batch_at, num_epoch_batches, hashlib.sha256(content.encode()).hexdigest())
 
 
-def _seed(run: Run, stage: str) -> tuple[int, int]:
-    return run.config.seed, STAGES.index(stage)
+def _seed(run: Run, plan: StagePlan) -> tuple[int, int]:
+    return run.seed, plan.stage.salt

@@ -15,17 +15,18 @@ from safetensors.numpy import save_file
 
 from tinybert_jax.batches.batch import TokenRows
 from tinybert_jax.settings.sizes import ModelConfig
-from tinybert_jax.evaluation.scorer import make_scorer
+from tinybert_jax.config.run import StagePlan
+from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.models.params import sha256
-from tinybert_jax.runs.run import Run
-from tinybert_jax.runs.run import load_classifier
-from tinybert_jax.runs.run import placed_as_read
+from tinybert_jax.runs.run import Run, load_frozen, placed_as_frozen
+from tinybert_jax.runs.run import Run, load_frozen, placed_as_frozen
+from tinybert_jax.runs.run import Run, load_frozen, placed_as_frozen
 
 ROWS_PER_FILE = 2**14
 
 
-def read(run: Run, stage: str, rows: TokenRows) -> tuple[np.ndarray, str]:
-    """The weighted mean of all teachers' logits, fp32 [rows, outputs], and a SHA-256.
+def read(run: Run, plan: StagePlan, rows: TokenRows) -> tuple[np.ndarray, str]:
+    """The weighted mean of all teachers' logits, fp32 [rows or tokens, outputs], and a SHA-256.
 
     The latter is of what they depend on. Raises ValueError for logits that are not finite and for
     files that are not as they were written.
@@ -33,23 +34,23 @@ def read(run: Run, stage: str, rows: TokenRows) -> tuple[np.ndarray, str]:
     teachers = [(1.0, run.task_teacher, run.teacher)]
     teachers += [(own.section.weight, own.section.path, own.sizes) for own in run.further_teachers]
     weights = [weight for weight, _, _ in teachers]
-    each = [_read_one(run, stage, rows, path, sizes) for _, path, sizes in teachers]
+    each = [_read_one(run, plan, rows, path, sizes) for _, path, sizes in teachers]
     mean = np.average([logits for logits, _ in each], axis=0, weights=weights)
     known = json.dumps([weights, [key for _, key in each]])
     return mean.astype(np.float32), hashlib.sha256(known.encode()).hexdigest()
 
 
 def _read_one(
-    run: Run, stage: str, rows: TokenRows, path: str | Path, sizes: ModelConfig
+    run: Run, plan: StagePlan, rows: TokenRows, path: str | Path, sizes: ModelConfig
 ) -> tuple[np.ndarray, str]:
-    section, num_rows = run.section(stage), len(rows.lengths)
-    apply, params = load_classifier(run, path, sizes)
+    section, num_rows = plan.section, len(rows.lengths)
+    apply, params = load_frozen(run, path, sizes)
     depends_on = {
         "rows": rows.fingerprint(),
         "batching": section.batching,
         "widths": section.buckets(),
-        "dtype": run.config.compute.frozen_dtype,
-        "sizes": sizes.model_dump(),
+        "dtype": run.compute.frozen_dtype,
+        "sizes": sizes.model_dump(exclude_none=True),
         "weights": sha256(params),
     }
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
@@ -62,15 +63,16 @@ def _read_one(
         packed=section.batching == "pack",
         mesh=run.mesh,
     )
-    parts, placed = [], placed_as_read(run, params)
+    parts, placed = [], placed_as_frozen(run, params)
     for start in range(0, num_rows, ROWS_PER_FILE):
         stop, file = min(start + ROWS_PER_FILE, num_rows), folder / f"{start}.safetensors"
+        part = rows.part(start, stop)
         if not file.is_file():
-            logits = score(placed, rows.part(start, stop))
+            logits = score(placed, part)
             _check_finite(logits, path, start)
             _save(logits, file)
-            run.log.say(f"{stage}: {stop:,} of {num_rows:,} examples went through {path}")
-        parts.append(_load(file, (stop - start, run.data.num_outputs)))
+            run.log.say(f"{plan.name}: {stop:,} of {num_rows:,} examples went through {path}")
+        parts.append(_load(file, (part.num_scored, run.the_task.data.num_outputs)))
     return np.concatenate(parts), key
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from tinybert_jax.batches.batch import TokenRows
 from tinybert_jax.config.compute import MeshSection
-from tinybert_jax.evaluation.scorer import EVAL_MASK_RATE, make_masked_lm_scorer, make_scorer
+from tinybert_jax.inference.scorer import EVAL_MASK_RATE, make_masked_lm_scorer, make_scorer
 from tinybert_jax.models.heads import MaskedLMOutput, make_classifier
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tinybert_jax.batches.batch import Batch, Plan, TokenRows, make_batch
+from tinybert_jax.batches.batch import Batch, Plan, TokenRows, make_batch, token_places
 from tinybert_jax.batches.bucketing import plan_epoch
 from tinybert_jax.batches.packing import packed_epochs
 from tinybert_jax.losses import vocabulary
-from tinybert_jax.metrics.classification import classification_metrics
-from tinybert_jax.metrics.regression import regression_metrics
+from tinybert_jax.models.params import Apply
 from tinybert_jax.objectives import masking
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import num_batch_shards
@@ -31,17 +30,18 @@ class Judge(NamedTuple):
 
 
 def make_scorer(
-    apply: Callable,
+    apply: Apply,
     *,
     buckets: Sequence[int],
     pad_token_id: int,
     packed: bool = False,
     mesh: Mesh | None = None,
 ) -> Scorer:
-    """A function (params, rows) -> logits [rows, num_labels].
+    """A function (params, rows) -> logits [rows, classes], or [tokens, classes].
 
-    Each example is padded to its bucket or, packed, shares a row of the widest one with others.
-    With a mesh, on which the parameters are, its devices share each batch.
+    The latter where the units of `rows` are tokens. Each example is padded to its bucket or,
+    packed, shares a row of the widest one with others. With a mesh, on which the parameters are,
+    its devices share each batch.
     """
 
     @jax.jit
@@ -50,23 +50,33 @@ def make_scorer(
         return apply(params, *inputs, num_segments=batch.num_segments).logits
 
     def score(params: Any, rows: TokenRows, *, global_batch_size: int = 64) -> np.ndarray:
+        if mesh is None:
+            params = jax.device_put(params)  # once, not for each batch
         pending = []
         for plan in _plans(rows, buckets, packed, global_batch_size, mesh):
             batch = _placed(make_batch(rows, plan, pad_token_id), mesh)
             with _context(mesh):
-                values = forward(params, batch)
-            pending.append((plan, values))
-        logits = np.zeros((len(rows.lengths), pending[0][1].shape[-1]), np.float32)
+                pending.append((plan, forward(params, batch)))
+        logits = np.zeros((rows.num_scored, pending[0][1].shape[-1]), np.float32)
         for plan, values in pending:
-            real = plan.rows >= 0
-            logits[plan.rows[real]] = np.asarray(values)[real]
+            _put(logits, rows, plan, np.asarray(values))
         return logits
 
     return score
 
 
+def _put(logits: np.ndarray, rows: TokenRows, plan: Plan, values: np.ndarray) -> None:
+    """Puts the logits of a batch where its rows, or their tokens, are in the whole data set."""
+    if rows.is_unit is None:
+        real = plan.rows >= 0
+        logits[plan.rows[real]] = values[real]
+    else:
+        places = token_places(rows, plan)
+        logits[places.source] = values[places.row, places.column]
+
+
 def make_masked_lm_scorer(
-    apply: Callable,
+    apply: Apply,
     *,
     key: jax.Array,
     mask_token_id: int,
@@ -153,7 +163,7 @@ def _context(mesh: Mesh | None) -> contextlib.AbstractContextManager:
 
 
 def _make_masked_sums(
-    apply: Callable, key: jax.Array, *, chunk_size: int, **options: Any
+    apply: Apply, key: jax.Array, *, chunk_size: int, **options: Any
 ) -> Callable[[Any, jax.Array, Batch], tuple[jax.Array, ...]]:
     """(params, number of the batch, batch) -> Σ nll, hits, masked tokens[, pair hits, pairs]."""
 
@@ -183,15 +193,3 @@ def _make_masked_sums(
         return nll, hits, count, jnp.sum(is_right & is_pair), jnp.sum(is_pair)
 
     return sums
-
-
-def task_metrics(logits: np.ndarray, labels: np.ndarray, *, regression: bool) -> dict[str, float]:
-    """Accuracy, F1 and Matthews; or Pearson, Spearman and MSE."""
-    if regression:
-        return regression_metrics(logits[:, 0], labels)
-    return classification_metrics(logits, labels)
-
-
-def majority_share(labels: np.ndarray) -> float:
-    """The accuracy of always answering the commonest class."""
-    return float(np.bincount(labels).max() / len(labels))

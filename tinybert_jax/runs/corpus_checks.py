@@ -1,27 +1,54 @@
-"""What has to hold of a corpus before a run writes anything: more of `checks`."""
+"""Checks of a corpus before a run writes anything."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from tinybert_jax.batches.loader import check_mixture
 from tinybert_jax.batches.tokenize import MIN_TOKENS
-from tinybert_jax.config.run import RunConfig
+from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import StageSection
 from tinybert_jax.data.wordpiece import backend_sha256
+from tinybert_jax.runs.run import Run
 from tinybert_jax.tokens.store import Store
 
 
-def check_stores(
-    config: RunConfig,
-    stages: Sequence[str],
-    tokenizer: Any,
-    stores: Sequence[tuple[Store, float]],
-    heldout: Store | None,
-) -> None:
+def check_stores(run: Run, plans: Sequence[StagePlan]) -> None:
     """Refuses stores of another tokenizer, without rows, or of a width that no stage reads."""
-    expected = backend_sha256(tokenizer)
-    given = [("corpus.stores", store) for store, _ in stores]
-    given += [("corpus.heldout_store", heldout)] if heldout else []
+    stores, heldout = run.stores, run.heldout_store
+    _check_tokenizers(run)
+    read: set[int] = set()
+    on_corpus = [plan for plan in run.plans.values() if plan.stage.reads_corpus]
+    for plan in on_corpus:
+        for part in plan.section.parts():
+            width = part.section.max_length
+            alike = [pair for pair in stores if pair[0].width == width]
+            if alike:
+                read.add(width)
+                check_mixture(*zip(*alike, strict=True))
+            elif plan in plans:
+                widths = " or ".join(str(width) for width in sorted({s.width for s, _ in stores}))
+                raise ValueError(
+                    f"{plan.name}.{part.key}max_length: expected {widths}, the width of the rows "
+                    f"in corpus.stores, got {width}"
+                )
+    unread = [str(store.folder) for store, _ in stores if store.width not in read]
+    if unread and on_corpus:
+        raise ValueError(
+            f"corpus.stores: expected rows as wide as a stage's max_length, got others in "
+            f"{unread}; remove them, or give pretrain phases of that max_length"
+        )
+    for plan in (plan for plan in plans if plan in on_corpus and not plan.stage.distils):
+        _check_heldout(plan.section, heldout)
+        if plan.section.pair_weight:
+            widths = {part.section.max_length for part in plan.section.parts()}
+            trained = [store for store, _ in stores if store.width in widths]
+            _check_pair_labels([*trained, *([heldout] if heldout else [])])
+
+
+def _check_tokenizers(run: Run) -> None:
+    expected = backend_sha256(run.tokenizer)
+    given = [("corpus.stores", store) for store, _ in run.stores]
+    given += [("corpus.heldout_store", run.heldout_store)] if run.heldout_store else []
     for origin, store in given:
         if store.manifest["tokenizer_sha256"] != expected:
             raise ValueError(
@@ -31,32 +58,6 @@ def check_stores(
             )
         if not store.num_rows:
             raise ValueError(f"{origin}: expected rows, got none in {store.folder}")
-    read = set()
-    for name in (name for name in ("pretrain", "general") if getattr(config, name)):
-        for part in getattr(config, name).parts():
-            width = part.section.max_length
-            alike = [pair for pair in stores if pair[0].width == width]
-            if alike:
-                read.add(width)
-                check_mixture(*zip(*alike, strict=True))
-            elif name in stages:
-                widths = " or ".join(str(width) for width in sorted({s.width for s, _ in stores}))
-                raise ValueError(
-                    f"{name}.{part.key}max_length: expected {widths}, the width of the rows in "
-                    f"corpus.stores, got {width}"
-                )
-    unread = [str(store.folder) for store, _ in stores if store.width not in read]
-    if unread and (config.pretrain or config.general):
-        raise ValueError(
-            f"corpus.stores: expected rows as wide as a stage's max_length, got others in "
-            f"{unread}; remove them, or give pretrain phases of that max_length"
-        )
-    if "pretrain" in stages and config.pretrain:
-        _check_heldout(config.pretrain, heldout)
-        if config.pretrain.pair_weight:
-            widths = {part.section.max_length for part in config.pretrain.parts()}
-            trained = [store for store, _ in stores if store.width in widths]
-            _check_pair_labels([*trained, *([heldout] if heldout else [])])
 
 
 def _check_heldout(section: StageSection, heldout: Store | None) -> None:

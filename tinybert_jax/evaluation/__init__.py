@@ -1,1 +1,0 @@
-"""Models run over a whole data set. Knows nothing of training."""

@@ -1,0 +1,40 @@
+"""The table of tasks, by kind, and which of them a Hugging Face folder has a head for."""
+
+from tinybert_jax.huggingface.folder import HfModel
+from tinybert_jax.tasks.classification import CLASSIFICATION
+from tinybert_jax.tasks.regression import REGRESSION
+from tinybert_jax.tasks.task import Task
+
+TASKS: dict[str, Task] = {task.kind: task for task in (CLASSIFICATION, REGRESSION)}
+
+
+def task_of(model: HfModel) -> Task:
+    """The task that the head of a folder was trained for; raises ValueError where there is none.
+
+    A folder without a problem type has what transformers infers: numbers for one output of a
+    sequence, else one class.
+    """
+    if model.head is None:
+        raise ValueError(
+            f"{model.folder}: expected a model with a head for a task, found none; fine-tune it "
+            "first (tinybert finetune)"
+        )
+    for task in TASKS.values():
+        if task.hf_head == model.head.kind and task.problem_type == _problem_type(model):
+            return task
+    known = sorted({f"{t.hf_head}, {t.problem_type}" for t in TASKS.values()})
+    raise ValueError(
+        f"{model.folder}: expected a head of one of the kinds {known}, got {model.head.kind} with "
+        f"problem_type {model.head.problem_type!r} and {len(model.head.label_names)} outputs"
+    )
+
+
+def _problem_type(model: HfModel) -> str | None:
+    assert model.head is not None
+    kind, told, num_outputs = model.head.kind, model.head.problem_type, len(model.head.label_names)
+    if kind != CLASSIFICATION.hf_head:
+        return None
+    if told == REGRESSION.problem_type and num_outputs > 1:
+        return "several numbers"
+    inferred = REGRESSION if num_outputs == 1 else CLASSIFICATION
+    return told or inferred.problem_type

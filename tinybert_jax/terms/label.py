@@ -1,0 +1,28 @@
+"""The term `label`: the gold labels of the task."""
+
+from typing import ClassVar, Literal
+
+from tinybert_jax.settings.section import Probability
+from tinybert_jax.terms.term import Context, Loss, Reads, Term
+
+
+class LabelTerm(Term):
+    """The gold labels."""
+
+    reads: ClassVar[Reads] = Reads(task_logits=True, teacher=False)
+
+    term: Literal["label"]
+    label_smoothing: Probability = 0.0
+
+    def make_loss(self, num_student: int, num_teacher: int) -> Loss:
+        from tinybert_jax.losses.forms import FORMS
+
+        def loss(c: Context):
+            return FORMS[c.options.form].gold(
+                c.student.logits,
+                *c.units(),
+                label_smoothing=self.label_smoothing,
+                count=c.counts.units,
+            )
+
+        return loss

@@ -1,0 +1,45 @@
+"""The term `logits`: the teacher's answers to the task."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from tinybert_jax.settings.section import Positive
+from tinybert_jax.terms.term import Context, Loss, PositiveRamp, Reads, Term
+
+
+class LogitsTerm(Term):
+    """The teacher's logits (arXiv 1909.10351, equation 10); numbers of a regression by MSE."""
+
+    reads: ClassVar[Reads] = Reads(task_logits=True)
+    metric: ClassVar[str | None] = "soft"
+
+    term: Literal["logits"]
+    form: Literal["cross_entropy", "kl"] = "cross_entropy"
+    temperature: Positive | PositiveRamp = 1.0
+    times_squared_temperature: bool = Field(
+        False, description="as Hinton et al. do, so that the gradient keeps its size"
+    )
+    reduction: Literal["sum", "mean_classes"] = "sum"
+
+    def make_loss(self, num_student: int, num_teacher: int) -> Loss:
+        from tinybert_jax.losses.forms import FORMS
+
+        def loss(c: Context):
+            form = FORMS[c.options.form]
+            _, weights = c.units()
+            if not form.has_temperature:
+                return form.soft(c.student.logits, c.teacher.logits, weights, count=c.counts.units)
+            temperature = c.number(self.temperature)
+            value = form.soft(
+                c.student.logits,
+                c.teacher.logits,
+                weights,
+                divergence=self.form,
+                temperature=temperature,
+                reduction=self.reduction,
+                count=c.counts.units,
+            )
+            return value * temperature**2 if self.times_squared_temperature else value
+
+        return loss
