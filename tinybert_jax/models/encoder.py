@@ -74,9 +74,10 @@ class Encoder(nnx.Module):
             config, rngs, dtype=dtype, product_dtype=product_dtype, attention=attention
         )
         width = config.hidden_size
-        self.pooler = None
         if has_pooler:
             self.pooler = make_linear(width, width, config, dtype=dtype, rngs=rngs)
+        else:
+            self.pooler = None
 
     def __call__(
         self,
