@@ -1,4 +1,4 @@
-"""The losses of attention against maps in float64."""
+"""`losses.attention` and `losses.relations` against float64 score maps in PyTorch."""
 
 import functools
 import inspect
@@ -40,7 +40,7 @@ PACKED = np.array(
 MASKS = {"padded": MASK, "packed": PACKED}
 
 
-# Scores, by Gram matrices and by maps
+# losses.attention: by Gram matrices and by score maps
 
 BOTH_FORMS = pytest.mark.parametrize("maps", [False, True], ids=["gram", "maps"])
 
@@ -63,7 +63,7 @@ def test_attention_mse_matches_score_maps(normalisation, student_head_dim, teach
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3])
 def test_attention_mse_near_the_teacher(normalisation, distance, maps):
-    """Equal head dims: no cancellation, however close the student is."""
+    """With equal head dims nothing cancels, however close the student is."""
     teacher = [normal(seed, BATCH, SEQ, HEADS, 8) for seed in (14, 15)]
     student = [x + normal(20 + i, *x.shape, scale=distance) for i, x in enumerate(teacher)]
 
@@ -75,7 +75,7 @@ def test_attention_mse_near_the_teacher(normalisation, distance, maps):
 @BOTH_FORMS
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
 def test_attention_mse_near_a_wider_teacher(normalisation, maps):
-    """Unequal head dims: ‖A‖²/‖A_S − A_T‖² is about 50 here, times fp32's 6e-8 makes 3e-6."""
+    """With unequal head dims ‖A‖²/‖A_S − A_T‖² is about 50 here; times fp32's 6e-8 it is 3e-6."""
     student = [normal(seed, BATCH, SEQ, HEADS, 6) for seed in (16, 17)]
     rotation = np.linalg.qr(normal(18, 8, 8))[0][:6]
     query, key = (x + normal(22 + i, *x.shape, scale=0.1) for i, x in enumerate(student))
@@ -87,7 +87,7 @@ def test_attention_mse_near_a_wider_teacher(normalisation, maps):
 
 
 @BOTH_FORMS
-def test_attention_mse_of_the_teacher_itself_is_zero(maps):
+def test_attention_mse_of_equal_models_is_zero(maps):
     query, key = (normal(seed, BATCH, SEQ, HEADS, 8) for seed in (14, 15))
 
     for result in value_and_grads(attention_loss("valid_only", maps), query, key, query, key):
@@ -96,8 +96,8 @@ def test_attention_mse_of_the_teacher_itself_is_zero(maps):
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
 @pytest.mark.parametrize("distance", [1.0, 1e-1, 1e-2])
-def test_score_mse_of_maps_that_are_there(normalisation, distance):
-    """Of padded rows. Its error is 6e-8·‖A‖/‖A_S − A_T‖, about 1e-5 at the last distance."""
+def test_score_mse_matches_score_maps(normalisation, distance):
+    """Padded rows. The error is 6e-8·‖A‖/‖A_S − A_T‖, about 1e-5 at the last distance."""
     teacher = normal(24, BATCH, HEADS, SEQ, SEQ)
     student = teacher + normal(25, *teacher.shape, scale=distance)
 
@@ -110,7 +110,7 @@ def test_score_mse_of_maps_that_are_there(normalisation, distance):
     assert_same(loss, reference, student)
 
 
-def test_score_mse_of_packed_rows_is_that_of_queries_and_keys():
+def test_score_mse_equals_attention_mse_for_packed_rows():
     heads = [jnp.array(normal(26 + i, BATCH, SEQ, HEADS, 4 + i // 2 * 2)) for i in range(4)]
     mask = jnp.array(PACKED)
 
@@ -121,17 +121,17 @@ def test_score_mse_of_packed_rows_is_that_of_queries_and_keys():
     def by_heads(*heads):
         return attention_mse(*heads, mask, normalisation="valid_only")
 
-    both = (value_and_grads(loss, *heads) for loss in (by_scores, by_heads))
-    for one, other in zip(*both, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    results = (value_and_grads(loss, *heads) for loss in (by_scores, by_heads))
+    for got, want in zip(*results, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     junk = [jnp.where((mask > 0)[:, :, None, None], x, 1e6) for x in heads]
     assert by_scores(*junk) == by_scores(*heads)
 
 
 def test_score_mse_of_bfloat16_maps_is_computed_in_float32():
-    short = [jnp.array(normal(26 + i, BATCH, HEADS, SEQ, SEQ), jnp.bfloat16) for i in range(2)]
+    maps = [jnp.array(normal(26 + i, BATCH, HEADS, SEQ, SEQ), jnp.bfloat16) for i in range(2)]
     loss = functools.partial(score_mse, mask=jnp.array(MASK), normalisation="valid_only")
-    assert_float32_of_bfloat16(loss, short)
+    assert_float32_of_bfloat16(loss, maps)
 
 
 @pytest.mark.parametrize("teacher_head_dim", [4, 6])
@@ -155,14 +155,14 @@ def test_attention_mse_builds_no_score_map(teacher_head_dim):
 
 @BOTH_FORMS
 @pytest.mark.parametrize("teacher_head_dim", [4, 6])
-def test_padding_changes_nothing_in_the_score_loss(teacher_head_dim, maps):
+def test_padding_does_not_change_attention_mse(teacher_head_dim, maps):
     heads = [normal(32 + i, BATCH, SEQ, HEADS, 4) for i in range(2)]
     heads += [normal(34 + i, BATCH, SEQ, HEADS, teacher_head_dim) for i in range(2)]
     assert_padding_is_nothing(attention_loss("valid_only", maps), MASK, heads)
 
 
 @BOTH_FORMS
-def test_padded_keys_change_nothing_under_paper_code(maps):
+def test_padded_keys_do_not_change_attention_mse_under_paper_code(maps):
     heads = [normal(32 + i, BATCH, SEQ, HEADS, 4) for i in range(4)]
     changed = [
         x if i % 2 == 0 else np.where(MASK[:, :, None, None], x, 1e6) for i, x in enumerate(heads)
@@ -184,17 +184,17 @@ def test_microbatches_of_pairs_add_up_to_the_batch(normalisation, maps):
 @pytest.mark.parametrize(
     "loss", [functools.partial(attention_mse, normalisation="valid_only"), relation_kl]
 )
-def test_nothing_valid_is_zero_and_bfloat16_is_computed_in_float32(loss):
+def test_a_batch_without_tokens_is_zero_and_bfloat16_is_computed_in_float32(loss):
     heads = [normal(54 + i, BATCH, SEQ, HEADS, 4) for i in range(4)]
-    nothing = jnp.zeros((BATCH, SEQ), bool)
-    for got in value_and_grads(lambda *args: loss(*args, nothing), *heads):
+    no_token = jnp.zeros((BATCH, SEQ), bool)
+    for got in value_and_grads(lambda *args: loss(*args, no_token), *heads):
         assert not got.any()
-    short = [jnp.array(x, jnp.bfloat16) for x in heads]
-    assert_float32_of_bfloat16(lambda *args: loss(*args, jnp.array(MASK)), short)
+    heads = [jnp.array(x, jnp.bfloat16) for x in heads]
+    assert_float32_of_bfloat16(lambda *args: loss(*args, jnp.array(MASK)), heads)
 
 
 def test_an_unknown_normalisation_is_refused():
-    """Below the type check of the import hook, which is off outside the tests."""
+    """`inspect.unwrap` skips the jaxtyping check, which runs only in the tests."""
     heads, mask = [jnp.ones((2, 3, 1, 4))] * 4, jnp.ones((2, 3), bool)
     with pytest.raises(ValueError, match="expected 'paper_code' or 'valid_only', got 'mean'"):
         inspect.unwrap(attention_mse)(*heads, mask, normalisation="mean")
@@ -237,19 +237,19 @@ def map_mse(normalisation, student, teacher):
     return F.mse_loss(student[is_pair], teacher[is_pair])
 
 
-# Relations, in blocks
+# losses.relations: block by block
 
 
-def _loss(mask, teacher, block_size):
+def _relation_loss(mask, teacher, block_size):
     def loss(left, right):
-        goal = map(jnp.array, teacher)
-        return relation_kl(left, right, *goal, jnp.array(mask), block_size=block_size)
+        arrays = map(jnp.array, (*teacher, mask))
+        return relation_kl(left, right, *arrays, block_size=block_size)
 
     return loss
 
 
-def _reference(mask, teacher):
-    """Softmax over each token's own example, KL, mean over heads and real tokens."""
+def _relation_reference(mask, teacher):
+    """Softmax over the tokens of the same example, KL, mean over heads and real tokens."""
     segments = torch.tensor(mask.astype(np.int64))
     is_pair = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
 
@@ -258,90 +258,92 @@ def _reference(mask, teacher):
         scores = left @ right.transpose(2, 3) / left.shape[-1] ** 0.5
         return scores.masked_fill(~is_pair[:, None], -1e9).log_softmax(-1)
 
-    goal = log_probs(*(torch.tensor(x, dtype=torch.float64) for x in teacher))
+    target = log_probs(*(torch.tensor(x, dtype=torch.float64) for x in teacher))
 
     def reference(left, right):
-        divergence = F.kl_div(log_probs(left, right), goal, reduction="none", log_target=True)
+        divergence = F.kl_div(log_probs(left, right), target, reduction="none", log_target=True)
         return divergence.sum(-1).mean(1)[segments > 0].mean()
 
     return reference
 
 
-def _teacher(head_dim=6):
+def _relation_teacher(head_dim=6):
     return [normal(seed, BATCH, SEQ, HEADS, head_dim, scale=1.5) for seed in (1, 2)]
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 11, 128])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_relation_kl_matches_maps(mask, block_size):
+def test_relation_kl_matches_score_maps(mask, block_size):
     student = [normal(seed, BATCH, SEQ, HEADS, 4, scale=1.5) for seed in (3, 4)]
-    teacher = _teacher()
-    assert_same(_loss(mask, teacher, block_size), _reference(mask, teacher), *student)
+    teacher = _relation_teacher()
+    assert_same(
+        _relation_loss(mask, teacher, block_size), _relation_reference(mask, teacher), *student
+    )
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_a_relation_of_values_with_themselves_matches_maps(mask):
-    values, teacher = normal(3, BATCH, SEQ, HEADS, 4), [_teacher()[0]] * 2
-    loss, reference = _loss(mask, teacher, 4), _reference(mask, teacher)
+def test_relation_kl_of_values_with_themselves_matches_score_maps(mask):
+    values, teacher = normal(3, BATCH, SEQ, HEADS, 4), [_relation_teacher()[0]] * 2
+    loss, reference = _relation_loss(mask, teacher, 4), _relation_reference(mask, teacher)
     assert_same(lambda x: loss(x, x), lambda x: reference(x, x), values)
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("distance", [1.0, 1e-1, 1e-2, 1e-3])
 def test_relation_kl_near_the_teacher(distance, mask):
-    """No cancellation, however close the student is."""
-    teacher = _teacher()
+    """Nothing cancels, however close the student is."""
+    teacher = _relation_teacher()
     student = [x + normal(20 + i, *x.shape, scale=distance) for i, x in enumerate(teacher)]
-    assert_same(_loss(mask, teacher, 4), _reference(mask, teacher), *student)
+    assert_same(_relation_loss(mask, teacher, 4), _relation_reference(mask, teacher), *student)
 
 
 def test_relation_kl_far_from_the_teacher():
-    """Probabilities of 0 and 1. Scores of hundreds have an error of hundreds times fp32's 6e-8."""
-    teacher = [8 * x for x in _teacher()]
+    """Probabilities of 0 and 1. Scores in the hundreds have errors of hundreds times 6e-8."""
+    teacher = [8 * x for x in _relation_teacher()]
     student = [normal(seed, BATCH, SEQ, HEADS, 6, scale=8) for seed in (3, 4)]
-    loss, reference = _loss(MASK, teacher, 4), _reference(MASK, teacher)
+    loss, reference = _relation_loss(MASK, teacher, 4), _relation_reference(MASK, teacher)
     assert_same(loss, reference, *student, tolerance=2e-4)
 
 
-def test_padding_and_other_segments_change_nothing():
+def test_padding_does_not_change_relation_kl():
     student = [normal(seed, BATCH, SEQ, HEADS, 4) for seed in (3, 4)]
     for mask in MASKS.values():
         real = (mask > 0)[:, :, None, None]
-        teacher = _teacher()
-        expected = value_and_grads(_loss(mask, teacher, 4), *student)
+        teacher = _relation_teacher()
+        expected = value_and_grads(_relation_loss(mask, teacher, 4), *student)
         junk = [np.where(real, x, np.float32(np.nan)) for x in (*student, *teacher)]
-        got = value_and_grads(_loss(mask, junk[2:], 4), *junk[:2])
-        for one, other in zip(got, expected, strict=True):
-            np.testing.assert_array_equal(one, other)
+        got = value_and_grads(_relation_loss(mask, junk[2:], 4), *junk[:2])
+        for value, want in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(value, want)
 
 
-def test_the_teacher_gets_no_gradient():
-    teacher = [jnp.array(x) for x in _teacher()]
+def test_relation_kl_gives_the_teacher_no_gradient():
+    teacher = [jnp.array(x) for x in _relation_teacher()]
     student = [jnp.array(normal(seed, BATCH, SEQ, HEADS, 4)) for seed in (3, 4)]
     grads = jax.grad(lambda teacher: relation_kl(*student, *teacher, jnp.array(MASK)))(teacher)
     assert not any(grad.any() for grad in grads)
 
 
-def test_memory_grows_with_the_length_and_not_with_its_square():
-    """From T to 2T the temporaries double; those of the maps, forward and backward, quadruple."""
+def test_memory_of_relation_kl_grows_linearly_with_the_length():
+    """At twice the length blocks need twice the temporary memory; whole maps need four times."""
 
-    def temporaries(loss, seq):
+    def temporary_bytes(loss, seq):
         shape = jax.ShapeDtypeStruct((1, seq, 2, 8), jnp.float32)
         step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
         compiled = step.lower(*[shape] * 4).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    def streamed(*heads):
+    def in_blocks(*heads):
         return relation_kl(*heads, jnp.ones(heads[0].shape[:2], bool), block_size=64)
 
-    def maps(*heads):
+    def in_one_map(*heads):
         return relation_kl(*heads, jnp.ones(heads[0].shape[:2], bool), block_size=heads[0].shape[1])
 
-    assert temporaries(streamed, 1024) <= 2.2 * temporaries(streamed, 512)
-    assert temporaries(maps, 1024) >= 3.5 * temporaries(maps, 512)
+    assert temporary_bytes(in_blocks, 1024) <= 2.2 * temporary_bytes(in_blocks, 512)
+    assert temporary_bytes(in_one_map, 1024) >= 3.5 * temporary_bytes(in_one_map, 512)
 
 
-def test_regrouped_heads_have_the_same_features():
+def test_regroup_keeps_the_features():
     x = jnp.array(normal(0, 2, 3, 4, 6))
     grouped = regroup(x, 8)
     assert grouped.shape == (2, 3, 8, 3)
@@ -360,15 +362,15 @@ def test_microbatches_of_tokens_add_up_to_the_batch():
     "dtype, precision",
     [(jnp.float32, jax.lax.Precision.HIGHEST), (jnp.bfloat16, jax.lax.Precision.HIGH)],
 )
-def test_products_of_taps_have_the_precision_that_their_format_is_worth(dtype, precision, maps):
-    """Of the value and of the gradient; on a CPU all precisions are the same."""
-    taps = [jnp.ones((2, 8, 2, dim), dtype) for dim in (4, 4, 6, 6)]
+def test_products_of_attention_mse_have_the_precision_of_the_dtype(dtype, precision, maps):
+    """In the value and the gradient, read from the jaxpr: on a CPU all precisions are equal."""
+    heads = [jnp.ones((2, 8, 2, dim), dtype) for dim in (4, 4, 6, 6)]
     loss = functools.partial(
         attention_mse,
         mask=jnp.ones((2, 8), bool),
         normalisation="valid_only",
         maps=maps,
     )
-    text = str(jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(*taps))
+    text = str(jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(*heads))
     found = re.findall(r"precision=\(Precision.(\w+), Precision.(\w+)\)", text)
     assert found and {name for pair in found for name in pair} == {precision.name}

@@ -1,7 +1,7 @@
-"""Every loss against a float64 PyTorch reference written from the definition, value and gradients.
+"""Values and gradients of `losses.pointwise` against float64 PyTorch written from the definitions.
 
-Tolerance 1e-5 (relative, in norm): fp32 has 6e-8 and the sums here are short, so that leaves room
-for the softmaxes and nothing else.
+Tolerance 1e-5 (relative, in norm): fp32 rounds to 6e-8 and the sums here are short; the rest is
+room for the softmaxes.
 """
 
 import functools
@@ -155,7 +155,7 @@ def test_padding_changes_nothing_under_valid_only():
 
 
 def test_microbatches_of_examples_add_up_to_the_batch():
-    """With `count` of the whole batch, as gradient accumulation uses the losses."""
+    """With the `count` of the whole batch, as gradient accumulation calls the losses."""
     student, teacher = (normal(40 + i, BATCH, 4) for i in range(2))
     soft = functools.partial(pointwise.soft_cross_entropy, reduction="sum")
 
@@ -177,7 +177,7 @@ def test_microbatches_of_tokens_add_up_to_the_batch(normalisation):
 
 def test_a_batch_without_valid_units_has_loss_and_gradient_zero():
     x = jnp.ones((2, 3))
-    hidden, nothing, weights = jnp.ones((2, 3, 4)), jnp.zeros((2, 3), bool), jnp.zeros(2)
+    hidden, no_token, weights = jnp.ones((2, 3, 4)), jnp.zeros((2, 3), bool), jnp.zeros(2)
     ignored = jnp.full(2, -100)
     cases = [
         lambda x: pointwise.softmax_cross_entropy(x, ignored, weights),
@@ -186,7 +186,7 @@ def test_a_batch_without_valid_units_has_loss_and_gradient_zero():
         lambda x: pointwise.kl(x, x + 1, weights),
         lambda x: pointwise.logits_mse(x, x + 1, weights),
         lambda x: pointwise.soft_cross_entropy(x, x + 1, weights, reduction="sum"),
-        lambda x: pointwise.hidden_mse(x * hidden, hidden, nothing, normalisation="valid_only"),
+        lambda x: pointwise.hidden_mse(x * hidden, hidden, no_token, normalisation="valid_only"),
     ]
     inputs = [x, x, x, x, x, x, x[:, :, None]]
     for loss, value in zip(cases, inputs, strict=True):
@@ -211,8 +211,8 @@ def test_bfloat16_inputs_are_computed_in_float32():
         assert_float32_of_bfloat16(loss, inputs)
 
 
-def test_an_unknown_choice_is_refused():
-    """Below the type check of the import hook, which is off outside the tests."""
+def test_an_unknown_normalisation_or_reduction_is_refused():
+    """`inspect.unwrap` skips the jaxtyping check, which runs only in the tests."""
     x, mask = jnp.ones((2, 3, 4)), jnp.ones((2, 3), bool)
     with pytest.raises(ValueError, match="expected 'paper_code' or 'valid_only', got 'mean'"):
         inspect.unwrap(pointwise.hidden_mse)(x, x, mask, normalisation="mean")
@@ -221,7 +221,7 @@ def test_an_unknown_choice_is_refused():
 
 
 def chunked_lm(hidden, labels, count=None):
-    """Logits that are the hidden states and another two columns."""
+    """Chunked masked-LM loss whose logits are the hidden states and two more columns."""
     table, bias = (
         jnp.concatenate([jnp.eye(hidden.shape[1]), jnp.ones((2, 4))[:, : hidden.shape[1]]]),
         jnp.arange(hidden.shape[1] + 2.0),

@@ -1,4 +1,4 @@
-"""Losses over chunks of logits against whole ones, in PyTorch and of `losses`."""
+"""Losses over chunks of logits against losses of all logits, in PyTorch and in `pointwise`."""
 
 import functools
 
@@ -19,8 +19,8 @@ VOCAB_LABELS = np.array([3, -100, 0, 10, -100, -100, -100, 7, 3, 0, 10, 9])
 
 @pytest.mark.parametrize("num_shards", [1, 2])
 @pytest.mark.parametrize("chunk_size", [1, 4, 5, 100])
-def test_chunks_of_logits_give_the_loss_and_the_gradients_of_the_whole(chunk_size, num_shards):
-    """1e-6: what the order of fp32 sums over a dozen rows can make, and nothing else."""
+def test_masked_lm_equals_the_loss_of_all_logits_for_any_chunk_size(chunk_size, num_shards):
+    """Tolerance 1e-6: the summation order of a dozen fp32 rows changes no more than that."""
     inputs = normal(2, 12, 6, scale=2), normal(3, 11, 6), normal(4, 11)
     labels = jnp.array(VOCAB_LABELS)
 
@@ -36,8 +36,8 @@ def test_chunks_of_logits_give_the_loss_and_the_gradients_of_the_whole(chunk_siz
         value_and_grads(chunked, *inputs), value_and_grads(whole, *inputs), strict=True
     ):
         assert relative_error(got, want) <= 1e-6
-    alone, want = (loss(*map(jnp.array, inputs)) for loss in (chunked, whole))
-    np.testing.assert_allclose(alone, want, rtol=1e-6)  # without gradients
+    got, want = (loss(*map(jnp.array, inputs)) for loss in (chunked, whole))
+    np.testing.assert_allclose(got, want, rtol=1e-6)  # without gradients
     assert_same(
         chunked,
         lambda hidden, table, bias: F.cross_entropy(
@@ -48,19 +48,17 @@ def test_chunks_of_logits_give_the_loss_and_the_gradients_of_the_whole(chunk_siz
 
 
 @pytest.mark.parametrize(
-    ("num_expected", "largest", "size"),
+    ("num_rows", "largest", "size"),
     [(651, 256, 224), (651, 512, 328), (512, 512, 512), (513, 512, 264), (5, 512, 8), (5, 3, 3)],
 )
-def test_even_chunks_are_as_few_as_the_largest_ones_and_leave_less_room(
-    num_expected, largest, size
-):
-    assert vocabulary.even_chunk_size(num_expected, largest) == size
-    assert -(-num_expected // size) == -(-num_expected // largest)
+def test_even_chunks_are_as_few_as_chunks_of_the_largest_size(num_rows, largest, size):
+    assert vocabulary.even_chunk_size(num_rows, largest) == size
+    assert -(-num_rows // size) == -(-num_rows // largest)
 
 
-def test_sums_over_chunks_count_losses_and_hits():
+def test_masked_lm_sums_add_up_losses_and_count_hits():
     logits, real = normal(2, 12, 11, scale=2), VOCAB_LABELS >= 0
-    logits[0, VOCAB_LABELS[0]] = logits[9, VOCAB_LABELS[9]] = 20  # two hits at least
+    logits[0, VOCAB_LABELS[0]] = logits[9, VOCAB_LABELS[9]] = 20  # at least two hits
     hidden, table, bias = logits, np.eye(11, dtype=np.float32), np.zeros(11, np.float32)
 
     got = jax.jit(functools.partial(vocabulary.masked_lm_sums, chunk_size=5))(
@@ -78,23 +76,26 @@ def test_sums_over_chunks_count_losses_and_hits():
     assert got[1] == num_hits and 2 <= num_hits < real.sum()
 
 
-def test_chunks_never_hold_the_logits_of_all_predictions():
+def test_masked_lm_never_holds_all_logits_in_memory():
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1024, 8), (4096, 8), (4096,))]
     labels = jax.ShapeDtypeStruct((1024,), jnp.int32)
-    whole_logits = 4 * 1024 * 4096
+    bytes_of_all_logits = 4 * 1024 * 4096
 
-    def temporaries(loss):
+    def temporary_bytes(loss):
         step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
         return step.lower(*shapes, labels).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporaries(lambda h, t, b, y: pointwise.masked_lm(h @ t.T + b[None], y)) >= whole_logits
+    def whole(hidden, table, bias, labels):
+        return pointwise.masked_lm(hidden @ table.T + bias[None], labels)
+
     chunked = functools.partial(vocabulary.masked_lm, chunk_size=64)
-    assert temporaries(chunked) <= whole_logits / 4
+    assert temporary_bytes(whole) >= bytes_of_all_logits
+    assert temporary_bytes(chunked) <= bytes_of_all_logits / 4
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 5, 100])
 @pytest.mark.parametrize("temperature, num_shards", [(1.0, 1), (2.0, 1), (2.0, 2)])
-def test_word_kl_matches_torch_whatever_the_chunks(chunk_size, temperature, num_shards):
+def test_kl_matches_torch_for_any_chunk_size(chunk_size, temperature, num_shards):
     labels, vocab = VOCAB_LABELS, 11
     teacher = [normal(3, len(labels), 6), normal(4, vocab, 6), normal(5, vocab)]
 
@@ -111,10 +112,9 @@ def test_word_kl_matches_torch_whatever_the_chunks(chunk_size, temperature, num_
     def log_probs(hidden, table, bias):
         return torch.log_softmax((hidden @ table.T + bias)[labels != -100] / temperature, -1)
 
-    goal = log_probs(*(torch.tensor(x, dtype=torch.float64) for x in teacher))
+    target = log_probs(*(torch.tensor(x, dtype=torch.float64) for x in teacher))
 
     def reference(*student):
-        ours = log_probs(*student)
-        return F.kl_div(ours, goal, reduction="batchmean", log_target=True)
+        return F.kl_div(log_probs(*student), target, reduction="batchmean", log_target=True)
 
     assert_same(loss, reference, normal(0, len(labels), 4), normal(1, vocab, 4), normal(2, vocab))

@@ -1,1 +1,1 @@
-"""Losses: pure functions of arrays, with mask and count inside."""
+"""Training losses: pure functions of arrays that apply the mask and divide by the count."""

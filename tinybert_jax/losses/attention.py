@@ -1,8 +1,8 @@
-"""Losses between the attentions of two models: of one layer, from queries, keys and values.
+"""Losses that compare the attention scores of one student layer and one teacher layer.
 
-Conventions as in `losses`: fp32, the mask inside, `total / number of valid units`. No loss keeps a
-[seq, seq] map for its gradient, except the score loss where a map is cheaper (`builds_maps`) or
-there already (`reads_scores`).
+fp32, mask and `total / number of valid units` as in `losses.pointwise`. A score map is
+QKᵀ/√head_dim, [seq, seq] per head. No loss keeps a map for its gradient, except `attention_mse`
+where maps are cheaper (`builds_maps`) and `score_mse`, whose maps already exist (`reads_scores`).
 """
 
 import functools
@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tinybert_jax.losses.pointwise import Normalisation, mean_over, unknown_normalisation
+from tinybert_jax.losses.pointwise import Normalisation, divide_by_count, unknown_normalisation
 
 
 def builds_maps(seq: int, student_head_dim: int, teacher_head_dim: int, *, packed: bool) -> bool:
-    """Whether the score loss builds its maps.
+    """Whether `attention_mse` builds score maps instead of Gram matrices.
 
-    For short rows they cost less than the Gram matrices of a head, as measured on a CPU with 12
-    heads of (16, 32), (26, 64), (32, 32) and (64, 64); in packed rows always, where each segment
-    would need Gram matrices of its own.
+    Maps cost less for short rows, as measured on a CPU with 12 heads of (student, teacher) head
+    dims (16, 32), (26, 64), (32, 32) and (64, 64). Packed rows always build maps, because every
+    segment would need separate Gram matrices.
     """
     return packed or seq <= student_head_dim + teacher_head_dim
 
@@ -35,52 +35,57 @@ def attention_mse(
     count: Float[Array, ""] | None = None,
     maps: bool | None = None,
 ) -> Float[Array, ""]:
-    """MSE between the score maps QKᵀ/√head_dim of one layer (unit: pair).
+    """MSE between the score maps of a student layer and a teacher layer (unit: pair).
 
-    An integer mask holds segment ids of packed rows (0: padding): pairs within a segment count,
-    "valid_only". `maps`: whether to build the maps; default: as `builds_maps` says.
+    An integer mask holds the segment ids of packed rows (0: padding): pairs within a segment count,
+    and `normalisation` must be "valid_only". `maps`: whether to build the maps; None: `builds_maps`
+    decides.
 
     "valid_only" leaves padded rows and columns out and averages over valid pairs and heads;
     "paper_code" zeroes padded key columns, keeps padded query rows and averages over (batch, heads,
-    seq, seq), so that its unit count is batch·seq². Source: TinyBERT equation 7; but for short or
-    packed rows (`builds_maps`) in Gram form, which builds no map: O(seq·head_dim²) time and
-    O(head_dim²) memory per head, the same number.
+    seq, seq), so that its unit count is batch·seq². Source: TinyBERT equation 7. Without maps, Gram
+    matrices give the same number in O(seq·head_dim²) time and O(head_dim²) memory per head.
 
-    Numerics of the Gram form: its terms cancel where the maps agree. With unequal head dims the
-    value's relative error is about 1e-7·‖A‖²/‖A_S − A_T‖² (A: a score map) and the gradient's
-    1e-7·‖A‖/‖A_S − A_T‖, so a value many orders below the maps' own size may come out slightly
-    negative; it is returned as it is, because clamping would also zero the gradient. Equal head
-    dims avoid this. Of bfloat16 queries and keys the products have 11 bits or more, so that on an
-    accelerator 1e-3 stands for 1e-7; what those have lost before is as much.
+    Numerics of the Gram matrices: their terms cancel where the maps A_S and A_T agree. With unequal
+    head dims the relative error is about 1e-7·‖A‖²/‖A_S − A_T‖² for the value and
+    1e-7·‖A‖/‖A_S − A_T‖ for the gradient, so a value many orders of magnitude below ‖A‖² may come
+    out slightly negative; it is not clamped, because clamping would also zero the gradient. Equal
+    head dims avoid the cancellation. Products of bfloat16 queries and keys have 11 bits or more: on
+    an accelerator read 1e-3 for 1e-7, no more than rounding to bfloat16 has already cost.
     """
     is_real, is_packed = mask.astype(bool), mask.dtype != bool
-    is_query, pairs = _valid_pairs(mask, normalisation)
-    sq, tq = masked_by_head(student_query, is_query), masked_by_head(teacher_query, is_query)
-    sk, tk = masked_by_head(student_key, is_real), masked_by_head(teacher_key, is_real)
-    student_dim, teacher_dim = sq.shape[-1], tq.shape[-1]
+    is_query, num_valid = _query_rows_and_num_pairs(mask, normalisation)
+    s_query, t_query = mask_heads(student_query, is_query), mask_heads(teacher_query, is_query)
+    s_key, t_key = mask_heads(student_key, is_real), mask_heads(teacher_key, is_real)
+    student_dim, teacher_dim = s_query.shape[-1], t_query.shape[-1]
     if student_dim == teacher_dim:
-        # A_S − A_T = (Q−Q')Kᵀ + Q'(K−K')ᵀ: both products are small when the models are close.
-        factors = (sq - tq) * student_dim**-0.5, sk, tq * student_dim**-0.5, sk - tk
+        # A_S − A_T = (Q_S − Q_T)K_Sᵀ + Q_T(K_S − K_T)ᵀ: both products are small for close models.
+        factors = (
+            (s_query - t_query) * student_dim**-0.5,
+            s_key,
+            t_query * student_dim**-0.5,
+            s_key - t_key,
+        )
     else:
-        factors = sq * student_dim**-0.5, sk, tq * -(teacher_dim**-0.5), tk
-    precision = _precision(student_query, student_key, teacher_query, teacher_key)
+        factors = s_query * student_dim**-0.5, s_key, t_query * -(teacher_dim**-0.5), t_key
+    precision = _product_precision(student_query, student_key, teacher_query, teacher_key)
     if maps is None:
         maps = builds_maps(mask.shape[1], student_dim, teacher_dim, packed=is_packed)
     if maps:
-        counted = _same_segment(mask) if is_packed else None
-        total = _squared_norm_of_map(precision, *factors, counted)
+        is_pair = _same_segment(mask) if is_packed else None
+        total = _squared_norm_by_map(precision, *factors, is_pair)
     else:
-        assert not is_packed, "the Gram matrices would be each segment's own"
-        total = _squared_norm_of_sum(precision, *factors)
-    return mean_over(total / student_query.shape[2], pairs, count)
+        assert not is_packed, "packed rows need maps: Gram matrices would mix their segments"
+        total = _squared_norm_by_gram(precision, *factors)
+    return divide_by_count(total / student_query.shape[2], num_valid, count)
 
 
 def reads_scores(seq: int, student_head_dim: int, teacher_head_dim: int, *, packed: bool) -> bool:
-    """Whether the score loss reads maps that both models' attention has built (`score_mse`).
+    """Whether `score_mse` of the maps that both models' attention builds replaces `attention_mse`.
 
-    As measured on a CPU with heads of (16, 32): a tenth of a step less than Gram matrices at 64
-    tokens, the same at 128, more memory from there. Of equal head dims never: `attention_mse`
-    loses nothing to cancellation there.
+    As measured on a CPU with head dims (16, 32), reading the maps takes a tenth of a step less than
+    Gram matrices at 64 tokens, the same time at 128 and more memory beyond. With equal head dims
+    never, because `attention_mse` has no cancellation there.
     """
     is_short = seq <= 2 * (student_head_dim + teacher_head_dim)
     return student_head_dim != teacher_head_dim and (packed or is_short)
@@ -94,28 +99,28 @@ def score_mse(
     normalisation: Normalisation,
     count: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
-    """`attention_mse` of scores that both models' attention has built: no further product.
+    """`attention_mse` of score maps that both models' attention has built; adds no product.
 
-    Unit, mask and normalisation as there (TinyBERT equation 7). The scores have the precision of
-    the models' own products; in fp32 on a CPU the relative error of the value and of the gradient
-    is about 1e-7·‖A‖/‖A_S − A_T‖.
+    Unit, mask and normalisation as in `attention_mse` (TinyBERT equation 7). The scores have the
+    precision of the models' products; in fp32 on a CPU the relative error of the value and of the
+    gradient is about 1e-7·‖A‖/‖A_S − A_T‖.
     """
-    is_query, pairs = _valid_pairs(mask, normalisation)
+    is_query, num_valid = _query_rows_and_num_pairs(mask, normalisation)
     if mask.dtype == bool:
-        counted = is_query[:, :, None] & mask[:, None, :]
+        is_pair = is_query[:, :, None] & mask[:, None, :]
     else:
-        counted = _same_segment(mask)
-    wide = student.astype(jnp.float32), teacher.astype(jnp.float32)
-    difference = jnp.where(counted[:, None], wide[0] - wide[1], 0)
-    return mean_over(jnp.square(difference).sum() / student.shape[1], pairs, count)
+        is_pair = _same_segment(mask)
+    in_float32 = student.astype(jnp.float32), teacher.astype(jnp.float32)
+    difference = jnp.where(is_pair[:, None], in_float32[0] - in_float32[1], 0)
+    return divide_by_count(jnp.square(difference).sum() / student.shape[1], num_valid, count)
 
 
 def regroup(
     x: Float[Array, "batch seq heads head_dim"], num_heads: int
 ) -> Float[Array, "batch seq relation_heads relation_dim"]:
-    """The same features as `num_heads` heads: MiniLMv2's relation heads.
+    """Reshapes the features to `num_heads` heads: MiniLMv2's relation heads.
 
-    Raises ValueError where the width is no multiple of them.
+    Raises ValueError where `num_heads` does not divide the width, heads·head_dim.
     """
     width = x.shape[2] * x.shape[3]
     if width % num_heads:
@@ -127,14 +132,14 @@ def regroup(
 
 
 def num_pairs(mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"]) -> Float[Array, ""]:
-    """Token pairs of the same example, over the batch."""
+    """Number of (query, key) pairs of real tokens of the same example or segment in the batch."""
     if mask.dtype == bool:
         return jnp.square(mask.sum(-1, dtype=jnp.float32)).sum()
     return _same_segment(mask).sum(dtype=jnp.float32)
 
 
-def _valid_pairs(mask: Array, normalisation: str) -> tuple[Array, Array]:
-    """Which tokens' rows of the maps count, [batch, seq], and how many pairs there are."""
+def _query_rows_and_num_pairs(mask: Array, normalisation: str) -> tuple[Array, Array]:
+    """Mask of the query rows that count, [batch, seq], and the number of pairs that count."""
     if normalisation == "valid_only":
         return mask.astype(bool), num_pairs(mask)
     if normalisation == "paper_code":
@@ -148,26 +153,26 @@ def _same_segment(segment_ids: Int[Array, "batch seq"]) -> Bool[Array, "batch se
     return same & (segment_ids[:, None, :] > 0)
 
 
-def _precision(*taps: Array) -> jax.lax.Precision:
-    """Of products between taps: of bfloat16 ones TF32 on a GPU, three bfloat16 passes on a TPU."""
-    is_rounded = all(x.dtype == jnp.bfloat16 for x in taps)
+def _product_precision(*inputs: Array) -> jax.lax.Precision:
+    """HIGH for products of bfloat16 arrays: TF32 on a GPU, three bfloat16 passes on a TPU."""
+    is_rounded = all(x.dtype == jnp.bfloat16 for x in inputs)
     return jax.lax.Precision.HIGH if is_rounded else jax.lax.Precision.HIGHEST
 
 
-def masked_by_head(x: Array, mask: Array) -> Array:
-    """[b, t, h, k] to fp32 [b, h, t, k], masked rows zero.
+def mask_heads(x: Array, mask: Array) -> Array:
+    """[b, t, h, k] to fp32 [b, h, t, k] with masked rows zeroed.
 
-    One explicit transpose, fused with the mask and shared by all Gram products, where XLA:CPU would
-    else insert a slower one into each of them.
+    One explicit transpose, fused with the mask and shared by all Gram products; XLA:CPU would
+    otherwise insert a slower transpose into every product.
     """
     masked = jnp.where(mask[:, :, None, None], x.astype(jnp.float32), 0)
     return masked.transpose(0, 2, 1, 3)
 
 
-def _squared_norm_of_sum(
+def _squared_norm_by_gram(
     precision: jax.lax.Precision, left: Array, right: Array, left2: Array, right2: Array
 ) -> Array:
-    """Σ‖left·rightᵀ + left2·right2ᵀ‖² over b and h, each factor [b, h, t, k], by Gram matrices.
+    """Σ‖left·rightᵀ + left2·right2ᵀ‖² over b and h from Gram matrices; all factors [b, h, t, k].
 
     The terms cancel within each head, before the sum over heads can round: 10× more accurate.
     """
@@ -178,22 +183,22 @@ def _squared_norm_of_sum(
     return jnp.sum(first + 2 * cross + second)
 
 
-def _squared_norm_of_map(
+def _squared_norm_by_map(
     precision: jax.lax.Precision,
     left: Array,
     right: Array,
     left2: Array,
     right2: Array,
-    counted: Array | None,
+    is_pair: Array | None,
 ) -> Array:
-    """The same from the map itself, of pairs [b, query, key] that are counted; None: of all.
+    """`_squared_norm_by_gram` from the map, over the pairs `is_pair` [b, t, s]; None: all pairs.
 
-    Two products, that what has no gradient costs none on the way back.
+    Two products, so that factors without a gradient cost nothing in the backward pass.
     """
     product = functools.partial(jnp.einsum, "bhtk,bhsk->bhts", precision=precision)
     difference = product(left, right) + product(left2, right2)
-    if counted is not None:
-        difference = jnp.where(counted[:, None], difference, 0)
+    if is_pair is not None:
+        difference = jnp.where(is_pair[:, None], difference, 0)
     return jnp.square(difference).sum()
 
 
@@ -210,7 +215,7 @@ def _gram(precision: jax.lax.Precision, x: Array) -> Array:
 def _gram_jvp(
     precision: jax.lax.Precision, primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple[Array, Array]:
-    """Symmetry makes one product of the two that autodiff would compute."""
+    """By symmetry one product is enough; autodiff would compute two."""
     (x,), (dx,) = primals, tangents
     half = _cross_gram(precision, dx, x)
     return _gram(precision, x), half + half.mT

@@ -1,12 +1,13 @@
-"""Training losses: pure functions of arrays, each with its mask inside.
+"""Losses that compare labels, logits or hidden states position by position.
 
-This module owns the formulas, their normalisation and their numerics (everything in fp32, whatever
-the dtype of the inputs). It does not know modules, configs or meshes. Summing over layers, weights
-of terms, the temperature² factor and stopping the teacher's gradient are the caller's.
+Owns the formulas, the normalisation and the numerics (fp32, whatever the dtype of the inputs).
+Knows no model, config or mesh. The caller sums over layers, weights the terms, multiplies by
+temperature² and stops the teacher's gradient.
 
-Every loss is `total / number of valid units` and takes `count`, the denominator to use in place of
-the local number of valid units: with the count of the whole batch, the losses (and gradients) of
-its microbatches add up to those of the batch. A batch without any valid unit has loss 0, not NaN.
+Every loss is `total / number of valid units`; the docstring of a loss names the unit. `count`, if
+given, replaces the number of valid units: with the count of the whole batch, the losses and
+gradients of the microbatches add up to those of the batch. A batch without a valid unit has loss
+0, not NaN.
 """
 
 from typing import Literal
@@ -32,8 +33,8 @@ def softmax_cross_entropy(
     """Cross-entropy with hard labels, mean over weighted examples (unit: example).
 
     `label_smoothing` mixes the label with the uniform distribution (Szegedy et al. 2016, as in
-    `torch.nn.CrossEntropyLoss`). The label of an example of weight 0 is never read; any other must
-    lie in 0..classes-1.
+    `torch.nn.CrossEntropyLoss`). Labels of examples with weight 0 are never read; all other labels
+    must lie in 0..classes-1.
     """
     logits = logits.astype(jnp.float32)
     nll = _negative_log_likelihood(logits, jnp.where(weights != 0, labels, 0))
@@ -50,8 +51,8 @@ def masked_lm(
 ) -> Float[Array, ""]:
     """Masked-LM cross-entropy, mean over the labels that are not -100 (unit: label).
 
-    Takes flat positions, so that the LM head may be run on gathered ones only. Source: Devlin et
-    al. 2019, section 3.1; -100 is the ignored label of PyTorch and Hugging Face.
+    The positions are flattened, so that the caller can run the LM head on selected positions only.
+    Source: Devlin et al. 2019, section 3.1; -100 is the ignored label of PyTorch and Hugging Face.
     """
     is_label = labels != IGNORED_LABEL
     nll = _negative_log_likelihood(logits.astype(jnp.float32), jnp.where(is_label, labels, 0))
@@ -67,15 +68,16 @@ def soft_cross_entropy(
     reduction: Reduction,
     count: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
-    """Prediction-layer distillation -softmax(z_T/t)·log_softmax(z_S/t) (unit: example).
+    """Cross-entropy with the teacher's classes, −softmax(z_T/t)·log_softmax(z_S/t) (unit: example).
 
-    `reduction` over classes: "sum" is the usual cross-entropy (TinyBERT equation 10),
-    "mean_classes" the released code's, smaller by the number of classes. No temperature² factor.
+    `reduction` over classes: "sum" is the usual cross-entropy (TinyBERT equation 10);
+    "mean_classes" divides it by the number of classes, as TinyBERT's released code does. No
+    temperature² factor.
     """
     teacher_probs = jax.nn.softmax(teacher_logits.astype(jnp.float32) / temperature)
     student_log_probs = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
     per_class = -teacher_probs * student_log_probs
-    return _weighted_mean(_over_classes(per_class, reduction), weights, count)
+    return _weighted_mean(_reduce_classes(per_class, reduction), weights, count)
 
 
 def kl(
@@ -89,13 +91,13 @@ def kl(
 ) -> Float[Array, ""]:
     """KL(p_T ‖ p_S) at the given temperature, mean over weighted examples (unit: example).
 
-    No temperature² factor (Hinton et al. 2015, section 2): the caller scales. `reduction` as in
-    `soft_cross_entropy`.
+    The caller multiplies by the temperature² factor (Hinton et al. 2015, section 2). `reduction`
+    as in `soft_cross_entropy`.
     """
     teacher_log_probs = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
     student_log_probs = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
     per_class = jnp.exp(teacher_log_probs) * (teacher_log_probs - student_log_probs)
-    return _weighted_mean(_over_classes(per_class, reduction), weights, count)
+    return _weighted_mean(_reduce_classes(per_class, reduction), weights, count)
 
 
 def sigmoid_cross_entropy(
@@ -154,8 +156,8 @@ def logits_mse(
 ) -> Float[Array, ""]:
     """Squared error to teacher logits or gold scores, mean over k and weighted examples.
 
-    Unit: example. Source: regression tasks (STS-B), teacher logits in the TinyBERT paper, gold
-    scores in its released code.
+    Unit: example. For regression tasks (STS-B): the TinyBERT paper compares with teacher logits,
+    TinyBERT's released code with gold scores.
     """
     difference = student_logits.astype(jnp.float32) - target.astype(jnp.float32)
     return _weighted_mean(jnp.square(difference).mean(-1), weights, count)
@@ -171,8 +173,8 @@ def hidden_mse(
 ) -> Float[Array, ""]:
     """Mean squared error between projected student and teacher hidden states (unit: token).
 
-    "valid_only" is the mean over real tokens and dim, so that padding neither counts nor dilutes;
-    "paper_code" the plain mean over everything, whose unit count is batch·seq. Source: TinyBERT
+    "valid_only" is the mean over real tokens and dim, so that padding does not dilute the loss;
+    "paper_code" is the mean over all tokens, padding included (batch·seq units). Source: TinyBERT
     equations 8 and 9.
     """
     if normalisation == "valid_only":
@@ -181,28 +183,28 @@ def hidden_mse(
         mask, num_tokens = jnp.ones_like(mask), jnp.float32(mask.size)
     else:
         raise ValueError(unknown_normalisation(normalisation))
-    wide = student.astype(jnp.float32), teacher.astype(jnp.float32)
-    return mean_over(_squared_distance(*wide, mask), num_tokens, count)
+    in_float32 = student.astype(jnp.float32), teacher.astype(jnp.float32)
+    return divide_by_count(_squared_distance(*in_float32, mask), num_tokens, count)
 
 
 @jax.custom_vjp
 def _squared_distance(student: Array, teacher: Array, mask: Array) -> Array:
-    """Mean over dim of (student − teacher)², summed over the tokens [batch, seq] of the mask."""
+    """Sum over the tokens of `mask` of the mean over dim of (student − teacher)²."""
     return _squared_distance_forward(student, teacher, mask)[0]
 
 
 def _squared_distance_forward(student: Array, teacher: Array, mask: Array) -> tuple[Array, Array]:
     difference = jnp.where(mask[:, :, None], student - teacher, 0)
-    # XLA:CPU would make it anew, from all that it can be fused with, wherever it is read.
+    # Without the barrier XLA:CPU recomputes the difference, and all it is fused with, at every use.
     difference = jax.lax.platform_dependent(
         difference, cpu=jax.lax.optimization_barrier, default=lambda x: x
     )
     return jnp.square(difference).mean(-1).sum(), difference
 
 
-def _squared_distance_backward(difference: Array, slope: Array) -> tuple[Array, Array, None]:
-    by_student = (2 / difference.shape[-1]) * slope * difference
-    return by_student, -by_student, None
+def _squared_distance_backward(difference: Array, cotangent: Array) -> tuple[Array, Array, None]:
+    student_gradient = (2 / difference.shape[-1]) * cotangent * difference
+    return student_gradient, -student_gradient, None
 
 
 _squared_distance.defvjp(_squared_distance_forward, _squared_distance_backward)
@@ -219,10 +221,12 @@ def cosine(
 
     Source: DistilBERT (arXiv 1910.01108, section 2).
     """
-    shown = mask[:, :, None]
-    ours, theirs = (_unit(jnp.where(shown, x.astype(jnp.float32), 0)) for x in (student, teacher))
-    per_token = 1 - jnp.sum(ours * theirs, axis=-1)
-    return mean_over(jnp.sum(per_token * mask), mask.sum(dtype=jnp.float32), count)
+    is_real = mask[:, :, None]
+    student_unit, teacher_unit = (
+        _unit(jnp.where(is_real, x.astype(jnp.float32), 0)) for x in (student, teacher)
+    )
+    per_token = 1 - jnp.sum(student_unit * teacher_unit, axis=-1)
+    return divide_by_count(jnp.sum(per_token * mask), mask.sum(dtype=jnp.float32), count)
 
 
 def normalised_distance(
@@ -234,48 +238,48 @@ def normalised_distance(
 ) -> Float[Array, ""]:
     """‖s/‖s‖ − t/‖t‖‖², mean over dim and weighted examples (unit: example).
 
-    Source: PKD (arXiv 1908.09355, equation 7; the mean over dim is its code's).
+    Source: PKD (arXiv 1908.09355, equation 7); the mean over dim follows PKD's released code.
     """
     difference = _unit(student.astype(jnp.float32)) - _unit(teacher.astype(jnp.float32))
     return _weighted_mean(jnp.square(difference).mean(-1), weights, count)
 
 
 def _unit(x: Array) -> Array:
-    """Vectors of length 1; of length 0 where they have next to none, with a finite gradient."""
-    squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(squared, 1e-16))
+    """Vectors divided by their length, or by 1e-8 where shorter, so that gradients are finite."""
+    squared_length = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(squared_length, 1e-16))
 
 
-def _over_classes(per_class: Array, reduction: str) -> Array:
+def _reduce_classes(per_class: Array, reduction: str) -> Array:
     if reduction == "sum":
         return per_class.sum(-1)
     if reduction == "mean_classes":
         return per_class.mean(-1)
     raise ValueError(
-        f"reduction: expected 'sum' or 'mean_classes', got {reduction!r}; use 'sum' unless the "
-        "released code is to be reproduced"
+        f"reduction: expected 'sum' or 'mean_classes', got {reduction!r}; use 'sum', or "
+        "'mean_classes' to reproduce TinyBERT's released code"
     )
 
 
 def _negative_log_likelihood(logits: Array, labels: Array) -> Array:
-    picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+    label_logits = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=-1) - label_logits
 
 
 def _weighted_mean(per_unit: Array, weights: Array, count: Array | None) -> Array:
     weights = weights.astype(jnp.float32)
-    return mean_over(jnp.sum(per_unit * weights), weights.sum(), count)
+    return divide_by_count(jnp.sum(per_unit * weights), weights.sum(), count)
 
 
-def mean_over(total: Array, num_units: Array, count: Array | None) -> Array:
-    """`total` by `count`, or by the local number of units where there is none; 0 of nothing."""
+def divide_by_count(total: Array, num_units: Array, count: Array | None) -> Array:
+    """`total / count`, or `total / num_units` without a count; a denominator of 0 counts as 1."""
     denominator = num_units if count is None else count.astype(jnp.float32)
     return total / jnp.where(denominator == 0, 1, denominator)
 
 
 def unknown_normalisation(normalisation: object) -> str:
-    """The message for a normalisation that there is not."""
+    """Error message for an unknown normalisation."""
     return (
         f"normalisation: expected 'paper_code' or 'valid_only', got {normalisation!r}; use "
-        "'valid_only' unless the released code is to be reproduced"
+        "'valid_only', or 'paper_code' to reproduce TinyBERT's released code"
     )
