@@ -1,4 +1,4 @@
-"""Final metrics against scipy, closed forms and hand-counted cases."""
+"""Classification and regression metrics against SciPy, closed forms and cases counted by hand."""
 
 import numpy as np
 import pytest
@@ -18,12 +18,12 @@ def rng():
     return np.random.default_rng(0)
 
 
-def test_confusion_matrix_rows_are_true_classes():
+def test_rows_of_the_confusion_matrix_are_true_classes():
     counts = confusion_matrix(np.array([1, 1, 0, 2]), np.array([0, 1, 0, 1]), 3)
     np.testing.assert_array_equal(counts, [[1, 1, 0], [0, 1, 1], [0, 0, 0]])
 
 
-def test_binary_metrics_by_hand():
+def test_binary_metrics_equal_a_count_by_hand():
     # 3 true positives, 1 false positive, 2 false negatives, 4 true negatives.
     labels = np.array([1, 1, 1, 0, 1, 1, 0, 0, 0, 0])
     predictions = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0, 0])
@@ -54,13 +54,13 @@ def test_macro_f1_is_the_mean_over_classes_that_occur(rng):
         hits = np.sum((predictions == c) & (labels == c))
         precision, recall = hits / np.sum(predictions == c), hits / np.sum(labels == c)
         scores.append(2 * precision * recall / (precision + recall))
-    # A fourth class that nobody has or predicts must not pull the mean down.
+    # A fourth class that is neither a label nor a prediction must not lower the mean.
     for num_labels in (3, 4):
         got = classification_metrics(one_hot(predictions, num_labels), labels)
         assert got["f1"] == pytest.approx(np.mean(scores))
 
 
-def test_perfect_and_inverted_predictions_reach_the_ends():
+def test_perfect_and_inverted_predictions_score_1_and_0():
     labels = np.array([0, 1, 1, 0])
     perfect = classification_metrics(one_hot(labels, 2), labels)
     assert perfect == {"accuracy": 1.0, "f1": 1.0, "matthews": 1.0}
@@ -69,7 +69,7 @@ def test_perfect_and_inverted_predictions_reach_the_ends():
 
 
 @pytest.mark.parametrize("num_labels", [2, 3])
-def test_one_predicted_class_has_no_correlation(num_labels):
+def test_a_constant_prediction_has_matthews_correlation_zero(num_labels):
     labels = np.array([0, 1, 0, 1, 0])
     got = classification_metrics(one_hot(np.zeros(5, int), num_labels), labels)
     assert got["matthews"] == 0.0
@@ -98,7 +98,7 @@ def test_correlation_ignores_scale_and_shift(rng):
 
 
 def test_constant_predictions_correlate_zero_not_nan():
-    # 0.1 in float32: the mean of equal values may round away from them.
+    # 0.1 in float32: the mean of equal values may round to another value.
     got = regression_metrics(np.full(7, 0.1, np.float32), np.arange(7.0, dtype=np.float32))
     assert got["pearson"] == 0.0
     assert got["spearman"] == 0.0
@@ -109,12 +109,12 @@ def test_constant_predictions_correlate_zero_not_nan():
     }
 
 
-def test_mistakes_are_named():
-    two = np.zeros((2, 2))
+def test_bad_inputs_raise_an_error_that_names_the_mistake():
+    logits = np.zeros((2, 2))
     with pytest.raises(ValueError, match="at least one example"):
         classification_metrics(np.zeros((0, 2)), np.zeros(0, int))
     with pytest.raises(ValueError, match=r"labels in 0\.\.1, got -1\.\.0"):
-        classification_metrics(two, np.array([0, -1]))
+        classification_metrics(logits, np.array([0, -1]))
     with pytest.raises(ValueError, match="regression_metrics"):
         classification_metrics(np.zeros((2, 1)), np.array([0, 1]))
     with pytest.raises(ValueError, match="2 NaN of 4"):

@@ -1,1 +1,1 @@
-"""Scores of answers, computed on the host."""
+"""Scores of predictions, computed on the host with NumPy."""

@@ -1,4 +1,4 @@
-"""Scores of predicted classes: accuracy, F1, Matthews correlation, confusion counts."""
+"""Scores of predicted classes: accuracy, F1, Matthews correlation, confusion matrix."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -7,16 +7,16 @@ from jaxtyping import Float, Int
 def classification_metrics(
     logits: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"]
 ) -> dict[str, float]:
-    """Accuracy, F1 and Matthews correlation of the arg-max class, each as a fraction.
+    """Accuracy, F1 and Matthews correlation of the arg-max class, as fractions.
 
-    `f1` is that of class 1 for two classes (GLUE's MRPC and QQP), else the plain mean over the
-    classes that occur in labels or predictions. Whatever would divide by zero is 0.0, as in
+    With two classes `f1` is the F1 of class 1 (GLUE's MRPC and QQP), with more the unweighted mean
+    over the classes that occur in labels or predictions. A score with denominator 0 is 0.0, as in
     scikit-learn. Raises ValueError for an empty set, NaN logits or labels outside the classes.
     """
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(
             f"expected logits [n, classes] with at least 2 classes, got {logits.shape}; "
-            "a single output is a regression: use regression_metrics"
+            "for a single output use regression_metrics"
         )
     require_no_nan("logits", logits)
     counts = confusion_matrix(logits.argmax(-1), labels, logits.shape[1])
@@ -32,21 +32,24 @@ def classification_metrics(
 def confusion_matrix(
     predictions: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], num_labels: int
 ) -> Int[np.ndarray, "num_labels num_labels"]:
-    """Counts [true class, predicted class]; ValueError for an empty set or a class out of range."""
-    require_pairs(predictions, labels)
+    """Number of examples by [true class, predicted class].
+
+    Raises ValueError for an empty set or a class outside 0..num_labels-1.
+    """
+    require_aligned(predictions, labels)
     for name, classes in (("labels", labels), ("predictions", predictions)):
         low, high = int(classes.min()), int(classes.max())
         if low < 0 or high >= num_labels:
             raise ValueError(
                 f"expected {name} in 0..{num_labels - 1}, got {low}..{high}; "
-                "check num_labels, and that the split is a labelled one"
+                "check num_labels and that the split has labels"
             )
     cell = labels.astype(np.int64) * num_labels + predictions
     return np.bincount(cell, minlength=num_labels**2).reshape(num_labels, num_labels)
 
 
 def _f1_per_class(counts: np.ndarray) -> np.ndarray:
-    """2·tp / (2·tp + fp + fn): the row and column sums together are that denominator."""
+    """2·tp / (2·tp + fp + fn); the denominator is the row sum plus the column sum of a class."""
     return 2 * np.diag(counts) / np.maximum(counts.sum(0) + counts.sum(1), 1)
 
 
@@ -59,14 +62,16 @@ def _matthews(counts: np.ndarray) -> float:
     return float(covariance / np.sqrt(spread)) if spread > 0 else 0.0
 
 
-def require_pairs(predictions: np.ndarray, labels: np.ndarray) -> None:
-    # [n, 1] against [n] would broadcast to n² pairs without a word.
+def require_aligned(predictions: np.ndarray, labels: np.ndarray) -> None:
+    """Raises ValueError for an empty set; the shapes of predictions and labels must be equal."""
+    # [n, 1] against [n] would broadcast to n² pairs without an error.
     assert predictions.shape == labels.shape == (len(labels),), (predictions.shape, labels.shape)
     if len(labels) == 0:
         raise ValueError("expected at least one example, got none; check the evaluation split")
 
 
 def require_no_nan(name: str, values: np.ndarray) -> None:
+    """Raises ValueError, with `name` in the message, where a value is NaN."""
     num_bad = int(np.isnan(values).sum())
     if num_bad:
         raise ValueError(

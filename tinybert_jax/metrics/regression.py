@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Real
 
-from tinybert_jax.metrics.classification import require_no_nan, require_pairs
+from tinybert_jax.metrics.classification import require_aligned, require_no_nan
 
 
 def regression_metrics(
@@ -11,10 +11,10 @@ def regression_metrics(
 ) -> dict[str, float]:
     """Pearson and Spearman correlation and mean squared error.
 
-    A correlation with a constant is undefined; it is reported as 0.0 (nothing learnt) so that the
+    The correlation with a constant is undefined and reported as 0.0 (nothing learnt), so that the
     best checkpoint can still be chosen. Raises ValueError for an empty set or NaN.
     """
-    require_pairs(predictions, labels)
+    require_aligned(predictions, labels)
     require_no_nan("predictions", predictions)
     require_no_nan("labels", labels)
     predictions, labels = predictions.astype(np.float64), labels.astype(np.float64)
@@ -26,7 +26,7 @@ def regression_metrics(
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    # Asked of the range, not of the variance: the mean of equal floats may round to another float.
+    # Tests the range, not the variance: the mean of equal floats may round to another float.
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return 0.0
     # Scaled first, so that squaring neither overflows nor underflows.
