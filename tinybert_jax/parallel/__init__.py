@@ -1,1 +1,1 @@
-"""Which devices hold which part of an array."""
+"""The device mesh, and which device holds which part of an array."""

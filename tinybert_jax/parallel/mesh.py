@@ -1,7 +1,7 @@
-"""The mesh of devices.
+"""The device mesh and its axes.
 
-Axes: `data` (batch), `fsdp` (batch and parameters), `tensor` (heads and feed-forward width). One
-device is a mesh of one.
+`data` splits the batch, `fsdp` the batch and the parameters, `tensor` the heads and the
+feed-forward width. A single device is a mesh of size 1.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,11 @@ from jax.sharding import AxisType, Mesh
 from tinybert_jax.config.compute import MeshSection
 
 AXES = ("data", "fsdp", "tensor")
-
-
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp")  # the axes that split the examples of a batch
 
 
 def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices; raises ValueError where the axis sizes do not multiply to them."""
+    """A mesh over all devices; ValueError where the axis sizes do not multiply to their number."""
     devices = jax.devices() if devices is None else devices
     sizes = [section.data, section.fsdp, section.tensor]
     if sizes[0] == -1:
@@ -28,20 +26,22 @@ def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mes
     if int(np.prod(sizes)) != len(devices):
         raise ValueError(
             f"mesh: expected data × fsdp × tensor = {len(devices)} devices, got "
-            f"{section.data} × {section.fsdp} × {section.tensor}; data: -1 takes all that are left"
+            f"{section.data} × {section.fsdp} × {section.tensor}; set data: -1 to use all "
+            "remaining devices"
         )
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def takes_turns(mesh: Mesh) -> bool:
-    """Whether what is mapped over seeds runs one seed after another: on CPUs.
+    """Whether the seeds of a model run one after another instead of under `vmap`: on CPUs.
 
-    Products with an axis for the seeds are slower there than one product each: a step of 8 seeds of
-    benchmarks/many_students.py took 0.86 of `vmap`'s time (2 cores, jax 0.10.2), and the
-    activations of one.
+    On a CPU one product with a seed axis is slower than one product per seed: a sequential step of
+    8 seeds of benchmarks/many_students.py took 0.86 of the time of `vmap` (2 cores, jax 0.10.2) and
+    the activation memory of one seed.
     """
     return mesh.devices.flat[0].platform == "cpu"
 
 
 def num_batch_shards(mesh: Mesh) -> int:
+    """Number of parts that the mesh splits a batch into."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))

@@ -1,7 +1,6 @@
-"""Where arrays live: the mesh, and one pure function from a parameter's path and shape to its spec.
+"""Shardings of parameters, batches and activations on the mesh of `parallel.mesh`.
 
-Mesh axes: `data` (batch), `fsdp` (batch and parameters), `tensor` (heads and feed-forward width).
-One device is a mesh of one.
+The spec of a parameter is a pure function of the parameter's path and shape.
 """
 
 import re
@@ -23,42 +22,44 @@ _TENSOR_DIM = (
 
 
 def param_specs(abstract: Any, mesh: Mesh, *, num_leading: int = 0) -> Any:
-    """A tree of PartitionSpec like `abstract` (arrays or ShapeDtypeStructs).
+    """The PartitionSpecs of `abstract`, a tree of arrays or ShapeDtypeStructs.
 
-    `num_leading` axes in front, those of several models side by side, are left whole.
+    `num_leading`: leading dims, such as the seeds of a model, that no axis splits.
 
-    `tensor` splits the dim named by the path where it divides; `fsdp` the largest other dim that
-    it divides. Embedding tables are split by rows over both. What neither divides is replicated.
+    `tensor` splits the dim that the path names, `fsdp` the largest other dim; both only where the
+    axis size divides the dim. Embedding tables are split by rows over both axes. Dims that no axis
+    divides are replicated.
     """
 
-    def spec(path, leaf) -> PartitionSpec:
-        name = "/".join(str(getattr(part, "key", part)) for part in path)
-        own = _spec(name, tuple(leaf.shape[num_leading:]), mesh)
-        return PartitionSpec(*(None,) * min(num_leading, leaf.ndim), *own)
+    def spec(keys, leaf) -> PartitionSpec:
+        path = "/".join(str(getattr(part, "key", part)) for part in keys)
+        inner = _spec(path, tuple(leaf.shape[num_leading:]), mesh)
+        return PartitionSpec(*(None,) * min(num_leading, leaf.ndim), *inner)
 
     return jax.tree_util.tree_map_with_path(spec, abstract)
 
 
 def shardings(specs: Any, mesh: Mesh) -> Any:
+    """The NamedShardings of a tree of PartitionSpecs."""
     is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 
 
 def placed(params: Any, mesh: Mesh) -> Any:
-    """Parameters on their devices."""
+    """Parameters, sent to the devices by their `param_specs`."""
     return jax.device_put(params, shardings(param_specs(params, mesh), mesh))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Examples over `data` and `fsdp`; each example whole on its device."""
+    """Splits the examples over `data` and `fsdp`; an example stays whole on one device."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def constrain(hidden: jax.Array) -> jax.Array:
-    """Keeps activations [batch, …] split by example, whatever their parameters' sharding suggests.
+    """Keeps activations [batch, …] split by example, whatever the sharding of the parameters.
 
-    Without it XLA may carry a parameter's split into the residual stream and regather at each
-    block. Outside of a mesh context (`jax.set_mesh`) it does nothing.
+    Without it XLA may split the residual stream like a parameter and all-gather in every block.
+    Outside a mesh context (`jax.set_mesh`) it does nothing.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return hidden
@@ -66,9 +67,10 @@ def constrain(hidden: jax.Array) -> jax.Array:
 
 
 def over_batch(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Runs a function of arrays [batch, …] on each device's own examples, in a mesh context.
+    """Makes every device run a function of arrays [batch, …] on the examples of that device.
 
-    For kernels that XLA cannot split by itself; the `tensor` axis repeats them.
+    For kernels that XLA cannot partition; devices along the `tensor` axis repeat the same work.
+    Outside a mesh context (`jax.set_mesh`) the function stays as it is.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -78,20 +80,21 @@ def over_batch(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    if name.endswith("/embedding"):  # by rows: split columns would regather after every look-up
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    if path.endswith("/embedding"):  # by rows: columns would need a gather after every look-up
         for axes in (("fsdp", "tensor"), ("fsdp",), ("tensor",)):
             if _divides(int(np.prod([mesh.shape[axis] for axis in axes])), shape[0]):
                 return PartitionSpec(axes)
         return PartitionSpec()
     dims: list[str | None] = [None] * len(shape)
     for pattern, dim in _TENSOR_DIM:
-        if pattern.search(name) and _divides(mesh.shape["tensor"], shape[dim]):
+        if pattern.search(path) and _divides(mesh.shape["tensor"], shape[dim]):
             dims[dim] = "tensor"
-    is_stacked = "/layers/" in f"/{name}"
+    is_stacked = "/layers/" in f"/{path}"  # dim 0 is the layer, which no axis splits
     free = [i for i in range(int(is_stacked), len(shape)) if dims[i] is None]
     free = [i for i in free if _divides(mesh.shape["fsdp"], shape[i])]
     if free and len(shape) - int(is_stacked) >= 2:
