@@ -144,7 +144,7 @@ def soft_sigmoid_cross_entropy(
         return -jax.nn.sigmoid(teacher) * goal
 
     per_class = each(theirs, ours) + each(-theirs, -ours)
-    return _weighted_mean(_over_classes(per_class, reduction), weights, count)
+    return _weighted_mean(_reduce_classes(per_class, reduction), weights, count)
 
 
 def logits_mse(
