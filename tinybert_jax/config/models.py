@@ -19,6 +19,9 @@ class ModelSection(Section):
     """Which encoder: a Hugging Face folder or hub id (`path`), or a fresh one from sizes."""
 
     path: str | None = None
+    model_type: str | None = Field(
+        None, description="the family of a fresh model; default: the teacher's, or BERT"
+    )
     preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
     hidden_size: PositiveInt | None = None
     num_hidden_layers: PositiveInt | None = None
@@ -31,10 +34,11 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelSection":
         sizes = [name for name in _SIZE_FIELDS if getattr(self, name) is not None]
-        if self.path and (self.preset or sizes):
+        fresh = [name for name in ("model_type", "preset") if getattr(self, name)]
+        if self.path and (fresh or sizes):
             raise ValueError(
                 f"expected either path or sizes, got path '{self.path}' together with "
-                f"{[*(['preset'] if self.preset else []), *sizes]}: a folder brings its own sizes"
+                f"{[*fresh, *sizes]}: a folder brings its own sizes"
             )
         missing = [name for name in _SIZE_FIELDS[:4] if name not in sizes]
         if self.preset and not missing:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import ValidationError
 
+from tinybert_jax.huggingface.families import format_of
 from tinybert_jax.huggingface.hub import find_folder, save_tokenizer
 from tinybert_jax.huggingface.tensors import WEIGHTS, read_json, read_tensors
-from tinybert_jax.huggingface.weights import Conversion, config_shapes, from_hf, to_hf
+from tinybert_jax.huggingface.weights import Conversion, Format, config_shapes, from_hf, to_hf
 from tinybert_jax.models.params import flatten, unflatten
 from tinybert_jax.settings.sizes import ModelConfig
 
@@ -92,10 +93,12 @@ def load_params(
             "or a folder without a head"
         )
     flat, missing, surplus = to_ours(model, shapes)
-    foreign = [name for name in surplus if name.startswith("bert.") and ".pooler." not in name]
+    form = format_of(model.config.model_type)
+    pooler = form.name_of("encoder/pooler/kernel").removesuffix("weight")
+    foreign = [n for n in surplus if n.startswith(form.base_prefix) and not n.startswith(pooler)]
     if foreign:
         raise ValueError(
-            f"{model.folder}: expected the weights of a plain BERT with "
+            f"{model.folder}: expected the weights of a plain {form.class_prefix} with "
             f"{model.config.num_hidden_layers} layers, got also {foreign[:4]}"
         )
     if "classifier/kernel" in shapes and any(name.startswith("fit_dense") for name in surplus):
@@ -124,7 +127,7 @@ def _head_fits(model: HfModel, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 def to_ours(model: HfModel, shapes: Mapping[str, tuple[int, ...]]) -> Conversion:
     """The folder's tensors as our flat parameters; raises ValueError that names the folder."""
     try:
-        return from_hf(model.tensors, shapes)
+        return from_hf(format_of(model.config.model_type), model.tensors, shapes)
     except ValueError as error:
         raise ValueError(f"{model.folder}: {error}") from None
 
@@ -227,14 +230,17 @@ def save_model(
     flat = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(params).items()}
     if "embeddings/word/embedding" in flat:
         flat = {f"encoder/{path}": leaf for path, leaf in flat.items()}
-    settings = _config_json(flat, config, head)
+    form = format_of(config.model_type)
+    if not form.holds_pooler(head.kind if head else None):
+        flat = {path: leaf for path, leaf in flat.items() if "/pooler/" not in path}
+    settings = _config_json(form, flat, config, head)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         partial = Path(scratch) / "new"
         partial.mkdir()
         save_tokenizer(tokenizer, partial, config.max_position_embeddings)
         text = json.dumps(settings, indent=2) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
-        save_file(to_hf(flat), str(partial / WEIGHTS), metadata={"format": "pt"})
+        save_file(to_hf(form, flat), str(partial / WEIGHTS), metadata={"format": "pt"})
         for name, write in (extra or {}).items():
             write(partial / name)
         mode = (
@@ -257,15 +263,16 @@ _FIXED = {
 
 
 def _model_config(raw: Mapping[str, Any], folder: Path) -> ModelConfig:
-    kind = raw.get("model_type", "bert")  # the released TinyBERT folders have none
-    if kind != "bert":
-        raise ValueError(f"{folder}: expected model_type 'bert', got '{kind}'")
+    try:
+        form = format_of(raw.get("model_type"))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
     for name, expected in _FIXED.items():
         if raw.get(name) not in (None, expected):
             raise ValueError(f"{folder}: expected {name} {expected!r}, got {raw[name]!r}")
     if raw.get("auto_map") or raw.get("quantization_config"):
         raise ValueError(f"{folder}: refusing auto_map and quantization_config in config.json")
-    known = {name: raw[name] for name in ModelConfig.model_fields if name in raw}
+    known = form.read_config(raw)
     if known.get("pad_token_id", 0) is None:  # the one size that Hugging Face leaves open
         del known["pad_token_id"]
     try:
@@ -276,7 +283,8 @@ def _model_config(raw: Mapping[str, Any], folder: Path) -> ModelConfig:
             for e in error.errors()
         ]
         raise ValueError(
-            f"{folder / 'config.json'}: expected a BERT that we compute; {'; '.join(details)}"
+            f"{folder / 'config.json'}: expected a {form.class_prefix} that we compute; "
+            f"{'; '.join(details)}"
         ) from None
 
 
@@ -296,7 +304,7 @@ def _head(model: HfModel, raw: Mapping[str, Any]) -> Head:
 
     Raises ValueError for heads of other kinds, and where names and outputs differ in number.
     """
-    architectures = raw.get("architectures") or [f"BertFor{_HEAD_KINDS[0]}"]
+    architectures = raw.get("architectures") or [f"For{_HEAD_KINDS[0]}"]
     kinds = [kind for kind in _HEAD_KINDS if any(kind in name for name in architectures)]
     if not kinds:
         raise ValueError(
@@ -313,12 +321,13 @@ def _head(model: HfModel, raw: Mapping[str, Any]) -> Head:
     return Head(kinds[0], raw.get("problem_type"), names, raw.get(_SETTINGS) or {})
 
 
-def _config_json(flat: Mapping[str, Any], config: ModelConfig, head: Head | None) -> dict[str, Any]:
+def _config_json(
+    form: Format, flat: Mapping[str, Any], config: ModelConfig, head: Head | None
+) -> dict[str, Any]:
     assert (head is not None) == ("classifier/kernel" in flat), "a head comes with its weights"
     settings = {
-        "architectures": [_architecture(flat, head)],
-        "model_type": "bert",
-        **config.model_dump(),
+        "architectures": [f"{form.class_prefix}{_class_suffix(flat, head)}"],
+        **form.write_config(config),
     }
     settings |= {"dtype": "float32", "tie_word_embeddings": True}
     if head is not None:
@@ -336,13 +345,13 @@ def _config_json(flat: Mapping[str, Any], config: ModelConfig, head: Head | None
     return settings
 
 
-def _architecture(flat: Mapping[str, Any], head: Head | None) -> str:
+def _class_suffix(flat: Mapping[str, Any], head: Head | None) -> str:
     """The class of transformers for a folder with these parameters; a task's head goes first."""
     if head is not None:
-        return f"BertFor{head.kind}"
+        return f"For{head.kind}"
     if "pair/kernel" in flat:
-        return "BertForPreTraining" if "decoder/bias" in flat else "BertForNextSentencePrediction"
-    return "BertForMaskedLM" if "decoder/bias" in flat else "BertModel"
+        return "ForPreTraining" if "decoder/bias" in flat else "ForNextSentencePrediction"
+    return "ForMaskedLM" if "decoder/bias" in flat else "Model"
 
 
 def _make_parent(folder: Path) -> None:
@@ -373,7 +382,8 @@ def _replace(folder: Path, new: Path) -> None:
 
 
 def _compare(folder: Path, flat: Mapping[str, np.ndarray], config: ModelConfig) -> None:
-    shapes = config_shapes(config, {path: leaf.shape for path, leaf in flat.items()})
+    held = {path: leaf.shape for path, leaf in flat.items()}
+    shapes = config_shapes(format_of(config.model_type), config, held)
     model = read_model(folder)
     again = to_ours(model, shapes)
     same = model.config == config and not again.missing and not again.surplus

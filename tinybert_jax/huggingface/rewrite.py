@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from tinybert_jax.data.wordpiece import check_extendable, split_words, with_words
+from tinybert_jax.huggingface.families import format_of
 from tinybert_jax.huggingface.folder import HfModel, read_model, save_model, to_ours
 from tinybert_jax.huggingface.hub import check_table, load_tokenizer
 from tinybert_jax.huggingface.weights import config_shapes, our_shapes
@@ -78,9 +79,9 @@ def _read_whole(
             f"{target}: expected a folder that does not exist yet; nothing is replaced"
         )
     model = read_model(source)
-    tokenizer = load_tokenizer(source)
-    held = our_shapes(model.tensors, model.config.num_hidden_layers)
-    flat, missing, surplus = to_ours(model, config_shapes(model.config, held))
+    tokenizer, form = load_tokenizer(source), format_of(model.config.model_type)
+    held = our_shapes(form, model.tensors, model.config.num_hidden_layers)
+    flat, missing, surplus = to_ours(model, config_shapes(form, model.config, held))
     if missing:
         raise ValueError(f"{source}: lacks {list(missing)}; nothing was written")
     if surplus:

@@ -1,8 +1,8 @@
-"""The one table between our parameter paths and Hugging Face's BERT names, for both directions."""
+"""From our parameter paths to the tensors of transformers, and back, by the table of a family."""
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,50 +20,44 @@ class Entry(NamedTuple):
     is_kernel: bool = False  # ours is [in, out], Hugging Face's [out, in]
 
 
-def _linear(path: str, name: str) -> tuple[Entry, Entry]:
+class Format(NamedTuple):
+    """How transformers writes a family."""
+
+    class_prefix: str  # of its classes, such as Bert
+    base_prefix: str  # of the encoder's tensors in a model with a head, such as "bert."
+    table: tuple[Entry, ...]
+    read_config: Callable[[Mapping[str, Any]], dict[str, Any]]  # config.json -> `ModelConfig`
+    write_config: Callable[[ModelConfig], dict[str, Any]]
+    decoder: str  # the tied decoder of masked words: `.weight` is the word table, `.bias` its bias
+    pair_head: str | None = None  # where it has a head for pairs
+    pooler_in: tuple[str, ...] = ()  # heads beside which transformers has a pooler; ("*",): all
+
+    def name_of(self, path: str) -> str:
+        return next(entry.name for entry in self.table if entry.path == path)
+
+    def holds_pooler(self, head: str | None) -> bool:
+        """Whether a folder with this head of a task, or none, has the pooler's weights."""
+        return "*" in self.pooler_in or head in self.pooler_in
+
+    @property
+    def unused(self) -> re.Pattern[str]:
+        """Names that carry no weight of their own."""
+        decoder = re.escape(self.decoder)
+        return re.compile(rf"embeddings\.position_ids$|{decoder}\.(weight|bias)$")
+
+
+def linear(path: str, name: str) -> tuple[Entry, Entry]:
     return Entry(f"{path}/kernel", f"{name}.weight", True), Entry(f"{path}/bias", f"{name}.bias")
 
 
-def _norm(path: str, name: str) -> tuple[Entry, Entry]:
+def norm(path: str, name: str) -> tuple[Entry, Entry]:
     return Entry(f"{path}/scale", f"{name}.weight"), Entry(f"{path}/bias", f"{name}.bias")
 
 
-_LAYER = "bert.encoder.layer.{i}"
-TABLE: tuple[Entry, ...] = (
-    Entry("encoder/embeddings/word/embedding", "bert.embeddings.word_embeddings.weight"),
-    Entry("encoder/embeddings/position/embedding", "bert.embeddings.position_embeddings.weight"),
-    Entry(
-        "encoder/embeddings/token_type/embedding", "bert.embeddings.token_type_embeddings.weight"
-    ),
-    *_norm("encoder/embeddings/norm", "bert.embeddings.LayerNorm"),
-    *_linear("encoder/layers/attention/query", f"{_LAYER}.attention.self.query"),
-    *_linear("encoder/layers/attention/key", f"{_LAYER}.attention.self.key"),
-    *_linear("encoder/layers/attention/value", f"{_LAYER}.attention.self.value"),
-    *_linear("encoder/layers/attention/output", f"{_LAYER}.attention.output.dense"),
-    *_norm("encoder/layers/attention_norm", f"{_LAYER}.attention.output.LayerNorm"),
-    *_linear("encoder/layers/intermediate", f"{_LAYER}.intermediate.dense"),
-    *_linear("encoder/layers/output", f"{_LAYER}.output.dense"),
-    *_norm("encoder/layers/output_norm", f"{_LAYER}.output.LayerNorm"),
-    *_linear("encoder/pooler", "bert.pooler.dense"),
-    *_linear("classifier", "classifier"),
-    *_linear("transform", "cls.predictions.transform.dense"),
-    *_norm("norm", "cls.predictions.transform.LayerNorm"),
-    Entry("decoder/bias", "cls.predictions.bias"),
-    *_linear("pair", "cls.seq_relationship"),
-)
-
-_WORD_TABLE = "bert.embeddings.word_embeddings.weight"
-_LM_BIAS = "cls.predictions.bias"
-_DECODER_WEIGHT, _DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
-
-# Names that carry no weight of their own.
-_IGNORED = re.compile(r"embeddings\.position_ids$|cls\.predictions\.decoder\.(weight|bias)$")
-
-
-def to_hf(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def to_hf(form: Format, flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Our flat parameters to Hugging Face's names and layouts, bit for bit."""
     tensors: dict[str, np.ndarray] = {}
-    for entry in TABLE:
+    for entry in form.table:
         if entry.path not in flat:
             continue
         stacked = flat[entry.path]
@@ -71,7 +65,7 @@ def to_hf(flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         for i, array in enumerate(layers):
             name = entry.name.format(i=i)
             tensors[name] = np.ascontiguousarray(array.T if entry.is_kernel else array)
-    unknown = set(flat) - {entry.path for entry in TABLE}
+    unknown = set(flat) - {entry.path for entry in form.table}
     assert not unknown, f"paths without a Hugging Face name: {sorted(unknown)}"
     return tensors
 
@@ -84,18 +78,20 @@ class Conversion(NamedTuple):
     surplus: tuple[str, ...]
 
 
-def from_hf(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> Conversion:
+def from_hf(
+    form: Format, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> Conversion:
     """Hugging Face tensors to our flat parameters of the given shapes, bit for bit in fp32.
 
     Accepts names with or without the `bert.` prefix and the old `LayerNorm.gamma/beta`. Raises
     ValueError where a tensor's shape is not the one that the config calls for, where one is not
     finite or not floating-point, and where a masked-LM decoder is not the word table.
     """
-    named = _named(tensors)
+    named = _named(form, tensors)
     if "decoder/bias" in shapes:
-        _check_tied(named)
+        _check_tied(form, named)
     flat, missing, used = {}, [], set()
-    for entry in TABLE:
+    for entry in form.table:
         if entry.path not in shapes:
             continue
         shape = shapes[entry.path]
@@ -108,15 +104,17 @@ def from_hf(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, .
             continue
         used.update(names)
         flat[entry.path] = _stack(entry, [named[name] for name in names], names, shape)
-    surplus = [n for n in named if n not in used and not _IGNORED.search(n)]
+    surplus = [n for n in named if n not in used and not form.unused.search(n)]
     return Conversion(flat, tuple(missing), tuple(sorted(surplus)))
 
 
-def our_shapes(tensors: Mapping[str, np.ndarray], num_layers: int) -> dict[str, tuple[int, ...]]:
+def our_shapes(
+    form: Format, tensors: Mapping[str, np.ndarray], num_layers: int
+) -> dict[str, tuple[int, ...]]:
     """Our paths and shapes for whatever of the table the tensors hold."""
-    named = _named(tensors)
+    named = _named(form, tensors)
     shapes = {}
-    for entry in TABLE:
+    for entry in form.table:
         array = named.get(entry.name.format(i=0))
         if array is not None:
             each = array.shape[::-1] if entry.is_kernel else array.shape
@@ -134,14 +132,14 @@ _PARTS = (
 
 
 def config_shapes(
-    config: ModelConfig, held: Mapping[str, tuple[int, ...]]
+    form: Format, config: ModelConfig, held: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
     """Our paths and the shapes by the config: the encoder's and those of each part in `held`."""
     absent = [part for part in _PARTS if not any(path.startswith(part) for path in held)]
     unwanted = tuple(prefix for part in absent for prefix in part)
     models = [make_classifier(config, held.get("classifier/kernel", (1,))[-1])]
     if not {"decoder/", "pair/"} <= set(unwanted):
-        models.append(make_masked_lm(config, pair_head=True))
+        models.append(make_masked_lm(config, pair_head=form.pair_head is not None))
     shapes = {}
     for _, init in models:
         abstract = flatten(jax.eval_shape(init, jax.random.key(0)))
@@ -149,19 +147,23 @@ def config_shapes(
     return {path: shape for path, shape in shapes.items() if not path.startswith(unwanted)}
 
 
-def _named(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _named(form: Format, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors under today's names."""
-    named = {_modern_name(name): array for name, array in tensors.items()}
+    named = {_modern_name(form, name): array for name, array in tensors.items()}
     if len(named) != len(tensors):
-        twice = sorted(name for name in tensors if _modern_name(name) != name)[:4]
+        twice = sorted(name for name in tensors if _modern_name(form, name) != name)[:4]
         raise ValueError(f"expected each tensor once, got an old and a new name of {twice}")
-    if _DECODER_BIAS in named:  # the same tensor by its other name; some writers keep only this
-        named.setdefault(_LM_BIAS, named[_DECODER_BIAS])
+    bias = f"{form.decoder}.bias"
+    if bias in named:  # the same tensor by its other name; some writers keep only this
+        named.setdefault(form.name_of("decoder/bias"), named[bias])
     return named
 
 
-def _check_tied(named: Mapping[str, np.ndarray]) -> None:
-    for name, twin in ((_DECODER_WEIGHT, _WORD_TABLE), (_DECODER_BIAS, _LM_BIAS)):
+def _check_tied(form: Format, named: Mapping[str, np.ndarray]) -> None:
+    word_table, bias = (
+        form.name_of(p) for p in ("encoder/embeddings/word/embedding", "decoder/bias")
+    )
+    for name, twin in ((f"{form.decoder}.weight", word_table), (f"{form.decoder}.bias", bias)):
         if name in named and not np.array_equal(named[name], named.get(twin, np.empty(0))):
             raise ValueError(
                 f"expected {name} to equal {twin}, got a masked-LM decoder with weights of its "
@@ -196,9 +198,9 @@ def _stack(
     return np.stack(kernels) if "{i}" in entry.name else kernels[0]
 
 
-def _modern_name(name: str) -> str:
+def _modern_name(form: Format, name: str) -> str:
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
     name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-    if name.startswith(("embeddings.", "encoder.", "pooler.")):
-        return f"bert.{name}"
-    return name
+    base = {entry.name for entry in form.table if entry.name.startswith(form.base_prefix)}
+    parts = {own.removeprefix(form.base_prefix).split(".")[0] for own in base}
+    return f"{form.base_prefix}{name}" if name.split(".")[0] in parts else name

@@ -1,4 +1,4 @@
-"""BERT's encoder: post-LayerNorm blocks, stacked by `vmap`, run by `scan` or one by one."""
+"""The encoder of BERT and its kin: post-LayerNorm blocks, run by `scan` or one by one."""
 
 import functools
 from collections.abc import Callable
@@ -44,8 +44,8 @@ class EncoderOutput(NamedTuple):
     values: Layers  # [layers, batch, seq, heads, head_dim]
     attention_scores: tuple[jax.Array | None, ...] | None  # of each layer [batch, heads, seq, seq],
     # fp32; None: scanned, or no map is built
-    pooled: jax.Array | None  # [batch, dim] or, packed, [batch, segments, dim]; tanh of a linear
-    # map of the first token of a row or of each segment; None: an encoder without pooler
+    pooled: jax.Array | None  # [batch, dim] or, packed, [batch, segments, dim]; a function of a
+    # linear map of the first token of a row or of each segment; None: an encoder without pooler
 
 
 class Encoder(nnx.Module):
@@ -53,7 +53,8 @@ class Encoder(nnx.Module):
 
     `product_dtype` is what the matrix products of the layers read, where it is not `dtype`.
     `position_init`: how a fresh position table starts; it is trained whichever way.
-    `attention`: what computes attention, see `attend`. `has_pooler`: heads over tokens need none.
+    `attention`: what computes attention, see `attend`. `has_pooler`: heads over tokens
+    need none; `pooling` follows its linear map.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class Encoder(nnx.Module):
         position_init: PositionInit = "normal",
         attention: AttentionBackend = "auto",
         has_pooler: bool = True,
+        pooling: Callable[[Array], Array] = jnp.tanh,
         rngs: nnx.Rngs,
     ):
-        self.unroll = unroll
+        self.unroll, self.pooling = unroll, pooling
         self.embeddings = Embeddings(config, dtype=dtype, position_init=position_init, rngs=rngs)
         self.layers = _stacked_blocks(
             config, rngs, dtype=dtype, product_dtype=product_dtype, attention=attention
@@ -163,7 +165,7 @@ class Encoder(nnx.Module):
         """`EncoderOutput.pooled` of the first tokens' last hidden states."""
         assert self.pooler is not None
         with jax.named_scope("~head"):
-            return jnp.tanh(self.pooler(first))
+            return self.pooling(self.pooler(first))
 
     def _start(
         self, inputs: Text, attention_mask: Array, key: jax.Array | None
@@ -239,7 +241,10 @@ class Embeddings(nnx.Module):
         is_normal = position_init == "normal"
         self.word = table(config.vocab_size)
         self.position = table(config.max_position_embeddings, normal if is_normal else waves)
-        self.token_type = table(config.type_vocab_size)
+        if config.type_vocab_size:
+            self.token_type = table(config.type_vocab_size)
+        else:
+            self.token_type = None
         self.norm = make_layer_norm(config, dtype, rngs)
         self.dropout_rate = config.hidden_dropout_prob
 
@@ -249,7 +254,9 @@ class Embeddings(nnx.Module):
             positions = self.position.embedding[: input_ids.shape[1]][None]
         else:
             positions = self.position(_restarted_positions(attention_mask))
-        summed = self.word(input_ids) + positions + self.token_type(token_type_ids)
+        summed = self.word(input_ids) + positions
+        if self.token_type is not None:
+            summed = summed + self.token_type(token_type_ids)
         return dropout(layer_norm(self.norm, summed), self.dropout_rate, key)
 
 

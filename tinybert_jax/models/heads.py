@@ -16,7 +16,8 @@ from jaxtyping import Array, Int
 from tinybert_jax.models.activations import ACTIVATIONS
 from tinybert_jax.models.attention import at
 from tinybert_jax.models.dropout import dropout
-from tinybert_jax.models.encoder import Encoder, EncoderOutput, pick_first
+from tinybert_jax.models.encoder import EncoderOutput, pick_first
+from tinybert_jax.models.families import make_family_encoder
 from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.linear import dense, is_int8, make_linear
 from tinybert_jax.models.norm import layer_norm, make_layer_norm
@@ -41,6 +42,11 @@ class MaskedLMOutput(NamedTuple):
     encoder: EncoderOutput | None = None  # with taps
 
 
+def _head_dropout(config: ModelConfig) -> float:
+    rate = config.classifier_dropout
+    return config.hidden_dropout_prob if rate is None else rate
+
+
 def _make_classifier_map(config: ModelConfig, num_classes: int, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(
         config.hidden_size,
@@ -54,8 +60,8 @@ class SequenceClassifier(nnx.Module):
     """Dropout and a linear map over the pooled first token; one output for a number."""
 
     def __init__(self, config: ModelConfig, num_classes: int, *, rngs: nnx.Rngs, **options):
-        self.encoder = Encoder(config, rngs=rngs, **options)
-        self.dropout_rate = config.hidden_dropout_prob
+        self.encoder = make_family_encoder(config, rngs=rngs, **options)
+        self.dropout_rate = _head_dropout(config)
         self.classifier = _make_classifier_map(config, num_classes, rngs)
 
     def __call__(
@@ -88,8 +94,8 @@ class TokenClassifier(nnx.Module):
     """Dropout and a linear map over the last hidden state of every token."""
 
     def __init__(self, config: ModelConfig, num_classes: int, *, rngs: nnx.Rngs, **options):
-        self.encoder = Encoder(config, has_pooler=False, rngs=rngs, **options)
-        self.dropout_rate = config.hidden_dropout_prob
+        self.encoder = make_family_encoder(config, has_pooler=False, rngs=rngs, **options)
+        self.dropout_rate = _head_dropout(config)
         self.classifier = _make_classifier_map(config, num_classes, rngs)
 
     def __call__(
@@ -120,7 +126,7 @@ class MaskedLM(nnx.Module):
         dtype, product_dtype = options.get("dtype", jnp.float32), options.get("product_dtype")
         if is_int8(product_dtype):  # of the layers alone
             product_dtype = None
-        self.encoder = Encoder(config, rngs=rngs, **options)
+        self.encoder = make_family_encoder(config, rngs=rngs, **options)
         width, dtypes = config.hidden_size, {"dtype": dtype, "product_dtype": product_dtype}
         self.transform = make_linear(width, width, config, rngs=rngs, **dtypes)
         self.decoded_dtype = product_dtype or dtype
@@ -207,7 +213,7 @@ MakeHead = Callable[..., Model]  # (sizes, number of classes, options of `Encode
 
 def make_encoder(config: ModelConfig, **options: Any) -> Model:
     """An encoder without a head; options: those of `Encoder`."""
-    return _functional(functools.partial(Encoder, config), options)
+    return _functional(functools.partial(make_family_encoder, config), options)
 
 
 def make_classifier(config: ModelConfig, num_classes: int, **options: Any) -> Model:

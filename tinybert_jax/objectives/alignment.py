@@ -45,6 +45,9 @@ def project(projection: Mapping[str, jax.Array], entry: int, hidden: jax.Array) 
     return affine(hidden, kernel, bias)
 
 
+_TABLES = ("word", "position", "token_type")
+
+
 def principal_directions(table: np.ndarray, num_directions: int) -> np.ndarray:
     """Orthonormal [dim, num_directions]: the top eigenvectors of tableᵀ·table, signs fixed."""
     gram = table.astype(np.float64).T @ table.astype(np.float64)
@@ -67,7 +70,7 @@ def start_from_teacher_embeddings(
         student["embeddings"]["word"]["embedding"].shape[1],
     )
     embeddings = dict(student["embeddings"])
-    for name in ("word", "position", "token_type"):
+    for name in (name for name in _TABLES if name in embeddings and name in teacher["embeddings"]):
         table = np.asarray(teacher["embeddings"][name]["embedding"])
         rows = embeddings[name]["embedding"].shape[0]
         if len(table) < rows:

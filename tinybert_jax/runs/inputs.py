@@ -23,6 +23,7 @@ from tinybert_jax.data.splits import TaskData, corpus_documents, read_task, spli
 from tinybert_jax.data.wordpiece import train_wordpiece
 from tinybert_jax.huggingface.folder import read_model
 from tinybert_jax.huggingface.hub import find_folder, load_tokenizer
+from tinybert_jax.models.families import family_of
 from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.tasks.table import TASKS
 from tinybert_jax.tokens.store import Store, open_store
@@ -137,7 +138,9 @@ def _make_tokenizer(
 
 def _fresh_teacher(section: TeacherSection, tokenizer: Any) -> ModelConfig:
     ours = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    return _sized({**section.sizes(), **ours}, "teacher")
+    with naming("teacher"):
+        fixed = family_of(section.model_type).fixed
+    return _sized({**fixed, **section.sizes(), **ours}, "teacher")
 
 
 def _read_sizes(origin: str, path: str | None) -> ModelConfig | None:
@@ -149,7 +152,11 @@ def _read_sizes(origin: str, path: str | None) -> ModelConfig | None:
 
 def _student_sizes(name: str, section: StudentSection, teacher: ModelConfig) -> ModelConfig:
     inherited = teacher.model_dump(exclude={"num_hidden_layers", "initializer_range"})
-    return _sized({**inherited, **section.sizes()}, student_origin(name))
+    given = section.sizes()
+    if given.get("model_type", teacher.model_type) != teacher.model_type:
+        with naming(student_origin(name)):
+            inherited |= family_of(given["model_type"]).fixed
+    return _sized({**inherited, **given}, student_origin(name))
 
 
 def _sized(fields: dict[str, Any], origin: str) -> ModelConfig:

@@ -134,7 +134,8 @@ def with_dropout(model: ModelConfig, section: StageSection) -> ModelConfig:
     if section.dropout is None:
         return model
     rates = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-    return model.model_copy(update=dict.fromkeys(rates, section.dropout))
+    changes = {**dict.fromkeys(rates, section.dropout), "classifier_dropout": None}
+    return model.model_copy(update=changes)
 
 
 def trained_options(compute: ComputeSection, plan: StagePlan) -> dict[str, Any]:

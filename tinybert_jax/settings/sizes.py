@@ -34,8 +34,12 @@ PRESETS: dict[str, dict[str, int]] = {
 
 
 class ModelConfig(Section):
-    """An encoder's sizes under Hugging Face's `BertConfig` names."""
+    """An encoder's sizes under Hugging Face's `BertConfig` names.
 
+    `model_type` is the family, as Hugging Face names it; None is the first of `models.families`.
+    """
+
+    model_type: str | None = None
     vocab_size: PositiveInt = 30522
     hidden_size: PositiveInt = 768
     num_hidden_layers: PositiveInt = 12
@@ -43,10 +47,11 @@ class ModelConfig(Section):
     intermediate_size: PositiveInt = 3072
     hidden_act: Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"] = "gelu"
     max_position_embeddings: PositiveInt = 512
-    type_vocab_size: PositiveInt = 2
+    type_vocab_size: Annotated[int, Field(ge=0)] = 2  # 0: no table of token types
     layer_norm_eps: Positive = 1e-12
     hidden_dropout_prob: Probability = 0.1
     attention_probs_dropout_prob: Probability = 0.1
+    classifier_dropout: Probability | None = None  # of a task's head; None: hidden_dropout_prob
     initializer_range: Positive = 0.02
     pad_token_id: Annotated[int, Field(ge=0)] = 0
 
