@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tinybert_jax.data.errors import fail, fail_missing
-from tinybert_jax.data.tables import _read_jsonl, _read_text, _texts
+from tinybert_jax.data.tables import read_jsonl, read_utf8, texts_in
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
@@ -62,9 +62,9 @@ def _files_at(path: str, suffixes: tuple[str, ...], named: str) -> Iterator[str]
 
 def _documents(path: str) -> list[str]:
     if path.lower().endswith(".jsonl"):
-        blocks = [text.split("\n") for text in _texts(_read_jsonl(path, ["text"]), "text")]
+        blocks = [text.split("\n") for text in texts_in(read_jsonl(path, ["text"]), "text")]
     else:
-        lines = _read_text(path).split("\n")
+        lines = read_utf8(path).split("\n")
         by_blank = itertools.groupby(lines, key=lambda line: not line.strip())
         blocks = [list(block) for is_blank, block in by_blank if not is_blank]
     return ["\n".join(line.strip() for line in block if line.strip()) for block in blocks]

@@ -54,9 +54,9 @@ def read_labelled(
     if max_rows is not None and max_rows < 1:
         fail("max_rows", "1 or more", str(max_rows), "leave it out to read all rows")
     wanted = [column for column in (text, text_pair, label) if column is not None]
-    table = _read_table(path, _format_of(path, format), split, wanted)
+    table = read_table(path, format_of(path, format), split, wanted)
 
-    read_texts = _texts_or_blank if keep_blank else _texts
+    read_texts = texts_or_blank if keep_blank else texts_in
     texts = read_texts(table, text)
     pairs = None if text_pair is None else read_texts(table, text_pair)
     values, names = None, None if known is None else tuple(dict.fromkeys(known.values()))
@@ -72,7 +72,9 @@ def read_labelled(
     )
 
 
-class _Table(NamedTuple):
+class Table(NamedTuple):
+    """Columns of raw values, and where each row is in the source."""
+
     path: str
     columns: dict[str, list[Any]]  # raw values of the wanted columns, None where missing
     numbers: Sequence[int]  # each row's line in the file, or row in the data set, from 1
@@ -93,7 +95,7 @@ def _known_labels(labels: Mapping[str, str] | Sequence[str] | None) -> dict[str,
     return known
 
 
-def _format_of(path: str, format: str) -> str:
+def format_of(path: str, format: str) -> str:
     formats = ["tsv", "csv", "jsonl", "datasets"]
     if format not in ("auto", *formats):
         fail(path, f"format auto, {', '.join(formats)}", repr(format), nearest(format, formats))
@@ -116,21 +118,22 @@ def _format_of(path: str, format: str) -> str:
     return format
 
 
-def _read_table(path: str, format: str, split: str | None, wanted: list[str]) -> _Table:
+def read_table(path: str, format: str, split: str | None, wanted: list[str]) -> Table:
+    """The wanted columns of a file of one of the formats that `format_of` tells."""
     if format in ("hub", "datasets"):
         return _read_dataset(path, split, wanted)
     if split is not None:
         fail(path, f"no split: a {format} file has none", repr(split), "leave split out")
     if format == "jsonl":
-        return _read_jsonl(path, wanted)
+        return read_jsonl(path, wanted)
     if format == "csv":
         return _by_column(path, *_csv_rows(path), wanted)
-    rows = [line.split("\t") for line in _lines(_read_text(path))]
+    rows = [line.split("\t") for line in split_lines(read_utf8(path))]
     return _by_column(path, rows, range(1, len(rows) + 1), wanted)
 
 
 def _csv_rows(path: str) -> tuple[list[list[str]], list[int]]:
-    reader = csv.reader(io.StringIO(_read_text(path).rstrip("\r\n"), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_utf8(path).rstrip("\r\n"), newline=""), strict=True)
     rows, numbers, start = [], [], 1
     limit = csv.field_size_limit(2**31 - 1)  # the default cuts off at 128 KiB
     try:
@@ -148,7 +151,7 @@ def _csv_rows(path: str) -> tuple[list[list[str]], list[int]]:
 
 def _by_column(
     path: str, rows: list[list[str]], numbers: Sequence[int], wanted: list[str]
-) -> _Table:
+) -> Table:
     """Splits off the header, unless columns are positions, and checks every row's width."""
     num_positions = sum(column.isdecimal() for column in wanted)
     if 0 < num_positions < len(wanted):
@@ -166,17 +169,17 @@ def _by_column(
         amount, allowed = f"{len(header)}", range(len(header), len(header) + 1)
     if not rows:
         fail(path, "rows", "no rows, only a header", "check how the file was written")
-    table = _Table(path, {}, numbers)
+    table = Table(path, {}, numbers)
     ragged = [(n, f"{len(r)}") for n, r in zip(numbers, rows, strict=True) if len(r) not in allowed]
     fix = "look for stray tabs, line breaks or missing fields; is the separator right?"
-    _fail_rows(table, f"{amount} columns in every row", ragged, fix)
+    fail_rows(table, f"{amount} columns in every row", ragged, fix)
     for column, place in zip(wanted, places, strict=True):
         table.columns[column] = [row[place] for row in rows]
     return table
 
 
-def _read_jsonl(path: str, wanted: list[str]) -> _Table:
-    lines = _lines(_read_text(path))
+def read_jsonl(path: str, wanted: list[str]) -> Table:
+    lines = split_lines(read_utf8(path))
     rows, broken = [], []
     for number, line in enumerate(lines, 1):
         try:
@@ -187,23 +190,23 @@ def _read_jsonl(path: str, wanted: list[str]) -> _Table:
         rows.append(row)
         if not isinstance(row, dict):
             broken.append((number, short(row)))
-    table = _Table(path, {}, range(1, len(lines) + 1))
+    table = Table(path, {}, range(1, len(lines) + 1))
     fix = "write one object a line, {...}; join an object that is spread over several lines"
-    _fail_rows(table, "one JSON object on every line", broken, fix)
+    fail_rows(table, "one JSON object on every line", broken, fix)
     for column in wanted:
         missing = [(n, short(list(row))) for n, row in enumerate(rows, 1) if column not in row]
         if len(missing) == len(rows):
             fail_column(path, column, list(rows[0]))
-        _fail_rows(table, f"a key {column!r}", missing, "complete or remove these rows")
+        fail_rows(table, f"a key {column!r}", missing, "complete or remove these rows")
         table.columns[column] = [row[column] for row in rows]
     return table
 
 
-def _read_dataset(path: str, split: str | None, wanted: list[str]) -> _Table:
+def _read_dataset(path: str, split: str | None, wanted: list[str]) -> Table:
     data = load_dataset(path, split, wanted)
     class_names = getattr(data.features[wanted[-1]], "names", None)  # the label comes last
     columns = data.with_format(None).select_columns(list(dict.fromkeys(wanted)))[:]
-    return _Table(path, columns, range(1, len(data) + 1), "row", class_names)
+    return Table(path, columns, range(1, len(data) + 1), "row", class_names)
 
 
 def load_dataset(path: str, split: str | None, wanted: list[str]) -> Any:
@@ -238,7 +241,7 @@ def load_dataset(path: str, split: str | None, wanted: list[str]) -> Any:
     return data
 
 
-def _read_text(path: str) -> str:
+def read_utf8(path: str) -> str:
     content = Path(path).read_bytes()
     try:
         text = content.decode("utf-8")
@@ -262,37 +265,37 @@ def _fail_bytes(path: str, content: bytes) -> None:
         offset += len(line) + 1
     encoding = "UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
     fix = f"if it is {encoding}: iconv -f {encoding} -t UTF-8"
-    _fail_rows(_Table(path, {}, range(content.count(b"\n") + 1)), "UTF-8", wrong, fix)
+    fail_rows(Table(path, {}, range(content.count(b"\n") + 1)), "UTF-8", wrong, fix)
 
 
-def _lines(text: str) -> list[str]:
+def split_lines(text: str) -> list[str]:
     r"""By \n alone, since texts hold U+0085, U+2028 and the like; blank lines at the end go."""
     return [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
 
 
-def _texts(table: _Table, column: str) -> list[str]:
+def texts_in(table: Table, column: str) -> list[str]:
     values = table.columns[column]
     wrong = [
         (n, short(value))
         for n, value in zip(table.numbers, values, strict=True)
         if not isinstance(value, str) or not value.strip()
     ]
-    _fail_rows(table, f"text in column {column!r}", wrong, "fill in or remove these rows")
+    fail_rows(table, f"text in column {column!r}", wrong, "fill in or remove these rows")
     return values
 
 
-def _texts_or_blank(table: _Table, column: str) -> list[str]:
+def texts_or_blank(table: Table, column: str) -> list[str]:
     values = [value if value is not None else "" for value in table.columns[column]]
     wrong = [
         (n, short(value))
         for n, value in zip(table.numbers, values, strict=True)
         if not isinstance(value, str)
     ]
-    _fail_rows(table, f"text in column {column!r}", wrong, "fill in or remove these rows")
+    fail_rows(table, f"text in column {column!r}", wrong, "fill in or remove these rows")
     return [value if value.strip() else "" for value in values]
 
 
-def _numbers(table: _Table, column: str) -> np.ndarray:
+def _numbers(table: Table, column: str) -> np.ndarray:
     numbers, wrong, largest = [], [], float(np.finfo(np.float32).max)
     for n, value in zip(table.numbers, table.columns[column], strict=True):
         try:
@@ -302,17 +305,17 @@ def _numbers(table: _Table, column: str) -> np.ndarray:
         if not abs(numbers[-1]) <= largest:
             wrong.append((n, short(value)))
     fix = "correct or remove these rows; for classes set task.kind=classification"
-    _fail_rows(table, f"a finite number in label column {column!r}", wrong, fix)
+    fail_rows(table, f"a finite number in label column {column!r}", wrong, fix)
     return np.array(numbers, np.float32)
 
 
 def _class_ids(
-    table: _Table, column: str, known: dict[str, str] | None
+    table: Table, column: str, known: dict[str, str] | None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     raw = ["" if value is None else str(value) for value in table.columns[column]]
     missing = [(n, "none") for n, value in zip(table.numbers, raw, strict=True) if not value]
     fix = "fill in or remove these rows; give no label column to read unlabelled text"
-    _fail_rows(table, f"a label in column {column!r}", missing, fix)
+    fail_rows(table, f"a label in column {column!r}", missing, fix)
     if known is None and table.class_names is not None:
         known = {str(i): name for i, name in enumerate(table.class_names)}
     if known is None:
@@ -322,13 +325,13 @@ def _class_ids(
     unknown = [(n, short(v)) for n, v in zip(table.numbers, raw, strict=True) if v not in known]
     shown = ", ".join(map(repr, list(known)[:20])) + ", …" * (len(known) > 20)
     fix = "correct these rows or complete `labels`"
-    _fail_rows(table, f"one of the labels {shown} in column {column!r}", unknown, fix)
+    fail_rows(table, f"one of the labels {shown} in column {column!r}", unknown, fix)
     names = tuple(dict.fromkeys(known.values()))
     ids = {value: names.index(name) for value, name in known.items()}
     return np.array([ids[value] for value in raw], np.int32), names
 
 
-def _fail_rows(table: _Table, expected: str, wrong: list[tuple[int, str]], fix: str) -> None:
+def fail_rows(table: Table, expected: str, wrong: list[tuple[int, str]], fix: str) -> None:
     """Fails if any row is wrong, naming the first five and the number of all."""
     if wrong:
         places = ", ".join(f"{table.unit} {number}: {got}" for number, got in wrong[:5])

@@ -41,7 +41,7 @@ def predict(
         found = loaded.task.answers(scored, loaded.head.settings)
         answers = dict(zip(filled, found, strict=True))
     return [
-        {"row": place + 1, "text": text, **answers.get(place, {"problem": "no text"})}
+        {"row": place + 1, "text": _plain(text), **answers.get(place, {"problem": "no text"})}
         for place, text in enumerate(examples.text)
     ]
 
@@ -90,6 +90,11 @@ def _section(task: Task, data: str, columns: dict[str, str | None]) -> TaskSecti
     return task.section(train=data, dev=data, **given)
 
 
+def _plain(text: str | Sequence[str]) -> str:
+    """A text as it was read, or words with a space between them: the text of answers' offsets."""
+    return text if isinstance(text, str) else " ".join(text)
+
+
 def _has_text(text: str | Sequence[str]) -> bool:
     return bool(text.strip() if isinstance(text, str) else text)
 
@@ -105,6 +110,8 @@ def _score(loaded: _Loaded, examples: Examples, max_length: int | None) -> Score
             f"max_length: expected at least {MIN_TOKENS} and at most {positions} (the model's "
             f"positions), got {max_length}"
         )
+    if task.check_room is not None:
+        task.check_room(tokenizer, examples, positions)
     apply, init = task.make_head(source.config, len(loaded.head.label_names))
     params = start_params(source.folder, init, whole=True)
     rows = task.encode(tokenizer, examples, max_length)

@@ -20,6 +20,9 @@ METRIC_NAMES = {
     "pearson": "Pearson correlation",
     "spearman": "Spearman correlation",
     "mse": "mean squared error",
+    "f1_micro": "micro F1",
+    "f1_macro": "macro F1",
+    "subset_accuracy": "subset accuracy",
 }
 Model = dict[str, Any]
 

@@ -46,6 +46,8 @@ class Task(NamedTuple):
     hf_head: str  # the head in the names of transformers' classes
     problem_type: str | None  # as transformers has it
     tune: Callable[[Scored], Settings] | None = None  # settings that score best on these examples
+    # (tokenizer, examples, positions): raises ValueError where an example has no room in a model
+    check_room: Callable[[Any, Examples, int], None] | None = None
 
     @property
     def kind(self) -> str:
