@@ -15,7 +15,7 @@ ROOMS = {
     "losses": "pointwise forms attention relations vocabulary",
     "terms": "term attention hidden relation cls cosine logits label words table",
     "config": "models data tasks stages objectives compute consistency run load",
-    "metrics": "classification regression",
+    "metrics": "classification regression multilabel tagging",
     "report": "charts style tables confusion pareto page",
     "performance": "flops device_peaks trace host",
     "parallel": "mesh sharding",

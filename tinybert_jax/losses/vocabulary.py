@@ -149,13 +149,9 @@ def _sum_over_chunks(
         logit_gradient = jnp.where(is_label, logit_gradient, 0).astype(hidden.dtype)
         by_row = einsum("snv,vd->snd", logit_gradient, words).astype(hidden.dtype)
         by_table = einsum("snv,snd->svd", logit_gradient, row)
-        return (
-            total,
-            jax.lax.dynamic_update_slice_in_dim(sums[1], by_row, i * size, axis=1),
-            sums[2] + by_table,
-            sums[3]
-            + einsum("snv,sn->sv", logit_gradient, ones, precision=jax.lax.Precision.HIGHEST),
-        )
+        by_rows = jax.lax.dynamic_update_slice_in_dim(sums[1], by_row, i * size, axis=1)
+        by_bias = einsum("snv,sn->sv", logit_gradient, ones, precision=jax.lax.Precision.HIGHEST)
+        return total, by_rows, sums[2] + by_table, sums[3] + by_bias
 
     zeros = [jnp.zeros(num_shards)] * 2
     if with_gradients:

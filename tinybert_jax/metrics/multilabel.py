@@ -1,0 +1,67 @@
+"""Scores of answers that are sets of labels: micro and macro F1, subset accuracy."""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+def multilabel_metrics(
+    predictions: Int[np.ndarray, "n labels"], labels: Int[np.ndarray, "n labels"]
+) -> dict[str, float]:
+    """Micro and macro F1 and the share of examples whose whole set is right, each as a fraction.
+
+    Arrays of 0 and 1. Macro F1 is the plain mean over labels, 0 for a label that occurs in neither
+    array, as in scikit-learn. Raises ValueError for an empty set.
+    """
+    scores = per_label(predictions, labels)
+    correct, predicted, gold = _counts(predictions, labels)
+    return {
+        "f1_micro": _f1(correct.sum(), predicted.sum(), gold.sum()),
+        "f1_macro": float(np.mean([score["f1"] for score in scores])),
+        "subset_accuracy": float((predictions == labels).all(axis=1).mean()),
+    }
+
+
+def per_label(
+    predictions: Int[np.ndarray, "n labels"], labels: Int[np.ndarray, "n labels"]
+) -> list[dict[str, float]]:
+    """precision, recall, f1 and support of each label; 0.0 where undefined."""
+    assert predictions.shape == labels.shape, (predictions.shape, labels.shape)
+    if not len(labels):
+        raise ValueError("expected at least one example, got none; check the evaluation split")
+    return [
+        {
+            "precision": float(c / p) if p else 0.0,
+            "recall": float(c / g) if g else 0.0,
+            "f1": _f1(c, p, g),
+            "support": int(g),
+        }
+        for c, p, g in zip(*_counts(predictions, labels), strict=True)
+    ]
+
+
+def best_threshold(
+    probabilities: Float[np.ndarray, "n labels"], labels: Int[np.ndarray, "n labels"]
+) -> float:
+    """The probability from which on a label is answered for the best micro F1, for all labels.
+
+    Midway between the two probabilities that it parts; 0.5 where no label occurs.
+    """
+    order = np.argsort(-probabilities, axis=None, kind="stable")
+    ranked, hits = probabilities.ravel()[order], labels.ravel()[order]
+    if not hits.any():
+        return 0.5
+    answered = np.arange(1, len(hits) + 1)
+    f1 = 2 * np.cumsum(hits) / (answered + hits.sum())
+    can_part = np.append(ranked[:-1] > ranked[1:], True)  # equal probabilities stay together
+    last = int(np.argmax(np.where(can_part, f1, -1.0)))
+    below = ranked[last + 1] if last + 1 < len(ranked) else 0.0
+    return float((float(ranked[last]) + float(below)) / 2)
+
+
+def _counts(predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Correct, predicted and gold occurrences of each label."""
+    return (predictions & labels).sum(0), predictions.sum(0), labels.sum(0)
+
+
+def _f1(correct: np.integer, predicted: np.integer, gold: np.integer) -> float:
+    return float(2 * correct / (predicted + gold)) if predicted + gold else 0.0

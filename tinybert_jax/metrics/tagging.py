@@ -1,0 +1,227 @@
+"""Owns entities in tag sequences: their scores, and reading and writing them in three schemes.
+
+A tag is O (outside of entities) or a prefix and a kind, as in B-PER; a sentence has one tag per
+word. Knows nothing of words, word pieces, models or files.
+"""
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+Scheme = Literal["iob1", "iob2", "bioes"]
+
+SCHEME_RULES: dict[Scheme, str] = {
+    "iob1": "I-kind on the words of an entity, B-kind only on a first word right after an entity",
+    "iob2": "B-kind on the first word of an entity, I-kind on the other words",
+    "bioes": "S-kind on an entity of one word, else B-kind first, E-kind last and I-kind between",
+}
+
+
+class Entity(NamedTuple):
+    """The words `start` to `end` (exclusive) of a sentence, and the kind that they name."""
+
+    start: int
+    end: int
+    kind: str
+
+
+def entity_scores(
+    gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """Precision, recall and F1 of entities over all kinds, and the accuracy of tags, as fractions.
+
+    As in conlleval (CoNLL-2003): an entity is correct if start, end and kind all agree, and a
+    quotient with denominator 0 is 0.0. Gold and predicted tags may be of different schemes; their
+    accuracy then means little. Raises ValueError for lengths that differ, no words, or bad tags.
+    """
+    counts = _count_per_kind(gold, predicted)
+    pairs = zip(gold, predicted, strict=True)
+    num_equal = sum(g == p for sentence in pairs for g, p in zip(*sentence, strict=True))
+    correct, found, support = (counter.total() for counter in counts)
+    return _fractions(correct, found, support) | {"accuracy": num_equal / sum(map(len, gold))}
+
+
+def entity_scores_per_kind(
+    gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
+) -> dict[str, dict[str, float | int]]:
+    """Kind -> precision, recall, f1, support (gold entities) and predicted (predicted entities).
+
+    The kinds are those of gold or predicted entities, sorted. Raises as `entity_scores` does.
+    """
+    correct, found, support = _count_per_kind(gold, predicted)
+    return {
+        kind: {
+            **_fractions(correct[kind], found[kind], support[kind]),
+            "support": support[kind],
+            "predicted": found[kind],
+        }
+        for kind in sorted(support.keys() | found.keys())
+    }
+
+
+def entities_of(tags: Sequence[str]) -> list[Entity]:
+    """The entities that conlleval sees in the tags of one sentence, whether well-formed or not.
+
+    One rule holds for all three schemes (conlleval's startOfChunk and endOfChunk): every word whose
+    tag is not O is in an entity, and a new one begins at B- and S-, after E- and S-, and where the
+    kind changes. Raises ValueError for a tag with an unknown prefix or without a kind.
+    """
+    entities: list[Entity] = []
+    start, before, kind_before = 0, "O", ""
+    for place, tag in enumerate([*tags, "O"]):
+        prefix, kind = _split(tag)
+        if kind != kind_before or prefix in ("B", "S") or before in ("E", "S"):
+            if before != "O":
+                entities.append(Entity(start, place, kind_before))
+            start = place
+        before, kind_before = prefix, kind
+    return entities
+
+
+def read_tags(tags: Sequence[str], scheme: Scheme) -> list[Entity]:
+    """The entities of one well-formed sentence; ValueError where the scheme does not allow a tag.
+
+    The schemes are those of Tjong Kim Sang and Veenstra (1999), with kinds; `bioes` marks the last
+    word of an entity too.
+    """
+    mistakes = scheme_mistakes(tags, scheme)
+    if mistakes:
+        shown = ", ".join(f"{got} at position {place}" for place, got in mistakes[:5])
+        shown += ", …" * (len(mistakes) > 5)
+        raise ValueError(
+            f"expected {scheme} tags ({SCHEME_RULES[scheme]}), got others at {len(mistakes)} of "
+            f"{len(tags)} positions ({shown}); correct them or name their scheme"
+        )
+    return entities_of(tags)
+
+
+def write_tags(entities: Iterable[Entity], length: int, scheme: Scheme) -> list[str]:
+    """The tags of a sentence of `length` words; ValueError for entities that have no place in it.
+
+    `iob1` writes B- only between neighbours of one kind, as CoNLL-2003 does.
+    """
+    assert scheme in SCHEME_RULES, scheme
+    tags, before = ["O"] * length, Entity(0, 0, "")
+    for entity in sorted(entities):
+        start, end, kind = entity
+        if not before.end <= start < end <= length or not is_tag(f"B-{kind}"):
+            raise ValueError(
+                f"expected entities with a kind, of one or more of {length} words, without "
+                f"overlaps, got {entity} after {before}; correct start, end or kind"
+            )
+        size, is_split = end - start, before.end == start and before.kind == kind
+        first = "I" if scheme == "iob1" and not is_split else "B"
+        prefixes = first + "I" * (size - 1)
+        if scheme == "bioes":
+            prefixes = "S" if size == 1 else prefixes[:-1] + "E"
+        tags[start:end] = [f"{prefix}-{kind}" for prefix in prefixes]
+        before = entity
+    return tags
+
+
+def convert_tags(tags: Sequence[str], source: Scheme, target: Scheme) -> list[str]:
+    """The same entities in another scheme; ValueError where `source` does not allow a tag."""
+    return write_tags(read_tags(tags, source), len(tags), target)
+
+
+def detect_scheme(sentences: Iterable[Sequence[str]]) -> Scheme:
+    """`bioes` if any tag has E- or S-, `iob2` if every entity begins with B-, else `iob1`.
+
+    Says nothing of whether the tags are well-formed: for that use `scheme_mistakes`. Sentences
+    without entities are `iob2`. Raises ValueError for a tag with an unknown prefix or no kind.
+    """
+    sentences = list(sentences)
+    if {_split(tag)[0] for tags in sentences for tag in tags} & {"E", "S"}:
+        return "bioes"
+    firsts = {tags[entity.start][0] for tags in sentences for entity in entities_of(tags)}
+    return "iob2" if firsts <= {"B"} else "iob1"
+
+
+def scheme_mistakes(tags: Sequence[str], scheme: Scheme) -> list[tuple[int, str]]:
+    """(position, tag and neighbour) wherever the scheme does not allow a tag; [] if well-formed."""
+    assert scheme in SCHEME_RULES, scheme
+    allowed = "OBIES" if scheme == "bioes" else "OBI"
+    mistakes, before = [], "O"
+    for position, tag in enumerate(tags):
+        if not is_tag(tag) or tag[0] not in allowed:
+            mistakes.append((position, repr(tag)))
+            before = "O"
+            continue
+        if not _may_follow(tag, before, scheme):
+            neighbour = f"after {tags[position - 1]!r}" if position else "at the start"
+            mistakes.append((position, f"{tag!r} {neighbour}"))
+        before = tag
+    if not _may_follow("O", before, scheme):
+        mistakes.append((len(tags) - 1, f"{before!r} at the end"))
+    return mistakes
+
+
+@functools.lru_cache
+def is_tag(tag: str) -> bool:
+    """Whether the tag is O, or B-, I-, E- or S- and a kind."""
+    return re.fullmatch(r"O|[BIES]-(?=\S).+", tag) is not None
+
+
+@functools.lru_cache  # few pairs of tags, many words
+def _may_follow(tag: str, before: str, scheme: Scheme) -> bool:
+    (prefix, kind), (prefix_before, kind_before) = _split(tag), _split(before)
+    if scheme == "iob1":
+        return prefix != "B" or prefix_before != "O"
+    if scheme == "iob2":
+        return prefix != "I" or kind == kind_before
+    is_inside = prefix in ("I", "E")
+    return is_inside == (prefix_before in ("B", "I")) and (not is_inside or kind == kind_before)
+
+
+@functools.lru_cache
+def _split(tag: str) -> tuple[str, str]:
+    """Prefix and kind; a kind may hold hyphens (B-creative-work)."""
+    if not is_tag(tag):
+        raise ValueError(
+            f"expected O, or B-, I-, E- or S- and a kind, got {tag!r}; correct the tag, or check "
+            "that it is a tag of entities"
+        )
+    return tag[0], tag[2:]
+
+
+def _count_per_kind(
+    gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
+) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    """Entities that are correct, predicted and gold, by kind."""
+    _require_pairs(gold, predicted)
+    correct, found, support = Counter(), Counter(), Counter()
+    for gold_tags, predicted_tags in zip(gold, predicted, strict=True):
+        is_gold, is_predicted = set(entities_of(gold_tags)), set(entities_of(predicted_tags))
+        support.update(entity.kind for entity in is_gold)
+        found.update(entity.kind for entity in is_predicted)
+        correct.update(entity.kind for entity in is_gold & is_predicted)
+    return correct, found, support
+
+
+def _fractions(correct: int, found: int, support: int) -> dict[str, float]:
+    return {
+        "precision": correct / max(found, 1),
+        "recall": correct / max(support, 1),
+        "f1": 2 * correct / max(found + support, 1),
+    }
+
+
+def _require_pairs(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> None:
+    if len(gold) != len(predicted):
+        raise ValueError(
+            f"expected predicted tags for {len(gold)} gold sentences, got {len(predicted)}; "
+            "predict the whole split, without padded rows"
+        )
+    pairs = enumerate(zip(gold, predicted, strict=True))
+    wrong = [(i, len(p), len(g)) for i, (g, p) in pairs if len(g) != len(p)]
+    if wrong:
+        shown = ", ".join(f"sentence {i}: {found} for {size}" for i, found, size in wrong[:5])
+        raise ValueError(
+            f"expected one predicted tag per gold tag, got other numbers in {len(wrong)} of "
+            f"{len(gold)} sentences ({shown}{', …' * (len(wrong) > 5)}); predict a tag for every "
+            "word, also for words that were cut off, and none for padding"
+        )
+    if not any(gold):
+        raise ValueError("expected at least one word, got none; check the evaluation split")
