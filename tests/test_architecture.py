@@ -24,7 +24,7 @@ ROOMS = {
     "batches": "batch tokenize bucketing packing loader",
     "tokens": "store instances transform ray prepare inspect",
     "huggingface": "tensors hub weights bert families folder rewrite",
-    "tasks": "task classification regression table",
+    "tasks": "task classification regression multi_label table",
     "objectives": "alignment objective masking masked_lm supervised distillation",
     "inference": "scorer pretrained predict",
     "training": "members optimizer early_stopping loop step checkpoint metric_log throughput",

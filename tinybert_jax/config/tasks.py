@@ -140,6 +140,32 @@ class RegressionTask(TextTask):
         return tree
 
 
+class MultiLabelTask(TextTask):
+    """Any number of labels for each text or pair."""
+
+    form: ClassVar[Form] = "sigmoid"
+    default_metric: ClassVar[str] = "f1_micro"
+
+    kind: Literal["multi_label"] = "multi_label"
+    label: str = Field(
+        "labels", description="column of lists of labels; in .tsv and .csv parted by `separator`"
+    )
+    separator: Annotated[str, Field(min_length=1)] = ","
+    label_columns: tuple[str, ...] = Field(
+        (), description="instead of label: one column a label, each 0 or 1"
+    )
+    labels: Labels = None
+    metric: Literal["f1_micro", "f1_macro", "subset_accuracy"] | None = None
+
+    @model_validator(mode="after")
+    def _labels_are_given_once(self) -> "MultiLabelTask":
+        if self.label_columns and self.labels:
+            raise ValueError("label_columns name the labels already: remove labels")
+        if self.label_columns and "label" in self.dev_columns:
+            raise ValueError("dev_columns renames label, but label_columns are read: remove one")
+        return self
+
+
 def _with_kind(tree: Any) -> Any:
     """Fills in the kind; `regression: true` is the older way to write `kind: regression`."""
     if not isinstance(tree, dict):
@@ -155,6 +181,6 @@ def _with_kind(tree: Any) -> Any:
 
 
 AnyTask = Annotated[
-    Annotated[ClassificationTask | RegressionTask, Field(discriminator="kind")],
+    Annotated[ClassificationTask | RegressionTask | MultiLabelTask, Field(discriminator="kind")],
     BeforeValidator(_with_kind),
 ]

@@ -1,0 +1,175 @@
+"""Multi-label classification: any number of labels for each text or pair of texts.
+
+A label is answered where its probability reaches a threshold, one for all labels. The threshold is
+tuned on the dev set for the best micro F1 and kept in the exported config.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tinybert_jax.batches.tokenize import tokenize_texts
+from tinybert_jax.config.tasks import MultiLabelTask
+from tinybert_jax.data.errors import short
+from tinybert_jax.data.examples import Examples
+from tinybert_jax.data.tables import (
+    Table,
+    fail_rows,
+    format_of,
+    read_table,
+    texts_in,
+    texts_or_blank,
+)
+from tinybert_jax.metrics.multilabel import best_threshold, multilabel_metrics, per_label
+from tinybert_jax.models.heads import make_classifier
+from tinybert_jax.tasks.task import Scored, Settings, Task
+
+_THRESHOLD = "threshold"
+
+
+def read(
+    path: str,
+    section: MultiLabelTask,
+    *,
+    split: str | None = None,
+    label_names: Sequence[str] | None = None,
+    is_dev: bool = False,
+    is_labelled: bool = True,
+    keep_blank: bool = False,
+) -> Examples:
+    """One table: a column of lists of labels, or a column of 0 and 1 for each label."""
+    renamed = dict(section.dev_columns) if is_dev else {}
+    text = renamed.get("text", section.text)
+    pair = renamed.get("text_pair", section.text_pair)
+    lists = [] if section.label_columns else [renamed.get("label", section.label)]
+    wanted = [column for column in (text, pair) if column is not None]
+    wanted += [*lists, *section.label_columns] if is_labelled else []
+    table = read_table(path, format_of(path, section.format), split, wanted)
+    read_texts = texts_or_blank if keep_blank else texts_in
+    texts, pairs = read_texts(table, text), read_texts(table, pair) if pair else None
+    if not is_labelled:
+        return Examples(texts, pairs, None, None)
+    if section.label_columns:
+        columns = [_indicators(table, column) for column in section.label_columns]
+        return Examples(texts, pairs, np.stack(columns, axis=1), section.label_columns)
+    sets = _label_lists(table, lists[0], section.separator)
+    labels, names = _known(table, lists[0], sets, section.labels or label_names)
+    indicators = np.zeros((len(sets), len(names)), np.int32)
+    for row, found in enumerate(sets):
+        indicators[row, [names.index(labels[value]) for value in found]] = 1
+    return Examples(texts, pairs, indicators, names)
+
+
+def _indicators(table: Table, column: str) -> np.ndarray:
+    values = ["" if value is None else str(value) for value in table.columns[column]]
+    meaning = {"0": 0, "1": 1, "False": 0, "True": 1, "0.0": 0, "1.0": 1}
+    wrong = [(n, short(v)) for n, v in zip(table.numbers, values, strict=True) if v not in meaning]
+    fix = "write 1 for texts that have the label, 0 for others"
+    fail_rows(table, f"0 or 1 in label column {column!r}", wrong, fix)
+    return np.array([meaning[value] for value in values], np.int32)
+
+
+def _label_lists(table: Table, column: str, separator: str) -> list[list[str]]:
+    """The raw labels of each row; raises ValueError for an empty or a repeated one."""
+    found: list[list[str]] = []
+    wrong, empty, twice = [], [], []
+    for number, value in zip(table.numbers, table.columns[column], strict=True):
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(separator)] if value.strip() else []
+        if not isinstance(value, list | tuple) or any(isinstance(v, list | dict) for v in value):
+            wrong.append((number, short(value)))
+            continue
+        labels = ["" if label is None else str(label).strip() for label in value]
+        if "" in labels:
+            empty.append((number, short(value)))
+        if len(set(labels)) < len(labels):
+            twice.append((number, short(value)))
+        found.append(labels)
+    expected = f"a list of labels in column {column!r}"
+    fix = 'write lists as in ["sports", "money"], or in .tsv and .csv with task.separator'
+    fail_rows(table, expected, wrong, fix)
+    fix = "leave the empty labels out; a text without labels has an empty list"
+    fail_rows(table, f"{expected} without an empty one", empty, fix)
+    fail_rows(table, f"{expected}, each once", twice, "leave the repeated labels out")
+    return found
+
+
+def _known(
+    table: Table, column: str, sets: Sequence[Sequence[str]], given: Any
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """(raw label -> name, names in id order); raises ValueError for labels that are not `given`."""
+    if given is None:
+        given = sorted({label for labels in sets for label in labels})
+    known = dict(given) if isinstance(given, dict) else {name: name for name in given}
+    unknown = [
+        (number, ", ".join(short(label) for label in labels if label not in known))
+        for number, labels in zip(table.numbers, sets, strict=True)
+        if not set(labels) <= set(known)
+    ]
+    shown = ", ".join(map(repr, list(known)[:20])) + ", …" * (len(known) > 20)
+    fix = "correct these rows or complete `labels`"
+    fail_rows(table, f"some of the labels {shown} in column {column!r}", unknown, fix)
+    if not known:
+        fail_rows(table, f"labels in column {column!r}", [(table.numbers[0], "none")], "add them")
+    return known, tuple(dict.fromkeys(known.values()))
+
+
+def _probabilities(scored: Scored) -> np.ndarray:
+    return 1 / (1 + np.exp(-scored.logits.astype(np.float64)))
+
+
+def _chosen(scored: Scored, settings: Settings) -> np.ndarray:
+    """int32 [n, labels]: 1 for the labels that are answered."""
+    return (_probabilities(scored) >= settings.get(_THRESHOLD, 0.5)).astype(np.int32)
+
+
+def tune(scored: Scored) -> Settings:
+    return {_THRESHOLD: best_threshold(_probabilities(scored), scored.examples.labels)}
+
+
+def measure(scored: Scored, settings: Settings) -> dict[str, float]:
+    return multilabel_metrics(_chosen(scored, settings), scored.examples.labels)
+
+
+def answers(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
+    names = scored.label_names
+    return [
+        {
+            "labels": [names[i] for i in np.flatnonzero(chosen)],
+            "probabilities": {name: float(p) for name, p in zip(names, row, strict=True)},
+        }
+        for chosen, row in zip(_chosen(scored, settings), _probabilities(scored), strict=True)
+    ]
+
+
+def details(scored: Scored, settings: Settings) -> dict[str, Any]:
+    rows = per_label(_chosen(scored, settings), scored.examples.labels)
+    named = [{"name": n, **row} for n, row in zip(scored.label_names, rows, strict=True)]
+    return {"per_class_title": "Scores per label", "per_class": named, "settings": dict(settings)}
+
+
+def floor(examples: Examples) -> float:
+    """The micro F1 of always answering the commonest label alone."""
+    commonest = np.zeros_like(examples.labels)
+    commonest[:, examples.labels.sum(0).argmax()] = 1
+    return multilabel_metrics(commonest, examples.labels)["f1_micro"]
+
+
+MULTI_LABEL = Task(
+    section=MultiLabelTask,
+    form=MultiLabelTask.form,
+    make_head=make_classifier,
+    unit="row",
+    read=read,
+    encode=tokenize_texts,
+    count_labels=lambda examples: examples.labels.sum(0),
+    floor=floor,
+    floor_metric="f1_micro",
+    measure=measure,
+    answers=answers,
+    details=details,
+    hf_head="SequenceClassification",
+    problem_type="multi_label_classification",
+    tune=tune,
+)
