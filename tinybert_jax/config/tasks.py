@@ -166,6 +166,38 @@ class MultiLabelTask(TextTask):
         return self
 
 
+class TaggingTask(TaskSection):
+    """A tag for each word: named entities in one of three schemes, or plain tags."""
+
+    form: ClassVar[Form] = "softmax"
+    default_metric: ClassVar[str] = "f1"
+
+    kind: Literal["tagging"] = "tagging"
+    format: Literal["auto", "conll", "jsonl"] = Field(
+        "auto", description="conll: a word a line, blank lines between sentences; auto: by suffix"
+    )
+    text: str = Field(
+        "auto", description="words: position of a column from 0, or key of .jsonl; auto: the first"
+    )
+    label: str = Field("auto", description="tags, likewise; auto: the last column, or key tags")
+    scheme: Literal["auto", "iob1", "iob2", "bioes", "plain"] = Field(
+        "auto", description="how tags mark entities; plain: each tag is a class, as parts of speech"
+    )
+    labels: Labels = Field(None, description="kinds of entities, or plain tags, in id order")
+    drop_empty_tokens: bool = Field(
+        False, description="leaves out words of white space alone that are outside of entities"
+    )
+    metric: Literal["f1", "precision", "recall", "accuracy"] | None = None
+
+    @model_validator(mode="after")
+    def _labels_are_a_list(self) -> "TaggingTask":
+        if isinstance(self.labels, dict):
+            raise ValueError("labels: expected a list of kinds or tags, got a mapping")
+        if self.builtin:
+            raise ValueError("builtin: true brings text with classes, not tags: give train")
+        return self
+
+
 def _with_kind(tree: Any) -> Any:
     """Fills in the kind; `regression: true` is the older way to write `kind: regression`."""
     if not isinstance(tree, dict):
@@ -181,6 +213,9 @@ def _with_kind(tree: Any) -> Any:
 
 
 AnyTask = Annotated[
-    Annotated[ClassificationTask | RegressionTask | MultiLabelTask, Field(discriminator="kind")],
+    Annotated[
+        ClassificationTask | RegressionTask | MultiLabelTask | TaggingTask,
+        Field(discriminator="kind"),
+    ],
     BeforeValidator(_with_kind),
 ]

@@ -1,0 +1,309 @@
+"""Tagging: a tag for each word, such as named entities or parts of speech.
+
+The model scores the first piece of every word. Tags of entities are IOB2 inside, whatever the
+scheme of the files; a word that was cut off has no tag (O).
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from tinybert_jax.batches.batch import TokenRows
+from tinybert_jax.config.tasks import TaggingTask
+from tinybert_jax.data.conll import TaggedText, read_tagged
+from tinybert_jax.data.examples import Examples
+from tinybert_jax.data.wordpiece import plain_backend
+from tinybert_jax.metrics.classification import confusion_matrix
+from tinybert_jax.metrics.tagging import (
+    Scheme,
+    convert_tags,
+    detect_scheme,
+    entities_of,
+    entity_scores,
+    entity_scores_per_kind,
+    is_tag,
+)
+from tinybert_jax.models.heads import make_token_classifier
+from tinybert_jax.tasks.task import Scored, Settings, Task, softmax
+
+# A word, a single sign, or a single Chinese character: where BERT's tokenizers part a text too.
+_WORD = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W_]+|[^\w\s]|_")
+
+
+def read(
+    path: str,
+    section: TaggingTask,
+    *,
+    split: str | None = None,
+    label_names: Sequence[str] | None = None,
+    is_dev: bool = False,
+    is_labelled: bool = True,
+    keep_blank: bool = False,
+) -> Examples:
+    """Sentences of a CoNLL or JSON-lines file; labels are arrays of class ids, one a sentence."""
+    if split is not None:
+        raise ValueError(
+            f"{path}: expected no split of a file of tags, got {split!r}; leave it out"
+        )
+    options = {
+        "tokens": section.text,
+        "format": section.format,
+        "drop_empty_tokens": section.drop_empty_tokens,
+    }
+    if not is_labelled:
+        return Examples(read_tagged(path, tags=None, **options).words, None, None, None)
+    is_plain = section.scheme == "plain"
+    options |= {"tags": section.label, "plain": is_plain}
+    found = read_tagged(path, **options)
+    tags: list[list[str]] = found.tags or []
+    names = label_names or _names_of(section)
+    if is_plain:
+        names = tuple(names or sorted({tag for row in tags for tag in row}))
+        read_tagged(path, known_tags=names, **options)
+    else:
+        scheme = _scheme_of(section, found)
+        known = None if names is None else _tags_of_kinds(_kinds_of(names))
+        read_tagged(path, scheme=scheme, known_tags=known, **options)
+        tags = [convert_tags(row, scheme, "iob2") for row in tags]
+        kinds = {entity.kind for row in tags for entity in entities_of(row)}
+        names = tuple(names or _iob2_names(sorted(kinds)))
+    ids = {name: place for place, name in enumerate(names)}
+    labels = [np.array([ids[tag] for tag in row], np.int32) for row in tags]
+    return Examples(found.words, None, labels, names)
+
+
+def _names_of(section: TaggingTask) -> tuple[str, ...] | None:
+    """The classes that the settings list, if any."""
+    if section.labels is None:
+        return None
+    kinds = tuple(section.labels)
+    return kinds if section.scheme == "plain" else _iob2_names(kinds)
+
+
+def _iob2_names(kinds: Sequence[str]) -> tuple[str, ...]:
+    return ("O", *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI"))
+
+
+def _kinds_of(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(name[2:] for name in names if name != "O"))
+
+
+def _tags_of_kinds(kinds: Sequence[str]) -> list[str]:
+    return ["O", *(f"{prefix}-{kind}" for kind in kinds for prefix in "BIES")]
+
+
+def _scheme_of(section: TaggingTask, found: TaggedText) -> Scheme:
+    """The scheme that is named, or that most entities of the file follow."""
+    if section.scheme not in ("auto", "plain"):
+        return section.scheme  # type: ignore[return-value]
+    tags = found.tags or []
+    scheme = detect_scheme(tags)
+    if scheme == "iob1":
+        # An entity that starts with I- among many with B- is a mistake in IOB2, not IOB1.
+        starts = [row[entity.start] for row in tags for entity in entities_of(row)]
+        num_b = sum(tag.startswith("B-") for tag in starts)
+        scheme = "iob2" if 2 * num_b > len(starts) else "iob1"
+    return scheme
+
+
+def encode(tokenizer: Any, examples: Examples, max_length: int) -> TokenRows:
+    """[CLS] pieces of the words [SEP]; the first piece of each word is a unit and has its label."""
+    backend = plain_backend(tokenizer)
+    backend.enable_truncation(max_length)
+    encoded = _encode_words(backend, tokenizer, [words for words, _ in _split_all(examples)])
+    ids = [np.asarray(e.ids, np.int32) for e in encoded]
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    is_unit = np.concatenate([_first_pieces(e.word_ids) for e in encoded])
+    labels = None
+    if examples.labels is not None:
+        kept = [own[: _num_words(e)] for own, e in zip(examples.labels, encoded, strict=True)]
+        labels = np.full(len(is_unit), -1, np.int32)
+        labels[is_unit] = np.concatenate(kept)
+    return TokenRows(
+        ids=np.concatenate(ids),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        second=lengths.astype(np.int32),
+        labels=labels,
+        num_truncated=sum(bool(e.overflowing) for e in encoded),
+        is_unit=is_unit,
+    )
+
+
+def _encode_words(backend: Any, tokenizer: Any, sentences: Sequence[Sequence[str]]) -> list[Any]:
+    """Encodings in which every word has a piece: one that the tokenizer drops is [UNK]."""
+    encoded = backend.encode_batch([list(words) for words in sentences], is_pretokenized=True)
+    for place, (words, encoding) in enumerate(zip(sentences, encoded, strict=True)):
+        pieces = [encoding, *encoding.overflowing]
+        with_piece = {i for own in pieces for i in own.word_ids if i is not None}
+        if len(with_piece) < len(words):
+            filled = [w if i in with_piece else tokenizer.unk_token for i, w in enumerate(words)]
+            encoded[place] = backend.encode(filled, is_pretokenized=True)
+    return encoded
+
+
+def _first_pieces(word_ids: Sequence[int | None]) -> np.ndarray:
+    words = np.array([-1 if word is None else word for word in word_ids])
+    return (words >= 0) & (np.diff(words, prepend=-2) != 0)
+
+
+def _num_words(encoding: Any) -> int:
+    """Words of which the encoding holds the first piece."""
+    return int(_first_pieces(encoding.word_ids).sum())
+
+
+def check_room(tokenizer: Any, examples: Examples, positions: int) -> None:
+    """Refuses a sentence with more pieces than a model has positions."""
+    backend = plain_backend(tokenizer)
+    sentences = [list(words) for words, _ in _split_all(examples)]
+    encoded = _encode_words(backend, tokenizer, sentences)
+    long = [(place, len(e.ids)) for place, e in enumerate(encoded, 1) if len(e.ids) > positions]
+    if long:
+        shown = ", ".join(f"sentence {place}: {length}" for place, length in long[:5])
+        raise ValueError(
+            f"expected sentences of at most {positions} pieces, [CLS] and [SEP] among them (the "
+            f"model's positions), got more in {len(long)} of {len(encoded)} ({shown}"
+            f"{', …' if len(long) > 5 else ''}); part these sentences"
+        )
+
+
+def _split_all(examples: Examples) -> Iterator[tuple[list[str], list[tuple[int, int]]]]:
+    """(words, their places in the text) of each example: a text is split, a list kept.
+
+    The text of a list of words has a space between them.
+    """
+    for text in examples.text:
+        if isinstance(text, str):
+            found = list(_WORD.finditer(text))
+            yield [match.group() for match in found], [match.span() for match in found]
+        else:
+            ends = np.cumsum([len(word) + 1 for word in text]) - 1
+            spans = [(int(end) - len(word), int(end)) for word, end in zip(text, ends, strict=True)]
+            yield list(text), spans
+
+
+def _predicted(scored: Scored) -> list[tuple[list[str], np.ndarray]]:
+    """(tag of each word, probability of that tag) of each example."""
+    rows, names, found = scored.rows, scored.label_names, []
+    assert rows.is_unit is not None
+    outside = names.index("O") if "O" in names else 0
+    for place, (words, _) in enumerate(_split_all(scored.examples)):
+        part = slice(rows.offsets[place], rows.offsets[place + 1])
+        logits = scored.logits[part][rows.is_unit[part]]
+        chosen = logits.argmax(-1).tolist()
+        sure = softmax(logits)[np.arange(len(chosen)), chosen]
+        num_cut = len(words) - len(chosen)
+        tags = [names[i] for i in [*chosen, *[outside] * num_cut]]
+        found.append((tags, np.append(sure, np.zeros(num_cut))))
+    return found
+
+
+def _gold(scored: Scored) -> list[list[str]]:
+    return [[scored.label_names[i] for i in labels] for labels in scored.examples.labels]
+
+
+def _is_plain(names: Sequence[str]) -> bool:
+    return not all(is_tag(name) for name in names)
+
+
+def measure(scored: Scored, settings: Settings) -> dict[str, float]:
+    """Entities as conlleval scores them; of plain tags accuracy and the mean F1 of the classes."""
+    gold, predicted = _gold(scored), [tags for tags, _ in _predicted(scored)]
+    if not _is_plain(scored.label_names):
+        return entity_scores(gold, predicted)
+    counts = _confusion(scored, gold, predicted)
+    rows = [row for row in _class_rows(scored.label_names, counts) if row["support"]]
+    return {
+        "accuracy": float(np.trace(counts) / counts.sum()),
+        **{name: float(np.mean([r[name] for r in rows])) for name in ("f1", "precision", "recall")},
+    }
+
+
+def _confusion(scored: Scored, gold: list[list[str]], predicted: list[list[str]]) -> np.ndarray:
+    ids = {name: place for place, name in enumerate(scored.label_names)}
+    answered, right = (
+        np.array([ids[t] for row in side for t in row]) for side in (predicted, gold)
+    )
+    return confusion_matrix(answered, right, len(ids))
+
+
+def _class_rows(names: Sequence[str], counts: np.ndarray) -> list[dict[str, Any]]:
+    hits, gold, found = np.diag(counts), counts.sum(1), counts.sum(0)
+    return [
+        {
+            "name": name,
+            "precision": float(h / f) if f else 0.0,
+            "recall": float(h / g) if g else 0.0,
+            "f1": float(2 * h / (f + g)) if f + g else 0.0,
+            "support": int(g),
+        }
+        for name, h, g, f in zip(names, hits, gold, found, strict=True)
+    ]
+
+
+def answers(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
+    """`entities` with character offsets, or `tags` of the words where tags are plain."""
+    is_plain, found = _is_plain(scored.label_names), []
+    texts = zip(scored.examples.text, _split_all(scored.examples), strict=True)
+    for (text, (words, spans)), (tags, sure) in zip(texts, _predicted(scored), strict=True):
+        whole = text if isinstance(text, str) else " ".join(text)
+        if is_plain:
+            found.append({"words": words, "tags": tags})
+            continue
+        entities = []
+        for first, end, kind in entities_of(tags):
+            start, stop = spans[first][0], spans[end - 1][1]
+            entities.append(
+                {
+                    "label": kind,
+                    "text": whole[start:stop],
+                    "start": start,
+                    "end": stop,
+                    "probability": float(np.min(sure[first:end])),
+                }
+            )
+        found.append({"entities": entities})
+    return found
+
+
+def details(scored: Scored, settings: Settings) -> dict[str, Any]:
+    gold, predicted = _gold(scored), [tags for tags, _ in _predicted(scored)]
+    if _is_plain(scored.label_names):
+        rows = _class_rows(scored.label_names, _confusion(scored, gold, predicted))
+        return {"per_class_title": "Scores per tag", "per_class": rows}
+    by_kind = entity_scores_per_kind(gold, predicted)
+    rows = [{"name": kind, **scores} for kind, scores in by_kind.items()]
+    return {"per_class_title": "Scores per entity kind", "per_class": rows}
+
+
+def count_labels(examples: Examples) -> np.ndarray:
+    return np.bincount(np.concatenate(examples.labels), minlength=examples.num_outputs)
+
+
+def floor(examples: Examples) -> float:
+    """The F1 of answering the commonest tag for every word; without entities it is 0."""
+    names, counts = examples.label_names or (), count_labels(examples)
+    if not _is_plain(names):
+        return 0.0
+    share = counts.max() / counts.sum()
+    return float(2 * share / (1 + share) / (counts > 0).sum())
+
+
+TAGGING = Task(
+    section=TaggingTask,
+    form=TaggingTask.form,
+    make_head=make_token_classifier,
+    unit="word",
+    read=read,
+    encode=encode,
+    count_labels=count_labels,
+    floor=floor,
+    floor_metric="f1",
+    measure=measure,
+    answers=answers,
+    details=details,
+    hf_head="TokenClassification",
+    problem_type=None,
+    check_room=check_room,
+)
