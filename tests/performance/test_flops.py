@@ -1,4 +1,4 @@
-"""Model cost against the numbers in the papers and in docs/, and against the arrays themselves."""
+"""Parameters, FLOPs and device peaks against papers, data sheets, torch and our own arrays."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from tinybert_jax.models.heads import make_encoder
-from tinybert_jax.models.params import num_parameters as num_leaves
+from tinybert_jax.models.params import num_parameters as num_array_elements
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
 from tinybert_jax.performance.flops import (
     forward_flops_per_token,
@@ -28,12 +28,12 @@ TINYBERT6 = BertConfig(num_hidden_layers=6)
     "config, expected",
     [(BERT_BASE, 109_482_240), (TINYBERT4, 14_350_248), (TINYBERT6, 66_955_008)],
 )
-def test_parameters_of_the_papers(config, expected):
+def test_num_parameters_equals_the_published_number(config, expected):
     assert num_parameters(config) == expected
 
 
 @pytest.mark.parametrize("pooler", [True, False])
-def test_parameters_equal_those_of_a_torch_model(pooler):
+def test_num_parameters_equals_the_number_in_a_torch_model(pooler):
     config = BertConfig(
         vocab_size=97,
         hidden_size=24,
@@ -49,8 +49,8 @@ def test_parameters_equal_those_of_a_torch_model(pooler):
     assert num_encoder_parameters(config) == encoder
 
 
-def test_flops_of_platform_notes():
-    # General distillation at T = 128: teacher forward 174.6 M, student 36.4 M, together 211.0 M.
+def test_flops_of_general_distillation():
+    # Per token at 128 tokens: teacher forward 174.6 M, student 36.4 M, together 211.0 M.
     assert forward_flops_per_token(BERT_BASE, 128) == pytest.approx(174.6e6, abs=0.05e6)
     student = 3 * forward_flops_per_token(TINYBERT4, 128, projection_dim=768)
     assert student == pytest.approx(36.4e6, abs=0.05e6)
@@ -59,7 +59,7 @@ def test_flops_of_platform_notes():
 
 
 def test_flops_count_every_matrix_product_of_a_forward_pass():
-    """Against torch's own counter; eager attention, so that it sees both of its products."""
+    """Against torch's FLOP counter; eager attention, so that it counts both attention products."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -93,7 +93,7 @@ def test_flops_of_the_masked_lm_head_equal_those_counted_in_torch():
     assert masked_lm_flops(config, 7, 3) == 2 * (7 * 24 * 24 + 3 * 24 * 50)
 
 
-def test_training_is_three_forward_passes():
+def test_training_costs_three_forward_passes():
     forward = forward_flops_per_token(TINYBERT6, 64)
     assert training_flops_per_token([TINYBERT6], 64) == 3 * forward
 
@@ -102,7 +102,7 @@ def test_training_is_three_forward_passes():
     "device_kind, million_tokens",
     [("NVIDIA H200", 4.69), ("TPU v5 lite", 0.93), ("TPU v5", 2.18), ("TPU v6 lite", 4.35)],
 )
-def test_peaks_give_the_ceilings_of_platform_notes(device_kind, million_tokens):
+def test_peaks_bound_the_tokens_per_second_of_general_distillation(device_kind, million_tokens):
     flops = training_flops_per_token([TINYBERT4], 128, projection_dim=768, teacher=BERT_BASE)
     ceiling = peak_flops(device_kind, "bfloat16") / flops
     assert ceiling == pytest.approx(million_tokens * 1e6, abs=0.005e6)
@@ -139,11 +139,11 @@ def test_peak_by_device_kind(device_kind, dtype, tflops):
         ("TPU v5 lite", "int4"),
     ],
 )
-def test_unknown_peak_is_none_rather_than_a_guess(device_kind, dtype):
+def test_an_unknown_peak_is_none(device_kind, dtype):
     assert peak_flops(device_kind, dtype) is None
 
 
-def test_peak_takes_any_spelling_of_a_dtype():
+def test_peak_flops_takes_a_dtype_as_string_scalar_type_or_dtype():
     import jax.numpy as jnp
     import numpy as np
 
@@ -154,12 +154,13 @@ def test_peak_takes_any_spelling_of_a_dtype():
     assert peak_flops(kind, np.float32) == peak_flops(kind, "float32")
 
 
-def test_gemm_peak_is_a_plausible_rate():
+def test_measured_gemm_peak_is_plausible():
     assert 1e9 < measure_gemm_peak(budget_s=0.1) < 1e14
 
 
-def test_importing_cost_does_not_import_jax():
-    code = "import sys, tinybert_jax.cost; sys.exit('jax' in sys.modules)"
+@pytest.mark.parametrize("module", ["flops", "device_peaks", "host"])
+def test_importing_does_not_import_jax(module):
+    code = f"import sys, tinybert_jax.performance.{module}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -176,13 +177,13 @@ def test_importing_cost_does_not_import_jax():
     ],
 )
 def test_presets_have_the_published_sizes(preset, parameters):
-    """BERT and TinyBERT's published sizes; the miniatures are published to three digits."""
+    """The sizes of the four BERT miniatures are published in millions with one decimal."""
     rounding = 0 if isinstance(parameters, int) else 0.05e6
     assert abs(num_parameters(ModelConfig(**PRESETS[preset])) - parameters) <= rounding
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_cost_counts_the_parameters_that_a_preset_has(preset):
+def test_num_parameters_equals_the_arrays_of_a_preset(preset):
     config = ModelConfig(**PRESETS[preset])
     abstract = jax.eval_shape(make_encoder(config)[1], jax.random.key(0))
-    assert num_leaves(abstract) == num_parameters(config)
+    assert num_array_elements(abstract) == num_parameters(config)

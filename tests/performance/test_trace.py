@@ -1,4 +1,4 @@
-"""Where a step goes: what is read of programs and traces, a profiled run, the clock of a line."""
+"""Operations read from programs and traces, the tables made of them, and a profiled run."""
 
 import contextlib
 import json
@@ -32,28 +32,28 @@ def _loss(w, x):
         return (h**2).sum()
 
 
-def test_a_program_is_read_by_scope_and_pass():
+def test_operations_of_a_program_have_the_scope_and_pass_as_part():
     operations, text = _operations(
         jax.value_and_grad(_loss), jnp.ones((3, 64, 64)), jnp.ones((64, 64))
     )
-    parts = {own.part for own in operations.values()}
+    parts = {operation.part for operation in operations.values()}
     assert {"attention", "attention, backward", "loss hidden"} <= parts
-    products = {own.part for own in operations.values() if own.is_product}
+    products = {operation.part for operation in operations.values() if operation.is_product}
     assert products == {"attention", "attention, backward"}
     loops = {line.split(" = ")[0].strip(" %") for line in text.splitlines() if " while(" in line}
     assert loops and not operations.keys() & loops
 
 
-def test_an_exchange_between_devices_is_no_product():
+def test_a_collective_is_not_a_matrix_product():
     mesh = Mesh(np.asarray(jax.devices()), "x")
     rows = NamedSharding(mesh, PartitionSpec("x"))
     x = jax.device_put(jnp.ones((64, 64)), rows)
     operations, _ = _operations(jax.grad(_loss), jnp.ones((3, 64, 64)), x)
-    exchanges = [own for own in operations.values() if own.part == "exchange between devices"]
-    assert exchanges and not any(own.is_product for own in exchanges)
+    collectives = [o for o in operations.values() if o.part == "communication between devices"]
+    assert collectives and not any(operation.is_product for operation in collectives)
 
 
-def test_a_table_adds_up():
+def test_the_table_adds_up_the_time_of_parts_and_operations():
     product = Operation("teacher: attention", "dot_general", is_product=True)
     other = Operation("teacher: attention", "tanh")
     update = Operation("optimizer", "add")
@@ -69,24 +69,25 @@ def test_a_table_adds_up():
     table = trace.tabulate(events, num_steps=2, seconds=0.02)
     assert "| teacher: attention | 4.00 | 40.0% | 75% |" in table
     assert "| optimizer | 2.00 | 20.0% | 0% |" in table
-    assert "| between operations | 4.00 | 40.0% |  |" in table
+    assert "| no operation running | 4.00 | 40.0% |  |" in table
     assert "| dot.1 | 3.00 | 30.0% | dot_general | teacher: attention |" in table
 
 
-def test_what_runs_at_one_time_shares_it():
-    """Together they have the 6 of their union."""
-    lengths = trace.shared([(0.0, 4.0), (1.0, 3.0), (2.0, 3.0), (6.0, 8.0), (9.0, 9.0)])
+def test_overlapping_operations_share_the_time_evenly():
+    """The lengths add up to 6, the length of the union."""
+    lengths = trace.share_overlaps([(0.0, 4.0), (1.0, 3.0), (2.0, 3.0), (6.0, 8.0), (9.0, 9.0)])
     np.testing.assert_allclose(lengths, [1 + 1 / 2 + 1 / 3 + 1, 1 / 2 + 1 / 3, 1 / 3, 2, 0])
     assert sum(lengths) == pytest.approx(6)
 
 
 class _Batch:
     def __init__(self, width):
-        self.input_ids = jnp.ones((16, width))
+        self.shape = (16, width)
+        self.input_ids = jnp.ones(self.shape)
 
 
 def _profiled(tmp_path, widths, between=lambda: None):
-    """What is said of steps of those widths, and the results of all."""
+    """The messages of a profiled run over batches of these widths, and the states of the run."""
 
     @jax.jit
     def jitted(state, x):
@@ -96,44 +97,45 @@ def _profiled(tmp_path, widths, between=lambda: None):
     def step(state, batch):
         return jitted(state, batch.input_ids), {}
 
-    said, states = [], [jnp.zeros(())]
+    messages, states = [], [jnp.zeros(())]
     with trace.profiled(
         step,
         lambda state, batch: jitted.lower(state, batch.input_ids).compile().as_text(),
         tmp_path / "profile",
-        said.append,
+        messages.append,
         lambda state: contextlib.nullcontext(),
     ) as traced:
         for width in widths:
             states.append(traced(states[-1], _Batch(width))[0])
             between()
-    return said, states
+    return messages, states
 
 
-def test_steps_of_several_widths_are_traced_once_compiled(tmp_path):
-    (told,), _ = _profiled(tmp_path, [8, 16, 8, 24, 16, 8, 8, 16, 8])
-    assert told.startswith("5 steps of rows × tokens 16 × 16, 16 × 8: ")
+def test_steps_are_traced_once_the_batch_shape_is_compiled(tmp_path):
+    (message,), _ = _profiled(tmp_path, [8, 16, 8, 24, 16, 8, 8, 16, 8])
+    assert message.startswith("5 steps of 16 × 16, 16 × 8 (rows × tokens): ")
     assert sorted(path.name for path in (tmp_path / "profile").iterdir()) == [
         *(f"step-{number}" for number in (3, 5, 6, 7, 8)),
         "table.md",
     ]
 
 
-def test_what_runs_between_the_steps_is_not_theirs(tmp_path):
+def test_work_between_the_steps_is_not_counted(tmp_path):
     big = jnp.ones((2000, 2000))
     other = jax.jit(lambda x: x @ x @ x)
-    (told,), _ = _profiled(tmp_path, [8] * 8, lambda: other(big).block_until_ready())
-    milliseconds = float(told.split(": ")[1].split(" ms")[0])
+    (message,), _ = _profiled(tmp_path, [8] * 8, lambda: other(big).block_until_ready())
+    milliseconds = float(message.split(": ")[1].split(" ms")[0])
     assert milliseconds < 50
 
 
-def test_too_few_steps_are_told(tmp_path):
-    (told,), _ = _profiled(tmp_path, [8, 8, 8, 16])
-    assert "no profile; expected 7 steps or more" in told and "got 4 with 1 to trace" in told
+def test_too_few_steps_for_a_table_are_reported(tmp_path):
+    (message,), _ = _profiled(tmp_path, [8, 8, 8, 16])
+    assert "no profile table; expected at least 7 steps" in message
+    assert "got 4 steps and traced 1" in message
     assert not (tmp_path / "profile" / "table.md").exists()
 
 
-def test_a_step_that_fails_ends_its_trace(tmp_path):
+def test_a_failing_step_stops_the_profiler(tmp_path):
     def step(state, batch):
         if state == 3:
             raise FloatingPointError
@@ -151,7 +153,7 @@ def test_a_step_that_fails_ends_its_trace(tmp_path):
             for _ in range(8):
                 state, _ = traced(state, _Batch(8))
 
-    for _ in range(2):  # a profiler that is still on would refuse to begin again
+    for _ in range(2):  # a running profiler would refuse to start a second time
         with pytest.raises(FloatingPointError):
             run()
 
@@ -172,7 +174,7 @@ def _run(tmp_path, inputs, name, *flags):
     return tmp_path / name
 
 
-def test_a_profiled_run_tells_where_a_step_goes_and_learns_the_same(tmp_path, capsys):
+def test_a_profiled_run_writes_the_table_and_trains_to_the_same_weights(tmp_path, capsys):
     inputs = tmp_path / "inputs"
     inputs.mkdir()
     write_inputs(inputs, **SIZES)
@@ -182,7 +184,7 @@ def test_a_profiled_run_tells_where_a_step_goes_and_learns_the_same(tmp_path, ca
     folder = run / "profile" / "general"
     table = (folder / "table.md").read_text()
     assert table in capsys.readouterr().out
-    assert table.startswith("5 steps of rows × tokens 8 × 16")
+    assert table.startswith("5 steps of 8 × 16 (rows × tokens): ")
     for part in ("teacher: attention", "attention, backward", "loss hidden", "optimizer"):
         assert f"\n| {part} |" in table
     assert "teacher: attention, backward" not in table
@@ -193,7 +195,7 @@ def test_a_profiled_run_tells_where_a_step_goes_and_learns_the_same(tmp_path, ca
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (line,) = [line for line in lines if line["kind"] == "train"]
     (stage,) = [line for line in lines if line["kind"] == "stage"]
-    assert line["seconds"] < stage["seconds"] - 0.5  # starting and reading traces is no training
+    assert line["seconds"] < stage["seconds"] - 0.5  # without starting and reading traces
 
     _run(tmp_path, inputs, "profiled", "--profile")
     assert "done before, kept; no profile of it" in capsys.readouterr().out

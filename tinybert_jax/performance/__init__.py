@@ -1,1 +1,1 @@
-"""What computing costs: FLOPs, peaks of devices, traces, and the host's memory."""
+"""Model FLOPs, peaks of devices, traces of training steps, and memory and locks of the host."""

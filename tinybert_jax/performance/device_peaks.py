@@ -1,4 +1,4 @@
-"""FLOP/s that one device can reach: data sheets of accelerators, a measurement on this CPU."""
+"""FLOP/s that one device can reach: from data sheets for accelerators, measured for this CPU."""
 
 import functools
 import re
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def peak_flops(device_kind: str, dtype: Any) -> float | None:
-    """Dense FLOP/s one device can reach, by `jax.Device.device_kind`; None where unknown.
+    """Dense FLOP/s that one device can reach, by `jax.Device.device_kind`; None where unknown.
 
     `dtype` is float32, bfloat16 or float16, as a string or a numpy/jax dtype. float32 means what
     XLA runs for float32 operands at default precision: TF32 on Ampere and later, one bfloat16
-    pass on TPU. A MIG slice and a CPU have no entry (for a CPU: `measure_gemm_peak`).
-    A "TPU7x" device is half a chip (one of two chiplets), a "TPU v4" or "v5p" one a whole chip.
+    pass on TPU. MIG slices and CPUs have no entry (for a CPU: `measure_gemm_peak`). A "TPU7x"
+    device is half a chip (one of two chiplets), a "TPU v4" or "TPU v5p" device a whole chip.
 
     Sources: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x system architecture), agreeing
     with jax/_src/pallas/mosaic/tpu_info.py; NVIDIA data sheets for V100, T4, A100, L4, H100 and
@@ -36,7 +36,7 @@ def _gpu(half: float, tf32: float) -> dict[str, float]:
     return {"bfloat16": half, "float16": half, "float32": tf32}
 
 
-# First match wins, so a variant stands before its family.
+# The first matching pattern wins, so a variant such as "H100 PCIe" stands before "H100".
 _PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     (r"^TPU v4$", _tpu(275.0)),
     (r"^TPU v5( lite|e)$", _tpu(197.0)),
@@ -55,11 +55,11 @@ _PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
 
 
 def measure_gemm_peak(dtype: str = "float32", budget_s: float = 0.5) -> float:
-    """FLOP/s of a jitted matrix product on this CPU, accumulated in fp32, the best of a few tries.
+    """FLOP/s of a jitted matrix product on this CPU, accumulated in fp32: the best of several runs.
 
     The shape (2048×768 times 768×3072) is a BERT-base feed-forward. Other load on the machine
-    lowers the figure, so that utilisation may come out above 1 when the load ends. `budget_s`
-    bounds the tries, not the one compile.
+    lowers the result, so that utilisation may come out above 1 when the load ends. `budget_s`
+    bounds the seconds of the runs, not of the compilation.
     """
     import jax
     import jax.numpy as jnp

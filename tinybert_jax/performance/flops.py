@@ -1,8 +1,8 @@
-"""Owns the arithmetic of model size and speed: parameters, FLOPs and what the hardware can do.
+"""Parameters and FLOPs of a BERT, computed from the config's sizes.
 
-Plain Python: jax is imported only by `measure_gemm_peak`, so launchers and --help stay instant.
-A FLOP count is two per multiply-add of the matrix products; softmax, LayerNorm, GELU, biases and
-the embedding look-up are left out, as in every published model-FLOPs-utilisation figure.
+Plain Python without JAX, so that launchers and --help start at once. FLOPs are two per multiply-add
+of the matrix products; softmax, LayerNorm, GELU, biases and the embedding look-up are left out, as
+in published figures of model-FLOPs utilisation.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class BertShape(Protocol):
-    """The size fields of a BERT under Hugging Face's `BertConfig` names."""
+    """The sizes of a BERT under the names of Hugging Face's `BertConfig`."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -41,7 +41,7 @@ def num_parameters(config: BertShape, *, pooler: bool = True) -> int:
 
 
 def num_encoder_parameters(config: BertShape) -> int:
-    """Parameters of the layers alone: what sets the speed, since an embedding is a look-up."""
+    """Parameters of the layers alone; they set the speed, since an embedding is a look-up."""
     d, f = config.hidden_size, config.intermediate_size
     attention = 4 * (d * d + d)
     feed_forward = 2 * d * f + f + d
@@ -52,16 +52,16 @@ def num_encoder_parameters(config: BertShape) -> int:
 def forward_flops_per_token(
     config: BertShape, seq_len: int, *, projection_dim: int = 0, num_read: int | None = None
 ) -> float:
-    """FLOPs of one forward pass divided by its tokens, padding counted as tokens.
+    """FLOPs of one forward pass divided by the number of tokens, padding included.
 
     Counts the six weight matrices of a layer and the two products of attention (scores, and
     probabilities times values: 2·seq_len·hidden_size multiply-adds per token). No task head.
-    `projection_dim` adds the student's share of hidden-state distillation: every entry of `hidden`
-    (num_hidden_layers + 1) projected to a teacher of that width. `num_read`: at how many tokens of
-    a row the last layer runs, but for its keys and values; default: at every one.
+    `projection_dim` adds the projection of every student hidden state (num_hidden_layers + 1) to a
+    teacher of that width. `num_read`: number of tokens of a row at which the last layer runs,
+    except for keys and values, which run at all tokens; None: all tokens.
 
-    At T = 128: BERT-base 174.6 M; TinyBERT4 9.7 M, and 12.1 M with projection_dim=768, a third of
-    the 36.4 M of a trained token.
+    At seq_len = 128: BERT-base 174.6 M; TinyBERT4 9.7 M, or 12.1 M with projection_dim=768, a third
+    of the 36.4 M of one trained token.
     """
     d, f, num_layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     layer = 4 * d * d + 2 * d * f + 2 * seq_len * d
@@ -72,14 +72,14 @@ def forward_flops_per_token(
 
 
 def projection_flops_per_token(config: BertShape, projection_dim: int, num_entries: int) -> int:
-    """FLOPs of mapping so many entries of a student's `hidden` to its teacher's width, forward."""
+    """Forward FLOPs per token of projecting `num_entries` hidden states to `projection_dim`."""
     return 2 * num_entries * config.hidden_size * projection_dim
 
 
 def masked_lm_flops(config: BertShape, num_mapped: int, num_predicted: int) -> int:
-    """FLOPs of the masked-LM head of a batch, forward.
+    """Forward FLOPs of the masked-LM head for one batch.
 
-    Its dense map runs at `num_mapped` tokens, the product with the word table at `num_predicted`.
+    The dense layer runs at `num_mapped` tokens, the product with the word table at `num_predicted`.
     """
     d = config.hidden_size
     return 2 * d * (num_mapped * d + num_predicted * config.vocab_size)
@@ -93,15 +93,15 @@ def training_flops_per_token(
     teacher: BertShape | None = None,
     num_read: int | None = None,
 ) -> float:
-    """FLOPs of one training step per token: three forward passes of each model, one of a teacher.
+    """FLOPs per token of one step: three forward passes per trained model, one of the teacher.
 
-    All read the same batch and share the teacher's pass, if there is one; `num_read` as above.
-    The backward pass costs two forward passes: a gradient for the weights and one for the inputs.
-    Recomputation (remat) is not counted: it is a cost of the machine, not of the model.
+    The trained models read the same batch and share the teacher's pass. `num_read` as in
+    `forward_flops_per_token`. A backward pass costs two forward passes: the gradient of the weights
+    and the gradient of the inputs. Recomputation (remat) is not counted: model FLOPs leave it out.
     """
     forward = sum(
         forward_flops_per_token(config, seq_len, projection_dim=projection_dim, num_read=num_read)
         for config in trained
     )
-    taught = forward_flops_per_token(teacher, seq_len, num_read=num_read) if teacher else 0
-    return float(3 * forward + taught)
+    teacher_pass = forward_flops_per_token(teacher, seq_len, num_read=num_read) if teacher else 0
+    return float(3 * forward + teacher_pass)

@@ -1,4 +1,4 @@
-"""What a `tinybert` process asks of its machine. The process of a library's user is left alone."""
+"""Memory settings of a `tinybert` process and locks on folders; importing it changes nothing."""
 
 import contextlib
 import ctypes
@@ -6,41 +6,41 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# glibc's malloc.h
+# From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library keep what is freed; does nothing where there is no glibc.
+    """Makes glibc keep freed memory for the next allocation; does nothing without glibc.
 
-    XLA:CPU allocates its scratch memory anew in every step. By default glibc gives large blocks
-    back to the kernel each time, and the page faults of getting them again take a fifth of a step.
-    One arena, since only the first can grow without mapping memory anew. Has to be called before
-    the first thread starts: those that exist keep arenas of their own.
+    XLA:CPU allocates scratch memory anew in every step. By default glibc returns large blocks to
+    the kernel, and the page faults of getting them back take a fifth of a step. One arena, since
+    only the first arena grows without a new mapping. Call this before the first thread starts:
+    existing threads keep their arenas.
     """
-    for name, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1)):
-        _glibc("mallopt", name, value)
+    for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1)):
+        _call_glibc("mallopt", option, value)
 
 
 def give_back_freed_memory() -> None:
-    """What is kept and free goes back to the kernel: a step's time, if done now and then.
+    """Returns free memory to the kernel (malloc_trim); an occasional call costs about one step.
 
-    Small blocks come to lie in what a step's scratch leaves behind, and its next scratch beyond
-    them: over a thousand steps a process of 4 GB grew to 16.
+    Small blocks settle in the memory that a step's scratch has freed, so that the next scratch
+    extends the heap: over a thousand steps a process of 4 GB grew to 16 GB.
     """
-    _glibc("malloc_trim", 0)
+    _call_glibc("malloc_trim", 0)
 
 
-def _glibc(name: str, *arguments: int) -> None:
+def _call_glibc(name: str, *arguments: int) -> None:
     function = getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
-    if function is not None:  # musl has none
+    if function is not None:  # musl lacks both functions
         function(*arguments)
 
 
 @contextlib.contextmanager
 def locked(folder: Path, setting: str) -> Iterator[None]:
-    """Makes the folder and holds it; ValueError, naming the setting, where another process does."""
-    import fcntl  # not on every system that only predicts
+    """Makes the folder and locks it; raises ValueError where another process holds the lock."""
+    import fcntl  # Unix only; prediction, which needs no lock, runs without it
 
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:

@@ -1,7 +1,7 @@
-"""Where a step goes: traces of a few steps, and a table of their operations by part of the model.
+"""Traces a few training steps and tabulates the time by part of the model and by operation.
 
-Parts are the `jax.named_scope`s whose names begin with ~; the compiler keeps them in the metadata
-of its operations. A fusion counts for the part that the compiler names it after.
+A part is a `jax.named_scope` whose name begins with ~; the compiler keeps the scopes in the
+metadata of operations. The whole time of a fusion counts for the scope in the fusion's metadata.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ import jax
 
 NUM_STEPS = 5
 
-_FIRST = 2  # the calls before it compile and settle
-_NUM_LISTED = 12
-_CONTAINERS = ("while", "conditional", "call")  # their time is that of the operations inside
-_EXCHANGES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+_NUM_WARMUP = 2  # first calls, which compile and warm up; not traced
+_NUM_LISTED = 12  # rows of the table of operations
+_CONTAINERS = ("while", "conditional", "call")  # left out: the operations inside are counted
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*?[\])}] ([a-z][\w\-]*)\(")
 
 Step = Callable[[Any, Any], tuple[Any, Any]]  # (state, batch) -> (state, metrics)
@@ -29,13 +29,13 @@ Step = Callable[[Any, Any], tuple[Any, Any]]  # (state, batch) -> (state, metric
 class Operation(NamedTuple):
     """One operation of a compiled program."""
 
-    part: str  # the scopes it is in, "teacher: attention"; "rest" outside of all
-    source: str  # what it was traced from, "dot_general"
-    is_product: bool = False  # a matrix product, or a fusion with one
+    part: str  # the named scopes around it, "teacher: attention"; "rest" outside all scopes
+    source: str  # the JAX primitive it was traced from, "dot_general"
+    is_product: bool = False  # a matrix product, or a fusion that contains one
 
 
 class Event(NamedTuple):
-    """One operation as it ran. `seconds`: those that run at one time share it."""
+    """One run of an operation. `seconds`: overlapping operations share the time evenly."""
 
     operation: Operation
     name: str
@@ -51,24 +51,25 @@ def profiled(
     say: Callable[[str], None],
     pause: Callable[[Any], contextlib.AbstractContextManager[None]],
 ) -> Iterator[Step]:
-    """A step that traces `NUM_STEPS` of its calls into `folder`, says their table and writes it.
+    """Yields a step that traces `NUM_STEPS` of its calls into `folder` and logs and writes a table.
 
-    Each of these waits for the one before; of widths it takes what comes, once compiled. Nothing
-    that is computed changes. `program(state, batch)` is the text of the compiled step, and
-    `pause(state)` stops the clock of what is no training.
+    A call is traced once the batch shape has been compiled, and waits for the step before it. The
+    results do not change. `program(state, batch)` returns the text of the compiled step, `say` logs
+    a message, and `pause(state)` stops the clock of training while traces are started and read.
     """
     tracer = _Tracer(step, program, folder, say, pause)
     yield tracer
     if not tracer.is_done:
         say(
-            f"{folder}: no profile; expected {_FIRST + NUM_STEPS} steps or more, of widths that "
-            f"come again, got {tracer.num_calls} with {len(tracer.traced)} to trace"
+            f"{folder}: no profile table; expected at least {_NUM_WARMUP + NUM_STEPS} steps, "
+            f"{NUM_STEPS} of them with a batch shape seen before, got {tracer.num_calls} steps and "
+            f"traced {len(tracer.traced)}; train for more steps"
         )
 
 
 def read_program(text: str) -> dict[str, Operation]:
-    """The operations of a compiled program, by name, from its text. Containers are left out."""
-    operations, with_product = {}, set()
+    """The operations in the text of a compiled program, by name. Containers are left out."""
+    operations, computations_with_product = {}, set()
     computation = ""
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith(" "):
@@ -78,7 +79,7 @@ def read_program(text: str) -> dict[str, Operation]:
             continue
         name, opcode = found.groups()
         if opcode in ("dot", "convolution"):
-            with_product.add(computation)
+            computations_with_product.add(computation)
         path = re.search(r'op_name="([^"]*)"', line)
         called = re.search(r"calls=%?([\w.\-]+)", line)
         target = re.search(r'custom_call_target="[^"]*(gemm|matmul)', line)
@@ -87,15 +88,15 @@ def read_program(text: str) -> dict[str, Operation]:
             path[1].rsplit("/", 1)[-1] if path else opcode,
             opcode in ("dot", "convolution")
             or bool(target)
-            or bool(called and called[1] in with_product),
+            or bool(called and called[1] in computations_with_product),
         )
     return operations
 
 
 def _part(path: str, opcode: str) -> str:
-    """Of jit(train_step)/vmap(transpose(jvp(~head)))/mul: "head, backward"."""
-    if opcode.startswith(_EXCHANGES):
-        return "exchange between devices"
+    """For the path jit(train_step)/vmap(transpose(jvp(~head)))/mul: "head, backward"."""
+    if opcode.startswith(_COLLECTIVES):
+        return "communication between devices"
     scopes = re.findall(r"~([^/()]+)", path)
     if not scopes:
         return "rest"
@@ -103,8 +104,8 @@ def _part(path: str, opcode: str) -> str:
 
 
 def read_events(folder: Path, operations: Mapping[str, Operation]) -> list[Event]:
-    """All operations of the program that ran in a trace."""
-    ran: dict[Any, list[tuple[str, float, float]]] = defaultdict(list)  # name, begin, end
+    """All runs of the program's operations in the traces under `folder`."""
+    runs: dict[Any, list[tuple[str, float, float]]] = defaultdict(list)  # name, begin, end
     for file in folder.rglob("*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
             for line in plane.lines:
@@ -114,59 +115,59 @@ def read_events(folder: Path, operations: Mapping[str, Operation]) -> list[Event
                     if name in operations:
                         device = stats.get("device_ordinal", plane.name)
                         end = event.start_ns + event.duration_ns
-                        ran[device].append((name, event.start_ns / 1e9, end / 1e9))
+                        runs[device].append((name, event.start_ns / 1e9, end / 1e9))
     return [
         Event(operations[name], name, device, seconds)
-        for device, own in ran.items()
+        for device, device_runs in runs.items()
         for (name, _, _), seconds in zip(
-            own, shared([(begin, end) for _, begin, end in own]), strict=True
+            device_runs, share_overlaps([run[1:] for run in device_runs]), strict=True
         )
     ]
 
 
-def shared(intervals: Sequence[tuple[float, float]]) -> list[float]:
-    """The length of each (begin, end), where those that overlap share it evenly.
+def share_overlaps(intervals: Sequence[tuple[float, float]]) -> list[float]:
+    """The lengths of (begin, end) intervals; overlapping intervals share the common time evenly.
 
-    They add up to the length of their union.
+    The lengths add up to the length of the union.
     """
     edges = sorted((edge, i) for i, interval in enumerate(intervals) for edge in interval)
-    lengths, running, last = [0.0] * len(intervals), set(), 0.0
+    lengths, running, last_edge = [0.0] * len(intervals), set(), 0.0
     for edge, i in edges:
         for other in running:
-            lengths[other] += (edge - last) / len(running)
+            lengths[other] += (edge - last_edge) / len(running)
         running ^= {i}
-        last = edge
+        last_edge = edge
     return lengths
 
 
 def tabulate(events: Iterable[Event], *, seconds: float, num_steps: int) -> str:
-    """Two Markdown tables of milliseconds a step, means over devices: by part, and by operation.
+    """Two Markdown tables of milliseconds per step, averaged over devices: by part, by operation.
 
-    `seconds`: of all the steps, by the clock.
+    `seconds`: wall-clock time of all steps together.
     """
     events = list(events)
-    each = 1 / num_steps / max(len({event.device for event in events}), 1)
+    share = 1 / num_steps / max(len({event.device for event in events}), 1)
     by_part: dict[str, float] = defaultdict(float)
     in_products: dict[str, float] = defaultdict(float)
     by_operation: dict[tuple[str, Operation], float] = defaultdict(float)
     for event in events:
-        by_part[event.operation.part] += event.seconds * each
-        in_products[event.operation.part] += event.seconds * each * event.operation.is_product
-        by_operation[event.name, event.operation] += event.seconds * each
-    whole = seconds / num_steps
+        by_part[event.operation.part] += event.seconds * share
+        in_products[event.operation.part] += event.seconds * share * event.operation.is_product
+        by_operation[event.name, event.operation] += event.seconds * share
+    step_seconds = seconds / num_steps
 
-    def line(milliseconds: float, *cells: str) -> str:
+    def line(spent: float, *cells: str) -> str:
         first, *others = cells
-        columns = (first, f"{1e3 * milliseconds:.2f}", f"{milliseconds / whole:.1%}", *others)
+        columns = (first, f"{1e3 * spent:.2f}", f"{spent / step_seconds:.1%}", *others)
         return f"| {' | '.join(columns)} |\n"
 
-    text = "| part | ms | share | of it matrix products |\n|---|---|---|---|\n"
+    text = "| part | ms | share | of which matrix products |\n|---|---|---|---|\n"
     for part, spent in _longest_first(by_part):
         text += line(spent, part, f"{in_products[part] / spent:.0%}" if spent else "")
-    idle = whole - sum(by_part.values())
+    idle = step_seconds - sum(by_part.values())
     if idle > 0:
-        text += line(idle, "between operations", "")
-    text += "\n| operation | ms | share | from | part |\n|---|---|---|---|---|\n"
+        text += line(idle, "no operation running", "")
+    text += "\n| operation | ms | share | JAX primitive | part |\n|---|---|---|---|---|\n"
     for (name, operation), spent in _longest_first(by_operation)[:_NUM_LISTED]:
         text += line(spent, name, operation.source, operation.part)
     return text
@@ -176,31 +177,32 @@ def _longest_first(seconds: Mapping[Any, float]) -> list[tuple[Any, float]]:
     return sorted(seconds.items(), key=lambda item: -item[1])
 
 
-class _Traced(NamedTuple):
-    shape: tuple[int, int]  # of the batch
+class _TracedCall(NamedTuple):
+    batch_shape: tuple[int, int]
     seconds: float
     events: list[Event]
 
 
 class _Tracer:
-    """Calls the step; each traced call has a trace of its own, which nothing else gets into."""
+    """Calls the step; a traced call gets a separate trace, which holds nothing but that call."""
 
     def __init__(self, step: Step, program, folder: Path, say, pause):
         self.step, self.program, self.folder = step, program, folder
         self.say, self.pause = say, pause
         self.num_calls, self.is_done = 0, False
-        self.known: set[tuple[int, int]] = set()  # shapes of batches that are compiled
-        self.traced: list[_Traced] = []
+        self.compiled_shapes: set[tuple[int, int]] = set()
+        self.traced: list[_TracedCall] = []
 
     def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
         shape = batch.shape
         self.num_calls += 1
-        if self.is_done or self.num_calls <= _FIRST or shape not in self.known:
-            self.known.add(shape)
+        is_warm = self.num_calls > _NUM_WARMUP and shape in self.compiled_shapes
+        if self.is_done or not is_warm:
+            self.compiled_shapes.add(shape)
             return self.step(state, batch)
-        return self._traced_call(state, batch)
+        return self._trace_call(state, batch)
 
-    def _traced_call(self, state: Any, batch: Any) -> tuple[Any, Any]:
+    def _trace_call(self, state: Any, batch: Any) -> tuple[Any, Any]:
         folder = self.folder / f"step-{self.num_calls}"
         with self.pause(state):
             if not self.traced:
@@ -217,23 +219,26 @@ class _Tracer:
             jax.profiler.stop_trace()
         with self.pause(result[0]):
             events = read_events(folder, operations)
-            self.traced.append(_Traced(batch.shape, seconds, events))
+            self.traced.append(_TracedCall(batch.shape, seconds, events))
             if len(self.traced) == NUM_STEPS:
-                self._tell()
+                self._write_table()
         return result
 
-    def _tell(self) -> None:
+    def _write_table(self) -> None:
         self.is_done = True
-        shapes = sorted({f"{rows} × {width}" for rows, width in (own.shape for own in self.traced)})
-        seconds = sum(own.seconds for own in self.traced)
-        events = [event for own in self.traced for event in own.events]
+        shapes = sorted({"{} × {}".format(*call.batch_shape) for call in self.traced})
+        seconds = sum(call.seconds for call in self.traced)
+        events = [event for call in self.traced for event in call.events]
         if not events:
-            self.say(f"{self.folder}: the trace names no operation of the step on this device")
+            self.say(f"{self.folder}: no profile table; the trace names no operation of the step")
             return
         table = (
-            f"{NUM_STEPS} steps of rows × tokens {', '.join(shapes)}: "
-            f"{1e3 * seconds / NUM_STEPS:.1f} ms each, by the clock and with tracing; what runs "
-            "side by side shares the time\n\n"
+            f"{NUM_STEPS} steps of {', '.join(shapes)} (rows × tokens): "
+            f"{1e3 * seconds / NUM_STEPS:.1f} ms per step, wall-clock time with tracing; "
+            "operations that run at the same time share the time\n\n"
         ) + tabulate(events, seconds=seconds, num_steps=NUM_STEPS)
         (self.folder / "table.md").write_text(table, encoding="utf-8")
-        self.say(f"{table}{self.folder}: the traces; a perfetto_trace.json.gz opens in a browser")
+        self.say(
+            f"{table}{self.folder} holds the traces; open a perfetto_trace.json.gz at "
+            "ui.perfetto.dev"
+        )
