@@ -1,4 +1,4 @@
-"""Charts: round ticks, scales, thinning, and marks where the data says."""
+"""Charts: round ticks, scales, thinned curves, and the position of curves and dots."""
 
 import math
 import re
@@ -39,7 +39,7 @@ def test_linear_ticks_are_round_and_enclose_the_data(low, high, labels):
     assert axis.ticks[0] <= low and high <= axis.ticks[-1]
 
 
-def test_every_nice_step_is_1_2_or_5():
+def test_a_nice_step_is_1_2_or_5_times_a_power_of_ten():
     for raw in [10 ** (i / 7 - 5) for i in range(80)]:
         step = nice_step(raw)
         assert raw * (1 - 1e-9) <= step <= 2.5 * raw * (1 + 1e-9)
@@ -54,11 +54,11 @@ def test_a_constant_curve_has_an_axis(value):
     assert "<polyline" in line_chart([Series("x", [(0.0, value), (1.0, value)])], description="x")
 
 
-def test_log_axis_only_where_the_range_calls_for_it():
+def test_an_axis_is_logarithmic_only_for_a_wide_positive_range():
     assert wants_log([0.01, 0.1, 1.0])
     assert not wants_log([0.5, 1.0, 3.0])
     assert not wants_log([0.0, 0.01, 10.0])
-    assert not wants_log([1e-9, *[1.0] * 300])  # one stray value
+    assert not wants_log([1e-9, *[1.0] * 300])  # one outlier
     assert log_axis([0.04, 30.0], 6).labels == ["0.1", "0.3", "1", "3", "10", "30"]
     assert log_axis([1e-8, 1e8], 4).labels == ["1e-8", "1e-4", "1", "10k", "100M"]
     axis = log_axis([0.01, 100.0], 4)
@@ -94,7 +94,7 @@ def test_running_mean_keeps_lines_and_averages_noise():
     assert len(running_mean(noise, 5)) == 101
 
 
-def test_chart_puts_points_where_the_data_says():
+def test_a_curve_spans_the_frame_from_the_lowest_to_the_highest_point():
     chart = line_chart([Series("x", [(0.0, 0.0), (10.0, 1.0)])], description="rising")
     points = re.search(r'points="([\d.]+),([\d.]+) ([\d.]+),([\d.]+)"', chart)
     x0, y0, x1, y1 = map(float, points.groups())
@@ -103,7 +103,7 @@ def test_chart_puts_points_where_the_data_says():
         line_chart([], description="empty")
 
 
-def test_dots_stand_where_the_data_says():
+def test_dots_and_front_span_the_frame_from_the_lowest_to_the_highest_point():
     dots = [Dot("a", (0.0, 0.0), "student"), Dot("b", (10.0, 1.0), "teacher", False)]
     chart = scatter_chart(dots, [(0.0, 0.0), (10.0, 1.0)], description="x", x_label="x")
     places = [tuple(map(float, p)) for p in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', chart)]

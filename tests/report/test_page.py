@@ -1,121 +1,19 @@
-"""The run report: what it says, that it stands alone, and that no missing file breaks it."""
+"""The report: sentences, tables and curves, without network access, whatever file is missing."""
 
 import json
 import math
 import re
-from html.parser import HTMLParser
 
 import pytest
+from report_page import Page, eval_rows, make_model, make_results, render, train_rows
 
 from tinybert_jax.report.charts import MAX_DRAWN_POINTS
 from tinybert_jax.report.page import write_report
 from tinybert_jax.report.pareto import pareto_front
 from tinybert_jax.report.tables import compare, headline, si
 
-VOID = {"meta", "link", "br"}
-SELF_CLOSED = {"path", "circle", "polyline", "rect"}
 
-
-class Page(HTMLParser):
-    """Text, attributes and the nesting of a page; fails on a tag closed out of turn."""
-
-    def __init__(self, source: str):
-        super().__init__()
-        self.text, self.tags, self.open = "", [], []
-        self.feed(source)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        assert tag in SELF_CLOSED
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.text += data.replace("\u00a0", " ")
-
-    def count(self, css_class):
-        return sum(css_class in (a.get("class") or "").split() for _, a in self.tags)
-
-
-def make_model(role, accuracy, scale, **more):
-    return {
-        "role": role,
-        "name": f"{role}-model",
-        "num_parameters": 22_713_986,
-        "num_encoder_parameters": int(10_646_784 / scale),
-        "flops_per_token": 21e6 / scale,
-        "bytes_on_disk": 90_856_704,
-        "latency_ms": {"batch": 1, "seq_len": 32, "median": 12.3 / math.sqrt(scale)},
-        "metrics": {"accuracy": accuracy, "f1": accuracy - 0.01},
-        "confusion": [[380, 48], [37, 407]],
-        **more,
-    }
-
-
-def make_results(**more):
-    return {
-        "name": "quickstart",
-        "metric": "accuracy",
-        "dev_examples": 872,
-        "label_names": ["negative", "positive"],
-        "models": [
-            make_model("teacher", 0.905, 1.0),
-            make_model("student", 0.885, 8.0),
-            make_model("baseline", 0.861, 8.0),
-        ],
-        "share_kept": 0.885 / 0.905,
-        "seconds": {"distill": 100.2, "finetune": 50.1},
-        "commands": ["tinybert run configs/quickstart.yaml"],
-        **more,
-    }
-
-
-def train_rows(stage="distill", num_steps=40):
-    return [
-        {
-            "kind": "train",
-            "stage": stage,
-            "step": step,
-            "time": 0.1 * step,
-            "loss": 3.0 / step + 0.2,
-            "loss/attention": 2.0 / step + 0.1,
-            "loss/hidden": 1.0 / step + 0.1,
-            "learning_rate": 5e-5 * step / num_steps,
-            "grad_norm": 1.0 + 1.0 / step,
-            "tokens_per_second": 12_000.0,
-            "padding_share": 0.125,
-            "mfu": 0.31,
-        }
-        for step in range(1, num_steps + 1)
-    ]
-
-
-def eval_rows(stage="distill"):
-    return [
-        {"kind": "eval", "stage": stage, "step": step, "accuracy": accuracy, "loss": 0.5}
-        for step, accuracy in ((10, 0.7), (20, 0.88), (30, 0.86))
-    ]
-
-
-def render(run_dir, results, rows=(), lines=()):
-    (run_dir / "results.json").write_text(json.dumps(results))
-    if rows or lines:
-        text = "\n".join([*map(json.dumps, rows), *lines])
-        (run_dir / "metrics.jsonl").write_text(text)
-    path = write_report(run_dir)
-    assert path == run_dir / "report.html"
-    return Page(path.read_text(encoding="utf-8"))
-
-
-def test_headline_table_and_stage_name_the_numbers(tmp_path):
+def test_the_page_shows_the_numbers_of_the_run(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 17\n")
     (tmp_path / "env.json").write_text('{"jax": "0.10.2", "git_commit": "abc123"}')
     page = render(tmp_path, make_results(), train_rows() + eval_rows())
@@ -128,14 +26,14 @@ def test_headline_table_and_stage_name_the_numbers(tmp_path):
         *("0.905", "0.885", "0.861", "97.8 %", "95.1 %", "−0.020"),
         *("22.7 M", "10.6 M", "1.33 M", "21.0 M", "90.9 MB", "12.3 ms", "8.0× fewer"),
         *("one standard error of the student’s accuracy is 0.011", "380", "407", "88.8 %"),
-        *("1 min 40 s", "50.1 s", "66.7 %", "2 min 30 s in all"),
+        *("1 min 40 s", "50.1 s", "66.7 %", "2 min 30 s in total"),
         *("12.0 k", "12.5 %", "31.0 %", "best accuracy 0.880 at step 20"),
         *("tinybert run configs/quickstart.yaml", "seed: 17", "0.10.2", "abc123"),
     ):
         assert expected in page.text, expected
 
 
-def test_page_stands_alone(tmp_path):
+def test_the_page_loads_nothing_from_outside(tmp_path):
     page = render(tmp_path, make_results(), train_rows())
     source = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|//|@import|url\(", source)
@@ -146,7 +44,7 @@ def test_page_stands_alone(tmp_path):
     assert all(link[1:] in ids for link in links if link.startswith("#"))
 
 
-def test_every_name_is_escaped(tmp_path):
+def test_all_names_are_escaped(tmp_path):
     evil = "<script>alert('x')</script>\"&"
     results = make_results(name=evil, metric=evil, label_names=[evil, "b"], commands=[evil])
     results["seconds"] = {evil: 3.0}
@@ -167,7 +65,7 @@ def test_every_name_is_escaped(tmp_path):
 def test_curves_have_a_point_per_logged_step(tmp_path):
     page = render(tmp_path, make_results(), train_rows(num_steps=40))
     curves = [a for tag, a in page.tags if tag == "polyline"]
-    # Total, two parts, throughput, learning rate, gradient norm.
+    # Total, two terms, throughput, learning rate, gradient norm.
     assert [len(a["points"].split()) for a in curves] == [40] * 6
 
 
@@ -178,14 +76,14 @@ def test_long_runs_are_thinned_and_smoothed(tmp_path):
     assert page.count("mean") == 5  # the learning rate is exact and stays as it is
 
 
-def test_a_resume_that_repeats_steps_keeps_the_later_line(tmp_path):
-    again = [row | {"stage": "distill"} for row in train_rows()[20:30]]
-    page = render(tmp_path, make_results(), train_rows() + again)
+def test_of_a_step_logged_twice_the_later_line_is_drawn(tmp_path):
+    repeated = [row | {"stage": "distill"} for row in train_rows()[20:30]]
+    page = render(tmp_path, make_results(), train_rows() + repeated)
     curves = [a for tag, a in page.tags if tag == "polyline"]
     assert {len(a["points"].split()) for a in curves} == {40}
 
 
-def test_damaged_and_diverged_logs_are_reported_not_fatal(tmp_path):
+def test_unreadable_lines_and_values_that_are_not_finite_become_notes(tmp_path):
     rows = train_rows()
     rows[5]["loss"] = math.nan
     rows[6]["grad_norm"] = math.inf
@@ -212,7 +110,7 @@ def test_missing_files_and_fields_become_notes(tmp_path):
         make_results(share_kept=None, label_names=["too", "many", "names"]),
     ],
 )
-def test_odd_results_never_crash(tmp_path, results):
+def test_malformed_results_never_crash_the_report(tmp_path, results):
     page = render(tmp_path, results, train_rows())
     assert "Comparison" in page.text and "Training" in page.text and "nan" not in page.text
 
@@ -223,7 +121,7 @@ def test_a_matrix_that_is_not_square_is_not_drawn(tmp_path):
     assert "No confusion matrix" in page.text and page.count("heat") == 0
 
 
-def test_a_folder_without_results_is_a_clear_error(tmp_path):
+def test_a_folder_without_readable_results_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected a run folder with results.json"):
         write_report(tmp_path)
     (tmp_path / "results.json").write_text('{"models": [')
@@ -237,12 +135,12 @@ def test_regression_run_without_teacher(tmp_path):
     results = make_results(metric="pearson", models=[student], share_kept=None)
     page = render(tmp_path, results)
     assert "The student reaches 0.870 Pearson correlation." in page.text
-    assert "Share of teacher kept" not in page.text
+    assert "Share of the teacher’s score" not in page.text
     assert "No confusion matrix" in page.text
 
 
 @pytest.mark.parametrize("num_labels, is_matrix", [(20, True), (21, False)])
-def test_many_classes_become_a_list_of_confused_pairs(tmp_path, num_labels, is_matrix):
+def test_more_than_20_classes_become_a_list_of_confused_pairs(tmp_path, num_labels, is_matrix):
     counts = [[30 if i == j else 0 for j in range(num_labels)] for i in range(num_labels)]
     counts[3][7] = 10
     names = [f"intent {i}" for i in range(num_labels)]
@@ -257,7 +155,7 @@ def text_of(markup):
     return Page(markup).text
 
 
-def test_headline_says_when_the_student_is_not_better():
+def test_headline_of_a_larger_slower_or_equal_student():
     teacher = make_model("teacher", 0.8, 1.0)
     slower = make_model("student", 0.82, 0.5)
     results = {"metric": "accuracy", "models": [teacher, slower]}
@@ -267,26 +165,26 @@ def test_headline_says_when_the_student_is_not_better():
     )
     same = make_model("student", 0.8, 1.0, latency_ms={"batch": 8, "seq_len": 32, "median": 1.0})
     results = {"metric": "accuracy", "models": [teacher, same]}
-    # Equal size, and latencies of different batches: neither makes a claim.
+    # The sizes are equal and the latencies have different batch sizes: nothing to compare.
     assert text_of(headline(results)) == "The student keeps 100.0 % of its teacher’s accuracy."
 
 
-def test_headline_takes_the_share_of_a_teacher_that_is_not_listed():
+def test_headline_takes_the_share_from_results_without_a_listed_teacher():
     models = [make_model("student", 0.8, 1.0)]
     results = {"metric": "accuracy", "models": models, "share_kept": 0.991}
     assert text_of(headline(results)) == "The student keeps 99.1 % of its teacher’s accuracy."
 
 
-def test_a_lower_is_better_metric_is_not_a_share():
+def test_headline_gives_no_share_where_lower_is_better():
     models = [
         make_model(r, 0.9, s, metrics={"mse": m})
         for r, s, m in (("teacher", 1, 0.2), ("student", 8, 0.4))
     ]
-    said = text_of(headline({"metric": "mse", "models": models}))
-    assert said.startswith("The student reaches 0.400 mean squared error")
+    sentence = text_of(headline({"metric": "mse", "models": models}))
+    assert sentence.startswith("The student reaches 0.400 mean squared error")
 
 
-def test_compare_and_si():
+def test_compare_and_si_format_ratios_and_sizes():
     assert compare(8e6, 1e6, "fewer", "more") == "8.0×\u00a0fewer"
     assert compare(1e6, 8e6, "fewer", "more") == "8.0×\u00a0more"
     assert compare(100.0, 98.0, "faster", "slower") == "same"
@@ -298,7 +196,7 @@ def test_compare_and_si():
     assert si(90_856_704.0, "B") == "90.9\u00a0MB"
 
 
-def make_family():
+def make_results_of_three_students():
     models = [make_model("teacher", 0.905, 1.0)]
     for role, gain in (("student", 0.02), ("baseline", 0.0)):
         models += [
@@ -310,18 +208,18 @@ def make_family():
     return make_results(models=models, share_kept=kept)
 
 
-def test_a_family_s_own_losses_are_no_parts_of_their_mean(tmp_path):
+def test_losses_of_several_students_have_a_separate_figure(tmp_path):
     names = [f"loss/{name}" for name in ("small", "<large>", "middle")]
     rows = [row | dict.fromkeys(names, row["loss"]) for row in train_rows()]
-    page = render(tmp_path, make_family(), rows)
-    assert "Loss, mean of the students" in page.text and "Loss of each student" in page.text
+    page = render(tmp_path, make_results_of_three_students(), rows)
+    assert "Loss, mean over students" in page.text and "Loss per student" in page.text
     keys = [a["class"] for tag, a in page.tags if tag == "i" and "key c" in a.get("class", "")]
     assert all(key.split()[1] in [f"c{i}" for i in range(7)] for key in keys)
     assert len(keys) == len([k for k in rows[0] if k.startswith("loss")])
 
 
-def test_a_family_is_a_column_a_member_and_a_plot_of_score_and_cost(tmp_path):
-    page = render(tmp_path, make_family())
+def test_several_students_have_a_column_each_and_a_plot_of_score_and_cost(tmp_path):
+    page = render(tmp_path, make_results_of_three_students())
     assert (
         "The best of 3 students, <large>, keeps 98.3 % of its teacher’s accuracy with 2.0× fewer "
         "encoder parameters" in page.text
@@ -333,21 +231,21 @@ def test_a_family_is_a_column_a_member_and_a_plot_of_score_and_cost(tmp_path):
     assert len([a for a in columns if a.get("class") == "student"]) == 3
     dots = [a for tag, a in page.tags if tag == "circle"]
     assert len(dots) == 2 * 7
-    # From the small student over the large one to the teacher; the middle one is beaten.
+    # From the small student over the large student to the teacher; the middle student is beaten.
     fronts = [a["d"] for tag, a in page.tags if a.get("class") == "front"]
     assert [front.count("H") for front in fronts] == [2, 2]
-    assert "Accuracy against CPU latency" in page.text
-    for model in (results := make_family())["models"]:
+    assert "Accuracy against CPU latency in ms (batch 1, 32 tokens)" in page.text
+    for model in (results := make_results_of_three_students())["models"]:
         model["latency_ms"]["batch"] = len(model["name"])
     page = render(tmp_path, results)
-    assert page.count("front") == 1, "latencies of other conditions do not compare"
+    assert page.count("front") == 1, "latencies under different conditions cannot be compared"
 
 
 def test_one_student_has_no_plot_of_score_and_cost(tmp_path):
     assert render(tmp_path, make_results()).count("front") == 0
 
 
-def test_the_front_holds_what_nothing_beats():
+def test_the_front_holds_the_points_that_no_point_beats():
     points = [(1.0, 0.5), (1.0, 0.6), (2.0, 0.6), (3.0, 0.9), (4.0, 0.8)]
     assert pareto_front(points) == [(1.0, 0.6), (3.0, 0.9)]
     assert pareto_front(points, lower_is_better=True) == [(1.0, 0.5)]

@@ -1,1 +1,1 @@
-"""The HTML page of a run. Knows results.json and the other files of a run folder, nothing else."""
+"""The HTML report of a run, made from results.json and the other files of the run folder."""

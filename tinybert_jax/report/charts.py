@@ -1,7 +1,7 @@
-"""Owns SVG line and scatter charts as strings: scales, round ticks, thinning, marks and CSS.
+"""Draws line and scatter charts as SVG strings: scales, round ticks, thinned curves and CSS.
 
-Pure standard library. Knows nothing of runs or of the page around a chart: points in, markup out.
-A chart's text keeps its size on every screen because the style sheet sets it per width.
+Standard library only. Takes points and returns markup; knows nothing of runs or of the page. Text
+keeps its size on every screen, because the style sheet sets the font size by screen width.
 """
 
 import html
@@ -24,7 +24,7 @@ class Series(NamedTuple):
 
     @property
     def color_class(self) -> str:
-        """The CSS class of its colour; beyond the last the colours begin again."""
+        """The CSS class of the colour; after the last colour the first one follows."""
         return f"c{self.color % NUM_COLORS}"
 
 
@@ -38,7 +38,7 @@ class Axis(NamedTuple):
     is_log: bool = False
 
     def fraction(self, value: float) -> float:
-        """Where a value lies between low (0) and high (1)."""
+        """Position of a value between low (0) and high (1)."""
         low, high = self.low, self.high
         if self.is_log:
             low, high, value = math.log10(low), math.log10(high), math.log10(value)
@@ -46,7 +46,7 @@ class Axis(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """The drawing area in SVG units: overall size, then the margins that hold tick labels."""
+    """The drawing area in SVG units: the size, then the margins that hold the tick labels."""
 
     width: int
     height: int
@@ -74,10 +74,10 @@ def line_chart(
     frame: Frame = SMALL,
     best: Point | None = None,
 ) -> str:
-    """An inline <svg> of one or more curves over a shared x; log y where the range calls for it.
+    """An inline <svg> of curves over a shared x axis; y is logarithmic where `wants_log` says so.
 
-    `description` is the text a screen reader says. `from_zero` asks for a linear y axis from 0.
-    `best` rings one point. Raises ValueError without a single point.
+    `description` is the text for screen readers. `from_zero` makes y linear and start at 0. `best`
+    is a point to mark with a ring. Raises ValueError without a point.
     """
     xs = [x for s in series for x, _ in s.points]
     ys = [y for s in series for _, y in s.points]
@@ -87,16 +87,16 @@ def line_chart(
     x_axis = _tight_axis(min(xs), max(xs), num_ticks)
     is_log = wants_log(ys) and not from_zero
     y_axis = log_axis(ys, num_ticks) if is_log else linear_axis(ys, num_ticks, from_zero)
-    place = _placing(frame, x_axis, y_axis)
+    place = _make_place(frame, x_axis, y_axis)
     marks = [mark for s in series for mark in _curve(s, place)]
     if best:
         x, y = place(best)
         marks.append(f'<circle class="best" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>')
-    return _drawing(frame, description, [*_grid(frame, x_axis, y_axis, x_label), *marks])
+    return _svg(frame, description, [*_grid(frame, x_axis, y_axis, x_label), *marks])
 
 
 class Dot(NamedTuple):
-    """One point of a scatter chart: its text, a CSS class, and whether the text is beside it."""
+    """A point of a scatter chart. `kind` is a CSS class; the label is a tooltip or also drawn."""
 
     label: str
     point: Point
@@ -112,21 +112,21 @@ def scatter_chart(
     x_label: str,
     frame: Frame = LARGE,
 ) -> str:
-    """An inline <svg> of single points, and stairs along `front` (ascending in x).
+    """An inline <svg> of single points, with a stepped line along `front` (ascending in x).
 
-    The x axis starts at 0, or is logarithmic where the range calls for it. Raises ValueError
-    without a single point.
+    The x axis starts at 0, or is logarithmic where `wants_log` says so. Raises ValueError without
+    a point.
     """
     if not dots:
         raise ValueError("expected at least one point to draw, got none; leave the chart out")
     xs, ys = ([dot.point[i] for dot in dots] for i in (0, 1))
     x_axis = log_axis(xs, 6) if wants_log(xs) else linear_axis(xs, 6, from_zero=True)
     y_axis = linear_axis(ys, 6)
-    place = _placing(frame, x_axis, y_axis)
+    place = _make_place(frame, x_axis, y_axis)
     marks = []
     if front:
-        (x, y), *others = map(place, front)
-        steps = "".join(f"H{x:.1f}V{y:.1f}" for x, y in others)
+        (x, y), *later = map(place, front)
+        steps = "".join(f"H{x:.1f}V{y:.1f}" for x, y in later)
         marks.append(f'<path class="front" d="M{x:.1f} {y:.1f}{steps}"/>')
     for dot in dots:
         x, y = place(dot.point)
@@ -138,10 +138,12 @@ def scatter_chart(
         if dot.is_labelled:
             side = ' class="end"' if x > frame.width * 0.8 else ' class="start"'
             marks.append(f'<text{side} x="{x:.1f}" y="{y - 9:.1f}">{label}</text>')
-    return _drawing(frame, description, [*_grid(frame, x_axis, y_axis, x_label), *marks])
+    return _svg(frame, description, [*_grid(frame, x_axis, y_axis, x_label), *marks])
 
 
-def _placing(frame: Frame, x_axis: Axis, y_axis: Axis) -> Callable[[Point], Point]:
+def _make_place(frame: Frame, x_axis: Axis, y_axis: Axis) -> Callable[[Point], Point]:
+    """A function from data to SVG coordinates."""
+
     def place(point: Point) -> Point:
         x, y = x_axis.fraction(point[0]), y_axis.fraction(point[1])
         inner = frame.width - frame.left - frame.right
@@ -150,7 +152,7 @@ def _placing(frame: Frame, x_axis: Axis, y_axis: Axis) -> Callable[[Point], Poin
     return place
 
 
-def _drawing(frame: Frame, description: str, marks: Sequence[str]) -> str:
+def _svg(frame: Frame, description: str, marks: Sequence[str]) -> str:
     return (
         f'<svg class="chart" viewBox="0 0 {frame.width} {frame.height}" role="img" '
         f'aria-label="{html.escape(description)}">{"".join(marks)}</svg>'
@@ -195,7 +197,7 @@ def _grid(frame: Frame, x_axis: Axis, y_axis: Axis, x_label: str) -> Iterator[st
 
 
 def wants_log(values: Sequence[float]) -> bool:
-    """True where positive values span a factor of 30 or more, a stray smallest 1 % aside."""
+    """True where positive values span a factor of 30 or more, ignoring the smallest 1 %."""
     ordered = sorted(values)
     return ordered[0] > 0 and ordered[-1] >= 30 * ordered[len(ordered) // 100]
 
@@ -229,7 +231,7 @@ def log_axis(values: Sequence[float], num_ticks: int) -> Axis:
 
 
 def _tight_axis(low: float, high: float, num_ticks: int) -> Axis:
-    """An axis that ends exactly on the data, as steps do; ticks are the round numbers inside."""
+    """An axis from the first to the last step; ticks are the round numbers between."""
     if low == high:
         return Axis(low - 1, high + 1, [low], tick_labels([low]))
     step = max(nice_step((high - low) / num_ticks), 1.0)
@@ -238,13 +240,13 @@ def _tight_axis(low: float, high: float, num_ticks: int) -> Axis:
 
 
 def nice_step(raw: float) -> float:
-    """The smallest of 1, 2, 5 times a power of ten that is at least `raw`."""
+    """The smallest number of the form 1, 2 or 5 times a power of ten that is at least `raw`."""
     power = 10.0 ** math.floor(math.log10(raw))
     return next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
-    """Labels of one axis with a shared unit: 0.05, 1,500, 20k, 1.5M, 2e-5."""
+    """Labels for the ticks of one axis, all in one unit: 0.05, 1,500, 20k, 1.5M, 2e-5."""
     largest = max((abs(t) for t in ticks), default=0.0)
     if largest == 0:
         return ["0"] * len(ticks)
@@ -260,9 +262,9 @@ def tick_labels(ticks: Sequence[float]) -> list[str]:
 
 
 def thin(points: Sequence[Point], limit: int = MAX_DRAWN_POINTS) -> list[Point]:
-    """At most `limit` points: the lowest and highest of equal slices, so that spikes survive.
+    """At most `limit` points: the lowest and the highest of equal slices, so that spikes stay.
 
-    The first and the last point always stay, and short curves come back as they are.
+    The first and the last point always stay. Short curves are returned unchanged.
     """
     if len(points) <= limit:
         return list(points)
@@ -279,8 +281,8 @@ def thin(points: Sequence[Point], limit: int = MAX_DRAWN_POINTS) -> list[Point]:
 def running_mean(points: Sequence[Point], width: int) -> list[Point]:
     """The centred mean over `width` (odd) points.
 
-    At the start, where curves are steep, the window is narrower but still centred; at the end it
-    is cut off, so that the last value is an average too.
+    At the start, where curves are steep, the window is narrower but still centred. At the end the
+    window is cut off, so that the last value is an average too.
     """
     sums = [0.0]
     for _, y in points:

@@ -1,4 +1,4 @@
-"""Owns a report's confusion matrix: a heat map of a few classes, the worst pairs of many.
+"""The confusion matrix of a report: a heat map, or a list of the worst pairs of many classes.
 
 Takes the parsed `results.json` and returns escaped HTML.
 """
@@ -7,18 +7,35 @@ import html
 import math
 from typing import Any
 
-from tinybert_jax.report.tables import find_model, models_of, number, percent
+from tinybert_jax.report.tables import (
+    Model,
+    find_model,
+    finite_number,
+    models_of,
+    percent,
+    students_of,
+)
 
 MAX_MATRIX_CLASSES = 20
 MAX_CONFUSED_PAIRS = 15
 
 
-def confusion_section(results: dict[str, Any]) -> str:
-    """The student's confusion matrix as a heat map, or its worst pairs beyond 20 classes."""
-    student = find_model(results, "student") or next(iter(models_of(results)), {})
-    counts = _square(student.get("confusion"))
+def confusion_section(results: dict[str, Any]) -> tuple[str, str]:
+    """Title and confusion matrix of the best student, or of the first model without students."""
+    student = find_model(results, "student")
+    subject = "student" if student else "model"
+    if len(students_of(results)) > 1:
+        subject = "best student"
+    model = student or next(iter(models_of(results)), {})
+    return f"Confusion matrix of the {subject}", _matrix(model, subject, results)
+
+
+def _matrix(model: Model, subject: str, results: dict[str, Any]) -> str:
+    """A heat map, or above 20 classes a list of the worst pairs."""
+    counts = _square(model.get("confusion"))
     if counts is None:
-        return '<p class="note">No confusion matrix: results.json holds none for the student.</p>'
+        note = f"No confusion matrix: results.json holds none for the {subject}."
+        return f'<p class="note">{note}</p>'
     names = results.get("label_names")
     if not isinstance(names, list) or len(names) != len(counts):
         names = list(range(len(counts)))
@@ -45,8 +62,8 @@ def _heat_map(counts: list[list[float]], labels: list[str]) -> str:
     return (
         f'<div class="scroll"><table class="heat {size}"><thead><tr><td>true ↓ predicted →</td>'
         f"{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        '<p class="note">The stronger the colour, the larger the share of the true class: '
-        '<b class="hit">right</b>, <b class="miss">wrong</b>.</p>'
+        '<p class="note">A stronger colour means a larger share of the true class: '
+        '<b class="hit">correct</b> or <b class="miss">wrong</b> predictions.</p>'
     )
 
 
@@ -68,18 +85,19 @@ def _confused_pairs(counts: list[list[float]], labels: list[str]) -> str:
         for count, i, j in pairs
     )
     return (
-        '<div class="scroll"><table class="pairs"><thead><tr><th>True class</th><th>Taken for</th>'
-        f"<th>Examples</th><th>Of the true class</th></tr></thead><tbody>{rows}</tbody>"
+        '<div class="scroll"><table class="pairs"><thead><tr><th>True class</th>'
+        "<th>Predicted class</th><th>Examples</th><th>Share of the true class</th></tr></thead>"
+        f"<tbody>{rows}</tbody>"
         "</table></div>"
-        f'<p class="note">The most confused of {len(labels)} classes.</p>'
+        f'<p class="note">The most frequent mistakes among {len(labels)} classes.</p>'
     )
 
 
 def _square(matrix: Any) -> list[list[float]] | None:
-    """The matrix as floats, or None where it is not a square of counts."""
+    """The matrix as floats, or None where it is not a square matrix of counts."""
     if not isinstance(matrix, list) or not matrix:
         return None
-    rows = [[number(v) for v in row] for row in matrix if isinstance(row, list)]
+    rows = [[finite_number(v) for v in row] for row in matrix if isinstance(row, list)]
     known = [[v for v in row if v is not None and v >= 0] for row in rows]
     is_square = len(known) == len(matrix) and all(len(row) == len(matrix) for row in known)
     return known if is_square else None

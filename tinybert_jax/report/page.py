@@ -1,9 +1,8 @@
-"""Owns report.html: one self-contained page about a finished run, read from its folder.
+"""Writes report.html: one self-contained page about a finished run, read from the run folder.
 
-Reads results.json (required), metrics.jsonl, config.yaml and env.json (each optional), writes one
-file, needs no network and no JavaScript. What is missing or unreadable is named in a short note.
-The result half is in report_results, report_pareto and report_confusion, the curves in charts, the
-look in report_style.
+Reads results.json (required), metrics.jsonl, config.yaml and env.json (optional). The page needs no
+network and no JavaScript; a short note names a missing or unreadable file. `tables`, `pareto`
+and `confusion` show the results, `charts` draws the curves, `style` is the style sheet.
 """
 
 import html
@@ -33,58 +32,61 @@ from tinybert_jax.report.tables import (
     baseline_sentence,
     comparison_table,
     find_model,
+    finite_number,
     headline,
     heldout_sentence,
     metric_name,
-    number,
     percent,
-    scale_mark,
     si,
+    size_figure,
     students_of,
 )
 
 REPORT_NAME = "report.html"
 NOT_A_METRIC = frozenset({"kind", "stage", "step", "time", "epoch", "seconds", "num_examples"})
-# Nothing may be fetched, whatever a name in the run's files contains.
+# The browser may fetch nothing, whatever the names in the run's files contain.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def write_report(run_dir: Path) -> Path:
-    """Renders `run_dir`/report.html and returns its path.
+    """Writes `run_dir`/report.html and returns the path of the page.
 
-    Raises ValueError if the folder has no readable results.json; everything else may be missing.
+    Raises ValueError if the folder has no readable results.json; all other files may be missing.
     """
     run_dir = Path(run_dir)
+    environment = _read_environment(run_dir)
     results = _read_results(run_dir)
     rows, num_unreadable = _read_rows(run_dir / "metrics.jsonl")
+    provenance = _provenance(run_dir, results, environment)
+    page = _page(run_dir.name, results, _stages(rows), num_unreadable, provenance)
     path = run_dir / REPORT_NAME
-    path.write_text(_page(run_dir, results, _stages(rows), num_unreadable), encoding="utf-8")
+    path.write_text(page, encoding="utf-8")
     return path
 
 
 class Stage(NamedTuple):
-    """The logged lines of one stage, by step; a step logged twice (a resume) keeps the later."""
+    """The logged lines of one stage by step; of a step logged twice (a resume) the later line."""
 
     name: str
     train: list[dict[str, Any]]
     evals: list[dict[str, Any]]
 
 
-def _page(run_dir: Path, results: dict, stages: list[Stage], num_unreadable: int) -> str:
-    name = html.escape(str(results.get("name", run_dir.name)))
+def _page(
+    folder_name: str, results: dict, stages: list[Stage], num_unreadable: int, provenance: str
+) -> str:
+    name = html.escape(str(results.get("name", folder_name)))
     lead = [baseline_sentence(results)]
-    if find_model(results, "teacher"):  # else it is the headline
+    if find_model(results, "teacher"):  # without a teacher this sentence is the headline
         lead.append(heldout_sentence(results))
     lead = " ".join(sentence for sentence in lead if sentence)
-    subject = "student" if find_model(results, "student") else "model"
-    subject = "best student" if len(students_of(results)) > 1 else subject
     sections = [
         ("Comparison", comparison_table(results)),
         ("Score and cost", pareto_section(results)),
-        (f"What the {subject} confuses", confusion_section(results)),
+        confusion_section(results),
         ("Time per stage", _time_bars(results, stages)),
         ("Training", _training(stages, results, num_unreadable)),
-        ("Run", _provenance(run_dir, results)),
+        ("Run", provenance),
     ]
     body = "".join(
         f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content
@@ -97,7 +99,7 @@ def _page(run_dir: Path, results: dict, stages: list[Stage], num_unreadable: int
         f"<title>{name}: TinyBERT run</title><style>{STYLE}</style></head><body><main>"
         f'<header><div><p class="run">{name}</p><h1>{headline(results)}</h1>'
         + (f'<p class="lead">{lead}</p>' if lead else "")
-        + f"</div>{scale_mark(results)}</header>{body}</main></body></html>\n"
+        + f"</div>{size_figure(results)}</header>{body}</main></body></html>\n"
     )
 
 
@@ -127,7 +129,7 @@ def _stage(index: int, stage: Stage, results: dict) -> str:
 
 
 def _summary(stage: Stage, results: dict) -> str:
-    """The stage in a line: steps, time, loss from start to end, medians of the rates."""
+    """One line about a stage: steps, time, first and last loss, medians of the rates."""
     facts = []
     if stage.train:
         facts.append(("steps", f"{stage.train[-1]['step']:,.0f}"))
@@ -150,33 +152,33 @@ def _summary(stage: Stage, results: dict) -> str:
 
 
 def _loss_figures(stage: Stage, results: dict) -> Iterator[str]:
-    """The total in ink, its parts, and the loss on the evaluation set to show overfitting.
+    """The training loss, the terms of the loss, and the evaluation loss to show overfitting.
 
-    Of a family these are means over its students; each one's own total is in a figure of its own.
+    With several students these are means, and a second figure shows the loss of every student.
     """
     names = {f"loss/{model.get('name')}" for model in students_of(results)}
     keys = [k for k in _keys(stage.train) if k.startswith("loss/")]
-    parts, totals = [k for k in keys if k not in names], [k for k in keys if k in names]
+    terms, by_student = [k for k in keys if k not in names], [k for k in keys if k in names]
     series = []
-    for color, key in enumerate(["loss", *parts]):
+    for color, key in enumerate(["loss", *terms]):
         points = _points(stage.train, key)
         if points:
-            total = "total" if parts else "training"
+            total = "total" if terms else "training"
             label = total if key == "loss" else key.removeprefix("loss/")
             series.append(_series(label, points, color))
     held_out = _points(stage.evals, "loss")
     if held_out:
         series.append(Series("evaluation set", held_out, len(series) or 1))
     if series:
-        yield _figure("Loss, mean of the students" if totals else "Loss", series, LARGE)
-    if totals:
-        each = [(key.removeprefix("loss/"), _points(stage.train, key)) for key in totals]
-        series = [_series(name, points, color) for color, (name, points) in enumerate(each)]
-        yield _figure("Loss of each student", series, LARGE)
+        yield _figure("Loss, mean over students" if by_student else "Loss", series, LARGE)
+    if by_student:
+        curves = [(key.removeprefix("loss/"), _points(stage.train, key)) for key in by_student]
+        series = [_series(name, points, color) for color, (name, points) in enumerate(curves)]
+        yield _figure("Loss per student", series, LARGE)
 
 
 def _small_figures(stage: Stage, results: dict) -> Iterator[str]:
-    """Evaluation metrics (those within ±1 share a chart, the run's own first), then the rates."""
+    """Evaluation metrics, the main metric first, then rates; metrics within ±1 share a chart."""
     bounded, others = [], []
     main = results.get("metric")
     for key in sorted(_keys(stage.evals), key=lambda k: k != main):
@@ -228,7 +230,7 @@ def _figure(
 
 
 def _legend(series: list[Series], best: Point | None) -> str:
-    """One key per curve with its last value, and the best point of the first curve."""
+    """One key per curve with the curve's last value, and the best point of the first curve."""
     keys = "".join(
         f'<li><i class="key {s.color_class}"></i>{html.escape(s.label)} <b>{si(_last(s))}</b></li>'
         for s in series
@@ -245,7 +247,7 @@ def _series(label: str, points: list[Point], color: int = 0) -> Series:
 
 
 def _last(series: Series) -> float:
-    """Where a curve ends: its running mean if it has one, since single steps are noisy."""
+    """The last value of a curve, or of the running mean if drawn, since single steps are noisy."""
     return (series.mean or series.points)[-1][1]
 
 
@@ -269,19 +271,18 @@ def _time_bars(results: dict, stages: list[Stage]) -> str:
         )
     return (
         f'<table class="times"><tbody>{rows}</tbody></table>'
-        f'<p class="note">{_duration(total)} in all.</p>'
+        f'<p class="note">{_duration(total)} in total.</p>'
     )
 
 
-def _provenance(run_dir: Path, results: dict) -> str:
+def _provenance(run_dir: Path, results: dict, environment: dict) -> str:
     commands = results.get("commands")
     lines = "\n".join(str(c) for c in commands) if isinstance(commands, list) else ""
     parts = [f"<pre>{html.escape(lines)}</pre>" if lines else _note("No command was recorded.")]
-    env = _read_json(run_dir / "env.json")
-    if isinstance(env, dict) and env:
+    if environment:
         rows = "".join(
             f'<tr><th scope="row">{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>'
-            for k, v in env.items()
+            for k, v in environment.items()
         )
         parts.append(f'<table class="env"><tbody>{rows}</tbody></table>')
     else:
@@ -300,7 +301,7 @@ def _provenance(run_dir: Path, results: dict) -> str:
 def _stages(rows: list[dict]) -> list[Stage]:
     by_stage: dict[str, dict[str, dict[float, dict]]] = {}
     for row in rows:
-        kind, step = row.get("kind"), number(row.get("step"))
+        kind, step = row.get("kind"), finite_number(row.get("step"))
         if kind in ("train", "eval") and step is not None:
             stage = by_stage.setdefault(str(row.get("stage", "run")), {"train": {}, "eval": {}})
             stage[kind][step] = row
@@ -311,20 +312,22 @@ def _stages(rows: list[dict]) -> list[Stage]:
 
 
 def _keys(rows: Sequence[dict]) -> list[str]:
-    """The fields that may be curves, in order of first appearance."""
+    """The fields that can be drawn as curves, in order of first appearance."""
     return [k for k in dict.fromkeys(k for row in rows for k in row) if k not in NOT_A_METRIC]
 
 
 def _points(rows: Sequence[dict], key: str) -> list[Point]:
     return [
-        (float(row["step"]), value) for row in rows if (value := number(row.get(key))) is not None
+        (float(row["step"]), value)
+        for row in rows
+        if (value := finite_number(row.get(key))) is not None
     ]
 
 
 def _seconds(results: dict) -> dict[str, float]:
     seconds = results.get("seconds")
     known = seconds.items() if isinstance(seconds, dict) else ()
-    return {str(k): v for k, s in known if (v := number(s)) is not None and v >= 0}
+    return {str(k): v for k, s in known if (v := finite_number(s)) is not None and v >= 0}
 
 
 def _duration(seconds: float) -> str:
@@ -344,17 +347,19 @@ def _read_results(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "results.json"
     if not path.is_file():
         raise ValueError(
-            f"{run_dir}: expected a run folder with results.json, found none; "
-            "give the folder of a run that has finished"
+            f"{run_dir}: expected a run folder with results.json, found no such file; "
+            "give the folder of a finished run"
         )
     results = _read_json(path)
     if not isinstance(results, dict):
-        raise ValueError(f"{path}: expected a JSON object, got something else; run the stage again")
+        raise ValueError(
+            f"{path}: expected a JSON object, got something else; run the command again"
+        )
     return results
 
 
 def _read_rows(path: Path) -> tuple[list[dict], int]:
-    """The JSON objects of a JSONL file and the count of lines that are none (a run cut short)."""
+    """The JSON objects of a JSONL file, and the number of other lines (left by a killed run)."""
     rows, num_unreadable = [], 0
     for line in (_read_text(path) or "").splitlines():
         row = _parse(line) if line.strip() else {}
@@ -363,6 +368,11 @@ def _read_rows(path: Path) -> tuple[list[dict], int]:
         else:
             num_unreadable += 1
     return rows, num_unreadable
+
+
+def _read_environment(run_dir: Path) -> dict[str, Any]:
+    environment = _read_json(run_dir / "env.json")
+    return environment if isinstance(environment, dict) else {}
 
 
 def _read_json(path: Path) -> Any:

@@ -1,6 +1,6 @@
-"""Owns a report's plots of what models score for what they cost: dots, and the front of the best.
+"""The plots of score against cost in a report: one dot per model, and the Pareto front.
 
-Takes the parsed `results.json` and returns escaped HTML; a run with one student has no such plot.
+Takes the parsed `results.json` and returns escaped HTML. A run with one student has no such plot.
 """
 
 import html
@@ -13,10 +13,10 @@ from tinybert_jax.report.tables import (
     ROLES,
     Model,
     conditions_of,
+    finite_number,
     latency_of,
     metric_name,
     models_of,
-    number,
     role_of,
     score_of,
     si,
@@ -25,22 +25,22 @@ from tinybert_jax.report.tables import (
 
 
 def pareto_section(results: dict[str, Any]) -> str:
-    """The main score against measured latency and against encoder parameters, a dot a model."""
+    """The main metric against measured latency and against encoder parameters."""
     if len(students_of(results)) < 2:
         return ""
     conditions = {conditions_of(m) for m in models_of(results) if latency_of(m) is not None}
     figures = [_figure(results, "encoder parameters", _num_encoder_parameters)]
-    if len(conditions) == 1:  # else the times do not compare
-        figures.insert(0, _figure(results, f"CPU latency in ms, {conditions.pop()}", latency_of))
+    if len(conditions) == 1:  # times measured under different conditions cannot be compared
+        figures.insert(0, _figure(results, f"CPU latency in ms ({conditions.pop()})", latency_of))
     return (
         f'<div class="figures">{"".join(figures)}</div>'
-        '<p class="note">Dashed: the front. A model off it has one on it that scores as well or '
-        "better at the same cost or less.</p>"
+        '<p class="note">Dashed line: the Pareto front. For every other model, a model on the '
+        "front scores at least as well at no higher cost.</p>"
     )
 
 
 def pareto_front(points: Sequence[Point], *, lower_is_better: bool = False) -> list[Point]:
-    """Those of (cost, score) that no other one equals or beats in both, ascending in cost."""
+    """The (cost, score) points that no other point matches or beats in both, by rising cost."""
     sign = -1 if lower_is_better else 1
     front: list[Point] = []
     for cost, score in sorted(set(points), key=lambda p: (p[0], -sign * p[1])):
@@ -54,16 +54,17 @@ def _figure(results: dict[str, Any], title: str, cost_of: Callable[[Model], floa
     for model in models_of(results):
         cost, score = cost_of(model), score_of(results, model)
         if cost is not None and cost > 0 and score is not None:
-            role = role_of(model)  # a baseline stands right under its student, of the same name
+            role = role_of(model)
+            # A baseline has the name of a student and is drawn below it, so it gets no label.
             dots.append(Dot(str(model.get("name")), (cost, score), role, role != "baseline"))
     if not dots:
         return ""
     is_lower = results.get("metric") in LOWER_IS_BETTER
     front = pareto_front([dot.point for dot in dots], lower_is_better=is_lower)
-    said = ", ".join(f"{d.kind} {d.label}: {d.point[1]:.3f} at {si(d.point[0])}" for d in dots)
+    values = ", ".join(f"{d.kind} {d.label}: {d.point[1]:.3f} at {si(d.point[0])}" for d in dots)
     metric = metric_name(results.get("metric"))
     chart = scatter_chart(
-        dots, front, description=f"{metric} against {title}: {said}", x_label=title
+        dots, front, description=f"{metric} against {title}: {values}", x_label=title
     )
     roles = [role for role in (*ROLES, "other") if role in {dot.kind for dot in dots}]
     keys = "".join(f'<li><i class="key {role}"></i>{role}</li>' for role in roles)
@@ -72,4 +73,4 @@ def _figure(results: dict[str, Any], title: str, cost_of: Callable[[Model], floa
 
 
 def _num_encoder_parameters(model: Model) -> float | None:
-    return number(model.get("num_encoder_parameters"))
+    return finite_number(model.get("num_encoder_parameters"))

@@ -1,4 +1,4 @@
-"""Owns the style sheet of report.html: one palette, light and dark, screen, phone and print."""
+"""The style sheet of report.html: a light and a dark palette, rules for screen, phone, print."""
 
 from tinybert_jax.report.charts import CHART_CSS
 

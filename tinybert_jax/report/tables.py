@@ -1,7 +1,7 @@
-"""Owns the result half of a report: headline, scale mark, comparison table.
+"""The results of a report: headline, size figure and comparison table.
 
 Takes the parsed `results.json` and returns escaped HTML. Reads no file and draws no curve.
-A role (teacher, student, baseline) keeps one colour wherever it is named.
+A role (teacher, student, baseline) has the same colour everywhere on the page.
 """
 
 import html
@@ -28,7 +28,7 @@ Model = dict[str, Any]
 
 
 def headline(results: dict[str, Any]) -> str:
-    """The run in one sentence of words; what is unknown is left out of the sentence."""
+    """The result of the run in one sentence, without the parts that `results.json` lacks."""
     teacher, student = find_model(results, "teacher"), find_model(results, "student")
     metric = html.escape(metric_name(results.get("metric")))
     model = student or next(iter(models_of(results)), None)
@@ -50,8 +50,8 @@ def headline(results: dict[str, Any]) -> str:
 
 
 def _savings(teacher: Model, student: Model) -> str:
-    """“ with 8.0× fewer encoder parameters and runs 4.1× faster”, as far as both were measured."""
-    sizes = [number(m.get("num_encoder_parameters")) for m in (teacher, student)]
+    """“ with 8.0× fewer encoder parameters and runs 4.1× faster”, as far as both are known."""
+    sizes = [finite_number(m.get("num_encoder_parameters")) for m in (teacher, student)]
     size = compare(sizes[0], sizes[1], "fewer", "more")
     times = [latency_of(m) for m in (teacher, student)]
     speed = compare(times[0], times[1], "faster", "slower")
@@ -62,17 +62,14 @@ def _savings(teacher: Model, student: Model) -> str:
 
 
 def baseline_sentence(results: dict[str, Any]) -> str:
-    """What the baseline reaches and what distillation adds to it; empty without both scores."""
-    student, baseline = find_model(results, "student"), find_model(results, "baseline")
-    for model in models_of(results):  # of a family that of the same name
-        if student and model.get("role") == "baseline" and model.get("name") == student.get("name"):
-            baseline = model
+    """The baseline's score and the gain by distillation; empty where a score is missing."""
+    student, baseline = find_model(results, "student"), find_baseline(results)
     score, student_score = score_of(results, baseline), score_of(results, student)
     if baseline is None or score is None or student_score is None:
         return ""
     points = 100 * (student_score - score)
     if results.get("metric") in LOWER_IS_BETTER:
-        verdict = f"the student {student_score:.3f}"
+        verdict = f"the student reaches {student_score:.3f}"
     else:
         verdict = f"distillation {'adds' if points >= 0 else 'costs'} {abs(points):.1f} points"
     name = html.escape(str(baseline.get("name", "baseline")))
@@ -80,18 +77,18 @@ def baseline_sentence(results: dict[str, Any]) -> str:
 
 
 def heldout_sentence(results: dict[str, Any]) -> str:
-    """Where the masked LM ended on text that was held out; empty where there was none."""
-    perplexity = number(_mapping(results, "heldout").get("perplexity"))
+    """The pretrained model's perplexity on held-out text; empty without one."""
+    perplexity = finite_number(_mapping(results, "heldout").get("perplexity"))
     if perplexity is None:
         return ""
     figure = _figure(f"{perplexity:.1f}", "teacher")
     return f"The pretrained model’s perplexity on held-out text is {figure}."
 
 
-def scale_mark(results: dict[str, Any]) -> str:
-    """Teacher and student as nested squares whose areas are their encoder parameters."""
+def size_figure(results: dict[str, Any]) -> str:
+    """Nested squares whose areas are the encoder parameters of teacher and student."""
     teacher, student = find_model(results, "teacher"), find_model(results, "student")
-    sizes = [number((m or {}).get("num_encoder_parameters")) for m in (teacher, student)]
+    sizes = [finite_number((m or {}).get("num_encoder_parameters")) for m in (teacher, student)]
     if not sizes[0] or not sizes[1] or min(sizes[0], sizes[1]) <= 0:
         return ""
     largest = max(sizes[0], sizes[1])
@@ -113,7 +110,11 @@ def scale_mark(results: dict[str, Any]) -> str:
 
 
 class Row(NamedTuple):
-    """One line of the comparison: how to read a value, to print it and to set it beside another."""
+    """A row of the comparison table.
+
+    `read` takes a value from a model, `show` formats the value, and `relate` compares the teacher's
+    value with the value of another model in words.
+    """
 
     label: str
     read: Callable[[Model], float | None]
@@ -123,7 +124,7 @@ class Row(NamedTuple):
 
 
 def comparison_table(results: dict[str, Any]) -> str:
-    """Every model a column, every quantity a row, a bar to scale under every number."""
+    """A table with a column per model, a row per quantity and a bar to scale under every number."""
     models = models_of(results)
     if not models:
         return '<p class="note">results.json lists no models, so there is nothing to compare.</p>'
@@ -152,12 +153,14 @@ def _rows(results: dict[str, Any], models: list[Model]) -> Iterator[Row]:
             lambda ref, v: "" if ref is None else f"{v - ref:+.3f}".replace("-", "−"),
             name == main,
         )
-    yield Row("Share of teacher kept", lambda m: share_kept(results, m), percent, lambda _, v: "")
+    yield Row(
+        "Share of the teacher’s score", lambda m: share_kept(results, m), percent, lambda _, v: ""
+    )
 
     def cost(label: str, key: str, unit: str, less: str, more: str) -> Row:
         return Row(
             label,
-            lambda m: number(m.get(key)),
+            lambda m: finite_number(m.get(key)),
             lambda v: si(v, unit),
             lambda ref, v: compare(ref, v, less, more),
         )
@@ -166,12 +169,13 @@ def _rows(results: dict[str, Any], models: list[Model]) -> Iterator[Row]:
     yield cost("Encoder parameters", "num_encoder_parameters", "", "fewer", "more")
     yield cost("FLOPs per token", "flops_per_token", "", "fewer", "more")
     yield cost("Size on disk", "bytes_on_disk", "B", "smaller", "larger")
-    shared = {conditions_of(m) for m in models if latency_of(m) is not None}
+    conditions = {conditions_of(m) for m in models if latency_of(m) is not None}
+    is_comparable = len(conditions) == 1
     yield Row(
-        f"CPU latency{', ' + shared.pop() if len(shared) == 1 else ' (conditions differ)'}",
+        f"CPU latency ({conditions.pop() if is_comparable else 'conditions differ'})",
         latency_of,
         lambda v: f"{v:.3g}{NBSP}ms",
-        lambda ref, v: compare(ref, v, "faster", "slower") if not shared else "",
+        lambda ref, v: compare(ref, v, "faster", "slower") if is_comparable else "",
     )
 
 
@@ -199,22 +203,22 @@ def _table_row(row: Row, models: list[Model]) -> str:
 
 
 def _uncertainty_note(results: dict[str, Any]) -> str:
-    """The standard error of an accuracy: how much of a gap between columns is chance."""
+    """The standard error of the student's accuracy, and a note about seeds."""
     seeds = _seeds_note(results)
-    count = number(results.get("dev_examples"))
+    count = finite_number(results.get("dev_examples"))
     accuracy = _metric(find_model(results, "student") or {}, "accuracy")
     if not count or count < 1 or accuracy is None or not 0 <= accuracy <= 1:
         return seeds
     error = math.sqrt(accuracy * (1 - accuracy) / count)
     return (
         f'<p class="note">Measured on {count:,.0f} examples: one standard error of the student’s '
-        f"accuracy is {error:.3f}. A model trained here is that of the step that scored best on "
-        f"these very examples.</p>{seeds}"
+        f"accuracy is {error:.3f}. A model trained in this run is the checkpoint with the best "
+        f"score on these same examples.</p>{seeds}"
     )
 
 
 def _seeds_note(results: dict[str, Any]) -> str:
-    """Which scores are means over seeds, and how far the seeds lie apart."""
+    """The models trained with several seeds, with the mean and standard deviation of the scores."""
     several = [m for m in models_of(results) if isinstance(m.get("by_seed"), list)]
     if not several:
         return ""
@@ -222,29 +226,31 @@ def _seeds_note(results: dict[str, Any]) -> str:
 
     def described(model: Model) -> str:
         words = (str(model.get("role", "model")), str(model.get("name", "")))
-        role, count = html.escape(" ".join(words)), len(model["by_seed"])
-        deviation = number(_mapping(model, "deviation").get(metric)) or 0
-        mean = number(_mapping(model, "mean").get(metric))
+        subject, count = html.escape(" ".join(words)), len(model["by_seed"])
+        deviation = finite_number(_mapping(model, "deviation").get(metric)) or 0
+        mean = finite_number(_mapping(model, "mean").get(metric))
         if mean is None:
-            return f"{role}: mean of {count} seeds, ± {deviation:.4f}"
-        return f"{role}: the best of {count} seeds, whose mean is {mean:.4f} ± {deviation:.4f}"
+            return f"{subject}: mean of {count} seeds, ± {deviation:.4f}"
+        return f"{subject}: best of {count} seeds, mean {mean:.4f} ± {deviation:.4f}"
 
     return (
         f'<p class="note">Scores over seeds, with the standard deviation of the '
-        f"{html.escape(metric_name(metric))}: {'; '.join(described(m) for m in several)}. Of "
-        "what is exported or shown as confusion it is the model of the best seed.</p>"
+        f"{html.escape(metric_name(metric))}: {'; '.join(described(m) for m in several)}. The "
+        "exported model and the confusion matrix are those of the best seed.</p>"
     )
 
 
 def share_kept(results: dict[str, Any], model: Model) -> float | None:
-    """Main metric of a model over its teacher's; None where that ratio means nothing.
+    """A model's main metric divided by the teacher's; None where the ratio is meaningless.
 
-    For students the run's own `share_kept` comes first: it may know a teacher not listed here.
+    For a student `share_kept` of results.json comes first: the teacher may not be listed there.
     """
-    given = results.get("share_kept")
-    given = number(given.get(model.get("name")) if isinstance(given, dict) else given)
-    if given is not None and model.get("role") == "student":
-        return given
+    recorded = results.get("share_kept")
+    recorded = finite_number(
+        recorded.get(model.get("name")) if isinstance(recorded, dict) else recorded
+    )
+    if recorded is not None and model.get("role") == "student":
+        return recorded
     teacher = score_of(results, find_model(results, "teacher"))
     score = score_of(results, model)
     if results.get("metric") in LOWER_IS_BETTER or score is None or not teacher or teacher <= 0:
@@ -253,7 +259,7 @@ def share_kept(results: dict[str, Any], model: Model) -> float | None:
 
 
 def compare(reference: float | None, value: float | None, less: str, more: str) -> str:
-    """“8.0× fewer”: a cost beside the reference's; empty where it cannot be said."""
+    """“8.0× fewer”: a cost compared with the reference; empty without two positive costs."""
     if reference is None or value is None or reference <= 0 or value <= 0:
         return ""
     ratio, word = (reference / value, less) if value <= reference else (value / reference, more)
@@ -270,7 +276,7 @@ def models_of(results: dict[str, Any]) -> list[Model]:
 
 
 def find_model(results: dict[str, Any], role: str) -> Model | None:
-    """The model of that role with the best score, of equals the first; None without one."""
+    """The model of a role with the best score, the first of equals; None without such a model."""
 
     def goodness(model: Model) -> float:
         score = score_of(results, model)
@@ -279,6 +285,15 @@ def find_model(results: dict[str, Any], role: str) -> Model | None:
         return -score if results.get("metric") in LOWER_IS_BETTER else score
 
     return max((m for m in models_of(results) if m.get("role") == role), key=goodness, default=None)
+
+
+def find_baseline(results: dict[str, Any]) -> Model | None:
+    """The baseline with the name of the best student, else the best baseline."""
+    student, baseline = find_model(results, "student"), find_model(results, "baseline")
+    for model in models_of(results):
+        if student and model.get("role") == "baseline" and model.get("name") == student.get("name"):
+            baseline = model
+    return baseline
 
 
 def students_of(results: dict[str, Any]) -> list[Model]:
@@ -292,16 +307,16 @@ def role_of(model: Model) -> str:
 
 
 def score_of(results: dict[str, Any], model: Model | None) -> float | None:
-    """The run's main metric of a model."""
+    """A model's value of the run's main metric."""
     return _metric(model or {}, str(results.get("metric")))
 
 
 def metric_name(metric: Any) -> str:
-    """A metric in words, not escaped."""
+    """The name of a metric for readers, not escaped."""
     return METRIC_NAMES.get(str(metric), str(metric).replace("_", " ") or "metric")
 
 
-def number(value: Any) -> float | None:
+def finite_number(value: Any) -> float | None:
     """The value as a float, or None for anything that is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -332,14 +347,15 @@ def _figure(text: str, role: str = "student") -> str:
 
 
 def _metric(model: Model, name: str) -> float | None:
-    return number(_mapping(model, "metrics").get(name))
+    return finite_number(_mapping(model, "metrics").get(name))
 
 
 def latency_of(model: Model) -> float | None:
-    return number(_mapping(model, "latency_ms").get("median"))
+    return finite_number(_mapping(model, "latency_ms").get("median"))
 
 
 def conditions_of(model: Model) -> str:
+    """Conditions of the latency measurement, not escaped: “batch 1, 32 tokens”."""
     latency = _mapping(model, "latency_ms")
     return f"batch {latency.get('batch', '?')}, {latency.get('seq_len', '?')} tokens"
 
