@@ -151,6 +151,39 @@ def test_more_than_20_classes_become_a_list_of_confused_pairs(tmp_path, num_labe
         assert "intent 3intent 71025.0 %" in page.text
 
 
+@pytest.mark.parametrize(
+    "measured, env, expected",
+    [
+        (None, None, "Latency (batch 1, 32 tokens)"),
+        (None, "cpu", "Latency (CPU, batch 1, 32 tokens)"),
+        ("cpu", "NVIDIA H200", "Latency (CPU, batch 1, 32 tokens)"),
+        ("NVIDIA H200", "cpu", "Latency (NVIDIA H200, batch 1, 32 tokens)"),
+        (None, "TPU v5 lite", "Latency (TPU v5 lite, batch 1, 32 tokens)"),
+    ],
+)
+def test_latency_names_the_device_of_the_results_or_else_of_the_environment(
+    tmp_path, measured, env, expected
+):
+    results = make_results_of_three_students()
+    for model in results["models"]:
+        model["latency_ms"] |= {"device": measured} if measured else {}
+    if env:
+        (tmp_path / "env.json").write_text(json.dumps({"device": env}))
+    page = render(tmp_path, results)
+    assert expected in page.text
+    assert f"Accuracy against {expected.replace('Latency', 'latency in ms')}" in page.text
+    assert ("CPU" in page.text) == ("CPU" in expected)
+
+
+def test_latencies_of_different_devices_are_not_compared(tmp_path):
+    results = make_results()
+    results["models"][0]["latency_ms"]["device"] = "NVIDIA H200"
+    (tmp_path / "env.json").write_text('{"device": "cpu"}')
+    page = render(tmp_path, results)
+    assert "Latency (conditions differ)" in page.text
+    assert "faster" not in page.text
+
+
 def text_of(markup):
     return Page(markup).text
 
@@ -234,7 +267,7 @@ def test_several_students_have_a_column_each_and_a_plot_of_score_and_cost(tmp_pa
     # From the small student over the large student to the teacher; the middle student is beaten.
     fronts = [a["d"] for tag, a in page.tags if a.get("class") == "front"]
     assert [front.count("H") for front in fronts] == [2, 2]
-    assert "Accuracy against CPU latency in ms (batch 1, 32 tokens)" in page.text
+    assert "Accuracy against latency in ms (batch 1, 32 tokens)" in page.text
     for model in (results := make_results_of_three_students())["models"]:
         model["latency_ms"]["batch"] = len(model["name"])
     page = render(tmp_path, results)

@@ -40,6 +40,7 @@ from tinybert_jax.report.tables import (
     si,
     size_figure,
     students_of,
+    with_latency_device,
 )
 
 REPORT_NAME = "report.html"
@@ -55,7 +56,7 @@ def write_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     environment = _read_environment(run_dir)
-    results = _read_results(run_dir)
+    results = with_latency_device(_read_results(run_dir), environment.get("device"))
     rows, num_unreadable = _read_rows(run_dir / "metrics.jsonl")
     provenance = _provenance(run_dir, results, environment)
     page = _page(run_dir.name, results, _stages(rows), num_unreadable, provenance)

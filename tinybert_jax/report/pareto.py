@@ -31,7 +31,7 @@ def pareto_section(results: dict[str, Any]) -> str:
     conditions = {conditions_of(m) for m in models_of(results) if latency_of(m) is not None}
     figures = [_figure(results, "encoder parameters", _num_encoder_parameters)]
     if len(conditions) == 1:  # times measured under different conditions cannot be compared
-        figures.insert(0, _figure(results, f"CPU latency in ms ({conditions.pop()})", latency_of))
+        figures.insert(0, _figure(results, f"latency in ms ({conditions.pop()})", latency_of))
     return (
         f'<div class="figures">{"".join(figures)}</div>'
         '<p class="note">Dashed line: the Pareto front. For every other model, a model on the '

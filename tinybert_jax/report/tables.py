@@ -172,7 +172,7 @@ def _rows(results: dict[str, Any], models: list[Model]) -> Iterator[Row]:
     conditions = {conditions_of(m) for m in models if latency_of(m) is not None}
     is_comparable = len(conditions) == 1
     yield Row(
-        f"CPU latency ({conditions.pop() if is_comparable else 'conditions differ'})",
+        f"Latency ({conditions.pop() if is_comparable else 'conditions differ'})",
         latency_of,
         lambda v: f"{v:.3g}{NBSP}ms",
         lambda ref, v: compare(ref, v, "faster", "slower") if is_comparable else "",
@@ -355,9 +355,26 @@ def latency_of(model: Model) -> float | None:
 
 
 def conditions_of(model: Model) -> str:
-    """Conditions of the latency measurement, not escaped: “batch 1, 32 tokens”."""
+    """Conditions of the latency measurement, not escaped: “CPU, batch 1, 32 tokens”."""
     latency = _mapping(model, "latency_ms")
-    return f"batch {latency.get('batch', '?')}, {latency.get('seq_len', '?')} tokens"
+    device = latency.get("device")
+    words = [] if device is None else ["CPU" if device == "cpu" else str(device)]
+    words += [f"batch {latency.get('batch', '?')}", f"{latency.get('seq_len', '?')} tokens"]
+    return ", ".join(words)
+
+
+def with_latency_device(results: dict[str, Any], device: Any) -> dict[str, Any]:
+    """The results with `device`, that of env.json, for all latencies that name no device."""
+    if device is None:
+        return results
+
+    def named(model: Model) -> Model:
+        latency = model.get("latency_ms")
+        if not isinstance(latency, dict):
+            return model
+        return {**model, "latency_ms": {"device": device, **latency}}
+
+    return {**results, "models": [named(model) for model in models_of(results)]}
 
 
 def _mapping(model: Model, key: str) -> dict[str, Any]:
