@@ -16,7 +16,7 @@ ROOMS = {
     "terms": "term attention hidden relation cls cosine logits label words table",
     "config": "models data tasks stages objectives compute consistency run load",
     "metrics": "classification regression multilabel tagging",
-    "report": "charts style tables confusion pareto page",
+    "report": "charts style tables confusion per_class pareto page",
     "performance": "flops device_peaks trace host",
     "parallel": "mesh sharding",
     "data": "errors examples tables conll corpus records builtin wordpiece splits",

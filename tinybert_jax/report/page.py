@@ -1,8 +1,8 @@
 """Writes report.html: one self-contained page about a finished run, read from the run folder.
 
 Reads results.json (required), metrics.jsonl, config.yaml and env.json (optional). The page needs no
-network and no JavaScript; a short note names a missing or unreadable file. `tables`, `pareto`
-and `confusion` show the results, `charts` draws the curves, `style` is the style sheet.
+network and no JavaScript; a short note names a missing or unreadable file. `tables`, `pareto`,
+`confusion` and `per_class` show the results, `charts` draws the curves, `style` is the style sheet.
 """
 
 import html
@@ -25,6 +25,7 @@ from tinybert_jax.report.charts import (
 )
 from tinybert_jax.report.confusion import confusion_section
 from tinybert_jax.report.pareto import pareto_section
+from tinybert_jax.report.per_class import per_class_section
 from tinybert_jax.report.style import STYLE
 from tinybert_jax.report.tables import (
     LOWER_IS_BETTER,
@@ -84,7 +85,7 @@ def _page(
     sections = [
         ("Comparison", comparison_table(results)),
         ("Score and cost", pareto_section(results)),
-        confusion_section(results),
+        per_class_section(results) or confusion_section(results),
         ("Time per stage", _time_bars(results, stages)),
         ("Training", _training(stages, results, num_unreadable)),
         ("Run", provenance),

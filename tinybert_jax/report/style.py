@@ -82,10 +82,11 @@ opacity:var(--v);background:var(--miss)}
 .heat.many thead th span{writing-mode:vertical-rl;transform:rotate(180deg);max-height:9em;
 overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 b.hit{color:var(--student)}b.miss{color:var(--miss)}
-.pairs th,.pairs td{padding:7px 28px 7px 0}
-.pairs tbody tr{border-top:1px solid var(--line)}
-.pairs thead th{font-size:.85rem;color:var(--soft)}
-.pairs .bar{margin-top:4px}.pairs td:nth-child(3){min-width:120px;text-align:left}
+.pairs th,.pairs td,.classes th,.classes td{padding:7px 28px 7px 0}
+.pairs tbody tr,.classes tbody tr{border-top:1px solid var(--line)}
+.classes thead th{vertical-align:bottom}.classes .num{min-width:88px}
+.pairs thead th,.classes thead th{font-size:.85rem;color:var(--soft)}
+.pairs .bar,.classes .bar{margin-top:4px}.pairs td:nth-child(3){min-width:120px;text-align:left}
 .times{width:100%}
 .times th{white-space:nowrap;padding-right:18px}
 .times td,.times th{padding-top:5px;padding-bottom:5px}

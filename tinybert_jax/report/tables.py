@@ -236,7 +236,8 @@ def _seeds_note(results: dict[str, Any]) -> str:
     return (
         f'<p class="note">Scores over seeds, with the standard deviation of the '
         f"{html.escape(metric_name(metric))}: {'; '.join(described(m) for m in several)}. The "
-        "exported model and the confusion matrix are those of the best seed.</p>"
+        "exported model, the confusion matrix and the scores per class are those of the best seed."
+        "</p>"
     )
 
 
