@@ -1,7 +1,7 @@
-"""The three forms of a task's scores, [units, classes] each: how labels and a teacher are matched.
+"""The losses for three forms of task output: one class, any number of classes, or a number.
 
-A unit is whatever the task scores: an example, a word. `weights` [units] is 0 for units that are
-filler. Every loss is a sum over units divided by `count`.
+A unit is the item that a task scores, such as an example or a word; logits are [units, classes].
+`weights` [units] is 0 for padding. Every loss is a weighted sum over units divided by `count`.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,10 @@ Divergence = Literal["cross_entropy", "kl"]
 
 
 class Form(NamedTuple):
-    """`gold(logits, labels, weights, …)` and `soft(student's logits, teacher's logits, …)`."""
+    """The losses of one form of output: `gold` compares with labels, `soft` with a teacher."""
 
-    gold: Callable[..., Array]
-    soft: Callable[..., Array]
+    gold: Callable[..., Array]  # (logits, labels, weights, …)
+    soft: Callable[..., Array]  # (student_logits, teacher_logits, weights, …)
     has_temperature: bool = True  # whether `soft` takes temperature, divergence and reduction
 
 
@@ -38,7 +38,7 @@ def _square_gold(
     label_smoothing: float = 0.0,
     count: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
-    """Squared error of the one number of each unit; there is no class to smooth towards."""
+    """Squared error of one number per unit; `label_smoothing` has no effect without classes."""
     return logits_mse(logits, labels[:, None], weights, count=count)
 
 
@@ -64,7 +64,7 @@ def _softmax_soft(
 
 
 FORMS: dict[str, Form] = {
-    "softmax": Form(softmax_cross_entropy, _softmax_soft),  # one class of a unit
-    "sigmoid": Form(sigmoid_cross_entropy, soft_sigmoid_cross_entropy),  # each class, or not
-    "square": Form(_square_gold, logits_mse, has_temperature=False),  # a number
+    "softmax": Form(softmax_cross_entropy, _softmax_soft),  # one class per unit
+    "sigmoid": Form(sigmoid_cross_entropy, soft_sigmoid_cross_entropy),  # any classes
+    "square": Form(_square_gold, logits_mse, has_temperature=False),  # one number per unit
 }

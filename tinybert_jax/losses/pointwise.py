@@ -108,14 +108,14 @@ def sigmoid_cross_entropy(
     label_smoothing: float = 0.0,
     count: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
-    """Binary cross-entropy of each class, mean over classes and weighted units.
+    """Binary cross-entropy of all classes, mean over classes and weighted units (unit: unit).
 
-    `labels` are 1 for the classes that a unit has, else 0. `label_smoothing` moves both towards
-    1/2. As `torch.nn.BCEWithLogitsLoss`.
+    `labels` are 1 for the classes of a unit, else 0. `label_smoothing` moves them towards 1/2;
+    without it the loss is that of `torch.nn.BCEWithLogitsLoss`.
     """
-    wide = logits.astype(jnp.float32)
-    wanted = (1 - label_smoothing) * labels.astype(jnp.float32) + label_smoothing / 2
-    per_class = -(wanted * jax.nn.log_sigmoid(wide) + (1 - wanted) * jax.nn.log_sigmoid(-wide))
+    logits = logits.astype(jnp.float32)
+    target = (1 - label_smoothing) * labels.astype(jnp.float32) + label_smoothing / 2
+    per_class = -(target * jax.nn.log_sigmoid(logits) + (1 - target) * jax.nn.log_sigmoid(-logits))
     return _weighted_mean(per_class.mean(-1), weights, count)
 
 
@@ -129,21 +129,23 @@ def soft_sigmoid_cross_entropy(
     reduction: Reduction = "sum",
     count: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
-    """Binary cross-entropy with a teacher's probabilities, each class on its own (unit: unit).
+    """Binary cross-entropy with the teacher's probability of every class (unit: unit).
 
-    At the given temperature, without its square as a factor; `reduction` over classes as in
-    `soft_cross_entropy`. "kl" subtracts the teacher's entropy, which moves no gradient.
+    Both logits are divided by the temperature; the caller multiplies by temperature². `reduction`
+    over classes as in `soft_cross_entropy`. "kl" subtracts the teacher's entropy, which does not
+    change the gradient.
     """
-    theirs = teacher_logits.astype(jnp.float32) / temperature
-    ours = student_logits.astype(jnp.float32) / temperature
+    teacher_logits = teacher_logits.astype(jnp.float32) / temperature
+    student_logits = student_logits.astype(jnp.float32) / temperature
 
-    def each(teacher: Array, student: Array) -> Array:
-        goal = jax.nn.log_sigmoid(student)
+    def one_outcome(teacher: Array, student: Array) -> Array:
+        log_ratio = jax.nn.log_sigmoid(student)
         if divergence == "kl":
-            goal = goal - jax.nn.log_sigmoid(teacher)
-        return -jax.nn.sigmoid(teacher) * goal
+            log_ratio = log_ratio - jax.nn.log_sigmoid(teacher)
+        return -jax.nn.sigmoid(teacher) * log_ratio
 
-    per_class = each(theirs, ours) + each(-theirs, -ours)
+    is_class = one_outcome(teacher_logits, student_logits)
+    per_class = is_class + one_outcome(-teacher_logits, -student_logits)
     return _weighted_mean(_reduce_classes(per_class, reduction), weights, count)
 
 
