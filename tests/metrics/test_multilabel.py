@@ -1,4 +1,4 @@
-"""Scores of sets of labels equal scikit-learn's; the threshold is the best of all."""
+"""Scores of sets of labels against scikit-learn; the threshold against all other thresholds."""
 
 import numpy as np
 import pytest
@@ -13,22 +13,22 @@ def test_scores_equal_scikit_learn(seed, density):
     rng = np.random.default_rng(seed)
     labels = (rng.random((40, 6)) < density).astype(np.int32)
     predictions = (rng.random((40, 6)) < 0.3).astype(np.int32)
-    predictions[:, 0] = labels[:, 1] = 0  # a label never answered, and one that never occurs
+    predictions[:, 0] = labels[:, 1] = 0  # a label never predicted, and a label that never occurs
     got = multilabel_metrics(predictions, labels)
     for average in ("micro", "macro"):
         expected = f1_score(labels, predictions, average=average, zero_division=0.0)
         assert got[f"f1_{average}"] == pytest.approx(expected, abs=1e-12)
     assert got["subset_accuracy"] == pytest.approx(accuracy_score(labels, predictions))
-    theirs = precision_recall_fscore_support(labels, predictions, zero_division=0.0)
-    ours = [[row[name] for row in per_label(predictions, labels)] for name in NAMES]
-    np.testing.assert_allclose(ours, theirs, atol=1e-12)
+    expected = precision_recall_fscore_support(labels, predictions, zero_division=0.0)
+    got = [[row[name] for row in per_label(predictions, labels)] for name in NAMES]
+    np.testing.assert_allclose(got, expected, atol=1e-12)
 
 
 NAMES = ("precision", "recall", "f1", "support")
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_the_threshold_is_the_best_of_all(seed):
+def test_no_other_threshold_has_a_better_micro_f1(seed):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, (15, 3)).astype(np.int32)
     probabilities = np.round(rng.random((15, 3)), 1)  # with ties
@@ -40,10 +40,10 @@ def test_the_threshold_is_the_best_of_all(seed):
     assert score(chosen) == max(score(t) for t in np.linspace(0, 1.05, 211))
 
 
-def test_without_any_label_the_threshold_is_one_half():
+def test_the_threshold_without_any_label_is_one_half():
     assert best_threshold(np.full((3, 2), 0.7), np.zeros((3, 2), int)) == 0.5
 
 
-def test_no_examples_are_refused():
+def test_an_empty_set_is_refused():
     with pytest.raises(ValueError, match="expected at least one example, got none"):
         multilabel_metrics(np.zeros((0, 2), int), np.zeros((0, 2), int))

@@ -1,4 +1,4 @@
-"""Entities and their scores against a transcription of conlleval; schemes against each other."""
+"""Scores of entities against a transcription of conlleval; conversions between the schemes."""
 
 import itertools
 from collections import Counter
@@ -78,7 +78,7 @@ def fractions(correct, found, support):
 
 
 def random_pairs(rng, num_sentences):
-    """Gold and predicted tags, ill-formed as often as not; some sentences empty, some all O."""
+    """Gold and predicted tags, about half of them ill-formed; some sentences empty, some all O."""
     gold, predicted = [], []
     for length in rng.integers(0, 12, num_sentences):
         tags = rng.choice(ALL_TAGS, length) if rng.random() < 0.9 else np.full(length, "O")
@@ -90,7 +90,7 @@ def random_pairs(rng, num_sentences):
     return gold, predicted
 
 
-def test_scores_are_those_of_conlleval_sentence_by_sentence_and_in_all(rng):
+def test_scores_equal_conlleval_for_single_sentences_and_for_all(rng):
     gold, predicted = random_pairs(rng, 1000)
     assert [] in gold and any(set(tags) == {"O"} for tags in gold)
     assert sum(len(e) > 0 for e in map(entities_of, gold)) > 500
@@ -109,10 +109,10 @@ def test_scores_are_those_of_conlleval_sentence_by_sentence_and_in_all(rng):
             assert scores == pytest.approx(expected | counts)
 
 
-def test_scores_by_hand():
+def test_scores_equal_a_count_by_hand():
     gold = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-LOC"]]
     predicted = [["B-PER", "I-PER", "O", "B-PER"], ["I-LOC", "I-LOC"]]
-    # Of 3 gold and 3 predicted entities one agrees: the first.
+    # 3 gold and 3 predicted entities; only the first entity is in both.
     assert entity_scores(gold, predicted) == pytest.approx(
         {"precision": 1 / 3, "recall": 1 / 3, "f1": 1 / 3, "accuracy": 3 / 6}
     )
@@ -137,7 +137,9 @@ def test_scores_refuse_lengths_that_differ_and_empty_sets():
     for scores in (entity_scores, entity_scores_per_kind):
         with pytest.raises(ValueError, match="for 2 gold sentences, got 1; predict the whole"):
             scores([["O"], ["O"]], [["O"]])
-        with pytest.raises(ValueError, match=r"7 of 8 sentences \(sentence 1: 1 for 2, .*, …\)"):
+        with pytest.raises(
+            ValueError, match=r"7 of 8 sentences \(sentence 1: 1 instead of 2, .*, …\)"
+        ):
             scores([["O"], *[["O", "O"]] * 7], [["O"]] * 8)
         for empty in ([], [[]], [[], []]):
             with pytest.raises(ValueError, match="at least one word, got none; check"):
@@ -162,7 +164,7 @@ def test_scores_refuse_lengths_that_differ_and_empty_sets():
         ("B-x-y I-x-y I-x", [(0, 2, "x-y"), (2, 3, "x")]),
     ],
 )
-def test_entities_by_hand(tags, expected):
+def test_entities_equal_those_found_by_hand(tags, expected):
     assert entities_of(tags.split()) == expected
 
 
@@ -204,7 +206,7 @@ def test_entities_survive_every_scheme_and_every_conversion(rng):
             assert read_tags(tags, scheme) == entities_of(tags) == entities
 
 
-def test_written_tags_by_hand():
+def test_written_tags_equal_those_written_by_hand():
     entities, length = [Entity(0, 2, "a"), Entity(2, 3, "a"), Entity(3, 6, "b")], 7
     assert write_tags(entities, length, "iob1") == "I-a I-a B-a I-b I-b I-b O".split()
     assert write_tags(entities, length, "iob2") == "B-a I-a B-a B-b I-b I-b O".split()
@@ -212,7 +214,7 @@ def test_written_tags_by_hand():
 
 
 def test_a_scheme_allows_exactly_the_tags_that_it_writes():
-    """All sentences of up to 4 words: well-formed if and only if the written entities equal it."""
+    """All sentences of up to 4 words: well-formed exactly if reading and writing keeps them."""
     tags = ["O", *(f"{prefix}-{kind}" for prefix in "BIES" for kind in "ab")]
     for sentence in map(
         list, itertools.chain(*(itertools.product(tags, repeat=n) for n in range(5)))
@@ -230,7 +232,7 @@ def test_a_scheme_allows_exactly_the_tags_that_it_writes():
 
 
 @pytest.mark.parametrize(
-    ("scheme", "tags", "places"),
+    ("scheme", "tags", "positions"),
     [
         ("iob1", "O B-a", "'B-a' after 'O' at position 1"),
         ("iob1", "B-a", "'B-a' at the start at position 0"),
@@ -243,11 +245,11 @@ def test_a_scheme_allows_exactly_the_tags_that_it_writes():
         ("bioes", "S-a I-a E-a", "'I-a' after 'S-a' at position 1"),
     ],
 )
-def test_ill_formed_tags_are_refused_with_their_places(scheme, tags, places):
+def test_ill_formed_tags_are_refused_with_their_positions(scheme, tags, positions):
     for call in (read_tags, lambda tags, scheme: convert_tags(tags, scheme, "iob2")):
         with pytest.raises(ValueError) as caught:
             call(tags.split(), scheme)
-        for part in (f"expected {scheme} tags (", f"({places})", "; correct them or name"):
+        for part in (f"expected {scheme} tags (", f"({positions})", "; correct them or name"):
             assert part in str(caught.value)
 
 
@@ -268,12 +270,12 @@ def test_many_ill_formed_tags_are_counted():
         [Entity(0, 1, "")],
     ],
 )
-def test_entities_without_a_place_are_not_written(entities):
+def test_entities_that_overlap_or_do_not_fit_are_refused(entities):
     with pytest.raises(ValueError, match="of one or more of 3 words, .* got Entity.*; correct"):
         write_tags(entities, 3, "iob2")
 
 
-def test_the_scheme_is_found_in_what_each_scheme_writes(rng):
+def test_the_scheme_of_written_tags_is_detected(rng):
     for _ in range(100):
         sentences = [random_entities(rng) for _ in range(5)]
         for scheme in SCHEMES:

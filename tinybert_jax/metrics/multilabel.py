@@ -1,4 +1,4 @@
-"""Scores of answers that are sets of labels: micro and macro F1, subset accuracy."""
+"""Scores of predicted sets of labels: micro and macro F1, subset accuracy."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -7,10 +7,10 @@ from jaxtyping import Float, Int
 def multilabel_metrics(
     predictions: Int[np.ndarray, "n labels"], labels: Int[np.ndarray, "n labels"]
 ) -> dict[str, float]:
-    """Micro and macro F1 and the share of examples whose whole set is right, each as a fraction.
+    """Micro F1, macro F1 and the share of examples with all labels correct, as fractions.
 
-    Arrays of 0 and 1. Macro F1 is the plain mean over labels, 0 for a label that occurs in neither
-    array, as in scikit-learn. Raises ValueError for an empty set.
+    The arrays hold 0 and 1. Macro F1 is the unweighted mean over labels; a label that occurs in
+    neither array has F1 0, as in scikit-learn. Raises ValueError without examples.
     """
     scores = per_label(predictions, labels)
     correct, predicted, gold = _counts(predictions, labels)
@@ -24,7 +24,7 @@ def multilabel_metrics(
 def per_label(
     predictions: Int[np.ndarray, "n labels"], labels: Int[np.ndarray, "n labels"]
 ) -> list[dict[str, float]]:
-    """precision, recall, f1 and support of each label; 0.0 where undefined."""
+    """Precision, recall, F1 and support per label; a score with denominator 0 is 0.0."""
     assert predictions.shape == labels.shape, (predictions.shape, labels.shape)
     if not len(labels):
         raise ValueError("expected at least one example, got none; check the evaluation split")
@@ -42,24 +42,24 @@ def per_label(
 def best_threshold(
     probabilities: Float[np.ndarray, "n labels"], labels: Int[np.ndarray, "n labels"]
 ) -> float:
-    """The probability from which on a label is answered for the best micro F1, for all labels.
+    """The threshold for the probabilities of all labels that gives the best micro F1.
 
-    Midway between the two probabilities that it parts; 0.5 where no label occurs.
+    Midway between the two probabilities that the threshold separates; 0.5 where no label occurs.
     """
     order = np.argsort(-probabilities, axis=None, kind="stable")
     ranked, hits = probabilities.ravel()[order], labels.ravel()[order]
     if not hits.any():
         return 0.5
-    answered = np.arange(1, len(hits) + 1)
-    f1 = 2 * np.cumsum(hits) / (answered + hits.sum())
-    can_part = np.append(ranked[:-1] > ranked[1:], True)  # equal probabilities stay together
-    last = int(np.argmax(np.where(can_part, f1, -1.0)))
+    num_predicted = np.arange(1, len(hits) + 1)
+    f1 = 2 * np.cumsum(hits) / (num_predicted + hits.sum())
+    is_boundary = np.append(ranked[:-1] > ranked[1:], True)  # equal probabilities stay together
+    last = int(np.argmax(np.where(is_boundary, f1, -1.0)))
     below = ranked[last + 1] if last + 1 < len(ranked) else 0.0
     return float((float(ranked[last]) + float(below)) / 2)
 
 
 def _counts(predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Correct, predicted and gold occurrences of each label."""
+    """Numbers of correct, predicted and gold occurrences per label."""
     return (predictions & labels).sum(0), predictions.sum(0), labels.sum(0)
 
 

@@ -1,4 +1,4 @@
-"""Owns entities in tag sequences: their scores, and reading and writing them in three schemes.
+"""Entities in tag sequences: scores, and reading and writing tags in three schemes.
 
 A tag is O (outside of entities) or a prefix and a kind, as in B-PER; a sentence has one tag per
 word. Knows nothing of words, word pieces, models or files.
@@ -13,14 +13,14 @@ from typing import Literal, NamedTuple
 Scheme = Literal["iob1", "iob2", "bioes"]
 
 SCHEME_RULES: dict[Scheme, str] = {
-    "iob1": "I-kind on the words of an entity, B-kind only on a first word right after an entity",
+    "iob1": "I-kind on the words of an entity, B-kind only on a first word that follows an entity",
     "iob2": "B-kind on the first word of an entity, I-kind on the other words",
     "bioes": "S-kind on an entity of one word, else B-kind first, E-kind last and I-kind between",
 }
 
 
 class Entity(NamedTuple):
-    """The words `start` to `end` (exclusive) of a sentence, and the kind that they name."""
+    """The words from `start` to `end` (exclusive) of a sentence, and the kind of the entity."""
 
     start: int
     end: int
@@ -33,8 +33,8 @@ def entity_scores(
     """Precision, recall and F1 of entities over all kinds, and the accuracy of tags, as fractions.
 
     As in conlleval (CoNLL-2003): an entity is correct if start, end and kind all agree, and a
-    quotient with denominator 0 is 0.0. Gold and predicted tags may be of different schemes; their
-    accuracy then means little. Raises ValueError for lengths that differ, no words, or bad tags.
+    quotient with denominator 0 is 0.0. With gold and predicted tags of different schemes the
+    accuracy means little. Raises ValueError for lengths that differ, no words, or bad tags.
     """
     counts = _count_per_kind(gold, predicted)
     pairs = zip(gold, predicted, strict=True)
@@ -62,21 +62,21 @@ def entity_scores_per_kind(
 
 
 def entities_of(tags: Sequence[str]) -> list[Entity]:
-    """The entities that conlleval sees in the tags of one sentence, whether well-formed or not.
+    """The entities that conlleval finds in the tags of one sentence, also in ill-formed tags.
 
     One rule holds for all three schemes (conlleval's startOfChunk and endOfChunk): every word whose
-    tag is not O is in an entity, and a new one begins at B- and S-, after E- and S-, and where the
-    kind changes. Raises ValueError for a tag with an unknown prefix or without a kind.
+    tag is not O is in an entity, and a new entity begins at B- and S-, after E- and S-, and where
+    the kind changes. Raises ValueError for a tag with an unknown prefix or without a kind.
     """
     entities: list[Entity] = []
-    start, before, kind_before = 0, "O", ""
-    for place, tag in enumerate([*tags, "O"]):
+    start, last_prefix, last_kind = 0, "O", ""
+    for position, tag in enumerate([*tags, "O"]):
         prefix, kind = _split(tag)
-        if kind != kind_before or prefix in ("B", "S") or before in ("E", "S"):
-            if before != "O":
-                entities.append(Entity(start, place, kind_before))
-            start = place
-        before, kind_before = prefix, kind
+        if kind != last_kind or prefix in ("B", "S") or last_prefix in ("E", "S"):
+            if last_prefix != "O":
+                entities.append(Entity(start, position, last_kind))
+            start = position
+        last_prefix, last_kind = prefix, kind
     return entities
 
 
@@ -88,7 +88,7 @@ def read_tags(tags: Sequence[str], scheme: Scheme) -> list[Entity]:
     """
     mistakes = scheme_mistakes(tags, scheme)
     if mistakes:
-        shown = ", ".join(f"{got} at position {place}" for place, got in mistakes[:5])
+        shown = ", ".join(f"{got} at position {position}" for position, got in mistakes[:5])
         shown += ", …" * (len(mistakes) > 5)
         raise ValueError(
             f"expected {scheme} tags ({SCHEME_RULES[scheme]}), got others at {len(mistakes)} of "
@@ -98,9 +98,9 @@ def read_tags(tags: Sequence[str], scheme: Scheme) -> list[Entity]:
 
 
 def write_tags(entities: Iterable[Entity], length: int, scheme: Scheme) -> list[str]:
-    """The tags of a sentence of `length` words; ValueError for entities that have no place in it.
+    """The tags of a sentence of `length` words; ValueError for entities that do not fit.
 
-    `iob1` writes B- only between neighbours of one kind, as CoNLL-2003 does.
+    `iob1` writes B- only after an adjacent entity of the same kind, as CoNLL-2003 does.
     """
     assert scheme in SCHEME_RULES, scheme
     tags, before = ["O"] * length, Entity(0, 0, "")
@@ -129,8 +129,8 @@ def convert_tags(tags: Sequence[str], source: Scheme, target: Scheme) -> list[st
 def detect_scheme(sentences: Iterable[Sequence[str]]) -> Scheme:
     """`bioes` if any tag has E- or S-, `iob2` if every entity begins with B-, else `iob1`.
 
-    Says nothing of whether the tags are well-formed: for that use `scheme_mistakes`. Sentences
-    without entities are `iob2`. Raises ValueError for a tag with an unknown prefix or no kind.
+    Does not check that the tags are well-formed: use `scheme_mistakes`. Sentences without entities
+    are `iob2`. Raises ValueError for a tag with an unknown prefix or no kind.
     """
     sentences = list(sentences)
     if {_split(tag)[0] for tags in sentences for tag in tags} & {"E", "S"}:
@@ -140,7 +140,7 @@ def detect_scheme(sentences: Iterable[Sequence[str]]) -> Scheme:
 
 
 def scheme_mistakes(tags: Sequence[str], scheme: Scheme) -> list[tuple[int, str]]:
-    """(position, tag and neighbour) wherever the scheme does not allow a tag; [] if well-formed."""
+    """Positions and descriptions of the tags that the scheme does not allow; [] if well-formed."""
     assert scheme in SCHEME_RULES, scheme
     allowed = "OBIES" if scheme == "bioes" else "OBI"
     mistakes, before = [], "O"
@@ -181,7 +181,7 @@ def _split(tag: str) -> tuple[str, str]:
     if not is_tag(tag):
         raise ValueError(
             f"expected O, or B-, I-, E- or S- and a kind, got {tag!r}; correct the tag, or check "
-            "that it is a tag of entities"
+            "that the column holds entity tags"
         )
     return tag[0], tag[2:]
 
@@ -189,8 +189,8 @@ def _split(tag: str) -> tuple[str, str]:
 def _count_per_kind(
     gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
 ) -> tuple[Counter[str], Counter[str], Counter[str]]:
-    """Entities that are correct, predicted and gold, by kind."""
-    _require_pairs(gold, predicted)
+    """Numbers of correct, predicted and gold entities by kind."""
+    _require_equal_lengths(gold, predicted)
     correct, found, support = Counter(), Counter(), Counter()
     for gold_tags, predicted_tags in zip(gold, predicted, strict=True):
         is_gold, is_predicted = set(entities_of(gold_tags)), set(entities_of(predicted_tags))
@@ -208,7 +208,9 @@ def _fractions(correct: int, found: int, support: int) -> dict[str, float]:
     }
 
 
-def _require_pairs(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> None:
+def _require_equal_lengths(
+    gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
+) -> None:
     if len(gold) != len(predicted):
         raise ValueError(
             f"expected predicted tags for {len(gold)} gold sentences, got {len(predicted)}; "
@@ -217,7 +219,9 @@ def _require_pairs(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[s
     pairs = enumerate(zip(gold, predicted, strict=True))
     wrong = [(i, len(p), len(g)) for i, (g, p) in pairs if len(g) != len(p)]
     if wrong:
-        shown = ", ".join(f"sentence {i}: {found} for {size}" for i, found, size in wrong[:5])
+        shown = ", ".join(
+            f"sentence {i}: {found} instead of {size}" for i, found, size in wrong[:5]
+        )
         raise ValueError(
             f"expected one predicted tag per gold tag, got other numbers in {len(wrong)} of "
             f"{len(gold)} sentences ({shown}{', …' * (len(wrong) > 5)}); predict a tag for every "
