@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from tinybert_jax import cli
 from tinybert_jax.data.wordpiece import train_wordpiece
-from tinybert_jax.huggingface.folder import save_model
+from tinybert_jax.huggingface.folder import Head, save_model
 from tinybert_jax.models.heads import make_classifier, make_encoder
 from tinybert_jax.settings.sizes import ModelConfig
 
@@ -41,12 +41,12 @@ def models(tmp_path_factory) -> Path:
     )
     params = make_classifier(sizes, 2)[1](jax.random.key(0))
     params["classifier"] = jax.tree.map(np.zeros_like, params["classifier"])
-    names = ("neg", "pos")
-    save_model(folder / "classifier", params, sizes, tokenizer, label_names=names)
+    head = Head("SequenceClassification", "single_label_classification", ("neg", "pos"))
+    save_model(folder / "classifier", params, sizes, tokenizer, head=head)
     save_model(folder / "encoder", params["encoder"], sizes, tokenizer)
     wider = sizes.model_copy(update={"hidden_size": 24})
     init = make_classifier(wider, 2)[1]
-    save_model(folder / "wider", init(jax.random.key(0)), wider, tokenizer, label_names=names)
+    save_model(folder / "wider", init(jax.random.key(0)), wider, tokenizer, head=head)
     # As many pieces, but others.
     other = train_wordpiece([text.replace("m", "x") for text in TEXTS], vocab_size=60)
     sizes = sizes.model_copy(update={"vocab_size": len(other)})

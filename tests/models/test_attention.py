@@ -1,6 +1,6 @@
 """The ways to compute attention: what each needs, each against the score map, it by the formula.
 
-On a machine with an NVIDIA GPU: JAX_PLATFORMS=cuda pytest tests/test_attention.py
+On a machine with an NVIDIA GPU: JAX_PLATFORMS=cuda pytest tests/models/test_attention.py
 """
 
 import contextlib

@@ -19,12 +19,19 @@ from transformers import (
     AutoTokenizer,
     BertForMaskedLM,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertModel,
 )
 
 from tinybert_jax.models.activations import ACTIVATIONS
 from tinybert_jax.models.attention import attention_scores
-from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.models.heads import (
+    make_classifier,
+    make_encoder,
+    make_masked_lm,
+    make_token_classifier,
+)
+from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.params import flatten, unflatten
 from tinybert_jax.settings.sizes import ModelConfig
 
@@ -42,8 +49,8 @@ SIZES = ModelConfig(
 )
 
 
-def make_batch(seq: int = SEQ, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Full, short, one-token, left-padded and perforated rows, with two token types."""
+def make_batch(seq: int = SEQ, seed: int = 0) -> tuple[Text, np.ndarray]:
+    """(inputs, mask): full, short, one-token, left-padded and perforated rows, two token types."""
     rng = np.random.default_rng(seed)
     mask = np.ones((5, seq), bool)
     mask[1, seq // 2 :] = False
@@ -52,7 +59,13 @@ def make_batch(seq: int = SEQ, seed: int = 0) -> tuple[np.ndarray, np.ndarray, n
     mask[4, 1::3] = False
     ids = np.where(mask, rng.integers(1, 61, mask.shape), 0).astype(np.int32)
     types = (np.arange(seq) >= seq // 2) * np.ones_like(ids)
-    return ids, mask, types.astype(np.int32)
+    return Text(ids, types.astype(np.int32)), mask
+
+
+def torch_inputs(batch) -> list:
+    """input_ids, attention_mask and token_type_ids."""
+    (ids, types), mask = batch
+    return [torch.tensor(array).long() for array in (ids, mask, types)]
 
 
 def run_torch(model, batch, **options):
@@ -67,7 +80,7 @@ def run_torch(model, batch, **options):
         for name in captured
     ]
     with torch.no_grad():
-        output = model(*(torch.tensor(array).long() for array in batch), **options)
+        output = model(*torch_inputs(batch), **options)
     for hook in hooks:
         hook.remove()
     heads = model.config.num_attention_heads
@@ -121,6 +134,15 @@ def test_classifier_equals_torch():
     assert_close(logits[first_is_real], run_torch(model, batch)[0].logits[first_is_real])
 
 
+@pytest.mark.parametrize("num_classes", [1, 5])
+def test_token_classifier_equals_torch(num_classes):
+    model = random_bert(BertForTokenClassification, num_labels=num_classes)
+    batch = make_batch()
+    apply, init = make_token_classifier(our_config(model), num_classes)
+    logits = jax.jit(apply)(our_params(model, init), *batch).logits
+    assert_close(logits, run_torch(model, batch)[0].logits, batch[1][:, :, None])
+
+
 @pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new"])
 def test_masked_lm_equals_torch_at_all_and_at_gathered_positions(hidden_act):
     model = random_bert(BertForMaskedLM, hidden_act=hidden_act)
@@ -153,14 +175,14 @@ def test_real_mini_lm_equals_torch():
     pairs = ["A reply.", "Is that so?", "Why not, if the budget allows it and nobody minds?"]
     fields = AutoTokenizer.from_pretrained(folder)(texts, pairs, padding=True, return_tensors="np")
     ids, types = (fields[name].astype(np.int32) for name in ("input_ids", "token_type_ids"))
-    batch = (ids, fields["attention_mask"].astype(bool), types)
+    batch = Text(ids, types), fields["attention_mask"].astype(bool)
     apply, init = make_encoder(our_config(model))
     encoded = jax.jit(apply)(our_params(model, init), *batch)
     output, scores = run_torch(model, batch, output_hidden_states=True)
     assert_encoder_equals(encoded, output, scores, batch[1])
 
 
-@pytest.mark.parametrize("head", ["classifier", "masked_lm"])
+@pytest.mark.parametrize("head", ["classifier", "token_classifier", "masked_lm"])
 def test_gradients_equal_torch(head):
     """Relative error of each tensor's gradient; the word table's has both ends of a tied decoder.
 
@@ -172,14 +194,18 @@ def test_gradients_equal_torch(head):
         model = random_bert(BertForSequenceClassification, num_labels=3, **options)
         make = make_classifier(our_config(model), 3)
         labels = np.array([0, 2, 1, -100, 2])  # the left-padded row has no real first token
+    elif head == "token_classifier":
+        model = random_bert(BertForTokenClassification, num_labels=3, **options)
+        make = make_token_classifier(our_config(model), 3)
+        ids = batch[0].input_ids
+        labels = np.where(batch[1] & (ids % 4 > 0), ids % 4 - 1, -100)
     else:
         model = random_bert(BertForMaskedLM, **options)
         make = make_masked_lm(our_config(model))
-        labels = np.where(batch[1] & (batch[0] % 2 == 0), batch[0][:, ::-1], -100)
+        ids = batch[0].input_ids
+        labels = np.where(batch[1] & (ids % 2 == 0), ids[:, ::-1], -100)
     apply, init = make
-    model(
-        *(torch.tensor(array).long() for array in batch), labels=torch.tensor(labels).long()
-    ).loss.backward()
+    model(*torch_inputs(batch), labels=torch.tensor(labels).long()).loss.backward()
 
     def loss(params, *batch):
         log_probs = jax.nn.log_softmax(apply(params, *batch).logits)
@@ -223,9 +249,10 @@ def encoder():
 
 def test_what_padding_holds_changes_no_bit(encoder):
     apply, params = encoder
-    ids, mask, types = make_batch()
-    one = apply(params, ids, mask, types)
-    other = apply(params, np.where(mask, ids, 60), mask, np.where(mask, types, 1 - types))
+    (ids, types), mask = make_batch()
+    one = apply(params, Text(ids, types), mask)
+    junk = Text(np.where(mask, ids, 60), np.where(mask, types, 1 - types))
+    other = apply(params, junk, mask)
     for ours, theirs in ((one.hidden, other.hidden), (one.keys, other.keys)):
         np.testing.assert_array_equal(np.asarray(ours)[:, mask], np.asarray(theirs)[:, mask])
 
@@ -233,9 +260,9 @@ def test_what_padding_holds_changes_no_bit(encoder):
 def test_extra_padding_changes_nothing(encoder):
     apply, params = encoder
     batch = make_batch()
-    padded = tuple(np.pad(array, ((0, 2), (0, 9))) for array in batch)
+    padded = jax.tree.map(lambda array: np.pad(array, ((0, 2), (0, 9))), batch)
     short, long = apply(params, *batch), apply(params, *padded)
-    cut = np.asarray(long.hidden)[:, : len(batch[0]), :SEQ]
+    cut = np.asarray(long.hidden)[:, : len(batch[1]), :SEQ]
     assert_close(cut, short.hidden, batch[1][None, :, :, None], tolerance=2e-6)
 
 
@@ -243,7 +270,7 @@ def test_examples_do_not_see_each_other(encoder):
     apply, params = encoder
     batch = make_batch()
     order = np.array([3, 0, 4, 2, 1])
-    permuted = apply(params, *(array[order] for array in batch))
+    permuted = apply(params, *jax.tree.map(lambda array: array[order], batch))
     straight = apply(params, *batch)
     assert_close(permuted.hidden, np.asarray(straight.hidden)[:, order], tolerance=1e-6)
     assert_close(permuted.pooled, np.asarray(straight.pooled)[order], tolerance=1e-6)
@@ -252,11 +279,11 @@ def test_examples_do_not_see_each_other(encoder):
 @pytest.mark.parametrize("unroll", [False, True])
 def test_a_filler_row_without_any_token_is_finite(encoder, unroll):
     apply, params = jax.jit(make_encoder(SIZES, unroll=unroll)[0]), encoder[1]
-    ids, mask, types = make_batch()
+    inputs, mask = make_batch()
     mask = mask & (np.arange(len(mask)) != 1)[:, None]
 
     def total(params):
-        outputs = jax.tree.leaves(apply(params, ids, mask, types))
+        outputs = jax.tree.leaves(apply(params, inputs, mask))
         return sum(jnp.sum(jnp.square(leaf)) for leaf in outputs)
 
     value, gradients = jax.value_and_grad(total)(params)
@@ -290,17 +317,20 @@ def test_bfloat16_computes_near_fp32_and_keeps_fp32_parameters(encoder):
         assert 0 < error <= 0.03 * np.linalg.norm(ours)
 
 
-@pytest.mark.parametrize("make, sizes", [(make_classifier, (SIZES, 3)), (make_masked_lm, (SIZES,))])
+@pytest.mark.parametrize(
+    "make, sizes",
+    [(make_classifier, (SIZES, 3)), (make_token_classifier, (SIZES, 3)), (make_masked_lm, (SIZES,))],
+)
 def test_bfloat16_models_give_fp32_logits(make, sizes):
     apply, init = make(*sizes, dtype=jnp.bfloat16)
     abstract = jax.eval_shape(init, jax.random.key(0))
-    output = jax.eval_shape(apply, abstract, *map(jnp.asarray, make_batch()))
+    output = jax.eval_shape(apply, abstract, *jax.tree.map(jnp.asarray, make_batch()))
     assert output.logits.dtype == jnp.float32
 
 
 def test_bfloat16_keeps_softmax_and_statistics_in_fp32():
     apply, init = make_masked_lm(SIZES, dtype=jnp.bfloat16)
-    program = jax.make_jaxpr(apply)(init(jax.random.key(0)), *map(jnp.asarray, make_batch()))
+    program = jax.make_jaxpr(apply)(init(jax.random.key(0)), *jax.tree.map(jnp.asarray, make_batch()))
     wide = {"exp", "reduce_sum", "reduce_max", "rsqrt"}
     found = [(e.primitive.name, e.invars[0].aval.dtype) for e in _equations(program.jaxpr)]
     assert {name for name, _ in found} >= wide
@@ -354,7 +384,8 @@ def test_dropout_masks_have_their_rate_and_differ_between_layers(encoder, site, 
         flat[f"layers/{site}/bias"][:] = 1e6
 
     ids = np.ones((512, 1), np.int32)
-    hidden = apply(unflatten(flat), ids, ids.astype(bool), 0 * ids, jax.random.key(5)).hidden
+    inputs = Text(ids, 0 * ids), ids.astype(bool)
+    hidden = apply(unflatten(flat), *inputs, jax.random.key(5)).hidden
     shown = slice(None, None, head_dim if site == "attention/value" else 1)
     kept = (np.asarray(hidden)[1:, :, 0, shown] > 0).reshape(num_layers, -1)
     for i, mask in enumerate(kept):

@@ -9,19 +9,19 @@ from jax.extend.core import jaxprs_in_params
 
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.compute import MeshSection
-from tinybert_jax.config.objectives import DistillSection, needs_projection
+from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.models.encoder import Encoder
 from tinybert_jax.models.heads import is_few, make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.params import frozen_params, layers_apart, layers_joined
 from tinybert_jax.objectives.alignment import init_projection
 from tinybert_jax.objectives.distillation import Role, make_distill
-from tinybert_jax.objectives.masked_lm import MaskedLabels
 from tinybert_jax.objectives.objective import count_units
 from tinybert_jax.parallel.mesh import make_mesh
 from tinybert_jax.parallel.sharding import param_specs, placed
 from tinybert_jax.performance import flops
 from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.terms.table import reads_of
 
 ROWS, WIDTH = 5, 16
 TOKENS = ROWS * WIDTH
@@ -153,19 +153,18 @@ def test_distillation_runs_the_last_layer_where_terms_read_it(stage, terms, is_w
     teacher_sizes = SIZES.model_copy(update={"intermediate_size": 56, "num_hidden_layers": 6})
     make = make_masked_lm if stage == "general" else lambda sizes: make_classifier(sizes, 3)
     (student, init), (teacher, teacher_init) = make(SIZES), make(teacher_sizes)
-    kind = "masked_lm" if stage == "general" else "classifier"
-    objective = make_distill(Role(student, kind, 3), Role(teacher, kind, 6), terms)
-    labels = MaskedLabels(POSITIONS, POSITIONS, jnp.full(ROWS, -1))
+    roles = Role(student, reads_of(terms), 3), Role(teacher, reads_of(terms, of_teacher=True), 6)
+    objective = make_distill(*roles, terms)
+    masked = {"positions": POSITIONS, "tokens": POSITIONS, "pair_labels": jnp.full(ROWS, -1)}
     batch = Batch(
-        IDS,
+        Text(IDS, 0 * IDS),
         MASKS["padded"],
-        0 * IDS,
-        labels=labels if stage == "general" else jnp.zeros(ROWS, jnp.int32),
+        masked if stage == "general" else {"labels": jnp.zeros(ROWS, jnp.int32)},
         weights=jnp.ones(ROWS),
     )
     key = jax.random.key(0)
     frozen, params = teacher_init(key), {"student": init(key)}
-    if needs_projection(terms):
+    if reads_of(terms).projection:
         params["projection"] = init_projection(key, 32, 32, 1)
 
     def value(params):
@@ -186,14 +185,14 @@ def test_dropout_is_that_of_a_whole_last_layer():
     """In rows of one token, where both have masks of one shape; and rate 0 is no key."""
     encoder = Encoder(SIZES, rngs=nnx.Rngs(0))
     ids = jnp.arange(5, 55)[:, None]
-    inputs = ids, ids > 0, 0 * ids
+    inputs = Text(ids, 0 * ids), ids > 0
     for key in (jax.random.key(3), jax.random.key(4)):
         whole = encoder(*inputs, key).hidden[-1]
         np.testing.assert_allclose(encoder.last_hidden(_first, *inputs, key), whole, atol=1e-5)
         assert jnp.abs(whole - encoder.last_hidden(_first, *inputs)).max() > 0.1
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     dry = Encoder(SIZES.model_copy(update=rates), rngs=nnx.Rngs(0))
-    inputs = IDS, MASKS["packed"], 0 * IDS
+    inputs = Text(IDS, 0 * IDS), MASKS["packed"]
     np.testing.assert_allclose(
         dry.last_hidden(_first, *inputs, jax.random.key(3)),
         dry.last_hidden(_first, *inputs),

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from tinybert_jax.models.heads import make_classifier, make_masked_lm
+from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.linear import dense, make_linear, rounded_kernels
 from tinybert_jax.models.params import frozen_params
 from tinybert_jax.settings.sizes import ModelConfig
@@ -83,7 +84,7 @@ def test_both_gradients_of_bfloat16_products_are_bfloat16_products():
 @pytest.mark.parametrize("unroll", [False, True])
 def test_a_classifier_with_bfloat16_products_is_near_the_exact_one(unroll):
     ids = jax.random.randint(jax.random.key(0), (3, 8), 5, 50)
-    inputs = (ids, jnp.ones(ids.shape, bool), jnp.zeros_like(ids))
+    inputs = Text(ids, jnp.zeros_like(ids)), jnp.ones(ids.shape, bool)
     exact, init = make_classifier(CONFIG, 3, unroll=unroll)
     rounded, _ = make_classifier(CONFIG, 3, unroll=unroll, product_dtype=jnp.bfloat16)
     params = jax.tree.map(lambda leaf: 5 * leaf, init(jax.random.key(1)))
@@ -101,7 +102,7 @@ def test_a_classifier_with_bfloat16_products_is_near_the_exact_one(unroll):
 def test_a_masked_lm_with_bfloat16_products_decodes_rounded_states():
     """The head's own map and the product with the word table round what they read, too."""
     ids = jax.random.randint(jax.random.key(0), (3, 8), 5, 50)
-    inputs = (ids, jnp.ones(ids.shape, bool), jnp.zeros_like(ids))
+    inputs = Text(ids, jnp.zeros_like(ids)), jnp.ones(ids.shape, bool)
     exact, init = make_masked_lm(CONFIG)
     rounded, _ = make_masked_lm(CONFIG, product_dtype=jnp.bfloat16)
     params = jax.tree.map(lambda leaf: 5 * leaf, init(jax.random.key(1)))
@@ -115,7 +116,7 @@ def test_a_masked_lm_with_bfloat16_products_decodes_rounded_states():
     assert 0 < error < 0.05, error
 
 
-@pytest.mark.parametrize("make", [functools.partial(make_classifier, num_labels=2), make_masked_lm])
+@pytest.mark.parametrize("make", [functools.partial(make_classifier, num_classes=2), make_masked_lm])
 @pytest.mark.parametrize(
     "options",
     [
@@ -129,7 +130,7 @@ def test_kernels_rounded_once_give_the_same_bits(options, make):
     params = init(jax.random.key(0))
     rounded = rounded_kernels(params, **options)
     ids = jax.random.randint(jax.random.key(1), (3, 8), 1, 50)
-    inputs = ids, jnp.ones_like(ids, bool), jnp.zeros_like(ids)
+    inputs = Text(ids, jnp.zeros_like(ids)), jnp.ones_like(ids, bool)
     forward = jax.jit(lambda params: apply(params, *inputs))
     for own, again in zip(
         jax.tree.leaves(forward(params)), jax.tree.leaves(forward(rounded)), strict=True
@@ -179,7 +180,7 @@ def test_int8_products_are_of_tokens_and_columns_with_scales_of_their_own():
 def test_an_int8_masked_lm_is_near_the_exact_one(unroll):
     """Parameters start as the exact one's do; the head's own products are exact."""
     ids = jax.random.randint(jax.random.key(0), (3, 8), 5, 50)
-    inputs = (ids, jnp.ones(ids.shape, bool), jnp.zeros_like(ids))
+    inputs = Text(ids, jnp.zeros_like(ids)), jnp.ones(ids.shape, bool)
     exact, init = make_masked_lm(CONFIG)
     apply, same_init = make_masked_lm(CONFIG, unroll=unroll, product_dtype=jnp.int8)
     params = init(jax.random.key(1))
