@@ -319,7 +319,11 @@ def test_bfloat16_computes_near_fp32_and_keeps_fp32_parameters(encoder):
 
 @pytest.mark.parametrize(
     "make, sizes",
-    [(make_classifier, (SIZES, 3)), (make_token_classifier, (SIZES, 3)), (make_masked_lm, (SIZES,))],
+    [
+        (make_classifier, (SIZES, 3)),
+        (make_token_classifier, (SIZES, 3)),
+        (make_masked_lm, (SIZES,)),
+    ],
 )
 def test_bfloat16_models_give_fp32_logits(make, sizes):
     apply, init = make(*sizes, dtype=jnp.bfloat16)
@@ -330,7 +334,9 @@ def test_bfloat16_models_give_fp32_logits(make, sizes):
 
 def test_bfloat16_keeps_softmax_and_statistics_in_fp32():
     apply, init = make_masked_lm(SIZES, dtype=jnp.bfloat16)
-    program = jax.make_jaxpr(apply)(init(jax.random.key(0)), *jax.tree.map(jnp.asarray, make_batch()))
+    program = jax.make_jaxpr(apply)(
+        init(jax.random.key(0)), *jax.tree.map(jnp.asarray, make_batch())
+    )
     wide = {"exp", "reduce_sum", "reduce_max", "rsqrt"}
     found = [(e.primitive.name, e.invars[0].aval.dtype) for e in _equations(program.jaxpr)]
     assert {name for name, _ in found} >= wide

@@ -116,7 +116,9 @@ def test_a_masked_lm_with_bfloat16_products_decodes_rounded_states():
     assert 0 < error < 0.05, error
 
 
-@pytest.mark.parametrize("make", [functools.partial(make_classifier, num_classes=2), make_masked_lm])
+@pytest.mark.parametrize(
+    "make", [functools.partial(make_classifier, num_classes=2), make_masked_lm]
+)
 @pytest.mark.parametrize(
     "options",
     [

@@ -10,19 +10,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from tinybert_jax.batches.batch import Batch
-from tinybert_jax.config.objectives import (
-    DistillSection,
-    model_kind,
-    teaches,
-)
+from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.losses import attention as attention_losses
-from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.models.heads import Model, make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.models.inputs import Text
 from tinybert_jax.objectives import masking
 from tinybert_jax.objectives.alignment import init_projection
 from tinybert_jax.objectives.distillation import Options, Role, make_distill
 from tinybert_jax.objectives.masked_lm import make_mask
 from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.terms.table import reads_of
+from tinybert_jax.terms.term import Reads
 
 F = torch.nn.functional
 WIDTH, ROWS = 10, 6
@@ -40,11 +38,6 @@ TEACHER = ModelConfig(
 STUDENT = TEACHER.model_copy(update={"num_hidden_layers": 2})
 STUDENT_OF_FOUR = TEACHER.model_copy(update={"intermediate_size": 16})
 NARROW = STUDENT.model_copy(update={"hidden_size": 12})
-MAKE = {
-    "encoder": make_encoder,
-    "classifier": lambda sizes, **options: make_classifier(sizes, 3, **options),
-    "masked_lm": make_masked_lm,
-}
 LENGTHS = np.array([10, 3, 7, 5, 10, 4])
 MASK = np.arange(WIDTH)[None] < LENGTHS[:, None]
 
@@ -63,8 +56,20 @@ def _long(x):
     return torch.tensor(np.asarray(x)).long()
 
 
+def _make_model(reads: Reads, sizes: ModelConfig, **options) -> Model:
+    """The model that has the outputs which terms read."""
+    if reads.words:
+        return make_masked_lm(sizes, **options)
+    return (
+        make_classifier(sizes, 3, **options)
+        if reads.task_logits
+        else make_encoder(sizes, **options)
+    )
+
+
 def _whole(role):
-    return role.apply if role.kind == "encoder" else functools.partial(role.apply, taps=True)
+    has_head = role.reads.words or role.reads.task_logits
+    return functools.partial(role.apply, taps=True) if has_head else role.apply
 
 
 class Case:
@@ -73,10 +78,10 @@ class Case:
     def __init__(self, section, stage, share=0.0, student=STUDENT, unroll=False, batch=None):
         terms, batch = section.terms(stage), batch or _batch()
         roles, params = [], []
-        kinds = model_kind(terms), model_kind(terms, of_teacher=True)
-        for number, (sizes, kind) in enumerate(zip((student, TEACHER), kinds, strict=True)):
-            apply, init = MAKE[kind](sizes, unroll=unroll)
-            roles.append(Role(apply, kind, sizes.num_hidden_layers))
+        reads = reads_of(terms), reads_of(terms, of_teacher=True)
+        for number, (sizes, own) in enumerate(zip((student, TEACHER), reads, strict=True)):
+            apply, init = _make_model(own, sizes, unroll=unroll)
+            roles.append(Role(apply, own, sizes.num_hidden_layers))
             params.append(jax.jit(init)(jax.random.key(number)))
         mask = None
         if section.general_mask_rate and stage == "general":
@@ -91,12 +96,11 @@ class Case:
         goal = jax.jit(objective.targets)(prepared, params[1])
         loss = jax.jit(jax.value_and_grad(objective.loss, has_aux=True))
         (self.value, self.parts), self.grads = loss(ours, prepared, counts, None, goal)
-        self.labels = prepared.labels
-        inputs = (prepared.input_ids, prepared.attention_mask, prepared.token_type_ids)
+        self.targets = prepared.targets
         self.student, self.teacher = (
             jax.tree.map(
                 lambda x: torch.tensor(np.asarray(x), dtype=torch.float64),
-                jax.jit(_whole(role))(own, *inputs),
+                jax.jit(_whole(role))(own, prepared.inputs, prepared.attention_mask),
             )
             for role, own in zip(roles, params, strict=True)
         )
@@ -190,7 +194,7 @@ def test_minilmv2():
     preset = DistillSection(preset="minilmv2")
     assert [(t.heads, t.layer_map, len(t.of)) for t in preset.terms("general")] == [(48, "last", 3)]
     gold = Case(preset, "prediction")
-    label = F.cross_entropy(gold.student.logits, _long(gold.labels))
+    label = F.cross_entropy(gold.student.logits, _long(gold.targets["labels"]))
     gold.assert_parts(label=(1, label))
 
 
@@ -203,8 +207,9 @@ def test_distilbert(at):
     terms[0]["at"] = at
     case = Case(DistillSection.model_validate({"general": terms}), "general")
     labels = torch.full((ROWS, WIDTH), -100)
-    row, slot = np.nonzero(np.asarray(case.labels.tokens) != -100)
-    labels[row, _long(case.labels.positions)[row, slot]] = _long(case.labels.tokens)[row, slot]
+    positions, tokens = _long(case.targets["positions"]), _long(case.targets["tokens"])
+    row, slot = np.nonzero(tokens.numpy() != -100)
+    labels[row, positions[row, slot]] = tokens[row, slot]
     masked = labels != -100
     assert 5 < masked.sum() < REAL.sum()
     where = REAL if at == "real" else masked
@@ -221,7 +226,7 @@ def test_distilbert(at):
 def test_pkd():
     """As its code: KL as a mean over classes times T², patience without the last layer."""
     case = Case(DistillSection(preset="pkd"), "prediction", student=STUDENT_OF_FOUR)
-    labels = _long(case.labels)
+    labels = _long(case.targets["labels"])
     goal = torch.softmax(case.teacher.logits / 5, -1)
     per_class = F.kl_div((case.student.logits / 5).log_softmax(-1), goal, reduction="none")
     soft = 25 * per_class.mean()
@@ -275,8 +280,8 @@ def test_what_no_term_asks_for_is_not_there():
         {"general": [{"term": "masked_lm"}, {"term": "hidden", "weight": 0}]}
     )
     assert [term.term for term in section.terms("general")] == ["masked_lm"]
-    assert not teaches(section.terms("general"))
-    assert model_kind(section.terms("general"), of_teacher=True) == "encoder"
+    assert reads_of(section.terms("general")) == Reads(words=True, teacher=False)
+    assert reads_of(section.terms("general"), of_teacher=True) == Reads(teacher=False)
 
 
 def test_a_dumped_preset_says_its_terms_and_is_the_same_again():
@@ -291,7 +296,7 @@ def test_no_more_than_a_chunk_of_word_logits_exists(at, num_words):
     """Of arrays as wide as the vocabulary, in the compiled step of teacher and student."""
     changes = {"vocab_size": 8192, "max_position_embeddings": 64}
     apply, init = make_masked_lm(TEACHER.model_copy(update=changes))
-    role = Role(apply, "masked_lm", TEACHER.num_hidden_layers)
+    role = Role(apply, Reads(words=True), TEACHER.num_hidden_layers)
     terms = [{"term": "word_logits", "at": at}, {"term": "masked_lm"}]
     ids = {"mask_token_id": 4, "special_token_ids": (0, 1, 2), "vocab_size": 8192}
     assert masking.num_slots(0.5, 64) == 48
