@@ -1,0 +1,1 @@
+"""One run: its inputs, its folder, its stages and their results."""

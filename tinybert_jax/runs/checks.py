@@ -1,0 +1,302 @@
+"""Checks of a run's models before it writes anything: ValueErrors with expected, got and the fix.
+
+Reads settings and folders; neither trains nor scores, and writes nothing.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tinybert_jax.config.models import Student
+from tinybert_jax.config.run import StagePlan
+from tinybert_jax.config.stages import FINETUNE, PRETRAIN, StageSection
+from tinybert_jax.data.wordpiece import is_continuation
+from tinybert_jax.huggingface.folder import check_start, is_unnamed, read_model
+from tinybert_jax.huggingface.hub import check_same_pieces, check_table
+from tinybert_jax.models.attention import missing_device
+from tinybert_jax.models.families import DEFAULT
+from tinybert_jax.models.heads import Model, make_encoder, make_masked_lm
+from tinybert_jax.parallel.mesh import num_batch_shards
+from tinybert_jax.runs.inputs import naming
+from tinybert_jax.runs.run import Run, make_task_model
+from tinybert_jax.settings.layer_maps import make_layer_pairs
+from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.terms.table import reads_of
+from tinybert_jax.terms.term import Reads
+from tinybert_jax.training.optimizer import make_schedule
+
+
+def check_room(run: Run, plans: Sequence[StagePlan]) -> None:
+    """Refuses examples that no model of the run has room for, where a task cannot cut them."""
+    if run.task is None or run.task.kind.check_room is None:
+        return
+    if all(plan.stage.reads_corpus for plan in plans):
+        return
+    models = [run.teacher, *(student.sizes for student in run.students)]
+    positions = min(model.max_position_embeddings for model in models)
+    for split, examples in (("train", run.task.data.train), ("dev", run.task.data.dev)):
+        with naming(f"task.{split}"):
+            run.task.kind.check_room(run.tokenizer, examples, positions)
+
+
+def check_vocabularies(run: Run) -> None:
+    """Refuses a given model whose folder has another tokenizer than the run's."""
+    for path in (run.teacher_section.path, run.teacher_section.finetuned):
+        if path:
+            check_same_pieces(run.tokenizer, path, "teacher")
+    for student in run.students:
+        if student.section.path:
+            with naming(student.origin):
+                check_same_pieces(run.tokenizer, student.section.path, "student")
+    masked = [plan for plan in run.plans.values() if plan.masking]
+    if masked and run.tokenizer.mask_token is None:
+        raise ValueError(
+            f"{masked[0].name}: expected a tokenizer with a mask_token, got one without; set "
+            "tokenizer.path to a folder of BERT's kind"
+        )
+    if any(plan.masking and plan.masking.unit != "token" for plan in masked):
+        is_continuation(run.tokenizer)
+
+
+def check_sizes(run: Run, plans: Sequence[StagePlan]) -> None:
+    """Word tables, positions, batches, and what distillation asks of a pair of models."""
+    for plan in plans:
+        _check_attention(run, plan)
+        if plan.stage.role == "teacher" or plan.stage.distils:
+            _check_model(run, plan, "teacher", run.teacher)
+        for student in run.students if plan.stage.role == "student" else ():
+            with naming(student.origin):
+                _check_model(run, plan, "student", student.sizes)
+        check_schedule(plan.name, plan.section)
+        shards = num_batch_shards(run.mesh) * plan.section.gradient_accumulation_steps
+        for part in plan.section.parts():
+            if part.section.global_batch_size % shards:
+                raise ValueError(
+                    f"{plan.name}.{part.key}global_batch_size: expected a multiple of {shards} "
+                    f"(batch devices × accumulation steps), got {part.section.global_batch_size}"
+                )
+    distilling = [plan for plan in plans if plan.stage.distils]
+    for student in run.students if distilling else ():
+        with naming(student.origin):
+            _check_pair(distilling, run.teacher, student.sizes)
+        _check_start(student, run.teacher)
+
+
+def _check_model(run: Run, plan: StagePlan, role: str, model: ModelConfig) -> None:
+    """Refuses a model that has no room for a stage's text."""
+    check_table(run.tokenizer, model, f"the {role}")
+    stage, positions = plan.name, model.max_position_embeddings
+    max_length = plan.section.max_length
+    if max_length > positions:
+        raise ValueError(
+            f"{stage}.max_length: expected at most {positions} (the {role}'s positions), got "
+            f"{max_length}; set {stage}.max_length={positions} or less"
+        )
+    if model.type_vocab_size == 1 and _reads_pairs(run, plan):
+        raise ValueError(
+            f"{stage}: expected a {role} with two token types for pairs of texts, got "
+            f"type_vocab_size {model.type_vocab_size}; use another model, or no pairs"
+        )
+
+
+def _reads_pairs(run: Run, plan: StagePlan) -> bool:
+    """Whether the rows of a stage are pairs of texts."""
+    if plan.stage.reads_corpus:
+        return plan.masking is not None and plan.masking.pair_weight > 0
+    return run.task is not None and run.task.data.train.text_pair is not None
+
+
+def _check_attention(run: Run, plan: StagePlan) -> None:
+    """Refuses flash attention that is asked for by name and cannot train the stage's models."""
+    backend, stage = run.compute.attention, plan.name
+    if backend in ("auto", "xla"):
+        return
+    origin, fix = f"compute.attention {backend}", "or set compute.attention=auto"
+    missing = missing_device(backend)
+    if missing:
+        raise ValueError(f"{origin}: expected {missing}; run it there, {fix}")
+    trained = [run.teacher]
+    if plan.stage.role == "student":
+        trained = [student.sizes for student in run.students]
+    rates = [model.attention_probs_dropout_prob for model in trained]
+    rate = max(rates) if plan.section.dropout is None else plan.section.dropout
+    if rate:
+        raise ValueError(
+            f"{origin}: expected no dropout of attention, got {rate} in {stage}; set "
+            f"{stage}.dropout=0, {fix}"
+        )
+
+
+def check_schedule(stage: str, section: StageSection) -> None:
+    """Refuses schedule settings that do not fit together, as the stage itself would, but now."""
+    try:
+        make_schedule(
+            section.schedule,
+            learning_rate=section.learning_rate,
+            num_steps=1000,
+            warmup_steps=round(section.warmup * 1000),
+            end_factor=section.end_factor,
+            decay_steps=round(section.decay * 1000),
+            power=section.power,
+        )
+    except ValueError as error:
+        raise ValueError(f"{stage}.schedule {section.schedule}, for 1000 steps: {error}") from None
+
+
+def check_weights(run: Run, plans: Sequence[StagePlan]) -> None:
+    """Reads every given folder as the stages will, so that none fails in the middle of a run."""
+    if run.teacher_section.finetuned:
+        _check_same_sizes(run.teacher_section.finetuned, run.teacher)
+    starts = [("teacher", run.teacher, *start) for start in _teacher_starts(run, plans)]
+    starts += [
+        (student.origin, student.sizes, student.section.path, make, False)
+        for student in run.students
+        if student.section.path
+        for make in _student_models(run, plans)
+    ]
+    for origin, model, path, make, whole in starts:
+        with naming(origin):
+            check_start(path, make(model).init, whole=whole)
+
+
+Make = Callable[[ModelConfig], Model]
+
+
+def model_maker(run: Run, reads: Reads, **options: Any) -> Callable[[ModelConfig], Model]:
+    """(sizes) -> the model that has the outputs which terms read."""
+    if reads.words:
+        return lambda sizes: make_masked_lm(sizes, **options)
+    if reads.task_logits:
+        return lambda sizes: make_task_model(run, sizes, **options)
+    return lambda sizes: make_encoder(sizes, **options)
+
+
+def starts_students(run: Run, plan: StagePlan, plans: Sequence[StagePlan]) -> bool:
+    """Whether students start from their teacher's weights in this stage, the first that distils."""
+    first = next((own for own in plans if own.stage.distils), None)
+    return plan is first and any(own.section.init != "random" for own in run.students)
+
+
+def _teacher_starts(run: Run, plans: Sequence[StagePlan]) -> Iterator[tuple[str, Make, bool]]:
+    """Given folders that the stages read: path, model made of it, whether all has to be there."""
+    section, makes_own = run.teacher_section, {plan.stage.name for plan in run.plans.values()}
+    names = {plan.name for plan in plans}
+    task_head = model_maker(run, Reads(task_logits=True))
+    trains_words, trains_task = PRETRAIN.name in makes_own, FINETUNE.name in makes_own
+    if section.path and PRETRAIN.name in names:
+        pair_head = run.plans[PRETRAIN.name].section.pair_weight > 0
+        yield section.path, model_maker(run, Reads(words=True), pair_head=pair_head), False
+    elif section.path and FINETUNE.name in names and not trains_words:
+        yield section.path, task_head, False
+    for plan in (plan for plan in plans if plan.stage.teacher == "pretrained"):
+        if section.path and not trains_words and plan.teaches:
+            yield section.path, model_maker(run, reads_of(plan.terms, of_teacher=True)), True
+        elif section.path and not trains_words and starts_students(run, plan, plans):
+            yield section.path, make_encoder, True
+    given = section.finetuned or section.path
+    if given and not trains_task:
+        on_task = [plan for plan in plans if plan.stage.teacher == "task"]
+        if any(plan.teaches for plan in on_task):
+            yield given, task_head, True
+        elif any(starts_students(run, plan, plans) for plan in on_task):
+            yield given, make_encoder, True
+
+
+def _student_models(run: Run, plans: Sequence[StagePlan]) -> Iterator[Make]:
+    """The models that the stages make of a student's folder."""
+    first = next((plan for plan in plans if plan.stage.distils), None)
+    starts_with_head = first is not None and first.stage.trains_head
+    if starts_with_head or any(p.stage.role == "student" and not p.stage.distils for p in plans):
+        yield model_maker(run, Reads(task_logits=True))
+    if first is not None and not starts_with_head:
+        yield model_maker(run, reads_of(first.terms))
+
+
+def check_further_teachers(run: Run) -> None:
+    """Refuses further teachers that do not know the task, its labels or its vocabulary."""
+    plan = next(plan for plan in run.plans.values() if plan.keeps_logits)
+    for own in run.further_teachers:
+        path = own.section.path
+        with naming(own.origin):
+            check_same_pieces(run.tokenizer, path, "teacher")
+            _check_model(run, plan, "teacher", own.sizes)
+            check_labels(path, run.the_task.data.label_names)
+            check_start(path, make_task_model(run, own.sizes).init, whole=True)
+
+
+def check_labels(path: str | Path, label_names: Sequence[str] | None) -> None:
+    """Refuses a teacher whose labels, or their order, are not the task's."""
+    theirs = read_model(path).label_names
+    if label_names is None or theirs is None or is_unnamed(theirs):
+        if label_names is not None and theirs is not None and len(theirs) != len(label_names):
+            raise ValueError(
+                f"labels: expected {len(label_names)} ({list(label_names)}), the teacher {path} "
+                f"has {len(theirs)}; fine-tune it on this task first (finetune section)"
+            )
+        return
+    if tuple(theirs) != tuple(label_names):
+        raise ValueError(
+            f"labels: expected the teacher's order {list(theirs)}, got the task's "
+            f"{list(label_names)}; write task.labels in the teacher's order, or fine-tune the "
+            f"teacher on this task first (finetune section)"
+        )
+
+
+def _check_pair(plans: Sequence[StagePlan], teacher: ModelConfig, student: ModelConfig) -> None:
+    """Refuses a pair of models that a term cannot compare."""
+    if student.vocab_size != teacher.vocab_size:
+        raise ValueError(
+            f"vocabulary: expected the same for both, got {student.vocab_size} entries for the "
+            f"student and {teacher.vocab_size} for the teacher; use the teacher's tokenizer"
+        )
+    for plan in plans:
+        for term in plan.terms:
+            with naming(f"distillation.{plan.name}, term {term.name}"):
+                term.check_fit(student, teacher)
+
+
+def _check_start(student: Student, teacher: ModelConfig) -> None:
+    """Refuses a student that cannot start from its teacher's weights as it is to."""
+    init = student.section.init
+    if init == "random":
+        return
+    copies = init == "teacher_layers"
+    if copies and (student.sizes.model_type or DEFAULT) != (teacher.model_type or DEFAULT):
+        raise ValueError(
+            f"{student.origin}.model_type: expected the teacher's, {teacher.model_type or DEFAULT}, "
+            f"got {student.sizes.model_type or DEFAULT}, because {student.origin}.init is {init}; "
+            "set it to that, or choose another init"
+        )
+    is_equal = {"max_position_embeddings": False, "hidden_size": copies}
+    if copies:
+        is_equal |= {"num_attention_heads": True, "intermediate_size": True}
+    for name, equal in is_equal.items():
+        theirs, got = getattr(teacher, name), getattr(student.sizes, name)
+        if got > theirs or (equal and got != theirs):
+            raise ValueError(
+                f"{student.origin}.{name}: expected {'' if equal else 'at most '}{theirs} (the "
+                f"teacher's), got {got}, because {student.origin}.init is {init}; set it to that, "
+                f"or {student.origin}.init=random"
+            )
+    if copies:
+        with naming(f"{student.origin}.init_layers"):
+            make_layer_pairs(
+                student.section.init_layers,
+                student.sizes.num_hidden_layers,
+                teacher.num_hidden_layers,
+            )
+
+
+def _check_same_sizes(path: str, teacher: ModelConfig) -> None:
+    """Of all that changes what the weights compute."""
+    free = {"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"}
+    expected = teacher.model_dump(exclude=free | {"pad_token_id"})
+    got = read_model(path).config.model_dump()
+    different = [name for name in expected if got[name] != expected[name]]
+    if different:
+        raise ValueError(
+            f"teacher.finetuned: expected the teacher's "
+            f"{', '.join(f'{name} {expected[name]}' for name in different)}, got "
+            f"{', '.join(f'{name} {got[name]}' for name in different)} in {path}; give "
+            "teacher.path and teacher.finetuned of one model"
+        )
