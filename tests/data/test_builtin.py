@@ -1,4 +1,4 @@
-"""builtin: the quickstart's text is stable, balanced, free of leaks, and English."""
+"""builtin: the text of the quickstart is reproducible, balanced, free of leaks and English."""
 
 import os
 import re
@@ -28,11 +28,11 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[a-z]+", text.lower())
 
 
-def test_processes_with_other_string_hashes_agree_and_import_nothing_heavy():
+def test_text_does_not_depend_on_the_hash_seed_and_imports_no_package():
     code = (
         "import hashlib, sys\n"
         "from tinybert_jax.data import builtin\n"
-        "builtin._MAX_CHARS = 10_000\n"  # a part is as good and ten times quicker
+        "builtin._MAX_CHARS = 10_000\n"  # ten times faster than all text
         "parts = repr((builtin.builtin_corpus(), builtin.builtin_task('train')))\n"
         "print(hashlib.sha1(parts.encode()).hexdigest())\n"
         "heavy = {'jax', 'flax', 'transformers', 'datasets', 'pandas', 'scipy'}\n"
@@ -51,13 +51,13 @@ def test_processes_with_other_string_hashes_agree_and_import_nothing_heavy():
     assert len(runs[0].strip()) == 40 and runs[0] == runs[1]
 
 
-def test_two_calls_agree(task):
+def test_two_calls_return_the_same_task(task):
     again = builtin_task("dev")
     assert again.text == task["dev"].text
     np.testing.assert_array_equal(again.labels, task["dev"].labels)
 
 
-def test_sizes(corpus, task):
+def test_corpus_and_task_are_large_enough(corpus, task):
     assert 1_500_000 < sum(map(len, corpus)) < 4_000_000
     assert 5_000 <= len(task["train"].text) <= 6 * 2000
     assert 800 <= len(task["dev"].text) <= 0.2 * len(task["train"].text)
@@ -71,7 +71,7 @@ def test_classes_are_balanced_and_mixed(task, split):
     counts = np.bincount(texts.labels)
     assert len(counts) == 6 and counts.min() == counts.max()
     first = np.bincount(texts.labels[:300], minlength=6)
-    assert first.min() > 20  # a run of one class would make training see one label at a time
+    assert first.min() > 20  # sorted classes would show one label at a time in training
 
 
 def test_smaller_max_per_class_is_a_subset(task):
@@ -80,28 +80,29 @@ def test_smaller_max_per_class_is_a_subset(task):
     assert set(few.text) < set(task["train"].text)
 
 
-def test_no_sentence_is_repeated_or_shared(corpus, task):
+def test_no_sentence_is_repeated_or_in_both_splits(corpus, task):
     train, dev = ({" ".join(_words(text)) for text in task[s].text} for s in ("train", "dev"))
     assert len(train) == len(task["train"].text) and len(dev) == len(task["dev"].text)
     assert not train & dev
     seen = {
         " ".join(_words(sentence)) for text in corpus for sentence in re.split("(?<=[.]) |\n", text)
     }
-    assert len(train & seen) > 0.95 * len(train)  # the split below is about right
+    assert len(train & seen) > 0.95 * len(train)  # the regex above finds most sentences
     assert not dev & seen
 
 
-def test_dev_is_no_near_copy_of_train(task):
-    def runs(text: str) -> list[tuple[str, ...]]:
+def test_dev_sentences_share_at_most_half_of_their_four_word_sequences_with_train(task):
+    def ngrams(text: str) -> list[tuple[str, ...]]:
         words = _words(text)
         return list(zip(*(words[i:] for i in range(4)), strict=False))
 
-    seen = {run for text in task["train"].text for run in runs(text)}
+    in_train = {ngram for text in task["train"].text for ngram in ngrams(text)}
     for text in task["dev"].text:
-        assert 2 * sum(run in seen for run in runs(text)) <= max(1, len(runs(text))), text
+        num_shared = sum(ngram in in_train for ngram in ngrams(text))
+        assert 2 * num_shared <= max(1, len(ngrams(text))), text
 
 
-def test_sentences_read_as_english(task):
+def test_sentences_are_english(task):
     for split in task.values():
         for text in split.text:
             assert text[0].isupper() and text[-1] == "." and len(_words(text)) >= 5, text
@@ -110,7 +111,7 @@ def test_sentences_read_as_english(task):
             assert sum(c.isalpha() or c == " " for c in text) >= 0.8 * len(text), text
 
 
-def test_corpus_reads_as_english(corpus):
+def test_corpus_is_english(corpus):
     assert len(set(corpus)) > 0.98 * len(corpus)
     for document in corpus:
         assert "\n\n" not in document and document == document.strip()
@@ -120,7 +121,7 @@ def test_corpus_reads_as_english(corpus):
     assert common > 0.04 * sum(len(document.split()) for document in corpus)
 
 
-def test_docstring_markup_is_taken_apart():
+def test_prose_of_a_docstring_is_found_without_markup():
     from tinybert_jax.data.builtin import _is_prose, _paragraphs, _sentences
 
     docstring = """\
@@ -178,18 +179,18 @@ Anybody wrote this reference and it is left out.
 
 
 def test_finds_the_docstrings_that_ast_finds():
-    """Independent reference: the parser of Python itself, on a package with many quoting styles."""
+    """Independent reference: Python's parser, on a package with many quoting styles."""
     import ast
     import importlib.util
     import inspect
     from pathlib import Path
 
-    from tinybert_jax.data.builtin import _LEFT_OUT, _docstrings
+    from tinybert_jax.data.builtin import _EXCLUDED_FILES, _docstrings
 
     (root,) = importlib.util.find_spec("optax").submodule_search_locations
     expected = set()
     for file in Path(root).rglob("*.py"):
-        if _LEFT_OUT.search(f"optax/{file.relative_to(root).as_posix()}"):
+        if _EXCLUDED_FILES.search(f"optax/{file.relative_to(root).as_posix()}"):
             continue
         for node in ast.walk(ast.parse(file.read_bytes())):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
@@ -200,7 +201,7 @@ def test_finds_the_docstrings_that_ast_finds():
     assert len(expected - found) <= 0.01 * len(expected)
 
 
-def test_mistakes_are_explained(monkeypatch):
+def test_wrong_arguments_and_missing_packages_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="expected split 'train' or 'dev', got 'test'"):
         builtin_task("test")
     with pytest.raises(ValueError, match="expected max_per_class of 1 or more, got 0"):

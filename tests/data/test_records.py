@@ -1,4 +1,4 @@
-"""records: every format, packed or not, gives the same texts; what cannot be read is told."""
+"""records: every format, compressed or not, gives the same texts; bad records are reported."""
 
 import bz2
 import csv
@@ -19,7 +19,7 @@ OPTIONS = Options(text="text", split=None, document_end="blank_line", chunk_byte
 
 
 def _read(paths, **options):
-    """All records, chunk after chunk."""
+    """The records of every chunk."""
     options = OPTIONS._replace(**options)
     sources = find_sources([str(path) for path in paths])
     groups = enumerate(group_sources(sources, options.chunk_bytes))
@@ -50,7 +50,7 @@ FORMATS = {
     "csv": _csv,
     "parquet": _parquet,
 }
-PACKERS = {
+COMPRESSORS = {
     "": bytes,
     ".gz": gzip.compress,
     ".bz2": bz2.compress,
@@ -59,12 +59,13 @@ PACKERS = {
 }
 
 
-@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("suffix", COMPRESSORS)
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_format_gives_the_same_texts_whatever_the_chunks(tmp_path, format, packer):
+def test_every_format_and_chunk_size_gives_the_same_texts(tmp_path, format, suffix):
     content = FORMATS[format](TEXTS * 20)
-    path = tmp_path / f"a.{format}{packer}"
-    path.write_bytes(PACKERS[packer](content.encode() if isinstance(content, str) else content))
+    path = tmp_path / f"a.{format}{suffix}"
+    content = content.encode() if isinstance(content, str) else content
+    path.write_bytes(COMPRESSORS[suffix](content))
     numbers = set()
     for chunk_bytes in (256, 1000, 10**6):
         chunks = _read([path], chunk_bytes=chunk_bytes)
@@ -74,18 +75,18 @@ def test_every_format_gives_the_same_texts_whatever_the_chunks(tmp_path, format,
     assert len(numbers) == 1
 
 
-def test_a_compressed_file_is_cut_where_the_plain_one_is(tmp_path):
+def test_a_compressed_file_gives_the_chunks_of_the_plain_file(tmp_path):
     content = FORMATS["txt"](TEXTS * 50).encode()
     (tmp_path / "a.txt").write_bytes(content)
     plain = _read([tmp_path / "a.txt"])
-    for suffix, pack in PACKERS.items():
+    for suffix, compress in COMPRESSORS.items():
         path = tmp_path / f"b.txt{suffix}"
-        path.write_bytes(pack(content))
+        path.write_bytes(compress(content))
         cuts = [[(r.place, r.text) for r in chunk] for chunk in _read([path])]
         assert cuts == [[(r.place, r.text) for r in chunk] for chunk in plain]
 
 
-def test_datasets_folder_and_columns(tmp_path):
+def test_a_datasets_folder_gives_its_column_and_split(tmp_path):
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_dict({"n": range(5), "body": TEXTS})
     data.save_to_disk(str(tmp_path / "saved"))
@@ -109,11 +110,11 @@ def test_small_files_of_a_folder_share_a_chunk(tmp_path):
     assert len(lines) == 12
 
 
-def test_a_document_without_end_is_cut_at_a_line(tmp_path):
+def test_a_document_longer_than_many_chunks_is_cut_at_a_line_break(tmp_path):
     (tmp_path / "a.txt").write_text("word word\n" * 2000)
     assert len(_flat(_read([tmp_path / "a.txt"]))) > 1
     (tmp_path / "b.jsonl").write_text("x" * 10000)
-    with pytest.raises(ValueError, match="b.jsonl: expected a line break now and then"):
+    with pytest.raises(ValueError, match="b.jsonl: expected line breaks; got none in"):
         _read([tmp_path / "b.jsonl"])
 
 
@@ -135,7 +136,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_record_is_told_and_the_others_are_read(tmp_path, name):
+def test_a_bad_record_is_reported_and_the_others_are_read(tmp_path, name):
     content, place, reason = BAD[name]
     path = tmp_path / f"a.{name}"
     path.write_bytes(content)
@@ -146,7 +147,7 @@ def test_a_bad_record_is_told_and_the_others_are_read(tmp_path, name):
     assert {record.text for record in found if record is not bad} == {"good"}
 
 
-def test_parquet_null_and_bytes_are_told(tmp_path):
+def test_null_and_number_in_parquet_are_reported(tmp_path):
     table = pyarrow.table({"text": pyarrow.array(["good", None, "good"])})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     found = _flat(_read([tmp_path / "a.parquet"]))
@@ -159,7 +160,7 @@ def test_parquet_null_and_bytes_are_told(tmp_path):
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
 def test_a_truncated_file_is_named(tmp_path, suffix):
     path = tmp_path / f"a.txt{suffix}"
-    content = PACKERS[suffix](" ".join(map(str, range(50_000))).encode())
+    content = COMPRESSORS[suffix](" ".join(map(str, range(50_000))).encode())
     for broken in (content[: len(content) // 2], b"no" + content):
         path.write_bytes(broken)
         with pytest.raises(ValueError, match=f"a.txt{suffix}: expected a file that can be read"):
@@ -170,7 +171,7 @@ def test_a_truncated_file_is_named(tmp_path, suffix):
         _read([path])
 
 
-def test_what_is_no_source_is_named(tmp_path):
+def test_paths_that_are_no_source_are_refused(tmp_path):
     (tmp_path / "a.docx").write_text("x")
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "a.tsv").write_text("body\tn\nx\t1\n")

@@ -136,7 +136,7 @@ def test_labels_that_nearly_every_row_has_for_itself_are_refused(tmp_path, num_l
 @pytest.mark.parametrize(
     ("name", "header", "fix"),
     [
-        ("rows.csv", "body;label", "parted by ';'"),
+        ("rows.csv", "body;label", "separated by ';'"),
         ("rows.csv", "body\tlabel", "name it .tsv"),
         ("rows.tsv", "body,label", "name it .csv"),
         ("rows.csv", "good; really good,1", "without a header give '0'"),
@@ -148,4 +148,4 @@ def test_columns_that_are_parted_otherwise_are_named(tmp_path, name, header, fix
     with pytest.raises(ValueError, match="expected a column 'body'") as raised:
         read_task(section)
     assert fix in str(raised.value)
-    assert ("parted by" in str(raised.value)) == ("really" not in header)
+    assert ("separated by" in str(raised.value)) == ("really" not in header)

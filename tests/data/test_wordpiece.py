@@ -21,7 +21,7 @@ def test_vocabularies_cased_uncased_and_chinese(tmp_path, capsys):
     assert "expected a new folder; got one that exists" in capsys.readouterr().err
 
 
-def test_no_text_says_what_was_found(tmp_path, capsys):
+def test_sources_without_text_are_refused_with_the_first_bad_record(tmp_path, capsys):
     (tmp_path / "text.jsonl").write_text('{"body": "a"}\n[1]\n')
     command = ["data", "vocab", str(tmp_path / "text.jsonl"), "-o", str(tmp_path / "out")]
     assert cli.main(command) == 2
@@ -30,8 +30,8 @@ def test_no_text_says_what_was_found(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_each_chinese_character_has_a_piece_and_none_within_a_word(tmp_path):
-    """Beyond the limit on letters: the text has 3,000 of them, twice each."""
+def test_every_chinese_character_has_one_piece_and_no_continuing_piece(tmp_path):
+    """The limit on letters does not apply: the text has 3,000 characters, twice each."""
     text = "".join(chr(0x4E00 + i) for i in range(3000))
     (tmp_path / "text.txt").write_text(f"{text} a\n{text} a\n")
     command = ["data", "vocab", str(tmp_path / "text.txt"), "--size", "3500", "-o"]
@@ -41,8 +41,8 @@ def test_each_chinese_character_has_a_piece_and_none_within_a_word(tmp_path):
     assert len(pieces) == 5 + 3000 + 2  # a, ##a
 
 
-def test_no_more_pieces_than_asked_for(tmp_path, capsys):
-    """The commonest letters have theirs first."""
+def test_a_vocabulary_has_at_most_the_requested_size(tmp_path, capsys):
+    """The most frequent letters get pieces first."""
     (tmp_path / "text.txt").write_text("we saw a tree, we saw the sea, we see 电影 电影\n" * 9)
     command = ["data", "vocab", str(tmp_path / "text.txt"), "-o", str(tmp_path / "out"), "--size"]
     assert cli.main([*command, "11"]) == 0

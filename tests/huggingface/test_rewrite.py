@@ -203,7 +203,7 @@ def test_a_vocabulary_with_a_gap_is_refused(letters, tmp_path, capsys):
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.txt").write_text("\n".join([*VOCAB[:10], VOCAB[5], *VOCAB[11:]]) + "\n")
     assert _extend(folder, text, tmp_path / "more") == 2
-    assert "to be numbered from 0 on" in capsys.readouterr().err
+    assert "to have the ids from 0 on" in capsys.readouterr().err
     assert not (tmp_path / "more").exists()
 
 
@@ -227,4 +227,4 @@ def test_what_is_no_word_piece_is_refused(letters, tmp_path, capsys):
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     assert _extend(folder, text, tmp_path / "more") == 2
-    assert "expected a WordPiece one, got WordLevel" in capsys.readouterr().err
+    assert "expected WordPiece, got WordLevel" in capsys.readouterr().err

@@ -1,14 +1,13 @@
-"""Owns the built-in data set of the quickstart: text that every install already has on its disk.
+"""The built-in data set of the quickstart, made of text that every installation has on disk.
 
-The text is the English prose in the docstrings of the installed packages; the labelled task is
-"which package does this sentence come from?". The packages are read as files, never imported.
-Knows nothing of tokens. The text moves a little with the package versions; for one installation
-every call gives the same answer.
+The text is the English prose in the docstrings of installed packages; the labelled task is to tell
+which package a sentence comes from. Packages are read as files, never imported. The text changes
+slightly with the package versions; in one installation every call returns the same text.
 
-A sentence of the task never names a package, else the label could be read off: such sentences are
-dropped. Whole docstrings go to train or dev by the hash of their text. A sentence that stands in
-two packages or in both splits is dropped, and so is a dev sentence most of whose four-word runs
-stand in train. The corpus leaves the dev docstrings out, so dev is unseen text in every phase.
+The task drops sentences that name a package, because the name gives the label away. The hash of
+its text puts a whole docstring into train or dev. Dropped are also sentences found in two packages
+or in both splits, and dev sentences that share most four-word sequences with train. The corpus
+excludes the dev docstrings, so no stage of training sees dev text.
 """
 
 import functools
@@ -26,14 +25,15 @@ import numpy as np
 from tinybert_jax.data.examples import Examples
 
 _CLASSES = ("huggingface_hub", "jax", "orbax", "pandas", "scipy", "transformers")
-_TEXT_ONLY = ("datasets", "flax", "numpy", "optax", "pydantic")  # too short, or too like a class
-_MAX_CHARS = 300_000  # of prose per package, so that scipy does not drown the rest
-_MIN_WORDS = 6
-_DEV_SHARE = 8  # one docstring in eight
+# Corpus only: packages with little text, or with text that is too similar to a class.
+_TEXT_ONLY = ("datasets", "flax", "numpy", "optax", "pydantic")
+_MAX_CHARS = 300_000  # of prose per package, so that scipy does not dominate the corpus
+_MIN_WORDS = 6  # per sentence
+_DEV_EVERY = 8  # one docstring in eight goes to dev
 
 
 def builtin_corpus() -> list[str]:
-    """About 2 MB of English: one document per docstring, its paragraphs on lines of their own."""
+    """About 2 MB of English: one document per docstring, one paragraph per line."""
     return [
         "\n".join(" ".join(sentences) for sentences in doc.paragraphs)
         for doc in _documents()
@@ -42,10 +42,10 @@ def builtin_corpus() -> list[str]:
 
 
 def builtin_task(split: str, *, max_per_class: int = 2000) -> Examples:
-    """Sentences labelled with the package they come from, in a fixed mixed order.
+    """Sentences labelled with their package, in a fixed order that mixes the classes.
 
-    Every class has equally many: the smallest class's number, at most `max_per_class`. A smaller
-    `max_per_class` gives a subset. Raises ValueError for another split or a missing package.
+    Every class has as many sentences as the smallest class, at most `max_per_class`; a smaller
+    limit selects a subset. Raises ValueError for split not in train, dev and missing packages.
     """
     if split not in ("train", "dev"):
         raise ValueError(f"built-in task: expected split 'train' or 'dev', got {split!r}")
@@ -74,27 +74,27 @@ class _Document(NamedTuple):
 
 @functools.cache
 def _task_sentences() -> dict[str, list[list[str]]]:
-    """Split -> sentences of each class, in hash order."""
-    homes: dict[str, set[tuple[str, bool]]] = defaultdict(set)
+    """Split -> sentences of every class, sorted by hash."""
+    origins: dict[str, set[tuple[str, bool]]] = defaultdict(set)
     for doc in _documents():
-        for sentence in _sentences_of(doc):
-            homes[_normalised(sentence)].add((doc.package, doc.is_dev))
+        for sentence in _document_sentences(doc):
+            origins[_normalise(sentence)].add((doc.package, doc.is_dev))
 
     train: dict[str, dict[str, str]] = {package: {} for package in _CLASSES}
     dev: dict[str, dict[str, str]] = {package: {} for package in _CLASSES}
     for doc in _documents():
         if doc.package not in _CLASSES:
             continue
-        for sentence in _sentences_of(doc):
-            words = _normalised(sentence)
-            if len(homes[words]) == 1 and not _NAMES_A_PACKAGE.search(sentence):
+        for sentence in _document_sentences(doc):
+            words = _normalise(sentence)
+            if len(origins[words]) == 1 and not _NAMES_A_PACKAGE.search(sentence):
                 (dev if doc.is_dev else train)[doc.package].setdefault(words, sentence)
 
-    seen = {run for texts in train.values() for words in texts for run in _runs(words)}
+    in_train = {ngram for texts in train.values() for words in texts for ngram in _ngrams(words)}
     for texts in dev.values():
         for words in list(texts):
-            runs = _runs(words)
-            if 2 * sum(run in seen for run in runs) > len(runs):
+            ngrams = _ngrams(words)
+            if 2 * sum(ngram in in_train for ngram in ngrams) > len(ngrams):
                 del texts[words]
     return {
         name: [sorted(texts.values(), key=_stable_hash) for texts in split.values()]
@@ -104,7 +104,7 @@ def _task_sentences() -> dict[str, list[list[str]]]:
 
 @functools.cache
 def _documents() -> tuple[_Document, ...]:
-    """All docstrings that hold prose; of repeated paragraphs (boilerplate) only the first."""
+    """All docstrings with prose; keeps only the first of repeated paragraphs (boilerplate)."""
     documents, seen = [], set()
     for package in _CLASSES + _TEXT_ONLY:
         num_chars = 0
@@ -112,30 +112,30 @@ def _documents() -> tuple[_Document, ...]:
             paragraphs = []
             for paragraph in _paragraphs(docstring):
                 sentences = [s for s in _sentences(paragraph) if _is_prose(s)]
-                key = (package, *map(_normalised, sentences))
+                key = (package, *map(_normalise, sentences))
                 if sentences and key not in seen:
                     seen.add(key)
                     paragraphs.append(sentences)
                     num_chars += sum(map(len, sentences))
             if paragraphs:
-                is_dev = _stable_hash(docstring) % _DEV_SHARE == 0
+                is_dev = _stable_hash(docstring) % _DEV_EVERY == 0
                 documents.append(_Document(package, is_dev, paragraphs))
             if num_chars >= _MAX_CHARS:
                 break
     return tuple(documents)
 
 
-def _sentences_of(doc: _Document) -> Iterator[str]:
+def _document_sentences(doc: _Document) -> Iterator[str]:
     for sentences in doc.paragraphs:
         yield from sentences
 
 
-def _normalised(sentence: str) -> str:
+def _normalise(sentence: str) -> str:
     return " ".join(re.findall(r"[a-z]+", sentence.lower()))
 
 
-def _runs(words: str, length: int = 4) -> list[tuple[str, ...]]:
-    """The overlapping runs of `length` words."""
+def _ngrams(words: str, length: int = 4) -> list[tuple[str, ...]]:
+    """The overlapping sequences of `length` words; one shorter sequence if there are fewer."""
     split = words.split()
     return [tuple(split[i : i + length]) for i in range(max(1, len(split) - length + 1))]
 
@@ -149,14 +149,14 @@ _NAMES_A_PACKAGE = re.compile(
     r"|pandas|pd|transformers)\b",
     re.IGNORECASE,
 )
-_LEFT_OUT = (
-    re.compile(  # tests, other people's code, jax's retelling of numpy and scipy, boilerplate
+_EXCLUDED_FILES = (
+    re.compile(  # tests, vendored code, jax's copies of numpy and scipy docstrings, boilerplate
         r"/(?:\w*_)?test(?:s|ing)?(?:_\w+)?(?:/|\.py)|/conftest\.py|/_?(?:vendor|extern)\w*/"
         r"|^jax/(?:_src/)?(?:numpy|scipy)/|^transformers/models/"
     )
 )
-# One pass over Python source: comments and other strings are stepped over, so that a triple quote
-# is taken for what it is. Ten times faster than `ast`, and what `add_newdoc` is given comes along.
+# Scans Python source in one pass; matches comments and other strings as well, so that quotes inside
+# them do not start a docstring. Ten times faster than `ast`, and finds the texts of `add_newdoc`.
 _TOKEN = re.compile(
     r"""(?=[#"'])(?:"""
     r"""#[^\n]*+"""
@@ -168,7 +168,7 @@ _TOKEN = re.compile(
 
 
 def _docstrings(package: str) -> Iterator[str]:
-    """Every triple-quoted string that begins its line, files in hash order."""
+    """Yields the triple-quoted strings that start a line, files sorted by hash."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
@@ -181,7 +181,7 @@ def _docstrings(package: str) -> Iterator[str]:
         for file in Path(root).rglob("*.py")
     }
     for name in sorted(files, key=_stable_hash):
-        if _LEFT_OUT.search(name):
+        if _EXCLUDED_FILES.search(name):
             continue
         source = files[name].read_text(encoding="utf-8", errors="replace")
         for token in _TOKEN.finditer(source):
@@ -199,14 +199,14 @@ _DIRECTIVE = re.compile(r"\.\. ?(?:([\w:-]+)::|\[|_)")
 _UNDERLINE = re.compile(r"([=\-~^\"*+#.])\1{2,}$")
 _TITLE = re.compile(r"[A-Z][\w ]{2,30}:$")
 _NUMPY_ENTRY = re.compile(r"\*{0,2}[\w.]+(?:, ?\*{0,2}[\w.]+)* ?: |.*, optional$|.*, default ")
-_ENTRY = re.compile(  # `name (type): `, `name: ` and list markers: what follows is the prose
+_ENTRY = re.compile(  # `name (type): `, `name: ` and list markers, which precede prose
     r"(?:[-*+•]|\(?\d+[.)]) +"
     r"|\*{0,2}[`\"']?[\w.]+[`\"']?(?: ?\((?:[^()]|\([^()]*\))*\))?(?::| --?)(?: +|$)"
 )
 
 
 def _paragraphs(docstring: str) -> Iterator[str]:
-    """The running text of a docstring: no code, headings, references, or `name : type` lines."""
+    """Yields the paragraphs of a docstring without code, headings, references, `name : type`."""
     lines: list[str] = []
     last_indent, hanging, skipping = 0, False, False
     for indent, text in [*_without_code(docstring), (0, "")]:
@@ -219,7 +219,7 @@ def _paragraphs(docstring: str) -> Iterator[str]:
         if heading is not None:
             skipping = heading.lower() in _SKIPPED_SECTIONS
         elif indent > last_indent and len(lines) == 1 and not hanging:
-            lines.clear()  # a bare type above its indented description
+            lines.clear()  # drop a type that stands alone above an indented description
         is_header = heading is not None or bool(_NUMPY_ENTRY.match(text))
         entry = _ENTRY.match(text)
         if lines and (is_header or entry):
@@ -232,16 +232,16 @@ def _paragraphs(docstring: str) -> Iterator[str]:
 
 
 def _heading(text: str, lines: list[str]) -> str | None:
-    """The section title that this line ends, `Returns:` or an underline; takes it off `lines`."""
+    """Section title of a line such as `Returns:` or an underline, which takes it off `lines`."""
     if _UNDERLINE.match(text):
         return lines.pop() if lines else ""
     return text[:-1] if _TITLE.match(text) else None
 
 
 def _without_code(docstring: str) -> Iterator[tuple[int, str]]:
-    """Each line's indent and text, empty for fences, doctests, directives and literal blocks."""
+    """Yields (indent, text) of every line; no text for fences, doctests, directives and code."""
     fenced = doctest = False
-    block: int | None = None  # what is indented deeper than this is left out
+    block: int | None = None  # indent of a literal block; deeper lines belong to the block
     for line in docstring.split("\n"):
         text = line.strip()
         indent = len(line) - len(line.lstrip())
@@ -261,10 +261,10 @@ def _without_code(docstring: str) -> Iterator[tuple[int, str]]:
             yield indent, text.removeprefix("> ")
 
 
-_MARKUP = [  # a character it needs, pattern, plain text
-    (sign, re.compile(pattern), plain)
-    for sign, pattern, plain in (
-        ("`", r":math:`[^`]*`", r"\\"),  # no prose holds a backslash: the sentence goes
+_MARKUP = [  # (text that every match contains, pattern, replacement)
+    (needed, re.compile(pattern), replacement)
+    for needed, pattern, replacement in (
+        ("`", r":math:`[^`]*`", r"\\"),  # a backslash, so that _is_prose drops the sentence
         ("`", r":[\w:+-]+:`~?([^`<]*?) ?<[^`]*>`", r"\1"),
         ("`", r":[\w:+-]+:`~?(?:[\w.]*\.)?([^`]*)`", r"\1"),
         ("<", r"`([^`<]+?) ?<[^`]*>`__?", r"\1"),
@@ -293,14 +293,14 @@ def _sentences(paragraph: str) -> list[str]:
     if paragraph.count(" ") < _MIN_WORDS - 1 or "." not in paragraph:
         return []
     if not _PLAIN.fullmatch(paragraph):
-        for sign, pattern, plain in _MARKUP:
-            if sign in paragraph:
-                paragraph = pattern.sub(plain, paragraph)
+        for needed, pattern, replacement in _MARKUP:
+            if needed in paragraph:
+                paragraph = pattern.sub(replacement, paragraph)
     return [sentence.strip() for sentence in _SENTENCE_END.split(paragraph)]
 
 
 def _is_prose(sentence: str) -> bool:
-    """Whether it reads as an English sentence: capital, full stop, 6 to 45 words, few symbols."""
+    """Whether a text looks like a sentence: capital, full stop, 6 to 45 words, few symbols."""
     if not _PLAIN.fullmatch(sentence):
         return False
     words = [word.strip(",;:'\"()%.") for word in sentence.split()]
@@ -309,7 +309,7 @@ def _is_prose(sentence: str) -> bool:
     if sentence.count("(") != sentence.count(")"):
         return False
     if sum(c.isalpha() or c == " " for c in sentence) < 0.8 * len(sentence):
-        return False  # a list of quoted values
+        return False  # mostly symbols, such as a list of quoted values
     if _CODE_LIKE.search(sentence.replace("e.g.", "eg").replace("i.e.", "ie")):
         return False
     return sum(bool(_WORD.fullmatch(word)) for word in words) >= 0.85 * len(words)

@@ -1,4 +1,4 @@
-"""How the readers of text say what is wrong: expected, got, and the fix, in one ValueError."""
+"""Errors of the text readers: one ValueError that says what was expected, what was got, the fix."""
 
 import difflib
 import os
@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 
 def fail(where: str, expected: str, got: str, fix: str) -> NoReturn:
+    """Raises ValueError; `where` is the file, option or setting at fault."""
     raise ValueError(f"{where}: expected {expected}; got {got}; fix: {fix}")
 
 
@@ -16,7 +17,7 @@ def fail_column(path: str, column: str, available: list[str], hint: str = "") ->
         fail(path, f"one column {column!r}", f"{available.count(column)}", "rename the others")
     columns = ", ".join(map(short, available))
     where = " (--text, --text-pair or --label; in a config text, text_pair or label)"
-    fix = nearest(column, available) + where + _parted_otherwise(available) + hint
+    fix = nearest(column, available) + where + _separator_hint(available) + hint
     fail(path, f"a column {column!r}", f"columns {columns}", fix)
 
 
@@ -26,23 +27,26 @@ def fail_missing(path: str) -> NoReturn:
     fail(path, "a file or folder", "nothing", nearest(Path(path).name, siblings))
 
 
-def _parted_otherwise(names: Sequence[str]) -> str:
-    """A hint, where the only column's name holds the sign that seems to part several."""
-    found = next((sign for sign in "\t;|," if len(names) == 1 and sign in names[0]), None)
+def _separator_hint(names: Sequence[str]) -> str:
+    """A hint if the header is a single column whose name contains another separator."""
+    found = next((sep for sep in "\t;|," if len(names) == 1 and sep in names[0]), None)
     fixes = {
         "\t": "set task.format=tsv, or name it .tsv",
         ",": "set task.format=csv, or name it .csv",
     }
     if found is None:
         return ""
-    return f"; columns seem to be parted by {found!r}: {fixes.get(found, 'write commas or tabs')}"
+    fix = fixes.get(found, "separate them by commas or tabs")
+    return f"; columns seem to be separated by {found!r}: {fix}"
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, 1, 0.7)  # a shared suffix is not enough
+    """A fix for a misspelt name."""
+    close = difflib.get_close_matches(name, names, 1, 0.7)  # 0.7: more than a shared suffix
     return f"did you mean {close[0]!r}?" if close else "check the name"
 
 
 def short(value: Any) -> str:
+    """`repr` of a value, cut at 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:59] + "…"

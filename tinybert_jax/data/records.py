@@ -1,8 +1,8 @@
-"""Owns text files of any size as a stream: sources, chunks of them, the records of a chunk.
+"""Reads text of any size as a stream: finds sources, cuts them into chunks, reads their records.
 
-Where a chunk ends depends on the sources and on `chunk_bytes` alone, so that any worker may take
-any chunk. A record that cannot be read is passed on with the reason; a file that cannot be read
-is a ValueError.
+The ends of chunks depend only on the sources and `chunk_bytes`, so any worker can read any chunk.
+A record that cannot be read is yielded with the reason; a file that cannot be read raises
+ValueError.
 """
 
 import bz2
@@ -26,39 +26,38 @@ from tinybert_jax.data.tables import load_dataset
 
 _KINDS = (".txt", ".jsonl", ".tsv", ".csv", ".parquet")
 _SUFFIXES = tuple(kind + end for kind in _KINDS for end in ("", *COMPRESSED))
-_LONGEST = 16  # chunks without an end of record, after which a line end has to do
-
-
+# Documents longer than so many chunks are cut at a line break.
+_MAX_CHUNKS_PER_DOCUMENT = 16
 _LAST_BLANK = re.compile(rb".*\n[ \t\r\f\v]*\n", re.DOTALL)
 
 
 class Source(NamedTuple):
     path: str
-    kind: str  # a suffix, or "datasets"
+    kind: str  # suffix of the decompressed file, or "datasets"
     num_bytes: int  # on disk; 0 for a data set
-    modified: int  # in nanoseconds of the file system's clock; 0 for a data set
+    modified: int  # modification time in ns; 0 for a data set
 
 
 class Options(NamedTuple):
-    """What reading needs to know."""
+    """Settings of the readers."""
 
-    text: str  # the column
-    split: str | None
-    document_end: str  # of .txt: blank_line or line
+    text: str  # column of the text: a name, or a position where there is no header
+    split: str | None  # of a data set
+    document_end: str  # of a .txt file: blank_line or line
     chunk_bytes: int
 
 
 class Piece(NamedTuple):
-    """A run of records of one source, whole records only."""
+    """Consecutive whole records of one source."""
 
     source: Source
-    first: int  # the number of the first line or row, from 1
-    content: bytes | list[tuple[int, Any]]  # raw lines; or (number, text or None or the reason)
-    header: tuple[int, int] = (0, 0)  # of a .tsv: place of the column, number of columns (0: any)
+    first: int  # number of the first line or row, from 1
+    content: bytes | list[tuple[int, Any]]  # raw lines; or (number, text, None or Unreadable)
+    header: tuple[int, int] = (0, 0)  # of a .tsv: text column, number of columns (0: any number)
 
 
 class Chunk(NamedTuple):
-    """What is tokenised, packed and shuffled together; `group` and `number` say which."""
+    """Text that is tokenised, packed and shuffled together; (group, number) identifies a chunk."""
 
     group: int
     number: int
@@ -73,22 +72,25 @@ class Record(NamedTuple):
 
 
 class Unreadable(NamedTuple):
-    """Stands where a text should: why there is none."""
+    """Takes the place of a text that cannot be read."""
 
     reason: str
 
 
 def find_sources(paths: Sequence[str]) -> list[Source]:
-    """Files and data sets in the order given, those of a folder sorted."""
+    """The files and data sets of the paths in order; files of a folder are sorted.
+
+    Raises ValueError for a path without readable files and for a source that is listed twice.
+    """
     sources = []
     for path in paths:
         if path.startswith("hub:") or _is_saved_dataset(Path(path)):
             sources.append(Source(path, "datasets", 0, 0))
             continue
-        named = f"{', '.join(_KINDS)} (or {', '.join(COMPRESSED)} of it)"
-        for file in corpus_files([path], _SUFFIXES, named):
-            found = os.stat(file)
-            sources.append(Source(file, _kind(file), found.st_size, found.st_mtime_ns))
+        file_types = f"{', '.join(_KINDS)} (or {', '.join(COMPRESSED)} of it)"
+        for file in corpus_files([path], _SUFFIXES, file_types):
+            status = os.stat(file)
+            sources.append(Source(file, _kind(file), status.st_size, status.st_mtime_ns))
     seen: set[str] = set()
     for source in sources:
         if source.path in seen:
@@ -98,7 +100,7 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
 
 
 def source_sha256(source: Source, options: Options) -> str:
-    """Of a file's bytes; of a data set's texts."""
+    """SHA-256 of a file's bytes, or of a data set's texts."""
     if source.kind != "datasets":
         with open(source.path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -109,7 +111,7 @@ def source_sha256(source: Source, options: Options) -> str:
 
 
 def group_sources(sources: Sequence[Source], chunk_bytes: int) -> list[list[Source]]:
-    """Small files in a row go together: a chunk of them has many documents."""
+    """Groups consecutive small files up to `chunk_bytes`, so that chunks hold many documents."""
     groups: list[list[Source]] = []
     room = 0
     for source in sources:
@@ -122,7 +124,7 @@ def group_sources(sources: Sequence[Source], chunk_bytes: int) -> list[list[Sour
 
 
 def read_chunks(group: int, sources: Sequence[Source], options: Options) -> Iterator[Chunk]:
-    """All text of a group, in chunks of about `chunk_bytes`."""
+    """Yields the text of a group in chunks of about `chunk_bytes`."""
     number, pieces, size = 0, [], 0
     for source in sources:
         for piece, num_bytes in _pieces(source, options):
@@ -136,16 +138,16 @@ def read_chunks(group: int, sources: Sequence[Source], options: Options) -> Iter
 
 
 def read_records(chunk: Chunk, options: Options) -> Iterator[Record]:
-    """The texts of a chunk in order. Blank lines are no records."""
+    """Yields the records of a chunk in order; skips blank lines."""
     for piece in chunk.pieces:
         kind, path = piece.source.kind, piece.source.path
         unit = "row" if kind in ("datasets", ".parquet") else "line"
         for number, text in _texts(piece, options):
-            found = _checked(text)
-            if isinstance(found, Unreadable):
-                yield Record(path, f"{unit} {number}", None, found.reason)
+            decoded = _decode(text)
+            if isinstance(decoded, Unreadable):
+                yield Record(path, f"{unit} {number}", None, decoded.reason)
             else:
-                yield Record(path, f"{unit} {number}", found)
+                yield Record(path, f"{unit} {number}", decoded)
 
 
 def _is_saved_dataset(folder: Path) -> bool:
@@ -158,44 +160,49 @@ def _kind(file: str) -> str:
 
 
 def _pieces(source: Source, options: Options) -> Iterator[tuple[Piece, int]]:
-    """(piece, bytes of text in it)."""
+    """Yields (piece, number of bytes of text)."""
     try:
         if source.kind == ".csv":
-            yield from _listed(source, _csv_texts(source, options), options)
+            yield from _row_pieces(source, _csv_texts(source, options), options)
         elif source.kind == ".parquet":
-            yield from _listed(source, _parquet_texts(source, options), options)
+            yield from _row_pieces(source, _parquet_texts(source, options), options)
         elif source.kind == "datasets":
-            yield from _listed(source, _dataset_texts(source, options), options)
+            yield from _row_pieces(source, _dataset_texts(source, options), options)
         else:
-            yield from _lined(source, options)
+            yield from _line_pieces(source, options)
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        fix = "unpack it by hand to see where it ends; fetch it again"
+        fix = "get the file again; decompressing it by hand shows where it ends"
         fail(source.path, "a file that can be read to its end", f"{error}", fix)
 
 
-def _lined(source: Source, options: Options) -> Iterator[tuple[Piece, int]]:
-    by_blank = source.kind == ".txt" and options.document_end == "blank_line"
-    with _opened(source) as stream:
+def _line_pieces(source: Source, options: Options) -> Iterator[tuple[Piece, int]]:
+    ends_at_blank_line = source.kind == ".txt" and options.document_end == "blank_line"
+    with _open(source) as stream:
         header, first = (0, 0), 1
         if source.kind == ".tsv":
             header, first = _tsv_header(source.path, stream, options.text)
-        for block in _blocks(stream, options.chunk_bytes, by_blank, source.path):
+        for block in _blocks(stream, options.chunk_bytes, ends_at_blank_line, source.path):
             yield Piece(source, first, block, header), len(block)
             first += block.count(b"\n")
 
 
-def _blocks(stream: io.BufferedIOBase, size: int, by_blank: bool, path: str) -> Iterator[bytes]:
-    """About `size` bytes each, ending where a record ends."""
+def _blocks(
+    stream: io.BufferedIOBase, size: int, ends_at_blank_line: bool, path: str
+) -> Iterator[bytes]:
+    """Yields blocks of about `size` bytes that end with a record."""
     buffer = b""
-    while more := stream.read(size):  # buffered: less than `size` only at the end
+    while more := stream.read(size):  # buffered: shorter than `size` only at the end of the file
         buffer += more
-        blank = _LAST_BLANK.match(buffer) if by_blank else None
-        cut = blank.end() if blank else 0 if by_blank else buffer.rfind(b"\n") + 1
-        if not cut and len(buffer) >= _LONGEST * size:
+        if ends_at_blank_line:
+            blank = _LAST_BLANK.match(buffer)
+            cut = blank.end() if blank else 0
+        else:
+            cut = buffer.rfind(b"\n") + 1
+        if not cut and len(buffer) >= _MAX_CHUNKS_PER_DOCUMENT * size:
             cut = buffer.rfind(b"\n") + 1
             if not cut:
-                got = f"none in {len(buffer):,}"
-                fail(path, "a line break now and then", got, "is this text? raise chunk_bytes")
+                fix = "check that the file is text, or raise chunk_bytes"
+                fail(path, "line breaks", f"none in {len(buffer):,} bytes", fix)
         if cut:
             yield buffer[:cut]
             buffer = buffer[cut:]
@@ -203,7 +210,7 @@ def _blocks(stream: io.BufferedIOBase, size: int, by_blank: bool, path: str) -> 
         yield buffer
 
 
-def _listed(
+def _row_pieces(
     source: Source, texts: Iterator[tuple[int, Any]], options: Options
 ) -> Iterator[tuple[Piece, int]]:
     batch, size = [], 0
@@ -218,8 +225,8 @@ def _listed(
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[Any]:
-    """A binary stream of the unpacked file."""
+def _open(source: Source) -> Iterator[Any]:
+    """Opens a binary stream of the decompressed file."""
     suffix = Path(source.path).suffix.lower()
     if suffix == ".zst":
         import pyarrow
@@ -233,30 +240,30 @@ def _opened(source: Source) -> Iterator[Any]:
 
 
 def _tsv_header(path: str, stream: io.BufferedIOBase, column: str) -> tuple[tuple[int, int], int]:
-    """((place of the column, number of columns), number of the first line)."""
+    """((position of the column, number of columns), number of the first line of text)."""
     if column.isdecimal():
         return (int(column), 0), 1
     line = b""
     while not line.endswith(b"\n") and (more := stream.read(1)):
         line += more
     names = line.decode("utf-8-sig", errors="replace").rstrip("\r\n").split("\t")
-    return (_place(path, column, names), len(names)), 2
+    return (_column_position(path, column, names), len(names)), 2
 
 
-def _place(path: str, column: str, names: list[str]) -> int:
+def _column_position(path: str, column: str, names: list[str]) -> int:
     if names.count(column) != 1:
         fail_column(path, column, names, "; without a header give '0', '1' …")
     return names.index(column)
 
 
 def _csv_texts(source: Source, options: Options) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(2**31 - 1)  # the default cuts off at 128 KiB
-    with _opened(source) as stream:
+    csv.field_size_limit(2**31 - 1)  # the default refuses fields over 128 KiB
+    with _open(source) as stream:
         lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(lines, strict=True)
-        place, num_columns = None, 0
+        position, num_columns = None, 0
         if options.text.isdecimal():
-            place = int(options.text)
+            position = int(options.text)
         while True:
             start = reader.line_num + 1
             try:
@@ -268,10 +275,11 @@ def _csv_texts(source: Source, options: Options) -> Iterator[tuple[int, Any]]:
                 return
             if not row:  # a blank line
                 continue
-            if place is None:
-                place, num_columns = _place(source.path, options.text, row), len(row)
+            if position is None:
+                position = _column_position(source.path, options.text, row)
+                num_columns = len(row)
             else:
-                yield start, _field(row, place, num_columns)
+                yield start, _field(row, position, num_columns)
 
 
 def _parquet_texts(source: Source, options: Options) -> Iterator[tuple[int, Any]]:
@@ -279,9 +287,9 @@ def _parquet_texts(source: Source, options: Options) -> Iterator[tuple[int, Any]
     import pyarrow.parquet as parquet
 
     try:
-        with _opened(source) as stream:
-            plain = Path(source.path).suffix.lower() == ".parquet"
-            file = parquet.ParquetFile(source.path if plain else io.BytesIO(stream.read()))
+        with _open(source) as stream:
+            is_plain = Path(source.path).suffix.lower() == ".parquet"
+            file = parquet.ParquetFile(source.path if is_plain else io.BytesIO(stream.read()))
         if options.text not in file.schema_arrow.names:
             fail_column(source.path, options.text, file.schema_arrow.names)
         kind = file.schema_arrow.field(options.text).type
@@ -306,7 +314,7 @@ def _dataset_texts(source: Source, options: Options) -> Iterator[tuple[int, Any]
 
 
 def _texts(piece: Piece, options: Options) -> Iterator[tuple[int, Any]]:
-    """(line or row, text or bytes or None or Unreadable) of each record."""
+    """Yields (line or row number, text, bytes, None or Unreadable) of every record."""
     if isinstance(piece.content, list):
         yield from piece.content
         return
@@ -326,6 +334,7 @@ def _texts(piece: Piece, options: Options) -> Iterator[tuple[int, Any]]:
 def _text_documents(
     lines: list[bytes], first: int, by_line: bool
 ) -> Iterator[tuple[int, bytes | None]]:
+    """Yields (number of the first line, text) of every document, or of every line."""
     block, start = [], first
     for number, line in enumerate(lines, first):
         stripped = line.strip()
@@ -358,16 +367,16 @@ def _tsv_text(line: bytes, _: str, header: tuple[int, int]) -> Any:
     return _field(fields, *header)
 
 
-def _field(row: Sequence[Any], place: int, num_columns: int) -> Any:
-    if place < len(row) and num_columns in (0, len(row)):
-        return row[place]
-    return Unreadable(f"{len(row)} columns, expected {num_columns or f'at least {place + 1}'}")
+def _field(row: Sequence[Any], position: int, num_columns: int) -> Any:
+    if position < len(row) and num_columns in (0, len(row)):
+        return row[position]
+    return Unreadable(f"{len(row)} columns, expected {num_columns or f'at least {position + 1}'}")
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def _checked(text: Any) -> str | Unreadable:
+def _decode(text: Any) -> str | Unreadable:
     if isinstance(text, Unreadable):
         return text
     if isinstance(text, bytes):

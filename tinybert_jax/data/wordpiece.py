@@ -1,4 +1,4 @@
-"""WordPiece vocabularies, trained or extended, as tokenizers that Hugging Face users load."""
+"""Trains and extends WordPiece vocabularies; the tokenizers load in Hugging Face transformers."""
 
 import hashlib
 import itertools
@@ -16,19 +16,19 @@ from tinybert_jax.data import records
 from tinybert_jax.data.errors import fail
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-MAX_ALPHABET = 1000  # letters kept, the commonest first; BERT's own limit
-MIN_COUNT = 2  # of a piece
+MAX_ALPHABET = 1000  # only the most frequent letters are kept; BERT's limit
+MIN_COUNT = 2  # occurrences of a piece
 
 
 def train_wordpiece(
     documents: Sequence[str], *, vocab_size: int, lowercase: bool = True, max_length: int = 512
 ) -> Any:
-    """A `BertTokenizer` of `vocab_size` pieces; fewer where the text is short.
+    """Trains a `BertTokenizer` of `vocab_size` pieces, fewer if the text is short.
 
-    Chinese characters become words of their own, accents are stripped when `lowercase` is set, as
-    in BERT. The commonest letters have a piece each at the start of a word and within one, as far
-    as there is room, then the commonest Chinese characters; longer pieces get the rest. The same
-    documents give the same vocabulary.
+    As in BERT, every Chinese character is a word, and `lowercase` also strips accents. The most
+    frequent letters get two pieces each, one at the start of a word and one within a word; then
+    come the most frequent Chinese characters, then longer pieces. The same documents give the same
+    vocabulary. Raises ValueError for a `vocab_size` without room for the special tokens.
     """
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizer
@@ -44,8 +44,8 @@ def train_wordpiece(
         min_frequency=MIN_COUNT,
         limit_alphabet=len(alphabet),
         initial_alphabet=alphabet,
-        # The library numbers the inner letters in hash order and breaks ties by number, so that
-        # each run learns other pieces. Listing them here fixes their numbers.
+        # The library gives `##letter` pieces ids in hash order and breaks ties by id, so every run
+        # would learn other pieces. As special tokens these pieces have fixed ids.
         special_tokens=[*SPECIAL_TOKENS, *(f"##{letter}" for letter in sorted(letters))],
         show_progress=False,
     )
@@ -61,20 +61,20 @@ def train_wordpiece(
 def split_words(
     tokenizer: Any, texts: Iterable[str], *, num_words: int, min_count: int
 ) -> dict[str, list[int]]:
-    """The commonest words that a WordPiece tokenizer has no piece for -> the pieces it makes.
+    """The most frequent words that a WordPiece tokenizer splits -> ids of their pieces.
 
-    At most `num_words`, each `min_count` times or more in the texts; of equally common ones those
-    first in the alphabet. A word with a character that no piece has is one [UNK].
+    At most `num_words` words with `min_count` or more occurrences; ties go in alphabetical order.
+    A word with a character outside the vocabulary has the id of [UNK].
     """
     backend = plain_backend(tokenizer)
-    longest = backend.model.max_input_chars_per_word  # beyond it a word is never looked up
+    max_chars = backend.model.max_input_chars_per_word  # the model does not look up longer words
     counts: Counter[str] = Counter()
     for text in texts:
         normal = backend.normalizer.normalize_str(text) if backend.normalizer else text
         counts.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normal))
     known = backend.get_vocab()
     frequent = sorted((-count, word) for word, count in counts.items() if count >= min_count)
-    new = (word for _, word in frequent if word not in known and len(word) <= longest)
+    new = (word for _, word in frequent if word not in known and len(word) <= max_chars)
     return {
         word: [piece.id for piece in backend.model.tokenize(word)]
         for word in itertools.islice(new, num_words)
@@ -82,43 +82,48 @@ def split_words(
 
 
 def check_extendable(tokenizer: Any) -> None:
-    """Refuses what is no WordPiece, and numbers with gaps: a new piece could take a used one."""
+    """Raises ValueError unless the tokenizer is WordPiece with ids without gaps.
+
+    With gaps a new piece could take the id of an existing piece.
+    """
     kind = json.loads(plain_backend(tokenizer).to_str())["model"]["type"]
     if kind != "WordPiece":
-        raise ValueError(f"tokenizer: expected a WordPiece one, got {kind}, which has no words")
-    numbers = tokenizer.get_vocab().values()
-    if set(numbers) != set(range(len(numbers))):
         raise ValueError(
-            f"tokenizer: expected its {len(numbers)} pieces to be numbered from 0 on, got numbers "
-            f"up to {max(numbers)}: a piece is there twice; train a vocabulary of your own"
+            f"tokenizer: expected WordPiece, got {kind}; only WordPiece can be extended"
+        )
+    ids = tokenizer.get_vocab().values()
+    if set(ids) != set(range(len(ids))):
+        raise ValueError(
+            f"tokenizer: expected the {len(ids)} pieces to have the ids from 0 on, got ids up to "
+            f"{max(ids)}: the vocabulary file lists a piece twice; train a new vocabulary"
         )
 
 
-def with_words(tokenizer: Any, numbers: Mapping[str, int]) -> Any:
-    """The tokenizer with these words as further pieces; all others keep their numbers."""
+def with_words(tokenizer: Any, new_ids: Mapping[str, int]) -> Any:
+    """The tokenizer with additional pieces (word -> id); existing pieces keep their ids."""
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         file = Path(folder) / "tokenizer.json"
         state = json.loads(file.read_text(encoding="utf-8"))
-        # Added tokens too: those outside of the model's vocabulary are numbered anew when read.
+        # Lists added tokens too: reading gives those outside the model's vocabulary new ids.
         added = {token["content"]: token["id"] for token in state["added_tokens"]}
-        state["model"]["vocab"] |= added | dict(numbers)
+        state["model"]["vocab"] |= added | dict(new_ids)
         file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
         (Path(folder) / "vocab.txt").unlink(missing_ok=True)
         extended = AutoTokenizer.from_pretrained(folder, use_fast=True)
-    different = extended.get_vocab().items() ^ (tokenizer.get_vocab() | dict(numbers)).items()
+    different = extended.get_vocab().items() ^ (tokenizer.get_vocab() | dict(new_ids)).items()
     if different:
         raise ValueError(
-            f"tokenizer: expected all pieces to keep their numbers, got others for "
-            f"{sorted(different)[:4]}; train a vocabulary of your own"
+            f"tokenizer: expected all pieces to keep their ids, got other ids for "
+            f"{sorted(different)[:4]}; train a new vocabulary"
         )
     return extended
 
 
 def plain_backend(tokenizer: Any) -> Any:
-    """A copy of the Rust tokenizer, so that our truncation setting never leaks into a saved one."""
+    """A copy of the Rust tokenizer without padding and truncation; `tokenizer` stays unchanged."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -128,19 +133,19 @@ def plain_backend(tokenizer: Any) -> Any:
 
 
 def backend_json(tokenizer: Any) -> str:
-    """All that decides what a text becomes, as `tokenizer.json`."""
+    """Content of a `tokenizer.json` with everything that decides the tokens of a text."""
     return plain_backend(tokenizer).to_str(pretty=True)
 
 
 def backend_sha256(tokenizer: Any) -> str:
-    """What token stores are marked with."""
+    """SHA-256 of the tokenizer, as token stores record it."""
     return hashlib.sha256(backend_json(tokenizer).encode()).hexdigest()
 
 
 def is_continuation(tokenizer: Any) -> np.ndarray:
-    """Which pieces go on with a word: bool [vocab], True for '##ing'.
+    """Whether a piece continues a word: bool [vocab], True for '##ing'.
 
-    Raises ValueError for a vocabulary without such pieces: its words cannot be told.
+    Raises ValueError for a vocabulary without such pieces, in which words have no visible start.
     """
     pieces = tokenizer.get_vocab()
     table = np.zeros(max(pieces.values()) + 1, bool)
@@ -153,20 +158,22 @@ def is_continuation(tokenizer: Any) -> np.ndarray:
     return table
 
 
-def _alphabet(trainer: Any, documents: Sequence[str], room: int) -> tuple[list[str], list[str]]:
-    """(letters, Chinese characters): the commonest, for `room` pieces.
+def _alphabet(
+    trainer: Any, documents: Sequence[str], num_pieces: int
+) -> tuple[list[str], list[str]]:
+    """The most frequent (letters, Chinese characters) that fit into `num_pieces`.
 
-    A Chinese character is a word: there is no form of it within one.
+    A letter takes two pieces, `a` and `##a`; a Chinese character takes one, because it is a word.
     """
     counts: Counter[str] = Counter()
     for document in documents:
         counts.update(trainer.normalizer.normalize_str(document))
-    common = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
-    alone = [c for c in common if trainer.normalizer.normalize_str(c) == f" {c} "]
-    is_alone = frozenset(alone)
-    letters = [c for c in common if c not in is_alone][: min(MAX_ALPHABET, room // 2)]
-    often = [c for c in alone if counts[c] >= MIN_COUNT]
-    return letters, often[: room - 2 * len(letters)]
+    by_count = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
+    ideographs = [c for c in by_count if trainer.normalizer.normalize_str(c) == f" {c} "]
+    is_ideograph = frozenset(ideographs)
+    letters = [c for c in by_count if c not in is_ideograph][: min(MAX_ALPHABET, num_pieces // 2)]
+    frequent = [c for c in ideographs if counts[c] >= MIN_COUNT]
+    return letters, frequent[: num_pieces - 2 * len(letters)]
 
 
 _CHUNK_BYTES = 2**22
@@ -182,9 +189,9 @@ def write_vocab(
     split: str | None = None,
     max_length: int = 512,
 ) -> str:
-    """Trains on all readable records and writes the folder whole; returns what was done.
+    """Trains a vocabulary on all readable records, writes its folder, returns a summary line.
 
-    Raises ValueError where the folder exists, or the sources hold no text or cannot be read.
+    Raises ValueError if the folder exists, or the sources cannot be read or hold no text.
     """
     folder = Path(output)
     if folder.exists():
@@ -210,7 +217,7 @@ def write_vocab(
 def iter_texts(
     sources: Sequence[str], *, text: str, split: str | None, bad: list[records.Record]
 ) -> Iterator[str]:
-    """The texts one by one; a line of a .txt file is one. `bad` gets what cannot be read."""
+    """Yields the texts, every line of a .txt file as one; appends unreadable records to `bad`."""
     options = records.Options(text, split, "line", _CHUNK_BYTES)
     for chunk in records.read_chunks(0, records.find_sources(sources), options):
         for record in records.read_records(chunk, options):
