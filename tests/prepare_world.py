@@ -1,4 +1,4 @@
-"""A text, a tokenizer and a config of `data prepare`, and what tests compare of stores."""
+"""A text, a tokenizer and a config of `data prepare`; helpers that compare stores."""
 
 import json
 import random
@@ -90,7 +90,7 @@ def count_entries(output):
 
 
 def unfinish(output):
-    """Takes a store back to where three of its chunks were done."""
+    """Turns a finished store into an unfinished store of the first three chunks."""
     folder = output.rename(partial_of(output))
     facts = json.loads((folder / "manifest.json").read_text())
     kept = {name: facts[name] for name in ("settings", "tokenizer_sha256", "sources")}

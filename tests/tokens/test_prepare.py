@@ -1,4 +1,4 @@
-"""prepare: same text, same bytes, however often it is killed; what changed is refused by name."""
+"""prepare: the same text gives the same bytes with any workers, after kills and on full disks."""
 
 import json
 import os
@@ -34,14 +34,14 @@ def world(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["documents", "pairs"])
-def test_a_store_holds_the_text_and_verifies(world, mode, capsys):
+def test_a_store_holds_the_text_and_passes_verification(world, mode, capsys):
     assert cli.main(["data", "prepare", str(world.config), f"mode={mode}"]) == 0
     store = open_store(world.folder / "store", verify=True)
-    facts = store.manifest
-    assert facts["num_documents"] == facts["num_records"] == 300
+    manifest = store.manifest
+    assert manifest["num_documents"] == manifest["num_records"] == 300
     assert len((store.folder / INDEX).read_text().splitlines()) > 5
     rows = store.gather(np.arange(store.num_rows))
-    assert (rows.segment_ids > 0).sum() == store.num_tokens == facts["num_tokens"]
+    assert (rows.segment_ids > 0).sum() == store.num_tokens == manifest["num_tokens"]
     assert rows.segment_ids.max() > 1 or mode == "pairs"
     assert set(np.unique(rows.labels)) == ({-1} if mode == "documents" else {0, 1})
     if mode == "documents":
@@ -54,48 +54,51 @@ def test_a_store_holds_the_text_and_verifies(world, mode, capsys):
     shown = capsys.readouterr().out
     for part in (
         "[CLS]",
-        f"rows            {store.num_rows:,} of 32",
+        f"rows            {store.num_rows:,} of 32 tokens",
         "verified",
         "unknown tokens",
     ):
         assert part in shown
 
 
-def test_worker_count_chunks_and_repetition_change_no_byte(world):
+def test_worker_count_and_repetition_change_no_byte(world):
     one = world.prepare(output=str(world.folder / "one"))
     before = contents(one)
-    assert world.prepare(output=str(one)) == one  # nothing left to do
+    assert world.prepare(output=str(one)) == one  # the store is complete
     assert contents(one) == before
     same(one, world.prepare(output=str(world.folder / "three"), workers=3))
     other = world.prepare(output=str(world.folder / "other"), seed=1)
     assert (other / "shard-00000.ids").read_bytes() != before["shard-00000.ids"]
 
 
-def test_special_tokens_in_a_text_are_text(world):
+def test_names_of_special_tokens_in_a_text_are_tokenised_as_text(world):
     world.text.write_text("a [SEP] b [PAD] c\n")
     rows = open_store(world.prepare()).gather(np.array([0]))
     length = int((rows.segment_ids > 0).sum())
     assert rows.ids[0, 1 : length - 1].min() > 0
-    assert (rows.ids[0, :length] == 3).sum() == 1  # the one [SEP] that ends the segment
+    assert (rows.ids[0, :length] == 3).sum() == 1  # only the [SEP] that ends the segment
 
 
-# Killed
+# Kills
 
 
 def _kill_when(process, is_time):
-    """SIGKILL once `is_time` says so; its orphans must not live on. Was it still running?"""
+    """Sends SIGKILL once `is_time()`; returns whether the process was still running.
+
+    Waits until the worker processes have ended too.
+    """
     deadline = time.monotonic() + 120
     while process.poll() is None and not is_time():
         assert time.monotonic() < deadline
         time.sleep(0.002)
     children = _children(process.pid)
-    killed = process.poll() is None
+    was_running = process.poll() is None
     process.kill()
     process.wait()
     while any(_is_alive(child) for child in children):
-        assert time.monotonic() < deadline, "a worker outlives its parent"
+        assert time.monotonic() < deadline, "a worker outlives the parent process"
         time.sleep(0.01)
-    return killed
+    return was_running
 
 
 def _children(pid):
@@ -113,27 +116,27 @@ def _is_alive(pid):
     return state != "Z"
 
 
-def _killed_until_done(world, golden, num_kills, moments, **settings):
-    """Kills the real command at the given moments, lets it finish, compares every byte."""
+def _kill_and_finish(world, golden, num_kills, moments, **settings):
+    """Kills the command at the given moments, lets it finish, compares every byte."""
     output = world.folder / "killed"
     killed = 0
     for moment in range(num_kills):
         process = subprocess.Popen(world.command(output, **settings), cwd=ROOT)
         killed += _kill_when(process, moments(moment, output))
-    assert killed == num_kills, "a run ended before its kill: give it more text"
+    assert killed == num_kills, "a run finished before the kill: the test needs more text"
     assert not output.exists()
     before = count_entries(output)
     done = subprocess.run(
         world.command(output, **settings), cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert not before or f"{partial_of(output)}: goes on after" in done.stdout
+    assert not before or f"{partial_of(output)}: resumes after" in done.stdout
     assert not partial_of(output).exists()
     same(golden, output)
     return before
 
 
-def test_killed_while_it_writes_it_goes_on_with_the_same_bytes(world):
+def test_a_run_killed_while_it_writes_resumes_with_the_same_bytes(world):
     world.text.write_text(make_text(1500))
     golden = world.prepare(output=str(world.folder / "golden"))
     num_chunks = len((golden / INDEX).read_text().splitlines())
@@ -141,34 +144,34 @@ def test_killed_while_it_writes_it_goes_on_with_the_same_bytes(world):
     def moments(kill, output):
         return lambda: count_entries(output) >= [3, num_chunks // 2][kill]
 
-    assert _killed_until_done(world, golden, 2, moments, workers=2) >= num_chunks // 2
+    assert _kill_and_finish(world, golden, 2, moments, workers=2) >= num_chunks // 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["documents", "pairs"])
-def test_killed_at_ten_random_moments(world, mode):
+def test_a_run_killed_at_ten_random_moments_resumes_with_the_same_bytes(world, mode):
     world.text.write_text(make_text(60_000))
     golden = world.prepare(output=str(world.folder / "golden"), mode=mode)
     rng = random.Random(mode)
 
     def moments(kill, output):
-        # Some while it starts, most while it writes: so long after the first chunk of its own.
-        late, before, first = rng.uniform(0, 0.8), count_entries(output), []
+        # One kill in four while the run starts; the others some time after the first new chunk.
+        delay, before, first = rng.uniform(0, 0.8), count_entries(output), []
         if kill % 4 == 3:
             start = time.monotonic()
-            return lambda: time.monotonic() - start > 4 * late
+            return lambda: time.monotonic() - start > 4 * delay
 
         def is_time():
             if count_entries(output) > before and not first:
                 first.append(time.monotonic())
-            return bool(first) and time.monotonic() - first[0] > late
+            return bool(first) and time.monotonic() - first[0] > delay
 
         return is_time
 
-    assert _killed_until_done(world, golden, 10, moments, workers=2, mode=mode) > 0
+    assert _kill_and_finish(world, golden, 10, moments, workers=2, mode=mode) > 0
 
 
-def test_a_killed_worker_is_told_and_the_next_run_goes_on(world):
+def test_a_killed_worker_is_reported_and_the_next_run_resumes(world):
     world.text.write_text(make_text(1500))
     output = world.folder / "store"
     command = world.command(output, workers=2)
@@ -177,15 +180,15 @@ def test_a_killed_worker_is_told_and_the_next_run_goes_on(world):
         assert process.poll() is None
         time.sleep(0.002)
     os.kill(_children(process.pid)[-1], signal.SIGKILL)
-    _, told = process.communicate(timeout=60)
+    _, message = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "workers: expected processes that live; got one that was killed" in told
+    assert "workers: expected running processes; got a killed process" in message
     world.prepare()
     same(output, world.prepare(output=str(world.folder / "golden")))
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_bytes_and_goes_on_too(world):
+def test_ray_gives_the_same_bytes_and_resumes(world):
     pytest.importorskip("ray")
     for number in range(3):  # several groups of files, several chunks a group
         (world.folder / f"more{number}.txt").write_text(make_text(100, seed=number))
@@ -202,15 +205,15 @@ def test_ray_gives_the_same_bytes_and_goes_on_too(world):
         same(golden, store)
 
 
-# No room
+# Full disk
 
 
-def test_no_room_is_told_and_leaves_whole_chunks(world):
-    """A limit on file size stands for the full disk: the write fails in the middle of a chunk."""
+def test_a_failed_write_is_reported_and_leaves_complete_chunks(world):
+    """A limit on file size instead of a full disk: the write fails in the middle of a chunk."""
     golden = world.prepare(output=str(world.folder / "golden"), shard_rows=10**6)
     limit = (golden / "shard-00000.ids").stat().st_size // 2
     output = world.folder / "store"
-    limited = (  # by the child itself: a fork of a process with JAX's threads may hang
+    limited = (  # the child sets the limit: a fork of a process with JAX's threads may hang
         "import os, resource, sys; limit = int(sys.argv[1]); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); "
         "os.execv(sys.argv[2], sys.argv[2:])"
@@ -223,7 +226,7 @@ def test_no_room_is_told_and_leaves_whole_chunks(world):
     )
     assert done.returncode == 2
     assert f"output: {output}.partial: expected room on the disk; got File too large" in done.stderr
-    assert "run the same command again: it goes on" in done.stderr
+    assert "run the same command again to resume" in done.stderr
     assert not output.exists()
     entries = read_jsonl(partial_of(output) / INDEX)
     rows = sum(entry["rows"] for entry in entries)
@@ -232,7 +235,7 @@ def test_no_room_is_told_and_leaves_whole_chunks(world):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_told(world):
+def test_a_full_disk_is_reported(world):
     disk = world.folder / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]

@@ -1,4 +1,4 @@
-"""prepare: what changed, is in the way or cannot be read is refused by name."""
+"""prepare: changed inputs, unusable outputs and bad records are refused with their names."""
 
 import fcntl
 import json
@@ -24,34 +24,35 @@ def world(tmp_path):
 
 
 @pytest.fixture(params=["finished", "unfinished"])
-def begun(world, request):
-    """A world with a store, whole or stopped on the way."""
+def started(world, request):
+    """A world with a finished or an unfinished store."""
     output = world.prepare()
     if request.param == "unfinished":
         unfinish(output)
     return world
 
 
-def test_what_changed_is_refused_by_name(begun):
-    text, path = begun.text.read_text(), str(begun.text)
-    begun.text.write_text(text.replace("a", "b", 1))
-    begun.refused(f"{path}: expected the source", "got a changed one", "name another output")
-    begun.text.write_text(text)
-    more = begun.folder / "more.txt"
+def test_changed_sources_settings_and_tokenizer_are_refused(started):
+    text, path = started.text.read_text(), str(started.text)
+    started.text.write_text(text.replace("a", "b", 1))
+    started.refused(f"{path}: expected the source", "got a changed one", "name another output")
+    started.text.write_text(text)
+    more = started.folder / "more.txt"
     more.write_text("more\n")
     both = [path, str(more)]
-    begun.refused(f"{more}: expected the source", "got a new one", sources=both)
-    begun.refused(f"{path}: expected the source", "got none", sources=[str(more)])
-    begun.refused("width: expected 32", "got 48", width=48)
-    vocab = (begun.folder / "vocab" / "vocab.txt").read_text()
-    (begun.folder / "vocab" / "vocab.txt").write_text(vocab.replace("!", "$"))
-    begun.refused("vocab: expected the tokenizer", tokenizer=str(begun.folder / "vocab"))
-    begun.prepare()
+    started.refused(f"{more}: expected the source", "got a new one", sources=both)
+    started.refused(f"{path}: expected the source", "got none", sources=[str(more)])
+    started.refused("width: expected 32", "got 48", width=48)
+    vocab = (started.folder / "vocab" / "vocab.txt").read_text()
+    (started.folder / "vocab" / "vocab.txt").write_text(vocab.replace("!", "$"))
+    started.refused("vocab: expected the tokenizer", tokenizer=str(started.folder / "vocab"))
+    started.prepare()
 
 
-def test_an_output_that_is_something_else_is_refused(world):
+def test_an_output_that_is_no_store_is_refused(world):
     (world.folder / "store").mkdir()
-    world.refused("store: expected a new folder or a store; got something else")
+    world.refused("store: expected a new folder or a store; got a folder without manifest.json")
+    world.refused("expected a new folder or a store; got a file", output=str(world.text))
 
 
 def test_an_output_among_the_sources_is_refused(world):
@@ -73,9 +74,9 @@ def test_a_source_that_changes_while_it_is_read_is_refused(world):
         time.sleep(0.002)
     with world.text.open("a") as file:
         file.write("\n\nmore\n")
-    _, told = process.communicate(timeout=60)
+    _, message = process.communicate(timeout=60)
     assert process.returncode == 2 and not output.exists()
-    assert f"{world.text}: expected text that stays as it is" in told
+    assert f"{world.text}: expected text that does not change while it is read" in message
 
 
 def test_an_output_in_use_is_refused(world):
@@ -87,7 +88,7 @@ def test_an_output_in_use_is_refused(world):
             world.prepare()
 
 
-def test_bad_records_are_listed_and_stop_past_a_share(world):
+def test_bad_records_are_listed_and_too_many_end_the_run(world):
     lines = [json.dumps({"text": f"sentence {n}."}) for n in range(200)]
     lines[50], lines[120] = "{", '{"txt": 1}'
     path = world.folder / "a.jsonl"
@@ -110,7 +111,7 @@ def test_bad_records_are_listed_and_stop_past_a_share(world):
     path.write_text("{\n" * 3000)
     world.refused("bad_records.jsonl", output=str(world.folder / "worse"), **settings)
     entries = count_entries(world.folder / "worse")
-    assert 0 < entries < 10  # it did not read on to the end
+    assert 0 < entries < 10  # the run ended before it had read all text
 
 
 def test_no_text_and_no_pairs_are_refused(world):
@@ -125,7 +126,7 @@ def test_no_text_and_no_pairs_are_refused(world):
 # Settings
 
 
-def test_settings_are_read_and_mistakes_named(world, capsys):
+def test_settings_are_read_and_unknown_keys_named(world, capsys):
     command = ["data", "prepare", str(world.config), "width=64", "--print-config"]
     assert cli.main(command) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
@@ -136,8 +137,8 @@ def test_settings_are_read_and_mistakes_named(world, capsys):
         config_files.load_as(PrepareConfig, world.config, ["widht=64"])
 
 
-def test_a_failed_start_binds_nothing(world):
-    """Nothing was done yet, so what was wrong can be mended in the same command."""
+def test_settings_may_change_while_a_store_has_no_rows(world):
+    """A run that failed before the first chunk can be repeated with corrected settings."""
     path = world.folder / "a.csv"
     path.write_text("id,body\n1,a text\n2,another\n")
     settings = {"sources": [str(path)], "width": 16}
@@ -146,8 +147,8 @@ def test_a_failed_start_binds_nothing(world):
     assert store.num_rows > 0
 
 
-def test_empty_files_are_passed_over(world):
-    """Also as the first of a list."""
+def test_empty_files_are_skipped(world):
+    """Also as the first source."""
     empty = world.folder / "empty.txt"
     empty.touch()
     store = open_store(world.prepare(sources=[str(empty), str(world.text)]), verify=True)

@@ -1,4 +1,4 @@
-"""store: what was written is what is gathered, across shards; damage and half a chunk are seen."""
+"""store: rows are gathered as written, across shards; damage and incomplete chunks are found."""
 
 import json
 
@@ -17,7 +17,7 @@ from tinybert_jax.tokens.store import (
 
 
 def _rows(rng, num, width, dtype):
-    """Random rows and what a plain loop makes of them."""
+    """Random rows, and the segment ids and token types that a plain loop computes."""
     rows = Rows(np.zeros((num, width), dtype), np.zeros(num, row_dtype(width)))
     segments, types = np.zeros((num, width), np.int32), np.zeros((num, width), np.int32)
     for row in range(num):
@@ -29,8 +29,8 @@ def _rows(rng, num, width, dtype):
         bits[starts] = True
         rows.meta[row] = (length, second, rng.integers(-1, 2), np.packbits(bits))
         types[row, second:length] = 1
-        for place in range(length):
-            segments[row, place] = np.sum(starts <= place)
+        for position in range(length):
+            segments[row, position] = np.sum(starts <= position)
     return rows, segments, types
 
 
@@ -65,7 +65,7 @@ def written(tmp_path):
 
 
 @pytest.mark.parametrize(("width", "dtype"), [(20, "<u2"), (128, "<u2"), (9, "<u4")])
-def test_gather_is_what_a_loop_over_the_rows_makes(written, width, dtype):
+def test_gather_equals_a_loop_over_the_rows(written, width, dtype):
     folder, rows, segments, types = written(width, dtype)
     store = open_store(folder, verify=True)
     wanted = np.array([34, 0, 9, 10, 0, 19, 31, 30, 6, 7] * 40)  # more than a block of rows
@@ -78,22 +78,22 @@ def test_gather_is_what_a_loop_over_the_rows_makes(written, width, dtype):
     np.testing.assert_array_equal(store.lengths(wanted), rows.meta["length"][wanted])
 
 
-def test_a_row_that_is_not_there_is_refused(written):
+def test_row_numbers_out_of_range_are_refused(written):
     store = open_store(written()[0])
     assert store.gather(np.zeros(0, np.int64)).ids.shape == (0, 20)
     for wrong in (-1, 35):
-        with pytest.raises(ValueError, match="expected row numbers below 35"):
+        with pytest.raises(ValueError, match="expected row numbers from 0 and below 35"):
             store.gather(np.array([0, wrong]))
 
 
-def test_damage_is_named(written):
+def test_a_damaged_or_missing_file_is_named(written):
     folder = written()[0]
     for name in (*shard_names(3), INDEX, "notes.txt"):
         path = folder / name
         content = path.read_bytes()
         path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
         open_store(folder)  # the size is right
-        with pytest.raises(ValueError, match=f"{name}: expected its SHA-256"):
+        with pytest.raises(ValueError, match=f"{name}: expected the SHA-256 in the manifest"):
             open_store(folder, verify=True)
         path.write_bytes(content[:-1])
         with pytest.raises(ValueError, match=f"{name}: expected {len(content)} bytes"):
@@ -104,7 +104,7 @@ def test_damage_is_named(written):
         path.write_bytes(content)
 
 
-def test_what_is_no_store_says_what_to_do(tmp_path):
+def test_missing_and_unfinished_stores_are_refused_with_a_fix(tmp_path):
     with pytest.raises(ValueError, match="manifest.json; got none; fix: check the name"):
         open_store(tmp_path / "books")
     partial_of(tmp_path / "books").mkdir()
@@ -112,8 +112,8 @@ def test_what_is_no_store_says_what_to_do(tmp_path):
         open_store(tmp_path / "books")
 
 
-def test_half_a_chunk_is_cut_off(tmp_path):
-    """Whatever was written after the last whole line of the index is gone when it goes on."""
+def test_an_incomplete_chunk_is_removed(tmp_path):
+    """A resumed writer removes all data after the last complete line of the index."""
     rng = np.random.default_rng(1)
     first, second = (_rows(rng, num, 16, np.dtype("<u2"))[0] for num in (7, 9))
     for folder in ("straight", "cut"):
@@ -133,7 +133,7 @@ def test_half_a_chunk_is_cut_off(tmp_path):
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path.name
 
 
-def test_a_shard_shorter_than_the_index_tells_is_named(tmp_path):
+def test_a_shard_with_fewer_rows_than_the_index_lists_is_named(tmp_path):
     writer = StoreWriter(tmp_path, 16, np.dtype("<u2"), 10)
     rows = _rows(np.random.default_rng(0), 12, 16, np.dtype("<u2"))[0]
     writer.append(rows, _entry(rows))

@@ -1,1 +1,1 @@
-"""Token shards on disk: written once by `tinybert data prepare`, read by training."""
+"""Token stores on disk: `tinybert data prepare` writes a store once, training reads it."""

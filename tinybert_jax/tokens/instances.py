@@ -1,7 +1,7 @@
-"""Token ids of documents -> fixed-width rows. Pure: lists and a generator in, arrays out.
+"""Makes fixed-width rows of the token ids of documents; pure functions of ids and a generator.
 
-Two forms. `pack_documents`: every token once, several pieces of documents a row, each a segment of
-its own. `pair_instances`: the rows BERT was trained on, [CLS] A [SEP] B [SEP] with a label.
+`pack_documents` packs pieces of documents into rows, every token once and every piece a segment.
+`pair_instances` makes BERT's pretraining rows, [CLS] A [SEP] B [SEP] with a label.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ Ids = list[int]
 
 
 class Layout(NamedTuple):
-    """What a row is made of."""
+    """Width and special tokens of a row."""
 
     width: int
     cls_id: int
@@ -27,29 +27,30 @@ class Layout(NamedTuple):
 
 class Pair(NamedTuple):
     first: Ids
-    second: Ids  # empty: there is none
-    label: int  # 1: second is foreign, or the order is swapped; -1 without second
+    second: Ids  # may be empty
+    label: int  # 1: second from another document, or swapped order; 0: in order; -1: no second
 
 
 def pack_documents(documents: Sequence[Ids], layout: Layout, rng: np.random.Generator) -> Rows:
-    """Cuts documents into [CLS] … [SEP] of at most `width` and fills rows with them, best fit."""
+    """Cuts documents into [CLS] … [SEP] of at most `width` tokens, packed best fit into rows."""
     room = layout.width - 2
-    pieces = [ids[at : at + room] for ids in documents for at in range(0, len(ids), room)]
+    pieces = [ids[start : start + room] for ids in documents for start in range(0, len(ids), room)]
     lengths = np.array([len(piece) + 2 for piece in pieces], np.int64)
     bins = pack(lengths, layout.width, seed=int(rng.integers(2**31)))
     if bins.shape[1] > MAX_SEGMENTS:
-        spare = -bins.shape[1] % MAX_SEGMENTS
-        bins = np.pad(bins, ((0, 0), (0, spare)), constant_values=-1).reshape(-1, MAX_SEGMENTS)
+        num_unused = -bins.shape[1] % MAX_SEGMENTS
+        bins = np.pad(bins, ((0, 0), (0, num_unused)), constant_values=-1)
+        bins = bins.reshape(-1, MAX_SEGMENTS)
         bins = bins[bins[:, 0] >= 0]
-    rows = _empty(len(bins), layout)
-    for row, members in enumerate(rng.permutation(bins).tolist()):
-        starts, at = [], 0
-        for piece in (pieces[member] for member in members if member >= 0):
-            starts.append(at)
-            end = at + len(piece) + 2
-            rows.ids[row, at:end] = [layout.cls_id, *piece, layout.sep_id]
-            at = end
-        _describe(rows, row, starts, length=at, second=at, label=-1)
+    rows = _empty_rows(len(bins), layout)
+    for row, piece_numbers in enumerate(rng.permutation(bins).tolist()):
+        starts, start = [], 0
+        for piece in (pieces[number] for number in piece_numbers if number >= 0):
+            starts.append(start)
+            end = start + len(piece) + 2
+            rows.ids[row, start:end] = [layout.cls_id, *piece, layout.sep_id]
+            start = end
+        _write_meta(rows, row, starts, length=start, second=start, label=-1)
     return rows
 
 
@@ -61,40 +62,41 @@ def pair_instances(
     next_sentence: bool,
     short_share: float,
 ) -> Rows:
-    """BERT's instances (arXiv 1810.04805, appendix A.2) or ALBERT's sentence order (1909.11942).
+    """BERT's next-sentence pairs (arXiv 1810.04805, appendix A.2) or ALBERT's order (1909.11942).
 
-    `documents` are lists of sentences. Where a foreign second part is drawn, the sentences that it
-    displaces begin the next instance. A part that has no partner (one sentence for the order, one
-    document alone in its chunk) is kept as a row without a second part and label -1.
+    `documents`: lists of sentences. `short_share`: share of pairs with a random shorter length.
+    If a second part from another document is drawn, the sentences it replaces start the next pair.
+    A lone sentence (sentence order) and a lone document (next sentence) have no partner: their rows
+    have no second part and label -1.
     """
     room = layout.width - 3
     documents = [_split_long(sentences, room) for sentences in documents]
     pairs: list[Pair] = []
     for number in range(len(documents)):
-        pairs.extend(_pairs_of(documents, number, room, rng, next_sentence, short_share))
-    rows = _empty(len(pairs), layout)
-    for row, place in enumerate(rng.permutation(len(pairs))):
-        first, second, label = pairs[place]
+        pairs.extend(_document_pairs(documents, number, room, rng, next_sentence, short_share))
+    rows = _empty_rows(len(pairs), layout)
+    for row, number in enumerate(rng.permutation(len(pairs))):
+        first, second, label = pairs[number]
         ids = [layout.cls_id, *first, layout.sep_id]
-        begin = len(ids)
+        second_start = len(ids)
         if second:
             ids += [*second, layout.sep_id]
         rows.ids[row, : len(ids)] = ids
-        _describe(rows, row, [0], length=len(ids), second=begin, label=label)
+        _write_meta(rows, row, [0], length=len(ids), second=second_start, label=label)
     return rows
 
 
 def _split_long(sentences: Sequence[Ids], room: int) -> list[Ids]:
-    """A sentence that no row can hold becomes several, two of which fill a row."""
+    """Cuts sentences that are longer than a row; two of the parts fill a row."""
     half = -(-room // 2)
     return [
-        sentence[at : at + half] if len(sentence) > room else sentence
+        sentence[start : start + half] if len(sentence) > room else sentence
         for sentence in sentences
-        for at in (range(0, len(sentence), half) if len(sentence) > room else (0,))
+        for start in (range(0, len(sentence), half) if len(sentence) > room else (0,))
     ]
 
 
-def _pairs_of(
+def _document_pairs(
     documents: Sequence[Sequence[Ids]],
     number: int,
     room: int,
@@ -102,51 +104,55 @@ def _pairs_of(
     next_sentence: bool,
     short_share: float,
 ) -> list[Pair]:
-    sentences, pairs, at = documents[number], [], 0
-    while at < len(sentences):
+    """The pairs of document `number` in order."""
+    sentences, pairs, start = documents[number], [], 0
+    while start < len(sentences):
         target = int(rng.integers(2, room + 1)) if rng.random() < short_share else room
-        stop, length = at, 0
-        while stop < len(sentences) and (length < target or stop == at):
+        stop, length = start, 0
+        while stop < len(sentences) and (length < target or stop == start):
             length += len(sentences[stop])
             stop += 1
-        middle = int(rng.integers(at + 1, stop)) if stop - at > 1 else stop
-        first, second = _joined(sentences[at:middle]), _joined(sentences[middle:stop])
-        label, after = (0 if second else -1), stop
+        middle = int(rng.integers(start + 1, stop)) if stop - start > 1 else stop
+        first, second = _concatenate(sentences[start:middle]), _concatenate(sentences[middle:stop])
+        label, next_start = (0 if second else -1), stop
         if next_sentence and len(documents) > 1:
             if not second or rng.random() < 0.5:
-                second = _foreign(documents, number, max(1, target - len(first)), rng)
-                label, after = 1, middle
+                second = _draw_other_document(documents, number, max(1, target - len(first)), rng)
+                label, next_start = 1, middle
         elif next_sentence:
             first, second, label = first + second, [], -1
         elif second and rng.random() < 0.5:
             first, second, label = second, first, 1
-        pairs.append(Pair(*_truncated(first, second, room, rng), label))
-        at = after
+        pairs.append(Pair(*_truncate(first, second, room, rng), label))
+        start = next_start
     return pairs
 
 
-def _foreign(
+def _draw_other_document(
     documents: Sequence[Sequence[Ids]], number: int, target: int, rng: np.random.Generator
 ) -> Ids:
-    """Sentences of another document, from a random one on, until there are `target` tokens."""
+    """Consecutive sentences from a random place of another document, `target` tokens or more.
+
+    Fewer where the document ends.
+    """
     other = int(rng.integers(len(documents) - 1))
     sentences = documents[other + (other >= number)]
-    at, ids = int(rng.integers(len(sentences))), []
-    while at < len(sentences) and len(ids) < target:
-        ids.extend(sentences[at])
-        at += 1
+    sentence, ids = int(rng.integers(len(sentences))), []
+    while sentence < len(sentences) and len(ids) < target:
+        ids.extend(sentences[sentence])
+        sentence += 1
     return ids
 
 
-def _truncated(first: Ids, second: Ids, room: int, rng: np.random.Generator) -> tuple[Ids, Ids]:
-    """Cuts the longer part, by turns at a random end, until both fit."""
+def _truncate(first: Ids, second: Ids, room: int, rng: np.random.Generator) -> tuple[Ids, Ids]:
+    """Removes tokens from random ends of the longer part until both parts fit into `room`."""
     excess = len(first) + len(second) - room
     if excess <= 0:
         return first, second
-    # The longer one is cut down to the other's length before both are cut alike.
+    # Once the longer part is as short as the other, both lose the same number of tokens.
     from_longer = min(excess, abs(len(first) - len(second)))
-    alike = excess - from_longer
-    cuts = [alike // 2, alike - alike // 2]
+    from_both = excess - from_longer
+    cuts = [from_both // 2, from_both - from_both // 2]
     cuts[int(len(second) > len(first))] += from_longer
     parts = []
     for ids, cut in zip((first, second), cuts, strict=True):
@@ -155,18 +161,18 @@ def _truncated(first: Ids, second: Ids, room: int, rng: np.random.Generator) -> 
     return parts[0], parts[1]
 
 
-def _joined(sentences: Sequence[Ids]) -> Ids:
+def _concatenate(sentences: Sequence[Ids]) -> Ids:
     return [token for sentence in sentences for token in sentence]
 
 
-def _empty(num: int, layout: Layout) -> Rows:
+def _empty_rows(num: int, layout: Layout) -> Rows:
     return Rows(
         np.full((num, layout.width), layout.pad_id, layout.dtype),
         np.zeros(num, row_dtype(layout.width)),
     )
 
 
-def _describe(
+def _write_meta(
     rows: Rows, row: int, starts: Sequence[int], *, length: int, second: int, label: int
 ) -> None:
     rows.meta[row]["length"], rows.meta[row]["second"] = length, second

@@ -1,9 +1,9 @@
-"""Owns the token store on disk: fixed-width rows of ids, read by memory map. Knows no text.
+"""Writes and memory-maps token stores: folders of fixed-width rows of token ids.
 
-A store is a folder. Shard k holds rows k·shard_rows and on, in two files of equal many records:
+Shard k holds the rows from k·shard_rows on, in two files with one record per row:
 `shard-00000.ids`   little-endian uint16 (uint32 above 65,536 pieces) [rows, width], padded;
-`shard-00000.rows`  `row_dtype(width)`: tokens, start of type 1, label, a bit per segment start.
-`index.jsonl`       a line per chunk of text, in order: where it began and what it gave;
+`shard-00000.rows`  `row_dtype(width)`: length, start of token type 1, label, segment starts.
+`index.jsonl`       one line per chunk of text, in order: start in the source, and counts;
 `manifest.json`     settings, tokenizer and source hashes, counts, size and SHA-256 of every file.
 """
 
@@ -21,34 +21,34 @@ from tinybert_jax.data.errors import fail
 
 FORMAT = "tinybert token store 1"
 INDEX, MANIFEST, TOKENIZER = "index.jsonl", "manifest.json", "tokenizer.json"
-MAX_SEGMENTS = 255  # in a row: they are counted in bytes
-_BLOCK = 256  # rows gathered at a time: their arrays stay in the cache
+MAX_SEGMENTS = 255  # per row: segment ids are computed in uint8
+_BLOCK = 256  # rows gathered at a time, so that their arrays stay in the CPU cache
 
 
 class PackedRows(NamedTuple):
-    """Rows of a store, ready to be masked and fed."""
+    """Rows of a store, unpacked for a batch."""
 
     ids: np.ndarray  # int32 [n, width]
     segment_ids: np.ndarray  # int32 [n, width]: 0 padding, then 1, 2, …
     token_type_ids: np.ndarray  # int32 [n, width]
-    labels: np.ndarray  # int32 [n]: of the pair in the row; -1 where there is none
+    labels: np.ndarray  # int32 [n]: label of the pair; -1: no label
 
 
 class Rows(NamedTuple):
-    """Rows as they lie on disk."""
+    """Rows in the format on disk."""
 
     ids: np.ndarray  # uint16 or uint32 [n, width]
     meta: np.ndarray  # row_dtype(width) [n]
 
 
 def row_dtype(width: int) -> np.dtype:
-    """`second` is where token type 1 begins; the number of tokens where no token has it."""
+    """Record of a row in `shard-*.rows`."""
     return np.dtype(
         [
-            ("length", "<u2"),
-            ("second", "<u2"),
+            ("length", "<u2"),  # tokens without padding
+            ("second", "<u2"),  # position where token type 1 starts; `length` if there is none
             ("label", "<i2"),
-            ("starts", "u1", (-(-width // 8),)),
+            ("starts", "u1", (-(-width // 8),)),  # a set bit per position where a segment starts
         ]
     )
 
@@ -64,7 +64,7 @@ def shard_names(shard: int) -> tuple[str, str]:
 def open_store(folder: str | Path, *, verify: bool = False) -> "Store":
     """Opens a store, checking the size of every file and, with `verify`, every SHA-256.
 
-    Raises ValueError naming the file that is missing or not as it was written.
+    Raises ValueError that names a missing or damaged file.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -74,30 +74,33 @@ def open_store(folder: str | Path, *, verify: bool = False) -> "Store":
     for name, entry in manifest["files"].items():
         path = folder / name
         if not path.is_file():
-            fail(str(path), "a file of the store", "none", "copy the folder again, whole")
+            fail(str(path), "a file of the store", "none", "copy the whole folder again")
         if path.stat().st_size != entry["num_bytes"]:
             got = f"{path.stat().st_size}"
-            fail(str(path), f"{entry['num_bytes']} bytes", got, "copy the folder again, whole")
+            fail(str(path), f"{entry['num_bytes']} bytes", got, "copy the whole folder again")
         if verify and sha256(path) != entry["sha256"]:
-            fail(str(path), "its SHA-256 of the manifest", "another", "copy or prepare it again")
+            fix = "copy or prepare the store again"
+            fail(str(path), "the SHA-256 in the manifest", "another SHA-256", fix)
     return Store(folder, manifest)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
-        unfinished = partial_of(folder).is_dir()
-        fix = "run `tinybert data prepare` again: it goes on" if unfinished else "check the name"
-        got = f"only {partial_of(folder)}, unfinished" if unfinished else "none"
+        partial = partial_of(folder)
+        fix, got = "check the name", "none"
+        if partial.is_dir():
+            fix = "run `tinybert data prepare` again to finish it"
+            got = f"only {partial}, unfinished"
         fail(str(folder), f"a folder with {MANIFEST}", got, fix)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        fail(str(path), "JSON", str(error), "copy the folder again, whole")
+        fail(str(path), "JSON", str(error), "copy the whole folder again")
 
 
 def partial_of(folder: Path) -> Path:
-    """Where a store is written until it is whole."""
+    """The folder in which a store is written until it is complete."""
     return folder.with_name(f"{folder.name}.partial")
 
 
@@ -107,7 +110,7 @@ def sha256(path: Path) -> str:
 
 
 class Store:
-    """A prepared corpus, memory-mapped; made by `open_store`."""
+    """A memory-mapped token store; `open_store` makes it."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.folder = folder
@@ -128,11 +131,12 @@ class Store:
             )
 
     def gather(self, rows: np.ndarray) -> PackedRows:
-        """The rows of these numbers (int64 [n], any order, repeats allowed)."""
+        """The rows with these numbers (int64 [n], in any order, repeats allowed)."""
         num = len(rows)
         if num and not (0 <= rows.min() and rows.max() < self.num_rows):
-            wanted = f"{rows.min()} to {rows.max()}"
-            fail(str(self.folder), f"row numbers below {self.num_rows}", wanted, "check the plan")
+            got = f"{rows.min()} to {rows.max()}"
+            expected = f"row numbers from 0 and below {self.num_rows}"
+            fail(str(self.folder), expected, got, "correct the row numbers")
         shape = (num, self.width)
         packed = PackedRows(
             np.empty(shape, np.int32),
@@ -142,65 +146,66 @@ class Store:
         )
         for start in range(0, num, _BLOCK):
             part = slice(start, start + _BLOCK)
-            raw = Rows(self._take(0, rows[part]), self._take(1, rows[part]))
-            _unpack(raw, PackedRows(*(field[part] for field in packed)))
+            on_disk = Rows(self._take(0, rows[part]), self._take(1, rows[part]))
+            _unpack(on_disk, PackedRows(*(field[part] for field in packed)))
         return packed
 
     def lengths(self, rows: np.ndarray) -> np.ndarray:
-        """Tokens of each row without its padding, int32 [n]."""
+        """Number of tokens of every row without padding, int32 [n]."""
         return self._take(1, rows)["length"].astype(np.int32)
 
     def _take(self, field: int, rows: np.ndarray) -> np.ndarray:
-        """A field of `Rows` as it lies on disk; one fancy index per shard that is touched."""
+        """Field number `field` of `Rows`; one fancy index per shard."""
         if len(self._shards) == 1:
             return self._shards[0][field][rows]
-        shard_of, within = np.divmod(rows, self._shard_rows)
+        shard_of, row_in_shard = np.divmod(rows, self._shard_rows)
         first = self._shards[0][field]
         taken = np.empty((len(rows), *first.shape[1:]), first.dtype)
         for shard in np.unique(shard_of):
             here = np.flatnonzero(shard_of == shard)
-            taken[here] = self._shards[shard][field][within[here]]
+            taken[here] = self._shards[shard][field][row_in_shard[here]]
         return taken
 
 
-# For a byte of start bits: how many have been set after each of its eight places, a byte each.
-_COUNTS = np.cumsum(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1), axis=1)
-_COUNTS_WORD = np.ascontiguousarray(_COUNTS.astype(np.uint8)).view(np.uint64)[:, 0]
-_TOTAL = _COUNTS[:, -1].astype(np.uint8)
-_ALL_BYTES = np.uint64(0x0101010101010101)
+# [256, 8]: number of set bits of a byte up to and including each of the eight positions.
+_BIT_COUNTS = np.cumsum(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1), axis=1)
+# [256]: these eight counts as the eight bytes of one word.
+_BIT_COUNTS_WORD = np.ascontiguousarray(_BIT_COUNTS.astype(np.uint8)).view(np.uint64)[:, 0]
+_NUM_BITS = _BIT_COUNTS[:, -1].astype(np.uint8)
+_ONE_IN_EVERY_BYTE = np.uint64(0x0101010101010101)
 
 
 def _unpack(rows: Rows, out: PackedRows) -> None:
-    """Writes into views; the sums of start bits are taken eight places at a time."""
+    """Writes rows into the arrays of `out`; sums up the start bits of eight positions at a time."""
     width = rows.ids.shape[1]
     np.copyto(out.ids, rows.ids, casting="unsafe")
     np.copyto(out.labels, rows.meta["label"])
     starts = rows.meta["starts"].copy()
-    counts = _TOTAL.take(starts)
-    before = np.cumsum(counts, axis=1, dtype=np.uint8) - counts
-    words = _COUNTS_WORD.take(starts) + before.astype(np.uint64) * _ALL_BYTES
-    place = np.arange(width, dtype=np.uint16)
-    real = place < rows.meta["length"][:, None]
+    num_bits = _NUM_BITS.take(starts)
+    num_before = np.cumsum(num_bits, axis=1, dtype=np.uint8) - num_bits
+    words = _BIT_COUNTS_WORD.take(starts) + num_before.astype(np.uint64) * _ONE_IN_EVERY_BYTE
+    position = np.arange(width, dtype=np.uint16)
+    real = position < rows.meta["length"][:, None]
     np.copyto(out.segment_ids, words.view(np.uint8)[:, :width] * real.view(np.uint8))
     if (rows.meta["second"] < rows.meta["length"]).any():
-        np.copyto(out.token_type_ids, real & (place >= rows.meta["second"][:, None]))
+        np.copyto(out.token_type_ids, real & (position >= rows.meta["second"][:, None]))
 
 
 class StoreWriter:
-    """Appends to an unfinished store. What `index.jsonl` tells is on disk; the rest is cut off."""
+    """Appends chunks to an unfinished store; at first removes rows that the index does not list."""
 
     def __init__(self, folder: Path, width: int, dtype: np.dtype, shard_rows: int):
         self.folder, self.width, self.shard_rows = folder, width, shard_rows
         self.dtypes = (dtype, row_dtype(width))
-        self.entries = list(_whole_lines(folder / INDEX))
+        self.entries = list(_read_index(folder / INDEX))
         self.num_rows = sum(entry["rows"] for entry in self.entries)
         self._roll_back()
 
     def append(self, rows: Rows, entry: dict[str, Any]) -> None:
-        """Writes a chunk's rows, then its line of the index: all of it or, on an OSError, none."""
+        """Writes the rows of a chunk, then the index line; removes both again on an OSError."""
         assert entry["rows"] == len(rows.ids)
         try:
-            for start, stop, shard in self._parts(len(rows.ids)):
+            for start, stop, shard in self._shard_parts(len(rows.ids)):
                 for name, field in zip(shard_names(shard), rows, strict=True):
                     _append(self.folder / name, np.ascontiguousarray(field[start:stop]).data)
             line = json.dumps(entry, ensure_ascii=False) + "\n"
@@ -212,7 +217,7 @@ class StoreWriter:
         self.num_rows += len(rows.ids)
 
     def finish(self, final: Path, manifest: dict[str, Any], files: dict[str, str]) -> None:
-        """Writes further text files and the manifest, and gives the folder its final name."""
+        """Writes further text files (name -> text) and the manifest; renames the folder."""
         for name, text in files.items():
             (self.folder / name).unlink(missing_ok=True)
             _append(self.folder / name, text.encode())
@@ -223,9 +228,9 @@ class StoreWriter:
             for name in [*shards, INDEX, *sorted(files)]
             for path in [self.folder / name]
         }
-        whole = {"format": FORMAT, **manifest, "files": entries}
+        manifest = {"format": FORMAT, **manifest, "files": entries}
         (self.folder / MANIFEST).unlink(missing_ok=True)
-        text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         _append(self.folder / MANIFEST, text.encode())
         for path in self.folder.iterdir():
             if path.name not in entries and path.name != MANIFEST:
@@ -234,8 +239,8 @@ class StoreWriter:
         self.folder.rename(final)
         _sync(final.parent)
 
-    def _parts(self, num: int) -> list[tuple[int, int, int]]:
-        """(start, stop, shard): a chunk may go over the end of a shard."""
+    def _shard_parts(self, num: int) -> list[tuple[int, int, int]]:
+        """Cuts the next `num` rows at the ends of shards: [(start, stop, shard)]."""
         first = self.num_rows
         last = first + num
         shards = range(first // self.shard_rows, -(-last // self.shard_rows))
@@ -243,9 +248,9 @@ class StoreWriter:
         return list(zip(cuts, cuts[1:], shards, strict=False))
 
     def _roll_back(self) -> None:
-        """Cuts every file to what the index tells."""
-        lines = sum(len(json.dumps(e, ensure_ascii=False).encode()) + 1 for e in self.entries)
-        sizes = {INDEX: lines}
+        """Truncates every file to the chunks that the index lists."""
+        index_size = sum(len(json.dumps(e, ensure_ascii=False).encode()) + 1 for e in self.entries)
+        sizes = {INDEX: index_size}
         for shard in range(-(-self.num_rows // self.shard_rows)):
             rows = min(self.shard_rows, self.num_rows - shard * self.shard_rows)
             items = (self.width * self.dtypes[0].itemsize, self.dtypes[1].itemsize)
@@ -263,8 +268,8 @@ class StoreWriter:
             fail(str(self.folder / missing), "a file", "none", fix)
 
 
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The entries of an index; its last line may have been cut off in the middle."""
+def _read_index(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the entries of an index, without a last line that was cut off."""
     for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
         yield json.loads(line)
 
@@ -277,7 +282,7 @@ def _append(path: Path, content: bytes | memoryview) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Makes the names in a folder last."""
+    """Writes the names in a folder to disk, so that they survive a crash."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
