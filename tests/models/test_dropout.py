@@ -1,4 +1,4 @@
-"""Dropout's masks: how many, how alike, and that nobody else's devices change them."""
+"""Dropout masks: share of zeros, independence, and equality on any number of devices."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinybert_jax.models.dropout import dropout, kept
+from tinybert_jax.models.dropout import dropout, keep_mask
 
 KEYS = jax.random.split(jax.random.key(0), 24)
 SHAPE = (16, 8, 32, 32)
@@ -15,10 +15,13 @@ SIZE = 16 * 8 * 32 * 32
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
-def test_the_dropped_share_and_its_pairs_are_those_of_independent_draws(rate):
-    """By key, by key and axis place, of neighbours, of two keys: within 4.5 sigma, 900 in all."""
-    masks = np.array([~kept(key, SHAPE, rate) for key in KEYS])
-    together = rate**2
+def test_elements_are_dropped_independently_with_probability_rate(rate):
+    """Shares by key, by key and index, of pairs of neighbours, of pairs of keys.
+
+    About 900 shares, each within 4.5 sigma.
+    """
+    masks = np.array([~keep_mask(key, SHAPE, rate) for key in KEYS])
+    both_dropped = rate**2
 
     def check(shares, expected, num):
         sigma = np.sqrt(expected * (1 - expected) / num)
@@ -30,17 +33,17 @@ def test_the_dropped_share_and_its_pairs_are_those_of_independent_draws(rate):
         check(masks.mean(others), rate, SIZE / masks.shape[axis])
         ahead = np.take(masks, range(1, masks.shape[axis]), axis)
         behind = np.take(masks, range(masks.shape[axis] - 1), axis)
-        check((ahead & behind).mean((1, 2, 3, 4)), together, ahead[0].size)
+        check((ahead & behind).mean((1, 2, 3, 4)), both_dropped, ahead[0].size)
     pairs = [(masks[i] & masks[j]).mean() for i, j in itertools.combinations(range(24), 2)]
-    check(pairs, together, SIZE)
+    check(pairs, both_dropped, SIZE)
 
 
-def test_what_stays_is_scaled_and_what_goes_has_no_gradient():
+def test_kept_elements_are_scaled_and_dropped_elements_have_no_gradient():
     x = jnp.array(np.random.default_rng(0).normal(size=(64, 50)), jnp.float32)
-    stays = kept(KEYS[0], x.shape, 0.2)
+    mask = keep_mask(KEYS[0], x.shape, 0.2)
     value, gradient = jax.value_and_grad(lambda x: dropout(x, 0.2, KEYS[0]).sum())(x)
-    np.testing.assert_allclose(dropout(x, 0.2, KEYS[0]), np.where(stays, x / 0.8, 0), rtol=1e-6)
-    np.testing.assert_allclose(gradient, np.where(stays, 1 / 0.8, 0), rtol=1e-6)
+    np.testing.assert_allclose(dropout(x, 0.2, KEYS[0]), np.where(mask, x / 0.8, 0), rtol=1e-6)
+    np.testing.assert_allclose(gradient, np.where(mask, 1 / 0.8, 0), rtol=1e-6)
     np.testing.assert_allclose(value, np.sum(x * gradient), rtol=1e-4)
 
 
@@ -52,11 +55,11 @@ def test_without_a_key_or_a_rate_nothing_is_dropped():
 
 def test_devices_and_vectorised_keys_change_no_mask():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    placement = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     x = jnp.ones((16, 6, 10))
     drop = jax.jit(lambda x, key: dropout(x, 0.3, key))
     one = drop(x, KEYS[0])
-    np.testing.assert_array_equal(drop(jax.device_put(x, place), KEYS[0]), one)
+    np.testing.assert_array_equal(drop(jax.device_put(x, placement), KEYS[0]), one)
     many = jax.jit(jax.vmap(lambda key: dropout(x, 0.3, key)))(KEYS[:3])
     np.testing.assert_array_equal(many[0], one)
     assert (many[0] != many[1]).any()

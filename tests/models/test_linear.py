@@ -1,4 +1,4 @@
-"""Linear maps: merged tokens, and products that read bfloat16."""
+"""Linear maps with bfloat16 and int8 products, and their gradients."""
 
 import functools
 import re
@@ -37,7 +37,7 @@ def test_bfloat16_products_round_their_operands_and_nothing_else():
     linear = make_linear(
         24, 12, CONFIG, dtype=jnp.float32, product_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
     )
-    linear.bias[...] = jnp.linspace(-1, 1, 12)  # 12 values that bfloat16 does not have
+    linear.bias[...] = jnp.linspace(-1, 1, 12)  # not representable in bfloat16
     x = jax.random.normal(jax.random.key(1), (4, 5, 24))
     slope = jax.random.normal(jax.random.key(2), (4, 5, 12))
     graphdef, params = nnx.split(linear, nnx.Param)
@@ -59,7 +59,7 @@ def test_bfloat16_products_round_their_operands_and_nothing_else():
 
 
 def test_both_gradients_of_bfloat16_products_are_bfloat16_products():
-    """Where XLA:CPU has one; it had folded a transpose into the kernel's, and run that in fp32."""
+    """On CPUs with bfloat16 products; XLA:CPU had run the gradient of the kernel in fp32."""
     linear = make_linear(
         384, 256, CONFIG, dtype=jnp.float32, product_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
     )
@@ -67,7 +67,7 @@ def test_both_gradients_of_bfloat16_products_are_bfloat16_products():
     x, slope = jnp.ones((4, 64, 384)), jnp.ones((4, 64, 256))
 
     def num_products(function) -> int:
-        """That read bfloat16, in the compiled program of all that it gives."""
+        """Number of products with bfloat16 operands in the compiled program."""
         text = jax.jit(function).lower(params, x).compile().as_text()
         rounded = set(re.findall(r"%([\w.]+) = bf16\[", text))
         products = re.findall(r" dot\(%([\w.]+), %([\w.]+)\)", text)
@@ -78,11 +78,11 @@ def test_both_gradients_of_bfloat16_products_are_bfloat16_products():
 
     if not num_products(forward):
         pytest.skip("no bfloat16 products on this CPU")
-    assert num_products(lambda *given: jax.vjp(forward, *given)[1](slope)) == 2
+    assert num_products(lambda *inputs: jax.vjp(forward, *inputs)[1](slope)) == 2
 
 
 @pytest.mark.parametrize("unroll", [False, True])
-def test_a_classifier_with_bfloat16_products_is_near_the_exact_one(unroll):
+def test_a_classifier_with_bfloat16_products_is_close_to_fp32(unroll):
     ids = jax.random.randint(jax.random.key(0), (3, 8), 5, 50)
     inputs = Text(ids, jnp.zeros_like(ids)), jnp.ones(ids.shape, bool)
     exact, init = make_classifier(CONFIG, 3, unroll=unroll)
@@ -92,7 +92,7 @@ def test_a_classifier_with_bfloat16_products_is_near_the_exact_one(unroll):
         jax.jit(functools.partial(apply, taps=True))(params, *inputs) for apply in (exact, rounded)
     ]
     errors = [
-        float(np.abs(np.subtract(*(getattr(own.encoder, name) for own in outputs))).max())
+        float(np.abs(np.subtract(*(getattr(output.encoder, name) for output in outputs))).max())
         for name in ("hidden", "queries", "values")
     ]
     assert all(0 < error < 0.05 for error in errors), errors
@@ -100,7 +100,7 @@ def test_a_classifier_with_bfloat16_products_is_near_the_exact_one(unroll):
 
 
 def test_a_masked_lm_with_bfloat16_products_decodes_rounded_states():
-    """The head's own map and the product with the word table round what they read, too."""
+    """The products of the head round their operands too: the transform and the word table."""
     ids = jax.random.randint(jax.random.key(0), (3, 8), 5, 50)
     inputs = Text(ids, jnp.zeros_like(ids)), jnp.ones(ids.shape, bool)
     exact, init = make_masked_lm(CONFIG)
@@ -134,15 +134,12 @@ def test_kernels_rounded_once_give_the_same_bits(options, make):
     ids = jax.random.randint(jax.random.key(1), (3, 8), 1, 50)
     inputs = Text(ids, jnp.zeros_like(ids)), jnp.ones_like(ids, bool)
     forward = jax.jit(lambda params: apply(params, *inputs))
-    for own, again in zip(
-        jax.tree.leaves(forward(params)), jax.tree.leaves(forward(rounded)), strict=True
-    ):
-        np.testing.assert_array_equal(own, again)
+    jax.tree.map(np.testing.assert_array_equal, forward(rounded), forward(params))
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2**-8)])
 def test_the_gradient_of_a_bias_is_the_sum_over_tokens(dtype, error):
-    """In bfloat16 it is added up in fp32, and rounded once."""
+    """In bfloat16 the sum is fp32 and rounded once."""
     linear = make_linear(8, 12, CONFIG, dtype=dtype, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     x, slope = (jnp.asarray(rng.uniform(size=(3, 500, n)), dtype) for n in (8, 12))
@@ -151,17 +148,17 @@ def test_the_gradient_of_a_bias_is_the_sum_over_tokens(dtype, error):
     np.testing.assert_allclose(loss(linear).bias[...], expected, rtol=error)
 
 
-def test_int8_products_are_of_tokens_and_columns_with_scales_of_their_own():
-    """Against float64 sums over what was rounded; a zero token or column stays zero."""
+def test_int8_products_have_a_scale_per_token_and_per_column():
+    """Against float64 sums of rounded operands; a zero token or column stays zero."""
     x = jax.random.normal(jax.random.key(1), (4, 5, 24)) * jnp.arange(5)[None, :, None]
     kernel = jax.random.normal(jax.random.key(2), (24, 12)) * jnp.arange(12)[None]
     bias = jnp.linspace(-1, 1, 12)
-    params = {"layers": {"own": {"kernel": kernel, "bias": bias}}}
-    own = rounded_kernels(params, dtype=jnp.float32, product_dtype=jnp.int8)["layers"]["own"]
+    params = {"layers": {"query": {"kernel": kernel, "bias": bias}}}
+    params = rounded_kernels(params, dtype=jnp.float32, product_dtype=jnp.int8)
     linear = make_linear(
         24, 12, CONFIG, dtype=jnp.float32, product_dtype=jnp.int8, rngs=nnx.Rngs(0)
     )
-    nnx.update(linear, own)
+    nnx.update(linear, params["layers"]["query"])
 
     def rounded(array, axis):
         scale = np.abs(array).max(axis, keepdims=True) / np.float32(127)
@@ -179,8 +176,8 @@ def test_int8_products_are_of_tokens_and_columns_with_scales_of_their_own():
 
 
 @pytest.mark.parametrize("unroll", [False, True])
-def test_an_int8_masked_lm_is_near_the_exact_one(unroll):
-    """Parameters start as the exact one's do; the head's own products are exact."""
+def test_an_int8_masked_lm_is_close_to_fp32(unroll):
+    """Both start from the same parameters; the products of the head stay fp32."""
     ids = jax.random.randint(jax.random.key(0), (3, 8), 5, 50)
     inputs = Text(ids, jnp.zeros_like(ids)), jnp.ones(ids.shape, bool)
     exact, init = make_masked_lm(CONFIG)
@@ -188,7 +185,8 @@ def test_an_int8_masked_lm_is_near_the_exact_one(unroll):
     params = init(jax.random.key(1))
     jax.tree.map(np.testing.assert_array_equal, same_init(jax.random.key(1)), params)
     params = jax.tree.map(lambda leaf: 5 * leaf, params)
-    read = frozen_params(params, dtype=jnp.float32, product_dtype=jnp.int8, unroll=unroll)
-    one, other = jax.jit(exact)(params, *inputs).logits, jax.jit(apply)(read, *inputs).logits
-    error = float(jnp.linalg.norm(one - other) / jnp.linalg.norm(one))
+    frozen = frozen_params(params, dtype=jnp.float32, product_dtype=jnp.int8, unroll=unroll)
+    expected = jax.jit(exact)(params, *inputs).logits
+    got = jax.jit(apply)(frozen, *inputs).logits
+    error = float(jnp.linalg.norm(expected - got) / jnp.linalg.norm(expected))
     assert 1e-4 < error < 0.05, error

@@ -1,4 +1,4 @@
-"""What stands between the two linear maps of a feed-forward, under the names of BERT's configs."""
+"""Activation functions of the feed-forward layers, under the names of BERT's configs."""
 
 import math
 
@@ -9,10 +9,10 @@ from jaxtyping import Array, Float
 
 @jax.custom_jvp
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x·Φ(x), exact, in fp32 inside (arXiv 1606.08415).
+    """Exact GELU x·Φ(x), computed in fp32 (arXiv 1606.08415).
 
-    By erf, to 1e-6, as PyTorch: erfc, which keeps the far negative tail's digits, costs more
-    (docs/results.md: On a GPU). The way back needs one array, the slope.
+    Uses erf, to 1e-6, like PyTorch. erfc keeps the digits of the far negative tail but costs more
+    (docs/results.md: On a GPU). The backward pass stores one array, the slope.
     """
     return (x * _normal_cdf(x)).astype(x.dtype)
 

@@ -1,4 +1,4 @@
-"""Multi-head self-attention that hands out its queries, keys, values and scores as taps."""
+"""Multi-head self-attention that also returns queries, keys, values and scores (taps)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,35 +16,35 @@ from tinybert_jax.settings.sizes import ModelConfig
 
 
 class AttentionTaps(NamedTuple):
-    """What distillation reads of one layer, before masking and softmax.
+    """Intermediate arrays of one layer that distillation reads; scores before mask and softmax.
 
-    Queries are of the tokens that ask: all, or those that are read.
+    The queries are those of all tokens or of the picked tokens.
     """
 
     queries: jax.Array  # [batch, queries, heads, head_dim]
     keys: jax.Array  # [batch, seq, heads, head_dim]
     values: jax.Array  # [batch, seq, heads, head_dim]
-    attention_scores: jax.Array | None  # [batch, heads, queries, seq], fp32; None: no map is built
+    attention_scores: jax.Array | None  # [batch, heads, queries, seq] fp32; None: backend has none
 
 
 class Visible(NamedTuple):
-    """Which keys a query reads, told in two ways; a backend reads one, `jit` drops the other.
+    """The keys that a query attends to, in two forms; a backend reads one, `jit` drops the other.
 
-    Every query reads some key, be it padding that reads padding: what comes of that is nobody's,
-    and a softmax over no key is NaN in one kernel and has a wrong gradient in another.
+    Every query attends to at least one key, because a softmax over no key is NaN in one kernel and
+    has a wrong gradient in another. Padding attends to padding; those outputs are never used.
     """
 
-    pairs: jax.Array  # bool [batch, 1 or queries, seq]: query t reads key s; 1: all read alike
-    query_ids: jax.Array  # int32 [batch, queries]: reads the keys of its own id
+    pairs: jax.Array  # bool [batch, 1 or queries, seq]: query t attends to key s; 1: every query
+    query_ids: jax.Array  # int32 [batch, queries]: a query attends to the keys with the same id
     key_ids: jax.Array  # int32 [batch, seq]
 
 
-# Takes some tokens of each row: [batch, seq, …] to [batch, picked, …].
+# Selects tokens of every row: [batch, seq, …] to [batch, picked, …].
 Pick = Callable[[Array], Array]
 
 
 def at(positions: Int[Array, "batch picked"]) -> Pick:
-    """What stands at these positions of each row."""
+    """Makes a function that picks the tokens at these positions of every row."""
 
     def pick(x: Array) -> Array:
         index = positions.reshape(*positions.shape, *[1] * (x.ndim - 2))
@@ -56,11 +56,14 @@ def at(positions: Int[Array, "batch picked"]) -> Pick:
 def make_visible(
     attention_mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"],
 ) -> Visible:
-    """The real tokens; of packed rows (integers, 0 is padding) those of the query's own segment."""
+    """Queries attend to real tokens; in packed rows (segment ids, 0: padding) to the same segment.
+
+    A row of padding alone attends to all its tokens.
+    """
     if attention_mask.dtype == bool:
-        read = attention_mask | ~attention_mask.any(axis=-1, keepdims=True)
-        ids = read.astype(jnp.int32)
-        return Visible(read[:, None, :], jnp.ones_like(ids), ids)
+        is_key = attention_mask | ~attention_mask.any(axis=-1, keepdims=True)
+        ids = is_key.astype(jnp.int32)
+        return Visible(is_key[:, None, :], jnp.ones_like(ids), ids)
     pairs = attention_mask[:, :, None] == attention_mask[:, None, :]
     return Visible(pairs, attention_mask, attention_mask)
 
@@ -85,9 +88,10 @@ class SelfAttention(nnx.Module):
         key: jax.Array | None,
         pick: Pick | None = None,
     ) -> tuple[Float[Array, "batch picked dim"], AttentionTaps]:
-        """The context of those tokens that `pick` takes, or of all, in keys and values of all.
+        """Output and taps for the tokens that `pick` selects (default: all), attending to all.
 
-        Few queries take xla whatever the backend: their map is small, and no multiple of a tile.
+        Picked queries use the xla backend: their score map is small, and fused backends need a
+        multiple of 128 queries.
         """
         queried, backend = hidden, self.backend
         if pick is not None:
@@ -96,11 +100,11 @@ class SelfAttention(nnx.Module):
             pairs = pick(pairs) if pairs.shape[1] > 1 else pairs
             visible = Visible(pairs, pick(query_ids), key_ids)
 
-        def by_head(linear: Linear, x: jax.Array) -> jax.Array:
+        def split_heads(linear: Linear, x: jax.Array) -> jax.Array:
             return dense(linear, x).reshape(*x.shape[:2], self.num_heads, -1)
 
-        queries = by_head(self.query, queried)
-        keys, values = by_head(self.key, hidden), by_head(self.value, hidden)
+        queries = split_heads(self.query, queried)
+        keys, values = split_heads(self.key, hidden), split_heads(self.value, hidden)
         context, scores = attend(
             queries, keys, values, visible, self.dropout_rate, key, backend=backend
         )
@@ -120,31 +124,32 @@ def attend(
 ) -> tuple[
     Float[Array, "batch picked heads head_dim"], Float[Array, "batch heads picked seq"] | None
 ]:
-    """softmax(QKᵀ/√head_dim)·V over the keys that are seen, softmax in fp32.
+    """softmax(QKᵀ/√head_dim)·V over the visible keys, softmax in fp32.
 
-    Beside it the scores QKᵀ/√head_dim of all keys, where there is a map of them: with xla.
+    Also returns the scores QKᵀ/√head_dim of all keys if the backend is xla, else None.
 
-    `backend`: xla builds the score map; the others keep none, have no dropout, and want rows of a
-    multiple of 128 tokens: cudnn on NVIDIA GPUs, in bfloat16; splash on TPUs. auto is
-    cudnn wherever it can be (on an H200, with the gradient, 0.55 to 0.72 of the time at 128 tokens
-    and a third of it at 512: benchmarks/attention.py), else xla. Raises ValueError where one is
-    asked for in vain.
+    `backend`: xla builds the score map; cudnn (NVIDIA GPUs, bfloat16) and splash (TPUs) build none,
+    have no dropout, and need rows of a multiple of 128 tokens. auto takes cudnn where it can run
+    (on an H200, with the gradient, 0.55 to 0.72 of the time of xla at 128 tokens and a third at
+    512: benchmarks/attention.py), else xla. Raises ValueError if the given backend cannot run.
     """
     if backend != "xla":
         fused = "cudnn" if backend == "auto" else backend
-        missing = _missing(fused, queries, 0.0 if key is None else dropout_rate)
+        missing = _missing_requirement(fused, queries, 0.0 if key is None else dropout_rate)
         if missing is None:
             return over_batch(_FUSED[fused])(queries, keys, values, visible), None
         if backend != "auto":
             raise ValueError(f"attention: {fused} expects {missing}; set compute.attention=auto")
     scores = attention_scores(queries, keys)
-    probs = jax.nn.softmax(jnp.where(visible.pairs[:, None], scores, _MASKED), axis=-1)
+    probs = jax.nn.softmax(jnp.where(visible.pairs[:, None], scores, _MASKED_SCORE), axis=-1)
     probs = dropout(probs.astype(values.dtype), dropout_rate, key)
     return _context(probs, values), scores
 
 
-def _missing(backend: AttentionBackend, queries: jax.Array, dropout_rate: float) -> str | None:
-    """What a fused backend expects and does not get here, if anything."""
+def _missing_requirement(
+    backend: AttentionBackend, queries: jax.Array, dropout_rate: float
+) -> str | None:
+    """What a fused backend expects and the inputs or devices do not offer; None: it can run."""
     if backend == "cudnn" and queries.dtype != jnp.bfloat16:
         return f"activations in bfloat16, got {queries.dtype}"
     if backend == "cudnn" and queries.shape[-1] > 128:
@@ -152,12 +157,12 @@ def _missing(backend: AttentionBackend, queries: jax.Array, dropout_rate: float)
     if queries.shape[1] % _TILE:
         return f"rows of a multiple of {_TILE} tokens, got {queries.shape[1]}"
     if dropout_rate:
-        return f"no dropout of attention, got a rate of {dropout_rate}"
+        return f"no attention dropout, got a rate of {dropout_rate}"
     return missing_device(backend)
 
 
 def missing_device(backend: AttentionBackend) -> str | None:
-    """What a fused backend expects of this process's devices, if it is not there."""
+    """The device that a fused backend expects and this process does not have; None: it has."""
     device = jax.local_devices()[0]
     if backend == "splash":
         return None if device.platform == "tpu" else f"a TPU, got {device.device_kind}"
@@ -170,7 +175,7 @@ def missing_device(backend: AttentionBackend) -> str | None:
 def cudnn_attention(
     queries: jax.Array, keys: jax.Array, values: jax.Array, visible: Visible
 ) -> jax.Array:
-    """cuDNN's flash attention; head dims are filled up with zeros to a multiple of 8: exact."""
+    """cuDNN's flash attention; zeros pad head dims to a multiple of 8, which changes no result."""
     head_dim, seq = queries.shape[-1], queries.shape[1]
     pads = ((0, 0), (0, 0), (0, 0), (0, -head_dim % 8))
     context = jax.nn.dot_product_attention(
@@ -197,14 +202,14 @@ def splash_attention(
     )
 
     num_heads, (seq, head_dim) = queries.shape[2], queries.shape[1::2]
-    every = splash_attention_mask.FullMask((seq, seq))
+    full_mask = splash_attention_mask.FullMask((seq, seq))
     kernel = splash_attention_kernel.make_splash_mha_single_device(
-        splash_attention_mask.MultiHeadMask([every] * num_heads), interpret=interpret
+        splash_attention_mask.MultiHeadMask([full_mask] * num_heads), interpret=interpret
     )
-    by_head = (jnp.swapaxes(x, 1, 2) for x in (queries * head_dim**-0.5, keys, values))
+    heads_first = (jnp.swapaxes(x, 1, 2) for x in (queries * head_dim**-0.5, keys, values))
     ids = splash_attention_kernel.SegmentIds(visible.query_ids, visible.key_ids)
-    # Typed Any: a kernel may return residuals too, this one does not.
-    context: Any = jax.vmap(kernel)(*by_head, ids)
+    # Any, because the type of a kernel includes residuals, which this kernel does not return.
+    context: Any = jax.vmap(kernel)(*heads_first, ids)
     return jnp.swapaxes(context, 1, 2)
 
 
@@ -220,13 +225,13 @@ def attention_scores(
     return _scores(scaled, keys)
 
 
-# XLA:CPU is fast at products of many small matrices where the left one is contracted by its last
-# axis, the right one by its first, and the result's rows are long: at 128 tokens and heads of 26
-# up to 2.5 times as fast as in the form that an einsum or its derivative takes.
+# XLA:CPU multiplies many small matrices fastest if it contracts the last axis of the left and the
+# first axis of the right matrix, and the rows of the result are long: at 128 tokens and a head_dim
+# of 26 up to 2.5 times as fast as the products of an einsum and its derivatives.
 
 
 def _dot(left: Array, right: Array) -> Float[Array, "batch heads rows columns"]:
-    """[b, h, m, k] · [b, h, k, n], adding up in fp32."""
+    """[b, h, m, k] · [b, h, k, n] with fp32 sums."""
     dims = (((3,), (2,)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
 
@@ -241,23 +246,24 @@ def _by_dim(x: Array) -> Array:
     return x.transpose(0, 2, 3, 1)
 
 
-def _times(maps: Array, x: Array) -> Array:
+def _apply_maps(maps: Array, x: Array) -> Array:
     """[b, h, t, s] · [b, s, h, d] to [b, t, h, d]."""
     if x.shape[-1] % 16 == 0:
-        return _times_by_head(maps, x)
-    return jax.lax.platform_dependent(maps, x, cpu=_times_by_dim, default=_times_by_head)
+        return _apply_maps_by_head(maps, x)
+    return jax.lax.platform_dependent(maps, x, cpu=_apply_maps_by_dim, default=_apply_maps_by_head)
 
 
-def _times_by_head(maps: Array, x: Array) -> Array:
+def _apply_maps_by_head(maps: Array, x: Array) -> Array:
     return _dot(maps, _by_head(x)).transpose(0, 2, 1, 3)
 
 
-def _times_by_dim(maps: Array, x: Array) -> Array:
-    turned = jax.lax.optimization_barrier(maps.swapaxes(2, 3))  # else it is part of the product
-    return _dot(_by_dim(x), turned).transpose(0, 3, 1, 2)
+def _apply_maps_by_dim(maps: Array, x: Array) -> Array:
+    # The barrier keeps XLA from folding the transpose into the product.
+    transposed = jax.lax.optimization_barrier(maps.swapaxes(2, 3))
+    return _dot(_by_dim(x), transposed).transpose(0, 3, 1, 2)
 
 
-def _turned_times(maps: Array, x: Array) -> Array:
+def _apply_transposed_maps(maps: Array, x: Array) -> Array:
     """[b, h, t, s]ᵀ · [b, t, h, d] to [b, s, h, d]."""
     return _dot(_by_dim(x), maps).transpose(0, 3, 1, 2)
 
@@ -267,12 +273,12 @@ def _scores(queries: Array, keys: Array) -> Array:
     return _dot(_by_head(queries), _by_dim(keys))
 
 
-def _scores_backward(taps: tuple, slope: Array) -> tuple[Array, Array]:
-    queries, keys = taps
-    slope = slope.astype(queries.dtype)
+def _scores_backward(residuals: tuple, cotangent: Array) -> tuple[Array, Array]:
+    queries, keys = residuals
+    cotangent = cotangent.astype(queries.dtype)
     return (
-        _times(slope, keys).astype(queries.dtype),
-        _turned_times(slope, queries).astype(keys.dtype),
+        _apply_maps(cotangent, keys).astype(queries.dtype),
+        _apply_transposed_maps(cotangent, queries).astype(keys.dtype),
     )
 
 
@@ -281,20 +287,19 @@ _scores.defvjp(lambda q, k: (_scores(q, k), (q, k)), _scores_backward)
 
 @jax.custom_vjp
 def _context(probs: Array, values: Array) -> Array:
-    return _times(probs, values).astype(values.dtype)
+    return _apply_maps(probs, values).astype(values.dtype)
 
 
-def _context_backward(kept: tuple, slope: Array) -> tuple[Array, Array]:
-    probs, values = kept
-    by_probs = _dot(_by_head(slope), _by_dim(values)).astype(probs.dtype)
-    return by_probs, _turned_times(probs, slope).astype(values.dtype)
+def _context_backward(residuals: tuple, cotangent: Array) -> tuple[Array, Array]:
+    probs, values = residuals
+    by_probs = _dot(_by_head(cotangent), _by_dim(values)).astype(probs.dtype)
+    return by_probs, _apply_transposed_maps(probs, cotangent).astype(values.dtype)
 
 
 _context.defvjp(lambda p, v: (_context(p, v), (p, v)), _context_backward)
 
 
-# Splash's blocks. cuDNN's gradient of 64 tokens with a mask was NaN (jax 0.11.2), and no faster.
+# Block size of splash. cuDNN's gradient of 64 masked tokens was NaN (jax 0.11.2), and no faster.
 _TILE = 128
 
-# Far below any score, and finite.
-_MASKED = -1e30
+_MASKED_SCORE = -1e30  # far below any score, and finite
