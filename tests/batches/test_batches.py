@@ -26,15 +26,15 @@ def rows(tokenizer):
     return tokenize_texts(tokenizer, Examples(SENTENCES, None, labels, tuple(map(str, labels))), 32)
 
 
-def test_rows_are_the_tokenizers_own_encoding(tokenizer, rows):
+def test_rows_equal_the_encoding_of_the_tokenizer(tokenizer, rows):
     for i, text in enumerate(SENTENCES):
         expected = tokenizer(text)["input_ids"]
         assert rows.ids[rows.offsets[i] : rows.offsets[i + 1]].tolist() == expected
 
 
-def test_pairs_carry_token_types_and_cut_the_longer_part(tokenizer):
+def test_pairs_have_token_types_and_truncate_the_longer_part(tokenizer):
     text = Examples([SENTENCES[2]], [SENTENCES[1]], np.zeros(1, np.int32), ("x",))
-    rows = tokenize_texts(tokenizer, text, 12)
+    rows = tokenize_task(tokenizer, text, 12)
     expected = tokenizer(SENTENCES[2], SENTENCES[1], truncation="longest_first", max_length=12)
     plan = Plan(np.array([0]), 16)
     batch = make_batch(rows, plan, tokenizer.pad_token_id)
@@ -105,7 +105,7 @@ def test_wordpiece_training_is_deterministic(tokenizer):
     assert tokenizer.tokenize("Café MAT") == again.tokenize("cafe mat")
 
 
-def test_pieces_that_continue_a_word_are_the_tokenizers_own(tokenizer):
+def test_is_continuation_agrees_with_the_word_ids_of_the_tokenizer(tokenizer):
     table = is_continuation(tokenizer)
     encoded = tokenizer("foxes jumping over zebras .", add_special_tokens=False)
     words = encoded.word_ids()
@@ -114,7 +114,7 @@ def test_pieces_that_continue_a_word_are_the_tokenizers_own(tokenizer):
     assert any(expected) and not table[tokenizer.all_special_ids].any()
 
 
-def test_fingerprint_tells_any_change(rows):
+def test_any_change_changes_the_fingerprint(rows):
     same = rows._replace(ids=rows.ids.copy())
     assert same.fingerprint() == rows.fingerprint()
     ids, labels = rows.ids.copy(), rows.labels.copy()

@@ -21,7 +21,7 @@ from tinybert_jax.parallel.mesh import make_mesh
 
 
 class PaddedRows(NamedTuple):
-    """`TokenRows` in memory as a row source: each padded to one width."""
+    """A row source of `TokenRows` in memory, padded to one width."""
 
     rows: TokenRows
     width: int
@@ -42,7 +42,7 @@ WIDTH = 8
 
 
 class MappedRows:
-    """A memory-mapped matrix of token ids; the first id of a row is its own number."""
+    """A memory-mapped matrix of token ids; the first id of a row is `first` + the row number."""
 
     width = WIDTH
 
@@ -81,7 +81,7 @@ def rows():
 
 
 def _makers(corpora, rows):
-    """Every kind of order, as a function of the process -> step -> batch."""
+    """Kind of order -> function that makes the batches of a process."""
     lengths, size = rows.lengths, 16
     bucketed = bucketed_epochs(lengths, buckets=(8, 16), global_batch_size=size, seed=(3, 1))
     packed = packed_epochs(lengths, width=16, global_batch_size=size, seed=(3, 1), multiple=4)
@@ -132,7 +132,7 @@ def test_threads_do_not_change_the_batches(corpora, rows, kind, num_threads, num
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_resume_at_step_a_million_takes_no_replay(corpora, rows, kind):
+def test_batches_from_step_a_million_need_no_replay(corpora, rows, kind):
     make = _makers(corpora, rows)[kind]
     start = time.perf_counter()
     batches = loader.prefetched(make(), start_step=1_000_000)
@@ -156,7 +156,7 @@ def test_batches_are_made_and_placed_ahead():
     deadline = time.monotonic() + 10
     while len(made) < 6 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert sorted(made) == list(range(6))  # the one that was taken and five more, not one beyond
+    assert sorted(made) == list(range(6))  # the batch that was taken and five in advance
 
 
 def test_an_error_in_a_thread_reaches_the_caller():
@@ -171,7 +171,7 @@ def _stream(sizes, weights, seed, count):
     return loader.make_draws(sizes, weights, seed)(np.arange(count))
 
 
-def test_each_corpus_shows_every_row_once_an_epoch():
+def test_an_epoch_of_a_corpus_holds_every_row_once():
     sizes = (501, 67, 13)
     corpus, row = _stream(sizes, (0.5, 0.3, 0.2), (0,), 150_000)  # crosses two cycles
     for number, size in enumerate(sizes):
@@ -179,10 +179,10 @@ def test_each_corpus_shows_every_row_once_an_epoch():
         epochs = drawn[: len(drawn) // size * size].reshape(-1, size)
         assert len(epochs) > 100
         assert (np.sort(epochs, axis=1) == np.arange(size)).all()
-        assert len(np.unique(epochs[:50], axis=0)) == 50  # each in an order of its own
+        assert len(np.unique(epochs[:50], axis=0)) == 50  # all in different orders
 
 
-def test_order_differs_by_seed_and_corpus_and_comes_again():
+def test_order_depends_on_seed_and_corpus_only():
     corpus, row = _stream((500, 500), (1.0, 1.0), (0,), 2000)
     again = _stream((500, 500), (1.0, 1.0), (0,), 2000)
     other = _stream((500, 500), (1.0, 1.0), (1,), 2000)
@@ -191,7 +191,7 @@ def test_order_differs_by_seed_and_corpus_and_comes_again():
     assert (row[corpus == 0][:500] != row[corpus == 1][:500]).any()
 
 
-def test_corpora_come_by_weight():
+def test_corpora_are_drawn_in_proportion_to_weights():
     weights = (0.6, 0.3, 0.0999, 0.0001)
     expected = np.array(weights)
     for count in (1024, 20_000):
@@ -205,39 +205,39 @@ def test_corpora_come_by_weight():
 
 
 def _order(size, epoch, seed):
-    return loader.shuffled(np.arange(size), np.full(size, epoch), size, seed)
+    return loader.permute(np.arange(size), np.full(size, epoch), size, seed)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 99, 100, 101, 4096, 65_537])
-def test_shuffled_is_a_permutation(size):
+def test_permute_is_a_permutation(size):
     order = _order(size, epoch=3, seed=(size,))
     assert np.array_equal(np.sort(order), np.arange(size))
 
 
-def test_shuffled_looks_random():
-    """Where rows land, and whether neighbours stay neighbours, as chance would have it."""
+def test_permute_is_statistically_random():
+    """Positions of rows, and how often neighbours stay neighbours, against random permutations."""
     size, num_orders = 5000, 40
     orders = np.stack([_order(size, e, (7,)) for e in range(num_orders)])
-    # The first 250 places of all orders, in 50 classes of rows: chi-square with 49 degrees.
+    # Rows at the first 250 positions of all orders, in 50 bins: chi-square with 49 degrees.
     counts = np.bincount(orders[:, :250].ravel() * 50 // size, minlength=50)
     expected = num_orders * 250 / 50
     chi_square = ((counts - expected) ** 2 / expected).sum()
     assert abs(chi_square - 49) < 4 * np.sqrt(2 * 49)
-    # The number of places where row r + 1 follows row r is Poisson with mean 1 in each order.
+    # The number of positions where row r + 1 follows row r is Poisson with mean 1 per order.
     followed = np.count_nonzero(np.diff(orders, axis=1) == 1)
     assert abs(followed - num_orders) < 4 * np.sqrt(num_orders)
     correlation = [np.corrcoef(order[:-1], order[1:])[0, 1] for order in orders]
     assert np.abs(correlation).max() < 4 / np.sqrt(size)
 
 
-def test_shuffled_reaches_rows_beyond_32_bits():
+def test_permute_reaches_rows_beyond_32_bits():
     size = 10**12
-    rows = loader.shuffled(np.arange(size - 1000, size), np.zeros(1000, np.int64), size, (0,))
+    rows = loader.permute(np.arange(size - 1000, size), np.zeros(1000, np.int64), size, (0,))
     assert len(set(rows.tolist())) == 1000
     assert rows.min() >= 0 and rows.max() < size and (rows > 2**32).mean() > 0.9
 
 
-def test_a_mixed_batch_holds_each_corpus_rows_at_their_places(corpora):
+def test_a_mixed_batch_holds_the_drawn_rows_in_order(corpora):
     batch_at = loader.mixed_batches(corpora, (0.5, 0.3, 0.2), global_batch_size=64, seed=(9,))
     draw = loader.make_draws([c.num_rows for c in corpora], (0.5, 0.3, 0.2), (9,))
     for step in (0, 5, 2000):
@@ -263,11 +263,11 @@ def test_rows_in_memory_are_a_row_source(rows):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"weights": (1.0, 1.0)}, "one for each, got 2 for 3"),
-        ({"sources": [], "weights": ()}, "got 0 for 0"),
-        ({"weights": (1.0, 1.0, 0.0)}, "leave a corpus out"),
-        ({"weights": (1.0, 1.0, -1.0)}, "leave a corpus out"),
-        ({"weights": (1.0, 1.0, float("nan"))}, "leave a corpus out"),
+        ({"weights": (1.0, 1.0)}, "one share per corpus, got 2 shares for 3"),
+        ({"sources": [], "weights": ()}, "got 0 shares for 0"),
+        ({"weights": (1.0, 1.0, 0.0)}, "leave out that corpus"),
+        ({"weights": (1.0, 1.0, -1.0)}, "leave out that corpus"),
+        ({"weights": (1.0, 1.0, float("nan"))}, "leave out that corpus"),
         ({"weights": (1.0, 1.0, 1e-6)}, "above 1/65536"),
         ({"global_batch_size": 18, "process_count": 4}, "multiple of the 4 processes, got 18"),
     ],
@@ -286,10 +286,10 @@ def test_wrong_mixtures_are_refused(corpora, change, message):
 
 def test_corpora_of_two_widths_or_without_rows_are_refused(corpora, rows):
     wide = PaddedRows(rows, 16, 0)
-    with pytest.raises(ValueError, match=r"one width for all, got \[8, 16\]"):
+    with pytest.raises(ValueError, match=r"stores of one width, got \[8, 16\]"):
         loader.mixed_batches([corpora[0], wide], (1.0, 1.0), global_batch_size=4, seed=(0,))
     empty = rows._replace(offsets=rows.offsets[:1])
-    with pytest.raises(ValueError, match=r"rows in each, got \[0\]"):
+    with pytest.raises(ValueError, match=r"rows in every corpus, got \[0\]"):
         loader.mixed_batches([PaddedRows(empty, 16, 0)], (1.0,), global_batch_size=4, seed=(0,))
 
 
@@ -297,13 +297,13 @@ _PROCESS = """
 import sys, jax, numpy as np
 index, port = int(sys.argv[1]), sys.argv[2]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
-from tests.test_loader import distributed_sums
+from tests.batches.test_loader import distributed_sums
 print(distributed_sums())
 """
 
 
 def distributed_sums():
-    """Per step, every row's number times its place in the global batch, summed over devices."""
+    """Sum over devices of row number times position in the global batch, for every step."""
     mesh = make_mesh(MeshSection())
     placement = sharding.batch_sharding(mesh)
     source = PaddedRows(_numbered_rows(), 4, 0)
@@ -316,8 +316,8 @@ def distributed_sums():
         process_count=jax.process_count(),
     )
     batches = loader.prefetched(batch_at, start_step=0, placement=placement)
-    places = np.arange(1, 17, dtype=np.int32)
-    weigh = jax.jit(lambda labels: (labels * places).sum())
+    positions = np.arange(1, 17, dtype=np.int32)
+    weigh = jax.jit(lambda labels: (labels * positions).sum())
     return [int(weigh(next(batches).labels)) for _ in range(5)]
 
 
@@ -332,7 +332,7 @@ def _numbered_rows():
 
 
 def test_two_processes_place_one_global_batch():
-    """Real processes with a coordinator, four devices each, against this one with eight."""
+    """Two processes with a coordinator and four devices each, against one with eight devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

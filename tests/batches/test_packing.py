@@ -1,4 +1,4 @@
-"""Packed, bucketed and padded rows of the same examples are the same training."""
+"""Packed, bucketed and padded rows of the same examples give the same logits and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ PADDED, BUCKET = _batch(np.arange(12), WIDTH), _batch(np.arange(12), 12)
 
 
 def _params(init, seed):
-    """Weights of a size at which scores and logits differ between examples."""
+    """Weights that are large enough for scores and logits to differ between examples."""
     keys = iter(jax.random.split(jax.random.key(seed), 100))
     return jax.tree.map(
         lambda leaf: leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), init(jax.random.key(0))
@@ -67,7 +67,7 @@ def test_every_example_is_packed_once_and_fits(width):
     assert sorted(chosen.tolist()) == list(range(500))
     filled = np.where(bins >= 0, lengths[bins], 0).sum(1)
     assert filled.max() <= width
-    assert len(bins) <= 11 / 9 * np.ceil(lengths.sum() / width) + 1, "best fit's own bound"
+    assert len(bins) <= 11 / 9 * np.ceil(lengths.sum() / width) + 1, "the bound of best fit"
     assert np.array_equal(bins, pack(lengths, width, seed=3))
     assert not np.array_equal(bins, pack(lengths, width, seed=4))
 
@@ -104,7 +104,7 @@ def test_a_packed_row_holds_its_examples_end_to_end():
 
 
 def _by_example(packed: np.ndarray) -> np.ndarray:
-    """[bins, segments, …] to [examples, …], in the order of `ROWS`."""
+    """Reorders [bins, segments, …] to [examples, …], in the order of `ROWS`."""
     values = np.zeros((12, *packed.shape[2:]), packed.dtype)
     for row, examples in enumerate(BINS):
         for segment, example in enumerate(examples[examples >= 0]):
@@ -126,7 +126,7 @@ def test_logits_of_packed_padded_and_bucketed_rows_are_the_same():
     np.testing.assert_allclose(logits(BUCKET), padded, atol=1e-5)
 
 
-def test_packed_evaluation_gives_every_example_its_own_logits():
+def test_packed_evaluation_gives_the_logits_of_padded_evaluation():
     apply, init = make_classifier(CONFIG, 3)
     rows, params = _rows(num=50, seed=5), _params(init, 1)
     options = {"buckets": (8, 12, WIDTH), "pad_token_id": 0}
@@ -207,7 +207,7 @@ def test_masked_lm_loss_of_given_labels_is_the_same():
     np.testing.assert_allclose(nll(PACKED), nll(PADDED), atol=1e-5)
 
 
-def test_a_segment_sees_nothing_of_the_others():
+def test_a_segment_does_not_depend_on_other_segments():
     apply, init = make_classifier(CONFIG, 3)
     params = _params(init, 1)
     forward = jax.jit(

@@ -116,7 +116,7 @@ def test_a_store_of_another_tokenizer_or_width_is_refused_before_anything_is_wri
         pipeline.main(config)
     corpus = {"stores": {str(folder / "a"): 1, str(folder / "b"): 1e-6}}
     config = _run_config(folder, tmp_path / "run", corpus=corpus, pretrain=STAGE)
-    with pytest.raises(ValueError, match="shares of corpora: expected each above"):
+    with pytest.raises(ValueError, match="shares of corpora: expected shares above"):
         pipeline.main(config)
     config = _run_config(folder, tmp_path / "run", pretrain={**STAGE, "max_length": 12})
     with pytest.raises(ValueError, match="pretrain.max_length: expected 16, the width"):

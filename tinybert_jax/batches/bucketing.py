@@ -1,4 +1,4 @@
-"""The order of training, and batches of rows of like length."""
+"""The order of training, and batches of examples of similar length (bucketing)."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -9,16 +9,16 @@ from tinybert_jax.batches.batch import Plan
 
 
 class Epochs(NamedTuple):
-    """The order of training: a pure function of (seed, step)."""
+    """The batches of every epoch in order: a pure function of (seed, epoch)."""
 
-    num_batches: int  # of every epoch
-    plan: Callable[[int], list[Plan]]  # epoch -> its batches
+    num_batches: int  # per epoch
+    plan: Callable[[int], list[Plan]]  # epoch -> batches
 
 
 def bucketed_epochs(
     lengths: np.ndarray, *, buckets: Sequence[int], global_batch_size: int, seed: Sequence[int]
 ) -> Epochs:
-    """A row an example; a batch is padded to the bucket of its longest row."""
+    """Batches with one example per row, padded to the bucket of the longest row."""
     return Epochs(
         num_batches(len(lengths), global_batch_size),
         lambda epoch: plan_epoch(
@@ -28,7 +28,7 @@ def bucketed_epochs(
 
 
 def num_batches(num_rows: int, global_batch_size: int) -> int:
-    """Steps of one epoch: every row once; the last batch may hold filler."""
+    """Batches per epoch: every row once; filler rows complete the last batch."""
     return -(-num_rows // global_batch_size)
 
 
@@ -40,28 +40,28 @@ def plan_epoch(
     seed: int | Sequence[int] | None,
     epoch: int = 0,
 ) -> list[Plan]:
-    """Groups rows of like length into batches; each row exactly once, shuffled by (seed, epoch).
+    """Groups rows of similar length into batches; every row once, shuffled by (seed, epoch).
 
-    A batch holds rows of one bucket; what is left of all buckets makes the last, mixed batches.
-    `seed=None` keeps the given order within each bucket, for evaluation.
+    A batch holds rows of one bucket; the remaining rows of all buckets form mixed batches.
+    `seed=None` keeps the given order within a bucket, for evaluation.
     """
     rng = None if seed is None else np.random.default_rng([*np.atleast_1d(seed), epoch])
     order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
     bucket_of = np.searchsorted(buckets, lengths)
     assert bucket_of.max(initial=0) < len(buckets), "a row is longer than the widest bucket"
-    groups, rest = [], []
+    groups, remainders = [], []
     for bucket in range(len(buckets)):
         rows = order[bucket_of[order] == bucket]
         full = len(rows) // global_batch_size * global_batch_size
         groups.extend(np.split(rows[:full], full // global_batch_size) if full else [])
-        rest.append(rows[full:])
-    left = np.concatenate(rest)
-    groups.extend(left[i : i + global_batch_size] for i in range(0, len(left), global_batch_size))
-    plans = [_plan(rows, bucket_of, buckets, global_batch_size) for rows in groups]
+        remainders.append(rows[full:])
+    mixed = np.concatenate(remainders)
+    groups.extend(mixed[i : i + global_batch_size] for i in range(0, len(mixed), global_batch_size))
+    plans = [_plan_batch(rows, bucket_of, buckets, global_batch_size) for rows in groups]
     return plans if rng is None else [plans[i] for i in rng.permutation(len(plans))]
 
 
-def _plan(
+def _plan_batch(
     rows: np.ndarray, bucket_of: np.ndarray, buckets: Sequence[int], global_batch_size: int
 ) -> Plan:
     filled = np.full(global_batch_size, -1, np.int64)

@@ -1,8 +1,8 @@
-"""The loader: global batch n is a pure function of (seed, n), and Grain's threads fetch it ahead.
+"""Loads batches: global batch n is a pure function of (seed, n), prefetched by Grain's threads.
 
-One Grain element is one whole batch, asked for by its step number: any step is reached at once,
-and neither the number of threads nor that of processes changes what a step sees. Each process
-gathers its own slice of the global batch. Masking is not here: it runs on the device.
+One Grain element is one whole batch, addressed by step: any step is available at once, and the
+numbers of threads and processes do not change a batch. Every process gathers one slice of the
+global batch. Masking runs on the device, not here.
 """
 
 import functools
@@ -20,15 +20,15 @@ from tinybert_jax.batches.batch import Batch, Plan, TokenRows, make_batch
 from tinybert_jax.batches.bucketing import Epochs
 from tinybert_jax.models.inputs import Text
 
-BatchAt = Callable[[int], Batch]  # step -> this process's slice of its global batch
+BatchAt = Callable[[int], Batch]  # step -> this process's slice of the global batch
 
-_ROUNDS = 6  # of the permutation; from 4 on neighbours were seen to stay neighbours by chance only
-_CYCLE = 2**16  # rows after which the corpora of a mixture come in the same order again
+_ROUNDS = 6  # of the Feistel network; from 4 on, neighbours stayed neighbours only by chance
+_CYCLE = 2**16  # rows of a mixture after which the order of the corpora repeats
 
 
 @runtime_checkable
 class RowSource(Protocol):
-    """Rows of one width that can be gathered by their numbers."""
+    """Rows of one width, gathered by row number."""
 
     @property
     def width(self) -> int: ...
@@ -37,7 +37,7 @@ class RowSource(Protocol):
     def num_rows(self) -> int: ...
 
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """int64 [n] -> int32 ids, segment ids (0: padding), token types [n, width], labels [n]."""
+        """Row numbers [n] -> int32 ids, segment ids (0: padding), types [n, width], labels [n]."""
         ...
 
 
@@ -49,21 +49,21 @@ def prefetched(
     num_threads: int = 4,
     num_ahead: int = 8,
 ) -> Iterator[Batch]:
-    """Batches from `start_step` on, for ever; `num_ahead` of them are made in advance.
+    """Endless batches from `start_step` on, `num_ahead` of them made in advance.
 
-    With a `placement` they are on their devices too, as one global batch of all processes.
+    `placement` puts them on devices, as one global batch of all processes.
     """
 
-    def placed(step: int) -> Batch:
+    def placed_batch(step: int) -> Batch:
         batch = batch_at(step)
         if placement is None:
             return batch
         put = functools.partial(jax.make_array_from_process_local_data, placement)
         return jax.tree.map(put, batch)
 
-    steps = grain.MapDataset.range(start_step, sys.maxsize).map(placed)
-    ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_ahead)
-    return iter(steps.to_iter_dataset(ahead))
+    steps = grain.MapDataset.range(start_step, sys.maxsize).map(placed_batch)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_ahead)
+    return iter(steps.to_iter_dataset(options))
 
 
 def planned_batches(
@@ -74,13 +74,13 @@ def planned_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> BatchAt:
-    """Batches of rows in memory, epoch by epoch as planned: bucketed or packed, filler at the end.
+    """Batches of rows in memory in the order that `epochs` plans; filler completes the last batch.
 
-    An epoch is planned when its first batch is asked for, whatever the step.
+    The first request for a batch of an epoch plans that epoch.
     """
-    lock = threading.Lock()  # one thread plans while the others wait for it
+    lock = threading.Lock()  # one thread plans an epoch while the others wait
 
-    @functools.lru_cache(maxsize=2)  # threads stand on both sides of an epoch's end
+    @functools.lru_cache(maxsize=2)  # threads prefetch across the end of an epoch
     def plans(epoch: int) -> list[Plan]:
         return epochs.plan(epoch)
 
@@ -103,10 +103,10 @@ def mixed_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> BatchAt:
-    """Batches whose rows come from several corpora, each with its share of `weights`.
+    """Batches that mix the rows of several corpora in proportion to `weights`.
 
-    Every corpus is gone through epoch by epoch, each row once in each, in an order of its own.
-    Raises ValueError for corpora of different widths and for shares that are no shares.
+    Every corpus is read epoch by epoch: all rows once, in a new random order per epoch. Raises
+    ValueError as `check_mixture` does.
     """
     check_mixture(sources, weights)
     draw = make_draws([source.num_rows for source in sources], weights, seed)
@@ -124,10 +124,7 @@ def mixed_batches(
 
 
 def segment_rows(source: RowSource) -> TokenRows:
-    """Every segment of a source's rows as a row of its own, in order: for evaluation.
-
-    It has the label of the row that it comes from.
-    """
+    """Unpacks rows for evaluation: one row per segment, in order, with the label of the old row."""
     ids, segment_ids, types, labels = source.gather(np.arange(source.num_rows))
     starts = np.diff(segment_ids, axis=1, prepend=0) > 0
     real = segment_ids > 0
@@ -139,9 +136,9 @@ def segment_rows(source: RowSource) -> TokenRows:
 
 
 def process_slice(global_batch_size: int, process_index: int, process_count: int) -> slice:
-    """The rows of a global batch that one process loads: its devices' own, in mesh order."""
-    size, left = divmod(global_batch_size, process_count)
-    if left:
+    """The rows of a global batch that one process loads for its devices, in mesh order."""
+    size, remainder = divmod(global_batch_size, process_count)
+    if remainder:
         raise ValueError(
             f"global_batch_size: expected a multiple of the {process_count} processes, got "
             f"{global_batch_size}; use {(size + 1) * process_count}"
@@ -152,43 +149,43 @@ def process_slice(global_batch_size: int, process_index: int, process_count: int
 def make_draws(
     sizes: Sequence[int], weights: Sequence[float], seed: Sequence[int]
 ) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """places in the stream of all rows [n] -> (corpus [n], row in that corpus [n]).
+    """Makes a function: positions in the mixed stream [n] -> (corpus [n], row of the corpus [n]).
 
-    The stream is cut into cycles. All have the same pattern of corpora, drawn once and with exact
-    shares, so that a place alone tells how often its corpus came before: nothing is replayed.
+    The stream consists of cycles with one pattern of corpora, drawn once and with exact shares. So
+    a position determines how many rows of the same corpus precede it, without replaying the stream.
     """
     quotas = _quotas(weights)
     pattern = np.repeat(np.arange(len(quotas)), quotas)
     pattern = np.random.default_rng(seed).permutation(pattern)
-    rank = np.empty(_CYCLE, np.int64)  # how often a place's corpus came before in its cycle
+    rank = np.empty(_CYCLE, np.int64)  # rows of the same corpus that precede it in the cycle
     for corpus, quota in enumerate(quotas):
         rank[pattern == corpus] = np.arange(quota)
 
-    def draw(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        cycle, place = np.divmod(places, _CYCLE)
-        corpus = pattern[place]
-        count = cycle * quotas[corpus] + rank[place]
+    def draw(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        cycle, position = np.divmod(positions, _CYCLE)
+        corpus = pattern[position]
+        count = cycle * quotas[corpus] + rank[position]
         epoch, index = np.divmod(count, np.asarray(sizes)[corpus])
-        row = np.empty(len(places), np.int64)
+        row = np.empty(len(positions), np.int64)
         for number in np.unique(corpus).tolist():
             here = np.flatnonzero(corpus == number)
-            row[here] = shuffled(index[here], epoch[here], sizes[number], (*seed, number))
+            row[here] = permute(index[here], epoch[here], sizes[number], (*seed, number))
         return corpus, row
 
     return draw
 
 
-def shuffled(index: np.ndarray, epoch: np.ndarray, size: int, seed: Sequence[int]) -> np.ndarray:
-    """What an epoch's random order of range(size) has at places `index`, without the order itself.
+def permute(index: np.ndarray, epoch: np.ndarray, size: int, seed: Sequence[int]) -> np.ndarray:
+    """The elements `index` of a random permutation of range(size) that depends on epoch and seed.
 
-    A Feistel network on pairs below ⌈√size⌉, the epoch a part of its key; a value that comes out
-    beyond `size` goes through it again.
+    Computes only these elements: a Feistel network on pairs below ⌈√size⌉, keyed by seed and epoch;
+    a result of `size` or more passes through the network again.
     """
     side = np.uint64(math.isqrt(size - 1) + 1)
     keys = np.random.default_rng(seed).integers(0, 2**64, (_ROUNDS, 3), np.uint64)
     half = np.uint64(32)
 
-    def permuted(values: np.ndarray, epoch: np.ndarray) -> np.ndarray:
+    def feistel(values: np.ndarray, epoch: np.ndarray) -> np.ndarray:
         left, right = np.divmod(values, side)
         for addend, factor, epoch_factor in keys | np.uint64(1):
             hashed = right * factor + (epoch * epoch_factor + addend)
@@ -197,28 +194,28 @@ def shuffled(index: np.ndarray, epoch: np.ndarray, size: int, seed: Sequence[int
         return left * side + right
 
     epoch = epoch.astype(np.uint64)
-    rows = permuted(index.astype(np.uint64), epoch)
-    while (beyond := np.flatnonzero(rows >= size)).size:
-        rows[beyond] = permuted(rows[beyond], epoch[beyond])
+    rows = feistel(index.astype(np.uint64), epoch)
+    while (too_large := np.flatnonzero(rows >= size)).size:
+        rows[too_large] = feistel(rows[too_large], epoch[too_large])
     return rows.astype(np.int64)
 
 
 def _gather(sources: Sequence[RowSource], corpus: np.ndarray, row: np.ndarray) -> list[np.ndarray]:
-    """The fields of the rows, each row at its own place."""
+    """The fields of rows `row` of the sources `corpus`, in this order."""
     fields: list[np.ndarray] = []
     for number, source in enumerate(sources):
-        places = np.flatnonzero(corpus == number)
-        if len(places) == len(row):
+        here = np.flatnonzero(corpus == number)
+        if len(here) == len(row):
             return list(source.gather(row))
-        part = source.gather(row[places])
+        part = source.gather(row[here])
         fields = fields or [np.empty((len(row), *v.shape[1:]), v.dtype) for v in part]
         for field, values in zip(fields, part, strict=True):
-            field[places] = values
+            field[here] = values
     return fields
 
 
 def _quotas(weights: Sequence[float]) -> np.ndarray:
-    """Rows of each corpus in a cycle: largest remainders."""
+    """Rows of every corpus in a cycle, rounded by largest remainders."""
     exact = np.asarray(weights, np.float64) / np.sum(weights) * _CYCLE
     quotas = np.floor(exact).astype(np.int64)
     quotas[np.argsort(quotas - exact, kind="stable")[: _CYCLE - quotas.sum()]] += 1
@@ -226,24 +223,25 @@ def _quotas(weights: Sequence[float]) -> np.ndarray:
 
 
 def check_mixture(sources: Sequence[RowSource], weights: Sequence[float]) -> None:
-    """Raises ValueError for shares, widths or sizes from which no batch can be made."""
+    """Raises ValueError for shares, widths or sizes of corpora from which no batch can be made."""
     if len(sources) != len(weights) or not sources:
         raise ValueError(
-            f"shares of corpora: expected one for each, got {len(weights)} for {len(sources)}"
+            f"shares of corpora: expected one share per corpus, got {len(weights)} shares for "
+            f"{len(sources)} corpora; give every corpus a share"
         )
-    least = np.sum(weights) / _CYCLE
-    if not np.isfinite(weights).all() or not (np.asarray(weights) > least).all():
+    smallest = np.sum(weights) / _CYCLE
+    if not np.isfinite(weights).all() or not (np.asarray(weights) > smallest).all():
         raise ValueError(
-            f"shares of corpora: expected each above 1/{_CYCLE} of their sum, got {list(weights)}; "
-            "leave a corpus out instead of giving it next to nothing"
+            f"shares of corpora: expected shares above 1/{_CYCLE} of their sum, got "
+            f"{list(weights)}; raise the smallest share or leave out that corpus"
         )
     widths = [source.width for source in sources]
     if len(set(widths)) > 1:
         raise ValueError(
-            f"corpora: expected one width for all, got {widths}; prepare them with one max_length"
+            f"corpora: expected stores of one width, got {widths}; prepare them with the same width"
         )
     if not all(source.num_rows for source in sources):
         raise ValueError(
-            f"corpora: expected rows in each, got {[source.num_rows for source in sources]}; "
-            "leave the empty ones out"
+            f"corpora: expected rows in every corpus, got {[s.num_rows for s in sources]}; "
+            "leave out corpora without rows"
         )

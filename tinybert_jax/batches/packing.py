@@ -1,7 +1,7 @@
-"""Several examples in one row: which go together. Knows lengths only.
+"""Packs several examples into one row: assigns examples to rows (bins) by length.
 
 The bins are packed once, from the seed; an epoch shuffles whole bins. So every epoch has the same
-number of batches and any step is reached without replay.
+number of batches, and a run resumes at any step without replaying the steps before.
 """
 
 import bisect
@@ -14,34 +14,34 @@ from tinybert_jax.batches.bucketing import Epochs, num_batches
 
 
 def pack(lengths: np.ndarray, width: int, *, seed: int | tuple[int, ...]) -> np.ndarray:
-    """Example numbers [bins, segments], −1 where a bin holds fewer; each example exactly once.
+    """Example numbers int64 [bins, segments], every example once; −1 fills up bins with fewer.
 
-    Best fit, longest first: an example goes to the fullest bin that has room. Examples of one
-    length are taken in an order drawn from `seed`.
+    Best fit, longest first: an example goes into the fullest bin with enough room. `seed` shuffles
+    examples of equal length, and the examples of a bin.
     """
     assert lengths.max(initial=0) <= width, "an example is longer than a row"
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(lengths))
     order = order[np.argsort(-lengths[order], kind="stable")]
     bins: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(width + 1)]  # free slots -> bins
-    rooms: list[int] = []  # the free slots that some bin has, rising
+    bins_by_room: list[list[int]] = [[] for _ in range(width + 1)]  # free tokens -> bins
+    rooms: list[int] = []  # numbers of free tokens for which there are bins, ascending
     for example in order.tolist():
         length = int(lengths[example])
-        place = bisect.bisect_left(rooms, length)
-        if place == len(rooms):
+        index = bisect.bisect_left(rooms, length)
+        if index == len(rooms):
             bins.append([])
             chosen, room = len(bins) - 1, width
         else:
-            room = rooms[place]
-            chosen = by_room[room].pop()
-            if not by_room[room]:
-                rooms.pop(place)
+            room = rooms[index]
+            chosen = bins_by_room[room].pop()
+            if not bins_by_room[room]:
+                rooms.pop(index)
         bins[chosen].append(example)
-        left = room - length
-        if not by_room[left]:
-            bisect.insort(rooms, left)
-        by_room[left].append(chosen)
+        new_room = room - length
+        if not bins_by_room[new_room]:
+            bisect.insort(rooms, new_room)
+        bins_by_room[new_room].append(chosen)
     packed = np.full((len(bins), max(map(len, bins), default=0)), -1, np.int64)
     for row, examples in enumerate(bins):
         packed[row, : len(examples)] = rng.permutation(examples)
@@ -49,7 +49,7 @@ def pack(lengths: np.ndarray, width: int, *, seed: int | tuple[int, ...]) -> np.
 
 
 def rows_per_batch(num_bins: int, num_examples: int, global_batch_size: int, multiple: int) -> int:
-    """Rows that hold `global_batch_size` examples on average, rounded to a multiple."""
+    """Rows for `global_batch_size` examples on average, rounded to a multiple of `multiple`."""
     rows = global_batch_size * num_bins / max(num_examples, 1)
     return max(1, round(rows / multiple)) * multiple
 
@@ -62,9 +62,9 @@ def packed_epochs(
     seed: Sequence[int],
     multiple: int = 1,
 ) -> Epochs:
-    """Rows of several examples; `global_batch_size` examples a batch on average.
+    """Batches of packed rows with `global_batch_size` examples on average.
 
-    The number of rows in a batch is the same for all, and a multiple of `multiple`.
+    All batches have the same number of rows, a multiple of `multiple`.
     """
     bins = pack(lengths, width, seed=tuple(seed))
     size = rows_per_batch(len(bins), len(lengths), global_batch_size, multiple)
