@@ -1,4 +1,4 @@
-"""A checkpoint is whole, verified and bit-exact, or it is set aside by name."""
+"""Checkpoints are restored bit-exactly; damaged checkpoints are renamed and skipped."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def _array_file(step_folder):
     return max(files, key=lambda p: p.stat().st_size)
 
 
-def test_round_trip_is_bit_exact_with_key_and_meta(tmp_path):
+def test_save_and_restore_are_bit_exact_with_key_and_meta(tmp_path):
     tree = _tree(0.1)
     checkpoint.save(tmp_path / "c", 5, tree, {"best_score": 0.5})
     restored = checkpoint.restore_newest(tmp_path / "c", _abstract(tree))
@@ -36,11 +36,11 @@ def test_round_trip_is_bit_exact_with_key_and_meta(tmp_path):
     assert np.array_equal(draw(restored.tree["key"]), draw(tree["key"]))
 
 
-def test_nothing_there_gives_none(tmp_path):
+def test_a_folder_without_checkpoints_gives_none(tmp_path):
     assert checkpoint.restore_newest(tmp_path / "c", _abstract(_tree())) is None
 
 
-def test_only_the_newest_are_kept_and_partial_ones_are_invisible(tmp_path):
+def test_only_the_newest_checkpoints_are_kept_and_partial_ones_are_removed(tmp_path):
     folder = tmp_path / "c"
     (folder / "partial-9").mkdir(parents=True)
     for step in (1, 2, 10):
@@ -51,7 +51,7 @@ def test_only_the_newest_are_kept_and_partial_ones_are_invisible(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])
-def test_damage_is_found_set_aside_and_the_step_before_is_taken(tmp_path, damage):
+def test_a_damaged_checkpoint_is_renamed_and_the_previous_one_restored(tmp_path, damage):
     folder = tmp_path / "c"
     for step in (1, 2):
         checkpoint.save(folder, step, _tree(step), {})
@@ -66,13 +66,13 @@ def test_damage_is_found_set_aside_and_the_step_before_is_taken(tmp_path, damage
         file.unlink()
     else:
         (folder / "2" / "manifest.json").write_text("{")
-    with pytest.warns(UserWarning, match="set aside as damaged-2"):
+    with pytest.warns(UserWarning, match="renamed to damaged-2"):
         restored = checkpoint.restore_newest(folder, _abstract(_tree()))
     assert restored.step == 1 and float(restored.tree["w"][0]) == 1
     assert (folder / "damaged-2").is_dir()
 
 
-def test_steps_of_a_future_that_did_not_happen_are_discarded(tmp_path):
+def test_checkpoints_after_a_step_are_discarded(tmp_path):
     folder = tmp_path / "c"
     for step in (3, 5):
         checkpoint.save(folder, step, _tree(step), {})
@@ -80,12 +80,12 @@ def test_steps_of_a_future_that_did_not_happen_are_discarded(tmp_path):
     assert checkpoint.restore_newest(folder, _abstract(_tree())).step == 3
 
 
-@pytest.mark.parametrize("change", ["layers apart", "shape"])
-def test_other_arrays_than_those_trained_are_refused_and_kept(tmp_path, change):
-    """As where a version that holds its layers otherwise began the run."""
+@pytest.mark.parametrize("change", ["unstacked layers", "shape"])
+def test_a_checkpoint_with_other_arrays_is_refused_and_kept(tmp_path, change):
+    """Such as a checkpoint of a version that stacks layers differently."""
     folder, tree = tmp_path / "stage" / "last", _tree()
     checkpoint.save(folder, 1, tree, {})
-    other = tree | {"w": (tree["w"],) if change == "layers apart" else tree["w"][:5]}
+    other = tree | {"w": (tree["w"],) if change == "unstacked layers" else tree["w"][:5]}
     with pytest.raises(ValueError, match="expected the arrays that this version trains") as raised:
         checkpoint.restore_newest(folder, _abstract(other))
     assert f"delete {folder.parent} to train" in str(raised.value)

@@ -1,4 +1,4 @@
-"""Schedules against Hugging Face's and torch's own, the optimizer against torch's AdamW."""
+"""Schedules against those of Hugging Face and torch, the optimizer against torch's AdamW."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def test_schedule_matches_hugging_face(name, options, hf_name, hf_options, warmu
     scheduler = transformers.get_scheduler(
         hf_name, optimizer, warmup_steps, NUM_STEPS, scheduler_specific_kwargs=hf_options or None
     )
-    num_rates = NUM_STEPS + 1  # beyond the end, Hugging Face's cosine rises again
+    num_rates = NUM_STEPS + 1  # past the end, the cosine of Hugging Face rises again
     expected = []
     for _ in range(num_rates):
         expected.append(scheduler.get_last_lr()[0])
@@ -86,7 +86,7 @@ def test_warmup_stable_decay_to_a_floor():
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "polynomial", "warmup_stable_decay"])
-def test_the_last_rate_stays(name):
+def test_the_last_rate_stays_past_num_steps(name):
     schedule = make(name, warmup_steps=5, decay_steps=10, end_factor=0.1)
 
     for step in (NUM_STEPS, NUM_STEPS + 1, 2 * NUM_STEPS):
@@ -131,7 +131,7 @@ def test_warmup_may_take_the_whole_run(name):
         ),
     ],
 )
-def test_mistakes_are_named(name, options, message):
+def test_wrong_arguments_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         make(name, **({"warmup_steps": 0} | options))
 
@@ -153,10 +153,10 @@ def test_decay_mask_goes_by_leaf_name():
 @pytest.mark.parametrize("num_steps", [1, 5])
 @pytest.mark.parametrize("clip_norm", [1.0, None])
 def test_optimizer_matches_torch_adamw(num_steps, clip_norm):
-    """Gradients of norm 4 to 7, so that clipping bites; the rate rises and falls.
+    """Gradients of norm 4 to 7, so that clipping changes them; the rate rises and falls.
 
-    1e-6 in the parameters is 1e-4 of an update here: optax rounds 1 - b2 = 1e-3 in fp32, torch
-    computes it in fp64, which alone makes 3e-5.
+    The tolerance of 1e-6 is 1e-4 of an update: optax rounds 1 - b2 = 1e-3 in fp32, torch uses
+    fp64, which alone makes a difference of 3e-5.
     """
     rng = np.random.default_rng(0)
     shapes = {"kernel": (3, 4), "bias": (4,), "scale": (4,), "embedding": (5, 3)}

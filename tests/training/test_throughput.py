@@ -1,4 +1,4 @@
-"""What a stage's lines tell of its time."""
+"""Times and rates in the log lines of a stage."""
 
 import json
 
@@ -12,7 +12,7 @@ from tinybert_jax.training.metric_log import MetricLog
 from tinybert_jax.training.throughput import Meter
 
 
-def test_the_step_that_compiles_is_out_of_the_clock(tmp_path, monkeypatch):
+def test_the_first_step_which_compiles_is_not_timed(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     log, ids = MetricLog(tmp_path / "metrics.jsonl"), np.zeros((2, 8), np.int32)

@@ -1,7 +1,7 @@
 """Saves and restores training state. The only file that imports Orbax.
 
-A checkpoint is a folder `<step>` that appears whole or not at all (written aside, then renamed) and
-carries the SHA-256 of each of its files: Orbax itself restores flipped bits without an error.
+A checkpoint is a folder `<step>`, written under another name and renamed when complete. It holds
+the SHA-256 of every file, because Orbax restores flipped bits without an error.
 """
 
 import hashlib
@@ -25,9 +25,9 @@ class Restored(NamedTuple):
 
 
 def save(folder: Path, step: int, tree: Any, meta: dict[str, Any], *, keep: int = 2) -> Path:
-    """Writes `folder/<step>` and removes all but the newest `keep` steps.
+    """Writes the checkpoint `folder/<step>` and removes all but the newest `keep` checkpoints.
 
-    `meta` is any JSON object that has to survive with the arrays. Saving a step again replaces it.
+    `meta`: a JSON object stored beside the arrays. An existing checkpoint of `step` is replaced.
     """
     import orbax.checkpoint as ocp
 
@@ -48,24 +48,24 @@ def save(folder: Path, step: int, tree: Any, meta: dict[str, Any], *, keep: int 
 
 
 def discard_after(folder: Path, step: int) -> None:
-    """Removes the steps after `step`: they belong to a future that a resumed run may not repeat."""
+    """Removes the checkpoints after `step`, which a run that resumes at `step` may not repeat."""
     for later in steps(folder):
         if later > step:
             shutil.rmtree(folder / str(later))
 
 
 def restore_newest(folder: Path, abstract: Any) -> Restored | None:
-    """The newest step whose every byte is as written; None where there is none.
+    """Restores the newest intact checkpoint; returns None if there is none.
 
-    `abstract` is a tree of ShapeDtypeStructs with shardings. A damaged step is set aside under
-    `damaged-<step>` with a warning and the one before it is taken. Raises ValueError where the
-    step is intact but holds other arrays than `abstract`.
+    `abstract` is a tree of ShapeDtypeStructs with shardings. A damaged checkpoint is renamed to
+    `damaged-<step>` with a warning, and the previous checkpoint is tried. Raises ValueError for an
+    intact checkpoint with other arrays than `abstract`.
     """
     import orbax.checkpoint as ocp
 
     for step in reversed(steps(folder)):
-        fault = _fault(folder / str(step))
-        if fault is None:
+        damage = _find_damage(folder / str(step))
+        if damage is None:
             meta = json.loads((folder / str(step) / _META).read_text(encoding="utf-8"))
             try:
                 with ocp.StandardCheckpointer() as checkpointer:
@@ -76,28 +76,28 @@ def restore_newest(folder: Path, abstract: Any) -> Restored | None:
                 raise ValueError(
                     f"{folder / str(step)}: expected the arrays that this version trains, got "
                     f"others ({str(error).splitlines()[0][:200]}); delete {folder.parent} to train "
-                    "this stage again, or go on with the version that began it"
+                    "this stage again, or resume with the version that started it"
                 ) from error
             return Restored(step, jax.tree.map(_typed_key, abstract, raw), meta)
-        aside = folder / f"{_DAMAGED}{step}"
-        shutil.rmtree(aside, ignore_errors=True)
-        (folder / str(step)).rename(aside)
+        damaged = folder / f"{_DAMAGED}{step}"
+        shutil.rmtree(damaged, ignore_errors=True)
+        (folder / str(step)).rename(damaged)
         warnings.warn(
-            f"{folder / str(step)}: {fault}; set aside as {aside.name}, trying the step before it",
+            f"{folder / str(step)}: {damage}; renamed to {damaged.name}, trying the previous step",
             stacklevel=2,
         )
     return None
 
 
 def steps(folder: Path) -> list[int]:
-    """Committed steps in rising order."""
+    """The steps of complete checkpoints in ascending order."""
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
-def _fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+def _find_damage(checkpoint: Path) -> str | None:
+    """Describes the difference between the files of a checkpoint and the manifest, if any."""
     try:
         expected = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -108,10 +108,11 @@ def _fault(checkpoint: Path) -> str | None:
     different = sorted(
         name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name)
     )
-    return f"content differs from its manifest in {different[:3]}" if different else None
+    return f"files differ from {_MANIFEST}: {different[:3]}" if different else None
 
 
 def _hashes(checkpoint: Path) -> dict[str, str]:
+    """File -> SHA-256, without the manifest."""
     files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != _MANIFEST)
     return {
         str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -124,6 +125,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _raw_key(leaf: Any) -> Any:
+    """A PRNG key as integers, which Orbax can save; other leaves unchanged."""
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 

@@ -1,4 +1,4 @@
-"""Which of the models that are trained side by side keep their new parameters, and when to stop."""
+"""Decides which models of a stage keep their new parameters, and when training stops."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -7,12 +7,12 @@ import numpy as np
 
 
 class Standing(NamedTuple):
-    """After an evaluation, by member."""
+    """Best scores after an evaluation, by member."""
 
-    is_better: dict[str, np.ndarray]  # bool [seeds]: the parameters to keep
-    best_scores: dict[str, list[float]]  # of each seed
-    evals_since_best: dict[str, int]  # of any seed
-    is_over: bool
+    is_better: dict[str, np.ndarray]  # bool [seeds]: the new parameters are the best so far
+    best_scores: dict[str, list[float]]  # [seeds]
+    evals_since_best: dict[str, int]  # evaluations since a seed of the member improved
+    is_over: bool  # every member is done
 
 
 def compare_with_best(
@@ -21,20 +21,21 @@ def compare_with_best(
     evals_since_best: Mapping[str, int] | None,
     patience: int | None,
 ) -> Standing:
-    """Compares each member's scores [seeds] with its best ones; higher is better.
+    """Compares the new scores [seeds] of every member with the best scores; higher is better.
 
-    A member none of whose seeds got better in `patience` evaluations is done: its best stays as it
-    is, whatever it scores later. All is over when every member is done.
+    A member is done after `patience` evaluations in which no seed improved; later scores do not
+    change its best scores. Training is over when every member is done.
     """
     limit = np.inf if patience is None else patience
-    before = best_scores or {name: [-np.inf] * len(own) for name, own in scores.items()}
-    waited = evals_since_best or dict.fromkeys(scores, 0)
+    before = best_scores or {name: [-np.inf] * len(new) for name, new in scores.items()}
+    num_evals = evals_since_best or dict.fromkeys(scores, 0)
     is_better = {
-        name: np.greater(own, before[name]) & (waited[name] < limit) for name, own in scores.items()
+        name: np.greater(new, before[name]) & (num_evals[name] < limit)
+        for name, new in scores.items()
     }
     best = {
         name: np.where(flags, scores[name], before[name]).tolist()
         for name, flags in is_better.items()
     }
-    now = {name: 0 if flags.any() else waited[name] + 1 for name, flags in is_better.items()}
-    return Standing(is_better, best, now, min(now.values()) >= limit)
+    num_evals = {name: 0 if f.any() else num_evals[name] + 1 for name, f in is_better.items()}
+    return Standing(is_better, best, num_evals, min(num_evals.values()) >= limit)

@@ -1,11 +1,11 @@
-"""The one training loop. It knows steps, batches and hooks, and nothing of what is trained."""
+"""The training loop of all stages: runs steps, records metrics, calls hooks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
-Hook = Callable[[int, Any], bool]  # (steps done, state) -> stop here
+Hook = Callable[[int, Any], bool]  # (completed steps, state) -> whether to end training
 
 
 def fit(
@@ -19,11 +19,11 @@ def fit(
     is_due: Callable[[int], bool] = lambda step: False,
     hooks: Sequence[Hook] = (),
 ) -> Any:
-    """Runs steps `start_step` to `num_steps`; `record(steps done, batch, metrics)` runs one behind.
+    """Runs steps until `num_steps`; calls `record(completed steps, batch, metrics)` one step late.
 
-    The device works on step n while the host makes batch n + 1 and records step n − 1, so the loop
-    never waits for a number it does not need; only where `is_due(steps done)`, because a hook will
-    save, step n is on record before the hooks run. A hook that returns True ends the run.
+    While the device computes step n, the host makes batch n + 1 and records step n − 1, so the loop
+    never waits for metrics that it does not need. If `is_due(completed steps)`, because a hook will
+    save, step n is recorded before the hooks run. A hook that returns True ends training.
     """
     previous = None
     for step in range(start_step, num_steps):

@@ -1,4 +1,4 @@
-"""What a run says: one line on the console, one JSON object in `metrics.jsonl`, per report."""
+"""Logs a run: one line on the console and one JSON object in `metrics.jsonl` per report."""
 
 import json
 import math
@@ -12,8 +12,8 @@ import jax
 class MetricLog:
     """Appends to `metrics.jsonl` and prints progress; process 0 only.
 
-    The file is the truth: after a resume, `rewind` drops what the run is about to repeat, so that
-    it holds every step once, whenever the run was killed.
+    When a run resumes, `rewind` drops the rows that the run will write again, so that the file
+    holds every step once.
     """
 
     def __init__(self, path: Path):
@@ -21,7 +21,7 @@ class MetricLog:
         self.is_writer = jax.process_index() == 0
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drops this stage's lines after `step`, and a last line cut short by a kill."""
+        """Drops the rows of a stage after `step`, and a last line that a kill cut short."""
         if not self.is_writer or not self.path.exists():
             return
         kept = []
@@ -46,7 +46,7 @@ class MetricLog:
             print(text, flush=True)
 
     def progress(self, stage: str, step: int, num_steps: int, values: dict[str, Any]) -> None:
-        """The line a user watches."""
+        """Prints the progress of a stage as one line."""
         parts = [
             f"{name.removeprefix('loss/')} {value:.4g}"
             for name, value in values.items()

@@ -1,7 +1,7 @@
-"""Learning-rate schedules and the optimizer, from plain values.
+"""Learning-rate schedules and the optimizer, made from plain values.
 
-This module owns the schedule shapes, which parameters decay, and the order of the optax chain. It
-does not own the train state, gradient accumulation or skipping of bad steps.
+This module owns the shapes of the schedules, weight decay by parameter, and the order of the optax
+chain. It does not own the train state, gradient accumulation or skipping of bad steps.
 """
 
 import jax
@@ -18,7 +18,7 @@ SCHEDULES = (
     "warmup_stable_decay",
 )
 
-# What a leaf's name says about weight decay: weights decay, offsets and LayerNorm scales do not.
+# Name of a leaf -> whether weight decay applies: to weights, not to biases and LayerNorm scales.
 DECAYS = {"kernel": True, "embedding": True, "bias": False, "scale": False}
 
 
@@ -37,12 +37,12 @@ def make_schedule(
     Step s (from 0) has `learning_rate`·s/`warmup_steps` during warm-up, the Hugging Face and torch
     convention: with warm-up the first update has rate 0, and step `warmup_steps` is the peak.
     linear, cosine and polynomial (of `power`) fall to `end_factor`·`learning_rate` at `num_steps`;
-    warmup_stable_decay stays at the peak and falls linearly over the last
-    `decay_steps`; inverse_sqrt is learning_rate·√(w/s) with w = `warmup_steps`, or without
-    warm-up learning_rate·√(w/(s + w)) with w = 10000; constant stays. Past `num_steps`, the
-    falling ones keep their last rate. Raises ValueError for an unknown name, a step count out of
-    range, and an `end_factor` or `power` that the named shape would ignore; `decay_steps` is read
-    by warmup_stable_decay only.
+    warmup_stable_decay stays at the peak and falls linearly over the last `decay_steps`;
+    inverse_sqrt is learning_rate·√(w/s) with w = `warmup_steps`, or without warm-up
+    learning_rate·√(w/(s + w)) with w = 10000; constant stays at `learning_rate`. Shapes that fall
+    keep the last rate past `num_steps`. Raises ValueError for an unknown name, a step count out of
+    range, and an `end_factor` or `power` that the named shape would ignore. Only
+    warmup_stable_decay reads `decay_steps`.
     """
     _check_schedule(name, num_steps, warmup_steps, end_factor, decay_steps, power)
     end = end_factor * learning_rate
@@ -69,9 +69,9 @@ def make_schedule(
 
 
 def decay_mask(params: PyTree) -> PyTree:
-    """True for each leaf of a nested dict that takes weight decay, by the leaf's own name.
+    """True for the leaves of a nested dict to which weight decay applies, by leaf name.
 
-    Kernels and embeddings decay, biases and LayerNorm scales do not (Devlin et al.'s optimizer).
+    Kernels and embeddings decay, biases and LayerNorm scales do not (optimizer of Devlin et al.).
     Raises ValueError for any other leaf name.
     """
 
@@ -81,7 +81,7 @@ def decay_mask(params: PyTree) -> PyTree:
             raise ValueError(
                 f"decay_mask: expected a leaf named one of {', '.join(DECAYS)}, got "
                 f"{jax.tree_util.keystr(path, simple=True, separator='/')!r}; rename the leaf or "
-                "add its name to optim.DECAYS"
+                "add the name to optimizer.DECAYS"
             )
         return DECAYS[leaf_name]
 
@@ -111,10 +111,11 @@ def make_optimizer(
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """As optax's, but for a factor: XLA keeps what optax divides by the norm as one more array.
+    """`optax.clip_by_global_norm` as a multiplication of all gradients by one factor.
 
-    Both moments then read the gradients themselves, in passes that they make anyway. Rounding is
-    that of `torch.nn.utils.clip_grad_norm_`, without its 1e-6.
+    XLA stores the gradients that optax divides as one more array; with a factor both moments read
+    the original gradients, in passes that they make anyway. Rounds like
+    `torch.nn.utils.clip_grad_norm_`, which adds 1e-6 to the norm; this function does not.
     """
 
     def update(updates: PyTree, state: optax.OptState, params: PyTree | None = None):

@@ -1,4 +1,4 @@
-"""What a stage's steps come to, line by line: losses, rates, the share of the peak, time left."""
+"""Averages the steps of a stage into log lines: losses, rates, share of peak FLOP/s, time left."""
 
 import contextlib
 import time
@@ -13,13 +13,13 @@ from tinybert_jax.performance import host
 from tinybert_jax.training.metric_log import MetricLog
 from tinybert_jax.training.step import TrainState
 
-_TIDY_SECONDS = 30  # far more than the step whose page faults it costs
+_TRIM_SECONDS = 30  # seconds between malloc_trim calls; each costs about one step
 
 
 class Meter:
-    """Averages step metrics and turns them into rates, leaving pauses out of the clock.
+    """Averages step metrics and turns them into rates; pauses are not timed.
 
-    The first step, which compiles, is out of it too, unless a line falls on it.
+    The first step, which compiles, is not timed either, unless a log line is due at that step.
     """
 
     def __init__(
@@ -36,35 +36,38 @@ class Meter:
     ):
         self.log, self.stage, self.flops_per_token = log, stage, flops_per_token
         self.log_every, self.num_steps, self.peak_flops = log_every, num_steps, peak_flops
-        # (metrics, rows, width) of each step since the last line; a resume brings the first ones.
+        # (metrics, rows, width) of every step since the last line; a checkpoint restores the first.
         self.pending: list[tuple[dict[str, Any], int, int]] = [tuple(step) for step in pending]
         self.num_untimed, self.is_first = len(self.pending), True
-        self.last_step, self.since, self.pause = start_step, time.perf_counter(), 0.0
-        self.tidied = self.since
+        self.last_step, self.start, self.pause = start_step, time.perf_counter(), 0.0
+        self.last_trim = self.start
 
     def record(self, step: int, batch: Batch, metrics: dict[str, jax.Array]) -> None:
         num_rows, width = batch.shape
         self.pending.append((metrics, num_rows, width))
-        is_told = step % self.log_every == 0 or step == self.num_steps
-        if self.is_first and not is_told:
+        is_logged = step % self.log_every == 0 or step == self.num_steps
+        if self.is_first and not is_logged:
             jax.block_until_ready(metrics)
-            self.since, self.pause = time.perf_counter(), 0.0
+            self.start, self.pause = time.perf_counter(), 0.0
             self.num_untimed += 1
         self.is_first = False
-        if not is_told:
+        if not is_logged:
             return
         values = self._average(step)
         self.log.write("train", self.stage, step, values)
         self.log.progress(self.stage, step, self.num_steps, values)
         self.last_step, self.pause, self.num_untimed = step, 0.0, 0
-        self.since = time.perf_counter()
-        if self.since - self.tidied > _TIDY_SECONDS:
+        self.start = time.perf_counter()
+        if self.start - self.last_trim > _TRIM_SECONDS:
             host.give_back_freed_memory()
-            self.tidied = self.since
+            self.last_trim = self.start
         self.pending.clear()
 
     def snapshot(self) -> list[tuple[dict[str, float], int, int]]:
-        """The steps that no line tells of yet, as plain numbers; raises where one is not finite."""
+        """The steps that are not logged yet, as plain numbers.
+
+        Raises FloatingPointError for a loss or gradient that is not finite.
+        """
         fetched = jax.device_get(self.pending)
         plain = [({n: float(v) for n, v in m.items()}, rows, width) for m, rows, width in fetched]
         for values, _, _ in plain:
@@ -72,13 +75,13 @@ class Meter:
                 raise FloatingPointError(
                     f"{self.stage}: expected a finite loss and gradient, got "
                     f"{values['loss']} and {values['grad_norm']} after step {self.last_step}; "
-                    f"lower {self.stage}.learning_rate. The last checkpoint before is kept"
+                    f"lower {self.stage}.learning_rate. The last checkpoint is kept"
                 )
         return plain
 
     def _average(self, step: int) -> dict[str, float]:
         steps = self.snapshot()
-        seconds = max(time.perf_counter() - self.since - self.pause, 1e-9)
+        seconds = max(time.perf_counter() - self.start - self.pause, 1e-9)
         timed = steps[self.num_untimed :]
         tokens = sum(metrics["num_tokens"] for metrics, _, _ in timed)
         flops = sum(m["num_tokens"] * self.flops_per_token(width) for m, _, width in timed)
@@ -99,7 +102,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self, state: TrainState) -> Iterator[None]:
-        """Leaves what runs inside out of the clock; work still in flight belongs to training."""
+        """Does not time the block; first waits for `state`, whose computation is timed."""
         jax.block_until_ready(state)
         start = time.perf_counter()
         yield
