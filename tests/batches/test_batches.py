@@ -34,7 +34,7 @@ def test_rows_equal_the_encoding_of_the_tokenizer(tokenizer, rows):
 
 def test_pairs_have_token_types_and_truncate_the_longer_part(tokenizer):
     text = Examples([SENTENCES[2]], [SENTENCES[1]], np.zeros(1, np.int32), ("x",))
-    rows = tokenize_task(tokenizer, text, 12)
+    rows = tokenize_texts(tokenizer, text, 12)
     expected = tokenizer(SENTENCES[2], SENTENCES[1], truncation="longest_first", max_length=12)
     plan = Plan(np.array([0]), 16)
     batch = make_batch(rows, plan, tokenizer.pad_token_id)

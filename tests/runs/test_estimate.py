@@ -11,12 +11,11 @@ import pytest
 import yaml
 
 from tinybert_jax import cli
-from tinybert_jax.models.inputs import Text
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.data.wordpiece import train_wordpiece
 from tinybert_jax.models.heads import make_classifier
+from tinybert_jax.models.inputs import Text
 from tinybert_jax.objectives.masked_lm import mlm_chunk_size
-from tinybert_jax.parallel import sharding
 from tinybert_jax.performance import flops as model_flops
 from tinybert_jax.runs import estimate as runs_estimate
 from tinybert_jax.runs.run import read_run

@@ -14,14 +14,14 @@ from tinybert_jax import cli
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.batches.tokenize import tokenize_texts
 from tinybert_jax.config import load as config_files
-from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.config.objectives import DistillSection
-from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.huggingface.folder import read_model, save_model, start_params
+from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.objectives.distillation import Role, make_distill
 from tinybert_jax.runs import estimate, teacher_logits
 from tinybert_jax.runs.run import read_run
+from tinybert_jax.settings.sizes import ModelConfig
 
 STAGE = {
     "num_steps": 6,

@@ -135,7 +135,9 @@ def _peaks(dtype: str) -> dict[str, float]:
     return peaks
 
 
-def _description(run: Run, plan: StagePlan, costs: Costs, peaks: dict[str, float], dtype: str) -> str:
+def _description(
+    run: Run, plan: StagePlan, costs: Costs, peaks: dict[str, float], dtype: str
+) -> str:
     work, devices = work_of(run, plan), run.mesh.size
     times = f" × {work.num_seeds} seeds" if work.num_seeds > 1 else ""
     lines = [
@@ -227,7 +229,9 @@ def _state_bytes(run: Run, section: StageSection, work: Work) -> float:
     return _FP32 * (copies * work.num_seeds * trained + frozen) / split
 
 
-def _activation_bytes(run: Run, plan: StagePlan, work: Work, batch: Batch, words: Words | None) -> float:
+def _activation_bytes(
+    run: Run, plan: StagePlan, work: Work, batch: Batch, words: Words | None
+) -> float:
     section = plan.section
     num_parts = num_batch_shards(run.mesh) * section.gradient_accumulation_steps
     num_rows, width = batch.shape[0] / num_parts, batch.shape[1]

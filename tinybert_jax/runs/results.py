@@ -12,9 +12,9 @@ import numpy as np
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import BASELINE, FINETUNE, PREDICTION
-from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.huggingface.folder import read_model, start_params
 from tinybert_jax.huggingface.hub import find_folder
+from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.params import num_parameters
 from tinybert_jax.performance import flops

@@ -14,9 +14,8 @@ from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import FINETUNE, PRETRAIN, StageSection
 from tinybert_jax.data.splits import TaskData
-from tinybert_jax.inference.scorer import Judge
-from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.huggingface.folder import Head, start_params
+from tinybert_jax.inference.scorer import Judge, make_scorer
 from tinybert_jax.models.heads import Model
 from tinybert_jax.models.params import Apply, Params, frozen_params
 from tinybert_jax.parallel.sharding import placed
@@ -216,7 +215,9 @@ def make_dev_judge(run: Run, apply: Apply, section: StageSection) -> TaskJudge:
         packed=section.batching == "pack",
         mesh=run.mesh,
     )
-    return TaskJudge(lambda params: Scored(score(params, rows), rows, dev), task, rows.fingerprint())
+    return TaskJudge(
+        lambda params: Scored(score(params, rows), rows, dev), task, rows.fingerprint()
+    )
 
 
 def head_of(run: Run, settings: Settings) -> Head:

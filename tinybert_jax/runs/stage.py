@@ -17,12 +17,12 @@ from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import StageSection
 from tinybert_jax.inference.scorer import Judge
-from tinybert_jax.runs.stage_batches import Feed
 from tinybert_jax.models.params import layers_apart, layers_joined, sha256
 from tinybert_jax.objectives.objective import Objective
 from tinybert_jax.parallel import sharding
 from tinybert_jax.performance import trace
 from tinybert_jax.runs.run import Run
+from tinybert_jax.runs.stage_batches import Feed
 from tinybert_jax.training import checkpoint, loop
 from tinybert_jax.training.early_stopping import compare_with_best
 from tinybert_jax.training.members import join_objectives, join_optimizer, joined, parted

@@ -73,7 +73,9 @@ def _corpus_feed(run: Run, plan: StagePlan) -> Feed:
     def rows_of(max_length: int) -> TokenRows:
         rows = tokenize_corpus(run.tokenizer, run.corpus, max_length)
         num_rows, num_tokens = len(rows.lengths), len(rows.ids)
-        run.log.say(f"{plan.name}: {num_rows:,} rows of at most {max_length}, {num_tokens:,} tokens")
+        run.log.say(
+            f"{plan.name}: {num_rows:,} rows of at most {max_length}, {num_tokens:,} tokens"
+        )
         return rows
 
     def feed(number: int, section: StageSection) -> Feed:

@@ -14,13 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tinybert_jax.batches.batch import TokenRows
-from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.models.params import sha256
 from tinybert_jax.runs.run import Run, load_frozen, placed_as_frozen
-from tinybert_jax.runs.run import Run, load_frozen, placed_as_frozen
-from tinybert_jax.runs.run import Run, load_frozen, placed_as_frozen
+from tinybert_jax.settings.sizes import ModelConfig
 
 ROWS_PER_FILE = 2**14
 
