@@ -263,7 +263,7 @@ def _check_start(student: Student, teacher: ModelConfig) -> None:
     copies = init == "teacher_layers"
     if copies and (student.sizes.model_type or DEFAULT) != (teacher.model_type or DEFAULT):
         raise ValueError(
-            f"{student.origin}.model_type: expected the teacher's, {teacher.model_type or DEFAULT}, "
+            f"{student.origin}.model_type: expected {teacher.model_type or DEFAULT}, the teacher's, "
             f"got {student.sizes.model_type or DEFAULT}, because {student.origin}.init is {init}; "
             "set it to that, or choose another init"
         )

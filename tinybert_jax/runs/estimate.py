@@ -1,6 +1,6 @@
 """Costs up front: what each stage of a run will take, before anything is trained or written.
 
-Owns what of a config costs what; the arithmetic is that of `performance.flops`. Trains and writes nothing.
+The arithmetic is that of `performance.flops`. Trains and writes nothing.
 """
 
 import datetime
