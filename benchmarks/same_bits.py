@@ -10,18 +10,20 @@ and scores exactly. One line a run says so; the names of what differs follow, an
 is then 1.
 
 With --keep DIR the outputs stay in DIR. A further comparison with the same BEFORE runs AFTER alone:
-BEFORE is known by its source, these two files and the installed packages. One comparison at a time
-may use a DIR.
+BEFORE is known by its source, its inputs and the installed packages. A second comparison in the
+same DIR waits until the first has ended.
 """
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,26 +36,11 @@ from typing import NamedTuple
 import numpy as np
 import same_bits_inputs as inputs
 import yaml
+from same_bits_inputs import ENVIRONMENT, KILLED_AT, KILLED_IN, RUNS
 
-RUNS = {
-    "six": "six stages",
-    "family": "two sizes, two seeds",
-    "minilmv2": "minilmv2",
-    "distilbert": "distilbert",
-    "stores": "token stores",
-    "regression": "regression",
-}
-KILLED_IN = {"six": "finetune", "family": "prediction"}  # the stage of each run that is resumed
-KILLED_AT = 12  # the step logged before the kill, between two checkpoints
 CLOCKS = {"time", "seconds", "seconds_left", "tokens_per_second", "mfu"}
 SCORES = ("role", "name", "stage", "metrics", "by_seed", "mean", "deviation", "confusion")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
-}
 
 
 class Side(NamedTuple):
@@ -63,17 +50,20 @@ class Side(NamedTuple):
     checkout: Path
     work: Path
     cache: Path
+    lock: int
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Starts a command of this version, which sees its working folder as the current one."""
-        variables = {"PYTHONPATH": str(self.checkout), "JAX_COMPILATION_CACHE_DIR": str(self.cache)}
+        own = {"PYTHONPATH": str(self.checkout), "JAX_COMPILATION_CACHE_DIR": str(self.cache)}
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
         return subprocess.Popen(
             [sys.executable, *words],
             cwd=self.work,
-            env={**os.environ, **ENVIRONMENT, **variables},
+            env={**kept, **ENVIRONMENT, **own},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            pass_fds=(self.lock,),
         )
 
     def call(self, *words: str) -> str:
@@ -144,14 +134,14 @@ def begin_once(side: Side, name: str) -> None:
     shutil.rmtree(run, ignore_errors=True)
     process = side.start(*side.command(name, run.name))
     wanted = f'"stage": "{stage}", "step": {KILLED_AT},'
-    metrics = run / "metrics.jsonl"
-    while process.poll() is None:
-        if metrics.exists() and wanted in metrics.read_text():
-            process.kill()
-            break
+    metrics, is_time = run / "metrics.jsonl", False
+    while process.poll() is None and not is_time:
         time.sleep(0.005)
+        is_time = metrics.exists() and wanted in metrics.read_text()
+    process.kill()
     output, _ = process.communicate()
-    if process.returncode >= 0 or list(run.glob(f"models/{stage}*")):
+    is_killed = is_time and process.returncode == -signal.SIGKILL
+    if not is_killed or list(run.glob(f"models/{stage}*")):
         tail = "\n    ".join(output.splitlines()[-12:])
         raise RuntimeError(f"{side.label}: no kill inside {stage} of {name}:\n    {tail}")
     mark.touch()
@@ -308,17 +298,29 @@ def checked_out(version: str, scratch: Path) -> Iterator[Path]:
         git("worktree", "remove", "--force", str(worktree))
 
 
+def locked(root: Path) -> int:
+    """Waits until no other comparison uses the folder, nor a run that one of them left behind.
+
+    The runs inherit the file that this returns: the lock is free when the last of them has ended.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another comparison in {root}", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
 def fingerprint(checkout: Path) -> str:
-    """Hashes what decides a version's outputs: its package, these two files, the packages."""
+    """Hashes what decides a version's outputs: its package, its inputs, the packages it uses."""
     files = [path for end in ("py", "yaml") for path in checkout.glob(f"tinybert_jax/**/*.{end}")]
-    own = [Path(__file__), Path(inputs.__file__)]
-    digest = hashlib.sha256(sys.version.encode())
+    digest = hashlib.sha256(sys.version.encode() + Path(inputs.__file__).read_bytes())
     for name in PACKAGES:
         digest.update(f"{name} {importlib.metadata.version(name)}\n".encode())
     for name, path in sorted((str(p.relative_to(checkout)), p) for p in files):
         digest.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    for path in own:
-        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -327,12 +329,8 @@ def run_before(before: Side, pool: ThreadPoolExecutor) -> None:
     run_once(before, "six")
     others = [pool.submit(run_once, before, name) for name in RUNS if name != "six"]
     others += [pool.submit(begin_once, before, name) for name in KILLED_IN]
-    try:
-        for task in others:
-            task.result()
-    except RuntimeError:
-        pool.shutdown(cancel_futures=True)  # nothing to compare AFTER with
-        raise
+    for task in others:
+        task.result()
 
 
 def run_after(before: Side, after: Side, pool: ThreadPoolExecutor) -> bool:
@@ -370,24 +368,27 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory())).resolve()
         root = (arguments.keep or scratch).expanduser().resolve() / "same_bits"
-        sides = {}
+        lock, sides = locked(root), []
         for label, version in (("before", arguments.before), ("after", arguments.after)):
             version = version or git("rev-parse", "--show-toplevel")
             (scratch / label).mkdir()
             checkout = stack.enter_context(checked_out(version, scratch / label))
             own = f"{label}-{fingerprint(checkout)}" if label == "before" else label
-            sides[label] = Side(label.upper(), checkout, root / own, root / "cache")
+            sides.append(Side(label.upper(), checkout, root / own, root / "cache", lock))
+        before, after = sides
         begin = time.monotonic()
-        prepare(*sides.values(), text=root / "inputs")
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            run_before(sides["before"], pool)
-            is_equal = run_after(*sides.values(), pool)
+        prepare(before, after, root / "inputs")
+        pool = stack.enter_context(ThreadPoolExecutor(arguments.jobs))
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # where something fails
+        run_before(before, pool)
+        is_equal = run_after(before, after, pool)
     outcome = "the same bits" if is_equal else "NOT the same bits"
     print(f"{outcome} ({time.monotonic() - begin:.0f} s)")
     return 0 if is_equal else 1
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the worktrees are removed then, too
     try:
         sys.exit(main())
     except RuntimeError as error:

@@ -1,9 +1,28 @@
-"""The text and the configs of the runs that same_bits.py compares. All are small and fixed."""
+"""What the runs that same_bits.py compares read: text, configs, environment. All small and fixed.
+
+A change of this file changes what is computed: outputs that are kept from before are made anew.
+"""
 
 import random
 from pathlib import Path
 from typing import Any
 
+RUNS = {
+    "six": "six stages",
+    "family": "two sizes, two seeds",
+    "minilmv2": "minilmv2",
+    "distilbert": "distilbert",
+    "stores": "token stores",
+    "regression": "regression",
+}
+KILLED_IN = {"six": "finetune", "family": "prediction"}  # the stage of each run that is resumed
+KILLED_AT = 12  # the step logged before the kill, between two checkpoints
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+}
 WORDS = {
     "sea": "wave tide harbour sail anchor gull salt deck storm shore".split(),
     "kitchen": "oven spoon butter flour kettle onion plate knife soup bread".split(),

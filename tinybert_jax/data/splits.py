@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,27 +14,18 @@ from tinybert_jax.data.errors import short
 from tinybert_jax.data.examples import Examples
 
 
-@runtime_checkable
-class Reader(Protocol):
-    """How a kind of task reads one file of its examples."""
+class Reading(NamedTuple):
+    """Which examples of a file are read, and what they have to have."""
 
-    def __call__(
-        self,
-        path: str,
-        section: Any,
-        *,
-        split: str | None = None,
-        label_names: Sequence[str] | None = None,
-        is_dev: bool = False,
-        is_labelled: bool = True,
-        keep_blank: bool = False,
-    ) -> Examples:
-        """`label_names`: the only labels that may occur, instead of those of the section.
+    split: str | None = None  # of a data set that has several
+    label_names: Sequence[str] | None = None  # the only labels that may occur, over the section's
+    is_dev: bool = False  # whether columns have the names of the dev file
+    is_labelled: bool = True
+    keep_blank: bool = False  # reads a blank text as "" instead of refusing it
 
-        `keep_blank` reads a blank text as "" instead of refusing it.
-        Raises ValueError naming file and place where an example cannot be read.
-        """
-        ...
+
+# (path, section, reading) -> examples; ValueError names file and place of what cannot be read.
+Reader = Callable[[str, Any, Reading], Examples]
 
 
 class TaskData(NamedTuple):
@@ -97,21 +88,15 @@ def read_task(section: TaskSection, read: Reader) -> TaskData:
         train, dev = builtin.builtin_task("train"), builtin.builtin_task("dev")
         return _task_data(section, train, dev, None)
     assert section.train is not None  # or the section is builtin
-    train = read(section.train, section, split=section.train_split)
+    train = read(section.train, section, Reading(section.train_split))
     unlabelled = None
     if section.unlabelled and section.unlabelled != "rest":
-        unlabelled = read(section.unlabelled, section, is_labelled=False)
+        unlabelled = read(section.unlabelled, section, Reading(is_labelled=False))
     if section.dev_share:
         return _task_data(section, *_split_dev(section, train), unlabelled)
     # Labels named only by the training split are the only ones that the dev split may hold.
     assert section.dev is not None  # or there is a dev_share
-    dev = read(
-        section.dev,
-        section,
-        split=section.dev_split,
-        label_names=train.label_names,
-        is_dev=True,
-    )
+    dev = read(section.dev, section, Reading(section.dev_split, train.label_names, is_dev=True))
     return _task_data(section, train, dev, unlabelled)
 
 

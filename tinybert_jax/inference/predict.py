@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from tinybert_jax.batches.tokenize import MIN_TOKENS
 from tinybert_jax.config.tasks import TaskSection
 from tinybert_jax.data.examples import Examples
+from tinybert_jax.data.splits import Reading
 from tinybert_jax.huggingface.folder import Head, HfModel, read_model, start_params
 from tinybert_jax.huggingface.hub import check_table, load_tokenizer
 from tinybert_jax.inference.scorer import make_scorer
@@ -30,7 +31,8 @@ def predict(
     loaded = _load(model)
     if isinstance(data, str):
         section = _section(loaded.task, data, columns)
-        examples = loaded.task.read(data, section, split=split, is_labelled=False, keep_blank=True)
+        how = Reading(split, is_labelled=False, keep_blank=True)
+        examples = loaded.task.read(data, section, how)
     else:
         examples = Examples(list(data), None, None, None)
     examples = examples._replace(label_names=loaded.head.label_names)
@@ -57,12 +59,12 @@ def evaluate_file(
     """The task's metrics on labelled text; raw labels are the model's names or their ids."""
     loaded = _load(model)
     section = _section(loaded.task, data, columns)
-    examples = loaded.task.read(data, section, split=split, is_dev=True)
+    examples = loaded.task.read(data, section, Reading(split, is_dev=True))
     names = loaded.head.label_names
     if examples.label_names is not None:
         ids, raw = tuple(str(i) for i in range(len(names))), set(examples.label_names)
         known = ids if raw <= set(ids) and not raw <= set(names) else names
-        examples = loaded.task.read(data, section, split=split, is_dev=True, label_names=known)
+        examples = loaded.task.read(data, section, Reading(split, known, is_dev=True))
     scored = _score(loaded, examples, max_length)
     metrics = loaded.task.measure(scored, loaded.head.settings)
     return {**metrics, "num_examples": len(examples.text)}

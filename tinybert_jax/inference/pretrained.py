@@ -13,6 +13,7 @@ import numpy as np
 from tinybert_jax.huggingface.folder import Head, is_unnamed, read_model, save_model, start_params
 from tinybert_jax.huggingface.hub import load_tokenizer
 from tinybert_jax.models.heads import (
+    Model,
     make_classifier,
     make_encoder,
     make_masked_lm,
@@ -48,7 +49,7 @@ class TinyBertModel:
         self.config, self.params = config, params
         self.label_names, self.tokenizer = label_names, tokenizer
         self.problem_type = problem_type
-        apply, _ = self._functions(config, len(label_names or ()) or 1)
+        apply, _ = self._make(config, len(label_names or ()) or 1)
         self._forward = jax.jit(
             lambda params, inputs, mask: self._outputs(apply(params, inputs, mask))
         )
@@ -70,7 +71,7 @@ class TinyBertModel:
                 f"label_names: expected those of the head in {path}, {list(theirs)}, got "
                 f"{list(names or ())}; leave label_names out"
             )
-        _, init = cls._functions(source.config, len(names or ()) or 1)
+        _, init = cls._make(source.config, len(names or ()) or 1)
         params = start_params(path, init)
         try:
             tokenizer = load_tokenizer(path)
@@ -140,11 +141,11 @@ class TinyBertModel:
         return Head(self.head_kind, self.problem_type or inferred, names)
 
     @staticmethod
-    def _functions(config: ModelConfig, num_outputs: int):
+    def _make(config: ModelConfig, num_classes: int) -> Model:
         return make_encoder(config)
 
     @staticmethod
-    def _outputs(encoded) -> dict[str, jax.Array]:
+    def _outputs(encoded: Any) -> dict[str, jax.Array]:
         return {
             "last_hidden_state": encoded.hidden[-1],
             "pooler_output": encoded.pooled,
@@ -156,44 +157,30 @@ class TinyBertModel:
         }
 
 
-class TinyBertForSequenceClassification(TinyBertModel):
-    """Scores of whole texts: `logits` [batch, num_labels]."""
-
-    head_kind = "SequenceClassification"
-
-    @staticmethod
-    def _functions(config: ModelConfig, num_outputs: int):
-        return make_classifier(config, num_outputs)
-
-    @staticmethod
-    def _outputs(output) -> dict[str, jax.Array]:
-        return {"logits": output.logits}
-
-
-class TinyBertForTokenClassification(TinyBertModel):
-    """Scores of tokens: `logits` [batch, seq, num_labels]."""
-
-    head_kind = "TokenClassification"
-
-    @staticmethod
-    def _functions(config: ModelConfig, num_outputs: int):
-        return make_token_classifier(config, num_outputs)
-
-    @staticmethod
-    def _outputs(output) -> dict[str, jax.Array]:
-        return {"logits": output.logits}
-
-
 class TinyBertForMaskedLM(TinyBertModel):
     """`logits` [batch, seq, vocab]."""
 
     @staticmethod
-    def _functions(config: ModelConfig, num_outputs: int):
+    def _make(config: ModelConfig, num_classes: int) -> Model:
         return make_masked_lm(config)
 
     @staticmethod
-    def _outputs(output) -> dict[str, jax.Array]:
-        return {"logits": output.logits}
+    def _outputs(encoded: Any) -> dict[str, jax.Array]:
+        return {"logits": encoded.logits}
+
+
+class TinyBertForSequenceClassification(TinyBertForMaskedLM):
+    """Scores of whole texts: `logits` [batch, num_labels]."""
+
+    head_kind = "SequenceClassification"
+    _make = staticmethod(make_classifier)
+
+
+class TinyBertForTokenClassification(TinyBertForMaskedLM):
+    """Scores of tokens: `logits` [batch, seq, num_labels]."""
+
+    head_kind = "TokenClassification"
+    _make = staticmethod(make_token_classifier)
 
 
 def _checked(

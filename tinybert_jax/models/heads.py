@@ -42,77 +42,53 @@ class MaskedLMOutput(NamedTuple):
     encoder: EncoderOutput | None = None  # with taps
 
 
-def _head_dropout(config: ModelConfig) -> float:
-    rate = config.classifier_dropout
-    return config.hidden_dropout_prob if rate is None else rate
+class Classifier(nnx.Module):
+    """Dropout and a linear map to scores: of the pooled first token, or of every token."""
 
-
-def _make_classifier_map(config: ModelConfig, num_classes: int, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(
-        config.hidden_size,
-        num_classes,
-        kernel_init=nnx.initializers.normal(config.initializer_range),
-        rngs=rngs,
-    )
-
-
-class SequenceClassifier(nnx.Module):
-    """Dropout and a linear map over the pooled first token; one output for a number."""
-
-    def __init__(self, config: ModelConfig, num_classes: int, *, rngs: nnx.Rngs, **options):
-        self.encoder = make_family_encoder(config, rngs=rngs, **options)
-        self.dropout_rate = _head_dropout(config)
-        self.classifier = _make_classifier_map(config, num_classes, rngs)
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_classes: int,
+        *,
+        of_tokens: bool = False,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        self.of_tokens = of_tokens
+        self.encoder = make_family_encoder(config, has_pooler=not of_tokens, rngs=rngs, **options)
+        rate = config.classifier_dropout
+        self.dropout_rate = config.hidden_dropout_prob if rate is None else rate
+        self.classifier = nnx.Linear(
+            config.hidden_size,
+            num_classes,
+            kernel_init=nnx.initializers.normal(config.initializer_range),
+            rngs=rngs,
+        )
 
     def __call__(
         self,
         inputs: Text,
         attention_mask: Array,
-        key=None,
-        num_segments=None,
+        key: Array | None = None,
+        num_segments: int | None = None,
         *,
         taps: bool = False,
     ) -> ClassifierOutput:
         """`taps` hands out what the encoder computes; its last layer then runs in full."""
         keys = (None, None) if key is None else jax.random.split(key)
         arguments = (inputs, attention_mask, keys[0])
+        num_read = attention_mask.shape[1] if self.of_tokens else num_segments or 1
         encoded = None
-        if taps or not is_few(num_segments or 1, attention_mask.shape[1]):
+        if taps or not is_few(num_read, attention_mask.shape[1]):
             encoded = self.encoder(*arguments, num_segments)
-            pooled = encoded.pooled
-            assert pooled is not None
+            features = encoded.hidden[-1] if self.of_tokens else encoded.pooled
+            assert features is not None
         else:
             first = self.encoder.last_hidden(pick_first(attention_mask, num_segments), *arguments)
-            pooled = self.encoder.pool(first[:, 0] if num_segments is None else first)
+            features = self.encoder.pool(first[:, 0] if num_segments is None else first)
         with jax.named_scope("~head"):
-            pooled = dropout(pooled, self.dropout_rate, keys[1])
-            logits = self.classifier(pooled.astype(jnp.float32))
-        return ClassifierOutput(logits, encoder=encoded if taps else None)
-
-
-class TokenClassifier(nnx.Module):
-    """Dropout and a linear map over the last hidden state of every token."""
-
-    def __init__(self, config: ModelConfig, num_classes: int, *, rngs: nnx.Rngs, **options):
-        self.encoder = make_family_encoder(config, has_pooler=False, rngs=rngs, **options)
-        self.dropout_rate = _head_dropout(config)
-        self.classifier = _make_classifier_map(config, num_classes, rngs)
-
-    def __call__(
-        self,
-        inputs: Text,
-        attention_mask: Array,
-        key=None,
-        num_segments=None,
-        *,
-        taps: bool = False,
-    ) -> ClassifierOutput:
-        """Logits [batch, seq, classes]; `num_segments` changes nothing."""
-        keys = (None, None) if key is None else jax.random.split(key)
-        encoded = self.encoder(inputs, attention_mask, keys[0])
-        with jax.named_scope("~head"):
-            hidden = dropout(encoded.hidden[-1], self.dropout_rate, keys[1])
-            logits = self.classifier(hidden.astype(jnp.float32))
+            features = dropout(features, self.dropout_rate, keys[1])
+            logits = self.classifier(features.astype(jnp.float32))
         return ClassifierOutput(logits, encoder=encoded if taps else None)
 
 
@@ -218,12 +194,12 @@ def make_encoder(config: ModelConfig, **options: Any) -> Model:
 
 def make_classifier(config: ModelConfig, num_classes: int, **options: Any) -> Model:
     """A classifier of whole examples; options: those of `Encoder`."""
-    return _functional(functools.partial(SequenceClassifier, config, num_classes), options)
+    return _functional(functools.partial(Classifier, config, num_classes), options)
 
 
 def make_token_classifier(config: ModelConfig, num_classes: int, **options: Any) -> Model:
     """A classifier of tokens; options: those of `Encoder`."""
-    return _functional(functools.partial(TokenClassifier, config, num_classes), options)
+    return _functional(functools.partial(Classifier, config, num_classes, of_tokens=True), options)
 
 
 def make_masked_lm(config: ModelConfig, **options: Any) -> Model:

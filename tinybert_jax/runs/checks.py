@@ -263,9 +263,9 @@ def _check_start(student: Student, teacher: ModelConfig) -> None:
     copies = init == "teacher_layers"
     if copies and (student.sizes.model_type or DEFAULT) != (teacher.model_type or DEFAULT):
         raise ValueError(
-            f"{student.origin}.model_type: expected {teacher.model_type or DEFAULT}, the teacher's, "
-            f"got {student.sizes.model_type or DEFAULT}, because {student.origin}.init is {init}; "
-            "set it to that, or choose another init"
+            f"{student.origin}.model_type: expected that of the teacher, "
+            f"{teacher.model_type or DEFAULT}, got {student.sizes.model_type or DEFAULT}, because "
+            f"{student.origin}.init is {init}; set it to that, or choose another init"
         )
     is_equal = {"max_position_embeddings": False, "hidden_size": copies}
     if copies:

@@ -1,6 +1,5 @@
 """Classification: one of several classes for each text or pair of texts."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,29 +7,21 @@ import numpy as np
 from tinybert_jax.batches.tokenize import tokenize_texts
 from tinybert_jax.config.tasks import ClassificationTask
 from tinybert_jax.data.examples import Examples
+from tinybert_jax.data.splits import Reading
 from tinybert_jax.data.tables import read_labelled
 from tinybert_jax.metrics.classification import classification_metrics, confusion_matrix
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.tasks.task import Scored, Settings, Task, softmax
 
 
-def read(
-    path: str,
-    section: Any,
-    *,
-    split: str | None = None,
-    label_names: Sequence[str] | None = None,
-    is_dev: bool = False,
-    is_labelled: bool = True,
-    keep_blank: bool = False,
-) -> Examples:
+def read(path: str, section: Any, how: Reading) -> Examples:
     """One table; of training text the labels are checked too."""
-    columns = columns_of(section, is_dev, is_labelled)
-    labels = section.labels or label_names
-    labels = labels if is_labelled else None
-    options = {"split": split, "labels": labels, "keep_blank": keep_blank}
+    columns = columns_of(section, how.is_dev, how.is_labelled)
+    labels = section.labels or how.label_names
+    labels = labels if how.is_labelled else None
+    options = {"split": how.split, "labels": labels, "keep_blank": how.keep_blank}
     examples = read_labelled(path, **columns, **options)
-    if is_labelled and not is_dev:
+    if how.is_labelled and not how.is_dev:
         _refuse_no_classes(path, section, examples)
     return examples
 

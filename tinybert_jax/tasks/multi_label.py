@@ -13,6 +13,7 @@ from tinybert_jax.batches.tokenize import tokenize_texts
 from tinybert_jax.config.tasks import MultiLabelTask
 from tinybert_jax.data.errors import short
 from tinybert_jax.data.examples import Examples
+from tinybert_jax.data.splits import Reading
 from tinybert_jax.data.tables import (
     Table,
     fail_rows,
@@ -28,33 +29,24 @@ from tinybert_jax.tasks.task import Scored, Settings, Task
 _THRESHOLD = "threshold"
 
 
-def read(
-    path: str,
-    section: MultiLabelTask,
-    *,
-    split: str | None = None,
-    label_names: Sequence[str] | None = None,
-    is_dev: bool = False,
-    is_labelled: bool = True,
-    keep_blank: bool = False,
-) -> Examples:
+def read(path: str, section: MultiLabelTask, how: Reading) -> Examples:
     """One table: a column of lists of labels, or a column of 0 and 1 for each label."""
-    renamed = dict(section.dev_columns) if is_dev else {}
+    renamed = dict(section.dev_columns) if how.is_dev else {}
     text = renamed.get("text", section.text)
     pair = renamed.get("text_pair", section.text_pair)
     lists = [] if section.label_columns else [renamed.get("label", section.label)]
     wanted = [column for column in (text, pair) if column is not None]
-    wanted += [*lists, *section.label_columns] if is_labelled else []
-    table = read_table(path, format_of(path, section.format), split, wanted)
-    read_texts = texts_or_blank if keep_blank else texts_in
+    wanted += [*lists, *section.label_columns] if how.is_labelled else []
+    table = read_table(path, format_of(path, section.format), how.split, wanted)
+    read_texts = texts_or_blank if how.keep_blank else texts_in
     texts, pairs = read_texts(table, text), read_texts(table, pair) if pair else None
-    if not is_labelled:
+    if not how.is_labelled:
         return Examples(texts, pairs, None, None)
     if section.label_columns:
         columns = [_indicators(table, column) for column in section.label_columns]
         return Examples(texts, pairs, np.stack(columns, axis=1), section.label_columns)
     sets = _label_lists(table, lists[0], section.separator)
-    labels, names = _known(table, lists[0], sets, section.labels or label_names)
+    labels, names = _known(table, lists[0], sets, section.labels or how.label_names)
     indicators = np.zeros((len(sets), len(names)), np.int32)
     for row, found in enumerate(sets):
         indicators[row, [names.index(labels[value]) for value in found]] = 1

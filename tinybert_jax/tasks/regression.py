@@ -1,6 +1,5 @@
 """Regression: a number for each text or pair of texts."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy as np
 from tinybert_jax.batches.tokenize import tokenize_texts
 from tinybert_jax.config.tasks import RegressionTask
 from tinybert_jax.data.examples import Examples
+from tinybert_jax.data.splits import Reading
 from tinybert_jax.data.tables import read_labelled
 from tinybert_jax.metrics.regression import regression_metrics
 from tinybert_jax.models.heads import make_classifier
@@ -15,18 +15,9 @@ from tinybert_jax.tasks.classification import columns_of
 from tinybert_jax.tasks.task import Scored, Settings, Task
 
 
-def read(
-    path: str,
-    section: Any,
-    *,
-    split: str | None = None,
-    label_names: Sequence[str] | None = None,
-    is_dev: bool = False,
-    is_labelled: bool = True,
-    keep_blank: bool = False,
-) -> Examples:
-    columns = columns_of(section, is_dev, is_labelled)
-    options = {"split": split, "numbers": is_labelled, "keep_blank": keep_blank}
+def read(path: str, section: Any, how: Reading) -> Examples:
+    columns = columns_of(section, how.is_dev, how.is_labelled)
+    options = {"split": how.split, "numbers": how.is_labelled, "keep_blank": how.keep_blank}
     return read_labelled(path, **columns, **options)
 
 

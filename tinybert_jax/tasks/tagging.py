@@ -14,6 +14,7 @@ from tinybert_jax.batches.batch import TokenRows
 from tinybert_jax.config.tasks import TaggingTask
 from tinybert_jax.data.conll import TaggedText, read_tagged
 from tinybert_jax.data.examples import Examples
+from tinybert_jax.data.splits import Reading
 from tinybert_jax.data.wordpiece import plain_backend
 from tinybert_jax.metrics.classification import confusion_matrix
 from tinybert_jax.metrics.tagging import (
@@ -32,33 +33,24 @@ from tinybert_jax.tasks.task import Scored, Settings, Task, softmax
 _WORD = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W_]+|[^\w\s]|_")
 
 
-def read(
-    path: str,
-    section: TaggingTask,
-    *,
-    split: str | None = None,
-    label_names: Sequence[str] | None = None,
-    is_dev: bool = False,
-    is_labelled: bool = True,
-    keep_blank: bool = False,
-) -> Examples:
+def read(path: str, section: TaggingTask, how: Reading) -> Examples:
     """Sentences of a CoNLL or JSON-lines file; labels are arrays of class ids, one a sentence."""
-    if split is not None:
+    if how.split is not None:
         raise ValueError(
-            f"{path}: expected no split of a file of tags, got {split!r}; leave it out"
+            f"{path}: expected no split of a file of tags, got {how.split!r}; leave it out"
         )
     options = {
         "tokens": section.text,
         "format": section.format,
         "drop_empty_tokens": section.drop_empty_tokens,
     }
-    if not is_labelled:
+    if not how.is_labelled:
         return Examples(read_tagged(path, tags=None, **options).words, None, None, None)
     is_plain = section.scheme == "plain"
     options |= {"tags": section.label, "plain": is_plain}
     found = read_tagged(path, **options)
     tags: list[list[str]] = found.tags or []
-    names = label_names or _names_of(section)
+    names = how.label_names or _names_of(section)
     if is_plain:
         names = tuple(names or sorted({tag for row in tags for tag in row}))
         read_tagged(path, known_tags=names, **options)
