@@ -5,8 +5,9 @@ import statistics
 from pathlib import Path
 
 import pytest
+import structure
 
-ROOT = Path(__file__).parent.parent / "tinybert_jax"
+ROOT = structure.ROOT
 
 # Ground floor first. A room imports only from rooms above it in this table; inside a room a file
 # imports only from files before it. Late imports count too.
@@ -33,7 +34,7 @@ ROOMS = {
     "recipes": "pretrain finetune distill pipeline",
 }
 TOP = ("cli", "__main__", "__init__")
-FILES = sorted(ROOT.rglob("*.py"))
+FILES = structure.FILES
 MODULES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES}
 CODE = {p: m for p, m in MODULES.items() if not m.endswith(".__init__")}
 ids = MODULES.get
@@ -152,3 +153,8 @@ def test_config_and_help_need_no_jax():
             assert not _roots(ast.parse(path.read_text())) & {"jax", "flax", "numpy"}, module
         if module in ("cli", "performance.flops", "performance.host"):
             assert not _roots(ast.parse(path.read_text()).body) & {"jax", "flax", "numpy"}, module
+
+
+@pytest.mark.parametrize("count", structure.counts(), ids=lambda count: count.name)
+def test_counts_of_the_structure(count):
+    assert count.value <= count.limit, count.places

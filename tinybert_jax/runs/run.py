@@ -15,7 +15,7 @@ from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import FINETUNE, PRETRAIN, StageSection
 from tinybert_jax.data.splits import TaskData
 from tinybert_jax.huggingface.folder import Head, start_params
-from tinybert_jax.inference.scorer import Judge, make_scorer
+from tinybert_jax.inference.scorer import Judge, Scorer, make_scorer
 from tinybert_jax.models.heads import Model
 from tinybert_jax.models.params import Apply, Params, frozen_params
 from tinybert_jax.parallel.sharding import placed
@@ -204,17 +204,22 @@ class TaskJudge(NamedTuple):
         return Judge(self.measure, self.fingerprint)
 
 
-def make_dev_judge(run: Run, apply: Apply, section: StageSection) -> TaskJudge:
-    """Metrics on the dev set, in the batches that the stage has."""
-    task, dev = run.the_task.kind, run.the_task.data.dev
-    rows = task.encode(run.tokenizer, dev, section.max_length)
-    score = make_scorer(
+def make_stage_scorer(run: Run, apply: Apply, section: StageSection) -> Scorer:
+    """Logits of a whole data set, in the batches that the stage has, on the run's devices."""
+    return make_scorer(
         apply,
         buckets=section.buckets(),
         pad_token_id=run.tokenizer.pad_token_id,
         packed=section.batching == "pack",
         mesh=run.mesh,
     )
+
+
+def make_dev_judge(run: Run, apply: Apply, section: StageSection) -> TaskJudge:
+    """Metrics on the dev set, in the batches that the stage has."""
+    task, dev = run.the_task.kind, run.the_task.data.dev
+    rows = task.encode(run.tokenizer, dev, section.max_length)
+    score = make_stage_scorer(run, apply, section)
     return TaskJudge(
         lambda params: Scored(score(params, rows), rows, dev), task, rows.fingerprint()
     )

@@ -15,9 +15,8 @@ from safetensors.numpy import save_file
 
 from tinybert_jax.batches.batch import TokenRows
 from tinybert_jax.config.run import StagePlan
-from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.models.params import sha256
-from tinybert_jax.runs.run import Run, load_frozen, placed_as_frozen
+from tinybert_jax.runs.run import Run, load_frozen, make_stage_scorer, placed_as_frozen
 from tinybert_jax.settings.sizes import ModelConfig
 
 ROWS_PER_FILE = 2**14
@@ -54,13 +53,7 @@ def _read_one(
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     folder = run.folder / "teacher_logits" / key
     folder.mkdir(parents=True, exist_ok=True)
-    score = make_scorer(
-        apply,
-        buckets=section.buckets(),
-        pad_token_id=run.tokenizer.pad_token_id,
-        packed=section.batching == "pack",
-        mesh=run.mesh,
-    )
+    score = make_stage_scorer(run, apply, section)
     parts, placed = [], placed_as_frozen(run, params)
     for start in range(0, num_rows, ROWS_PER_FILE):
         stop, file = min(start + ROWS_PER_FILE, num_rows), folder / f"{start}.safetensors"
