@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertTokenizer
 
+from tinybert_jax.huggingface.families import format_of
 from tinybert_jax.huggingface.weights import from_hf
 from tinybert_jax.models.params import flatten, unflatten
 from tinybert_jax.settings.sizes import ModelConfig
@@ -58,7 +59,7 @@ def random_bert(kind, *, seed: int = 0, **fields):
 
 def our_config(model) -> ModelConfig:
     fields = model.config.to_dict()
-    return ModelConfig(**{name: fields[name] for name in ModelConfig.model_fields})
+    return ModelConfig(**format_of(fields["model_type"]).read_config(fields))
 
 
 def tensors_of(model) -> dict[str, np.ndarray]:
@@ -70,7 +71,7 @@ def our_params(model, init) -> dict:
     shapes = {p: leaf.shape for p, leaf in flatten(jax.eval_shape(init, jax.random.key(0))).items()}
     prefix = "" if any(path.startswith("encoder/") for path in shapes) else "encoder/"
     shapes = {prefix + path: shape for path, shape in shapes.items()}
-    flat, missing, _ = from_hf(tensors_of(model), shapes)
+    flat, missing, _ = from_hf(format_of(model.config.model_type), tensors_of(model), shapes)
     assert all(path.startswith("encoder/pooler") for path in missing), missing
     flat |= {path: np.zeros(shapes[path], np.float32) for path in missing}
     return unflatten({path.removeprefix(prefix): leaf for path, leaf in flat.items()})
