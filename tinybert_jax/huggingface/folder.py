@@ -73,6 +73,13 @@ def is_unnamed(label_names: Sequence[str]) -> bool:
     return all(name.startswith("LABEL_") for name in label_names)
 
 
+def inferred_problem_type(head_kind: str, num_outputs: int) -> str | None:
+    """What a head is for where config.json does not say: numbers for one output, else one class."""
+    if head_kind != "SequenceClassification":
+        return None
+    return "regression" if num_outputs == 1 else "single_label_classification"
+
+
 def load_params(
     model: HfModel, abstract: Mapping[str, Any], init: Callable[[], Mapping[str, Any]]
 ) -> Loaded:
@@ -86,6 +93,12 @@ def load_params(
         whole = load_params(model, {"encoder": abstract}, lambda: {"encoder": init()})
         return whole._replace(params=whole.params["encoder"])
     if not _head_fits(model, shapes):
+        assert model.head is not None
+        if model.head.kind != _wanted_head(shapes):
+            raise ValueError(
+                f"{model.folder}: expected a head of the kind {_wanted_head(shapes)}, got one of "
+                f"the kind {model.head.kind}; give a folder with that head, or one without a head"
+            )
         raise ValueError(
             f"{model.folder}: expected a head with {shapes['classifier/kernel'][1]} labels, "
             f"got one with {len(model.tensors[_HEAD])}: "
@@ -119,9 +132,22 @@ def load_params(
 
 
 def _head_fits(model: HfModel, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether the folder's classifier, where it has one and one is wanted, has as many labels."""
+    """Whether the folder's head, where it has one and one is wanted, is of that kind and size."""
     head, wanted = model.tensors.get(_HEAD), shapes.get("classifier/kernel")
-    return head is None or wanted is None or wanted[-1] == len(head)
+    if head is None or wanted is None:
+        return True
+    assert model.head is not None
+    return wanted[-1] == len(head) and model.head.kind == _wanted_head(shapes)
+
+
+def _wanted_head(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The kind of head that parameters of these shapes have: only a head over tokens has no pooler.
+
+    None for parameters without a head of a task.
+    """
+    if "classifier/kernel" not in shapes:
+        return None
+    return "SequenceClassification" if "encoder/pooler/kernel" in shapes else "TokenClassification"
 
 
 def to_ours(model: HfModel, shapes: Mapping[str, tuple[int, ...]]) -> Conversion:
@@ -153,9 +179,9 @@ def start_params(
 ) -> dict[str, Any]:
     """What a stage starts from: a folder's weights, fresh where it has none; no path: `init(key)`.
 
-    A head of other labels than `label_names` (or of another number of them) makes way for a fresh
-    one; what is not used is told. `whole`: a head of another number is refused, and missing
-    weights are, except the pooler's where there is no classifier to read it.
+    A head of another kind, or of other labels than `label_names` (or of another number of them),
+    makes way for a fresh one; what is not used is told. `whole`: a head of another kind or number
+    is refused, and missing weights are, except the pooler's where no classifier reads it.
     """
     import jax
 
@@ -318,7 +344,8 @@ def _head(model: HfModel, raw: Mapping[str, Any]) -> Head:
             f"{model.folder}: expected one label name for each of the head's {num_outputs} "
             f"outputs, config.json has {len(names)}: {list(names)}"
         )
-    return Head(kinds[0], raw.get("problem_type"), names, raw.get(_SETTINGS) or {})
+    problem_type = raw.get("problem_type") or inferred_problem_type(kinds[0], num_outputs)
+    return Head(kinds[0], problem_type, names, raw.get(_SETTINGS) or {})
 
 
 def _config_json(

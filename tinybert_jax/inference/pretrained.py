@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinybert_jax.huggingface.folder import Head, is_unnamed, read_model, save_model, start_params
+from tinybert_jax.huggingface.folder import (
+    Head,
+    inferred_problem_type,
+    is_unnamed,
+    read_model,
+    save_model,
+    start_params,
+)
 from tinybert_jax.huggingface.hub import load_tokenizer
 from tinybert_jax.models.heads import (
     Model,
@@ -59,12 +66,13 @@ class TinyBertModel:
         """Reads a Hugging Face folder or hub id.
 
         A folder without this class's head gets a fresh one, and says so; `label_names` sizes it.
-        Raises ValueError where the folder is not a readable BERT, or where it has a head that was
-        trained with other labels.
+        Raises ValueError where the folder is not a readable BERT, or where its head of this kind
+        was trained with other labels.
         """
         source = read_model(path)
         names = tuple(label_names or ()) or source.label_names
-        theirs = source.head.label_names if source.head else None
+        head = source.head if source.head and source.head.kind == cls.head_kind else None
+        theirs = head.label_names if head else None
         is_named = theirs and not is_unnamed(theirs)
         if theirs and names != theirs and (is_named or len(names or ()) != len(theirs)):
             raise ValueError(
@@ -77,8 +85,7 @@ class TinyBertModel:
             tokenizer = load_tokenizer(path)
         except ValueError:
             tokenizer = None  # only save_pretrained needs it, and says so
-        problem_type = source.head.problem_type if source.head else None
-        return cls(source.config, params, names, tokenizer, problem_type)
+        return cls(source.config, params, names, tokenizer, head.problem_type if head else None)
 
     def __call__(
         self,
@@ -135,9 +142,7 @@ class TinyBertModel:
         if self.head_kind is None:
             return None
         names = self.label_names or ("LABEL_0",)
-        inferred = None
-        if self.head_kind == "SequenceClassification":
-            inferred = "regression" if len(names) < 2 else "single_label_classification"
+        inferred = inferred_problem_type(self.head_kind, len(names))
         return Head(self.head_kind, self.problem_type or inferred, names)
 
     @staticmethod
