@@ -32,14 +32,27 @@ from transformers import (
     BertForMaskedLM,
     BertForPreTraining,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertModel,
     BertTokenizer,
 )
 
-from tinybert_jax.huggingface.folder import load_params, read_model, save_model, start_params
+from tinybert_jax.huggingface.bert import BERT
+from tinybert_jax.huggingface.folder import (
+    Head,
+    load_params,
+    read_model,
+    save_model,
+    start_params,
+)
 from tinybert_jax.huggingface.hub import load_tokenizer
 from tinybert_jax.huggingface.weights import from_hf, to_hf
-from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.models.heads import (
+    make_classifier,
+    make_encoder,
+    make_masked_lm,
+    make_token_classifier,
+)
 from tinybert_jax.models.params import flatten
 from tinybert_jax.settings.sizes import ModelConfig
 
@@ -85,6 +98,7 @@ def load(folder, make=make_classifier, num_labels=3):
     [
         (BertModel, make_encoder),
         (BertForSequenceClassification, lambda config: make_classifier(config, 2)),
+        (BertForTokenClassification, lambda config: make_token_classifier(config, 2)),
         (BertForMaskedLM, make_masked_lm),
         (BertForPreTraining, make_masked_lm),
         (BertForPreTraining, lambda config: make_masked_lm(config, pair_head=True)),
@@ -93,9 +107,11 @@ def load(folder, make=make_classifier, num_labels=3):
 def test_there_and_back_is_bit_equal(kind, make, tmp_path):
     model = random_bert(kind)
     params = our_params(model, make(CONFIG)[1])
-    saved = save_model(
-        tmp_path / "ours", params, CONFIG, load_tokenizer(write_vocab(tmp_path / "vocab"))
-    )
+    tokenizer = load_tokenizer(write_vocab(tmp_path / "vocab"))
+    head = None
+    if "classifier" in params:
+        head = Head(kind.__name__.removeprefix("BertFor"), None, ("no", "yes"))
+    saved = save_model(tmp_path / "ours", params, CONFIG, tokenizer, head=head)
     expected = {
         name if "." in name and name.startswith(("bert.", "cls", "class")) else f"bert.{name}": t
         for name, t in tensors_of(model).items()
@@ -112,7 +128,7 @@ def test_real_mini_lm_there_and_back_is_bit_equal():
     tensors = load_file(mini_lm() / "model.safetensors")
     loaded = load(mini_lm(), make_encoder)
     assert (loaded.missing, loaded.surplus) == ((), ())
-    again = to_hf({f"encoder/{path}": leaf for path, leaf in flatten(loaded.params).items()})
+    again = to_hf(BERT, {f"encoder/{path}": leaf for path, leaf in flatten(loaded.params).items()})
     expected = {f"bert.{name}": t for name, t in tensors.items() if "position_ids" not in name}
     assert_same_bits(again, expected)
 
@@ -163,6 +179,7 @@ def test_narrow_weights_widen_exactly(original, tmp_path, dtype):
     safetensors.torch.save_file(narrow, other / "model.safetensors")
     change_config(other, dtype=dtype)
     expected = from_hf(
+        BERT,
         {name: t.float().numpy() for name, t in narrow.items()},
         {path: leaf.shape for path, leaf in flatten(load(folder).params).items()},
     )
@@ -235,6 +252,20 @@ def test_a_head_of_other_labels_makes_way_for_a_fresh_one(original, capsys):
     assert "not used: classifier." in capsys.readouterr().out
 
 
+def test_a_head_of_another_kind_makes_way_for_a_fresh_one(original, capsys):
+    """Of as many labels, of the same names: but it scores sequences, not tokens."""
+    _, init = make_token_classifier(CONFIG, 3)
+    with pytest.raises(ValueError, match="the kind TokenClassification, got one of the kind Seq"):
+        start_params(original[0], init, whole=True)
+    params = flatten(start_params(original[0], init, jax.random.key(7), label_names=NAMES))
+    fresh = flatten(jax.jit(init)(jax.random.key(7)))
+    theirs = flatten(load(original[0]).params)
+    assert np.array_equal(params["classifier/kernel"], fresh["classifier/kernel"])
+    for path in (path for path in params if not path.startswith("classifier/")):
+        assert np.array_equal(params[path], theirs[path]), path
+    assert "not used: bert.pooler" in capsys.readouterr().out
+
+
 # Weights that are not those of the configured BERT.
 
 EYE = np.eye(SIZES["hidden_size"], dtype=np.float32)
@@ -248,7 +279,7 @@ EYE = np.eye(SIZES["hidden_size"], dtype=np.float32)
         ({QUERY: np.where(EYE > 0, np.inf, EYE)}, ["query.weight", "infinity"]),
         ({QUERY: EYE.astype(np.int8)}, ["query.weight", "floating-point", "int8"]),
         ({QUERY.replace(".1.", ".3."): EYE}, ["3 layers", "encoder.layer.3"]),
-        ({QUERY.replace("weight", "lora_A.weight"): EYE}, ["plain BERT", "lora_A"]),
+        ({QUERY.replace("weight", "lora_A.weight"): EYE}, ["plain Bert", "lora_A"]),
         ({QUERY.replace("query", "distance_embedding"): EYE}, ["distance_embedding"]),
         ({QUERY.removeprefix("bert."): EYE}, ["once", "encoder.layer.1.attention.self.query"]),
         ({"fit_dense.weight": EYE}, ["released TinyBERT", "ReLU"]),
@@ -295,9 +326,11 @@ def test_masked_lm_decoder_of_its_own_is_refused(tmp_path):
         ({"num_attention_heads": 5}, ["multiple of num_attention_heads", "52", "5"]),
         ({"num_hidden_layers": 2}, ["2 layers", "encoder.layer.2"]),
         ({"hidden_size": 104}, ["104]", "another configuration"]),
-        ({"architectures": ["BertForTokenClassification"]}, ["whole sequences", "Token"]),
-        ({"problem_type": "multi_label_classification"}, ["multi_label"]),
-        ({"problem_type": "regression"}, ["regression", "3 outputs"]),
+        (
+            {"architectures": ["BertForTokenClassification"]},
+            ["the kind SequenceClassification", "the kind TokenClassification"],
+        ),
+        ({"architectures": ["BertForMultipleChoice"]}, ["one of the kinds", "MultipleChoice"]),
         ({"id2label": {"0": "a", "1": "b"}}, ["3 outputs", "['a', 'b']"]),
         ({"id2label": {"1": "a", "2": "b", "3": "c"}}, ["id2label"]),
     ],
@@ -311,7 +344,6 @@ def test_configs_that_would_change_the_numbers_are_refused(spoilt, fields, words
 def test_configs_with_more_or_fewer_fields_load_alike(original, spoilt):
     """Old and new fields that change no number, and the absence of those with a default."""
     more = {
-        "classifier_dropout": 0.2,
         "torch_dtype": "float16",
         "dtype": "bfloat16",
         "gradient_checkpointing": False,
@@ -334,6 +366,14 @@ def test_configs_with_more_or_fewer_fields_load_alike(original, spoilt):
     ours, plain = read_model(folder), read_model(original[0])
     assert ours.config == plain.config == CONFIG
     assert ours.label_names == plain.label_names == NAMES
+
+
+def test_the_dropout_of_a_head_is_read_and_written(spoilt, tmp_path):
+    model = read_model(spoilt(classifier_dropout=0.2))
+    assert model.config == CONFIG.model_copy(update={"classifier_dropout": 0.2})
+    params, tokenizer = load(model.folder).params, load_tokenizer(model.folder)
+    again = save_model(tmp_path / "again", params, model.config, tokenizer, head=model.head)
+    assert json.loads((again / "config.json").read_text())["classifier_dropout"] == 0.2
 
 
 # Tokenizers.
