@@ -11,8 +11,10 @@ torch = pytest.importorskip("torch")
 from reference import SIZES, random_bert, write_bert
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BertForMaskedLM,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertModel,
     BertTokenizer,
 )
@@ -20,6 +22,7 @@ from transformers import (
 from tinybert_jax import (
     TinyBertForMaskedLM,
     TinyBertForSequenceClassification,
+    TinyBertForTokenClassification,
     TinyBertModel,
 )
 
@@ -27,7 +30,7 @@ NAMES = ("bad", "good", "mixed")
 LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {n: i for i, n in enumerate(NAMES)}}
 TEXTS = ["a quick dog!", "no", "why not?"]
 PAIRS = ["is it?", "nobody knows", "a b c d"]
-TOLERANCE = 2e-5  # tests/test_model.py says why
+TOLERANCE = 2e-5  # tests/models/test_encoder.py says why
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +112,39 @@ def test_masked_lm(tmp_path, tokenizer):
     ours = TinyBertForMaskedLM.from_pretrained(folder)(**inputs)
     expected = torch_output(BertForMaskedLM, folder, tokenizer)
     assert_close(ours.logits, expected.logits, inputs["attention_mask"].astype(bool)[..., None])
+
+
+def test_token_classifier_there_and_back(tmp_path, tokenizer):
+    theirs = random_bert(BertForTokenClassification, **LABELS)
+    folder = write_bert(tmp_path / "tags", theirs)
+    inputs = tokenizer(TEXTS, PAIRS, padding=True, return_tensors="np")
+    real = inputs["attention_mask"].astype(bool)[..., None]
+    model = TinyBertForTokenClassification.from_pretrained(folder)
+    logits = model(**inputs).logits
+    assert_close(logits, torch_output(BertForTokenClassification, folder, tokenizer).logits, real)
+
+    saved = model.save_pretrained(tmp_path / "saved")
+    again = TinyBertForTokenClassification.from_pretrained(saved)
+    assert again.label_names == NAMES
+    np.testing.assert_array_equal(again(**inputs).logits, logits)
+    loaded = AutoModelForTokenClassification.from_pretrained(str(saved))
+    assert loaded.config.id2label == LABELS["id2label"]
+    expected = theirs.state_dict()
+    assert all(torch.equal(tensor, expected[n]) for n, tensor in loaded.state_dict().items())
+
+
+def test_the_head_of_another_class_is_not_taken(folder, tmp_path, tokenizer, capsys):
+    """Not even where it has as many labels, of the same names."""
+    inputs = tokenizer(TEXTS, PAIRS, padding=True, return_tensors="np")
+    model = TinyBertForTokenClassification.from_pretrained(folder)
+    said = capsys.readouterr().out
+    assert "no weights for classifier/" in said and "not used: bert.pooler" in said
+    assert model(**inputs).logits.shape == (*inputs["input_ids"].shape, len(NAMES))
+    renamed = TinyBertForTokenClassification.from_pretrained(folder, label_names=("a", "b"))
+    assert renamed.label_names == ("a", "b")
+    saved = json.loads((renamed.save_pretrained(tmp_path / "tags") / "config.json").read_text())
+    assert saved["architectures"] == ["BertForTokenClassification"]
+    assert "problem_type" not in saved
 
 
 def test_save_and_load_again(folder, model, tokenizer, tmp_path):

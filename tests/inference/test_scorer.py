@@ -8,13 +8,22 @@ import pytest
 from tinybert_jax.batches.batch import TokenRows
 from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.inference.scorer import EVAL_MASK_RATE, make_masked_lm_scorer, make_scorer
-from tinybert_jax.models.heads import MaskedLMOutput, make_classifier
+from tinybert_jax.models.heads import MaskedLMOutput, make_classifier, make_token_classifier
+from tinybert_jax.models.inputs import Text
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
 from tinybert_jax.settings.sizes import ModelConfig
 
 VOCAB, DIM = 50, 4
 SPECIAL = (0, 1, 2, 3)
+SIZES = ModelConfig(
+    vocab_size=VOCAB,
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=16,
+    max_position_embeddings=32,
+)
 
 
 def rows_of(*, num_rows=600, seed=0):
@@ -33,10 +42,10 @@ def scorer(key=0, seen=None, pair_logits=None, packed=False):
     def apply(params, inputs, attention_mask, *, positions):
         if seen is not None:
             jax.debug.callback(
-                lambda ids, mask: seen.append((ids, mask)), input_ids, attention_mask
+                lambda ids, mask: seen.append((ids, mask)), inputs.input_ids, attention_mask
             )
         hidden = jnp.zeros((*positions.shape, DIM))
-        pair = pair_logits and jnp.broadcast_to(jnp.array(pair_logits), (len(input_ids), 2))
+        pair = pair_logits and jnp.broadcast_to(jnp.array(pair_logits), (len(positions), 2))
         table = jnp.zeros((VOCAB, DIM))
         return MaskedLMOutput(None, hidden, table, params["bias"], pair_logits=pair)
 
@@ -111,15 +120,7 @@ def test_masked_words_are_hidden_from_the_model(packed):
 @pytest.mark.parametrize("packed", [False, True], ids=["bucketed", "packed"])
 def test_eight_devices_score_as_one(packed):
     """And a part of the rows scores as it does among all."""
-    sizes = ModelConfig(
-        vocab_size=VOCAB,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=32,
-    )
-    apply, init = make_classifier(sizes, 3)
+    apply, init = make_classifier(SIZES, 3)
     mesh = make_mesh(MeshSection())
     assert mesh.size == 8
     params, rows = init(jax.random.key(0)), rows_of(num_rows=70)
@@ -130,3 +131,32 @@ def test_eight_devices_score_as_one(packed):
     np.testing.assert_allclose(eight, one, atol=1e-6)
     part = score(sharding.placed(params, mesh), rows.part(20, 65))
     np.testing.assert_allclose(part, one[20:65], atol=1e-6)
+
+
+def test_logits_of_tokens_are_the_same_in_any_layout():
+    """Packed, bucketed and padded alike: the logits of each token of a row by itself."""
+    rows = rows_of(num_rows=70)
+    is_unit = ~np.isin(rows.ids, SPECIAL)
+    rows = rows._replace(is_unit=is_unit, second=(rows.lengths // 2).astype(np.int32))
+    apply, init = make_token_classifier(SIZES, 3)
+    params = jax.tree.map(lambda leaf: 5 * leaf, init(jax.random.key(0)))
+
+    alone, forward = [], jax.jit(apply)
+    for row, begin in enumerate(rows.offsets[:-1]):
+        ids = rows.ids[begin : rows.offsets[row + 1]][None]
+        types = (np.arange(ids.size)[None] >= rows.second[row]).astype(np.int32)
+        alone.append(forward(params, Text(ids, types), ids >= 0).logits[0])
+    expected = np.concatenate(alone)
+    assert expected.shape == (len(rows.ids), 3) and expected.std() > 0.1
+
+    layouts = {"packed": ((16, 32), True), "bucketed": ((16, 32), False), "padded": ((32,), False)}
+    mesh = make_mesh(MeshSection())
+    for name, (buckets, packed) in layouts.items():
+        options = {"buckets": buckets, "pad_token_id": 0, "packed": packed}
+        scored = make_scorer(apply, **options)(params, rows)
+        np.testing.assert_allclose(scored, expected, atol=1e-5, err_msg=name)
+        part = make_scorer(apply, **options, mesh=mesh)(
+            sharding.placed(params, mesh), rows.part(20, 65)
+        )
+        theirs = expected[rows.offsets[20] : rows.offsets[65]]
+        np.testing.assert_allclose(part, theirs, atol=1e-5, err_msg=f"{name}, on eight devices")
