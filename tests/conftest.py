@@ -24,7 +24,7 @@ from bad_world import models, world  # noqa: F401
 from jax.experimental.compilation_cache import compilation_cache
 
 from tinybert_jax.parallel.mesh import make_mesh
-from tinybert_jax.runs import run as runs_run
+from tinybert_jax.runs import preflight
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -47,7 +47,7 @@ def cheap_programs(tmp_path_factory):
     """For runs that have most programs in common: kept on disk, and of one device, not of eight."""
     patch = pytest.MonkeyPatch()
     patch.setattr(
-        runs_run,
+        preflight,
         "make_mesh",
         lambda section, devices=None: make_mesh(section, devices or jax.devices()[:1]),
     )
