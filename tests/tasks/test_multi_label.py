@@ -192,6 +192,14 @@ def test_the_tuned_threshold_decides_answers_and_scores():
     ]
 
 
+def test_a_model_that_learnt_nothing_scores_the_floor():
+    """Constant probabilities and a tuned threshold: the commonest labels, as many as score best."""
+    scored = _scored([[0.5, 0.4]] * 3, labels=[(1, 1), (1, 1), (1, 0)])
+    assert MULTI_LABEL.floor(scored.examples) == pytest.approx(2 * 5 / (5 + 6))
+    best = MULTI_LABEL.measure(scored, MULTI_LABEL.tuned(scored))
+    assert MULTI_LABEL.floor(scored.examples) == pytest.approx(best["f1_micro"])
+
+
 # A run
 
 STAGE = {

@@ -142,10 +142,11 @@ def details(scored: Scored, settings: Settings) -> dict[str, Any]:
 
 
 def floor(examples: Examples) -> float:
-    """The micro F1 of always answering the commonest label alone."""
-    commonest = np.zeros_like(examples.labels)
-    commonest[:, examples.labels.sum(0).argmax()] = 1
-    return multilabel_metrics(commonest, examples.labels)["f1_micro"]
+    """The best micro F1 of one answer for every text: that of the commonest labels."""
+    num_texts, num_labels = examples.labels.shape
+    counts = np.sort(examples.labels.sum(0))[::-1]
+    answered = num_texts * np.arange(1, num_labels + 1)
+    return float(np.max(2 * np.cumsum(counts) / (answered + counts.sum())))
 
 
 MULTI_LABEL = Task(
