@@ -24,6 +24,7 @@ from tinybert_jax.runs import estimate
 from tinybert_jax.runs.preflight import learns_task, open_run, read_run
 from tinybert_jax.runs.results import HELDOUT, best_seed, collect, headline
 from tinybert_jax.runs.run import Run, RunTask, check_teacher, publish
+from tinybert_jax.training.metric_log import read_rows
 
 _RECIPES = {
     PRETRAIN: pretrain.main,
@@ -56,7 +57,7 @@ def main(
             if is_new and plan.stage is FINETUNE and learns_task(plans):
                 check_teacher(run, run.task_teacher, run.teacher)
         product = run.plans[next(s.name for s in _PRODUCTS if run.is_done(s.name))]
-        lines = _lines(run)
+        lines = read_rows(run.folder / "metrics.jsonl")
         summary = collect(run, _seconds(lines), command, _heldout(lines))
         best = {name: best_seed(summary, product.name, name) for name in product.members}
         publish(run, {name: run.seed_folders(product, name)[seed] for name, seed in best.items()})
@@ -103,11 +104,6 @@ def _run_once(run: Run, plan: StagePlan) -> bool:
     run.log.write("stage", name, 0, {"seconds": seconds})
     run.log.say(f"{name}: finished in {seconds:.0f} s")
     return True
-
-
-def _lines(run: Run) -> list[dict[str, Any]]:
-    text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def _seconds(lines: list[dict[str, Any]]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,19 @@ class MetricLog:
         """Drops the rows of a stage after `step`, and a last line that a kill cut short."""
         if not self.is_writer or not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").split("\n"):
-            row = _parse(line)
-            if row is not None and not (row["stage"] == stage and row["step"] > step):
-                kept.append(line + "\n")
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(self.path)
+        kept = [
+            line
+            for line, row in _read_lines(self.path)
+            if not (row["stage"] == stage and row["step"] > step)
+        ]
+        _replace_lines(self.path, kept)
 
     def write(self, kind: str, stage: str, step: int, values: dict[str, Any]) -> None:
+        """Appends a row; first drops a last line that a kill cut short."""
         if not self.is_writer:
             return
+        if not _ends_in_line_break(self.path):
+            _replace_lines(self.path, [line for line, _ in _read_lines(self.path)])
         row = {"kind": kind, "stage": stage, "step": step, "time": round(time.time(), 3)}
         row |= {name: _plain(value) for name, value in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
@@ -61,11 +63,48 @@ class MetricLog:
         )
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file, without a last line that a kill cut short.
+
+    Raises ValueError for any other line that is not a JSON object.
+    """
+    return [row for _, row in _read_lines(path)]
+
+
+def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(line without the line break, row); see `read_rows`."""
+    *lines, end = path.read_text(encoding="utf-8").split("\n")
+    parsed = [(line, _parse(line)) for line in lines]
+    for number, (line, row) in enumerate(parsed, 1):
+        if row is None:
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object, got {line[:60]!r}; remove the line"
+            )
+    parsed.append((end, _parse(end)))  # without a line break: complete, cut short or empty
+    return [(line, row) for line, row in parsed if row is not None]
+
+
 def _parse(line: str) -> dict[str, Any] | None:
     try:
-        return json.loads(line)
+        row = json.loads(line)
     except json.JSONDecodeError:
         return None
+    return row if isinstance(row, dict) else None
+
+
+def _replace_lines(path: Path, lines: list[str]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    partial.replace(path)
+
+
+def _ends_in_line_break(path: Path) -> bool:
+    """Also True for a file that is empty or missing."""
+    if not path.exists() or not path.stat().st_size:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def _plain(value: Any) -> Any:
