@@ -12,6 +12,7 @@ from tinybert_jax import cli
 from tinybert_jax.batches.batch import Plan, make_batch
 from tinybert_jax.config.tasks import MultiLabelTask
 from tinybert_jax.data.examples import Examples
+from tinybert_jax.data.splits import Reading
 from tinybert_jax.data.splits import read_task
 from tinybert_jax.data.wordpiece import train_wordpiece
 from tinybert_jax.inference.predict import predict
@@ -43,7 +44,7 @@ def _jsonl(labels=LABELS, texts=TEXTS):
 
 def _read(path, *, is_labelled=True, **settings):
     section = MultiLabelTask(train=path, dev=path, **settings)
-    return READ(path, section, is_labelled=is_labelled)
+    return READ(path, section, Reading(is_labelled=is_labelled))
 
 
 def _indicators(labels=LABELS):
