@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from tinybert_jax.config.tasks import TaskSection
-from tinybert_jax.data.splits import describe_labels, read_task, split_heldout
+from tinybert_jax.config.tasks import ClassificationTask
+from tinybert_jax.data import splits
+from tinybert_jax.data.splits import split_heldout
+from tinybert_jax.tasks.classification import CLASSIFICATION
 
 
 def test_documents_are_held_out_by_the_hash_of_their_text():
@@ -29,7 +31,15 @@ def test_a_split_with_an_empty_side_is_refused():
 def _task(tmp_path, rows, **settings):
     file = tmp_path / "all.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return TaskSection.model_validate({"train": str(file), **settings})
+    return ClassificationTask.model_validate({"train": str(file), **settings})
+
+
+def read_task(section):
+    return splits.read_task(section, CLASSIFICATION.read)
+
+
+def describe_labels(data):
+    return splits.describe_labels(data, CLASSIFICATION.count_labels)
 
 
 def test_dev_share_splits_labelled_rows_by_the_hash_of_their_text(tmp_path):
@@ -73,7 +83,7 @@ def test_a_dev_file_may_name_its_columns_otherwise(tmp_path):
     )
     assert data.label_names == ("bad", "good")
     assert data.train.labels is not None and data.train.labels.tolist() == [1, 0]
-    assert data.dev.text == ["fine", "awful"] and data.dev_labels.tolist() == [1, 0]
+    assert data.dev.text == ["fine", "awful"] and data.dev.labels.tolist() == [1, 0]
 
 
 def test_a_dev_share_that_leaves_a_side_empty_is_refused(tmp_path):
@@ -92,8 +102,8 @@ def test_a_dev_share_that_leaves_a_side_empty_is_refused(tmp_path):
     ],
 )
 def test_dev_comes_from_one_place(settings):
-    with pytest.raises(ValueError, match="dev or dev_share|remove dev_split"):
-        TaskSection.model_validate({"train": "train.tsv", **settings})
+    with pytest.raises(ValueError, match="dev or dev_share|remove dev_(split|columns)"):
+        ClassificationTask.model_validate({"train": "train.tsv", **settings})
 
 
 def test_labels_are_told_with_what_may_be_mistakes(tmp_path):
@@ -144,7 +154,7 @@ def test_labels_that_nearly_every_row_has_for_itself_are_refused(tmp_path, num_l
 )
 def test_columns_that_are_parted_otherwise_are_named(tmp_path, name, header, fix):
     (tmp_path / name).write_text(f"{header}\nfine;1\n")
-    section = TaskSection(train=str(tmp_path / name), dev_share=0.5, text="body")
+    section = ClassificationTask(train=str(tmp_path / name), dev_share=0.5, text="body")
     with pytest.raises(ValueError, match="expected a column 'body'") as raised:
         read_task(section)
     assert fix in str(raised.value)
