@@ -94,9 +94,9 @@ def _raw_labels(labels: Any) -> Any:
     """YAML reads `{0: negative}` and `[0, 1]` as integers; raw label values are text."""
     if not isinstance(labels, dict | list | tuple):
         return labels
-    raw = list(labels)
-    if any(isinstance(value, bool) or value is None for value in raw):
-        shown = [value for value in raw if isinstance(value, bool) or value is None]
+    given = [*labels, *(labels.values() if isinstance(labels, dict) else ())]
+    shown = [value for value in given if isinstance(value, bool) or value is None]
+    if shown:
         raise ValueError(
             f"expected labels that are text or numbers, got {shown}; put quotes around them, as "
             "they are written in the data"
