@@ -11,6 +11,7 @@ from tinybert_jax import cli
 from tinybert_jax.config import load as config_files
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.config.load import ConfigError
+from tinybert_jax.config.stages import FINETUNE
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 MINIMAL = {
@@ -57,6 +58,85 @@ def test_dump_loads_back_to_the_same_config(tmp_path):
     assert config_files.load(again) == first
 
 
+STORES = {
+    "corpus": {"stores": {"data/a": 3, "data/b": 1}, "heldout_store": "data/c"},
+    "pretrain": {"num_steps": 10, "learning_rate": 1e-4, "max_length": 16},
+}
+
+
+@pytest.mark.parametrize("source", ["quickstart", "stores"])
+def test_a_dumped_config_with_all_its_defaults_is_valid(tmp_path, source):
+    """Settings that exclude one another may be there at their defaults, as they are in a dump."""
+    path = next(path for path in CONFIGS if path.stem == "quickstart")
+    first = config_files.load(_written(tmp_path, **STORES) if source == "stores" else path)
+    again = tmp_path / "again.yaml"
+    again.write_text(config_files.dump(first))
+    assert config_files.load(again) == first
+    assert config_files.differences(again, first) == []
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_a_config_that_tells_regression_instead_of_a_kind_is_the_same(tmp_path, kind):
+    """As a run folder of version 0.1 has it: it loads, and the run goes on."""
+    settings = config_files.load(_written(tmp_path), [f"task.kind={kind}"])
+    assert settings.task.kind == kind
+    tree = yaml.safe_load(config_files.dump(settings))
+    del tree["task"]["kind"]
+    tree["task"]["regression"] = kind == "regression"
+    older = tmp_path / "older.yaml"
+    older.write_text(yaml.safe_dump(tree, sort_keys=False))
+    assert config_files.load(older) == settings
+    assert config_files.differences(older, settings) == []
+    other = {"classification": "regression", "regression": "classification"}[kind]
+    changed = config_files.load(_written(tmp_path), [f"task.kind={other}"])
+    assert f"task.kind: '{kind}' there, '{other}' here" in config_files.differences(older, changed)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("{regression: 3}", "regression: expected true or false, got 3"),
+        ("{regression: true, kind: classification}", "expected kind regression or no regression"),
+    ],
+)
+def test_a_wrong_regression_is_refused(tmp_path, given, message):
+    files = {"train": "a.tsv", "dev": "b.tsv"}
+    override = f"task={yaml.safe_dump(files | yaml.safe_load(given), default_flow_style=True)}"
+    with pytest.raises(ConfigError, match=message):
+        config_files.load(_written(tmp_path), [override])
+
+
+@pytest.mark.parametrize("words", ["no yes", "off on", "No Yes", "N Y"])
+def test_labels_may_be_words_that_older_yaml_takes_for_booleans(tmp_path, words):
+    """In a file and in an override, as names and as raw values."""
+    names = words.split()
+    labels = f"{{0: {names[0]}, 1: {names[1]}}}"
+    file = _written(tmp_path)
+    plain = file.read_text()
+    file.write_text(plain.replace("task:\n", f"task:\n  labels: {labels}\n"))
+    by_file = config_files.load(file)
+    assert by_file.task.labels == {"0": names[0], "1": names[1]}
+    file.write_text(plain)
+    assert config_files.load(file, [f"task.labels={labels}"]) == by_file
+    as_list = config_files.load(file, [f"task.labels=[{', '.join(names)}]"])
+    assert as_list.task.labels == tuple(names)
+    again = tmp_path / "again.yaml"
+    again.write_text(config_files.dump(by_file))
+    assert config_files.load(again) == by_file
+
+
+@pytest.mark.parametrize("labels", ["[true, false]", "{true: a, false: b}", "{0: false, 1: true}"])
+def test_booleans_are_no_labels(tmp_path, labels):
+    with pytest.raises(ConfigError, match="expected labels that are text or numbers, got .*True"):
+        config_files.load(_written(tmp_path), [f"task.labels={labels}"])
+
+
+def test_booleans_are_true_and_false(tmp_path):
+    for word, expected in (("true", True), ("False", False), ("TRUE", True)):
+        given = config_files.load(_written(tmp_path), [f"compute.unroll_layers={word}"])
+        assert given.compute.unroll_layers is expected
+
+
 def test_a_run_goes_on_though_its_config_is_older_than_a_setting(tmp_path):
     settings = config_files.load(_written(tmp_path))
     tree = yaml.safe_load(config_files.dump(settings))
@@ -84,7 +164,7 @@ def test_overrides_set_remove_and_create(tmp_path):
     )
     assert loaded.finetune.learning_rate == 2e-5
     assert loaded.finetune.num_steps == 7
-    assert loaded.stages == ("finetune",)
+    assert loaded.stages == (FINETUNE,)
     assert loaded.student.preset == "bert-mini"
 
 
@@ -128,13 +208,13 @@ def test_all_mistakes_at_once_with_paths_and_nearest_names(tmp_path):
         ("finetune.gradient_accumulation_steps=5", "multiple of gradient_accumulation_steps"),
         ("finetune.length_buckets=[16]", "max_length = 128"),
         ("teacher.path=somewhere", "either path or sizes"),
-        ("task.metric=pearson", "does not fit regression"),
+        ("task.metric=pearson", "task.metric: .*'matthews', got 'pearson'"),
         ("teacher.preset=bert-bass", "did you mean 'bert-base'"),
         ("pretrain={num_steps: 1, learning_rate: 1}", "need a corpus section"),
         ("general={num_steps: 1, learning_rate: 1}", "need a student section"),
         ("tokenizer.path=null", "expected a tokenizer"),
         ("finetune=null", "at least one stage"),
-        ("task.unlabelled=rest", "expects max_train_rows"),
+        ("task.unlabelled=rest", "'rest' needs max_train_rows"),
         ("task={builtin: true, text: body}", "brings its own text"),
         (
             "general={num_steps: 1, learning_rate: 1, patience: 2}",

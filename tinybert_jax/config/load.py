@@ -18,6 +18,7 @@ from tinybert_jax.config.run import RunConfig
 
 Root = TypeVar("Root", bound=BaseModel)
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
+_BOOLEAN = "tag:yaml.org,2002:bool"
 
 
 class ConfigError(ValueError):
@@ -87,7 +88,15 @@ def differences(path: Path, config: BaseModel, ignored: Sequence[str] = ()) -> l
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice: YAML would silently keep the last."""
+    """Refuses a key that is given twice, of which YAML would silently keep the last.
+
+    Booleans are those of YAML 1.2, true and false alone: yes, no, on and off are labels and names.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOLEAN]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -98,6 +107,11 @@ class _Loader(yaml.SafeLoader):
                 raise ComposerError(None, None, problem, key.start_mark)
             seen.add(key.value)
         return node
+
+
+_Loader.add_implicit_resolver(
+    _BOOLEAN, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -126,7 +140,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise ConfigError(f"override '{override}': expected key.path=value")
     try:
-        value = yaml.safe_load(text) if text else None
+        value = yaml.load(text, _Loader) if text else None
     except yaml.YAMLError as error:
         raise ConfigError(f"override '{override}': value is not valid YAML: {error}") from error
     node = tree
