@@ -112,7 +112,7 @@ def test_hub_id_goes_to_load_dataset(monkeypatch):
 
 def test_without_header_columns_are_positions_and_extra_columns_are_allowed(write):
     path = write("a.tsv", "x\t1.5\tA dog.\tThe dog.\ny\t0\tA cat.\tNo cat.\tsource\turl\n")
-    got = read_labelled(path, text="2", text_pair="3", label="1", regression=True)
+    got = read_labelled(path, text="2", text_pair="3", label="1", numbers=True)
     assert got.text == ["A dog.", "A cat."] and got.text_pair == ["The dog.", "No cat."]
     assert got.labels.dtype == np.float32 and got.labels.tolist() == [1.5, 0.0]
     assert got.label_names is None
@@ -284,11 +284,11 @@ def test_labels_of_a_regression(write):
         "a finite number in label column 'label'",
         "4 of 6 lines (line 3: 'nan', line 4: 'inf', line 5: 'high', line 6: '1e39')",
         path=path,
-        regression=True,
+        numbers=True,
     )
-    _fails("none with regression", path=path, regression=True, labels=["1"])
+    _fails("none for labels that are numbers", path=path, numbers=True, labels=["1"])
     path = write("a.jsonl", '{"text": "a", "label": true}\n{"text": "b", "label": null}\n')
-    _fails("2 of 2 lines (line 1: True, line 2: None)", path=path, regression=True)
+    _fails("2 of 2 lines (line 1: True, line 2: None)", path=path, numbers=True)
 
 
 # Corpora
@@ -375,7 +375,7 @@ def test_real_tables(path, arguments, num_rows, counts):
 @needs_data
 def test_real_regression_without_header():
     path = Path(DATA, "glue/STS-B/sts-train.tsv")
-    got = read_labelled(path, text="5", text_pair="6", label="4", regression=True)
+    got = read_labelled(path, text="5", text_pair="6", label="4", numbers=True)
     assert len(got.text) == len(got.text_pair) == len(got.labels) == 5_749
     assert (got.labels.min(), got.labels.max()) == (0.0, 5.0)
     assert got.label_names is None
