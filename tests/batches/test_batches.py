@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 
@@ -39,9 +40,10 @@ def test_pairs_have_token_types_and_truncate_the_longer_part(tokenizer):
     plan = Plan(np.array([0]), 16)
     batch = make_batch(rows, plan, tokenizer.pad_token_id)
     assert rows.num_truncated == 1
-    assert batch.input_ids[0, :12].tolist() == expected["input_ids"]
-    assert batch.token_type_ids[0, :12].tolist() == expected["token_type_ids"]
-    assert not batch.token_type_ids[0, 12:].any() and not batch.attention_mask[0, 12:].any()
+    ids, types = batch.inputs
+    assert ids[0, :12].tolist() == expected["input_ids"]
+    assert types[0, :12].tolist() == expected["token_type_ids"]
+    assert not types[0, 12:].any() and not batch.attention_mask[0, 12:].any()
 
 
 def test_truncation_does_not_leak_into_the_tokenizer(tokenizer):
@@ -86,10 +88,13 @@ def test_order_is_a_function_of_seed_and_step(rows):
     straight = first(0, 7, 20)  # 6 steps an epoch: crosses three
     resumed = first(8, 7, 12)
     for a, b in zip(straight[8:], resumed, strict=True):
-        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
-    labels = [tuple(batch.labels) for batch in straight[:6]]
-    assert labels != [tuple(batch.labels) for batch in straight[6:12]]
-    assert labels != [tuple(batch.labels) for batch in first(0, 8, 6)]
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+
+    def labels(batches):
+        return [tuple(batch.targets["labels"]) for batch in batches]
+
+    assert labels(straight[:6]) != labels(straight[6:12])
+    assert labels(straight[:6]) != labels(first(0, 8, 6))
 
 
 def test_filler_rows_have_no_weight_and_no_mask(rows):

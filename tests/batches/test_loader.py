@@ -34,8 +34,8 @@ class PaddedRows(NamedTuple):
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         plan = Plan(rows[:, None], self.width)
         batch = make_batch(self.rows, plan, self.pad_token_id)
-        ids, segment_ids, types, labels = (np.asarray(field) for field in batch[:4])
-        return ids, segment_ids, types, labels[:, 0]
+        (ids, types), segment_ids = batch.inputs, batch.attention_mask
+        return ids, segment_ids, types, batch.targets["labels"][:, 0]
 
 
 WIDTH = 8
@@ -244,7 +244,7 @@ def test_a_mixed_batch_holds_the_drawn_rows_in_order(corpora):
         batch = batch_at(step)
         corpus, row = draw(np.arange(step * 64, step * 64 + 64))
         assert len(set(corpus)) == 3
-        assert batch.input_ids[:, 0].tolist() == (corpus * 1000 + row).tolist()
+        assert batch.inputs.input_ids[:, 0].tolist() == (corpus * 1000 + row).tolist()
         assert batch.attention_mask.all() and (batch.weights == 1).all()
 
 
@@ -253,11 +253,12 @@ def test_rows_in_memory_are_a_row_source(rows):
     chosen = np.array([5, 149, 0])
     ids, segment_ids, types, labels = source.gather(chosen)
     expected = make_batch(rows, Plan(chosen, 16), 2)
-    assert np.array_equal(ids, expected.input_ids) and np.array_equal(labels, expected.labels)
+    assert np.array_equal(ids, expected.inputs.input_ids)
+    assert np.array_equal(labels, expected.targets["labels"])
     assert np.array_equal(segment_ids, expected.attention_mask.astype(np.int32))
-    assert np.array_equal(types, expected.token_type_ids)
+    assert np.array_equal(types, expected.inputs.token_type_ids)
     batch = loader.mixed_batches([source], [1.0], global_batch_size=150, seed=(0,))(0)
-    assert sorted(batch.labels) == list(range(150))
+    assert sorted(batch.targets["labels"]) == list(range(150))
 
 
 @pytest.mark.parametrize(
@@ -318,7 +319,7 @@ def distributed_sums():
     batches = loader.prefetched(batch_at, start_step=0, placement=placement)
     positions = np.arange(1, 17, dtype=np.int32)
     weigh = jax.jit(lambda labels: (labels * positions).sum())
-    return [int(weigh(next(batches).labels)) for _ in range(5)]
+    return [int(weigh(next(batches).targets["labels"])) for _ in range(5)]
 
 
 def _numbered_rows():

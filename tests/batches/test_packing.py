@@ -7,12 +7,15 @@ import pytest
 
 from tinybert_jax.batches.batch import Batch, Plan, TokenRows, make_batch
 from tinybert_jax.batches.packing import pack, packed_epochs
-from tinybert_jax.config.objectives import DistillSection, model_kind
+from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.models.inputs import Text
 from tinybert_jax.objectives.distillation import Role, make_distill
+from tinybert_jax.objectives.objective import encoder_inputs
 from tinybert_jax.objectives.supervised import make_supervised
 from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.terms.table import reads_of
 
 WIDTH = 24
 CONFIG = ModelConfig(
@@ -88,18 +91,19 @@ def test_packed_epochs_hold_every_example_once_in_batches_of_one_shape():
 
 
 def test_a_packed_row_holds_its_examples_end_to_end():
-    assert len(PACKED.input_ids) < len(PADDED.input_ids)
+    ids, types = PACKED.inputs
+    assert len(ids) < len(PADDED.inputs.input_ids)
     for row, examples in enumerate(BINS):
-        expected, types = [], []
+        expected, expected_types = [], []
         for number, example in enumerate(examples[examples >= 0], 1):
             begin, end = ROWS.offsets[example], ROWS.offsets[example + 1]
             place = PACKED.attention_mask[row] == number
-            assert PACKED.input_ids[row][place].tolist() == ROWS.ids[begin:end].tolist()
+            assert ids[row][place].tolist() == ROWS.ids[begin:end].tolist()
             expected += ROWS.ids[begin:end].tolist()
-            types += (np.arange(end - begin) >= ROWS.second[example]).astype(int).tolist()
-            assert PACKED.labels[row, number - 1] == ROWS.labels[example]
-        assert PACKED.input_ids[row, : len(expected)].tolist() == expected
-        assert PACKED.token_type_ids[row, : len(types)].tolist() == types
+            expected_types += (np.arange(end - begin) >= ROWS.second[example]).astype(int).tolist()
+            assert PACKED.targets["labels"][row, number - 1] == ROWS.labels[example]
+        assert ids[row, : len(expected)].tolist() == expected
+        assert types[row, : len(expected)].tolist() == expected_types
     assert PACKED.weights.sum() == 12
 
 
@@ -117,7 +121,7 @@ def test_logits_of_packed_padded_and_bucketed_rows_are_the_same():
     params = _params(init, 1)
 
     def logits(batch):
-        inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
+        inputs = encoder_inputs(batch)
         return np.asarray(apply(params, *inputs, num_segments=batch.num_segments).logits)
 
     padded, packed = logits(PADDED), _by_example(logits(PACKED))
@@ -141,13 +145,15 @@ def _objective(kind):
         apply, init = make_classifier(STUDENT, 3)
         return make_supervised(apply), _params(init, 1), ()
     terms = DistillSection.model_validate({"prediction": KINDS[kind]}).terms("prediction")
-    model = model_kind(terms)
-    make = {"classifier": lambda sizes: make_classifier(sizes, 3), "encoder": make_encoder}[model]
+    reads, teacher_reads = reads_of(terms), reads_of(terms, of_teacher=True)
     student = STUDENT.model_copy(update={"hidden_size": 32}) if kind == "patience" else STUDENT
-    (apply, init), (teacher_apply, teacher_init) = make(student), make(CONFIG)
+    (apply, init), (teacher_apply, teacher_init) = (
+        make_classifier(sizes, 3) if own.task_logits else make_encoder(sizes)
+        for own, sizes in ((reads, student), (teacher_reads, CONFIG))
+    )
     objective = make_distill(
-        Role(apply, model, student.num_hidden_layers),
-        Role(teacher_apply, model, CONFIG.num_hidden_layers),
+        Role(apply, reads, student.num_hidden_layers),
+        Role(teacher_apply, teacher_reads, CONFIG.num_hidden_layers),
         terms,
     )
     kernel = jax.random.normal(jax.random.key(4), (1, 16, 32))
@@ -199,9 +205,8 @@ def test_masked_lm_loss_of_given_labels_is_the_same():
     params = _params(init, 1)
 
     def nll(batch):
-        inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
-        log_probs = jax.nn.log_softmax(apply(params, *inputs).logits)
-        picked = jnp.take_along_axis(log_probs, batch.input_ids[:, :, None], axis=2)[..., 0]
+        log_probs = jax.nn.log_softmax(apply(params, *encoder_inputs(batch)).logits)
+        picked = jnp.take_along_axis(log_probs, batch.inputs.input_ids[:, :, None], axis=2)[..., 0]
         return np.sort(np.asarray(picked)[np.asarray(batch.real)])
 
     np.testing.assert_allclose(nll(PACKED), nll(PADDED), atol=1e-5)
@@ -213,18 +218,17 @@ def test_a_segment_does_not_depend_on_other_segments():
     forward = jax.jit(
         lambda ids: apply(
             params,
-            ids,
+            Text(ids, PACKED.inputs.token_type_ids),
             PACKED.attention_mask,
-            PACKED.token_type_ids,
             num_segments=PACKED.num_segments,
             taps=True,
         )
     )
     row = int(np.argmax((BINS >= 0).sum(1)))
     segments = PACKED.attention_mask[row]
-    changed = np.array(PACKED.input_ids)
+    changed = np.array(PACKED.inputs.input_ids)
     changed[row, segments == 1] = (changed[row, segments == 1] + 7) % 45 + 5
-    before, after = forward(PACKED.input_ids), forward(changed)
+    before, after = forward(PACKED.inputs.input_ids), forward(changed)
     others = (segments > 1)[None, :]
     assert not np.array_equal(before.logits[row, 0], after.logits[row, 0])
     assert np.array_equal(before.logits[row, 1:], after.logits[row, 1:])
