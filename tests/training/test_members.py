@@ -24,6 +24,7 @@ from tinybert_jax.objectives.supervised import make_supervised
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
 from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.terms.table import reads_of
 from tinybert_jax.training.members import join_objectives, join_optimizer
 from tinybert_jax.training.metric_log import MetricLog
 from tinybert_jax.training.optimizer import make_optimizer
@@ -237,10 +238,10 @@ def test_exports_load_in_transformers(together):
             theirs = model(**inputs).logits.numpy()
         config = read_model(folder).config
         apply, init = make_classifier(config, 2)
-        names = ("input_ids", "attention_mask", "token_type_ids")
-        arrays = [jnp.asarray(inputs[key].numpy(), jnp.int32) for key in names]
-        arrays[1] = arrays[1] > 0
-        ours = apply(start_params(folder, init, whole=True), *arrays).logits
+        names = ("input_ids", "token_type_ids", "attention_mask")
+        ids, types, mask = (jnp.asarray(inputs[key].numpy(), jnp.int32) for key in names)
+        params = start_params(folder, init, whole=True)
+        ours = apply(params, Text(ids, types), mask > 0).logits
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
@@ -329,8 +330,8 @@ def test_eight_devices_equal_one():
 def _objective(sizes, apply_teacher):
     apply, init = make_classifier(sizes, 2)
     terms = DistillSection().terms("prediction")
-    role = Role(apply, "classifier", sizes.num_hidden_layers)
-    teacher = Role(apply_teacher, "classifier", SIZES.num_hidden_layers)
+    role = Role(apply, reads_of(terms), sizes.num_hidden_layers)
+    teacher = Role(apply_teacher, reads_of(terms, of_teacher=True), SIZES.num_hidden_layers)
     return make_distill(role, teacher, terms), init
 
 

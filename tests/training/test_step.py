@@ -18,11 +18,12 @@ from tinybert_jax.objectives import masking
 from tinybert_jax.objectives.alignment import init_projection
 from tinybert_jax.objectives.distillation import Options, Role, make_distill
 from tinybert_jax.objectives.masked_lm import make_mask, make_mlm
-from tinybert_jax.objectives.objective import Objective, count_units
+from tinybert_jax.objectives.objective import Objective, count_units, encoder_inputs
 from tinybert_jax.objectives.supervised import make_supervised
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
 from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.terms.table import reads_of
 from tinybert_jax.training.step import init_state, make_train_step
 
 TEACHER = ModelConfig(
@@ -46,10 +47,12 @@ def _batch(rows=16, width=12, seed=0):
     lengths[-1] = 0  # a filler row
     mask = np.arange(width)[None] < lengths[:, None]
     batch = Batch(
-        input_ids=np.where(mask, rng.integers(5, 50, (rows, width)), 0).astype(np.int32),
+        inputs=Text(
+            np.where(mask, rng.integers(5, 50, (rows, width)), 0).astype(np.int32),
+            np.zeros((rows, width), np.int32),
+        ),
         attention_mask=mask,
-        token_type_ids=np.zeros((rows, width), np.int32),
-        labels=rng.integers(0, 3, rows).astype(np.int32),
+        targets={"labels": rng.integers(0, 3, rows).astype(np.int32)},
         weights=(lengths > 0).astype(np.float32),
     )
     return jax.tree.map(jnp.asarray, batch)
@@ -78,34 +81,35 @@ def _stage(kind, normalisation="valid_only"):
         objective = make_mlm(apply, mask_rate=0.3, pair_weight=0.5, **ids)
 
         def prepare(batch, key, share):  # labels of pairs: none, 0 and 1
-            return objective.prepare(batch._replace(labels=batch.labels - 1), key, share)
+            labels = batch.targets["labels"] - 1
+            return objective.prepare(batch._replace(targets={"labels": labels}), key, share)
 
         return objective._replace(prepare=prepare), jax.jit(init)(key), ()
     if kind == "prediction":
-        roles, params, frozen = _roles("classifier", make_classifier, 3)
         terms = [{"term": "logits", "temperature": 2.0, "weight": 0.7}]
-        terms += [{"term": "label", "weight": 0.3}]
-        objective = make_distill(*roles, _terms(terms), options)
+        terms = _terms([*terms, {"term": "label", "weight": 0.3}])
+        roles, params, frozen = _roles(terms)
+        objective = make_distill(*roles, terms, options)
         return objective, {"student": params}, frozen
     if kind == "words":
-        roles, params, frozen = _roles("masked_lm", make_masked_lm, width=16)
         ids = {"mask_token_id": 4, "special_token_ids": (0, 1, 2), "vocab_size": 52}
         terms = DistillSection.model_validate(
             {"general": [*WORDS, {"term": "word_logits", "at": "masked"}]}
         ).terms("general")
+        roles, params, frozen = _roles(terms, width=16)
         mask = make_mask(mask_rate=0.3, **ids)
         options = options._replace(chunk_size=5)
         objective = make_distill(*roles, terms, options, mask)
         return objective, {"student": params}, frozen
     if kind == "patience":
-        roles, params, frozen = _roles("classifier", make_classifier, 3, width=16)
         terms = DistillSection(preset="pkd").terms("prediction")
+        roles, params, frozen = _roles(terms, width=16)
         return make_distill(*roles, terms, options), {"student": params}, frozen
-    roles, params, frozen = _roles("encoder", make_encoder)
-    params = {"student": params, "projection": init_projection(key, 8, 16, 1)}
     terms = DistillSection().terms("intermediate")
     if kind == "relations":
         terms = _terms([{"term": "relation", "heads": 2}, {"term": "attention", "heads": 8}])
+    roles, params, frozen = _roles(terms)
+    params = {"student": params, "projection": init_projection(key, 8, 16, 1)}
     return make_distill(*roles, terms, options), params, frozen
 
 
@@ -116,14 +120,23 @@ WORDS = [
 ]
 
 
-def _roles(kind, make, *more, width=8):
+def _roles(terms, width=8):
     """((student, teacher), the student's parameters, the teacher's)."""
     roles, params = [], []
-    for number, sizes in enumerate((STUDENT.model_copy(update={"hidden_size": width}), TEACHER)):
-        apply, init = make(sizes.model_copy(update=DRY), *more)
-        roles.append(Role(apply, kind, sizes.num_hidden_layers))
+    reads = reads_of(terms), reads_of(terms, of_teacher=True)
+    widths = STUDENT.model_copy(update={"hidden_size": width}), TEACHER
+    for number, (sizes, own) in enumerate(zip(widths, reads, strict=True)):
+        apply, init = _make_model(own, sizes.model_copy(update=DRY))
+        roles.append(Role(apply, own, sizes.num_hidden_layers))
         params.append(jax.jit(init)(jax.random.key(number)))
     return roles, *params
+
+
+def _make_model(reads, sizes):
+    """The model that has the outputs which terms read."""
+    if reads.words:
+        return make_masked_lm(sizes)
+    return make_classifier(sizes, 3) if reads.task_logits else make_encoder(sizes)
 
 
 def _terms(terms):
@@ -256,9 +269,11 @@ def test_layers_apart_train_as_their_stack():
 def test_filler_rows_change_nothing(kind):
     objective, params, frozen = _stage(kind)
     batch = _batch()
+    ids, types = batch.inputs
+    labels = jnp.where(batch.weights == 0, 2, batch.targets["labels"])
     other = batch._replace(
-        input_ids=jnp.where(batch.weights[:, None] == 0, 7, batch.input_ids),
-        labels=jnp.where(batch.weights == 0, 2, batch.labels),
+        inputs=Text(jnp.where(batch.weights[:, None] == 0, 7, ids), types),
+        targets={"labels": labels},
     )
     losses = [_loss(objective, params, b, frozen)[0] for b in (batch, other)]
     assert losses[0] == losses[1]
@@ -288,7 +303,7 @@ def test_the_mask_rate_moves_over_the_stage_and_every_step_draws_anew(unit):
     @jax.jit
     def predictions(step, share):
         masked, counts = objective.prepare(batch, jax.random.fold_in(KEY, step), share)
-        positions, tokens, _ = masked.labels
+        positions, tokens = masked.targets["positions"], masked.targets["tokens"]
         return positions, (tokens != -100).sum(-1), counts.predictions
 
     for share, rate in ((0.0, 0.4), (0.5, 0.25), (1.0, 0.1)):
@@ -360,11 +375,12 @@ def test_mesh_that_does_not_multiply_to_the_devices_is_refused():
 def test_dropout_draws_differ_by_step_and_repeat_by_seed():
     apply, init = make_classifier(STUDENT, 3)
     params, batch = jax.jit(init)(jax.random.key(0)), _batch()
-    inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
 
     @jax.jit
     def draw(step):
-        return apply(params, *inputs, jax.random.fold_in(jax.random.key(9), step)).logits
+        return apply(
+            params, *encoder_inputs(batch), jax.random.fold_in(jax.random.key(9), step)
+        ).logits
 
     assert jnp.array_equal(draw(0), draw(0))
     assert not jnp.array_equal(draw(0), draw(1))
