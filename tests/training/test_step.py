@@ -334,6 +334,37 @@ def test_an_objective_is_told_how_far_the_stage_is():
     assert shares == [0, 0.25, 0.5, 0.75, 1, 1]
 
 
+@pytest.mark.parametrize("num_seeds", [None, 2])
+def test_every_step_draws_its_masks_and_its_dropout_anew(num_seeds):
+    """As its objective sees the keys; the same seed draws the same again."""
+
+    def prepare(batch, key, share):
+        return batch, count_units(batch)._replace(predictions=jax.random.uniform(key))
+
+    def loss(params, batch, counts, key, targets):
+        draws = {"mask": counts.predictions, "dropout": jax.random.uniform(key)}
+        return params["w"] ** 2, draws
+
+    mesh, optimizer = _mesh(1), optax.sgd(0.1)
+    key = KEY if num_seeds is None else jax.random.split(KEY, num_seeds)
+    params = {"w": jnp.ones(key.shape)}
+
+    def draws():
+        state = init_state(params, optimizer, key, mesh)
+        placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+        objective = Objective(prepare, loss)
+        step = make_train_step(objective, optimizer, lambda _: 0.1, mesh, placed, num_steps=5)
+        history = []
+        for _ in range(5):
+            state, metrics = step(state, _batch(), ())
+            history.append((float(metrics["mask"]), float(metrics["dropout"])))
+        return history
+
+    history = draws()
+    assert len({draw for step in history for draw in step}) == 2 * len(history)
+    assert draws() == history
+
+
 def test_a_masked_lm_step_never_holds_the_logits_of_all_predictions():
     sizes = STUDENT.model_copy(update={**DRY, "vocab_size": 8192, "max_position_embeddings": 64})
     apply, init = make_masked_lm(sizes)
