@@ -263,7 +263,7 @@ def save_model(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         partial = Path(scratch) / "new"
         partial.mkdir()
-        save_tokenizer(tokenizer, partial, config.max_position_embeddings)
+        save_tokenizer(tokenizer, partial, config)
         text = json.dumps(settings, indent=2) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
         save_file(to_hf(form, flat), str(partial / WEIGHTS), metadata={"format": "pt"})

@@ -94,12 +94,21 @@ def _read(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(folder), use_fast=True)
 
 
-def save_tokenizer(tokenizer: Any, folder: Path, num_positions: int) -> None:
-    """Writes its files; `truncation=True` will leave no more than a model has positions for."""
+def save_tokenizer(tokenizer: Any, folder: Path, config: ModelConfig) -> None:
+    """Writes its files so that transformers gives the model the inputs that it reads.
+
+    `truncation=True` leaves no more tokens than it has positions for, and there are token types
+    just where it has a table of them.
+    """
     tokenizer.save_pretrained(str(folder))
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
+    num_positions = config.max_position_embeddings
     most = settings.get("model_max_length", num_positions)
     settings["model_max_length"] = min(most, num_positions)
+    has_types = "token_type_ids" in tokenizer.model_input_names
+    if has_types != (config.type_vocab_size > 0):
+        types = [] if has_types else ["token_type_ids"]
+        settings["model_input_names"] = ["input_ids", *types, "attention_mask"]
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     file.write_text(text, encoding="utf-8")

@@ -81,6 +81,8 @@ def _read_whole(
     model = read_model(source)
     tokenizer, form = load_tokenizer(source), format_of(model.config.model_type)
     held = our_shapes(form, model.tensors, model.config.num_hidden_layers)
+    if not form.holds_pooler(model.head.kind if model.head else None):  # it would not be written
+        held = {path: shape for path, shape in held.items() if "/pooler/" not in path}
     flat, missing, surplus = to_ours(model, config_shapes(form, model.config, held))
     if missing:
         raise ValueError(f"{source}: lacks {list(missing)}; nothing was written")

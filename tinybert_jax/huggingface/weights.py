@@ -1,6 +1,5 @@
 """From our parameter paths to the tensors of transformers, and back, by the table of a family."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -40,10 +39,17 @@ class Format(NamedTuple):
         return "*" in self.pooler_in or head in self.pooler_in
 
     @property
-    def unused(self) -> re.Pattern[str]:
-        """Names that carry no weight of their own."""
-        decoder = re.escape(self.decoder)
-        return re.compile(rf"embeddings\.position_ids$|{decoder}\.(weight|bias)$")
+    def aliases(self) -> dict[str, str]:
+        """Second names of tensors that the table has under another name, to that name."""
+        names = {
+            f"{self.decoder}.weight": self.name_of("encoder/embeddings/word/embedding"),
+            f"{self.decoder}.bias": self.name_of("decoder/bias"),
+        }
+        return {alias: name for alias, name in names.items() if alias != name}
+
+    def is_unused(self, name: str) -> bool:
+        """Whether a tensor of this name carries no weight of its own."""
+        return name in self.aliases or name.endswith("embeddings.position_ids")
 
 
 def linear(path: str, name: str) -> tuple[Entry, Entry]:
@@ -104,7 +110,7 @@ def from_hf(
             continue
         used.update(names)
         flat[entry.path] = _stack(entry, [named[name] for name in names], names, shape)
-    surplus = [n for n in named if n not in used and not form.unused.search(n)]
+    surplus = [n for n in named if n not in used and not form.is_unused(n)]
     return Conversion(flat, tuple(missing), tuple(sorted(surplus)))
 
 
@@ -153,17 +159,14 @@ def _named(form: Format, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndar
     if len(named) != len(tensors):
         twice = sorted(name for name in tensors if _modern_name(form, name) != name)[:4]
         raise ValueError(f"expected each tensor once, got an old and a new name of {twice}")
-    bias = f"{form.decoder}.bias"
-    if bias in named:  # the same tensor by its other name; some writers keep only this
-        named.setdefault(form.name_of("decoder/bias"), named[bias])
+    for alias, name in form.aliases.items():
+        if alias in named and name == form.name_of("decoder/bias"):  # some writers keep only this
+            named.setdefault(name, named[alias])
     return named
 
 
 def _check_tied(form: Format, named: Mapping[str, np.ndarray]) -> None:
-    word_table, bias = (
-        form.name_of(p) for p in ("encoder/embeddings/word/embedding", "decoder/bias")
-    )
-    for name, twin in ((f"{form.decoder}.weight", word_table), (f"{form.decoder}.bias", bias)):
+    for name, twin in form.aliases.items():
         if name in named and not np.array_equal(named[name], named.get(twin, np.empty(0))):
             raise ValueError(
                 f"expected {name} to equal {twin}, got a masked-LM decoder with weights of its "

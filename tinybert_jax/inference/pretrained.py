@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tinybert_jax.huggingface.families import format_of
 from tinybert_jax.huggingface.folder import (
     Head,
     inferred_problem_type,
@@ -41,7 +42,10 @@ class ModelOutput(dict):
 
 
 class TinyBertModel:
-    """The bare encoder: `last_hidden_state`, `pooler_output`, and what distillation reads."""
+    """The bare encoder: `last_hidden_state`, `pooler_output`, and what distillation reads.
+
+    `pooler_output` is None in a family whose bare encoder has no pooler.
+    """
 
     head_kind: str | None = None  # as in the names of transformers' classes
 
@@ -118,7 +122,10 @@ class TinyBertModel:
             mask = _checked("attention_mask", attention_mask, below=2, like=ids)
         if token_type_ids is not None:
             num_types = self.config.type_vocab_size
-            types = _checked("token_type_ids", token_type_ids, below=num_types, like=ids)
+            fix = "" if num_types else "; the model has no token types: leave token_type_ids out"
+            types = _checked(
+                "token_type_ids", token_type_ids, below=num_types or 1, like=ids, fix=fix
+            )
         return ModelOutput(
             self._forward(
                 self.params, Text(jnp.asarray(ids), jnp.asarray(types)), mask.astype(bool)
@@ -147,10 +154,11 @@ class TinyBertModel:
 
     @staticmethod
     def _make(config: ModelConfig, num_classes: int) -> Model:
-        return make_encoder(config)
+        has_pooler = format_of(config.model_type).holds_pooler(None)
+        return make_encoder(config, has_pooler=has_pooler)
 
     @staticmethod
-    def _outputs(encoded: Any) -> dict[str, jax.Array]:
+    def _outputs(encoded: Any) -> dict[str, Any]:
         return {
             "last_hidden_state": encoded.hidden[-1],
             "pooler_output": encoded.pooled,
@@ -170,7 +178,7 @@ class TinyBertForMaskedLM(TinyBertModel):
         return make_masked_lm(config)
 
     @staticmethod
-    def _outputs(encoded: Any) -> dict[str, jax.Array]:
+    def _outputs(encoded: Any) -> dict[str, Any]:
         return {"logits": encoded.logits}
 
 

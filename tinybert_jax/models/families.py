@@ -13,11 +13,12 @@ class Family(NamedTuple):
 
     make: Callable[..., Encoder]  # (sizes, options of `Encoder`)
     fixed: Mapping[str, Any]  # fields of `ModelConfig` of a fresh model
+    has_token_classifier_dropout: bool = True  # False: a head over tokens has hidden_dropout_prob
 
 
 # By Hugging Face's model_type; the first is the default.
 FAMILIES: dict[str, Family] = {
-    "bert": Family(make_bert, {"type_vocab_size": 2}),
+    "bert": Family(make_bert, {"type_vocab_size": 2, "classifier_dropout": None}),
 }
 DEFAULT = next(iter(FAMILIES))
 

@@ -17,7 +17,7 @@ from tinybert_jax.models.activations import ACTIVATIONS
 from tinybert_jax.models.attention import at
 from tinybert_jax.models.dropout import dropout
 from tinybert_jax.models.encoder import EncoderOutput, pick_first
-from tinybert_jax.models.families import make_family_encoder
+from tinybert_jax.models.families import family_of, make_family_encoder
 from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.linear import dense, is_int8, make_linear
 from tinybert_jax.models.norm import layer_norm, make_layer_norm
@@ -57,6 +57,8 @@ class Classifier(nnx.Module):
         self.of_tokens = of_tokens
         self.encoder = make_family_encoder(config, has_pooler=not of_tokens, rngs=rngs, **options)
         rate = config.classifier_dropout
+        if of_tokens and not family_of(config.model_type).has_token_classifier_dropout:
+            rate = None
         self.dropout_rate = config.hidden_dropout_prob if rate is None else rate
         self.classifier = nnx.Linear(
             config.hidden_size,

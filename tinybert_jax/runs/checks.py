@@ -11,6 +11,7 @@ from tinybert_jax.config.models import Student
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import FINETUNE, PRETRAIN, StageSection
 from tinybert_jax.data.wordpiece import is_continuation
+from tinybert_jax.huggingface.families import format_of
 from tinybert_jax.huggingface.folder import check_start, is_unnamed, read_model
 from tinybert_jax.huggingface.hub import check_same_pieces, check_table
 from tinybert_jax.models.attention import missing_device
@@ -91,6 +92,12 @@ def _check_model(run: Run, plan: StagePlan, role: str, model: ModelConfig) -> No
         raise ValueError(
             f"{stage}.max_length: expected at most {positions} (the {role}'s positions), got "
             f"{max_length}; set {stage}.max_length={positions} or less"
+        )
+    pair_weight = plan.masking.pair_weight if plan.masking else 0
+    if pair_weight > 0 and format_of(model.model_type).pair_head is None:
+        raise ValueError(
+            f"{stage}.pair_weight: expected 0, because a {role} of the family {model.model_type} "
+            f"has no head for pairs, got {pair_weight}; set {stage}.pair_weight=0, or use a BERT"
         )
     if model.type_vocab_size == 1 and _reads_pairs(run, plan):
         raise ValueError(
@@ -289,8 +296,8 @@ def _check_start(student: Student, teacher: ModelConfig) -> None:
 
 def _check_same_sizes(path: str, teacher: ModelConfig) -> None:
     """Of all that changes what the weights compute."""
-    free = {"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"}
-    expected = teacher.model_dump(exclude=free | {"pad_token_id"})
+    rates = {"hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"}
+    expected = teacher.model_dump(exclude=rates | {"initializer_range", "pad_token_id"})
     got = read_model(path).config.model_dump()
     different = [name for name in expected if got[name] != expected[name]]
     if different:
