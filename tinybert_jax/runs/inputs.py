@@ -153,9 +153,10 @@ def _read_sizes(origin: str, path: str | None) -> ModelConfig | None:
 def _student_sizes(name: str, section: StudentSection, teacher: ModelConfig) -> ModelConfig:
     inherited = teacher.model_dump(exclude={"num_hidden_layers", "initializer_range"})
     given = section.sizes()
-    if given.get("model_type", teacher.model_type) != teacher.model_type:
-        with naming(student_origin(name)):
-            inherited |= family_of(given["model_type"]).fixed
+    with naming(student_origin(name)):
+        family = family_of(given.get("model_type", teacher.model_type))
+    if family is not family_of(teacher.model_type):
+        inherited |= family.fixed
     return _sized({**inherited, **given}, student_origin(name))
 
 
