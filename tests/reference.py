@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import torch
-from transformers import BertConfig, BertTokenizer
+from transformers import BertConfig, BertTokenizer, DistilBertConfig
 
 from tinybert_jax.huggingface.families import format_of
 from tinybert_jax.huggingface.weights import from_hf
@@ -40,19 +40,43 @@ def random_bert(kind, *, seed: int = 0, **fields):
     Attention scores come out with a standard deviation near 2: far from uniform, far from one-hot.
     """
     config = BertConfig(**{**SIZES, **fields}, attn_implementation="eager")
-    model = kind(config).eval()
+    return _randomized(kind(config).eval(), seed)
+
+
+# The same sizes under DistilBERT's names, with another dropout at every place.
+DISTILBERT_SIZES = {
+    "vocab_size": 61,
+    "dim": 52,
+    "n_layers": 3,
+    "n_heads": 2,
+    "hidden_dim": 72,
+    "max_position_embeddings": 24,
+    "dropout": 0.15,
+    "attention_dropout": 0.05,
+    "seq_classif_dropout": 0.25,
+}
+
+
+def random_distilbert(kind, *, seed: int = 0, **fields):
+    """As `random_bert`."""
+    config = DistilBertConfig(**{**DISTILBERT_SIZES, **fields}, attn_implementation="eager")
+    return _randomized(kind(config).eval(), seed)
+
+
+def _randomized(model, seed: int):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "LayerNorm.weight" in name:
+            if name.endswith(("LayerNorm.weight", "layer_norm.weight")):
                 parameter.copy_(1 + 0.2 * noise)
             elif parameter.ndim == 1:
                 parameter.copy_(0.2 * noise)
             elif "embeddings" in name:
                 parameter.copy_(0.3 * noise)
             else:
-                gain = 1.5 if ".query." in name or ".key." in name else 1.0
+                scored = (".query.", ".key.", ".q_lin.", ".k_lin.")
+                gain = 1.5 if any(part in name for part in scored) else 1.0
                 parameter.copy_(gain * noise / parameter.shape[1] ** 0.5)
     return model
 

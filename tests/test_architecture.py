@@ -21,10 +21,11 @@ ROOMS = {
     "performance": "flops device_peaks trace host",
     "parallel": "mesh sharding",
     "data": "errors examples tables conll corpus records builtin wordpiece splits",
-    "models": "inputs activations dropout linear params norm attention encoder bert families heads",
+    "models": "inputs activations dropout linear params norm attention encoder bert distilbert "
+    "families heads",
     "batches": "batch tokenize bucketing packing loader",
     "tokens": "store instances transform ray prepare inspect",
-    "huggingface": "tensors hub weights bert families folder rewrite",
+    "huggingface": "tensors hub weights bert distilbert families folder rewrite",
     "tasks": "task classification regression multi_label tagging table",
     "objectives": "alignment objective masking masked_lm supervised distillation",
     "inference": "scorer pretrained predict",

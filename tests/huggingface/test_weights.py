@@ -320,7 +320,7 @@ def test_masked_lm_decoder_of_its_own_is_refused(tmp_path):
         ({"hidden_act": "silu"}, ["hidden_act", "'gelu'"]),
         ({"hidden_act": None}, ["hidden_act"]),
         ({"layer_norm_eps": None}, ["layer_norm_eps"]),
-        ({"model_type": "distilbert"}, ["'bert'", "'distilbert'"]),
+        ({"model_type": "roberta"}, ["'bert' or 'distilbert'", "'roberta'"]),
         ({"quantization_config": {"bits": 8}}, ["quantization_config"]),
         ({"auto_map": {"AutoModel": "evil.Model"}}, ["auto_map"]),
         ({"num_attention_heads": 5}, ["multiple of num_attention_heads", "52", "5"]),

@@ -1,10 +1,11 @@
 """The formats of the families, by transformers' model_type. A new family is a line here."""
 
 from tinybert_jax.huggingface.bert import BERT
+from tinybert_jax.huggingface.distilbert import DISTILBERT
 from tinybert_jax.huggingface.weights import Format
 from tinybert_jax.models.families import DEFAULT
 
-FORMATS: dict[str, Format] = {"bert": BERT}
+FORMATS: dict[str, Format] = {"bert": BERT, "distilbert": DISTILBERT}
 
 
 def format_of(model_type: str | None) -> Format:

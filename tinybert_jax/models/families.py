@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from tinybert_jax.models.bert import make_bert
+from tinybert_jax.models.distilbert import FIXED, make_distilbert
 from tinybert_jax.models.encoder import Encoder
 from tinybert_jax.settings.sizes import ModelConfig
 
@@ -19,6 +20,7 @@ class Family(NamedTuple):
 # By Hugging Face's model_type; the first is the default.
 FAMILIES: dict[str, Family] = {
     "bert": Family(make_bert, {"type_vocab_size": 2, "classifier_dropout": None}),
+    "distilbert": Family(make_distilbert, FIXED, has_token_classifier_dropout=False),
 }
 DEFAULT = next(iter(FAMILIES))
 
