@@ -18,6 +18,7 @@ from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.models.heads import make_token_classifier
 from tinybert_jax.objectives.supervised import make_supervised
 from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.tasks import tagging
 from tinybert_jax.tasks.tagging import TAGGING
 from tinybert_jax.tasks.task import Scored
 
@@ -252,6 +253,26 @@ def _scored(texts, tags):
         is_unit[kept] = True
         logits[kept, [NAMES.index(tag) for tag in own]] = 3.0
     return Scored(logits, rows._replace(is_unit=is_unit), examples)
+
+
+SPLIT = {
+    "accent": "Jose\u0301 Garc\u00eda, 5\u20ac a_b",
+    "vowel signs": "\u0939\u093f\u0928\u094d\u0926\u0940 \u0939\u0948",
+    "selector": "a\ufe0f ok",
+    "Chinese": "\u6771\u4eacis\U00020000x",
+    "signs": "don't $5 a+b \u00bd-a",
+}
+
+
+@pytest.mark.parametrize("text", SPLIT.values(), ids=SPLIT)
+def test_a_text_is_split_where_bert_splits_it(text):
+    """That is, by the tokenizers package; no accent or vowel sign becomes a word."""
+    from tokenizers import normalizers, pre_tokenizers
+
+    spaced = normalizers.BertNormalizer(lowercase=False, strip_accents=False).normalize_str(text)
+    words = [word for word, _ in pre_tokenizers.BertPreTokenizer().pre_tokenize_str(spaced)]
+    ((found, spans),) = tagging._split_all(Examples([text], None, None, None))
+    assert found == words == [text[start:end] for start, end in spans]
 
 
 def test_entities_have_offsets_into_the_text():

@@ -4,7 +4,10 @@ The model scores the first piece of every word. Tags of entities are IOB2 inside
 scheme of the files; a word that was cut off has no tag (O).
 """
 
+import functools
 import re
+import string
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,8 +32,11 @@ from tinybert_jax.metrics.tagging import (
 from tinybert_jax.models.heads import make_token_classifier
 from tinybert_jax.tasks.task import Scored, Settings, Task, softmax
 
-# A word, a single sign, or a single Chinese character: where BERT's tokenizers part a text too.
-_WORD = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W_]+|[^\w\s]|_")
+# BERT's tokenizers part these characters too; ranges as in BertNormalizer of `tokenizers`.
+_CHINESE = re.compile(
+    "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf"
+    "\U0002f800-\U0002fa1f]"
+)
 
 
 def read(path: str, section: TaggingTask, how: Reading) -> Examples:
@@ -167,12 +173,34 @@ def _split_all(examples: Examples) -> Iterator[tuple[list[str], list[tuple[int, 
     """
     for text in examples.text:
         if isinstance(text, str):
-            found = list(_WORD.finditer(text))
-            yield [match.group() for match in found], [match.span() for match in found]
+            spans = _word_spans(text)
+            yield [text[start:end] for start, end in spans], spans
         else:
             ends = np.cumsum([len(word) + 1 for word in text]) - 1
             spans = [(int(end) - len(word), int(end)) for word, end in zip(text, ends, strict=True)]
             yield list(text), spans
+
+
+def _word_spans(text: str) -> list[tuple[int, int]]:
+    """Start and end of each word, where BERT's tokenizers part a text: at spaces and signs."""
+    spans: list[tuple[int, int]] = []
+    is_open = False
+    for place, char in enumerate(text):
+        if char.isspace():
+            is_open = False
+            continue
+        is_alone = _is_word_alone(char)
+        start = spans.pop()[0] if is_open and not is_alone else place
+        spans.append((start, place + 1))
+        is_open = not is_alone
+    return spans
+
+
+@functools.lru_cache(1 << 16)
+def _is_word_alone(char: str) -> bool:
+    """Whether it is punctuation or a Chinese character; accents and vowel signs are not."""
+    is_sign = char in string.punctuation or unicodedata.category(char).startswith("P")
+    return is_sign or _CHINESE.match(char) is not None
 
 
 def _predicted(scored: Scored) -> list[tuple[list[str], np.ndarray]]:
