@@ -116,6 +116,15 @@ def test_files_that_are_wrong(write):
         READ(path, TaggingTask(train=path, dev=path), split="dev")
 
 
+@pytest.mark.parametrize(
+    "names", [("O", "I-PER", "I-LOC"), ("LABEL_0", "LABEL_1"), ("NN", "VB")], ids=lambda n: n[-1]
+)
+def test_classes_that_are_not_iob2_are_refused(write, names):
+    path = write("a.conll", _conll(SCHEMES["iob2"]))
+    with pytest.raises(ValueError, match="a.conll: expected a model whose classes are O, and B-.*"):
+        READ(path, TaggingTask(train=path, dev=path), label_names=names, is_dev=True)
+
+
 def test_a_share_of_train_becomes_dev_with_its_labels(write):
     words = [[*own, str(place)] for place, own in enumerate(WORDS * 8)]
     path = write("a.conll", _conll([[*own, "O"] for own in SCHEMES["bioes"] * 8], words))

@@ -62,6 +62,7 @@ def read(path: str, section: TaggingTask, how: Reading) -> Examples:
         read_tagged(path, known_tags=names, **options)
     else:
         scheme = _scheme_of(section, found)
+        _check_classes(path, names or ("O",))
         known = None if names is None else _tags_of_kinds(_kinds_of(names))
         read_tagged(path, scheme=scheme, known_tags=known, **options)
         tags = [convert_tags(row, scheme, "iob2") for row in tags]
@@ -82,6 +83,16 @@ def _names_of(section: TaggingTask) -> tuple[str, ...] | None:
 
 def _iob2_names(kinds: Sequence[str]) -> tuple[str, ...]:
     return ("O", *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI"))
+
+
+def _check_classes(path: str, names: Sequence[str]) -> None:
+    """Refuses classes of a model that are no IOB2 tags, or lack some of them."""
+    missing = sorted(set(_iob2_names(_kinds_of(names))) - set(names))
+    if missing or not all(is_tag(name) for name in names):
+        raise ValueError(
+            f"{path}: expected a model whose classes are O, and B- and I- of each kind of entity, "
+            f"got {list(names)}; use a model that was trained on IOB2 tags, or task.scheme plain"
+        )
 
 
 def _kinds_of(names: Sequence[str]) -> list[str]:
