@@ -269,7 +269,10 @@ class _Judge:
             self._tell(step, each)
             score = self.training.score
             scores = {name: [own[score] for own in seeds] for name, seeds in each.items() if score}
-            return self._keep(step, state, scores) if score else False
+            is_over = self._keep(step, state, scores) if score else False
+        if is_over:  # log before the save: a resumed run then finds no steps to log
+            self.meter.finish(step)
+        return is_over
 
     def _tell(self, step: int, each: Mapping[str, list[dict[str, float]]]) -> None:
         """Means over all models; of a family also each member's score."""

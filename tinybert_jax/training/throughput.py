@@ -51,9 +51,16 @@ class Meter:
             self.start, self.pause = time.perf_counter(), 0.0
             self.num_untimed += 1
         self.is_first = False
-        if not is_logged:
-            return
-        values = self._average(step)
+        if is_logged:
+            self._log_pending(step, self.num_steps - step)
+
+    def finish(self, step: int) -> None:
+        """Logs the steps since the last line, for training that ends before `num_steps`."""
+        if self.pending:
+            self._log_pending(step, 0)
+
+    def _log_pending(self, step: int, num_left: int) -> None:
+        values = self._average(num_left)
         self.log.write("train", self.stage, step, values)
         self.log.progress(self.stage, step, self.num_steps, values)
         self.last_step, self.pause, self.num_untimed = step, 0.0, 0
@@ -79,7 +86,7 @@ class Meter:
                 )
         return plain
 
-    def _average(self, step: int) -> dict[str, float]:
+    def _average(self, num_left: int) -> dict[str, float]:
         steps = self.snapshot()
         seconds = max(time.perf_counter() - self.start - self.pause, 1e-9)
         timed = steps[self.num_untimed :]
@@ -97,7 +104,7 @@ class Meter:
             "padding_share": 1 - all_tokens / sum(rows * width for _, rows, width in steps),
             "mfu": flops / seconds / self.peak_flops,
             "seconds": seconds,
-            "seconds_left": seconds / max(len(timed), 1) * (self.num_steps - step),
+            "seconds_left": seconds / max(len(timed), 1) * num_left,
         }
 
     @contextlib.contextmanager
