@@ -90,3 +90,12 @@ def test_a_checkpoint_with_other_arrays_is_refused_and_kept(tmp_path, change):
         checkpoint.restore_newest(folder, _abstract(other))
     assert f"delete {folder.parent} to train" in str(raised.value)
     assert checkpoint.steps(folder) == [1]
+
+
+def test_files_are_hashed_in_blocks(tmp_path, monkeypatch):
+    def refuse(path):
+        raise AssertionError(f"{path} is read into memory")
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    checkpoint.save(tmp_path / "c", 1, _tree(), {})
+    assert checkpoint.restore_newest(tmp_path / "c", _abstract(_tree())).step == 1

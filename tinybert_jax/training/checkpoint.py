@@ -114,10 +114,12 @@ def _find_damage(checkpoint: Path) -> str | None:
 def _hashes(checkpoint: Path) -> dict[str, str]:
     """File -> SHA-256, without the manifest."""
     files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != _MANIFEST)
-    return {
-        str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-    }
+    return {str(path.relative_to(checkpoint)): _sha256(path) for path in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_key(leaf: Any) -> bool:
