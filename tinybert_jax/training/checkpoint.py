@@ -69,9 +69,10 @@ def restore_newest(folder: Path, abstract: Any) -> Restored | None:
             meta = json.loads((folder / str(step) / _META).read_text(encoding="utf-8"))
             try:
                 with ocp.StandardCheckpointer() as checkpointer:
-                    raw = checkpointer.restore(
-                        folder / str(step) / _STATE, jax.tree.map(_raw_abstract, abstract)
-                    )
+                    raw_abstract = jax.tree.map(_raw_abstract, abstract)
+                    saved = checkpointer.metadata(folder / str(step) / _STATE).item_metadata
+                    _check_shapes(saved.tree, raw_abstract)
+                    raw = checkpointer.restore(folder / str(step) / _STATE, raw_abstract)
             except ValueError as error:
                 raise ValueError(
                     f"{folder / str(step)}: expected the arrays that this version trains, got "
@@ -87,6 +88,23 @@ def restore_newest(folder: Path, abstract: Any) -> Restored | None:
             stacklevel=2,
         )
     return None
+
+
+def _check_shapes(saved: Any, expected: Any) -> None:
+    """Raises ValueError for an array of another shape.
+
+    Orbax finds that only while it reads other arrays, and then leaves futures that fail later.
+    """
+    shapes = {name: leaf.shape for name, leaf in _leaves(saved)}
+    for name, leaf in _leaves(expected):
+        shape = shapes.get(name, leaf.shape)  # Orbax itself refuses missing arrays
+        if tuple(shape) != leaf.shape:
+            raise ValueError(f"{name} has shape {tuple(shape)}, not {leaf.shape}")
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
 
 
 def steps(folder: Path) -> list[int]:
