@@ -12,8 +12,7 @@ from tinybert_jax import cli
 from tinybert_jax.batches.batch import Plan, make_batch
 from tinybert_jax.config.tasks import MultiLabelTask
 from tinybert_jax.data.examples import Examples
-from tinybert_jax.data.splits import Reading
-from tinybert_jax.data.splits import read_task
+from tinybert_jax.data.splits import Reading, read_task
 from tinybert_jax.data.wordpiece import train_wordpiece
 from tinybert_jax.inference.predict import predict
 from tinybert_jax.models.heads import make_classifier
