@@ -11,7 +11,7 @@ import numpy as np
 
 from tinybert_jax.batches.tokenize import tokenize_texts
 from tinybert_jax.config.tasks import MultiLabelTask
-from tinybert_jax.data.errors import short
+from tinybert_jax.data.errors import fail, short
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.splits import Reading
 from tinybert_jax.data.tables import (
@@ -43,8 +43,13 @@ def read(path: str, section: MultiLabelTask, how: Reading) -> Examples:
     if not how.is_labelled:
         return Examples(texts, pairs, None, None)
     if section.label_columns:
-        columns = [_indicators(table, column) for column in section.label_columns]
-        return Examples(texts, pairs, np.stack(columns, axis=1), section.label_columns)
+        names = tuple(label_names or section.label_columns)
+        if set(names) != set(section.label_columns):
+            expected = f"label_columns for the labels {', '.join(map(repr, names))}"
+            got = ", ".join(map(repr, section.label_columns))
+            fail(path, expected, got, "name the columns of these labels, in any order")
+        columns = [_indicators(table, column) for column in names]
+        return Examples(texts, pairs, np.stack(columns, axis=1), names)
     sets = _label_lists(table, lists[0], section.separator)
     labels, names = _known(table, lists[0], sets, section.labels or how.label_names)
     indicators = np.zeros((len(sets), len(names)), np.int32)
