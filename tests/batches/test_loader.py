@@ -132,14 +132,44 @@ def test_threads_do_not_change_the_batches(corpora, rows, kind, num_threads, num
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_batches_from_step_a_million_need_no_replay(corpora, rows, kind):
+def test_batches_from_step_a_million_need_no_replay(corpora, rows, kind, monkeypatch):
     make = _makers(corpora, rows)[kind]
-    start = time.perf_counter()
-    batches = loader.prefetched(make(), start_step=1_000_000)
+    make_batch, permute = make(), loader.permute
+    steps, draws = [], []
+
+    def batch_at(step):
+        steps.append(step)
+        return make_batch(step)
+
+    def count_rows(index, *args):
+        draws.append(len(index))
+        return permute(index, *args)
+
+    monkeypatch.setattr(loader, "permute", count_rows)
+    batches = loader.prefetched(batch_at, start_step=1_000_000, num_threads=4, num_ahead=8)
     first, second = next(batches), next(batches)
-    assert time.perf_counter() - start < 1
+    del batches
+    assert min(steps) == 1_000_000 and max(steps) < 1_000_000 + 2 + 8 + 4
+    assert sum(draws) <= 16 * len(steps)
     _assert_equal(first, make()(1_000_000))
     _assert_equal(second, make()(1_000_001))
+
+
+@pytest.mark.parametrize("make_epochs", [bucketed_epochs, packed_epochs])
+def test_a_batch_plans_only_the_epoch_it_belongs_to(rows, make_epochs):
+    width = {"buckets": (8, 16)} if make_epochs is bucketed_epochs else {"width": 16}
+    epochs = make_epochs(rows.lengths, global_batch_size=16, seed=(3, 1), **width)
+    planned = []
+
+    def plan(epoch):
+        planned.append(epoch)
+        return epochs.plan(epoch)
+
+    batch_at = loader.planned_batches(rows, epochs._replace(plan=plan), pad_token_id=0)
+    for step in (1_000_000, 1_000_000, 1_000_000 + epochs.num_batches):
+        batch_at(step)
+    first = 1_000_000 // epochs.num_batches
+    assert planned == [first, first + 1]
 
 
 def test_batches_are_made_and_placed_ahead():
