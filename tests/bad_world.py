@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from tinybert_jax import cli
 from tinybert_jax.data.wordpiece import train_wordpiece
-from tinybert_jax.huggingface.folder import Head, save_model
+from tinybert_jax.huggingface.folder import save_model
+from tinybert_jax.huggingface.head import Head
 from tinybert_jax.models.heads import make_classifier, make_encoder
 from tinybert_jax.settings.sizes import ModelConfig
 

@@ -25,7 +25,7 @@ ROOMS = {
     "families heads",
     "batches": "batch tokenize bucketing packing loader",
     "tokens": "store instances transform ray prepare inspect",
-    "huggingface": "tensors hub weights bert distilbert families folder rewrite",
+    "huggingface": "tensors hub weights bert distilbert families head folder rewrite",
     "tasks": "task classification regression multi_label tagging table",
     "objectives": "alignment objective masking masked_lm supervised distillation",
     "inference": "scorer pretrained predict",

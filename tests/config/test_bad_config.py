@@ -8,7 +8,7 @@ import pytest
 from bad_world import STUDENT, TEXTS, World, change
 
 from tinybert_jax.config import load as config_files
-from tinybert_jax.runs.run import open_run
+from tinybert_jax.runs.preflight import open_run
 
 # The config
 

@@ -31,7 +31,8 @@ from transformers import (
     BertTokenizer,
 )
 
-from tinybert_jax.huggingface.folder import Head, read_model, save_model, start_params
+from tinybert_jax.huggingface.folder import read_model, save_model, start_params
+from tinybert_jax.huggingface.head import Head
 from tinybert_jax.huggingface.hub import load_tokenizer
 from tinybert_jax.models.heads import (
     make_classifier,

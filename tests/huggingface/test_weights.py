@@ -38,13 +38,8 @@ from transformers import (
 )
 
 from tinybert_jax.huggingface.bert import BERT
-from tinybert_jax.huggingface.folder import (
-    Head,
-    load_params,
-    read_model,
-    save_model,
-    start_params,
-)
+from tinybert_jax.huggingface.folder import load_params, read_model, save_model, start_params
+from tinybert_jax.huggingface.head import Head
 from tinybert_jax.huggingface.hub import load_tokenizer
 from tinybert_jax.huggingface.weights import from_hf, to_hf
 from tinybert_jax.models.heads import (
@@ -331,6 +326,8 @@ def test_masked_lm_decoder_of_its_own_is_refused(tmp_path):
             ["the kind SequenceClassification", "the kind TokenClassification"],
         ),
         ({"architectures": ["BertForMultipleChoice"]}, ["one of the kinds", "MultipleChoice"]),
+        ({"tinybert_answers": {"threshold": "0.5"}}, ["finite numbers", "'0.5'"]),
+        ({"tinybert_answers": [0.5]}, ["finite numbers", "[0.5]"]),
         ({"id2label": {"0": "a", "1": "b"}}, ["3 outputs", "['a', 'b']"]),
         ({"id2label": {"1": "a", "2": "b", "3": "c"}}, ["id2label"]),
     ],

@@ -152,6 +152,11 @@ def test_killed_in_every_stage_it_ends_with_the_same_bits(golden):
         assert (run / file).read_bytes() == (folder / "golden" / file).read_bytes(), stage
     before, now = (json.loads((p / "results.json").read_text()) for p in (folder / "golden", run))
     assert before["share_kept"] == now["share_kept"]
+    once, environment = (json.loads((p / "env.json").read_text()) for p in (folder / "golden", run))
+    assert once["earlier"] == []
+    assert len(environment["earlier"]) == len(STAGES), "one for each process that was killed"
+    started = [own["started"] for own in (*environment["earlier"], environment)]
+    assert started == sorted(started)
 
 
 def test_seeds_share_a_run_and_the_best_is_exported_also_when_killed(golden):

@@ -16,15 +16,15 @@ from tinybert_jax.batches.tokenize import tokenize_corpus
 from tinybert_jax.config import load as config_files
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.config.run import RunConfig
-from tinybert_jax.config.stages import PretrainSection
+from tinybert_jax.config.stages import PRETRAIN, PretrainSection
 from tinybert_jax.data.wordpiece import train_wordpiece
 from tinybert_jax.models.heads import make_masked_lm
 from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.params import flatten
-from tinybert_jax.objectives.masked_lm import MaskedLabels, make_mlm
-from tinybert_jax.objectives.objective import Counts
+from tinybert_jax.objectives.masked_lm import make_mlm
+from tinybert_jax.objectives.objective import count_units
 from tinybert_jax.recipes import pipeline
-from tinybert_jax.runs.run import open_run
+from tinybert_jax.runs.preflight import open_run
 from tinybert_jax.runs.stage_batches import stage_feed
 from tinybert_jax.tokens.prepare import prepare
 from tinybert_jax.tokens.store import open_store
@@ -93,7 +93,7 @@ def test_pair_head_equals_torch():
     ids = rng.integers(5, len(VOCAB), (5, 12)).astype(np.int32)
     mask = np.arange(12)[None] < np.array([12, 7, 1, 12, 5])[:, None]
     types = np.where(np.arange(12)[None] < 6, 0, mask).astype(np.int32)
-    ours = jax.jit(apply)(our_params(model, init), ids, mask, types).pair_logits
+    ours = jax.jit(apply)(our_params(model, init), Text(ids, types), mask).pair_logits
     with torch.no_grad():
         theirs = model.double()(*(torch.tensor(x).long() for x in (ids, mask, types)))
     np.testing.assert_allclose(ours, theirs.seq_relationship_logits, atol=2e-5)
@@ -104,15 +104,15 @@ def test_masked_lm_with_pairs_equals_transformers():
     model = random_bert(BertForPreTraining, **DRY)
     apply, init = make_masked_lm(our_config(model), pair_head=True)
     rng = np.random.default_rng(0)
-    ids, types = rng.integers(5, 61, (5, 12)).astype(np.int32), np.arange(12)[None] // 6
-    batch = Batch(
-        Text(ids, np.tile(types, (5, 1))), np.ones(ids.shape, bool), {}, np.ones(5, np.float32)
-    )
+    ids = rng.integers(5, 61, (5, 12)).astype(np.int32)
+    types = np.tile(np.arange(12)[None] // 6, (5, 1))
     positions = np.array([[1, 5], [2, 0], [0, 0], [3, 4], [11, 0]])
     tokens = np.array([[7, 8], [9, -100], [-100, -100], [6, 5], [10, -100]])
     pairs = np.array([0, 1, -1, 1, 0])
-    counts = Counts(*(jnp.float32(n) for n in (5, 60, 720, 6, 4, 0)))
-    labels = MaskedLabels(*map(jnp.asarray, (positions, tokens, pairs)))
+    targets = {"positions": positions, "tokens": tokens, "pair_labels": pairs}
+    batch = Batch(Text(ids, types), np.ones(ids.shape, bool), targets, np.ones(5, np.float32))
+    batch = jax.tree.map(jnp.asarray, batch)
+    counts = count_units(batch)._replace(predictions=jnp.float32(6), labelled_rows=jnp.float32(4))
     objective = make_mlm(
         apply,
         mask_rate=0.15,
@@ -124,7 +124,7 @@ def test_masked_lm_with_pairs_equals_transformers():
     )
     params = our_params(model, init)
     (value, parts), grads = jax.jit(jax.value_and_grad(objective.loss, has_aux=True))(
-        params, jax.tree.map(jnp.asarray, batch._replace(labels=labels)), counts, None, ()
+        params, batch, counts, None, ()
     )
 
     theirs = np.full(ids.shape, -100)
@@ -132,7 +132,7 @@ def test_masked_lm_with_pairs_equals_transformers():
     theirs[rows, positions[rows, slots]] = tokens[rows, slots]
     loss = model(
         input_ids=torch.tensor(ids).long(),
-        token_type_ids=torch.tensor(batch.token_type_ids).long(),
+        token_type_ids=torch.tensor(types).long(),
         labels=torch.tensor(theirs),
         next_sentence_label=torch.tensor(np.where(pairs < 0, -100, pairs)),
     ).loss
@@ -190,13 +190,13 @@ def test_each_phase_goes_through_the_rows_of_its_length_from_the_start(prepared,
     more = {"num_steps": 80} | ({} if stores else {"batching": "pad"})
     settings = _config(prepared, tmp_path / "run", stores=stores, phases=PHASES, **more)
     orders = []
-    with open_run(settings, ["pretrain"]) as run:
-        feed = stage_feed(run, "pretrain")
+    with open_run(settings, [PRETRAIN]) as run:
+        feed = stage_feed(run, run.plans["pretrain"])
         tokenizer = run.tokenizer
     for start, stop, size, width in ((0, 40, 8, 16), (40, 60, 16, 16), (60, 80, 16, 32)):
         batches = [feed.batch_at(step) for step in range(start, stop)]
-        assert {batch.input_ids.shape for batch in batches} == {(size, width)}
-        seen = [row.tobytes() for b in batches for row in b.input_ids[b.weights > 0]]
+        assert {batch.shape for batch in batches} == {(size, width)}
+        seen = [row.tobytes() for b in batches for row in b.inputs.input_ids[b.weights > 0]]
         if stores:
             store = open_store(prepared / ("short" if width == 16 else "long"))
             rows = store.gather(np.arange(store.num_rows)).ids

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from bad_world import LABELS, STAGE, TEXTS, change
 
+from tinybert_jax import cli
 from tinybert_jax.config import load as config_files
-from tinybert_jax.runs.run import open_run
+from tinybert_jax.runs.preflight import open_run
 
 
 def test_the_inputs_are_right_where_nothing_is_spoilt(world):
@@ -21,7 +22,7 @@ def test_the_inputs_are_right_where_nothing_is_spoilt(world):
         settings = config_files.load(path)
         other = settings.model_copy(update={"run_dir": str(world.run_dir / Path(path).stem)})
         with open_run(other, other.stages) as run:
-            assert run.task.label_names == ("neg", "pos")
+            assert run.task.data.label_names == ("neg", "pos")
 
 
 # The data
@@ -104,7 +105,7 @@ def test_all_missing_inputs_are_told_at_once(world):
 
 @pytest.mark.parametrize("command", ["predict", "evaluate"])
 def test_no_head(world, command):
-    named = (str(world.models / "encoder"), "classification head", "found none", "fine-tune")
+    named = (str(world.models / "encoder"), "a head for a task", "found none", "fine-tune")
     world.fails(command, str(world.models / "encoder"), world.dev, naming=named)
 
 
@@ -115,10 +116,23 @@ def test_impossible_max_length(world, command, length, named):
     world.fails(*argv, naming=("max_length", named, f"got {length}"))
 
 
-def test_multi_label_head(world):
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_a_head_of_no_known_task(world, command):
+    folder = world.model("classifier", problem_type="regression")  # of two outputs
+    named = (str(folder), "'regression' and 2 outputs", "single_label_classification")
+    world.fails(command, str(folder), world.dev, naming=named)
+
+
+def test_a_teacher_of_another_kind_of_task(world):
+    """Its labels are those of the task, but it answers with any number of them."""
     folder = world.model("classifier", problem_type="multi_label_classification")
-    named = (str(folder), "one label or one number", "multi_label_classification")
-    world.fails("predict", str(folder), "-t", "x", naming=named)
+    path = world.distil(teacher={"path": str(folder)})
+    named = (str(folder), "kind, classification, got", "is for multi_label", "finetune section")
+    world.fails("run", path, naming=named)
+    tagger = world.model("wider", architectures=["BertForTokenClassification"])
+    further = {"further_teachers": [{"path": str(tagger)}], "teacher_margin": -1}
+    named = ("further_teachers.0", str(tagger), "kind, classification, got", "is for tagging")
+    world.fails("run", world.distil(distillation=further), naming=named)
 
 
 @pytest.mark.parametrize("output, named", [("no/such/out", "a folder"), ("", "a file")])
@@ -144,9 +158,24 @@ def test_output_over_the_data(world):
     world.fails(*argv, naming=("--output", "another file than the data", "dev.tsv"))
 
 
-def test_empty_sentence(world):
-    argv = ("predict", str(world.models / "classifier"), "-t", "tea", "-t", " ")
-    world.fails(*argv, naming=("text in every sentence", "number 2"))
+def test_a_blank_sentence_has_a_problem_instead_of_an_answer(world):
+    """So that one blank row of many costs no answer of the others."""
+    output = world.folder / "out.jsonl"
+    model = str(world.models / "classifier")
+    argv = ["predict", model, "-t", "tea", "-t", " ", "-t", "a film", "-o", str(output)]
+    assert cli.main(argv) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(row["row"], row["text"]) for row in rows] == [(1, "tea"), (2, " "), (3, "a film")]
+    assert rows[1] == {"row": 2, "text": " ", "problem": "no text"}
+    assert rows[0]["label"] == rows[2]["label"] == "neg"
+
+    data = world.file("blank.tsv", "text\nfine\n \n")
+    assert cli.main(["predict", model, data, "-o", str(output)]) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [("label" in row, row.get("problem")) for row in rows] == [
+        (True, None),
+        (False, "no text"),
+    ]
 
 
 def test_convert_to_what_exists(world):

@@ -18,7 +18,7 @@ from tinybert_jax.models.inputs import Text
 from tinybert_jax.objectives.masked_lm import mlm_chunk_size
 from tinybert_jax.performance import flops as model_flops
 from tinybert_jax.runs import estimate as runs_estimate
-from tinybert_jax.runs.run import read_run
+from tinybert_jax.runs.preflight import read_run
 from tinybert_jax.runs.stage_batches import stage_feed
 from tinybert_jax.runs.workload import work_of
 
@@ -96,6 +96,14 @@ def _run(inputs, tmp_path, stages=STAGES, **changes):
     return read_run(config, config.stages)
 
 
+def _price(run, stage):
+    return runs_estimate.price(run, run.plans[stage])
+
+
+def _describe(run, *stages):
+    return runs_estimate.describe(run, [run.plans[stage] for stage in stages])
+
+
 def _room(rate, width=WIDTH):
     """Slots of a row for its masked tokens: their mean and four standard deviations."""
     return math.ceil(rate * width + 4 * math.sqrt(rate * width * (1 - rate)))
@@ -138,9 +146,11 @@ def test_time_is_of_the_compute_dtype(inputs, tmp_path, monkeypatch):
         runs_estimate, "measure_gemm_peak", lambda dtype: measured.append(dtype) or 1e3
     )
     asked = []
-    monkeypatch.setattr(model_flops, "peak_flops", lambda kind, dtype: asked.append(dtype) or 1e12)
+    monkeypatch.setattr(
+        runs_estimate, "peak_flops", lambda kind, dtype: asked.append(dtype) or 1e12
+    )
     run = _run(inputs, tmp_path, ["pretrain"], compute={"dtype": "bfloat16_products"}, num_seeds=1)
-    assert "of its bfloat16 peak" in runs_estimate.describe(run, ("pretrain",))
+    assert "of its bfloat16 peak" in _describe(run, "pretrain")
     assert set(measured + asked) == {"bfloat16"}
 
 
@@ -149,13 +159,13 @@ def test_stages_that_are_done_are_not_priced_again(inputs, tmp_path, monkeypatch
     run = _run(inputs, tmp_path)
     run.model_folder("pretrain").mkdir(parents=True)
     (run.model_folder("pretrain") / "config.json").touch()
-    done, pending = runs_estimate.describe(run, ("pretrain", "finetune")).split("\n\n")
+    done, pending = _describe(run, "pretrain", "finetune").split("\n\n")
     assert done == "pretrain: done before" and pending.startswith("finetune: 4 steps")
 
 
 def test_flops_of_supervised_stages_by_hand(inputs, tmp_path):
     run = _run(inputs, tmp_path)
-    teacher, student = runs_estimate.price(run, "finetune"), runs_estimate.price(run, "baseline")
+    teacher, student = _price(run, "finetune"), _price(run, "baseline")
     assert (teacher.num_tokens, teacher.num_slots, teacher.width) == (TOKENS, SLOTS, WIDTH)
     num_rows = SLOTS // WIDTH
     once = num_rows * (WIDTH * TEACHER_LAYER + _last(TEACHER_LAYER, 16, 1))
@@ -175,7 +185,7 @@ def test_flops_of_the_masked_lm_by_hand(inputs, tmp_path, last_rate, num_chunks)
     """Eight devices with a row each; the product with the table goes there token by token."""
     settings = {**STAGE, "mask_rate": 0.15, "mask_rate_end": last_rate, "loss_chunk_size": 1}
     run = _run(inputs, tmp_path, ["pretrain"], pretrain=settings, num_seeds=1)
-    costs = runs_estimate.price(run, "pretrain")
+    costs = _price(run, "pretrain")
     mapped, predicted = ROWS * _room(last_rate or 0.15), ROWS * np.mean(num_chunks)
     head = 2 * 16 * (mapped * 16 + predicted * run.teacher.vocab_size)
     assert costs.flops["words"] == 3 * STEPS * head
@@ -190,7 +200,7 @@ def test_the_masked_lm_s_chunks_are_those_of_the_step(inputs, tmp_path):
     run = _run(inputs, tmp_path, ["pretrain"], pretrain=settings, num_seeds=1)
     assert mlm_chunk_size(WIDTH, 64, mask_rate=0.15) == 8 < _room(0.15)
     head = 2 * 16 * ROWS * (_room(0.15) * 16 + 8 * run.teacher.vocab_size)
-    assert runs_estimate.price(run, "pretrain").flops["words"] == 3 * STEPS * head
+    assert _price(run, "pretrain").flops["words"] == 3 * STEPS * head
 
 
 @pytest.mark.parametrize(
@@ -204,7 +214,7 @@ def test_the_masked_lm_s_chunks_are_those_of_the_step(inputs, tmp_path):
 )
 def test_projection_is_of_the_entries_that_terms_read(inputs, tmp_path, terms, entries):
     run = _run(inputs, tmp_path, distillation={"general": terms})
-    flops = runs_estimate.price(run, "general").flops
+    flops = _price(run, "general").flops
     assert flops.get("projection", 0) == 3 * 3 * SLOTS * 2 * entries * 8 * 16
     assert flops["teacher"] == SLOTS * TEACHER_FORWARD, "one pass for three students"
 
@@ -218,21 +228,21 @@ def test_words_of_distillation_by_hand(inputs, tmp_path, at):
     mapped = ROWS * (WIDTH if at == "real" else _room(0.15))
     student = 2 * 8 * (mapped * 8 + (ROWS * _room(0.15) + mapped) * vocab)
     teacher = 2 * 16 * (mapped * 16 + mapped * vocab)
-    assert runs_estimate.price(run, "general").flops["words"] == STEPS * (3 * 3 * student + teacher)
+    assert _price(run, "general").flops["words"] == STEPS * (3 * 3 * student + teacher)
 
 
 def test_each_batch_counts_at_its_own_width(inputs, tmp_path):
     bucket = {**STAGE, "batching": "bucket", "length_buckets": [8, 16], "mask_rate": 0.05}
     corpus = {"files": [str(inputs / "mixed.txt")]}
     run = _run(inputs, tmp_path, ["pretrain"], pretrain=bucket, corpus=corpus, num_seeds=1)
-    feed = stage_feed(run, "pretrain")
-    shapes = [feed.batch_at(step).input_ids.shape for step in range(STEPS)]
+    feed = stage_feed(run, run.plans["pretrain"])
+    shapes = [feed.batch_at(step).shape for step in range(STEPS)]
     assert {width for _, width in shapes} == {8, 16}
     expected = 0
     for rows, width in shapes:
         layer = 2 * (4 * 16**2 + 2 * 16 * 32 + 2 * width * 16)
         expected += rows * (width * layer + _last(layer, 16, _room(0.05, width), width))
-    costs = runs_estimate.price(run, "pretrain")
+    costs = _price(run, "pretrain")
     np.testing.assert_allclose(costs.flops["forward"], expected, rtol=1e-12)
     assert costs.width == 16 and costs.num_slots == sum(rows * width for rows, width in shapes)
 
@@ -247,8 +257,8 @@ def test_a_family_has_one_teacher(inputs, tmp_path, monkeypatch):
         for students in (family, {"student": STUDENT}, {"student": other})
     ]
     for stage in ("general", "prediction", "baseline"):
-        both, *alone = (runs_estimate.price(run, stage) for run in runs)
-        teacher = work_of(runs[0], stage).teacher
+        both, *alone = (_price(run, stage) for run in runs)
+        teacher = work_of(runs[0], runs[0].plans[stage]).teacher
         for part, value in both.flops.items():
             total = sum(own.flops[part] for own in alone)
             if part == "teacher":
@@ -267,7 +277,7 @@ def test_a_family_has_one_teacher(inputs, tmp_path, monkeypatch):
         shared = 4 * taps * 16 * WIDTH
         assert both.activation_bytes == sum(own.activation_bytes for own in alone) - shared
     monkeypatch.setattr(runs_estimate, "measure_gemm_peak", lambda dtype: 1e9)
-    text = runs_estimate.describe(runs[0], ("general",)).replace("\xa0", " ")
+    text = _describe(runs[0], "general").replace("\xa0", " ")
     assert text.count("  teacher   ") == 1
     for name in ("one", "two"):
         assert f"  trained   {name}, " in text
@@ -281,7 +291,7 @@ def test_state_by_hand(inputs, tmp_path):
     teacher = rows * 16 + 2 * (4 * 272 + 2 * 512 + 48 + 4 * 16) + 272
     student = rows * 8 + 1 * (4 * 72 + 2 * 128 + 24 + 4 * 8) + 72
     projection = 2 * (8 + 1) * 16  # one for each hidden entry
-    state = runs_estimate.price(run, "general").state_bytes
+    state = _price(run, "general").state_bytes
     assert state == 4 * (4 * 3 * (student + projection) + teacher)
     for dtype, saved in ("bfloat16_products", 2), ("int8_products", 3):
         short = _run(
@@ -291,9 +301,9 @@ def test_state_by_hand(inputs, tmp_path):
             compute={"teacher_dtype": dtype},
         )
         layers = model_flops.num_encoder_parameters(run.teacher)
-        assert runs_estimate.price(short, "general").state_bytes == state - saved * layers
+        assert _price(short, "general").state_bytes == state - saved * layers
     averaged = {**STAGE, "average_decay": 0.9}
-    state = runs_estimate.price(_run(inputs, tmp_path, finetune=averaged), "finetune").state_bytes
+    state = _price(_run(inputs, tmp_path, finetune=averaged), "finetune").state_bytes
     assert state == 4 * 5 * teacher
 
 
@@ -315,7 +325,7 @@ def test_activations_of_terms_by_hand(inputs, tmp_path, terms, taps, of_students
         for own in ([{"term": "embedding"}], terms)
     ]
     assert runs[0].teacher.vocab_size == 21
-    embedding, taught = (runs_estimate.price(run, "general").activation_bytes for run in runs)
+    embedding, taught = (_price(run, "general").activation_bytes for run in runs)
     once = 16 * WIDTH
     assert taught - embedding == 4 * ((taps - 1) * once + of_students - once)
 
@@ -328,7 +338,7 @@ def test_what_an_unrolled_teacher_keeps_for_a_term_by_hand(inputs, tmp_path):
             settings = {"general": [{"term": term}]}
             compute = {"unroll_layers": unroll}
             run = _run(inputs, tmp_path, distillation=settings, compute=compute)
-            read[term, unroll] = runs_estimate.price(run, "general").activation_bytes
+            read[term, unroll] = _price(run, "general").activation_bytes
     once, maps = 4 * 16 * WIDTH, 4 * 2 * WIDTH**2
     assert read["hidden", True] - read["hidden", False] == -once  # one layer for two
     # Rolled: queries and keys of two layers, for Gram matrices.
@@ -352,11 +362,9 @@ def test_activations_are_near_those_of_the_compiled_program(inputs, tmp_path, mo
         return compiled.memory_analysis().temp_size_in_bytes
 
     each = (num_bytes(96) - num_bytes(32)) / 64
-    estimate = runs_estimate.price(run, "baseline").activation_bytes
+    estimate = _price(run, "baseline").activation_bytes
     np.testing.assert_allclose(estimate, each, rtol=0.25)
-    three = run._replace(config=run.config.model_copy(update={"num_seeds": 3}))
-    assert (
-        runs_estimate.price(three, "baseline").activation_bytes == estimate
-    )  # one seed at a time, on a CPU
+    three = run._replace(plans={"baseline": run.plans["baseline"]._replace(seeds=(0, 1, 2))})
+    assert _price(three, "baseline").activation_bytes == estimate  # one seed at a time, on a CPU
     monkeypatch.setattr(runs_estimate, "takes_turns", lambda mesh: False)
-    assert runs_estimate.price(three, "baseline").activation_bytes == 3 * estimate
+    assert _price(three, "baseline").activation_bytes == 3 * estimate

@@ -15,13 +15,17 @@ from tinybert_jax.batches.batch import Batch
 from tinybert_jax.batches.tokenize import tokenize_texts
 from tinybert_jax.config import load as config_files
 from tinybert_jax.config.objectives import DistillSection
+from tinybert_jax.config.stages import PREDICTION
 from tinybert_jax.huggingface.folder import read_model, save_model, start_params
+from tinybert_jax.huggingface.head import Head
 from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.models.heads import make_classifier
+from tinybert_jax.models.inputs import Text
 from tinybert_jax.objectives.distillation import Role, make_distill
 from tinybert_jax.runs import estimate, teacher_logits
-from tinybert_jax.runs.run import read_run
+from tinybert_jax.runs.preflight import read_run
 from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.terms.table import reads_of
 
 STAGE = {
     "num_steps": 6,
@@ -82,11 +86,11 @@ def _kept(run_dir):
 
 def _logits(inputs, file, seed):
     """What a teacher says of the task's text, by a scorer of its own."""
-    run = read_run(config_files.load(file), ("prediction",))
+    run = read_run(config_files.load(file), [PREDICTION])
     path = _teacher(inputs, seed)
     apply, init = make_classifier(read_model(path).config, 2)
     score = make_scorer(apply, buckets=(16,), pad_token_id=run.tokenizer.pad_token_id)
-    rows = tokenize_texts(run.tokenizer, run.data.distilled, 16)
+    rows = tokenize_texts(run.tokenizer, run.the_task.data.distilled, 16)
     return score(start_params(path, init, whole=True), rows)
 
 
@@ -117,7 +121,7 @@ def test_the_student_learns_what_it_learns_from_a_teacher_in_every_step(inputs, 
 )
 def test_only_what_is_read_again_is_kept(inputs, tmp_path, epochs, is_kept):
     run_config = config_files.load(_config(inputs, tmp_path / "run", stage=epochs))
-    assert run_config.makes_logits_first("prediction") is is_kept
+    assert run_config.plans["prediction"].keeps_logits is is_kept
 
 
 def test_a_regression_has_numbers(inputs, tmp_path):
@@ -125,7 +129,7 @@ def test_a_regression_has_numbers(inputs, tmp_path):
     rows = "".join(f"{text}\ttea\t{len(text) / 9}\n" for text in TEXTS)
     (tmp_path / "numbers.tsv").write_text("text\tother\tlabel\n" + rows)
     file = str(tmp_path / "numbers.tsv")
-    task = {"train": file, "dev": file, "text_pair": "other", "regression": True}
+    task = {"train": file, "dev": file, "text_pair": "other", "kind": "regression"}
     runs = [
         write_config(
             tmp_path / f"{name}.yaml",
@@ -178,26 +182,27 @@ def test_other_logits_are_never_taken_for_them(inputs, tmp_path):
     shutil.copytree(_teacher(inputs, 0), teacher)
     run = read_run(config_files.load(_config(inputs, tmp_path / "run", keep_logits=True)), ())
     run.folder.mkdir()
-    rows = tokenize_texts(run.tokenizer, run.data.distilled, 16)
+    rows = tokenize_texts(run.tokenizer, run.the_task.data.distilled, 16)
 
-    def read(run, rows=rows):
-        sizes = read_model(teacher).config
-        given = run.config.teacher.model_copy(update={"finetuned": str(teacher)})
-        config = run.config.model_copy(update={"teacher": given})
-        return teacher_logits.read(run._replace(config=config, teacher=sizes), "prediction", rows)
+    plan = run.plans["prediction"]
 
-    seen = [read(run)]
-    assert read(run)[1] == seen[0][1] and len(_files(run.folder)) == 1
-    seen.append(read(run, rows._replace(ids=rows.ids[::-1].copy())))
-    packed = run.config.prediction.model_copy(update={"batching": "pack"})
-    seen.append(read(run._replace(config=run.config.model_copy(update={"prediction": packed}))))
+    def read(rows=rows, plan=plan):
+        section = run.teacher_section.model_copy(update={"finetuned": str(teacher)})
+        given = run._replace(teacher_section=section, teacher=read_model(teacher).config)
+        return teacher_logits.read(given, plan, rows)
+
+    seen = [read()]
+    assert read()[1] == seen[0][1] and len(_files(run.folder)) == 1
+    seen.append(read(rows._replace(ids=rows.ids[::-1].copy())))
+    packed = plan.section.model_copy(update={"batching": "pack"})
+    seen.append(read(plan=plan._replace(section=packed)))
     sizes = json.loads((teacher / "config.json").read_text())
     (teacher / "config.json").write_text(json.dumps({**sizes, "hidden_act": "relu"}))
-    seen.append(read(run))
+    seen.append(read())
     weights = load_file(teacher / "model.safetensors")
     weights["classifier.bias"] = weights["classifier.bias"] + 1
     save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
-    seen.append(read(run))
+    seen.append(read())
     assert len({fingerprint for _, fingerprint in seen}) == len(_files(run.folder)) == 5
     assert np.abs(seen[0][0] - seen[3][0]).max() > 1e-4
 
@@ -231,8 +236,8 @@ def test_several_teachers_are_their_weighted_mean(inputs, tmp_path):
     one, other = (_logits(inputs, tmp_path / "run.yaml", seed) for seed in (0, 1))
     assert np.abs(one - other).max() > 1e-2
     opened = read_run(config_files.load(str(tmp_path / "run.yaml")), ())
-    rows = tokenize_texts(opened.tokenizer, opened.data.distilled, 16)
-    mean, _ = teacher_logits.read(opened, "prediction", rows)
+    rows = tokenize_texts(opened.tokenizer, opened.the_task.data.distilled, 16)
+    mean, _ = teacher_logits.read(opened, opened.plans["prediction"], rows)
     np.testing.assert_allclose(mean, (one + 3 * other) / 4, rtol=1e-5, atol=1e-6)
 
 
@@ -243,20 +248,20 @@ def test_features_are_the_teachers_own_beside_known_logits():
     params = init(jax.random.key(0))
     known = jax.random.normal(jax.random.key(1), (2, 3))
     batch = Batch(
-        input_ids=jnp.ones((2, 8), jnp.int32),
+        inputs=Text(jnp.ones((2, 8), jnp.int32), jnp.zeros((2, 8), jnp.int32)),
         attention_mask=jnp.ones((2, 8), bool),
-        token_type_ids=jnp.zeros((2, 8), jnp.int32),
-        labels=jnp.zeros(2, jnp.int32),
+        targets={"labels": jnp.zeros(2, jnp.int32)},
         weights=jnp.ones(2),
     )
-    role = Role(apply, "classifier", 2)
 
     def targets(batch, *names):
         terms = DistillSection(prediction=[{"term": name} for name in names]).prediction
-        return make_distill(role, role, terms).targets(batch, params)
+        student, teacher = (
+            Role(apply, reads_of(terms, of_teacher=of_teacher), 2) for of_teacher in (False, True)
+        )
+        return make_distill(student, teacher, terms).targets(batch, params)
 
-    inputs = batch.input_ids, batch.attention_mask, batch.token_type_ids
-    theirs = apply(params, *inputs, taps=True)
+    theirs = apply(params, batch.inputs, batch.attention_mask, taps=True)
     both = targets(batch._replace(teacher_logits=known), "logits", "hidden")
     np.testing.assert_array_equal(both.logits, known)
     np.testing.assert_array_equal(both.encoder.hidden, theirs.encoder.hidden)
@@ -323,8 +328,8 @@ def test_a_further_teacher_without_room_is_refused(inputs, tmp_path, capsys, cha
     sizes = ModelConfig(**{**read_model(_teacher(inputs, 1)).config.model_dump(), **change})
     tokenizer = read_run(config_files.load(_config(inputs, tmp_path / "run")), ()).tokenizer
     params = make_classifier(sizes, 2)[1](jax.random.key(0))
-    names = ("neg", "pos")
-    save_model(further, params, sizes, tokenizer, label_names=names)
+    head = Head("SequenceClassification", "single_label_classification", ("neg", "pos"))
+    save_model(further, params, sizes, tokenizer, head=head)
     (tmp_path / "pairs.tsv").write_text("text\tother\tlabel\n" + "a\tb\tneg\na\tb\tpos\n" * 9)
     pairs = str(tmp_path / "pairs.tsv")
     file = write_config(
@@ -375,17 +380,17 @@ def test_a_teacher_of_another_size_joins_one_that_is_made_in_the_run(inputs, tmp
     assert len(_files(tmp_path / "run")) == 2
 
 
+def _teacher_flops(file):
+    run = read_run(config_files.load(file), ())
+    return estimate.price(run, run.plans["prediction"]).flops["teacher"]
+
+
 def test_costs_count_the_pass_once(inputs, tmp_path):
     """Three epochs read what one pass made; a further teacher has its own."""
     stage = {"num_steps": None, "num_epochs": 3.0}
     further = [{"path": _teacher(inputs, 1)}]
     once, every, two = (
-        estimate.price(
-            read_run(
-                config_files.load(_config(inputs, tmp_path / name, stage=stage, **changes)), ()
-            ),
-            "prediction",
-        ).flops["teacher"]
+        _teacher_flops(_config(inputs, tmp_path / name, stage=stage, **changes))
         for name, changes in (
             ("once", {}),
             ("every", {"keep_logits": False}),

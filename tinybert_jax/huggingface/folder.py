@@ -5,7 +5,7 @@ Only safetensors are read: no pickle is ever opened and no code from a folder is
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,25 +13,19 @@ import numpy as np
 from pydantic import ValidationError
 
 from tinybert_jax.huggingface.families import format_of
+from tinybert_jax.huggingface.head import (
+    Head,
+    is_unnamed,
+    read_head,
+    read_label_names,
+    wanted_head,
+    write_head,
+)
 from tinybert_jax.huggingface.hub import find_folder, save_tokenizer
 from tinybert_jax.huggingface.tensors import WEIGHTS, read_json, read_tensors
 from tinybert_jax.huggingface.weights import Conversion, Format, config_shapes, from_hf, to_hf
 from tinybert_jax.models.params import flatten, unflatten
 from tinybert_jax.settings.sizes import ModelConfig
-
-
-class Head(NamedTuple):
-    """The head of a task, as config.json tells of it."""
-
-    kind: str  # as in the names of transformers' classes, such as SequenceClassification
-    problem_type: str | None
-    label_names: tuple[str, ...]  # in id order, one for each output; LABEL_0 … where there are none
-    settings: Mapping[str, float] = {}  # of the answers, such as a threshold
-
-    @property
-    def is_named(self) -> bool:
-        """Whether the names are more than transformers' placeholders."""
-        return not is_unnamed(self.label_names)
 
 
 class HfModel(NamedTuple):
@@ -54,30 +48,15 @@ def read_model(path: str | Path) -> HfModel:
     """Reads and checks a local folder or a hub id; touches no device."""
     folder = find_folder(path)
     raw = read_json(folder / "config.json")
-    config, names = _model_config(raw, folder), _label_names(raw, folder)
+    config, names = _model_config(raw, folder), read_label_names(raw, folder)
     model = HfModel(folder, config, names, None, read_tensors(folder))
     if _HEAD not in model.tensors:
         return model
-    head = _head(model, raw)
+    head = read_head(raw, folder, len(model.tensors[_HEAD]))
     return model._replace(head=head, label_names=head.label_names)
 
 
 _HEAD = "classifier.weight"
-_SETTINGS = "tinybert_answers"  # the key of config.json for a head's settings
-# Heads that are a linear map named `classifier`, over pooled tokens or over all.
-_HEAD_KINDS = ("SequenceClassification", "TokenClassification")
-
-
-def is_unnamed(label_names: Sequence[str]) -> bool:
-    """Whether these are transformers' placeholders, which say nothing of the task."""
-    return all(name.startswith("LABEL_") for name in label_names)
-
-
-def inferred_problem_type(head_kind: str, num_outputs: int) -> str | None:
-    """What a head is for where config.json does not say: numbers for one output, else one class."""
-    if head_kind != "SequenceClassification":
-        return None
-    return "regression" if num_outputs == 1 else "single_label_classification"
 
 
 def load_params(
@@ -94,9 +73,9 @@ def load_params(
         return whole._replace(params=whole.params["encoder"])
     if not _head_fits(model, shapes):
         assert model.head is not None
-        if model.head.kind != _wanted_head(shapes):
+        if model.head.kind != wanted_head(shapes):
             raise ValueError(
-                f"{model.folder}: expected a head of the kind {_wanted_head(shapes)}, got one of "
+                f"{model.folder}: expected a head of the kind {wanted_head(shapes)}, got one of "
                 f"the kind {model.head.kind}; give a folder with that head, or one without a head"
             )
         raise ValueError(
@@ -137,17 +116,7 @@ def _head_fits(model: HfModel, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     if head is None or wanted is None:
         return True
     assert model.head is not None
-    return wanted[-1] == len(head) and model.head.kind == _wanted_head(shapes)
-
-
-def _wanted_head(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The kind of head that parameters of these shapes have: only a head over tokens has no pooler.
-
-    None for parameters without a head of a task.
-    """
-    if "classifier/kernel" not in shapes:
-        return None
-    return "SequenceClassification" if "encoder/pooler/kernel" in shapes else "TokenClassification"
+    return wanted[-1] == len(head) and model.head.kind == wanted_head(shapes)
 
 
 def to_ours(model: HfModel, shapes: Mapping[str, tuple[int, ...]]) -> Conversion:
@@ -314,40 +283,6 @@ def _model_config(raw: Mapping[str, Any], folder: Path) -> ModelConfig:
         ) from None
 
 
-def _label_names(raw: Mapping[str, Any], folder: Path) -> tuple[str, ...] | None:
-    names = raw.get("id2label")
-    if not names:
-        return None
-    by_id = {str(key): str(name) for key, name in names.items()} if isinstance(names, dict) else {}
-    ids = [str(i) for i in range(len(by_id))]
-    if not ids or set(ids) != set(by_id):
-        raise ValueError(f"{folder}: expected id2label with the ids from 0 on, got {names}")
-    return tuple(by_id[i] for i in ids)
-
-
-def _head(model: HfModel, raw: Mapping[str, Any]) -> Head:
-    """The head that the classifier weights are for; of old folders without a class, of sequences.
-
-    Raises ValueError for heads of other kinds, and where names and outputs differ in number.
-    """
-    architectures = raw.get("architectures") or [f"For{_HEAD_KINDS[0]}"]
-    kinds = [kind for kind in _HEAD_KINDS if any(kind in name for name in architectures)]
-    if not kinds:
-        raise ValueError(
-            f"{model.folder}: expected a head of one of the kinds {list(_HEAD_KINDS)}, got one of "
-            f"{architectures}"
-        )
-    num_outputs = len(model.tensors[_HEAD])
-    names = model.label_names or tuple(f"LABEL_{i}" for i in range(num_outputs))
-    if len(names) != num_outputs:
-        raise ValueError(
-            f"{model.folder}: expected one label name for each of the head's {num_outputs} "
-            f"outputs, config.json has {len(names)}: {list(names)}"
-        )
-    problem_type = raw.get("problem_type") or inferred_problem_type(kinds[0], num_outputs)
-    return Head(kinds[0], problem_type, names, raw.get(_SETTINGS) or {})
-
-
 def _config_json(
     form: Format, flat: Mapping[str, Any], config: ModelConfig, head: Head | None
 ) -> dict[str, Any]:
@@ -358,17 +293,7 @@ def _config_json(
     }
     settings |= {"dtype": "float32", "tie_word_embeddings": True}
     if head is not None:
-        num_outputs = flat["classifier/kernel"].shape[1]
-        names = head.label_names or tuple(f"LABEL_{i}" for i in range(num_outputs))
-        if len(names) != num_outputs:
-            raise ValueError(
-                f"label_names: expected one for each of the head's {num_outputs} outputs, got "
-                f"{list(names)}"
-            )
-        settings["id2label"] = {str(i): name for i, name in enumerate(names)}
-        settings["label2id"] = {name: i for i, name in enumerate(names)}
-        settings |= {"problem_type": head.problem_type} if head.problem_type else {}
-        settings |= {_SETTINGS: dict(head.settings)} if head.settings else {}
+        settings |= write_head(head, flat["classifier/kernel"].shape[1])
     return settings
 
 

@@ -7,7 +7,8 @@ from tinybert_jax.batches.tokenize import MIN_TOKENS
 from tinybert_jax.config.tasks import TaskSection
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.splits import Reading
-from tinybert_jax.huggingface.folder import Head, HfModel, read_model, start_params
+from tinybert_jax.huggingface.folder import HfModel, read_model, start_params
+from tinybert_jax.huggingface.head import Head
 from tinybert_jax.huggingface.hub import check_table, load_tokenizer
 from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.tasks.table import task_of

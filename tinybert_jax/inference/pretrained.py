@@ -11,14 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinybert_jax.huggingface.families import format_of
-from tinybert_jax.huggingface.folder import (
-    Head,
-    inferred_problem_type,
-    is_unnamed,
-    read_model,
-    save_model,
-    start_params,
-)
+from tinybert_jax.huggingface.folder import read_model, save_model, start_params
+from tinybert_jax.huggingface.head import Head, inferred_problem_type, is_unnamed
 from tinybert_jax.huggingface.hub import load_tokenizer
 from tinybert_jax.models.heads import (
     Model,

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from tinybert_jax.config.models import Student
 from tinybert_jax.config.run import StagePlan
-from tinybert_jax.huggingface.folder import Head, save_model, start_params
+from tinybert_jax.huggingface.folder import save_model, start_params
+from tinybert_jax.huggingface.head import Head
 from tinybert_jax.models.heads import make_encoder
 from tinybert_jax.models.params import Params
 from tinybert_jax.objectives.alignment import (

@@ -12,16 +12,18 @@ from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import FINETUNE, PRETRAIN, StageSection
 from tinybert_jax.data.wordpiece import is_continuation
 from tinybert_jax.huggingface.families import format_of
-from tinybert_jax.huggingface.folder import check_start, is_unnamed, read_model
+from tinybert_jax.huggingface.folder import check_start, read_model
+from tinybert_jax.huggingface.head import is_unnamed
 from tinybert_jax.huggingface.hub import check_same_pieces, check_table
 from tinybert_jax.models.attention import missing_device
 from tinybert_jax.models.families import DEFAULT
 from tinybert_jax.models.heads import Model, make_encoder, make_masked_lm
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.runs.inputs import naming
-from tinybert_jax.runs.run import Run, make_task_model
+from tinybert_jax.runs.run import Run, RunTask, make_task_model
 from tinybert_jax.settings.layer_maps import make_layer_pairs
 from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.tasks.table import task_of
 from tinybert_jax.terms.table import reads_of
 from tinybert_jax.terms.term import Reads
 from tinybert_jax.training.optimizer import make_schedule
@@ -227,13 +229,20 @@ def check_further_teachers(run: Run) -> None:
         with naming(own.origin):
             check_same_pieces(run.tokenizer, path, "teacher")
             _check_model(run, plan, "teacher", own.sizes)
-            check_labels(path, run.the_task.data.label_names)
+            check_answers(path, run.the_task)
             check_start(path, make_task_model(run, own.sizes).init, whole=True)
 
 
-def check_labels(path: str | Path, label_names: Sequence[str] | None) -> None:
-    """Refuses a teacher whose labels, or their order, are not the task's."""
-    theirs = read_model(path).label_names
+def check_answers(path: str | Path, task: RunTask) -> None:
+    """Refuses a teacher of another kind of task, or whose labels, or their order, are not its."""
+    model, label_names = read_model(path), task.data.label_names
+    kind = task_of(model).kind if model.head else task.kind.kind
+    if kind != task.kind.kind:
+        raise ValueError(
+            f"teacher: expected one of the task's kind, {task.kind.kind}, got {path}, whose head "
+            f"is for {kind}; fine-tune it on this task first (finetune section)"
+        )
+    theirs = model.label_names
     if label_names is None or theirs is None or is_unnamed(theirs):
         if label_names is not None and theirs is not None and len(theirs) != len(label_names):
             raise ValueError(

@@ -161,7 +161,7 @@ def _check(run: Run, plans: Sequence[StagePlan]) -> None:
         if run.heldout and any(not p.stage.distils and p.stage.reads_corpus for p in plans):
             corpus_checks.check_corpus(run.tokenizer, run.heldout, "corpus.heldout_share")
     if _learns_now(run, [plan.stage for plan in plans]):
-        checks.check_labels(run.task_teacher, run.the_task.data.label_names)
+        checks.check_answers(run.task_teacher, run.the_task)
     if any(plan.keeps_logits for plan in plans):
         checks.check_further_teachers(run)
     checks.check_weights(run, plans)
@@ -183,6 +183,7 @@ def _keep_tokenizer(folder: Path, tokenizer: Any) -> None:
 
 
 def _write_identity(folder: Path, config: RunConfig, mesh: Mesh) -> None:
+    earlier = _earlier_environments(folder / "env.json")
     partial = folder / ".config-partial"
     partial.write_text(config_files.dump(config), encoding="utf-8")
     partial.rename(folder / "config.yaml")
@@ -196,8 +197,8 @@ def _write_identity(folder: Path, config: RunConfig, mesh: Mesh) -> None:
         "num_devices": jax.device_count(),
         "mesh": " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
         "git_commit": _git_commit(),
+        "earlier": earlier,
     }
-    environment["earlier"] = _earlier_environments(folder / "env.json")
     partial = folder / ".env-partial"
     partial.write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
     partial.rename(folder / "env.json")
@@ -209,12 +210,14 @@ def _earlier_environments(file: Path) -> list[dict[str, Any]]:
         return []
     try:
         last = json.loads(file.read_text(encoding="utf-8"))
-        return [*last.pop("earlier", []), last]
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
+        last = error
+    if not isinstance(last, dict):
         raise ValueError(
-            f"{file}: expected the JSON object that an earlier process wrote, got {error}; remove "
+            f"{file}: expected the JSON object that an earlier process wrote, got {last}; remove "
             "the file: only the record of earlier machines is lost"
-        ) from None
+        )
+    return [*last.pop("earlier", []), last]
 
 
 def _own_version() -> str:

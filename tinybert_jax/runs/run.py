@@ -14,7 +14,8 @@ from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import FINETUNE, PRETRAIN, StageSection
 from tinybert_jax.data.splits import TaskData
-from tinybert_jax.huggingface.folder import Head, start_params
+from tinybert_jax.huggingface.folder import start_params
+from tinybert_jax.huggingface.head import Head
 from tinybert_jax.inference.scorer import Judge, Scorer, make_scorer
 from tinybert_jax.models.heads import Model
 from tinybert_jax.models.params import Apply, Params, frozen_params

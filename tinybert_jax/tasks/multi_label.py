@@ -43,7 +43,7 @@ def read(path: str, section: MultiLabelTask, how: Reading) -> Examples:
     if not how.is_labelled:
         return Examples(texts, pairs, None, None)
     if section.label_columns:
-        names = tuple(label_names or section.label_columns)
+        names = tuple(how.label_names or section.label_columns)
         if set(names) != set(section.label_columns):
             expected = f"label_columns for the labels {', '.join(map(repr, names))}"
             got = ", ".join(map(repr, section.label_columns))

@@ -13,11 +13,7 @@ TASKS: dict[str, Task] = {
 
 
 def task_of(model: HfModel) -> Task:
-    """The task that the head of a folder was trained for; raises ValueError where there is none.
-
-    A folder without a problem type has what transformers infers: numbers for one output of a
-    sequence, else one class.
-    """
+    """The task that the head of a folder was trained for; raises ValueError where there is none."""
     if model.head is None:
         raise ValueError(
             f"{model.folder}: expected a model with a head for a task, found none; fine-tune it "
@@ -35,10 +31,8 @@ def task_of(model: HfModel) -> Task:
 
 def _problem_type(model: HfModel) -> str | None:
     assert model.head is not None
-    kind, told, num_outputs = model.head.kind, model.head.problem_type, len(model.head.label_names)
-    if kind != CLASSIFICATION.hf_head:
+    if model.head.kind != CLASSIFICATION.hf_head:
         return None
-    if told == REGRESSION.problem_type and num_outputs > 1:
-        return "several numbers"
-    inferred = REGRESSION if num_outputs == 1 else CLASSIFICATION
-    return told or inferred.problem_type
+    told = model.head.problem_type
+    is_several = told == REGRESSION.problem_type and len(model.head.label_names) > 1
+    return "several numbers" if is_several else told

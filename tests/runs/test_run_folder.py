@@ -1,0 +1,56 @@
+"""What a run folder tells of the run: its config, and every process that worked on it."""
+
+import json
+
+import pytest
+import yaml
+
+from tinybert_jax.config import load as config_files
+from tinybert_jax.runs.preflight import open_run
+
+
+def _open(world):
+    """Opens the run once, as a process does, and returns what env.json tells then."""
+    settings = config_files.load(world.config("finetune"))
+    with open_run(settings, settings.stages):
+        pass
+    return json.loads((world.run_dir / "env.json").read_text())
+
+
+def test_the_environment_of_every_process_is_kept(world):
+    opened = [_open(world) for _ in range(3)]
+    assert [len(own["earlier"]) for own in opened] == [0, 1, 2]
+    for own in opened:
+        assert {"started", "jax", "python", "device", "num_devices", "git_commit"} <= own.keys()
+    for number, own in enumerate(opened[2]["earlier"]):  # oldest first, none inside another
+        assert own == {name: v for name, v in opened[number].items() if name != "earlier"}
+
+
+def test_the_environment_that_an_older_version_wrote_is_kept_too(world):
+    first = _open(world)
+    del first["earlier"]
+    (world.run_dir / "env.json").write_text(json.dumps(first))
+    assert _open(world)["earlier"] == [first]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "3"])
+def test_an_environment_that_cannot_be_read_is_refused(world, content):
+    _open(world)
+    (world.run_dir / "env.json").write_text(content)
+    path = world.config("finetune")
+    world.fails("run", path, naming=("env.json", "expected the JSON object", "remove the file"))
+    assert (world.run_dir / "env.json").read_text() == content
+
+
+def test_a_run_goes_on_with_the_config_of_an_older_version(world):
+    """As version 0.1 wrote it: with `regression` and without `kind`."""
+    _open(world)
+    tree = yaml.safe_load((world.run_dir / "config.yaml").read_text())
+    assert tree["task"].pop("kind") == "classification"
+    tree["task"]["regression"] = False
+    (world.run_dir / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    assert len(_open(world)["earlier"]) == 1
+    tree["task"]["regression"] = True
+    (world.run_dir / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    named = ("run_dir", "task.kind: 'regression' there, 'classification' here")
+    world.fails("run", world.config("finetune"), naming=named)
