@@ -124,7 +124,7 @@ def ours(
     from tinybert_jax.config.objectives import DistillSection
     from tinybert_jax.huggingface.folder import read_model, start_params
     from tinybert_jax.models.heads import make_encoder
-    from tinybert_jax.models.params import frozen_params, layers_apart
+    from tinybert_jax.models.params import frozen_params, unstack_layers
     from tinybert_jax.objectives.distillation import Options, Role, make_distill
 
     teacher_dtype = teacher_dtype or product_dtype
@@ -148,7 +148,7 @@ def ours(
         DistillSection().terms("intermediate"),
         Options(normalisation="valid_only" if is_packed else "paper_code"),
     )
-    start = layers_apart({"student": params, "projection": projection})
+    start = unstack_layers({"student": params, "projection": projection})
     batch_at = batches(folder, width, is_packed)
     if not is_packed and product_dtype is None:
         first = batch_at(0)

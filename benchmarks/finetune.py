@@ -66,7 +66,7 @@ def ours(path: Path, num_steps: int, product_dtype: str | None) -> sides.Round:
     from tinybert_jax.batches.packing import packed_epochs
     from tinybert_jax.huggingface.folder import read_model, start_params
     from tinybert_jax.models.heads import make_classifier
-    from tinybert_jax.models.params import layers_apart
+    from tinybert_jax.models.params import unstack_layers
     from tinybert_jax.objectives.supervised import make_supervised
 
     teacher = os.environ["TEACHER"]
@@ -75,7 +75,7 @@ def ours(path: Path, num_steps: int, product_dtype: str | None) -> sides.Round:
     apply, init = make_classifier(config, 2, unroll=True, product_dtype=product_dtype)
     return sides.train_rounds(
         make_supervised(apply),
-        layers_apart(start_params(teacher, init, jax.random.key(0))),
+        unstack_layers(start_params(teacher, init, jax.random.key(0))),
         loader.planned_batches(rows, epochs, pad_token_id=config.pad_token_id),
         num_steps=num_steps,
     )

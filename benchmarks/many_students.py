@@ -59,11 +59,11 @@ def students(
     from tinybert_jax.config.models import SOLE
     from tinybert_jax.config.objectives import DistillSection
     from tinybert_jax.models.heads import make_encoder
-    from tinybert_jax.models.params import frozen_params, layers_apart
+    from tinybert_jax.models.params import frozen_params, unstack_layers
     from tinybert_jax.objectives.alignment import init_projection
     from tinybert_jax.objectives.distillation import Role, make_distill
     from tinybert_jax.settings.sizes import PRESETS, ModelConfig
-    from tinybert_jax.training.members import join_objectives, joined
+    from tinybert_jax.training.members import join_objectives, merge_members
 
     teacher = ModelConfig(**PRESETS["bert-base"])
     teacher_apply, teacher_init = make_encoder(teacher, unroll=True)
@@ -81,7 +81,7 @@ def students(
 
         def start(key, init=init, sizes=sizes):
             projection = init_projection(key, sizes.hidden_size, teacher.hidden_size, 1)
-            return layers_apart({"student": init(key), "projection": projection})
+            return unstack_layers({"student": init(key), "projection": projection})
 
         every = [start(key) for key in keys]
         params[member] = (
@@ -91,7 +91,7 @@ def students(
     epochs = packed_epochs(rows.lengths, width=WIDTH, global_batch_size=num_examples, seed=(0,))
     run = sides.train_rounds(
         join_objectives(objectives),
-        joined(params),
+        merge_members(params),
         loader.planned_batches(rows, epochs, pad_token_id=0),
         num_steps=num_steps,
         frozen=frozen_params(teacher_init(jax.random.key(0)), dtype=jnp.float32, unroll=True),

@@ -264,7 +264,7 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
     import jax
     import jax.numpy as jnp
 
-    from tinybert_jax.models.params import layers_apart
+    from tinybert_jax.models.params import unstack_layers
     from tinybert_jax.settings.sizes import ModelConfig
 
     device = _jax_device(settings.tiny)
@@ -314,7 +314,7 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
     batches = [_batch(ids) for ids in token_ids(work)]
     run = sides.train_rounds(
         objective,
-        layers_apart(params) if settings.unrolled else params,
+        unstack_layers(params) if settings.unrolled else params,
         lambda step: batches[step % NUM_BATCHES],
         num_steps=settings.num_steps,
         frozen=frozen,

@@ -81,7 +81,7 @@ def ours(path: Path, num_steps: int, batch_size: int, product_dtype: str | None)
     from tinybert_jax.batches.bucketing import bucketed_epochs
     from tinybert_jax.huggingface.hub import load_tokenizer
     from tinybert_jax.models.heads import make_masked_lm
-    from tinybert_jax.models.params import layers_apart
+    from tinybert_jax.models.params import unstack_layers
     from tinybert_jax.objectives.masked_lm import make_mlm
     from tinybert_jax.settings.sizes import ModelConfig
 
@@ -101,7 +101,7 @@ def ours(path: Path, num_steps: int, batch_size: int, product_dtype: str | None)
     )
     return sides.train_rounds(
         objective,
-        layers_apart(init(jax.random.key(0))),
+        unstack_layers(init(jax.random.key(0))),
         loader.planned_batches(rows, epochs, pad_token_id=tokenizer.pad_token_id),
         num_steps=num_steps,
     )

@@ -19,7 +19,7 @@ from reference import (
     value_and_grads,
 )
 
-from tinybert_jax.losses.attention import attention_mse, builds_maps, regroup, score_mse
+from tinybert_jax.losses.attention import attention_mse, builds_score_maps, regroup, score_mse
 from tinybert_jax.losses.relations import relation_kl
 from tinybert_jax.models.attention import attention_scores
 
@@ -147,8 +147,10 @@ def test_attention_mse_builds_no_score_map(teacher_head_dim):
 
     jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(student, student, teacher, teacher)
 
-    assert not builds_maps(seq, 4, teacher_head_dim, packed=False)
-    assert builds_maps(seq, 20, 17, packed=False) and builds_maps(seq, 4, 4, packed=True)
+    assert not builds_score_maps(seq, 4, teacher_head_dim, packed=False)
+    assert builds_score_maps(seq, 20, 17, packed=False) and builds_score_maps(
+        seq, 4, 4, packed=True
+    )
     assert f"{seq}," in str(jaxpr)
     assert f"{seq},{seq}" not in str(jaxpr)
 

@@ -13,7 +13,7 @@ from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.models.encoder import Encoder
 from tinybert_jax.models.heads import is_few, make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.models.inputs import Text
-from tinybert_jax.models.params import frozen_params, layers_apart, layers_joined
+from tinybert_jax.models.params import frozen_params, restack_layers, unstack_layers
 from tinybert_jax.objectives.alignment import init_projection
 from tinybert_jax.objectives.distillation import Role, make_distill
 from tinybert_jax.objectives.objective import count_units
@@ -237,7 +237,7 @@ def test_an_unrolled_model_that_is_trained_with_its_layers_apart_copies_none():
     apply, init = make_classifier(SIZES.model_copy(update=wide), 3, unroll=True)
     params = init(jax.random.key(0))
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params["encoder"]["layers"]))
-    jax.tree.map(np.testing.assert_array_equal, layers_joined(layers_apart(params)), params)
+    jax.tree.map(np.testing.assert_array_equal, restack_layers(unstack_layers(params)), params)
 
     def step(params):  # as a train step: the gradients go straight into new parameters
         def loss(params):
@@ -247,7 +247,7 @@ def test_an_unrolled_model_that_is_trained_with_its_layers_apart_copies_none():
 
     sizes = [
         jax.jit(step, donate_argnums=0).lower(own).compile().memory_analysis().temp_size_in_bytes
-        for own in (params, layers_apart(params))
+        for own in (params, unstack_layers(params))
     ]
     assert sizes[1] < sizes[0] - num_bytes / 2  # neither copies of layers nor a stacked gradient
 

@@ -10,7 +10,7 @@ from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.models.inputs import Text
-from tinybert_jax.models.params import layers_apart
+from tinybert_jax.models.params import unstack_layers
 from tinybert_jax.objectives.supervised import make_supervised
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
@@ -48,7 +48,7 @@ def test_tensor_splits_the_columns_of_inward_and_the_rows_of_outward_kernels(nam
     mesh = make_mesh(MeshSection(fsdp=2, tensor=2))
     params = jax.eval_shape(make_classifier(SIZES, 3).init, jax.random.key(0))
     if is_apart:
-        params = jax.eval_shape(layers_apart, params)
+        params = jax.eval_shape(unstack_layers, params)
     layers = sharding.param_specs(params, mesh)["encoder"]["layers"]
     for layer in layers if is_apart else [layers]:
         assert tuple(_node(layer, name)["kernel"]) == (None, *KERNEL_DIMS[name])

@@ -366,5 +366,5 @@ def test_activations_are_near_those_of_the_compiled_program(inputs, tmp_path, mo
     np.testing.assert_allclose(estimate, each, rtol=0.25)
     three = run._replace(plans={"baseline": run.plans["baseline"]._replace(seeds=(0, 1, 2))})
     assert _price(three, "baseline").activation_bytes == estimate  # one seed at a time, on a CPU
-    monkeypatch.setattr(runs_estimate, "takes_turns", lambda mesh: False)
+    monkeypatch.setattr(runs_estimate, "runs_seeds_sequentially", lambda mesh: False)
     assert _price(three, "baseline").activation_bytes == 3 * estimate

@@ -13,7 +13,7 @@ from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.models.inputs import Text
-from tinybert_jax.models.params import layers_apart, layers_joined
+from tinybert_jax.models.params import restack_layers, unstack_layers
 from tinybert_jax.objectives import masking
 from tinybert_jax.objectives.alignment import init_projection
 from tinybert_jax.objectives.distillation import Options, Role, make_distill
@@ -67,7 +67,7 @@ def _stage(kind, normalisation="valid_only"):
     """(objective, params, frozen) of a small stage without dropout; `kind` may end in `_apart`."""
     if kind == "supervised_apart":  # as run_stage does with compute.unroll_layers
         apply, init = make_classifier(STUDENT.model_copy(update=DRY), 3, unroll=True)
-        params = layers_apart(jax.jit(init)(jax.random.key(0)))
+        params = unstack_layers(jax.jit(init)(jax.random.key(0)))
         return make_supervised(apply, label_smoothing=0.1), params, ()
     key = jax.random.key(0)
     student = STUDENT.model_copy(update=DRY)
@@ -216,7 +216,7 @@ def test_students_side_by_side_equal_each_alone(kind, accumulation, in_turn, mon
     The gradient of one is clipped.
     Adam turns the rounding noise of gradients that are 0, those of key biases, into steps of 1e-5.
     """
-    monkeypatch.setattr("tinybert_jax.training.step.takes_turns", lambda mesh: in_turn)
+    monkeypatch.setattr("tinybert_jax.training.step.runs_seeds_sequentially", lambda mesh: in_turn)
     objective, params, frozen = _stage(kind)
     starts = [params, jax.tree.map(lambda leaf: 1.5 * leaf, params)]
     keys = [jax.random.key(3), jax.random.key(4)]
@@ -261,7 +261,7 @@ def test_layers_apart_train_as_their_stack():
     apart, _ = _run("supervised_apart", _mesh(1))
     assert isinstance(apart["encoder"]["layers"], tuple)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), layers_joined(apart), stacked
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), restack_layers(apart), stacked
     )
 
 

@@ -2,7 +2,7 @@
 
 fp32, mask and `total / number of valid units` as in `losses.pointwise`. A score map is
 QKᵀ/√head_dim, [seq, seq] per head. No loss keeps a map for its gradient, except `attention_mse`
-where maps are cheaper (`builds_maps`) and `score_mse`, whose maps already exist (`reads_scores`).
+where maps are cheaper (`builds_score_maps`) and `score_mse`, whose maps already exist (`reads_attention_scores`).
 """
 
 import functools
@@ -14,7 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 from tinybert_jax.losses.pointwise import Normalisation, divide_by_count, unknown_normalisation
 
 
-def builds_maps(seq: int, student_head_dim: int, teacher_head_dim: int, *, packed: bool) -> bool:
+def builds_score_maps(
+    seq: int, student_head_dim: int, teacher_head_dim: int, *, packed: bool
+) -> bool:
     """Whether `attention_mse` builds score maps instead of Gram matrices.
 
     Maps cost less for short rows, as measured on a CPU with 12 heads of (student, teacher) head
@@ -38,7 +40,7 @@ def attention_mse(
     """MSE between the score maps of a student layer and a teacher layer (unit: pair).
 
     An integer mask holds the segment ids of packed rows (0: padding): pairs within a segment count,
-    and `normalisation` must be "valid_only". `maps`: whether to build the maps; None: `builds_maps`
+    and `normalisation` must be "valid_only". `maps`: whether to build the maps; None: `builds_score_maps`
     decides.
 
     "valid_only" leaves padded rows and columns out and averages over valid pairs and heads;
@@ -70,7 +72,7 @@ def attention_mse(
         factors = s_query * student_dim**-0.5, s_key, t_query * -(teacher_dim**-0.5), t_key
     precision = _product_precision(student_query, student_key, teacher_query, teacher_key)
     if maps is None:
-        maps = builds_maps(mask.shape[1], student_dim, teacher_dim, packed=is_packed)
+        maps = builds_score_maps(mask.shape[1], student_dim, teacher_dim, packed=is_packed)
     if maps:
         is_pair = _same_segment(mask) if is_packed else None
         total = _squared_norm_by_map(precision, *factors, is_pair)
@@ -80,7 +82,9 @@ def attention_mse(
     return divide_by_count(total / student_query.shape[2], num_valid, count)
 
 
-def reads_scores(seq: int, student_head_dim: int, teacher_head_dim: int, *, packed: bool) -> bool:
+def reads_attention_scores(
+    seq: int, student_head_dim: int, teacher_head_dim: int, *, packed: bool
+) -> bool:
     """Whether `score_mse` of the maps that both models' attention builds replaces `attention_mse`.
 
     As measured on a CPU with head dims (16, 32), reading the maps takes a tenth of a step less than

@@ -21,7 +21,7 @@ from tinybert_jax.models.families import family_of, make_family_encoder
 from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.linear import dense, is_int8, make_linear
 from tinybert_jax.models.norm import layer_norm, make_layer_norm
-from tinybert_jax.models.params import Apply, Params, layers_joined
+from tinybert_jax.models.params import Apply, Params, restack_layers
 from tinybert_jax.settings.sizes import ModelConfig
 
 
@@ -220,6 +220,6 @@ def _functional(build: Callable[..., nnx.Module], options: dict[str, Any]) -> Mo
         return nnx.to_pure_dict(nnx.state(build(rngs=nnx.Rngs(key), **started), nnx.Param))
 
     def apply(params: Params, *args, **kwargs):
-        return nnx.merge(graphdef, layers_joined(params))(*args, **kwargs)
+        return nnx.merge(graphdef, restack_layers(params))(*args, **kwargs)
 
     return Model(apply, init_params)

@@ -59,13 +59,13 @@ def frozen_params(
 ) -> Params:
     """Those of a model that is not trained, as its passes read them: the same bits but for int8.
 
-    Kernels are rounded once (`rounded_kernels`); layers that are unrolled are `layers_apart`.
+    Kernels are rounded once (`rounded_kernels`); layers that are unrolled are `unstack_layers`.
     """
     rounded = rounded_kernels(params, dtype=dtype, product_dtype=product_dtype)
-    return layers_apart(rounded) if unroll else rounded
+    return unstack_layers(rounded) if unroll else rounded
 
 
-def layers_apart(params: Params) -> Params:
+def unstack_layers(params: Params) -> Params:
     """Parameters with a tuple of layers, each a stack of one, instead of a stack of all.
 
     Of one model, or of a dict that holds one, such as {student, projection}. `apply` takes both
@@ -82,8 +82,8 @@ def layers_apart(params: Params) -> Params:
     return _with_layers(params, apart)
 
 
-def layers_joined(params: Params) -> Params:
-    """The inverse of `layers_apart`; in a program XLA takes the parts where they are.
+def restack_layers(params: Params) -> Params:
+    """The inverse of `unstack_layers`; in a program XLA takes the parts where they are.
 
     Of arrays of NumPy it makes arrays of NumPy.
     """

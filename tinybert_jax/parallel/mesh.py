@@ -32,7 +32,7 @@ def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mes
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def takes_turns(mesh: Mesh) -> bool:
+def runs_seeds_sequentially(mesh: Mesh) -> bool:
     """Whether the seeds of a model run one after another instead of under `vmap`: on CPUs.
 
     On a CPU one product with a seed axis is slower than one product per seed: a sequential step of

@@ -22,7 +22,7 @@ def keep_freed_memory() -> None:
         _call_glibc("mallopt", option, value)
 
 
-def give_back_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Returns free memory to the kernel (malloc_trim); an occasional call costs about one step.
 
     Small blocks settle in the memory that a step's scratch has freed, so that the next scratch

@@ -18,7 +18,7 @@ from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import StageSection
 from tinybert_jax.models.heads import make_masked_lm
 from tinybert_jax.objectives.objective import encoder_inputs
-from tinybert_jax.parallel.mesh import num_batch_shards, takes_turns
+from tinybert_jax.parallel.mesh import num_batch_shards, runs_seeds_sequentially
 from tinybert_jax.performance import flops as model_flops
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
 from tinybert_jax.report.tables import si
@@ -249,7 +249,7 @@ def _activation_bytes(
         itemsize = frozen_options(run.compute)["dtype"].itemsize
         num_taps, num_pairs = _num_taps(run, work, batch)
         theirs = itemsize * values * num_taps + _FP32 * num_rows * num_pairs
-    num_at_a_time = 1 if takes_turns(run.mesh) else work.num_seeds
+    num_at_a_time = 1 if runs_seeds_sequentially(run.mesh) else work.num_seeds
     return num_at_a_time * students + theirs
 
 

@@ -17,7 +17,7 @@ from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import StageSection
 from tinybert_jax.inference.scorer import Judge
-from tinybert_jax.models.params import layers_apart, layers_joined, sha256
+from tinybert_jax.models.params import restack_layers, sha256, unstack_layers
 from tinybert_jax.objectives.objective import Objective
 from tinybert_jax.parallel import sharding
 from tinybert_jax.performance import trace
@@ -25,7 +25,12 @@ from tinybert_jax.runs.run import Run
 from tinybert_jax.runs.stage_batches import Feed
 from tinybert_jax.training import checkpoint, loop
 from tinybert_jax.training.early_stopping import compare_with_best
-from tinybert_jax.training.members import join_objectives, join_optimizer, joined, parted
+from tinybert_jax.training.members import (
+    join_objectives,
+    join_optimizer,
+    merge_members,
+    split_members,
+)
 from tinybert_jax.training.optimizer import make_optimizer, make_schedule
 from tinybert_jax.training.step import (
     TrainState,
@@ -132,7 +137,7 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
     if training.score:
         chosen = _restore_best(run, training, folder / "best", target.params, progress)
     models = _models(jax.device_get(chosen), training.members, state.key)
-    return {name: [layers_joined(own) for own in models[name]] for name in models}
+    return {name: [restack_layers(own) for own in models[name]] for name in models}
 
 
 def _step(
@@ -163,7 +168,7 @@ def _models(params: Any, names: Iterable[str], key: jax.Array) -> dict[str, list
             return [own]
         return [jax.tree.map(lambda leaf: leaf[i], own) for i in range(len(key))]  # noqa: B023
 
-    return {name: models(own) for name, own in parted(params, names).items()}
+    return {name: models(own) for name, own in split_members(params, names).items()}
 
 
 def _open_state(
@@ -202,10 +207,10 @@ def _start(run: Run, training: Training) -> tuple[Any, jax.Array]:
 
     def start(member: Member, key: jax.Array, i: int) -> Any:
         params = member.init_params(key, i)
-        return layers_apart(params) if run.compute.unroll_layers else params
+        return unstack_layers(params) if run.compute.unroll_layers else params
 
     starts = [
-        joined({name: start(own, key, i) for name, own in training.members.items()})
+        merge_members({name: start(own, key, i) for name, own in training.members.items()})
         for i, (key, _) in enumerate(keys)
     ]
     if len(seeds) == 1:
@@ -216,7 +221,7 @@ def _start(run: Run, training: Training) -> tuple[Any, jax.Array]:
 
 def _restore_best(run: Run, training: Training, folder: Path, target: Any, progress: dict) -> Any:
     best = _best(training.name, folder, target, progress)
-    by_name = parted(progress["best_scores"], training.members)
+    by_name = split_members(progress["best_scores"], training.members)
     shown = "; ".join(
         f"{name} {', '.join(f'{score:.4f}' for score in own)}".lstrip()
         for name, own in by_name.items()
@@ -295,7 +300,8 @@ class _Judge:
         """
         names = ("best_scores", "evals_since_best")
         known = [
-            parted(self.progress[name], scores) if name in self.progress else None for name in names
+            split_members(self.progress[name], scores) if name in self.progress else None
+            for name in names
         ]
         standing = compare_with_best(scores, *known, self.training.section.patience)
         flags = standing.is_better
@@ -304,7 +310,7 @@ class _Judge:
             kept = state.evaluated if is_all else self._merged(state, flags)
             checkpoint.save(self.folder / "best", step, kept, {}, keep=3)
             self.progress["best_step"] = step
-        self.progress |= {name: joined(getattr(standing, name)) for name in names}
+        self.progress |= {name: merge_members(getattr(standing, name)) for name in names}
         if standing.is_over:
             self.progress["stopped"] = True
         return bool(self.progress.get("stopped"))
@@ -316,12 +322,12 @@ class _Judge:
             state.evaluated,
         )
         kept = _best(self.training.name, self.folder / "best", target, self.progress)
-        new, old = (parted(params, is_better) for params in (state.evaluated, kept))
+        new, old = (split_members(params, is_better) for params in (state.evaluated, kept))
 
         def choose(flags: np.ndarray, new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(jnp.expand_dims(flags, range(1, new.ndim)), new, old)
 
-        return joined(
+        return merge_members(
             {
                 name: jax.tree.map(functools.partial(choose, flags), new[name], old[name])
                 for name, flags in is_better.items()

@@ -76,7 +76,7 @@ class AttentionTerm(LayerTerm):
         """
         import jax.numpy as jnp
 
-        from tinybert_jax.losses.attention import reads_scores
+        from tinybert_jax.losses.attention import reads_attention_scores
 
         kept = []
         for model, layer in ((c.student.encoder, ours), (c.teacher.encoder, theirs)):
@@ -86,7 +86,9 @@ class AttentionTerm(LayerTerm):
             kept.append((scores[layer - 1], queries.shape[-1]))
         (student, student_dim), (teacher, teacher_dim) = kept
         mask = c.batch.attention_mask
-        reads = reads_scores(mask.shape[1], student_dim, teacher_dim, packed=mask.dtype != bool)
+        reads = reads_attention_scores(
+            mask.shape[1], student_dim, teacher_dim, packed=mask.dtype != bool
+        )
         return (student, teacher) if reads and self.keeps_heads else None
 
     def check_fit(self, student: ModelConfig, teacher: ModelConfig) -> None:
@@ -117,10 +119,10 @@ class AttentionTerm(LayerTerm):
         return [Tap(kind, theirs) for kind in kinds for _, theirs in pairs]
 
     def num_map_entries(self, student: ModelConfig, teacher: ModelConfig, row: Row) -> int:
-        from tinybert_jax.losses.attention import builds_maps
+        from tinybert_jax.losses.attention import builds_score_maps
 
         dims = (m.hidden_size // (self.heads or m.num_attention_heads) for m in (student, teacher))
-        if not builds_maps(row.width, *dims, packed=row.is_packed) and not self.reads_maps(
+        if not builds_score_maps(row.width, *dims, packed=row.is_packed) and not self.reads_maps(
             student, teacher, row
         ):
             return 0
@@ -130,8 +132,8 @@ class AttentionTerm(LayerTerm):
 
     def reads_maps(self, student: ModelConfig, teacher: ModelConfig, row: Row) -> bool:
         """Whether the loss reads the maps that both models' attention builds, on a CPU."""
-        from tinybert_jax.losses.attention import reads_scores
+        from tinybert_jax.losses.attention import reads_attention_scores
 
         dims = (m.hidden_size // m.num_attention_heads for m in (student, teacher))
         can_read = row.keeps_maps and self.keeps_heads
-        return can_read and reads_scores(row.width, *dims, packed=row.is_packed)
+        return can_read and reads_attention_scores(row.width, *dims, packed=row.is_packed)

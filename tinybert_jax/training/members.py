@@ -15,14 +15,14 @@ from tinybert_jax.config.models import SOLE
 from tinybert_jax.objectives.objective import Objective
 
 
-def joined(by_name: Mapping[str, Any]) -> Any:
+def merge_members(by_name: Mapping[str, Any]) -> Any:
     """What belongs to each member as one tree."""
     assert SOLE not in by_name or len(by_name) == 1
     return by_name[SOLE] if SOLE in by_name else dict(by_name)
 
 
-def parted(tree: Any, names: Iterable[str]) -> dict[str, Any]:
-    """What belongs to each member, by name: the inverse of `joined`."""
+def split_members(tree: Any, names: Iterable[str]) -> dict[str, Any]:
+    """What belongs to each member, by name: the inverse of `merge_members`."""
     return {name: tree if name == SOLE else tree[name] for name in names}
 
 

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.objectives.objective import Objective
 from tinybert_jax.parallel import sharding
-from tinybert_jax.parallel.mesh import takes_turns
-from tinybert_jax.training.members import parted
+from tinybert_jax.parallel.mesh import runs_seeds_sequentially
+from tinybert_jax.training.members import split_members
 
 Metrics = dict[str, jax.Array]
 
@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
 
     Several students that learn side by side, each from a seed of its own, have one more axis, the
     first, in all fields but `step`. A family's `params`, `opt_state` and `average` are by member.
-    Layers that are unrolled are apart (`heads.layers_apart`).
+    Layers that are unrolled are apart (`heads.unstack_layers`).
     """
 
     step: jax.Array  # int32 []
@@ -177,7 +177,7 @@ def _make_gradients(objective: Objective, num_parts: int, mesh: Mesh) -> Callabl
                 params, key = student
                 return differentiate(params, batch, counts, key, targets)
 
-            each = _for_each(one, state.key, in_turn=takes_turns(mesh))
+            each = _for_each(one, state.key, in_turn=runs_seeds_sequentially(mesh))
             return each((state.params, keys))
 
         if num_parts == 1:
@@ -200,7 +200,7 @@ def _make_update(optimizer: optax.GradientTransformation, members: Sequence[str]
 
     def update(grads, opt_state, params):
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        norms = [optax.tree.norm(own) for own in parted(grads, members).values()]
+        norms = [optax.tree.norm(own) for own in split_members(grads, members).values()]
         return optax.apply_updates(params, updates), opt_state, jnp.stack(norms)
 
     return update

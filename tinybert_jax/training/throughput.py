@@ -66,7 +66,7 @@ class Meter:
         self.last_step, self.pause, self.num_untimed = step, 0.0, 0
         self.start = time.perf_counter()
         if self.start - self.last_trim > _TRIM_SECONDS:
-            host.give_back_freed_memory()
+            host.return_freed_memory()
             self.last_trim = self.start
         self.pending.clear()
 
