@@ -23,7 +23,7 @@ from tinybert_jax.data.splits import TaskData, corpus_documents, read_task, spli
 from tinybert_jax.data.wordpiece import train_wordpiece
 from tinybert_jax.huggingface.folder import read_model
 from tinybert_jax.huggingface.hub import find_folder, load_tokenizer
-from tinybert_jax.models.families import family_of
+from tinybert_jax.models.families import DEFAULT, family_of
 from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.tasks.table import TASKS
 from tinybert_jax.tokens.store import Store, open_store
@@ -161,6 +161,8 @@ def _student_sizes(name: str, section: StudentSection, teacher: ModelConfig) -> 
 
 
 def _sized(fields: dict[str, Any], origin: str) -> ModelConfig:
+    if fields.get("model_type") == DEFAULT:
+        fields = {**fields, "model_type": None}  # as in sizes that are read from a folder
     try:
         return ModelConfig(**fields)
     except ValidationError as error:

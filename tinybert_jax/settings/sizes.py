@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from tinybert_jax.settings.section import Positive, PositiveInt, Probability, Section
 
@@ -54,12 +54,6 @@ class ModelConfig(Section):
     classifier_dropout: Probability | None = None  # of a task's head; None: hidden_dropout_prob
     initializer_range: Positive = 0.02
     pad_token_id: Annotated[int, Field(ge=0)] = 0
-
-    @field_validator("model_type")
-    @classmethod
-    def _one_name_for_bert(cls, model_type: str | None) -> str | None:
-        """So that sizes from a run's config equal those that are read from its folder."""
-        return None if model_type == "bert" else model_type
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ModelConfig":
