@@ -2,7 +2,8 @@
 
 fp32, mask and `total / number of valid units` as in `losses.pointwise`. A score map is
 QKᵀ/√head_dim, [seq, seq] per head. No loss keeps a map for its gradient, except `attention_mse`
-where maps are cheaper (`builds_score_maps`) and `score_mse`, whose maps already exist (`reads_attention_scores`).
+where maps are cheaper (`builds_score_maps`) and `score_mse`, whose maps already exist
+(`reads_attention_scores`).
 """
 
 import functools
@@ -40,8 +41,8 @@ def attention_mse(
     """MSE between the score maps of a student layer and a teacher layer (unit: pair).
 
     An integer mask holds the segment ids of packed rows (0: padding): pairs within a segment count,
-    and `normalisation` must be "valid_only". `maps`: whether to build the maps; None: `builds_score_maps`
-    decides.
+    and `normalisation` must be "valid_only". `maps`: whether to build the maps; None:
+    `builds_score_maps` decides.
 
     "valid_only" leaves padded rows and columns out and averages over valid pairs and heads;
     "paper_code" zeroes padded key columns, keeps padded query rows and averages over (batch, heads,
