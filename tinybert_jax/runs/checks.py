@@ -18,6 +18,7 @@ from tinybert_jax.huggingface.hub import check_same_pieces, check_table
 from tinybert_jax.models.attention import missing_device
 from tinybert_jax.models.families import DEFAULT
 from tinybert_jax.models.heads import Model, make_encoder, make_masked_lm
+from tinybert_jax.objectives.alignment import check_same_vocabulary
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.runs.inputs import naming
 from tinybert_jax.runs.run import Run, RunTask, make_task_model
@@ -260,11 +261,7 @@ def check_answers(path: str | Path, task: RunTask) -> None:
 
 def _check_pair(plans: Sequence[StagePlan], teacher: ModelConfig, student: ModelConfig) -> None:
     """Refuses a pair of models that a term cannot compare."""
-    if student.vocab_size != teacher.vocab_size:
-        raise ValueError(
-            f"vocabulary: expected the same for both, got {student.vocab_size} entries for the "
-            f"student and {teacher.vocab_size} for the teacher; use the teacher's tokenizer"
-        )
+    check_same_vocabulary(student, teacher)
     for plan in plans:
         for term in plan.terms:
             with naming(f"distillation.{plan.name}, term {term.name}"):
