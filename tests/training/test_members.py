@@ -351,7 +351,7 @@ def test_one_teacher_pass_for_all_members(monkeypatch):
     starts = {name: {"student": init(jax.random.key(0))} for name, (_, init) in made.items()}
     batch = _batch()
     frozen = init_teacher(jax.random.key(1))
-    mesh = make_mesh(MeshSection())
+    mesh = make_mesh(MeshSection(), jax.devices()[:1])
     # The step is lowered from outside, where no mesh can be set.
     monkeypatch.setattr(jax, "set_mesh", lambda mesh: contextlib.nullcontext())
 
