@@ -130,7 +130,7 @@ def test_work_between_the_steps_is_not_counted(tmp_path, monkeypatch):
 
     monkeypatch.setattr("time.perf_counter", lambda: pass_seconds(0.001))
     (message,), _ = _profiled(tmp_path, [8] * 8, lambda: pass_seconds(10.0))
-    assert message.startswith("5 steps of rows × tokens 16 × 8: 1.0 ms each")
+    assert message.startswith("5 steps of 16 × 8 (rows × tokens): 1.0 ms per step")
 
 
 def test_too_few_steps_for_a_table_are_reported(tmp_path):
