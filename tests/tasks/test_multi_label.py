@@ -89,10 +89,10 @@ def test_settings_name_labels_and_their_order(write):
 def test_columns_have_the_order_of_a_models_labels(write):
     path = write("a.tsv", "text\tart\tsea\na film\t1\t0\n")
     section = MultiLabelTask(train=path, dev=path, label_columns=["art", "sea"])
-    examples = READ(path, section, label_names=("sea", "art"), is_dev=True)
+    examples = READ(path, section, Reading(label_names=("sea", "art"), is_dev=True))
     assert examples.label_names == ("sea", "art") and examples.labels.tolist() == [[0, 1]]
     with pytest.raises(ValueError, match="label_columns for the labels 'sea'; got 'art', 'sea'"):
-        READ(path, section, label_names=("sea",), is_dev=True)
+        READ(path, section, Reading(label_names=("sea",), is_dev=True))
 
 
 def test_labels_that_are_wrong(write):

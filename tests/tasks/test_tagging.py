@@ -12,7 +12,7 @@ from tinybert_jax import cli
 from tinybert_jax.batches.batch import Plan, make_batch
 from tinybert_jax.config.tasks import TaggingTask
 from tinybert_jax.data.examples import Examples
-from tinybert_jax.data.splits import read_task
+from tinybert_jax.data.splits import Reading, read_task
 from tinybert_jax.data.wordpiece import train_wordpiece
 from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.models.heads import make_token_classifier
@@ -51,7 +51,8 @@ def _conll(tags, words=WORDS):
 
 
 def _read(path, *, is_labelled=True, **settings):
-    return READ(path, TaggingTask(train=path, dev=path, **settings), is_labelled=is_labelled)
+    section = TaggingTask(train=path, dev=path, **settings)
+    return READ(path, section, Reading(is_labelled=is_labelled))
 
 
 def _labels(examples):
@@ -113,7 +114,7 @@ def test_files_that_are_wrong(write):
     _fails(lambda: _read(empty), "at least one token", "line 1", "remove these sentences")
     path = write("b.conll", _conll(SCHEMES["iob2"]))
     with pytest.raises(ValueError, match="expected no split of a file of tags, got 'dev'"):
-        READ(path, TaggingTask(train=path, dev=path), split="dev")
+        READ(path, TaggingTask(train=path, dev=path), Reading("dev"))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_files_that_are_wrong(write):
 def test_classes_that_are_not_iob2_are_refused(write, names):
     path = write("a.conll", _conll(SCHEMES["iob2"]))
     with pytest.raises(ValueError, match="a.conll: expected a model whose classes are O, and B-.*"):
-        READ(path, TaggingTask(train=path, dev=path), label_names=names, is_dev=True)
+        READ(path, TaggingTask(train=path, dev=path), Reading(label_names=names, is_dev=True))
 
 
 def test_a_share_of_train_becomes_dev_with_its_labels(write):
