@@ -95,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _path(text: str) -> str:
+    """Expands ~, which shells leave as it is in `--output=~/file`."""
+    return os.path.expanduser(text)
+
+
 def _add_config(command, example: str) -> None:
     command.add_argument("config", help=f"a YAML file, such as {example}")
     command.add_argument("overrides", nargs="*", metavar="key.path=value")
@@ -117,9 +122,11 @@ def _add_predict(commands) -> None:
     text = "label text with a Hugging Face classifier folder; one JSON object a line"
     command = commands.add_parser("predict", help=text, description=text)
     command.add_argument("model", help="a model folder or hub id")
-    command.add_argument("data", nargs="?", help=".tsv, .csv or .jsonl")
+    command.add_argument("data", nargs="?", type=_path, help=".tsv, .csv or .jsonl")
     command.add_argument("-t", "--sentence", action="append", help="a text to label instead")
-    command.add_argument("-o", "--output", help="write to this file; default: standard output")
+    command.add_argument(
+        "-o", "--output", type=_path, help="write to this file; default: standard output"
+    )
     _add_columns(command)
     command.set_defaults(act=_predict)
 
@@ -135,7 +142,7 @@ def _add_convert(commands) -> None:
     text = "rewrite a BERT folder (old names, sharded, without prefix) in today's form, checked"
     command = commands.add_parser("convert", help=text, description=text)
     command.add_argument("source", help="a model folder or hub id")
-    command.add_argument("target", help="the folder to write; must not exist")
+    command.add_argument("target", type=_path, help="the folder to write; must not exist")
     command.set_defaults(act=_convert)
 
 
@@ -159,7 +166,7 @@ def _add_data(commands) -> None:
     text = "train a WordPiece vocabulary and write its tokenizer folder"
     action = actions.add_parser("vocab", help=text, description=text)
     action.add_argument("sources", nargs="+", help="what `data prepare` reads")
-    action.add_argument("-o", "--output", required=True, help="the folder to write")
+    action.add_argument("-o", "--output", type=_path, required=True, help="the folder to write")
     action.add_argument("--size", type=int, default=30522, help="pieces (30522)")
     action.add_argument("--cased", action="store_true", help="keep capitals and accents")
     action.add_argument("--text", default="text", help="column of the text")
@@ -171,7 +178,9 @@ def _add_data(commands) -> None:
     action = actions.add_parser("extend", help=text, description=text)
     action.add_argument("model", help="a model folder or hub id; it is not changed")
     action.add_argument("sources", nargs="+", help="what `data prepare` reads")
-    action.add_argument("-o", "--output", required=True, help="the model folder to write")
+    action.add_argument(
+        "-o", "--output", type=_path, required=True, help="the model folder to write"
+    )
     action.add_argument("--words", type=int, default=1000, help="at most so many (1000)")
     action.add_argument("--min-count", type=int, default=5, help="of each in the text (5)")
     action.add_argument("--text", default="text", help="column of the text")

@@ -58,7 +58,7 @@ def read_tagged(
 
     Raises ValueError for all that is wrong with the file or the arguments.
     """
-    path = os.fspath(path)
+    path = os.path.expanduser(os.fspath(path))
     if isinstance(known_tags, str) or (known_tags is not None and not known_tags):
         fail("known_tags", "a list of tags", repr(known_tags), "as in ['O', 'B-PER', 'I-PER']")
     if max_rows is not None and max_rows < 1:

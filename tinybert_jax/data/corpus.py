@@ -21,6 +21,7 @@ def read_corpus(paths: Sequence[str]) -> list[str]:
     """
     if isinstance(paths, str) or not paths:
         fail("corpus", "a list of files, folders or globs", repr(paths), "write it as ['a.txt']")
+    paths = [os.path.expanduser(path) for path in paths]
     files = corpus_files(paths, (".txt", ".jsonl"), ".txt or .jsonl")
     for folder in filter(os.path.isdir, paths):
         found = (f for f in sorted(Path(folder).rglob("*")) if f.suffix in COMPRESSED)

@@ -83,7 +83,7 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
     Raises ValueError for a path without readable files and for a source that is listed twice.
     """
     sources = []
-    for path in paths:
+    for path in map(os.path.expanduser, paths):
         if path.startswith("hub:") or _is_saved_dataset(Path(path)):
             sources.append(Source(path, "datasets", 0, 0))
             continue

@@ -48,7 +48,7 @@ def read_labelled(
 
     Raises ValueError for all that is wrong with the source or the arguments.
     """
-    path, known = os.fspath(path), _known_labels(labels)
+    path, known = os.path.expanduser(os.fspath(path)), _known_labels(labels)
     if numbers and known is not None:
         fail("labels", "none for labels that are numbers", repr(labels), "drop one")
     if max_rows is not None and max_rows < 1:

@@ -1,6 +1,7 @@
 """Finds a Hugging Face folder, reads its tokenizer and checks that it belongs to a model."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ _FILES = ("tokenizer.json", "vocab.txt")
 
 def find_folder(path: str | Path) -> Path:
     """A local folder as it is; a hub id through the hub's cache (safetensors and text only)."""
-    folder = Path(path)
+    folder = Path(os.path.expanduser(path))
     if folder.is_dir():
         return folder
     wanted = "a Hugging Face model folder (config.json, model.safetensors)"

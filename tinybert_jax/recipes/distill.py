@@ -207,7 +207,7 @@ def _start_projection(
     projection: dict[str, Any] = init_projection(
         key, student.sizes.hidden_size, run.teacher.hidden_size, num_projections
     )
-    files = (Path(folder) / _PROJECTION for folder in folders if folder is not None)
+    files = (Path(folder).expanduser() / _PROJECTION for folder in folders if folder is not None)
     kept = next((file for file in files if file.is_file()), None)
     if kept is not None:
         return _load_projection(kept, projection)

@@ -4,6 +4,7 @@ A label is answered where its probability reaches a threshold, one for all label
 tuned on the dev set for the best micro F1 and kept in the exported config.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ _THRESHOLD = "threshold"
 
 def read(path: str, section: MultiLabelTask, how: Reading) -> Examples:
     """One table: a column of lists of labels, or a column of 0 and 1 for each label."""
+    path = os.path.expanduser(path)
     renamed = dict(section.dev_columns) if how.is_dev else {}
     text = renamed.get("text", section.text)
     pair = renamed.get("text_pair", section.text_pair)

@@ -51,7 +51,9 @@ def prepare(
     `say` receives a line of progress after every chunk. Raises ValueError if a source cannot be
     read or changed, if the output is no store, and if the disk is full.
     """
-    output = Path(config.output)
+    sources = tuple(map(os.path.expanduser, config.sources))
+    output = Path(os.path.expanduser(config.output))
+    config = config.model_copy(update={"output": str(output), "sources": sources})
     if output.exists() and not (output / store.MANIFEST).is_file():
         got = f"a folder without {store.MANIFEST}" if output.is_dir() else "a file"
         fail(f"output: {output}", "a new folder or a store", got, "choose another output")

@@ -66,7 +66,7 @@ def open_store(folder: str | Path, *, verify: bool = False) -> "Store":
 
     Raises ValueError that names a missing or damaged file.
     """
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     manifest = read_manifest(folder)
     if manifest.get("format") != FORMAT:
         got = repr(manifest.get("format"))
