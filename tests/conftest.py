@@ -18,6 +18,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("tinybert_jax", "beartype.beartype")
 
+import hypothesis
 import jax
 import pytest
 from bad_world import models, world  # noqa: F401
@@ -27,6 +28,10 @@ from tinybert_jax.parallel.mesh import make_mesh
 from tinybert_jax.runs import preflight
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Few examples, always the same; a first example may take long, as it compiles.
+hypothesis.settings.register_profile("tests", max_examples=30, deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

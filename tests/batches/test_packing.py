@@ -1,9 +1,13 @@
 """Packed, bucketed and padded rows of the same examples give the same logits and gradients."""
 
+import itertools
+
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from tinybert_jax.batches.batch import Batch, Plan, TokenRows, make_batch
 from tinybert_jax.batches.packing import pack, packed_epochs
@@ -73,6 +77,43 @@ def test_every_example_is_packed_once_and_fits(width):
     assert len(bins) <= 11 / 9 * np.ceil(lengths.sum() / width) + 1, "the bound of best fit"
     assert np.array_equal(bins, pack(lengths, width, seed=3))
     assert not np.array_equal(bins, pack(lengths, width, seed=4))
+
+
+@hypothesis.given(st.data(), st.integers(1, 60), st.integers(0, 2**31))
+def test_any_lengths_are_packed_once_and_fit(data, width, seed):
+    lengths = np.array(data.draw(st.lists(st.integers(1, width), max_size=80)), np.int64)
+    bins = pack(lengths, width, seed=seed)
+    assert sorted(bins[bins >= 0].tolist()) == list(range(len(lengths)))
+    filled = [lengths[row[row >= 0]].sum() for row in bins]
+    assert all(0 < tokens <= width for tokens in filled)
+    # Best fit: the examples of two bins never fit into one.
+    assert all(a + b > width for a, b in itertools.combinations(filled, 2))
+    assert np.array_equal(bins, pack(lengths, width, seed=seed))
+
+
+@hypothesis.given(
+    st.lists(st.integers(1, 24), min_size=1, max_size=80),
+    st.integers(1, 40),
+    st.integers(1, 4),
+    st.integers(0, 2**31),
+)
+def test_any_packed_epoch_holds_every_example_once(lengths, global_batch_size, multiple, seed):
+    def plans(epoch):
+        epochs = packed_epochs(
+            np.array(lengths, np.int64),
+            width=24,
+            global_batch_size=global_batch_size,
+            seed=(seed,),
+            multiple=multiple,
+        )
+        assert len(epochs.plan(epoch)) == epochs.num_batches
+        return [plan.rows for plan in epochs.plan(epoch)]
+
+    rows = plans(3)
+    chosen = np.concatenate([plan.ravel() for plan in rows])
+    assert sorted(chosen[chosen >= 0].tolist()) == list(range(len(lengths)))
+    assert {len(plan) % multiple for plan in rows} == {0}
+    assert all(np.array_equal(a, b) for a, b in zip(rows, plans(3), strict=True))
 
 
 def test_packed_epochs_hold_every_example_once_in_batches_of_one_shape():
