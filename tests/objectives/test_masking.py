@@ -2,16 +2,20 @@
 
 import functools
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tinybert_jax.objectives.masking import (
     MAX_SPAN,
     SPAN_STOP,
     gather_masked,
+    mask_rows,
     mask_tokens,
     num_slots,
 )
@@ -137,6 +141,64 @@ def test_a_row_has_room_for_what_is_masked(unit):
 
     lost = np.maximum((labels != -100).sum(-1) - num_slots(0.15, 128, unit), 0)
     assert lost.sum() <= 1e-4 * (labels != -100).sum()
+
+
+SPECIAL, NUM_SLOTS = (0, 1, 2, 3), 6
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@hypothesis.given(
+    input_ids=arrays(
+        np.int32,
+        (3, 24),
+        elements=st.integers(0, 9) | st.integers(0, VOCAB_SIZE - 1),
+        fill=st.nothing(),
+    ),
+    lengths=arrays(np.int32, 3, elements=st.integers(0, 24), fill=st.nothing()),
+    rate=st.sampled_from([0.4, 0.15, 1.0, 0.0]),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_any_rows_are_masked_within_slots_and_restored_by_labels(
+    unit, input_ids, lengths, rate, seed
+):
+    real = np.arange(24) < lengths[:, None]
+    maskable = real & ~np.isin(input_ids, SPECIAL)
+    arguments = input_ids, real, maskable, jax.random.key(seed), rate, unit
+    inputs, positions, labels, all_labels = map(np.asarray, mask_both(*arguments))
+
+    np.testing.assert_array_equal(inputs[~maskable], input_ids[~maskable])
+    is_used = labels != -100
+    num_masked = (all_labels != -100).sum(-1)
+    np.testing.assert_array_equal(is_used.sum(-1), np.minimum(num_masked, NUM_SLOTS))
+    for row in range(3):
+        used = positions[row, is_used[row]]
+        assert maskable[row, used].all() and (np.diff(used) > 0).all()
+        np.testing.assert_array_equal(labels[row, is_used[row]], input_ids[row, used])
+        restored = inputs[row].copy()
+        restored[used] = labels[row, is_used[row]]
+        if num_masked[row] <= NUM_SLOTS:
+            np.testing.assert_array_equal(restored, input_ids[row])
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def mask_both(input_ids, real, maskable, key, rate, unit):
+    """Results of `mask_rows`, and the labels of `mask_tokens`."""
+    options = {
+        "rate": rate,
+        "mask_token_id": MASK_TOKEN_ID,
+        "vocab_size": VOCAB_SIZE,
+        "unit": unit,
+        "is_continuation": jnp.asarray(IS_CONTINUATION),
+    }
+    rows = mask_rows(
+        input_ids,
+        real,
+        key,
+        special_token_ids=SPECIAL,
+        max_predictions=NUM_SLOTS,
+        **options,
+    )
+    return *rows, mask_tokens(input_ids, maskable, key, **options)[1]
 
 
 @pytest.mark.parametrize("unit", UNITS)
