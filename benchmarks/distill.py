@@ -126,14 +126,17 @@ def ours(
     from tinybert_jax.models.heads import make_encoder
     from tinybert_jax.models.params import frozen_params, unstack_layers
     from tinybert_jax.objectives.distillation import Options, Role, make_distill
+    from tinybert_jax.terms.table import reads_of
 
     teacher_dtype = teacher_dtype or product_dtype
+    terms = DistillSection().terms("intermediate")
 
     def model(name: str, own_dtype: str | None):
         config = read_model(folder / name).config
         apply, init = make_encoder(config, unroll=True, product_dtype=own_dtype)
         params = start_params(folder / name, init, jax.random.key(0))
-        return Role(apply, "encoder", config.num_hidden_layers), params
+        reads = reads_of(terms, of_teacher=name == "teacher")
+        return Role(apply, reads, config.num_hidden_layers), params
 
     student, params = model("student", product_dtype)
     teacher, frozen = model("teacher", teacher_dtype)
@@ -145,7 +148,7 @@ def ours(
     objective = make_distill(
         student,
         teacher,
-        DistillSection().terms("intermediate"),
+        terms,
         Options(normalisation="valid_only" if is_packed else "paper_code"),
     )
     start = unstack_layers({"student": params, "projection": projection})
@@ -205,7 +208,7 @@ def torch_side(folder: Path, width: int, num_steps: int, is_bf16: bool) -> sides
         return output.hidden_states, [torch.where(s <= -1e2, 0.0, s) for s in scores]
 
     def loss(batch) -> torch.Tensor:
-        ids, mask = np.array(batch.input_ids), np.array(batch.attention_mask)
+        ids, mask = np.array(batch.inputs.input_ids), np.array(batch.attention_mask)
         inputs = {
             "input_ids": torch.from_numpy(ids).long(),
             "attention_mask": torch.from_numpy(mask).long(),

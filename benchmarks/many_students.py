@@ -63,8 +63,10 @@ def students(
     from tinybert_jax.objectives.alignment import init_projection
     from tinybert_jax.objectives.distillation import Role, make_distill
     from tinybert_jax.settings.sizes import PRESETS, ModelConfig
+    from tinybert_jax.terms.table import reads_of
     from tinybert_jax.training.members import join_objectives, merge_members
 
+    terms = DistillSection().terms("general")
     teacher = ModelConfig(**PRESETS["bert-base"])
     teacher_apply, teacher_init = make_encoder(teacher, unroll=True)
     objectives, params = {}, {}
@@ -73,9 +75,9 @@ def students(
         apply, init = make_encoder(sizes, unroll=True)
         member = name if len(names) > 1 else SOLE
         objectives[member] = make_distill(
-            Role(apply, "encoder", sizes.num_hidden_layers),
-            Role(teacher_apply, "encoder", teacher.num_hidden_layers),
-            DistillSection().terms("general"),
+            Role(apply, reads_of(terms), sizes.num_hidden_layers),
+            Role(teacher_apply, reads_of(terms, of_teacher=True), teacher.num_hidden_layers),
+            terms,
         )
         keys = jax.random.split(jax.random.key(1), num_seeds)
 

@@ -281,7 +281,9 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
         from tinybert_jax.models.params import frozen_params
         from tinybert_jax.objectives.alignment import init_projection
         from tinybert_jax.objectives.distillation import Role, make_distill
+        from tinybert_jax.terms.table import reads_of
 
+        terms = DistillSection().terms("general")
         teacher = ModelConfig(**work.teacher)
         apply, init = make_encoder(student, **options)
         teacher_apply, teacher_init = make_encoder(teacher, **options)
@@ -291,9 +293,9 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
             unroll=settings.unrolled,
         )
         objective = make_distill(
-            Role(apply, "encoder", student.num_hidden_layers),
-            Role(teacher_apply, "encoder", teacher.num_hidden_layers),
-            DistillSection().terms("general"),
+            Role(apply, reads_of(terms), student.num_hidden_layers),
+            Role(teacher_apply, reads_of(terms, of_teacher=True), teacher.num_hidden_layers),
+            terms,
         )
         projection = init_projection(keys[1], student.hidden_size, teacher.hidden_size, 1)
         params: Any = {"student": jax.jit(init)(keys[2]), "projection": projection}
@@ -336,15 +338,18 @@ def _jax_device(tiny: bool) -> Callable[[], tuple[str, int | None]]:
 
 
 def _batch(ids: np.ndarray):
-    from tinybert_jax.batches.batch import Batch
+    """Full rows of one text without a label."""
+    from tinybert_jax.batches.batch import Plan, TokenRows, make_batch
 
-    return Batch(
-        input_ids=ids,
-        attention_mask=np.ones(ids.shape, bool),
-        token_type_ids=np.zeros(ids.shape, np.int32),
-        labels=np.full(len(ids), -1, np.int32),
-        weights=np.ones(len(ids), np.float32),
+    num_rows, width = ids.shape
+    rows = TokenRows(
+        ids=ids.ravel(),
+        offsets=np.arange(num_rows + 1) * width,
+        second=np.full(num_rows, width, np.int32),
+        labels=None,
+        num_truncated=0,
     )
+    return make_batch(rows, Plan(np.arange(num_rows), width), pad_token_id=0)
 
 
 if __name__ == "__main__":
