@@ -1,0 +1,60 @@
+"""Which task the head of a folder is for, and which heads are of none that we know."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinybert_jax.huggingface.folder import HfModel
+from tinybert_jax.huggingface.head import read_head
+from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.tasks.table import TASKS, task_of
+
+FOLDER = Path("somewhere")
+
+
+def _model(num_outputs: int, **config) -> HfModel:
+    """As read from a folder whose config.json has these fields."""
+    head = read_head(config, FOLDER, num_outputs)
+    tensors = {"classifier.weight": np.zeros((num_outputs, 8), np.float32)}
+    return HfModel(FOLDER, ModelConfig(), head.label_names, head, tensors)
+
+
+TAGS = {"id2label": {"0": "O", "1": "B-PER", "2": "I-PER"}}
+
+
+@pytest.mark.parametrize(
+    ("num_outputs", "config", "kind"),
+    [
+        (2, {}, "classification"),  # an old folder, without a class or a problem type
+        (2, {"architectures": ["BertForSequenceClassification"]}, "classification"),
+        (3, {"problem_type": "single_label_classification"}, "classification"),
+        (1, {}, "regression"),
+        (1, {"problem_type": "regression"}, "regression"),
+        (3, {"problem_type": "multi_label_classification"}, "multi_label"),
+        (1, {"problem_type": "multi_label_classification"}, "multi_label"),
+        (3, {"architectures": ["BertForTokenClassification"], **TAGS}, "tagging"),
+    ],
+)
+def test_a_head_is_for_one_task(num_outputs, config, kind):
+    task = task_of(_model(num_outputs, **config))
+    assert task is TASKS[kind] and task.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("num_outputs", "problem_type"), [(3, "regression"), (2, "extractive_summary")]
+)
+def test_a_head_of_no_task_is_refused(num_outputs, problem_type):
+    named = f"got SequenceClassification with problem_type '{problem_type}' and {num_outputs} out"
+    with pytest.raises(ValueError, match=named):
+        task_of(_model(num_outputs, problem_type=problem_type))
+    with pytest.raises(ValueError, match="expected a model with a head for a task, found none"):
+        task_of(_model(2)._replace(head=None))
+
+
+def test_every_kind_is_its_own_section_and_head():
+    """So that a folder says which task it is for."""
+    assert [task.kind for task in TASKS.values()] == list(TASKS)
+    heads = [(task.hf_head, task.problem_type) for task in TASKS.values()]
+    assert len(set(heads)) == len(heads)
+    assert len({task.section for task in TASKS.values()}) == len(TASKS)
