@@ -191,33 +191,43 @@ MakeHead = Callable[..., Model]  # (sizes, number of classes, options of `Encode
 
 def make_encoder(config: ModelConfig, **options: Any) -> Model:
     """An encoder without a head; options: those of `Encoder`."""
-    return _functional(functools.partial(make_family_encoder, config), options)
+    return _functional(make_family_encoder, config, **options)
 
 
 def make_classifier(config: ModelConfig, num_classes: int, **options: Any) -> Model:
     """A classifier of whole examples; options: those of `Encoder`."""
-    return _functional(functools.partial(Classifier, config, num_classes), options)
+    return _functional(Classifier, config, num_classes, **options)
 
 
 def make_token_classifier(config: ModelConfig, num_classes: int, **options: Any) -> Model:
     """A classifier of tokens; options: those of `Encoder`."""
-    return _functional(functools.partial(Classifier, config, num_classes, of_tokens=True), options)
+    return _functional(Classifier, config, num_classes, of_tokens=True, **options)
 
 
 def make_masked_lm(config: ModelConfig, **options: Any) -> Model:
     """A masked LM; options: `pair_head` and those of `Encoder`."""
-    return _functional(functools.partial(MaskedLM, config), options)
+    return _functional(MaskedLM, config, **options)
 
 
-def _functional(build: Callable[..., nnx.Module], options: dict[str, Any]) -> Model:
-    """Parameters start and are loaded in fp32; with int8 `apply` takes `frozen_params` of them."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0), **options)))
+def _functional(build: Callable[..., nnx.Module], *arguments: Any, **options: Any) -> Model:
+    """The same `Model` for equal arguments: its structure is traced, its `init` compiled once."""
+    return _built(build, arguments, tuple(sorted(options.items())))
+
+
+@functools.lru_cache(maxsize=256)
+def _built(
+    build: Callable[..., nnx.Module], arguments: tuple, sorted_options: tuple[tuple[str, Any], ...]
+) -> Model:
+    """Parameters start and are loaded in fp32; with int8 products `apply` takes `frozen_params`."""
+    options = dict(sorted_options)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(*arguments, rngs=nnx.Rngs(0), **options)))
     started = dict(options)
     if is_int8(options.get("product_dtype")):
         del started["product_dtype"]
 
     def init_params(key: jax.Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(build(rngs=nnx.Rngs(key), **started), nnx.Param))
+        model = build(*arguments, rngs=nnx.Rngs(key), **started)
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     def apply(params: Params, *args, **kwargs):
         return nnx.merge(graphdef, restack_layers(params))(*args, **kwargs)
