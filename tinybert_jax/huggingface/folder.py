@@ -22,7 +22,7 @@ from tinybert_jax.huggingface.head import (
     write_head,
 )
 from tinybert_jax.huggingface.hub import find_folder, save_tokenizer
-from tinybert_jax.huggingface.tensors import WEIGHTS, read_json, read_tensors
+from tinybert_jax.huggingface.tensors import WEIGHTS, open_tensors, read_json
 from tinybert_jax.huggingface.weights import Conversion, Format, config_shapes, from_hf, to_hf
 from tinybert_jax.models.params import flatten, unflatten
 from tinybert_jax.settings.sizes import ModelConfig
@@ -35,7 +35,7 @@ class HfModel(NamedTuple):
     config: ModelConfig
     label_names: tuple[str, ...] | None  # as config.json has them, also without a head
     head: Head | None
-    tensors: dict[str, np.ndarray]
+    tensors: Mapping[str, np.ndarray]
 
 
 class Loaded(NamedTuple):
@@ -45,11 +45,14 @@ class Loaded(NamedTuple):
 
 
 def read_model(path: str | Path) -> HfModel:
-    """Reads and checks a local folder or a hub id; touches no device."""
+    """Reads and checks config.json and the headers of the weights of a local folder or hub id.
+
+    Touches no device. A tensor is read where it is used.
+    """
     folder = find_folder(path)
     raw = read_json(folder / "config.json")
     config, names = _model_config(raw, folder), read_label_names(raw, folder)
-    model = HfModel(folder, config, names, None, read_tensors(folder))
+    model = HfModel(folder, config, names, None, open_tensors(folder))
     if _HEAD not in model.tensors:
         return model
     head = read_head(raw, folder, len(model.tensors[_HEAD]))

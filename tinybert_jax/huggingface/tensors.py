@@ -1,6 +1,7 @@
 """Reads the files of a Hugging Face model folder: safetensors, whole or in shards, and JSON."""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +11,46 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 
 
-def read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors by name, floats as fp32; raises ValueError naming the file that is wrong."""
+class Tensors(Mapping[str, np.ndarray]):
+    """The tensors of a folder by name, floats as fp32; a tensor is read when it is asked for."""
+
+    def __init__(self, files: Mapping[str, Any]):
+        self._files = files  # name -> the open safetensors file that holds the tensor
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """bfloat16 and float16 widen to fp32 without loss; integer buffers stay."""
+        array = self._files[name].get_tensor(name)
+        is_integer = np.issubdtype(array.dtype, np.integer) or array.dtype == np.bool_
+        return array if is_integer else array.astype(np.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def open_tensors(folder: Path) -> Tensors:
+    """Reads the headers of all weight files; raises ValueError naming the file that is wrong."""
     index = folder / INDEX
     if not index.is_file():
-        return _read_file(folder / WEIGHTS)
+        return Tensors(_open_file(folder / WEIGHTS))
     weight_map = read_json(index).get("weight_map", {})
-    tensors: dict[str, np.ndarray] = {}
+    files: dict[str, Any] = {}
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{index}: expected plain .safetensors file names, got '{name}'")
-        part = _read_file(folder / name)
+        part = _open_file(folder / name)
         expected = {tensor for tensor, file in weight_map.items() if file == name}
         if set(part) != expected:
             difference = sorted(set(part) ^ expected)[:4]
             raise ValueError(f"{folder / name}: does not fit its index, differs in {difference}")
-        tensors |= part
-    return tensors
+        files |= part
+    return Tensors(files)
 
 
-def _read_file(file: Path) -> dict[str, np.ndarray]:
+def _open_file(file: Path) -> dict[str, Any]:
+    """Name of a tensor -> the open file, for all tensors of the file."""
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
@@ -38,19 +59,12 @@ def _read_file(file: Path) -> dict[str, np.ndarray]:
         hint = hint + "write it with save_pretrained" if others else ""
         raise ValueError(f"{file.parent}: expected {file.name}, found none{hint}")
     try:
-        with safe_open(str(file), framework="numpy") as opened:
-            return {name: _as_float32(opened, name) for name in opened.keys()}
+        opened = safe_open(str(file), framework="numpy")
+        return dict.fromkeys(opened.keys(), opened)
     except SafetensorError as error:
         raise ValueError(
             f"{file}: expected a whole safetensors file, got: {error}; copy it again"
         ) from error
-
-
-def _as_float32(opened: Any, name: str) -> np.ndarray:
-    """bfloat16 and float16 widen to fp32 without loss; integer buffers stay."""
-    array = opened.get_tensor(name)
-    is_integer = np.issubdtype(array.dtype, np.integer) or array.dtype == np.bool_
-    return array if is_integer else array.astype(np.float32)
 
 
 def read_json(file: Path) -> dict[str, Any]:
