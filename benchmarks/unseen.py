@@ -1,0 +1,137 @@
+"""Runs a config, then scores all models of the run on labelled text that the run never read.
+
+    TEACHER=<all-MiniLM-L6-v2 folder> TINYBERT_DATA=<data> python benchmarks/unseen.py \
+        configs/distill/tagging.yaml $TINYBERT_DATA/ner/bc5cdr/devel.tsv [key.path=value …]
+
+The run chooses checkpoints, the teacher and thresholds on the config's dev set, which has to be a
+part of the training text (`task.dev_share`). A finished run is only scored. The scores are means
+± deviations over seeds; "gap closed" is (student − alone) / (teacher − alone) with the teacher that
+taught. Latency is the median of 200 calls of the Python class with 1 × 32 tokens, in which the
+models take turns.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import yaml
+
+import tinybert_jax
+from tinybert_jax.huggingface.folder import read_model
+from tinybert_jax.inference.predict import evaluate_file
+from tinybert_jax.models.params import num_parameters
+from tinybert_jax.performance.flops import num_encoder_parameters
+
+NUM_ROUNDS, LENGTH = 200, 32
+CLASSES = {
+    "SequenceClassification": tinybert_jax.TinyBertForSequenceClassification,
+    "TokenClassification": tinybert_jax.TinyBertForTokenClassification,
+}
+
+
+class Scores(NamedTuple):
+    """One model on the unseen text, an entry a seed."""
+
+    role: str
+    name: str
+    folder: Path  # of the teacher that taught, of a student the first seed's
+    values: list[float]
+    value: float  # of the teacher that taught, of a student the mean
+
+    def shown(self) -> str:
+        if len(self.values) == 1:
+            return f"{self.value:.4f}"
+        spread = f"{statistics.mean(self.values):.4f} ± {statistics.stdev(self.values):.4f}"
+        return f"{self.value:.4f} (of {spread})" if self.role == "teacher" else spread
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("config")
+    parser.add_argument("data", help="labelled text that the config does not name")
+    parser.add_argument("settings", nargs="*", metavar="key.path=value")
+    parser.add_argument("--metric", help="default: the one that chose the checkpoints")
+    args = parser.parse_intermixed_args()
+    command = [sys.executable, "-m", "tinybert_jax", "run", args.config, *args.settings]
+    subprocess.run(command, check=True)
+    shown = subprocess.run([*command, "--print-config"], check=True, capture_output=True, text=True)
+    config = yaml.safe_load(shown.stdout)
+    run = Path(config["run_dir"])
+    results = yaml.safe_load((run / "results.json").read_text())
+    metric = args.metric or results["metric"]
+    columns = {
+        name: config["task"][name]
+        for name in ("text", "text_pair", "label", "separator", "label_columns", "scheme")
+        if config["task"].get(name) is not None
+    }
+    scores = [score(run, model, args.data, metric, columns) for model in results["models"]]
+    print_table(scores, metric)
+
+
+def score(run: Path, model: dict, data: str, metric: str, columns: dict) -> Scores:
+    """A model of results.json on the unseen text, with all its seeds."""
+    stage = run / "models" / model["stage"]
+    is_member = model["role"] != "teacher" and not stage.is_dir()
+    first = stage.with_name(f"{stage.name}-{model['name']}") if is_member else stage
+    seeds = [
+        first.with_name(f"{first.name}-seed-{i}") for i in range(len(model.get("by_seed", [])))
+    ]
+    if model["role"] != "teacher":
+        seeds[:1] = [first]
+    values = [evaluate_file(str(f), data, **columns)[metric] for f in seeds or [first]]
+    mean = statistics.mean(values)
+    if model["role"] == "teacher":
+        mean = evaluate_file(str(first), data, **columns)[metric]
+    return Scores(model["role"], model["name"], first, values, mean)
+
+
+def print_table(scores: list[Scores], metric: str) -> None:
+    latencies = measure_latencies([row.folder for row in scores])
+    teacher = next(row for row in scores if row.role == "teacher")
+    alone = {row.name: row.value for row in scores if row.role == "baseline"}
+    print(f"| model | parameters | in layers | latency | {metric} | kept | gap closed |")
+    print("|---|---|---|---|---|---|---|")
+    for row, (milliseconds, parameters) in zip(scores, latencies, strict=True):
+        kept = closed = ""
+        if row.role == "student":
+            kept = f"{row.value / teacher.value:.1%}"
+            if row.name in alone and teacher.value > alone[row.name]:
+                lost = teacher.value - alone[row.name]
+                closed = f"{(row.value - alone[row.name]) / lost:.1%}"
+        name = {"baseline": f"{row.name} alone"}.get(row.role, f"{row.role} {row.name}")
+        layers = num_encoder_parameters(read_model(row.folder).config)
+        print(
+            f"| {name} | {parameters / 1e6:.2f} M | {layers / 1e6:.2f} M | {milliseconds:.2f} ms "
+            f"| {row.shown()} | {kept} | {closed} |"
+        )
+
+
+def measure_latencies(folders: list[Path]) -> list[tuple[float, int]]:
+    """Median milliseconds of a call, and the number of parameters, of each model."""
+    sources = [read_model(folder) for folder in folders]
+    models = [
+        CLASSES[source.head.kind].from_pretrained(folder)
+        for source, folder in zip(sources, folders, strict=True)
+        if source.head
+    ]
+    ids = np.full((1, LENGTH), 7)
+    times: list[list[float]] = [[] for _ in models]
+    for _ in range(NUM_ROUNDS + 5):
+        for model, own in zip(models, times, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(model(ids)["logits"])
+            own.append(1000 * (time.perf_counter() - start))
+    return [
+        (statistics.median(own[5:]), num_parameters(model.params))
+        for model, own in zip(models, times, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    main()
