@@ -14,7 +14,7 @@ ROOT = structure.ROOT
 ROOMS = {
     "settings": "section sizes layer_maps",
     "losses": "pointwise forms attention relations vocabulary",
-    "terms": "term attention hidden relation cls cosine logits label words table",
+    "terms": "term attention hidden relation cls cosine pooled logits label words table",
     "config": "models data tasks stages objectives compute consistency run load",
     "metrics": "classification regression multilabel tagging",
     "report": "charts style tables confusion per_class pareto page",

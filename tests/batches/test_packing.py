@@ -187,7 +187,7 @@ def _objective(kind):
         return make_supervised(apply), _params(init, 1), ()
     terms = DistillSection.model_validate({"prediction": KINDS[kind]}).terms("prediction")
     reads, teacher_reads = reads_of(terms), reads_of(terms, of_teacher=True)
-    student = STUDENT.model_copy(update={"hidden_size": 32}) if kind == "patience" else STUDENT
+    student = STUDENT.model_copy(update={"hidden_size": 32}) if kind in EQUAL else STUDENT
     (apply, init), (teacher_apply, teacher_init) = (
         make_classifier(sizes, 3) if own.task_logits else make_encoder(sizes)
         for own, sizes in ((reads, student), (teacher_reads, CONFIG))
@@ -216,7 +216,10 @@ KINDS = {
     "layers": [{"term": "attention"}, {"term": "hidden"}, {"term": "embedding"}],
     "relations": [{"term": "relation", "heads": 4}, {"term": "attention", "heads": 8}],
     "patience": [{"term": "label"}, {"term": "cls", "layer_map": "last"}, {"term": "cosine"}],
+    "pooled": [{"term": "pooled"}],
+    "pooled and logits": [{"term": "pooled"}, {"term": "logits"}],
 }
+EQUAL = ("patience", "pooled", "pooled and logits")  # kinds of terms that want equal widths
 
 
 @pytest.mark.parametrize("kind", KINDS)

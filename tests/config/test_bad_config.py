@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bad_world import STUDENT, TEXTS, World, change
+from bad_world import STAGE, STUDENT, TEXTS, World, change
+from safetensors.numpy import load_file, save_file
 
 from tinybert_jax.config import load as config_files
 from tinybert_jax.runs.preflight import open_run
@@ -132,6 +133,7 @@ def test_terms_that_do_not_fit_their_stage(world, distillation, named):
     "term, named",
     [
         ({"term": "relation", "heads": 3}, ("term relation", "divide", "hidden_size 8", "got 3")),
+        ({"term": "pooled"}, ("term pooled", "as wide as", "8 and 16", "projection")),
         ({"term": "cosine"}, ("term cosine", "as wide as", "8 and 16", "projection")),
         ({"term": "hidden", "layer_map": [[1, 5]]}, ("term hidden", "layer_map", "[[1, 5]]")),
         ({"term": "cls"}, ("term cls", "layer_map", "two layers", "last")),
@@ -141,6 +143,39 @@ def test_terms_that_do_not_fit_their_stage(world, distillation, named):
 def test_terms_that_cannot_compare_the_models(world, term, named):
     path = world.distil(distillation={"prediction": [term, {"term": "logits"}]})
     world.fails("run", path, naming=("distillation.prediction", *named))
+
+
+@pytest.mark.parametrize(
+    "stage, changes, named",
+    [
+        ("general", {"teacher": "no pooler"}, ("trained weights of its pooler", "has none")),
+        ("general", {"pretrain": STAGE}, ("trained pooler", "pair_weight alone")),
+        ("general", {"corpus": {"stores": {"x": 1}}}, ("term pooled", "corpus.files")),
+        ("intermediate", {"student": {"model_type": "distilbert"}}, ("distilbert", "be lost")),
+        ("prediction", {"task": {"kind": "tagging"}}, ("whole texts", "tagging", "term cls")),
+    ],
+)
+def test_the_term_pooled_needs_poolers(world, stage, changes, named):
+    corpus = {"files": [world.file("corpus.txt", "\n\n".join(TEXTS))]}
+    folder = world.model("encoder" if stage == "general" else "classifier")
+    if changes.get("teacher"):
+        tensors = load_file(folder / "model.safetensors")
+        kept = {name: array for name, array in tensors.items() if "pooler" not in name}
+        save_file(kept, folder / "model.safetensors")
+    if "task" in changes:
+        words = world.file("words.conll", "tea O\ntoast B-X\n\njam O\n")
+        changes = {"task": {**changes["task"], "train": words, "dev": words}}
+    path = world.config(
+        stage,
+        **{
+            "corpus": corpus,
+            **changes,
+            "teacher": {"path": str(folder)},
+            "student": {**STUDENT, "hidden_size": 16, **changes.get("student", {})},
+            "distillation": {stage: [{"term": "pooled"}]},
+        },
+    )
+    world.fails("run", path, naming=(f"distillation.{stage}", "pooled", *named))
 
 
 # A family of students

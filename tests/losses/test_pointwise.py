@@ -114,6 +114,21 @@ def test_cosine_matches_torch():
     )
 
 
+def test_pooled_cosine_matches_torch():
+    assert_same(
+        lambda student, teacher: pointwise.pooled_cosine(student, teacher, jnp.array(WEIGHTS)),
+        lambda student, teacher: weighted_mean(1 - F.cosine_similarity(student, teacher)),
+        normal(8, BATCH, 6),
+        normal(9, BATCH, 6),
+    )
+
+
+def test_pooled_cosine_of_zeros_has_a_finite_gradient():
+    ours, theirs = jnp.zeros((2, 6)), jnp.ones((2, 6))
+    value, gradient = jax.value_and_grad(pointwise.pooled_cosine)(ours, theirs, jnp.ones(2))
+    assert value == 1 and np.isfinite(gradient).all()
+
+
 def test_normalised_distance_matches_torch():
     def reference(student, teacher):
         return weighted_mean((F.normalize(student) - F.normalize(teacher)).square().mean(-1))
@@ -165,6 +180,7 @@ def test_microbatches_of_examples_add_up_to_the_batch():
     assert_adds_up(soft, [student, teacher, WEIGHTS], WEIGHTS[:4].sum())
     assert_adds_up(pointwise.kl, [student, teacher, WEIGHTS], WEIGHTS[:4].sum())
     assert_adds_up(pointwise.logits_mse, [student, teacher, WEIGHTS], WEIGHTS[:4].sum())
+    assert_adds_up(pointwise.pooled_cosine, [student, teacher, WEIGHTS], WEIGHTS[:4].sum())
 
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
@@ -185,10 +201,11 @@ def test_a_batch_without_valid_units_has_loss_and_gradient_zero():
         lambda x: chunked_lm(x, ignored),
         lambda x: pointwise.kl(x, x + 1, weights),
         lambda x: pointwise.logits_mse(x, x + 1, weights),
+        lambda x: pointwise.pooled_cosine(x, x + 1, weights),
         lambda x: pointwise.soft_cross_entropy(x, x + 1, weights, reduction="sum"),
         lambda x: pointwise.hidden_mse(x * hidden, hidden, no_token, normalisation="valid_only"),
     ]
-    inputs = [x, x, x, x, x, x, x[:, :, None]]
+    inputs = [x, x, x, x, x, x, x, x[:, :, None]]
     for loss, value in zip(cases, inputs, strict=True):
         for got in jax.jit(jax.value_and_grad(loss))(value):
             assert not got.any()
@@ -205,6 +222,7 @@ def test_bfloat16_inputs_are_computed_in_float32():
         (lambda x, y: pointwise.soft_cross_entropy(x, y, weights, reduction="sum"), classes),
         (lambda x, y: pointwise.kl(x, y, weights), classes),
         (lambda x, y: pointwise.logits_mse(x, y, weights), classes),
+        (lambda x, y: pointwise.pooled_cosine(x, y, weights), classes),
         (lambda x, y: pointwise.hidden_mse(x, y, mask, normalisation="valid_only"), hidden),
     ]
     for loss, inputs in cases:

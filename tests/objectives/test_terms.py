@@ -238,6 +238,26 @@ def test_pkd():
     case.assert_parts(label=(0.5, label), soft=(0.5, soft), cls=(100, F.mse_loss(*first)))
 
 
+@pytest.mark.parametrize(
+    "stage, others",
+    [
+        ("general", []),
+        ("general", [{"term": "masked_lm"}]),
+        ("intermediate", []),
+        ("prediction", [{"term": "logits"}]),
+    ],
+)
+def test_pooled(stage, others):
+    """Of a bare encoder, of a masked LM's and of a classifier's."""
+    section = DistillSection.model_validate({stage: [{"term": "pooled"}, *others]})
+    case = Case(section, stage)
+    both = [getattr(model, "encoder", model).pooled for model in (case.student, case.teacher)]
+    expected = (1 - F.cosine_similarity(*both)).mean()
+    np.testing.assert_allclose(case.parts["loss/pooled"], expected, rtol=2e-5)
+    encoder = case.grads["student"].get("encoder", case.grads["student"])
+    assert all(leaf.any() and np.isfinite(leaf).all() for leaf in encoder["pooler"].values())
+
+
 def test_the_same_term_twice_over_pairs_of_layers():
     terms = [
         {"term": "hidden", "layer_map": [[1, 1], [1, 2], [2, 4]]},

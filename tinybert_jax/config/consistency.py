@@ -162,8 +162,18 @@ def _needs_of_terms(config: Any, stage: Stage) -> Iterator[str]:
     if "label" in names and config.task and config.task.unlabelled:
         yield f"{origin}: the term label needs labels: give no task.unlabelled"
     stores = stage.reads_corpus and config.corpus and config.corpus.stores
-    if "cls" in names and stores:
-        yield f"{origin}: the term cls needs a row an example, not corpus.stores: give corpus.files"
+    for name in sorted({"cls", "pooled"} & names) if stores else ():
+        yield (
+            f"{origin}: the term {name} needs a row an example, not corpus.stores: give "
+            "corpus.files"
+        )
+    makes_pooler = config.pretrain and stage.teacher == "pretrained"
+    if "pooled" in names and makes_pooler and not config.pretrain.pair_weight:
+        yield (
+            f"{origin}: the term pooled needs a trained pooler, which pretrain makes with "
+            "pair_weight alone: move the term to intermediate or prediction, or set teacher.path "
+            "to a model with a pooler and leave pretrain out"
+        )
     if distillation.normalisation == "paper_code":
         # Losses that are divided by a number of tokens have no form with the padding counted.
         others = sorted({"relation", "cosine"} & names)

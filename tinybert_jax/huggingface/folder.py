@@ -23,7 +23,14 @@ from tinybert_jax.huggingface.head import (
 )
 from tinybert_jax.huggingface.hub import find_folder, save_tokenizer
 from tinybert_jax.huggingface.tensors import WEIGHTS, open_tensors, read_json
-from tinybert_jax.huggingface.weights import Conversion, Format, config_shapes, from_hf, to_hf
+from tinybert_jax.huggingface.weights import (
+    Conversion,
+    Format,
+    config_shapes,
+    from_hf,
+    has_tensor,
+    to_hf,
+)
 from tinybert_jax.models.params import flatten, unflatten
 from tinybert_jax.settings.sizes import ModelConfig
 
@@ -60,6 +67,12 @@ def read_model(path: str | Path) -> HfModel:
 
 
 _HEAD = "classifier.weight"
+
+
+def has_pooler(path: str | Path) -> bool:
+    """Whether a local folder or a hub id has weights of its family's pooler."""
+    model = read_model(path)
+    return has_tensor(format_of(model.config.model_type), model.tensors, "encoder/pooler/kernel")
 
 
 def load_params(

@@ -128,6 +128,11 @@ def our_shapes(
     return shapes
 
 
+def has_tensor(form: Format, names: Iterable[str], path: str) -> bool:
+    """Whether the tensors of these names hold the parameter of our path."""
+    return form.name_of(path) in (_modern_name(form, name) for name in names)
+
+
 # Parts that a folder may have or not; one with a piece of a part has to have all of it.
 _PARTS = (
     ("encoder/pooler/",),

@@ -231,6 +231,21 @@ def cosine(
     return divide_by_count(jnp.sum(per_token * mask), mask.sum(dtype=jnp.float32), count)
 
 
+def pooled_cosine(
+    student: Float[Array, "batch dim"],
+    teacher: Float[Array, "batch dim"],
+    weights: Float[Array, " batch"],
+    *,
+    count: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """1 − cos of the angle between two vectors, mean over weighted examples (unit: example).
+
+    A vector of zeros, as a ReLU may give, has the cosine 0 with every other.
+    """
+    units = _unit(student.astype(jnp.float32)), _unit(teacher.astype(jnp.float32))
+    return _weighted_mean(1 - jnp.sum(units[0] * units[1], axis=-1), weights, count)
+
+
 def normalised_distance(
     student: Float[Array, "batch dim"],
     teacher: Float[Array, "batch dim"],

@@ -121,6 +121,7 @@ class MaskedLM(nnx.Module):
         inputs: Text,
         attention_mask: Array,
         key=None,
+        num_segments: int | None = None,
         *,
         positions: Int[Array, "batch picked"] | None = None,
         taps: bool = False,
@@ -134,7 +135,7 @@ class MaskedLM(nnx.Module):
         seq = attention_mask.shape[1]
         num_read = seq if positions is None else num_first + positions.shape[1]
         if positions is None or taps or not is_few(num_read, seq):
-            encoded = self.encoder(*arguments)
+            encoded = self.encoder(*arguments, num_segments)
             hidden = encoded.hidden[-1]
             first = hidden[:, 0]
             hidden = hidden if positions is None else at(positions)(hidden)

@@ -148,12 +148,14 @@ def _run(
     arguments = (params, *encoder_inputs(batch), key)
     if role.reads.words:
         positions = None if all_words else batch.targets["positions"]
-        words = role.apply(*arguments, positions=positions, taps=taps)
+        words = role.apply(
+            *arguments, num_segments=batch.num_segments, positions=positions, taps=taps
+        )
         return Outputs(words.encoder, words=words)
     if role.reads.task_logits:
         output = role.apply(*arguments, num_segments=batch.num_segments, taps=taps)
         return Outputs(output.encoder, output.logits.reshape(-1, output.logits.shape[-1]))
-    return Outputs(role.apply(*arguments))
+    return Outputs(role.apply(*arguments, num_segments=batch.num_segments))
 
 
 def _metric_names(names: Sequence[str]) -> list[str]:

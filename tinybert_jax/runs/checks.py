@@ -12,7 +12,7 @@ from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import FINETUNE, PRETRAIN, StageSection
 from tinybert_jax.data.wordpiece import is_continuation
 from tinybert_jax.huggingface.families import format_of
-from tinybert_jax.huggingface.folder import check_start, read_model
+from tinybert_jax.huggingface.folder import check_start, has_pooler, read_model
 from tinybert_jax.huggingface.head import is_unnamed
 from tinybert_jax.huggingface.hub import check_same_pieces, check_table
 from tinybert_jax.models.attention import missing_device
@@ -266,6 +266,32 @@ def _check_pair(plans: Sequence[StagePlan], teacher: ModelConfig, student: Model
         for term in plan.terms:
             with naming(f"distillation.{plan.name}, term {term.name}"):
                 term.check_fit(student, teacher)
+
+
+def check_poolers(run: Run, plans: Sequence[StagePlan]) -> None:
+    """Refuses a term that reads a pooler, where a model has none or would not keep it."""
+    for plan in (plan for plan in plans if plan.stage.distils and reads_of(plan.terms).pooled):
+        origin, fix = f"distillation.{plan.name}, term pooled", "use the term cls"
+        is_of_task = plan.stage.teacher == "task"
+        if is_of_task and run.the_task.kind.unit != "row":
+            raise ValueError(
+                f"{origin}: expected a task of whole texts, got {run.the_task.kind.kind}, whose "
+                f"models have no pooler; {fix}"
+            )
+        path = None if is_of_task or PRETRAIN.name in run.plans else run.teacher_section.path
+        if path and not has_pooler(path):
+            raise ValueError(
+                f"{origin}: expected a teacher with trained weights of its pooler, {path} has "
+                f"none; give another teacher, or {fix}"
+            )
+        for student in () if plan.stage.trains_head else run.students:
+            family = student.sizes.model_type or DEFAULT
+            if not format_of(family).holds_pooler(None):
+                raise ValueError(
+                    f"{origin}: expected {student.origin} of a family whose folders hold a pooler "
+                    f"without a head, got {family}: it would be lost after the stage; move the "
+                    "term to prediction"
+                )
 
 
 def _check_start(student: Student, teacher: ModelConfig) -> None:

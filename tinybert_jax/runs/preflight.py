@@ -153,6 +153,7 @@ def _check_order(config: RunConfig, stages: Sequence[Stage], run: Run) -> None:
 def _check(run: Run, plans: Sequence[StagePlan]) -> None:
     checks.check_sizes(run, plans)
     checks.check_vocabularies(run)
+    checks.check_poolers(run, plans)
     checks.check_room(run, plans)
     if run.stores:
         corpus_checks.check_stores(run, plans)

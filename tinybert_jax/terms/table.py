@@ -11,6 +11,7 @@ from tinybert_jax.terms.cosine import CosineTerm
 from tinybert_jax.terms.hidden import EmbeddingTerm, HiddenTerm
 from tinybert_jax.terms.label import LabelTerm
 from tinybert_jax.terms.logits import LogitsTerm
+from tinybert_jax.terms.pooled import PooledTerm
 from tinybert_jax.terms.relation import RelationTerm
 from tinybert_jax.terms.term import Reads
 from tinybert_jax.terms.words import MaskedLMTerm, WordLogitsTerm
@@ -22,6 +23,7 @@ AnyTerm = Annotated[
     | RelationTerm
     | ClsTerm
     | CosineTerm
+    | PooledTerm
     | LogitsTerm
     | LabelTerm
     | MaskedLMTerm
