@@ -127,9 +127,9 @@ def test_eight_devices_score_as_one(packed):
     options = {"buckets": (16, 32), "pad_token_id": 0, "packed": packed}
     one = make_scorer(apply, **options)(params, rows)
     score = make_scorer(apply, **options, mesh=mesh)
-    eight = score(sharding.placed(params, mesh), rows, global_batch_size=12)
+    eight = score(sharding.place_params(params, mesh), rows, global_batch_size=12)
     np.testing.assert_allclose(eight, one, atol=1e-6)
-    part = score(sharding.placed(params, mesh), rows.part(20, 65))
+    part = score(sharding.place_params(params, mesh), rows.part(20, 65))
     np.testing.assert_allclose(part, one[20:65], atol=1e-6)
 
 
@@ -156,7 +156,7 @@ def test_logits_of_tokens_are_the_same_in_any_layout():
         scored = make_scorer(apply, **options)(params, rows)
         np.testing.assert_allclose(scored, expected, atol=1e-5, err_msg=name)
         part = make_scorer(apply, **options, mesh=mesh)(
-            sharding.placed(params, mesh), rows.part(20, 65)
+            sharding.place_params(params, mesh), rows.part(20, 65)
         )
         theirs = expected[rows.offsets[20] : rows.offsets[65]]
         np.testing.assert_allclose(part, theirs, atol=1e-5, err_msg=f"{name}, on eight devices")

@@ -113,7 +113,7 @@ def test_splash_equals_xla(is_packed, on_mesh):
     with jax.set_mesh(mesh) if on_mesh else contextlib.nullcontext():
         if on_mesh:
             inputs = jax.device_put(inputs, sharding.batch_sharding(mesh))
-        splash = sharding.over_batch(functools.partial(splash_attention, interpret=True))
+        splash = sharding.shard_map_over_batch(functools.partial(splash_attention, interpret=True))
         results = gradients(splash, *inputs)
     for name, want, got in zip("oqkv", expected, results, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5, err_msg=name)

@@ -18,7 +18,7 @@ from tinybert_jax.objectives.alignment import init_projection
 from tinybert_jax.objectives.distillation import Role, make_distill
 from tinybert_jax.objectives.objective import count_units
 from tinybert_jax.parallel.mesh import make_mesh
-from tinybert_jax.parallel.sharding import param_specs, placed
+from tinybert_jax.parallel.sharding import param_specs, place_params
 from tinybert_jax.performance import flops
 from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.terms.table import reads_of
@@ -289,7 +289,7 @@ def test_int8_layers_give_the_same_on_eight_devices():
     specs = param_specs(params, mesh)["encoder"]["layers"][0]["attention"]["query"]
     assert specs["scale"] == specs["bias"]
     forward = jax.jit(lambda params: apply(params, Text(IDS, 0 * IDS), MASKS["padded"]).logits)
-    one, eight = forward(params), forward(placed(params, mesh))
+    one, eight = forward(params), forward(place_params(params, mesh))
     np.testing.assert_allclose(one, eight, rtol=1e-5, atol=1e-6)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tinybert_jax.models.dropout import dropout
 from tinybert_jax.models.linear import Linear, dense, make_linear
-from tinybert_jax.parallel.sharding import over_batch
+from tinybert_jax.parallel.sharding import shard_map_over_batch
 from tinybert_jax.settings.section import AttentionBackend
 from tinybert_jax.settings.sizes import ModelConfig
 
@@ -137,7 +137,7 @@ def attend(
         fused = "cudnn" if backend == "auto" else backend
         missing = _missing_requirement(fused, queries, 0.0 if key is None else dropout_rate)
         if missing is None:
-            return over_batch(_FUSED[fused])(queries, keys, values, visible), None
+            return shard_map_over_batch(_FUSED[fused])(queries, keys, values, visible), None
         if backend != "auto":
             raise ValueError(f"attention: {fused} expects {missing}; set compute.attention=auto")
     scores = attention_scores(queries, keys)

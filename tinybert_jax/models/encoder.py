@@ -24,7 +24,7 @@ from tinybert_jax.models.dropout import dropout
 from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.linear import dense, make_linear
 from tinybert_jax.models.norm import layer_norm, make_layer_norm
-from tinybert_jax.parallel.sharding import constrain
+from tinybert_jax.parallel.sharding import shard_by_example
 from tinybert_jax.settings.section import AttentionBackend, PositionInit
 from tinybert_jax.settings.sizes import ModelConfig
 
@@ -177,12 +177,12 @@ class Encoder(nnx.Module):
         keys = None if key is None else jax.random.split(key, num_layers + 1)
         with jax.named_scope("~embeddings"):
             embedded = self.embeddings(inputs, attention_mask, None if keys is None else keys[0])
-            embedded = constrain(embedded)
+            embedded = shard_by_example(embedded)
 
         def run(hidden, params_and_key, pick=None):
             params, layer_key = params_and_key
             hidden, taps = nnx.merge(graphdef, params)(hidden, visible, layer_key, pick)
-            return constrain(hidden), taps
+            return shard_by_example(hidden), taps
 
         return embedded, (stacked, None if keys is None else keys[1:]), run
 

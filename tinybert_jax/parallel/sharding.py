@@ -39,15 +39,15 @@ def param_specs(abstract: Any, mesh: Mesh, *, num_leading: int = 0) -> Any:
     return jax.tree_util.tree_map_with_path(spec, abstract)
 
 
-def shardings(specs: Any, mesh: Mesh) -> Any:
+def named_shardings(specs: Any, mesh: Mesh) -> Any:
     """The NamedShardings of a tree of PartitionSpecs."""
     is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 
 
-def placed(params: Any, mesh: Mesh) -> Any:
+def place_params(params: Any, mesh: Mesh) -> Any:
     """Parameters, sent to the devices by their `param_specs`."""
-    return jax.device_put(params, shardings(param_specs(params, mesh), mesh))
+    return jax.device_put(params, named_shardings(param_specs(params, mesh), mesh))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -55,7 +55,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def constrain(hidden: jax.Array) -> jax.Array:
+def shard_by_example(hidden: jax.Array) -> jax.Array:
     """Keeps activations [batch, …] split by example, whatever the sharding of the parameters.
 
     Without it XLA may split the residual stream like a parameter and all-gather in every block.
@@ -66,7 +66,7 @@ def constrain(hidden: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(hidden, PartitionSpec(BATCH_AXES))
 
 
-def over_batch(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def shard_map_over_batch(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Makes every device run a function of arrays [batch, …] on the examples of that device.
 
     For kernels that XLA cannot partition; devices along the `tensor` axis repeat the same work.
@@ -79,7 +79,7 @@ def over_batch(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 

@@ -19,7 +19,7 @@ from tinybert_jax.huggingface.head import Head
 from tinybert_jax.inference.scorer import Judge, Scorer, make_scorer
 from tinybert_jax.models.heads import Model
 from tinybert_jax.models.params import Apply, Params, frozen_params
-from tinybert_jax.parallel.sharding import placed
+from tinybert_jax.parallel.sharding import place_params
 from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.tasks.task import Scored, Settings, Task
 from tinybert_jax.tokens.store import Store
@@ -173,7 +173,7 @@ def as_frozen(compute: ComputeSection, params: Params) -> Params:
 
 def placed_as_frozen(run: Run, params: Params) -> Params:
     """`as_frozen`, on the run's devices."""
-    return placed(as_frozen(run.compute, params), run.mesh)
+    return place_params(as_frozen(run.compute, params), run.mesh)
 
 
 def make_task_model(run: Run, sizes: ModelConfig, **options: Any) -> Model:

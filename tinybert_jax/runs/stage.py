@@ -144,7 +144,7 @@ def _step(
     run: Run, training: Training, step_fn: TrainStep, meter: Meter
 ) -> contextlib.AbstractContextManager[trace.Step]:
     """The step as the loop calls it; some of its calls are traced where the run is profiled."""
-    frozen = sharding.placed(training.read_frozen(training.frozen), run.mesh)
+    frozen = sharding.place_params(training.read_frozen(training.frozen), run.mesh)
 
     def step(state, batch):
         return step_fn(state, batch, frozen)

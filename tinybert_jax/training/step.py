@@ -81,7 +81,7 @@ def init_state(
 def state_shardings(abstract: TrainState, mesh: Mesh) -> TrainState:
     """The moments carry their parameter's path, so the parameters' rule places them too."""
     specs = sharding.param_specs(abstract, mesh, num_leading=abstract.key.ndim)
-    return sharding.shardings(specs, mesh)
+    return sharding.named_shardings(specs, mesh)
 
 
 def make_train_step(
@@ -135,7 +135,7 @@ def make_train_step(
         train_step,
         donate_argnums=0,
         in_shardings=(state_sharding, sharding.batch_sharding(mesh), None),
-        out_shardings=(state_sharding, sharding.replicated(mesh)),
+        out_shardings=(state_sharding, sharding.replicated_sharding(mesh)),
     )
 
     return TrainStep(compiled, mesh)
