@@ -155,7 +155,7 @@ def assert_same(loss, reference, *inputs, tolerance=1e-5):
         assert relative_error(grad, tensor.grad.numpy()) <= tolerance
 
 
-def assert_adds_up(loss, arrays, count):
+def assert_microbatches_add_up(loss, arrays, count):
     """The first four examples against two microbatches of two, unequal in valid units."""
     whole = jax.jit(jax.value_and_grad(loss))
     part = jax.jit(jax.value_and_grad(functools.partial(loss, count=jax.numpy.float32(count))))

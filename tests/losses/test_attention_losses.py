@@ -11,15 +11,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from reference import (
-    assert_adds_up,
     assert_float32_of_bfloat16,
+    assert_microbatches_add_up,
     assert_padding_is_nothing,
     assert_same,
     normal,
     value_and_grads,
 )
 
-from tinybert_jax.losses.attention import attention_mse, builds_score_maps, regroup, score_mse
+from tinybert_jax.losses.attention import attention_mse, builds_score_maps, regroup_heads, score_mse
 from tinybert_jax.losses.relations import relation_kl
 from tinybert_jax.models.attention import attention_scores
 
@@ -179,8 +179,8 @@ def test_padded_keys_do_not_change_attention_mse_under_paper_code(maps):
 def test_microbatches_of_pairs_add_up_to_the_batch(normalisation, maps):
     heads = [normal(44 + i, BATCH, SEQ, HEADS, 4 + i // 2) for i in range(4)]
     num_pairs = 4 * SEQ**2 if normalisation == "paper_code" else np.square(LENGTHS).sum()
-    loss = functools.partial(attention_mse, normalisation=normalisation, maps=maps)
-    assert_adds_up(loss, [*heads, MASK], num_pairs)
+    loss = functools.partial(attention_mse, normalisation=normalisation, build_maps=maps)
+    assert_microbatches_add_up(loss, [*heads, MASK], num_pairs)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def attention_loss(normalisation, maps):
             teacher_key,
             jnp.array(MASK),
             normalisation=normalisation,
-            maps=maps,
+            build_maps=maps,
         )
 
     return loss
@@ -347,16 +347,16 @@ def test_memory_of_relation_kl_grows_linearly_with_the_length():
 
 def test_regroup_keeps_the_features():
     x = jnp.array(normal(0, 2, 3, 4, 6))
-    grouped = regroup(x, 8)
+    grouped = regroup_heads(x, 8)
     assert grouped.shape == (2, 3, 8, 3)
     np.testing.assert_array_equal(grouped.reshape(2, 3, 24), x.reshape(2, 3, 24))
     with pytest.raises(ValueError, match="expected a divisor of the width 24, got 7"):
-        regroup(x, 7)
+        regroup_heads(x, 7)
 
 
 def test_microbatches_of_tokens_add_up_to_the_batch():
     heads = [normal(44 + i, BATCH, SEQ, HEADS, 4) for i in range(4)]
-    assert_adds_up(relation_kl, [*heads, MASK], LENGTHS.sum())
+    assert_microbatches_add_up(relation_kl, [*heads, MASK], LENGTHS.sum())
 
 
 @pytest.mark.parametrize("maps", [False, True])
@@ -371,7 +371,7 @@ def test_products_of_attention_mse_have_the_precision_of_the_dtype(dtype, precis
         attention_mse,
         mask=jnp.ones((2, 8), bool),
         normalisation="valid_only",
-        maps=maps,
+        build_maps=maps,
     )
     text = str(jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(*heads))
     found = re.findall(r"precision=\(Precision.(\w+), Precision.(\w+)\)", text)

@@ -12,7 +12,7 @@ import pytest
 from tinybert_jax.losses.forms import FORMS
 
 torch = pytest.importorskip("torch")
-from reference import assert_adds_up, assert_float32_of_bfloat16, assert_same, normal
+from reference import assert_float32_of_bfloat16, assert_microbatches_add_up, assert_same, normal
 
 F = torch.nn.functional
 UNITS, CLASSES = 6, 4
@@ -37,7 +37,7 @@ def test_sets_of_labels_are_those_of_bce_with_logits(label_smoothing):
     target = torch.tensor(SETS * (1 - label_smoothing) + label_smoothing / 2)
 
     def loss(logits):
-        return SIGMOID.gold(
+        return SIGMOID.label_loss(
             logits, jnp.array(SETS), jnp.array(WEIGHTS), label_smoothing=label_smoothing
         )
 
@@ -55,7 +55,7 @@ def test_a_teacher_s_probabilities_of_every_class(divergence, temperature, reduc
     """Both logits are divided by the temperature; kl is that of [class, not class] outcomes."""
 
     def loss(student, teacher):
-        return SIGMOID.soft(
+        return SIGMOID.teacher_loss(
             student,
             teacher,
             jnp.array(WEIGHTS),
@@ -82,12 +82,12 @@ def test_a_teacher_s_probabilities_of_every_class(divergence, temperature, reduc
 def test_kl_is_the_cross_entropy_less_the_teacher_s_own():
     """So it is 0 between equals, and has the same gradient by the student."""
     logits, weights = jnp.array(_logits(4)), jnp.array(WEIGHTS)
-    assert SIGMOID.soft(logits, logits, weights, divergence="kl") == 0
+    assert SIGMOID.teacher_loss(logits, logits, weights, divergence="kl") == 0
     other = jnp.array(_logits(5))
-    entropy = SIGMOID.soft(other, other, weights)
+    entropy = SIGMOID.teacher_loss(other, other, weights)
     np.testing.assert_allclose(
-        SIGMOID.soft(logits, other, weights, divergence="kl"),
-        SIGMOID.soft(logits, other, weights) - entropy,
+        SIGMOID.teacher_loss(logits, other, weights, divergence="kl"),
+        SIGMOID.teacher_loss(logits, other, weights) - entropy,
         rtol=1e-5,
     )
 
@@ -96,9 +96,9 @@ def test_scores_of_any_size_have_finite_losses():
     """Where a probability itself would be 0 or 1 in fp32."""
     large = jnp.array([[1e4, -1e4, 1e4, -1e4]])
     labels, weights = jnp.array([[1, 0, 0, 1]]), jnp.ones(1)
-    np.testing.assert_allclose(SIGMOID.gold(large, labels, weights), 1e4 / 2)
+    np.testing.assert_allclose(SIGMOID.label_loss(large, labels, weights), 1e4 / 2)
     for divergence in ("cross_entropy", "kl"):
-        value = SIGMOID.soft(-large, large, weights, divergence=divergence)
+        value = SIGMOID.teacher_loss(-large, large, weights, divergence=divergence)
         np.testing.assert_allclose(value, 4e4)
 
 
@@ -108,12 +108,14 @@ def test_numbers_are_squared_errors():
     def reference(logits):
         return _mean((logits[:, 0] - torch.tensor(labels)).square())
 
-    gold = functools.partial(SQUARE.gold, labels=jnp.array(labels), weights=jnp.array(WEIGHTS))
+    gold = functools.partial(
+        SQUARE.label_loss, labels=jnp.array(labels), weights=jnp.array(WEIGHTS)
+    )
     assert_same(lambda logits: gold(logits), reference, _logits(7, 1))
     teacher = labels[:, None]
 
     def soft(student):
-        return SQUARE.soft(student, jnp.array(teacher), jnp.array(WEIGHTS))
+        return SQUARE.teacher_loss(student, jnp.array(teacher), jnp.array(WEIGHTS))
 
     assert_same(soft, reference, _logits(7, 1))
     assert not SQUARE.has_temperature and SIGMOID.has_temperature and SOFTMAX.has_temperature
@@ -122,7 +124,7 @@ def test_numbers_are_squared_errors():
 @pytest.mark.parametrize("divergence", ["cross_entropy", "kl"])
 def test_one_class_of_a_unit_is_the_softmax(divergence):
     def loss(student, teacher):
-        return SOFTMAX.soft(
+        return SOFTMAX.teacher_loss(
             student, teacher, jnp.array(WEIGHTS), divergence=divergence, temperature=2.0
         )
 
@@ -148,13 +150,13 @@ def test_parts_of_a_batch_add_up_and_narrow_scores_are_widened(form):
     own = FORMS[form]
 
     def gold(logits, labels, weights, count=None):
-        return own.gold(logits, labels, weights, count=count)
+        return own.label_loss(logits, labels, weights, count=count)
 
     def soft(logits, teacher, weights, count=None):
-        return own.soft(logits, teacher, weights, count=count)
+        return own.teacher_loss(logits, teacher, weights, count=count)
 
     logits, teacher = _logits(11, num_classes), _logits(12, num_classes)
     for loss, target in ((gold, labels), (soft, teacher)):
-        assert_adds_up(loss, (logits, target, WEIGHTS), WEIGHTS[:4].sum())
+        assert_microbatches_add_up(loss, (logits, target, WEIGHTS), WEIGHTS[:4].sum())
     narrow = [jnp.asarray(x, jnp.bfloat16) for x in (logits, teacher)]
     assert_float32_of_bfloat16(lambda *given: soft(*given, jnp.array(WEIGHTS)), narrow)

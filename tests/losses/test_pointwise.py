@@ -16,8 +16,8 @@ from tinybert_jax.losses import pointwise, vocabulary
 
 torch = pytest.importorskip("torch")
 from reference import (
-    assert_adds_up,
     assert_float32_of_bfloat16,
+    assert_microbatches_add_up,
     assert_padding_is_nothing,
     assert_same,
     normal,
@@ -174,13 +174,17 @@ def test_microbatches_of_examples_add_up_to_the_batch():
     student, teacher = (normal(40 + i, BATCH, 4) for i in range(2))
     soft = functools.partial(pointwise.soft_cross_entropy, reduction="sum")
 
-    assert_adds_up(pointwise.softmax_cross_entropy, [student, LABELS, WEIGHTS], WEIGHTS[:4].sum())
-    assert_adds_up(pointwise.masked_lm, [student, LABELS], 3)
-    assert_adds_up(chunked_lm, [student, LABELS], 3)
-    assert_adds_up(soft, [student, teacher, WEIGHTS], WEIGHTS[:4].sum())
-    assert_adds_up(pointwise.kl, [student, teacher, WEIGHTS], WEIGHTS[:4].sum())
-    assert_adds_up(pointwise.logits_mse, [student, teacher, WEIGHTS], WEIGHTS[:4].sum())
-    assert_adds_up(pointwise.pooled_cosine, [student, teacher, WEIGHTS], WEIGHTS[:4].sum())
+    assert_microbatches_add_up(
+        pointwise.softmax_cross_entropy, [student, LABELS, WEIGHTS], WEIGHTS[:4].sum()
+    )
+    assert_microbatches_add_up(pointwise.masked_lm, [student, LABELS], 3)
+    assert_microbatches_add_up(chunked_lm, [student, LABELS], 3)
+    assert_microbatches_add_up(soft, [student, teacher, WEIGHTS], WEIGHTS[:4].sum())
+    assert_microbatches_add_up(pointwise.kl, [student, teacher, WEIGHTS], WEIGHTS[:4].sum())
+    assert_microbatches_add_up(pointwise.logits_mse, [student, teacher, WEIGHTS], WEIGHTS[:4].sum())
+    assert_microbatches_add_up(
+        pointwise.pooled_cosine, [student, teacher, WEIGHTS], WEIGHTS[:4].sum()
+    )
 
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
@@ -188,7 +192,7 @@ def test_microbatches_of_tokens_add_up_to_the_batch(normalisation):
     hidden = [normal(42 + i, BATCH, SEQ, 6) for i in range(2)]
     num_tokens = 4 * SEQ if normalisation == "paper_code" else LENGTHS[:4].sum()
     hidden_mse = functools.partial(pointwise.hidden_mse, normalisation=normalisation)
-    assert_adds_up(hidden_mse, [*hidden, MASK], num_tokens)
+    assert_microbatches_add_up(hidden_mse, [*hidden, MASK], num_tokens)
 
 
 def test_a_batch_without_valid_units_has_loss_and_gradient_zero():

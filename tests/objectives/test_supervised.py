@@ -143,7 +143,7 @@ def test_a_task_learns_by_its_form_of_scores(form):
     _, counts = objective.prepare(batch, jax.random.key(0), jnp.zeros(()))
     value, parts = objective.loss(params, batch, counts, None, ())
     real = Text(*(x[:NUM_ROWS] for x in batch.inputs)), batch.attention_mask[:NUM_ROWS]
-    expected = FORMS[form].gold(
+    expected = FORMS[form].label_loss(
         apply(params, *real).logits, jnp.asarray(labels), jnp.ones(NUM_ROWS)
     )
     np.testing.assert_allclose(value, expected, rtol=1e-5)

@@ -36,12 +36,12 @@ def attention_mse(
     *,
     normalisation: Normalisation,
     count: Float[Array, ""] | None = None,
-    maps: bool | None = None,
+    build_maps: bool | None = None,
 ) -> Float[Array, ""]:
     """MSE between the score maps of a student layer and a teacher layer (unit: pair).
 
     An integer mask holds the segment ids of packed rows (0: padding): pairs within a segment count,
-    and `normalisation` must be "valid_only". `maps`: whether to build the maps; None:
+    and `normalisation` must be "valid_only". `build_maps`: whether to build the maps; None:
     `builds_score_maps` decides.
 
     "valid_only" leaves padded rows and columns out and averages over valid pairs and heads;
@@ -72,9 +72,9 @@ def attention_mse(
     else:
         factors = s_query * student_dim**-0.5, s_key, t_query * -(teacher_dim**-0.5), t_key
     precision = _product_precision(student_query, student_key, teacher_query, teacher_key)
-    if maps is None:
-        maps = builds_score_maps(mask.shape[1], student_dim, teacher_dim, packed=is_packed)
-    if maps:
+    if build_maps is None:
+        build_maps = builds_score_maps(mask.shape[1], student_dim, teacher_dim, packed=is_packed)
+    if build_maps:
         is_pair = _same_segment(mask) if is_packed else None
         total = _squared_norm_by_map(precision, *factors, is_pair)
     else:
@@ -120,7 +120,7 @@ def score_mse(
     return divide_by_count(jnp.square(difference).sum() / student.shape[1], num_valid, count)
 
 
-def regroup(
+def regroup_heads(
     x: Float[Array, "batch seq heads head_dim"], num_heads: int
 ) -> Float[Array, "batch seq relation_heads relation_dim"]:
     """Reshapes the features to `num_heads` heads: MiniLMv2's relation heads.

@@ -23,14 +23,16 @@ Divergence = Literal["cross_entropy", "kl"]
 
 
 class Form(NamedTuple):
-    """The losses of one form of output: `gold` compares with labels, `soft` with a teacher."""
+    """The losses of one form of output: `label_loss` reads labels, `teacher_loss` a teacher."""
 
-    gold: Callable[..., Array]  # (logits, labels, weights, …)
-    soft: Callable[..., Array]  # (student_logits, teacher_logits, weights, …)
-    has_temperature: bool = True  # whether `soft` takes temperature, divergence and reduction
+    label_loss: Callable[..., Array]  # (logits, labels, weights, …)
+    teacher_loss: Callable[..., Array]  # (student_logits, teacher_logits, weights, …)
+    has_temperature: bool = (
+        True  # whether `teacher_loss` takes temperature, divergence and reduction
+    )
 
 
-def _square_gold(
+def _square_label_loss(
     logits: Float[Array, "units 1"],
     labels: Float[Array, " units"],
     weights: Float[Array, " units"],
@@ -42,7 +44,7 @@ def _square_gold(
     return logits_mse(logits, labels[:, None], weights, count=count)
 
 
-def _softmax_soft(
+def _softmax_teacher_loss(
     student_logits: Float[Array, "units classes"],
     teacher_logits: Float[Array, "units classes"],
     weights: Float[Array, " units"],
@@ -64,7 +66,7 @@ def _softmax_soft(
 
 
 FORMS: dict[str, Form] = {
-    "softmax": Form(softmax_cross_entropy, _softmax_soft),  # one class per unit
+    "softmax": Form(softmax_cross_entropy, _softmax_teacher_loss),  # one class per unit
     "sigmoid": Form(sigmoid_cross_entropy, soft_sigmoid_cross_entropy),  # any classes
-    "square": Form(_square_gold, logits_mse, has_temperature=False),  # one number per unit
+    "square": Form(_square_label_loss, logits_mse, has_temperature=False),  # one number per unit
 }

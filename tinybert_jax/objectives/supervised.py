@@ -17,7 +17,7 @@ def make_supervised(
     def loss(params, batch: Batch, counts, key, targets):
         logits = unit_logits(apply, params, batch, key)
         with jax.named_scope("~loss label"):
-            value = FORMS[form].gold(
+            value = FORMS[form].label_loss(
                 logits, *units(batch), label_smoothing=label_smoothing, count=counts.units
             )
         return value, {"loss/label": value}

@@ -50,7 +50,7 @@ class AttentionTerm(LayerTerm):
         def heads(x, side: int):
             if self.head_map:
                 return x[:, :, [pair[side] - 1 for pair in self.head_map]]
-            return losses.regroup(x, self.heads) if self.heads else x
+            return losses.regroup_heads(x, self.heads) if self.heads else x
 
         def one(c: Context, ours: int, theirs: int):
             student, teacher, mask = c.student.encoder, c.teacher.encoder, c.batch.attention_mask

@@ -18,7 +18,7 @@ class LabelTerm(Term):
         from tinybert_jax.losses.forms import FORMS
 
         def loss(c: Context):
-            return FORMS[c.options.form].gold(
+            return FORMS[c.options.form].label_loss(
                 c.student.logits,
                 *c.units(),
                 label_smoothing=self.label_smoothing,

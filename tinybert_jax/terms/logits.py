@@ -29,9 +29,11 @@ class LogitsTerm(Term):
             form = FORMS[c.options.form]
             _, weights = c.units()
             if not form.has_temperature:
-                return form.soft(c.student.logits, c.teacher.logits, weights, count=c.counts.units)
+                return form.teacher_loss(
+                    c.student.logits, c.teacher.logits, weights, count=c.counts.units
+                )
             temperature = c.number(self.temperature)
-            value = form.soft(
+            value = form.teacher_loss(
                 c.student.logits,
                 c.teacher.logits,
                 weights,

@@ -37,13 +37,13 @@ class RelationTerm(LayerTerm):
     def make_loss(self, num_student: int, num_teacher: int) -> Loss:
         import jax.numpy as jnp
 
-        from tinybert_jax.losses.attention import regroup
+        from tinybert_jax.losses.attention import regroup_heads
         from tinybert_jax.losses.relations import relation_kl
 
         def one(c: Context, ours: int, theirs: int):
             def kl(name: str):
                 student, teacher = (
-                    regroup(getattr(model.encoder, name)[layer - 1], self.heads)
+                    regroup_heads(getattr(model.encoder, name)[layer - 1], self.heads)
                     for model, layer in ((c.student, ours), (c.teacher, theirs))
                 )
                 return relation_kl(
