@@ -23,7 +23,7 @@ from tinybert_jax.data.tables import (
     texts_in,
     texts_or_blank,
 )
-from tinybert_jax.metrics.multilabel import best_threshold, multilabel_metrics, per_label
+from tinybert_jax.metrics.multi_label import best_threshold, multilabel_metrics, scores_per_label
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.tasks.task import Scored, Settings, Task
 
@@ -143,7 +143,7 @@ def answers(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
 
 
 def details(scored: Scored, settings: Settings) -> dict[str, Any]:
-    rows = per_label(_chosen(scored, settings), scored.examples.labels)
+    rows = scores_per_label(_chosen(scored, settings), scored.examples.labels)
     named = [{"name": n, **row} for n, row in zip(scored.label_names, rows, strict=True)]
     return {"per_class_title": "Scores per label", "per_class": named, "settings": dict(settings)}
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
-from tinybert_jax.metrics.multilabel import best_threshold, multilabel_metrics, per_label
+from tinybert_jax.metrics.multi_label import best_threshold, multilabel_metrics, scores_per_label
 
 
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
@@ -20,7 +20,7 @@ def test_scores_equal_scikit_learn(seed, density):
         assert got[f"f1_{average}"] == pytest.approx(expected, abs=1e-12)
     assert got["subset_accuracy"] == pytest.approx(accuracy_score(labels, predictions))
     expected = precision_recall_fscore_support(labels, predictions, zero_division=0.0)
-    got = [[row[name] for row in per_label(predictions, labels)] for name in NAMES]
+    got = [[row[name] for row in scores_per_label(predictions, labels)] for name in NAMES]
     np.testing.assert_allclose(got, expected, atol=1e-12)
 
 

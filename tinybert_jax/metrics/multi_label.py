@@ -12,7 +12,7 @@ def multilabel_metrics(
     The arrays hold 0 and 1. Macro F1 is the unweighted mean over labels; a label that occurs in
     neither array has F1 0, as in scikit-learn. Raises ValueError without examples.
     """
-    scores = per_label(predictions, labels)
+    scores = scores_per_label(predictions, labels)
     correct, predicted, gold = _counts(predictions, labels)
     return {
         "f1_micro": _f1(correct.sum(), predicted.sum(), gold.sum()),
@@ -21,7 +21,7 @@ def multilabel_metrics(
     }
 
 
-def per_label(
+def scores_per_label(
     predictions: Int[np.ndarray, "n labels"], labels: Int[np.ndarray, "n labels"]
 ) -> list[dict[str, float]]:
     """Precision, recall, F1 and support per label; a score with denominator 0 is 0.0."""
