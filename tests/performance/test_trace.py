@@ -99,7 +99,7 @@ def _profiled(tmp_path, widths, between=lambda: None):
         return jitted(state, batch.input_ids), {}
 
     messages, states = [], [jnp.zeros(())]
-    with trace.profiled(
+    with trace.traced_step(
         step,
         lambda state, batch: jitted.lower(state, batch.input_ids).compile().as_text(),
         tmp_path / "profile",
@@ -147,7 +147,7 @@ def test_a_failing_step_stops_the_profiler(tmp_path):
         return state + 1, {}
 
     def run():
-        with trace.profiled(
+        with trace.traced_step(
             step,
             lambda state, batch: "",
             tmp_path / "profile",

@@ -38,7 +38,7 @@ def _call_glibc(name: str, *arguments: int) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, setting: str) -> Iterator[None]:
+def locked_folder(folder: Path, setting: str) -> Iterator[None]:
     """Makes the folder and locks it; raises ValueError where another process holds the lock."""
     import fcntl  # Unix only; prediction, which needs no lock, runs without it
 

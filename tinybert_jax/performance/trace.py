@@ -44,7 +44,7 @@ class Event(NamedTuple):
 
 
 @contextlib.contextmanager
-def profiled(
+def traced_step(
     step: Step,
     program: Callable[[Any, Any], str],
     folder: Path,

@@ -48,7 +48,7 @@ def open_run(config: RunConfig, stages: Sequence[Stage]) -> Iterator[Run]:
         if plan.keeps_logits and not run.is_done(plan.name):
             for own in run.further_teachers:
                 check_teacher(run, own.section.path, own.sizes)
-    with host.locked(run.folder, "run_dir"):
+    with host.locked_folder(run.folder, "run_dir"):
         check_folder(run.folder, config)  # again: another run may have begun while we read
         _write_identity(run.folder, config, run.mesh)
         _keep_tokenizer(run.folder, run.tokenizer)

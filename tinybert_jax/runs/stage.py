@@ -151,7 +151,7 @@ def _step(
 
     if not run.is_profiled:
         return contextlib.nullcontext(step)
-    return trace.profiled(
+    return trace.traced_step(
         step,
         lambda state, batch: step_fn.program(state, batch, frozen),
         run.folder / "profile" / training.name,

@@ -71,7 +71,7 @@ def prepare(
         return output
     partial = store.partial_of(output)
     try:
-        with host.locked(partial, "output"):
+        with host.locked_folder(partial, "output"):
             _write_identity(partial, identity, config)
             layout, shard_rows = spec.layout, config.shard_rows
             writer = StoreWriter(partial, layout.width, np.dtype(layout.dtype), shard_rows)
