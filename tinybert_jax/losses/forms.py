@@ -27,9 +27,7 @@ class Form(NamedTuple):
 
     label_loss: Callable[..., Array]  # (logits, labels, weights, …)
     teacher_loss: Callable[..., Array]  # (student_logits, teacher_logits, weights, …)
-    has_temperature: bool = (
-        True  # whether `teacher_loss` takes temperature, divergence and reduction
-    )
+    has_temperature: bool = True  # `teacher_loss` takes temperature, divergence and reduction
 
 
 def _square_label_loss(
