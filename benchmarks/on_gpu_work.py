@@ -78,8 +78,9 @@ def flops_per_slot(work: Work, chunk_size: int) -> float:
     chunk_size = mlm_chunk_size(num_slots, chunk_size, mask_rate=MASK_RATE)
     num_predicted = chunk_size * math.ceil(MASK_RATE * num_slots / chunk_size)
     head = flops.masked_lm_flops(student, num_picked, num_predicted) / num_slots
-    num_read = masking.num_slots(MASK_RATE, work.width)  # of the last layer: what is needed
-    return 3 * (flops.forward_flops_per_token(student, work.width, num_read=num_read) + head)
+    needed = masking.num_slots(MASK_RATE, work.width)  # tokens whose last layer is needed
+    forward = flops.forward_flops_per_token(student, work.width, num_last_layer_tokens=needed)
+    return 3 * (forward + head)
 
 
 def token_ids(work: Work) -> list[np.ndarray]:

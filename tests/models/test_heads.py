@@ -90,7 +90,7 @@ def test_outputs_and_gradients_are_those_of_a_whole_last_layer(head, mask, unrol
 
 
 @pytest.mark.parametrize(
-    ("head", "mask", "num_read"),
+    ("head", "mask", "num_last_layer_tokens"),
     [
         ("classifier", "padded", 1),
         ("classifier", "packed", 4),
@@ -98,13 +98,15 @@ def test_outputs_and_gradients_are_those_of_a_whole_last_layer(head, mask, unrol
         ("pairs", "padded", 5),
     ],
 )
-def test_the_last_layer_multiplies_no_more_than_is_read(head, mask, num_read):
+def test_the_last_layer_multiplies_no_more_than_is_read(head, mask, num_last_layer_tokens):
     params, outputs = _model(head, mask)
     made = _product_flops(jax.make_jaxpr(lambda params: outputs(params, False))(params).jaxpr)
     d = SIZES.hidden_size
-    expected = TOKENS * flops.forward_flops_per_token(SIZES, WIDTH, num_read=num_read)
+    expected = TOKENS * flops.forward_flops_per_token(
+        SIZES, WIDTH, num_last_layer_tokens=num_last_layer_tokens
+    )
     if head == "classifier":
-        expected += 2 * ROWS * num_read * d * (d + 3)
+        expected += 2 * ROWS * num_last_layer_tokens * d * (d + 3)
     else:
         expected += flops.masked_lm_flops(SIZES, ROWS * 4, ROWS * 4)
     if head == "pairs":

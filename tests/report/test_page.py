@@ -10,7 +10,7 @@ from report_page import Page, eval_rows, make_model, make_results, render, train
 from tinybert_jax.report.charts import MAX_DRAWN_POINTS
 from tinybert_jax.report.page import write_report
 from tinybert_jax.report.pareto import pareto_front
-from tinybert_jax.report.tables import compare, headline, si
+from tinybert_jax.report.tables import compare, format_si, headline
 
 
 def test_the_page_shows_the_numbers_of_the_run(tmp_path):
@@ -222,11 +222,11 @@ def test_compare_and_si_format_ratios_and_sizes():
     assert compare(1e6, 8e6, "fewer", "more") == "8.0×\u00a0more"
     assert compare(100.0, 98.0, "faster", "slower") == "same"
     assert compare(None, 1.0, "fewer", "more") == compare(0.0, 1.0, "fewer", "more") == ""
-    written = [si(v) for v in (22_713_986.0, 999_999.0, 870.0, 3.14159, 0.0581, 0.0, 2e-7)]
+    written = [format_si(v) for v in (22_713_986.0, 999_999.0, 870.0, 3.14159, 0.0581, 0.0, 2e-7)]
     assert [w.replace("\u00a0", " ") for w in written] == [
         *("22.7 M", "1.00 M", "870", "3.14", "0.0581", "0.00", "2.00e-07"),
     ]
-    assert si(90_856_704.0, "B") == "90.9\u00a0MB"
+    assert format_si(90_856_704.0, "B") == "90.9\u00a0MB"
 
 
 def make_results_of_three_students():

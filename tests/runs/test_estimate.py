@@ -51,11 +51,11 @@ STUDENT_LAYER = 2 * (4 * 8**2 + 2 * 8 * 16 + 2 * WIDTH * 8)
 TEACHER_FORWARD = 2 * TEACHER_LAYER
 
 
-def _last(layer, hidden_size, num_read, width=WIDTH):
+def _last(layer, hidden_size, num_last_layer_tokens, width=WIDTH):
     """A row's: keys and values of all its tokens, the rest where few are read, else everywhere."""
-    num_read = num_read if 2 * num_read <= width else width
+    num_last_layer_tokens = num_last_layer_tokens if 2 * num_last_layer_tokens <= width else width
     keys_and_values = 2 * 2 * hidden_size**2
-    return width * keys_and_values + num_read * (layer - keys_and_values)
+    return width * keys_and_values + num_last_layer_tokens * (layer - keys_and_values)
 
 
 @pytest.fixture(scope="module")
@@ -262,8 +262,8 @@ def test_a_family_has_one_teacher(inputs, tmp_path, monkeypatch):
         for part, value in both.flops.items():
             total = sum(own.flops[part] for own in alone)
             if part == "teacher":
-                num_read = WIDTH if stage == "general" else 1
-                row = WIDTH * TEACHER_LAYER + _last(TEACHER_LAYER, 16, num_read)
+                num_last_layer_tokens = WIDTH if stage == "general" else 1
+                row = WIDTH * TEACHER_LAYER + _last(TEACHER_LAYER, 16, num_last_layer_tokens)
                 assert value == total / 2 == SLOTS // WIDTH * row
             elif part == "words":
                 vocab = runs[0].teacher.vocab_size

@@ -79,9 +79,9 @@ class Classifier(nnx.Module):
         """`taps` hands out what the encoder computes; its last layer then runs in full."""
         keys = (None, None) if key is None else jax.random.split(key)
         arguments = (inputs, attention_mask, keys[0])
-        num_read = attention_mask.shape[1] if self.of_tokens else num_segments or 1
+        num_last_layer_tokens = attention_mask.shape[1] if self.of_tokens else num_segments or 1
         encoded = None
-        if taps or not is_few(num_read, attention_mask.shape[1]):
+        if taps or not is_few(num_last_layer_tokens, attention_mask.shape[1]):
             encoded = self.encoder(*arguments, num_segments)
             features = encoded.hidden[-1] if self.of_tokens else encoded.pooled
             assert features is not None
@@ -133,8 +133,8 @@ class MaskedLM(nnx.Module):
         arguments = (inputs, attention_mask, key)
         encoded, num_first = None, 0 if self.pair is None else 1  # the pair head reads that token
         seq = attention_mask.shape[1]
-        num_read = seq if positions is None else num_first + positions.shape[1]
-        if positions is None or taps or not is_few(num_read, seq):
+        num_last_layer_tokens = seq if positions is None else num_first + positions.shape[1]
+        if positions is None or taps or not is_few(num_last_layer_tokens, seq):
             encoded = self.encoder(*arguments, num_segments)
             hidden = encoded.hidden[-1]
             first = hidden[:, 0]
@@ -161,12 +161,12 @@ class MaskedLM(nnx.Module):
         )
 
 
-def is_few(num_read: int, seq_len: int) -> bool:
+def is_few(num_last_layer_tokens: int, seq_len: int) -> bool:
     """Whether heads that read so many tokens of a row have the last layer run for those alone.
 
     With more, what is left out is not worth the gathering, nor flash attention.
     """
-    return 2 * num_read <= seq_len
+    return 2 * num_last_layer_tokens <= seq_len
 
 
 class TiedDecoder(nnx.Module):

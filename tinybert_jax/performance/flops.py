@@ -50,15 +50,19 @@ def num_encoder_parameters(config: BertShape) -> int:
 
 
 def forward_flops_per_token(
-    config: BertShape, seq_len: int, *, projection_dim: int = 0, num_read: int | None = None
+    config: BertShape,
+    seq_len: int,
+    *,
+    projection_dim: int = 0,
+    num_last_layer_tokens: int | None = None,
 ) -> float:
     """FLOPs of one forward pass divided by the number of tokens, padding included.
 
     Counts the six weight matrices of a layer and the two products of attention (scores, and
     probabilities times values: 2·seq_len·hidden_size multiply-adds per token). No task head.
     `projection_dim` adds the projection of every student hidden state (num_hidden_layers + 1) to a
-    teacher of that width. `num_read`: number of tokens of a row at which the last layer runs,
-    except for keys and values, which run at all tokens; None: all tokens.
+    teacher of that width. `num_last_layer_tokens`: number of tokens of a row at which the last
+    layer runs, except for keys and values, which run at all tokens; None: all tokens.
 
     At seq_len = 128: BERT-base 174.6 M; TinyBERT4 9.7 M, or 12.1 M with projection_dim=768, a third
     of the 36.4 M of one trained token.
@@ -66,7 +70,7 @@ def forward_flops_per_token(
     d, f, num_layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     layer = 4 * d * d + 2 * d * f + 2 * seq_len * d
     projection = projection_flops_per_token(config, projection_dim, num_layers + 1)
-    share_left_out = 0 if num_read is None else 1 - num_read / seq_len
+    share_left_out = 0 if num_last_layer_tokens is None else 1 - num_last_layer_tokens / seq_len
     left_out = share_left_out * (layer - 2 * d * d)
     return float(2 * (num_layers * layer - left_out) + projection)
 
@@ -91,17 +95,27 @@ def training_flops_per_token(
     *,
     projection_dim: int = 0,
     teacher: BertShape | None = None,
-    num_read: int | None = None,
+    num_last_layer_tokens: int | None = None,
 ) -> float:
     """FLOPs per token of one step: three forward passes per trained model, one of the teacher.
 
-    The trained models read the same batch and share the teacher's pass. `num_read` as in
-    `forward_flops_per_token`. A backward pass costs two forward passes: the gradient of the weights
-    and the gradient of the inputs. Recomputation (remat) is not counted: model FLOPs leave it out.
+    The trained models read the same batch and share the teacher's pass. `num_last_layer_tokens` is
+    as in `forward_flops_per_token`. A backward pass costs two forward passes: the gradient of the
+    weights and the gradient of the inputs. Recomputation (remat) is not counted: model FLOPs leave
+    it out.
     """
     forward = sum(
-        forward_flops_per_token(config, seq_len, projection_dim=projection_dim, num_read=num_read)
+        forward_flops_per_token(
+            config,
+            seq_len,
+            projection_dim=projection_dim,
+            num_last_layer_tokens=num_last_layer_tokens,
+        )
         for config in trained
     )
-    teacher_pass = forward_flops_per_token(teacher, seq_len, num_read=num_read) if teacher else 0
+    teacher_pass = (
+        forward_flops_per_token(teacher, seq_len, num_last_layer_tokens=num_last_layer_tokens)
+        if teacher
+        else 0
+    )
     return float(3 * forward + teacher_pass)

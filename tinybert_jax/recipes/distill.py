@@ -113,7 +113,7 @@ def main(run: Run, plan: StagePlan) -> None:
                 width,
                 projection_dim=run.teacher.hidden_size if reads.projection else 0,
                 teacher=run.teacher if is_taught else None,
-                num_read=tokens_read(run, plan, width),
+                num_last_layer_tokens=tokens_read(run, plan, width),
             ),
             score=run.the_task.score if plan.stage.trains_head else "",
         ),

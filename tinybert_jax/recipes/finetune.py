@@ -43,7 +43,9 @@ def main(run: Run, plan: StagePlan) -> None:
             feed=stage_feed(run, plan),
             frozen=(),
             flops_per_token=lambda width: training_flops_per_token(
-                [*sizes.values()] * len(plan.seeds), width, num_read=tokens_read(run, plan, width)
+                [*sizes.values()] * len(plan.seeds),
+                width,
+                num_last_layer_tokens=tokens_read(run, plan, width),
             ),
             score=run.the_task.score,
         ),

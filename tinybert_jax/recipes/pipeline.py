@@ -22,7 +22,7 @@ from tinybert_jax.recipes import distill, finetune, pretrain
 from tinybert_jax.report.page import write_report
 from tinybert_jax.runs import estimate
 from tinybert_jax.runs.preflight import learns_task, open_run, read_run
-from tinybert_jax.runs.results import HELDOUT, best_seed, collect, headline
+from tinybert_jax.runs.results import HELDOUT, best_seed, collect, console_summary
 from tinybert_jax.runs.run import Run, RunTask, check_teacher, publish
 from tinybert_jax.training.metric_log import read_rows
 
@@ -65,7 +65,7 @@ def main(
             json.dumps(summary, indent=2) + "\n", encoding="utf-8"
         )
         report = write_report(run.folder)
-        run.log.say(headline(summary))
+        run.log.say(console_summary(summary))
         run.log.say(f"model:  {run.folder / 'hf'}\nreport: {report}")
         return run.folder
 

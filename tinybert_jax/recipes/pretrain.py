@@ -58,7 +58,7 @@ def main(run: Run, plan: StagePlan) -> None:
             feed=stage_feed(run, plan),
             frozen=(),
             flops_per_token=lambda width: flops.training_flops_per_token(
-                [run.teacher], width, num_read=tokens_read(run, plan, width)
+                [run.teacher], width, num_last_layer_tokens=tokens_read(run, plan, width)
             ),
         ),
     )

@@ -34,11 +34,11 @@ from tinybert_jax.report.tables import (
     comparison_table,
     find_model,
     finite_number,
+    format_si,
     headline,
     heldout_sentence,
     metric_name,
     percent,
-    si,
     size_figure,
     students_of,
     with_latency_device,
@@ -140,9 +140,11 @@ def _summary(stage: Stage, results: dict) -> str:
         facts.append(("time", _duration(seconds)))
     losses = _points(stage.train, "loss")
     if losses:
-        facts.append(("loss", f"{si(losses[0][1])} → {si(_last(_series('loss', losses)))}"))
+        facts.append(
+            ("loss", f"{format_si(losses[0][1])} → {format_si(_last(_series('loss', losses)))}")
+        )
     for key, label, show in (
-        ("tokens_per_second", "tokens/s", si),
+        ("tokens_per_second", "tokens/s", format_si),
         ("padding_share", "padding", percent),
         ("mfu", "MFU", percent),
     ):
@@ -215,7 +217,7 @@ def _figure(
     from_zero: bool = False,
     best: Point | None = None,
 ) -> str:
-    last = ", ".join(f"{s.label} ends at {si(_last(s))}" for s in series)
+    last = ", ".join(f"{s.label} ends at {format_si(_last(s))}" for s in series)
     chart = line_chart(
         series, description=f"{title} by step: {last}", from_zero=from_zero, frame=frame, best=best
     )
@@ -234,7 +236,8 @@ def _figure(
 def _legend(series: list[Series], best: Point | None) -> str:
     """One key per curve with the curve's last value, and the best point of the first curve."""
     keys = "".join(
-        f'<li><i class="key {s.color_class}"></i>{html.escape(s.label)} <b>{si(_last(s))}</b></li>'
+        f'<li><i class="key {s.color_class}"></i>{html.escape(s.label)} '
+        f"<b>{format_si(_last(s))}</b></li>"
         for s in series
     )
     if best:

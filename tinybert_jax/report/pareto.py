@@ -14,12 +14,12 @@ from tinybert_jax.report.tables import (
     Model,
     conditions_of,
     finite_number,
+    format_si,
     latency_of,
     metric_name,
     models_of,
     role_of,
     score_of,
-    si,
     students_of,
 )
 
@@ -61,7 +61,9 @@ def _figure(results: dict[str, Any], title: str, cost_of: Callable[[Model], floa
         return ""
     is_lower = results.get("metric") in LOWER_IS_BETTER
     front = pareto_front([dot.point for dot in dots], lower_is_better=is_lower)
-    values = ", ".join(f"{d.kind} {d.label}: {d.point[1]:.3f} at {si(d.point[0])}" for d in dots)
+    values = ", ".join(
+        f"{d.kind} {d.label}: {d.point[1]:.3f} at {format_si(d.point[0])}" for d in dots
+    )
     metric = metric_name(results.get("metric"))
     chart = scatter_chart(
         dots, front, description=f"{metric} against {title}: {values}", x_label=title

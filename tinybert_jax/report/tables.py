@@ -102,9 +102,11 @@ def size_figure(results: dict[str, Any]) -> str:
         )
     return (
         '<figure class="mark"><svg viewBox="0 0 160 160" role="img" '
-        f'aria-label="Encoder parameters: teacher {si(sizes[0])}, student {si(sizes[1])}">'
+        f'aria-label="Encoder parameters: teacher {format_si(sizes[0])}, '
+        f'student {format_si(sizes[1])}">'
         f"{marks}</svg><figcaption>Encoder parameters, drawn to scale:<br>"
-        f'<b class="teacher">{si(sizes[0])}</b> to <b class="student">{si(sizes[1])}</b>'
+        f'<b class="teacher">{format_si(sizes[0])}</b> to '
+        f'<b class="student">{format_si(sizes[1])}</b>'
         "</figcaption></figure>"
     )
 
@@ -161,7 +163,7 @@ def _rows(results: dict[str, Any], models: list[Model]) -> Iterator[Row]:
         return Row(
             label,
             lambda m: finite_number(m.get(key)),
-            lambda v: si(v, unit),
+            lambda v: format_si(v, unit),
             lambda ref, v: compare(ref, v, less, more),
         )
 
@@ -324,7 +326,7 @@ def finite_number(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def si(value: float, unit: str = "") -> str:
+def format_si(value: float, unit: str = "") -> str:
     """Three significant digits with a decimal prefix: 22.7 M, 90.9 MB, 870."""
     value = float(f"{value:.3g}")
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

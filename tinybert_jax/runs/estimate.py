@@ -21,7 +21,7 @@ from tinybert_jax.objectives.objective import encoder_inputs
 from tinybert_jax.parallel.mesh import num_batch_shards, runs_seeds_sequentially
 from tinybert_jax.performance import flops as model_flops
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
-from tinybert_jax.report.tables import si
+from tinybert_jax.report.tables import format_si
 from tinybert_jax.runs.run import Run, frozen_options, trained_options, with_dropout
 from tinybert_jax.runs.stage_batches import stage_feed
 from tinybert_jax.runs.workload import (
@@ -141,9 +141,9 @@ def _description(
     work, devices = work_of(run, plan), run.mesh.size
     times = f" × {work.num_seeds} seeds" if work.num_seeds > 1 else ""
     lines = [
-        f"{plan.name}: {costs.num_steps:,} steps, {si(costs.num_tokens)} tokens in "
-        f"{si(costs.num_slots)} slots ({1 - costs.num_tokens / costs.num_slots:.0%} padding), "
-        f"rows of up to {costs.width}",
+        f"{plan.name}: {costs.num_steps:,} steps, {format_si(costs.num_tokens)} tokens in "
+        f"{format_si(costs.num_slots)} slots "
+        f"({1 - costs.num_tokens / costs.num_slots:.0%} padding), rows of up to {costs.width}",
         *(
             f"  trained   {f'{name}, ' if name else ''}{_size(model, times)}"
             for name, model in work.trained.items()
@@ -152,11 +152,12 @@ def _description(
     if work.teacher:
         lines.append(f"  teacher   {_size(work.teacher)}")
     lines += [f"  teacher   {_size(model)}, once through the text" for model in work.beforehand]
-    parts = (f"{name} {si(value / costs.num_slots)}" for name, value in costs.flops.items())
+    parts = (f"{name} {format_si(value / costs.num_slots)}" for name, value in costs.flops.items())
     lines.append(f"  FLOPs     a slot: {', '.join(parts)}; of the stage {costs.total_flops:.3g}")
     lines.append(
         f"  memory    {f'on each of {devices} devices ' if devices > 1 else ''}"
-        f"{si(costs.state_bytes, 'B')} of state, {si(costs.activation_bytes, 'B')} of activations"
+        f"{format_si(costs.state_bytes, 'B')} of state, "
+        f"{format_si(costs.activation_bytes, 'B')} of activations"
     )
     lines.append(_time_line(costs.total_flops, peaks, dtype))
     return "\n".join(lines)
@@ -175,20 +176,22 @@ def _size(model: ModelConfig, times: str = "") -> str:
         float(model_flops.num_parameters(model)),
         float(model_flops.num_encoder_parameters(model)),
     )
-    return f"{si(whole)} parameters{times}, {si(layers)} of them in layers"
+    return f"{format_si(whole)} parameters{times}, {format_si(layers)} of them in layers"
 
 
 def _clock(seconds: float) -> str:
     return str(datetime.timedelta(seconds=math.ceil(seconds)))
 
 
-def _flops(work: Work, batch: Batch, words: Words | None, num_read: int | None) -> dict[str, float]:
+def _flops(
+    work: Work, batch: Batch, words: Words | None, num_last_layer_tokens: int | None
+) -> dict[str, float]:
     """Of one batch by part, as `price` says."""
     slots, models = batch.num_slots, work.trained.values()
-    forward = work.num_seeds * _forward_flops(models, batch, num_read)
+    forward = work.num_seeds * _forward_flops(models, batch, num_last_layer_tokens)
     parts = {"forward": forward, "backward": 2 * forward}
     if work.teacher:
-        parts["teacher"] = _forward_flops((work.teacher,), batch, num_read)
+        parts["teacher"] = _forward_flops((work.teacher,), batch, num_last_layer_tokens)
         to_width = work.teacher.hidden_size
         once = sum(
             model_flops.projection_flops_per_token(
@@ -206,10 +209,15 @@ def _flops(work: Work, batch: Batch, words: Words | None, num_read: int | None) 
     return parts
 
 
-def _forward_flops(models: Iterable[ModelConfig], batch: Batch, num_read: int | None) -> float:
+def _forward_flops(
+    models: Iterable[ModelConfig], batch: Batch, num_last_layer_tokens: int | None
+) -> float:
     slots, width = batch.num_slots, batch.shape[1]
     return slots * sum(
-        model_flops.forward_flops_per_token(model, width, num_read=num_read) for model in models
+        model_flops.forward_flops_per_token(
+            model, width, num_last_layer_tokens=num_last_layer_tokens
+        )
+        for model in models
     )
 
 
@@ -260,15 +268,15 @@ def _saved_bytes_a_row(run: Run, plan: StagePlan, model: ModelConfig, batch: Bat
     """
     options = trained_options(run.compute, plan) | {"attention": "xla"}  # whatever machine plans
     apply, init = make_masked_lm(with_dropout(model, plan.section), **options)
-    num_read = tokens_read(run, plan, batch.shape[1], batch.num_segments)
+    num_last_layer_tokens = tokens_read(run, plan, batch.shape[1], batch.num_segments)
     key = jax.random.key(0)
     params = jax.eval_shape(init, key)
 
     def outputs(params, key, batch):
         inputs = (params, *encoder_inputs(batch), key)
-        if num_read is None:
+        if num_last_layer_tokens is None:
             return apply(*inputs, taps=True).encoder.hidden[-1]
-        positions = jnp.zeros((batch.shape[0], num_read), jnp.int32)
+        positions = jnp.zeros((batch.shape[0], num_last_layer_tokens), jnp.int32)
         return apply(*inputs, positions=positions).hidden
 
     def saved(params, key, batch):

@@ -81,7 +81,7 @@ def _places(run: Run) -> list[_Place]:
     return [place for place in places if place.folders and read_model(place.folders[0]).head]
 
 
-def headline(summary: dict[str, Any]) -> str:
+def console_summary(summary: dict[str, Any]) -> str:
     """One line a model for the console."""
     metric, width = summary["metric"], max((len(m["name"]) for m in summary["models"]), default=0)
     lines = [

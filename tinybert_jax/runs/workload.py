@@ -64,19 +64,19 @@ def tokens_read(
         return None
     if plan.stage.trains_head and run.the_task.kind.unit != "row":
         return None
-    num_read = num_segments or 1
+    num_last_layer_tokens = num_segments or 1
     if read.words:
         assert plan.masking is not None
-        num_read = _num_picked(plan, width) + (plan.masking.pair_weight > 0)
-    return num_read if is_few(num_read, width) else None
+        num_last_layer_tokens = _num_picked(plan, width) + (plan.masking.pair_weight > 0)
+    return num_last_layer_tokens if is_few(num_last_layer_tokens, width) else None
 
 
 def examples_read(run: Run, batch: Batch) -> int | None:
     """The same, where all that is read are logits of the task."""
     if run.the_task.kind.unit != "row":
         return None
-    num_read = batch.num_segments or 1
-    return num_read if is_few(num_read, batch.shape[1]) else None
+    num_last_layer_tokens = batch.num_segments or 1
+    return num_last_layer_tokens if is_few(num_last_layer_tokens, batch.shape[1]) else None
 
 
 def projected(work: Work, student: ModelConfig) -> list[int]:
