@@ -75,7 +75,7 @@ def write_text(folder: Path) -> None:
 
 
 def six_stages(inputs: Path) -> dict[str, Any]:
-    """Gives the config of the run that tests/test_end_to_end.py has."""
+    """Gives the config of the run that tests/recipes/test_end_to_end.py has."""
     stage = {**SHORT, "num_steps": 80}
     phases = [{"share": 0.1, "max_length": 8}, {"share": 0.2, "global_batch_size": 16}]
     judged = {**stage, "eval_every": 10}
