@@ -1,4 +1,8 @@
-"""The `tinybert` command. Parses and validates; everything heavy is imported by what runs it."""
+"""The `tinybert` command line.
+
+Parses the arguments. A command imports JAX and transformers only when it runs, so that `--help` is
+fast.
+"""
 
 import argparse
 import json
@@ -28,40 +32,47 @@ _STAGES = {
     ),
 }
 
+_SOURCES = "files, folders, globs, saved datasets folders or hub:… ids, as for `data prepare`"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 after one clear message about wrong input.
+    """Runs a command and returns the exit status.
 
-    128 + SIGPIPE, as shells have it, where whoever reads the output has stopped.
+    0: success. 2: wrong input, with one message on standard error. 128 + SIGPIPE: the reader of
+    standard output has closed the pipe, as `head` does; shells use the same number.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parse(argv)
-    # transformers tells of a missing PyTorch, which nothing here needs.
+    # Without this, transformers warns that PyTorch is missing. No command needs PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         status = arguments.act(arguments, shlex.join(["tinybert", *argv])) or 0
         sys.stdout.flush()
         return status
     except (ValueError, FloatingPointError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+        if isinstance(error, BrokenPipeError) and _is_output_closed():
             return 128 + signal.SIGPIPE
         print(f"tinybert: {error}", file=sys.stderr)
         return 2
 
 
-def _nobody_reads() -> bool:
-    """Whether standard output is what is broken: `head`, perhaps, has seen enough."""
+def _is_output_closed() -> bool:
+    """Whether the reader of standard output has closed the pipe; then redirects it to /dev/null."""
     poll = select.poll()
     poll.register(sys.stdout, select.POLLOUT)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
         return False
-    with open(os.devnull, "w") as nowhere:  # or Python complains of the same at its end
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    # Otherwise Python reports the same error again when it flushes standard output at exit.
+    with open(os.devnull, "w") as devnull:
+        os.dup2(devnull.fileno(), sys.stdout.fileno())
     return True
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """argparse takes all `key.path=value` in one run; those after an option are overrides too."""
+    """Parses `argv`; every `key.path=value` is an override, also after an option.
+
+    argparse itself accepts positional arguments only in one unbroken sequence.
+    """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") for word in rest) or rest and "overrides" not in arguments:
@@ -80,12 +91,14 @@ def _parser() -> argparse.ArgumentParser:
         _add_config(command, "configs/quickstart.yaml")
         either = command.add_mutually_exclusive_group()
         either.add_argument(
-            "--dry-run", action="store_true", help="print what it would cost and stop"
+            "--dry-run",
+            action="store_true",
+            help="print FLOPs, memory and time of each stage and stop",
         )
         either.add_argument(
             "--profile",
             action="store_true",
-            help="trace a few steps of each stage: where a step goes, in run_dir/profile",
+            help="trace a few steps of each stage; write a table of operations to run_dir/profile",
         )
         command.set_defaults(act=_run)
     _add_evaluate(commands)
@@ -96,13 +109,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _path(text: str) -> str:
-    """Expands ~, which shells leave as it is in `--output=~/file`."""
+    """Expands ~, because shells do not expand it in `--output=~/file`."""
     return os.path.expanduser(text)
 
 
 def _add_config(command, example: str) -> None:
     command.add_argument("config", help=f"a YAML file, such as {example}")
-    command.add_argument("overrides", nargs="*", metavar="key.path=value")
+    command.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="change one setting"
+    )
     command.add_argument(
         "--print-config", action="store_true", help="print the resolved config and stop"
     )
@@ -113,17 +128,19 @@ def _add_evaluate(commands) -> None:
     command = commands.add_parser("evaluate", help=text, description=text)
     command.add_argument("model", help="a model folder or hub id")
     command.add_argument("data", help=".tsv, .csv or .jsonl, a saved datasets folder, hub:…")
-    command.add_argument("--label", help="column of the label (label)")
+    command.add_argument("--label", help="column of the labels; default: label")
     _add_columns(command)
     command.set_defaults(act=_evaluate)
 
 
 def _add_predict(commands) -> None:
-    text = "label text with a Hugging Face classifier folder; one JSON object a line"
+    text = "label text with a Hugging Face classifier folder; writes one JSON object per line"
     command = commands.add_parser("predict", help=text, description=text)
     command.add_argument("model", help="a model folder or hub id")
     command.add_argument("data", nargs="?", type=_path, help=".tsv, .csv or .jsonl")
-    command.add_argument("-t", "--sentence", action="append", help="a text to label instead")
+    command.add_argument(
+        "-t", "--sentence", action="append", help="a text to label, instead of a data file"
+    )
     command.add_argument(
         "-o", "--output", type=_path, help="write to this file; default: standard output"
     )
@@ -132,59 +149,70 @@ def _add_predict(commands) -> None:
 
 
 def _add_columns(command) -> None:
-    command.add_argument("--text", help="column of the text (text)")
+    command.add_argument("--text", help="column of the text; default: text")
     command.add_argument("--text-pair", help="column of a second text")
-    command.add_argument("--split", help="of a datasets folder or hub id")
-    command.add_argument("--max-length", type=int, help="default: the model's positions")
+    command.add_argument("--split", help="split of a datasets folder or hub data set")
+    command.add_argument(
+        "--max-length",
+        type=int,
+        help="tokens per row; default: the model's max_position_embeddings",
+    )
 
 
 def _add_convert(commands) -> None:
-    text = "rewrite a BERT folder (old names, sharded, without prefix) in today's form, checked"
+    text = (
+        "rewrite a model folder with old weight names, shards or a missing prefix in the current "
+        "format, and compare every weight"
+    )
     command = commands.add_parser("convert", help=text, description=text)
     command.add_argument("source", help="a model folder or hub id")
-    command.add_argument("target", type=_path, help="the folder to write; must not exist")
+    command.add_argument("target", type=_path, help="the folder to write; it must not exist yet")
     command.set_defaults(act=_convert)
 
 
 def _add_data(commands) -> None:
-    text = "text to token shards, a look at them, vocabularies"
+    text = "write and inspect token stores; train and extend vocabularies"
     actions = commands.add_parser("data", help=text, description=text).add_subparsers(
         dest="action", required=True, metavar="action"
     )
-    text = "tokenise text files into a token store; run again, it goes on"
+    text = "tokenise text files into a token store; repeat the command to resume an interrupted run"
     action = actions.add_parser("prepare", help=text, description=text)
     _add_config(action, "configs/data/documents.yaml")
     action.set_defaults(act=_prepare)
 
-    text = "counts, lengths and decoded rows of a token store"
+    text = "print counts, lengths and decoded rows of a token store"
     action = actions.add_parser("inspect", help=text, description=text)
     action.add_argument("store", help="a folder that `tinybert data prepare` wrote")
-    action.add_argument("-n", "--rows", type=int, default=3, help="rows to decode (3)")
-    action.add_argument("--verify", action="store_true", help="check every SHA-256")
+    action.add_argument("-n", "--rows", type=int, default=3, help="rows to decode; default: 3")
+    action.add_argument("--verify", action="store_true", help="check the SHA-256 of every file")
     action.set_defaults(act=_inspect)
 
     text = "train a WordPiece vocabulary and write its tokenizer folder"
     action = actions.add_parser("vocab", help=text, description=text)
-    action.add_argument("sources", nargs="+", help="what `data prepare` reads")
+    action.add_argument("sources", nargs="+", help=_SOURCES)
     action.add_argument("-o", "--output", type=_path, required=True, help="the folder to write")
-    action.add_argument("--size", type=int, default=30522, help="pieces (30522)")
+    action.add_argument("--size", type=int, default=30522, help="number of pieces; default: 30522")
     action.add_argument("--cased", action="store_true", help="keep capitals and accents")
-    action.add_argument("--text", default="text", help="column of the text")
-    action.add_argument("--split", help="of a datasets folder or hub id")
-    action.add_argument("--max-length", type=int, default=512, help="of the tokenizer (512)")
+    action.add_argument("--text", default="text", help="column of the text; default: text")
+    action.add_argument("--split", help="split of a datasets folder or hub data set")
+    action.add_argument(
+        "--max-length", type=int, default=512, help="max_length of the tokenizer; default: 512"
+    )
     action.set_defaults(act=_vocab)
 
-    text = "give a model pieces of its own for the commonest words of new text that it splits"
+    text = "add a piece to a model for each common word of new text that its tokenizer splits"
     action = actions.add_parser("extend", help=text, description=text)
     action.add_argument("model", help="a model folder or hub id; it is not changed")
-    action.add_argument("sources", nargs="+", help="what `data prepare` reads")
+    action.add_argument("sources", nargs="+", help=_SOURCES)
     action.add_argument(
         "-o", "--output", type=_path, required=True, help="the model folder to write"
     )
-    action.add_argument("--words", type=int, default=1000, help="at most so many (1000)")
-    action.add_argument("--min-count", type=int, default=5, help="of each in the text (5)")
-    action.add_argument("--text", default="text", help="column of the text")
-    action.add_argument("--split", help="of a datasets folder or hub id")
+    action.add_argument("--words", type=int, default=1000, help="most words to add; default: 1000")
+    action.add_argument(
+        "--min-count", type=int, default=5, help="least count of a word in the text; default: 5"
+    )
+    action.add_argument("--text", default="text", help="column of the text; default: text")
+    action.add_argument("--split", help="split of a datasets folder or hub data set")
     action.set_defaults(act=_extend)
 
 
@@ -225,7 +253,9 @@ def _predict(arguments, command: str) -> int:
 
     if bool(arguments.data) == bool(arguments.sentence):
         got = "both" if arguments.data else "neither"
-        raise ValueError(f"predict: expected a data file or --sentence, got {got}; give one")
+        raise ValueError(
+            f"predict: expected a data file or --sentence, got {got}; give exactly one"
+        )
     output = Path(arguments.output) if arguments.output else None
     if output and (output.is_dir() or not output.parent.is_dir()):
         raise ValueError(
@@ -233,7 +263,10 @@ def _predict(arguments, command: str) -> int:
             "correct it, or create the folder"
         )
     if output and arguments.data and output.exists() and output.samefile(arguments.data):
-        raise ValueError(f"--output: expected another file than the data, got {output} for both")
+        raise ValueError(
+            f"--output: expected another file than the data, got {output} for both; choose "
+            "another name"
+        )
     rows = predict.predict(
         arguments.model,
         arguments.data or arguments.sentence,
@@ -266,22 +299,22 @@ def _prepare(arguments, command: str) -> int:
     from tinybert_jax.tokens import inspect, prepare
 
     tokenizer = load_tokenizer(settings.tokenizer)
-    folder = prepare.prepare(settings, tokenizer, _now_and_then(seconds=5.0))
+    folder = prepare.prepare(settings, tokenizer, _make_progress_printer(seconds=5.0))
     print(inspect.counts(folder))
     return 0
 
 
-def _now_and_then(seconds: float) -> Callable[[str], None]:
-    """Prints the first line it is given, and then one after each so many seconds."""
+def _make_progress_printer(seconds: float) -> Callable[[str], None]:
+    """print_line(line): prints the first line, and later at most one line every `seconds`."""
     due = -math.inf
 
-    def say(line: str) -> None:
+    def print_line(line: str) -> None:
         nonlocal due
         if time.monotonic() >= due:
             due = time.monotonic() + seconds
             print(line, flush=True)
 
-    return say
+    return print_line
 
 
 def _inspect(arguments, command: str) -> int:
@@ -304,8 +337,8 @@ def _extend(arguments, command: str) -> int:
         min_count=arguments.min_count,
     )
     shown = ", ".join(words[:8]) + (" …" if len(words) > 8 else "")
-    left_out = f"; {len(bad)} records could not be read" if bad else ""
-    print(f"{arguments.output}: {len(words):,} new words, {shown}{left_out}")
+    skipped = f"; {len(bad)} records could not be read" if bad else ""
+    print(f"{arguments.output}: {len(words):,} new words, {shown}{skipped}")
     return 0
 
 
