@@ -225,7 +225,7 @@ def _run(arguments, command: str) -> int:
     from tinybert_jax.recipes import pipeline
 
     if arguments.dry_run:
-        print(pipeline.costs(settings, _STAGES[arguments.command][0]))
+        print(pipeline.describe_costs(settings, _STAGES[arguments.command][0]))
         return 0
     stages = _STAGES[arguments.command][0]
     pipeline.main(settings, stages, command, is_profiled=arguments.profile)

@@ -25,7 +25,7 @@ from tinybert_jax.objectives.masked_lm import make_mlm
 from tinybert_jax.objectives.objective import count_units
 from tinybert_jax.recipes import pipeline
 from tinybert_jax.runs.preflight import open_run
-from tinybert_jax.runs.stage_batches import stage_feed
+from tinybert_jax.runs.stage_batches import make_stage_batches
 from tinybert_jax.tokens.prepare import prepare
 from tinybert_jax.tokens.store import open_store
 
@@ -191,10 +191,10 @@ def test_each_phase_goes_through_the_rows_of_its_length_from_the_start(prepared,
     settings = _config(prepared, tmp_path / "run", stores=stores, phases=PHASES, **more)
     orders = []
     with open_run(settings, [PRETRAIN]) as run:
-        feed = stage_feed(run, run.plans["pretrain"])
+        stage_batches = make_stage_batches(run, run.plans["pretrain"])
         tokenizer = run.tokenizer
     for start, stop, size, width in ((0, 40, 8, 16), (40, 60, 16, 16), (60, 80, 16, 32)):
-        batches = [feed.batch_at(step) for step in range(start, stop)]
+        batches = [stage_batches.batch_at(step) for step in range(start, stop)]
         assert {batch.shape for batch in batches} == {(size, width)}
         seen = [row.tobytes() for b in batches for row in b.inputs.input_ids[b.weights > 0]]
         if stores:

@@ -19,7 +19,7 @@ from tinybert_jax.objectives.masked_lm import mlm_chunk_size
 from tinybert_jax.performance import flops as model_flops
 from tinybert_jax.runs import estimate as runs_estimate
 from tinybert_jax.runs.preflight import read_run
-from tinybert_jax.runs.stage_batches import stage_feed
+from tinybert_jax.runs.stage_batches import make_stage_batches
 from tinybert_jax.runs.workload import work_of
 
 STEPS, ROWS, WIDTH, WORDS = 4, 8, 16, 6  # a row is WORDS words, [CLS] and [SEP]
@@ -97,7 +97,7 @@ def _run(inputs, tmp_path, stages=STAGES, **changes):
 
 
 def _price(run, stage):
-    return runs_estimate.price(run, run.plans[stage])
+    return runs_estimate.estimate_costs(run, run.plans[stage])
 
 
 def _describe(run, *stages):
@@ -235,8 +235,8 @@ def test_each_batch_counts_at_its_own_width(inputs, tmp_path):
     bucket = {**STAGE, "batching": "bucket", "length_buckets": [8, 16], "mask_rate": 0.05}
     corpus = {"files": [str(inputs / "mixed.txt")]}
     run = _run(inputs, tmp_path, ["pretrain"], pretrain=bucket, corpus=corpus, num_seeds=1)
-    feed = stage_feed(run, run.plans["pretrain"])
-    shapes = [feed.batch_at(step).shape for step in range(STEPS)]
+    stage_batches = make_stage_batches(run, run.plans["pretrain"])
+    shapes = [stage_batches.batch_at(step).shape for step in range(STEPS)]
     assert {width for _, width in shapes} == {8, 16}
     expected = 0
     for rows, width in shapes:

@@ -90,7 +90,7 @@ def _logits(inputs, file, seed):
     path = _teacher(inputs, seed)
     apply, init = make_classifier(read_model(path).config, 2)
     score = make_scorer(apply, buckets=(16,), pad_token_id=run.tokenizer.pad_token_id)
-    rows = tokenize_texts(run.tokenizer, run.the_task.data.distilled, 16)
+    rows = tokenize_texts(run.tokenizer, run.required_task.data.distilled, 16)
     return score(start_params(path, init, whole=True), rows)
 
 
@@ -182,7 +182,7 @@ def test_other_logits_are_never_taken_for_them(inputs, tmp_path):
     shutil.copytree(_teacher(inputs, 0), teacher)
     run = read_run(config_files.load(_config(inputs, tmp_path / "run", keep_logits=True)), ())
     run.folder.mkdir()
-    rows = tokenize_texts(run.tokenizer, run.the_task.data.distilled, 16)
+    rows = tokenize_texts(run.tokenizer, run.required_task.data.distilled, 16)
 
     plan = run.plans["prediction"]
 
@@ -236,7 +236,7 @@ def test_several_teachers_are_their_weighted_mean(inputs, tmp_path):
     one, other = (_logits(inputs, tmp_path / "run.yaml", seed) for seed in (0, 1))
     assert np.abs(one - other).max() > 1e-2
     opened = read_run(config_files.load(str(tmp_path / "run.yaml")), ())
-    rows = tokenize_texts(opened.tokenizer, opened.the_task.data.distilled, 16)
+    rows = tokenize_texts(opened.tokenizer, opened.required_task.data.distilled, 16)
     mean, _ = teacher_logits.read(opened, opened.plans["prediction"], rows)
     np.testing.assert_allclose(mean, (one + 3 * other) / 4, rtol=1e-5, atol=1e-6)
 
@@ -382,7 +382,7 @@ def test_a_teacher_of_another_size_joins_one_that_is_made_in_the_run(inputs, tmp
 
 def _teacher_flops(file):
     run = read_run(config_files.load(file), ())
-    return estimate.price(run, run.plans["prediction"]).flops["teacher"]
+    return estimate.estimate_costs(run, run.plans["prediction"]).flops["teacher"]
 
 
 def test_costs_count_the_pass_once(inputs, tmp_path):

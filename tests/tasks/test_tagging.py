@@ -196,9 +196,9 @@ def test_words_that_are_cut_off_are_no_units():
 
 def test_a_sentence_longer_than_the_positions_is_refused():
     tokenizer = _tokenizer()
-    TAGGING.check_room(tokenizer, EXAMPLES, 16)
+    TAGGING.check_lengths(tokenizer, EXAMPLES, 16)
     with pytest.raises(ValueError, match="at most 5 pieces.*sentence 1: .*; part these sentences"):
-        TAGGING.check_room(tokenizer, EXAMPLES, 5)
+        TAGGING.check_lengths(tokenizer, EXAMPLES, 5)
 
 
 # The model

@@ -15,7 +15,7 @@ def missing_needs(config: Any) -> Iterator[str]:
         yield "the stages pretrain and general need a corpus section"
     if any(not stage.reads_corpus for stage in stages) and config.task is None:
         yield "the stages finetune, intermediate, prediction and baseline need a task section"
-    if any(stage.role == "student" for stage in stages) and not config.family:
+    if any(stage.role == "student" for stage in stages) and not config.students_by_name:
         yield "the distillation stages and baseline need a student section"
     yield from _needs_of_names(config)
     if config.finetune and config.teacher.finetuned:

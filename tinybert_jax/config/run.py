@@ -50,7 +50,7 @@ class StagePlan(NamedTuple):
         return without_task_logits(self.terms) if self.keeps_logits else self.terms
 
     @property
-    def teaches(self) -> bool:
+    def reads_teacher(self) -> bool:
         """Whether a term reads a teacher, in the steps or before them."""
         return reads_of(self.terms).teacher
 
@@ -106,16 +106,16 @@ class RunConfig(Section):
         Students start in the first of `stages` that distils.
         """
         first = next((own for own in stages or self.stages if own.distils), None)
-        starts = any(own.init != "random" for own in self.family.values())
-        return self.teaches(stage) or (starts and stage == first)
+        starts = any(own.init != "random" for own in self.students_by_name.values())
+        return self.terms_read_teacher(stage) or (starts and stage == first)
 
-    def teaches(self, stage: Stage) -> bool:
+    def terms_read_teacher(self, stage: Stage) -> bool:
         """Whether the run has this stage, and a term of it reads a teacher."""
         is_there = stage.distils and stage in self.stages
         return is_there and reads_of(self.distillation.terms(stage.name)).teacher
 
     @property
-    def family(self) -> dict[str, StudentSection]:
+    def students_by_name(self) -> dict[str, StudentSection]:
         """The students by name; a single one is `SOLE`."""
         return self.students or ({SOLE: self.student} if self.student else {})
 
@@ -147,7 +147,7 @@ class RunConfig(Section):
             terms = self.distillation.terms(stage.name)
             rate = self.distillation.general_mask_rate if stage.reads_corpus else 0.0
             masking = Masking(rate) if rate else None
-        members = (SOLE,) if stage.role == "teacher" else tuple(self.family)
+        members = (SOLE,) if stage.role == "teacher" else tuple(self.students_by_name)
         keeps_logits = self.keeps_logits(stage)
         return StagePlan(stage, section, self.seeds(stage), members, terms, keeps_logits, masking)
 

@@ -65,7 +65,7 @@ class TaskSection(Section):
             )
 
     @property
-    def score(self) -> str:
+    def chosen_metric(self) -> str:
         """The metric that chooses the best checkpoint and is reported first."""
         return self.metric or self.default_metric
 

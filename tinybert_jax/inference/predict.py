@@ -113,8 +113,8 @@ def _score(loaded: _Loaded, examples: Examples, max_length: int | None) -> Score
             f"max_length: expected at least {MIN_TOKENS} and at most {positions} (the model's "
             f"positions), got {max_length}"
         )
-    if task.check_room is not None:
-        task.check_room(tokenizer, examples, positions)
+    if task.check_lengths is not None:
+        task.check_lengths(tokenizer, examples, positions)
     apply, init = task.make_head(source.config, len(loaded.head.label_names))
     params = start_params(source.folder, init, whole=True)
     rows = task.encode(tokenizer, examples, max_length)

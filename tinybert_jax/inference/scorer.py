@@ -22,7 +22,7 @@ Scorer = Callable[[Any, TokenRows], np.ndarray]
 EVAL_MASK_RATE = 0.15  # whatever a stage trains with, so that its figures compare with others'
 
 
-class Judge(NamedTuple):
+class Evaluator(NamedTuple):
     """Measures parameters on text that is not trained on."""
 
     measure: Callable[[Any], dict[str, float]]

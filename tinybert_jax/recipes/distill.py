@@ -26,20 +26,20 @@ from tinybert_jax.objectives.masked_lm import Mask, make_mask
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance.flops import training_flops_per_token
 from tinybert_jax.runs import teacher_logits
-from tinybert_jax.runs.checks import model_maker
+from tinybert_jax.runs.checks import make_model_factory
 from tinybert_jax.runs.run import (
     Run,
-    TaskJudge,
-    as_frozen,
+    TaskEvaluator,
+    freeze_params,
     frozen_options,
     head_of,
-    make_dev_judge,
+    make_dev_evaluator,
     trained_options,
     with_dropout,
 )
 from tinybert_jax.runs.stage import Member, Training, run_stage
-from tinybert_jax.runs.stage_batches import stage_feed
-from tinybert_jax.runs.workload import tokens_read
+from tinybert_jax.runs.stage_batches import make_stage_batches
+from tinybert_jax.runs.workload import count_last_layer_tokens
 from tinybert_jax.settings.layer_maps import make_layer_pairs
 from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.terms.table import reads_of
@@ -53,14 +53,14 @@ def main(run: Run, plan: StagePlan) -> None:
     teacher_reads, reads = reads_of(terms, of_teacher=True), reads_of(terms)
 
     # Teacher, frozen; it is there only if a term reads it in the step.
-    make_teacher = model_maker(run, teacher_reads, **frozen_options(run.compute))
+    make_teacher = make_model_factory(run, teacher_reads, **frozen_options(run.compute))
     teacher_apply, teacher_init = make_teacher(run.teacher)
     is_taught = reads_of(plan.step_terms).teacher
     teacher: Any = ()
     read_frozen: Callable[[Any], Any] = lambda frozen: frozen  # noqa: E731
     if is_taught:
         teacher = start_params(run.teacher_of(plan), teacher_init, whole=True)
-        read_frozen = functools.partial(as_frozen, run.compute)
+        read_frozen = functools.partial(freeze_params, run.compute)
 
     @functools.cache
     def teacher_encoder() -> Mapping[str, Any]:
@@ -71,8 +71,8 @@ def main(run: Run, plan: StagePlan) -> None:
 
     # Students, each from a stage before where there is one.
     members: dict[str, Member] = {}
-    judges: dict[str, TaskJudge] = {}
-    make_student = model_maker(run, reads, **trained_options(run.compute, plan))
+    evaluators: dict[str, TaskEvaluator] = {}
+    make_student = make_model_factory(run, reads, **trained_options(run.compute, plan))
     for student in run.students:
         apply, init = make_student(with_dropout(student.sizes, section))
         objective = make_distill(
@@ -87,12 +87,12 @@ def main(run: Run, plan: StagePlan) -> None:
             _make_mask(run, plan),
         )
         init_params = _make_init(run, plan, student, init, teacher_encoder)
-        judge = None
+        evaluator = None
         if plan.stage.trains_head:
-            judges[student.name] = make_dev_judge(run, apply, section)
-            judge = judges[student.name].as_judge()
-            judge = judge._replace(measure=_of_student(judge.measure))
-        members[student.name] = Member(objective, init_params, judge)
+            evaluators[student.name] = make_dev_evaluator(run, apply, section)
+            evaluator = evaluators[student.name].as_evaluator()
+            evaluator = evaluator._replace(measure=_of_student(evaluator.measure))
+        members[student.name] = Member(objective, init_params, evaluator)
 
     # The teachers' logits of each example, where they are made beforehand.
     teach = None
@@ -105,7 +105,7 @@ def main(run: Run, plan: StagePlan) -> None:
         Training(
             plan=plan,
             members=members,
-            feed=stage_feed(run, plan, teach),
+            batches=make_stage_batches(run, plan, teach),
             frozen=teacher,
             read_frozen=read_frozen,
             flops_per_token=lambda width: training_flops_per_token(
@@ -113,17 +113,17 @@ def main(run: Run, plan: StagePlan) -> None:
                 width,
                 projection_dim=run.teacher.hidden_size if reads.projection else 0,
                 teacher=run.teacher if is_taught else None,
-                num_last_layer_tokens=tokens_read(run, plan, width),
+                num_last_layer_tokens=count_last_layer_tokens(run, plan, width),
             ),
-            score=run.the_task.score if plan.stage.trains_head else "",
+            metric=run.required_task.metric if plan.stage.trains_head else "",
         ),
     )
     for student in run.students:
         folders = run.seed_folders(plan, student.name)
         for folder, params in zip(folders, trained[student.name], strict=True):
             head = None
-            if student.name in judges:
-                head = head_of(run, judges[student.name].tune(params["student"]))
+            if student.name in evaluators:
+                head = head_of(run, evaluators[student.name].tune(params["student"]))
             _save(run, folder, params, student.sizes, head)
 
 
@@ -150,7 +150,7 @@ def _make_init(
 
     def init_params(key: jax.Array, seed: int) -> dict[str, Any]:
         before = plan.stage.starts_from
-        done = [run.latest(name, member=student.name, seed=seed) for name in before]
+        done = [run.find_model(name, member=student.name, seed=seed) for name in before]
         folders = [*(folder for folder in done if folder is not None), student.section.path]
         start = functools.partial(_start, run, student, folders[0], init, teacher_encoder)
         if not reads_of(plan.terms).projection:

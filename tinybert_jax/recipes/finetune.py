@@ -7,19 +7,19 @@ from tinybert_jax.config.run import StagePlan
 from tinybert_jax.huggingface.folder import save_model, start_params
 from tinybert_jax.objectives.supervised import make_supervised
 from tinybert_jax.performance.flops import training_flops_per_token
-from tinybert_jax.runs.results import best_of, measure, score_dev
+from tinybert_jax.runs.results import best_index, measure, score_dev
 from tinybert_jax.runs.run import (
     Run,
-    TaskJudge,
+    TaskEvaluator,
     head_of,
-    make_dev_judge,
+    make_dev_evaluator,
     make_task_model,
     trained_options,
     with_dropout,
 )
 from tinybert_jax.runs.stage import Member, Training, run_stage
-from tinybert_jax.runs.stage_batches import stage_feed
-from tinybert_jax.runs.workload import tokens_read
+from tinybert_jax.runs.stage_batches import make_stage_batches
+from tinybert_jax.runs.workload import count_last_layer_tokens
 from tinybert_jax.settings.sizes import ModelConfig
 
 
@@ -40,39 +40,39 @@ def main(run: Run, plan: StagePlan) -> None:
         Training(
             plan=plan,
             members={name: member for name, (member, _) in made.items()},
-            feed=stage_feed(run, plan),
+            batches=make_stage_batches(run, plan),
             frozen=(),
             flops_per_token=lambda width: training_flops_per_token(
                 [*sizes.values()] * len(plan.seeds),
                 width,
-                num_last_layer_tokens=tokens_read(run, plan, width),
+                num_last_layer_tokens=count_last_layer_tokens(run, plan, width),
             ),
-            score=run.the_task.score,
+            metric=run.required_task.metric,
         ),
     )
     for name, models in trained.items():
         places = list(zip(run.seed_folders(plan, name), models, strict=True))
         if plan.stage.role == "teacher" and len(models) > 1:
             by_seed = [measure(run, own) for own in score_dev(run, plan, models, sizes[name])]
-            best = models[best_of(by_seed, run.the_task.score)]
+            best = models[best_index(by_seed, run.required_task.metric)]
             places.append((run.model_folder(plan.name), best))
-        _, judge = made[name]
+        _, evaluator = made[name]
         for folder, params in places:
-            head = head_of(run, judge.tune(params))
+            head = head_of(run, evaluator.tune(params))
             save_model(folder, params, sizes[name], run.tokenizer, head=head)
 
 
 def _make_member(
     run: Run, plan: StagePlan, sizes: ModelConfig, start: str | Path | None
-) -> tuple[Member, TaskJudge]:
-    section, task = plan.section, run.the_task
+) -> tuple[Member, TaskEvaluator]:
+    section, task = plan.section, run.required_task
     apply, init = make_task_model(
         run, with_dropout(sizes, section), **trained_options(run.compute, plan)
     )
-    judge = make_dev_judge(run, apply, section)
+    evaluator = make_dev_evaluator(run, apply, section)
     member = Member(
         make_supervised(apply, form=task.kind.form, label_smoothing=section.label_smoothing),
         lambda key, _: start_params(start, init, key, label_names=task.data.label_names),
-        judge.as_judge(),
+        evaluator.as_evaluator(),
     )
-    return member, judge
+    return member, evaluator

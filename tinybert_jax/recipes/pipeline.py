@@ -21,9 +21,9 @@ from tinybert_jax.data.splits import describe_labels
 from tinybert_jax.recipes import distill, finetune, pretrain
 from tinybert_jax.report.page import write_report
 from tinybert_jax.runs import estimate
-from tinybert_jax.runs.preflight import learns_task, open_run, read_run
-from tinybert_jax.runs.results import HELDOUT, best_seed, collect, console_summary
-from tinybert_jax.runs.run import Run, RunTask, check_teacher, publish
+from tinybert_jax.runs.preflight import open_run, read_run, reads_task_teacher
+from tinybert_jax.runs.results import HELDOUT_METRICS, best_seed, collect_results, console_summary
+from tinybert_jax.runs.run import Run, RunTask, check_teacher, export_models
 from tinybert_jax.training.metric_log import read_rows
 
 _RECIPES = {
@@ -35,7 +35,7 @@ _RECIPES = {
     BASELINE: finetune.main,
 }
 # What a run is for, the best first: a student before a teacher.
-_PRODUCTS = (PREDICTION, INTERMEDIATE, GENERAL, FINETUNE, PRETRAIN, BASELINE)
+_EXPORT_ORDER = (PREDICTION, INTERMEDIATE, GENERAL, FINETUNE, PRETRAIN, BASELINE)
 
 
 def main(
@@ -46,7 +46,7 @@ def main(
     is_profiled: bool = False,
 ) -> Path:
     """Runs those of `stages` that the config has and that are not done; returns the run folder."""
-    chosen = _chosen(config, stages)
+    chosen = _choose_stages(config, stages)
     with open_run(config, chosen) as run:
         run = run._replace(is_profiled=is_profiled)
         if run.task:
@@ -54,13 +54,15 @@ def main(
         plans = [run.plans[stage.name] for stage in chosen]
         for plan in plans:
             is_new = _run_once(run, plan)
-            if is_new and plan.stage is FINETUNE and learns_task(plans):
+            if is_new and plan.stage is FINETUNE and reads_task_teacher(plans):
                 check_teacher(run, run.task_teacher, run.teacher)
-        product = run.plans[next(s.name for s in _PRODUCTS if run.is_done(s.name))]
+        product = run.plans[next(s.name for s in _EXPORT_ORDER if run.is_done(s.name))]
         lines = read_rows(run.folder / "metrics.jsonl")
-        summary = collect(run, _seconds(lines), command, _heldout(lines))
+        summary = collect_results(run, _seconds(lines), command, _heldout(lines))
         best = {name: best_seed(summary, product.name, name) for name in product.members}
-        publish(run, {name: run.seed_folders(product, name)[seed] for name, seed in best.items()})
+        export_models(
+            run, {name: run.seed_folders(product, name)[seed] for name, seed in best.items()}
+        )
         (run.folder / "results.json").write_text(
             json.dumps(summary, indent=2) + "\n", encoding="utf-8"
         )
@@ -70,16 +72,16 @@ def main(
         return run.folder
 
 
-def costs(config: RunConfig, stages: Sequence[str] = STAGE_NAMES) -> str:
+def describe_costs(config: RunConfig, stages: Sequence[str] = STAGE_NAMES) -> str:
     """What those stages would take; writes nothing."""
-    chosen = _chosen(config, stages)
+    chosen = _choose_stages(config, stages)
     run = read_run(config, chosen)
     about = [_describe_task(run.task)] if run.task else []
     plans = [run.plans[stage.name] for stage in chosen]
     return "\n\n".join([*about, estimate.describe(run, plans)])
 
 
-def _chosen(config: RunConfig, stages: Sequence[str]) -> list[Stage]:
+def _choose_stages(config: RunConfig, stages: Sequence[str]) -> list[Stage]:
     chosen = [stage for stage in config.stages if stage.name in stages]
     if not chosen:
         got = [stage.name for stage in config.stages]
@@ -116,4 +118,4 @@ def _heldout(lines: list[dict[str, Any]]) -> dict[str, float] | None:
     judged = [row for row in lines if row["kind"] == "eval" and row["stage"] == PRETRAIN.name]
     if not judged:
         return None
-    return {name: judged[-1][name] for name in HELDOUT if name in judged[-1]}
+    return {name: judged[-1][name] for name in HELDOUT_METRICS if name in judged[-1]}

@@ -9,7 +9,7 @@ from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import HELDOUT_SALT
 from tinybert_jax.data.wordpiece import is_continuation
 from tinybert_jax.huggingface.folder import save_model, start_params
-from tinybert_jax.inference.scorer import Judge, make_masked_lm_scorer
+from tinybert_jax.inference.scorer import Evaluator, make_masked_lm_scorer
 from tinybert_jax.models.heads import make_masked_lm
 from tinybert_jax.models.params import Apply
 from tinybert_jax.objectives.masked_lm import make_mlm
@@ -17,8 +17,8 @@ from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance import flops
 from tinybert_jax.runs.run import Run, trained_options, with_dropout
 from tinybert_jax.runs.stage import Member, Training, run_stage
-from tinybert_jax.runs.stage_batches import stage_feed
-from tinybert_jax.runs.workload import tokens_read
+from tinybert_jax.runs.stage_batches import make_stage_batches
+from tinybert_jax.runs.workload import count_last_layer_tokens
 
 
 def main(run: Run, plan: StagePlan) -> None:
@@ -48,24 +48,26 @@ def main(run: Run, plan: StagePlan) -> None:
             pair_weight=section.pair_weight,
         ),
         lambda key, _: start_params(run.teacher_section.path, init, key),
-        _heldout_judge(run, plan, apply),
+        _make_heldout_evaluator(run, plan, apply),
     )
     trained = run_stage(
         run,
         Training(
             plan=plan,
             members={SOLE: teacher},
-            feed=stage_feed(run, plan),
+            batches=make_stage_batches(run, plan),
             frozen=(),
             flops_per_token=lambda width: flops.training_flops_per_token(
-                [run.teacher], width, num_last_layer_tokens=tokens_read(run, plan, width)
+                [run.teacher],
+                width,
+                num_last_layer_tokens=count_last_layer_tokens(run, plan, width),
             ),
         ),
     )
     save_model(run.model_folder(plan.name), trained[SOLE][0], run.teacher, tokenizer)
 
 
-def _heldout_judge(run: Run, plan: StagePlan, apply: Apply) -> Judge | None:
+def _make_heldout_evaluator(run: Run, plan: StagePlan, apply: Apply) -> Evaluator | None:
     """Loss, perplexity and masked accuracy on the held-out documents, if any."""
     section = plan.section
     if run.heldout_store:
@@ -85,4 +87,4 @@ def _heldout_judge(run: Run, plan: StagePlan, apply: Apply) -> Judge | None:
         chunk_size=section.loss_chunk_size,
         mesh=run.mesh,
     )
-    return Judge(lambda params: score(params, rows), rows.fingerprint())
+    return Evaluator(lambda params: score(params, rows), rows.fingerprint())

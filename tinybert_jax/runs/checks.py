@@ -20,7 +20,7 @@ from tinybert_jax.models.families import DEFAULT
 from tinybert_jax.models.heads import Model, make_encoder, make_masked_lm
 from tinybert_jax.objectives.alignment import check_same_vocabulary
 from tinybert_jax.parallel.mesh import num_batch_shards
-from tinybert_jax.runs.inputs import naming
+from tinybert_jax.runs.inputs import prefix_errors
 from tinybert_jax.runs.run import Run, RunTask, make_task_model
 from tinybert_jax.settings.layer_maps import make_layer_pairs
 from tinybert_jax.settings.sizes import ModelConfig
@@ -30,17 +30,17 @@ from tinybert_jax.terms.term import Reads
 from tinybert_jax.training.optimizer import make_schedule
 
 
-def check_room(run: Run, plans: Sequence[StagePlan]) -> None:
+def check_lengths(run: Run, plans: Sequence[StagePlan]) -> None:
     """Refuses examples that no model of the run has room for, where a task cannot cut them."""
-    if run.task is None or run.task.kind.check_room is None:
+    if run.task is None or run.task.kind.check_lengths is None:
         return
     if all(plan.stage.reads_corpus for plan in plans):
         return
     models = [run.teacher, *(student.sizes for student in run.students)]
     positions = min(model.max_position_embeddings for model in models)
     for split, examples in (("train", run.task.data.train), ("dev", run.task.data.dev)):
-        with naming(f"task.{split}"):
-            run.task.kind.check_room(run.tokenizer, examples, positions)
+        with prefix_errors(f"task.{split}"):
+            run.task.kind.check_lengths(run.tokenizer, examples, positions)
 
 
 def check_vocabularies(run: Run) -> None:
@@ -50,7 +50,7 @@ def check_vocabularies(run: Run) -> None:
             check_same_pieces(run.tokenizer, path, "teacher")
     for student in run.students:
         if student.section.path:
-            with naming(student.origin):
+            with prefix_errors(student.origin):
                 check_same_pieces(run.tokenizer, student.section.path, "student")
     masked = [plan for plan in run.plans.values() if plan.masking]
     if masked and run.tokenizer.mask_token is None:
@@ -69,7 +69,7 @@ def check_sizes(run: Run, plans: Sequence[StagePlan]) -> None:
         if plan.stage.role == "teacher" or plan.stage.distils:
             _check_model(run, plan, "teacher", run.teacher)
         for student in run.students if plan.stage.role == "student" else ():
-            with naming(student.origin):
+            with prefix_errors(student.origin):
                 _check_model(run, plan, "student", student.sizes)
         check_schedule(plan.name, plan.section)
         shards = num_batch_shards(run.mesh) * plan.section.gradient_accumulation_steps
@@ -81,7 +81,7 @@ def check_sizes(run: Run, plans: Sequence[StagePlan]) -> None:
                 )
     distilling = [plan for plan in plans if plan.stage.distils]
     for student in run.students if distilling else ():
-        with naming(student.origin):
+        with prefix_errors(student.origin):
             _check_pair(distilling, run.teacher, student.sizes)
         _check_start(student, run.teacher)
 
@@ -165,14 +165,14 @@ def check_weights(run: Run, plans: Sequence[StagePlan]) -> None:
         for make in _student_models(run, plans)
     ]
     for origin, model, path, make, whole in starts:
-        with naming(origin):
+        with prefix_errors(origin):
             check_start(path, make(model).init, whole=whole)
 
 
 Make = Callable[[ModelConfig], Model]
 
 
-def model_maker(run: Run, reads: Reads, **options: Any) -> Callable[[ModelConfig], Model]:
+def make_model_factory(run: Run, reads: Reads, **options: Any) -> Callable[[ModelConfig], Model]:
     """(sizes) -> the model that has the outputs which terms read."""
     if reads.words:
         return lambda sizes: make_masked_lm(sizes, **options)
@@ -191,22 +191,22 @@ def _teacher_starts(run: Run, plans: Sequence[StagePlan]) -> Iterator[tuple[str,
     """Given folders that the stages read: path, model made of it, whether all has to be there."""
     section, makes_own = run.teacher_section, {plan.stage.name for plan in run.plans.values()}
     names = {plan.name for plan in plans}
-    task_head = model_maker(run, Reads(task_logits=True))
+    task_head = make_model_factory(run, Reads(task_logits=True))
     trains_words, trains_task = PRETRAIN.name in makes_own, FINETUNE.name in makes_own
     if section.path and PRETRAIN.name in names:
         pair_head = run.plans[PRETRAIN.name].section.pair_weight > 0
-        yield section.path, model_maker(run, Reads(words=True), pair_head=pair_head), False
+        yield section.path, make_model_factory(run, Reads(words=True), pair_head=pair_head), False
     elif section.path and FINETUNE.name in names and not trains_words:
         yield section.path, task_head, False
     for plan in (plan for plan in plans if plan.stage.teacher == "pretrained"):
-        if section.path and not trains_words and plan.teaches:
-            yield section.path, model_maker(run, reads_of(plan.terms, of_teacher=True)), True
+        if section.path and not trains_words and plan.reads_teacher:
+            yield section.path, make_model_factory(run, reads_of(plan.terms, of_teacher=True)), True
         elif section.path and not trains_words and starts_students(run, plan, plans):
             yield section.path, make_encoder, True
     given = section.finetuned or section.path
     if given and not trains_task:
         on_task = [plan for plan in plans if plan.stage.teacher == "task"]
-        if any(plan.teaches for plan in on_task):
+        if any(plan.reads_teacher for plan in on_task):
             yield given, task_head, True
         elif any(starts_students(run, plan, plans) for plan in on_task):
             yield given, make_encoder, True
@@ -217,9 +217,9 @@ def _student_models(run: Run, plans: Sequence[StagePlan]) -> Iterator[Make]:
     first = next((plan for plan in plans if plan.stage.distils), None)
     starts_with_head = first is not None and first.stage.trains_head
     if starts_with_head or any(p.stage.role == "student" and not p.stage.distils for p in plans):
-        yield model_maker(run, Reads(task_logits=True))
+        yield make_model_factory(run, Reads(task_logits=True))
     if first is not None and not starts_with_head:
-        yield model_maker(run, reads_of(first.terms))
+        yield make_model_factory(run, reads_of(first.terms))
 
 
 def check_further_teachers(run: Run) -> None:
@@ -227,14 +227,14 @@ def check_further_teachers(run: Run) -> None:
     plan = next(plan for plan in run.plans.values() if plan.keeps_logits)
     for own in run.further_teachers:
         path = own.section.path
-        with naming(own.origin):
+        with prefix_errors(own.origin):
             check_same_pieces(run.tokenizer, path, "teacher")
             _check_model(run, plan, "teacher", own.sizes)
-            check_answers(path, run.the_task)
+            check_teacher_labels(path, run.required_task)
             check_start(path, make_task_model(run, own.sizes).init, whole=True)
 
 
-def check_answers(path: str | Path, task: RunTask) -> None:
+def check_teacher_labels(path: str | Path, task: RunTask) -> None:
     """Refuses a teacher of another kind of task, or whose labels, or their order, are not its."""
     model, label_names = read_model(path), task.data.label_names
     kind = task_of(model).kind if model.head else task.kind.kind
@@ -264,7 +264,7 @@ def _check_pair(plans: Sequence[StagePlan], teacher: ModelConfig, student: Model
     check_same_vocabulary(student, teacher)
     for plan in plans:
         for term in plan.terms:
-            with naming(f"distillation.{plan.name}, term {term.name}"):
+            with prefix_errors(f"distillation.{plan.name}, term {term.name}"):
                 term.check_fit(student, teacher)
 
 
@@ -318,7 +318,7 @@ def _check_start(student: Student, teacher: ModelConfig) -> None:
                 f"or {student.origin}.init=random"
             )
     if copies:
-        with naming(f"{student.origin}.init_layers"):
+        with prefix_errors(f"{student.origin}.init_layers"):
             make_layer_pairs(
                 student.section.init_layers,
                 student.sizes.num_hidden_layers,

@@ -23,13 +23,13 @@ from tinybert_jax.performance import flops as model_flops
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
 from tinybert_jax.report.tables import format_si
 from tinybert_jax.runs.run import Run, frozen_options, trained_options, with_dropout
-from tinybert_jax.runs.stage_batches import stage_feed
+from tinybert_jax.runs.stage_batches import make_stage_batches
 from tinybert_jax.runs.workload import (
     Words,
     Work,
-    examples_read,
+    count_last_layer_examples,
+    count_last_layer_tokens,
     projected,
-    tokens_read,
     words_of,
     work_of,
 )
@@ -65,7 +65,7 @@ def describe(run: Run, plans: Sequence[StagePlan]) -> str:
     measured on this CPU, by the makers' sheets (`cost.peak_flops`) of others.
     """
     dtype = run.compute.dtype.removesuffix("_products")
-    priced = {plan.name: price(run, plan) for plan in plans if not run.is_done(plan.name)}
+    priced = {plan.name: estimate_costs(run, plan) for plan in plans if not run.is_done(plan.name)}
     peaks = _peaks(dtype) if priced else {}
     told = [
         _description(run, plan, priced[plan.name], peaks, dtype)
@@ -79,7 +79,7 @@ def describe(run: Run, plans: Sequence[StagePlan]) -> str:
     return "\n\n".join(told)
 
 
-def price(run: Run, plan: StagePlan) -> Costs:
+def estimate_costs(run: Run, plan: StagePlan) -> Costs:
     """What a stage takes, by 64 batches from its first step to its last, each at its own width.
 
     FLOPs: `forward` and `backward` (two forward passes) of the trained encoders, one forward pass
@@ -98,20 +98,25 @@ def price(run: Run, plan: StagePlan) -> Costs:
     XLA:CPU's `memory_analysis`.
     """
     section, work = plan.section, work_of(run, plan)
-    feed = stage_feed(run, plan)
-    num_steps = feed.num_steps(section)
+    stage_batches = make_stage_batches(run, plan)
+    num_steps = stage_batches.num_steps(section)
     steps = np.unique(np.linspace(0, num_steps - 1, _SAMPLED).astype(int))
-    batches = [feed.batch_at(int(step)) for step in steps]
+    batches = [stage_batches.batch_at(int(step)) for step in steps]
     words = [
         words_of(run, plan, batch, float(step / max(num_steps - 1, 1)))
         for step, batch in zip(steps, batches, strict=True)
     ]
-    reads = [tokens_read(run, plan, b.shape[1], b.num_segments) for b in batches]
+    reads = [count_last_layer_tokens(run, plan, b.shape[1], b.num_segments) for b in batches]
     flops = [_flops(work, *each) for each in zip(batches, words, reads, strict=True)]
     parts = {name: num_steps * float(np.mean([own[name] for own in flops])) for name in flops[0]}
-    if work.beforehand:
-        parts["teacher"] = parts.get("teacher", 0.0) + feed.num_batches * float(
-            np.mean([_forward_flops(work.beforehand, b, examples_read(run, b)) for b in batches])
+    if work.logit_teachers:
+        parts["teacher"] = parts.get("teacher", 0.0) + stage_batches.num_batches * float(
+            np.mean(
+                [
+                    _forward_flops(work.logit_teachers, b, count_last_layer_examples(run, b))
+                    for b in batches
+                ]
+            )
         )
     largest = max(range(len(batches)), key=lambda i: batches[i].num_slots)
     return Costs(
@@ -151,7 +156,7 @@ def _description(
     ]
     if work.teacher:
         lines.append(f"  teacher   {_size(work.teacher)}")
-    lines += [f"  teacher   {_size(model)}, once through the text" for model in work.beforehand]
+    lines += [f"  teacher   {_size(model)}, once through the text" for model in work.logit_teachers]
     parts = (f"{name} {format_si(value / costs.num_slots)}" for name, value in costs.flops.items())
     lines.append(f"  FLOPs     a slot: {', '.join(parts)}; of the stage {costs.total_flops:.3g}")
     lines.append(
@@ -186,7 +191,7 @@ def _clock(seconds: float) -> str:
 def _flops(
     work: Work, batch: Batch, words: Words | None, num_last_layer_tokens: int | None
 ) -> dict[str, float]:
-    """Of one batch by part, as `price` says."""
+    """Of one batch by part, as `estimate_costs` says."""
     slots, models = batch.num_slots, work.trained.values()
     forward = work.num_seeds * _forward_flops(models, batch, num_last_layer_tokens)
     parts = {"forward": forward, "backward": 2 * forward}
@@ -268,7 +273,7 @@ def _saved_bytes_a_row(run: Run, plan: StagePlan, model: ModelConfig, batch: Bat
     """
     options = trained_options(run.compute, plan) | {"attention": "xla"}  # whatever machine plans
     apply, init = make_masked_lm(with_dropout(model, plan.section), **options)
-    num_last_layer_tokens = tokens_read(run, plan, batch.shape[1], batch.num_segments)
+    num_last_layer_tokens = count_last_layer_tokens(run, plan, batch.shape[1], batch.num_segments)
     key = jax.random.key(0)
     params = jax.eval_shape(init, key)
 

@@ -91,7 +91,7 @@ def read_inputs(
 
 
 @contextlib.contextmanager
-def naming(origin: str) -> Iterator[None]:
+def prefix_errors(origin: str) -> Iterator[None]:
     """Puts the place in the config before the message of a ValueError."""
     try:
         yield
@@ -138,7 +138,7 @@ def _make_tokenizer(
 
 def _fresh_teacher(section: TeacherSection, tokenizer: Any) -> ModelConfig:
     ours = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    with naming("teacher"):
+    with prefix_errors("teacher"):
         fixed = family_of(section.model_type).fixed
     return _sized({**fixed, **section.sizes(), **ours}, "teacher")
 
@@ -146,14 +146,14 @@ def _fresh_teacher(section: TeacherSection, tokenizer: Any) -> ModelConfig:
 def _read_sizes(origin: str, path: str | None) -> ModelConfig | None:
     if path is None:
         return None
-    with naming(origin):
+    with prefix_errors(origin):
         return read_model(path).config
 
 
 def _student_sizes(name: str, section: StudentSection, teacher: ModelConfig) -> ModelConfig:
     inherited = teacher.model_dump(exclude={"num_hidden_layers", "initializer_range"})
     given = section.sizes()
-    with naming(student_origin(name)):
+    with prefix_errors(student_origin(name)):
         family = family_of(given.get("model_type", teacher.model_type))
     if family is not family_of(teacher.model_type):
         inherited |= family.fixed

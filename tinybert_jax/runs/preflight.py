@@ -42,7 +42,7 @@ def open_run(config: RunConfig, stages: Sequence[Stage]) -> Iterator[Run]:
     another config or to a run that is still going.
     """
     run = read_run(config, stages)
-    if _learns_now(run, stages):
+    if _reads_existing_task_teacher(run, stages):
         check_teacher(run, run.task_teacher, run.teacher)
     for plan in (run.plans[stage.name] for stage in stages):
         if plan.keeps_logits and not run.is_done(plan.name):
@@ -66,7 +66,7 @@ def read_run(config: RunConfig, stages: Sequence[Stage]) -> Run:
     inputs = read_inputs(
         teacher=config.teacher,
         further=config.distillation.further_teachers,
-        students=config.family,
+        students=config.students_by_name,
         tokenizer=config.tokenizer,
         corpus=config.corpus,
         task=config.task,
@@ -75,7 +75,7 @@ def read_run(config: RunConfig, stages: Sequence[Stage]) -> Run:
     task = None
     if config.task and inputs.task:
         kind = TASKS[config.task.kind]
-        task = RunTask(kind, config.task.name, config.task.score, inputs.task)
+        task = RunTask(kind, config.task.name, config.task.chosen_metric, inputs.task)
     run = Run(
         name=config.name,
         folder=folder,
@@ -90,7 +90,7 @@ def read_run(config: RunConfig, stages: Sequence[Stage]) -> Run:
         teacher_section=config.teacher,
         further_teachers=inputs.further_teachers,
         students=inputs.students,
-        is_family=config.students is not None,
+        has_named_students=config.students is not None,
         task=task,
         corpus=inputs.corpus.documents,
         heldout=inputs.corpus.heldout,
@@ -127,9 +127,9 @@ def check_folder(folder: Path, config: RunConfig) -> None:
         )
 
 
-def learns_task(plans: Sequence[StagePlan]) -> bool:
+def reads_task_teacher(plans: Sequence[StagePlan]) -> bool:
     """Whether any of the stages reads a teacher that knows the task."""
-    return any(plan.teaches and plan.stage.teacher == "task" for plan in plans)
+    return any(plan.reads_teacher and plan.stage.teacher == "task" for plan in plans)
 
 
 def _check_order(config: RunConfig, stages: Sequence[Stage], run: Run) -> None:
@@ -153,25 +153,25 @@ def _check_order(config: RunConfig, stages: Sequence[Stage], run: Run) -> None:
 def _check(run: Run, plans: Sequence[StagePlan]) -> None:
     checks.check_sizes(run, plans)
     checks.check_vocabularies(run)
+    checks.check_lengths(run, plans)
     checks.check_poolers(run, plans)
-    checks.check_room(run, plans)
     if run.stores:
         corpus_checks.check_stores(run, plans)
     elif any(plan.stage.reads_corpus for plan in plans):
         corpus_checks.check_corpus(run.tokenizer, run.corpus)
         if run.heldout and any(not p.stage.distils and p.stage.reads_corpus for p in plans):
             corpus_checks.check_corpus(run.tokenizer, run.heldout, "corpus.heldout_share")
-    if _learns_now(run, [plan.stage for plan in plans]):
-        checks.check_answers(run.task_teacher, run.the_task)
+    if _reads_existing_task_teacher(run, [plan.stage for plan in plans]):
+        checks.check_teacher_labels(run.task_teacher, run.required_task)
     if any(plan.keeps_logits for plan in plans):
         checks.check_further_teachers(run)
     checks.check_weights(run, plans)
 
 
-def _learns_now(run: Run, stages: Sequence[Stage]) -> bool:
+def _reads_existing_task_teacher(run: Run, stages: Sequence[Stage]) -> bool:
     """Whether a stage will read a teacher of the task that is there already."""
     pending = [run.plans[stage.name] for stage in stages if not run.is_done(stage.name)]
-    return learns_task(pending) and all(plan.stage is not FINETUNE for plan in pending)
+    return reads_task_teacher(pending) and all(plan.stage is not FINETUNE for plan in pending)
 
 
 def _keep_tokenizer(folder: Path, tokenizer: Any) -> None:

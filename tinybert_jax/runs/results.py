@@ -23,24 +23,24 @@ from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.tasks.task import Scored
 
 # Of the masked LM, on the text that was held out.
-HELDOUT = ("loss", "perplexity", "masked_accuracy", "pair_accuracy")
+HELDOUT_METRICS = ("loss", "perplexity", "masked_accuracy", "pair_accuracy")
 _LATENCY_BATCH, _LATENCY_LENGTH, _LATENCY_RUNS = 1, 32, 30
 
 
-def collect(
+def collect_results(
     run: Run, seconds: dict[str, float], command: str, heldout: dict[str, float] | None = None
 ) -> dict[str, Any]:
     """The content of `results.json`: every judged model of the run, and what the student kept.
 
-    `heldout`: the masked LM's measures (`HELDOUT`) on the text that was held out.
+    `heldout`: the masked LM's measures (`HELDOUT_METRICS`) on the text that was held out.
     """
     models = []
     if run.task is not None:
-        models = [_describe(run, place) for place in _places(run)]
+        models = [_describe(run, place) for place in _evaluated_models(run)]
     data = run.task.data if run.task else None
     summary = {
         "name": run.name,
-        "metric": run.task.score if run.task else None,
+        "metric": run.task.metric if run.task else None,
         "dev_examples": len(data.dev.text) if data else 0,
         "label_names": data.label_names if data else None,
         "models": models,
@@ -51,10 +51,10 @@ def collect(
     kept = _shares_kept(summary)
     if not kept:
         return summary
-    return {**summary, "share_kept": kept if run.is_family else kept.popitem()[1]}
+    return {**summary, "share_kept": kept if run.has_named_students else kept.popitem()[1]}
 
 
-class _Place(NamedTuple):
+class _EvaluatedModel(NamedTuple):
     """One model of the run, with all its seeds."""
 
     role: str
@@ -64,21 +64,21 @@ class _Place(NamedTuple):
     folders: list[Path]
 
 
-def _places(run: Run) -> list[_Place]:
+def _evaluated_models(run: Run) -> list[_EvaluatedModel]:
     """The models that have a head of the task."""
     teachers = _folders(run, FINETUNE.name, SOLE)
     section, given = run.teacher_section, run.teacher_section.finetuned
-    is_taught = any(p.teaches for p in run.plans.values() if p.stage.teacher == "task")
+    is_taught = any(p.reads_teacher for p in run.plans.values() if p.stage.teacher == "task")
     if given is None and is_taught:
         given = section.path  # it has the task's head, or the run had refused it
     if given and not teachers:
         teachers = [Path(given)]
-    places = [_Place("teacher", FINETUNE.name, SOLE, run.teacher, teachers)]
+    evaluated = [_EvaluatedModel("teacher", FINETUNE.name, SOLE, run.teacher, teachers)]
     for role, stage in (("student", PREDICTION.name), ("baseline", BASELINE.name)):
         for student in run.students:
             folders = _folders(run, stage, student.name)
-            places.append(_Place(role, stage, student.name, student.sizes, folders))
-    return [place for place in places if place.folders and read_model(place.folders[0]).head]
+            evaluated.append(_EvaluatedModel(role, stage, student.name, student.sizes, folders))
+    return [place for place in evaluated if place.folders and read_model(place.folders[0]).head]
 
 
 def console_summary(summary: dict[str, Any]) -> str:
@@ -106,17 +106,17 @@ def best_seed(summary: dict[str, Any], stage: str, member: str) -> int:
     described = next((m for m in described if member in (SOLE, m["name"])), None)
     if described is None or "by_seed" not in described:
         return 0
-    return best_of(described["by_seed"], summary["metric"])
+    return best_index(described["by_seed"], summary["metric"])
 
 
-def best_of(by_seed: Sequence[Mapping[str, float]], metric: str) -> int:
+def best_index(by_seed: Sequence[Mapping[str, float]], metric: str) -> int:
     """The number of the model with the best score; of equals the first."""
     return int(np.argmax([own[metric] for own in by_seed]))
 
 
 def score_dev(run: Run, plan: StagePlan, params: Sequence[Any], sizes: ModelConfig) -> list[Scored]:
     """The dev set with each model's logits, in fp32."""
-    task, dev, section = run.the_task.kind, run.the_task.data.dev, plan.section
+    task, dev, section = run.required_task.kind, run.required_task.data.dev, plan.section
     apply, _ = make_task_model(run, sizes)
     rows = task.encode(run.tokenizer, dev, section.max_length)
     score = make_scorer(apply, buckets=section.buckets(), pad_token_id=run.tokenizer.pad_token_id)
@@ -124,7 +124,7 @@ def score_dev(run: Run, plan: StagePlan, params: Sequence[Any], sizes: ModelConf
 
 
 def measure(run: Run, scored: Scored) -> dict[str, float]:
-    task = run.the_task.kind
+    task = run.required_task.kind
     return task.measure(scored, task.tuned(scored))
 
 
@@ -142,7 +142,7 @@ def _folders(run: Run, stage: str, member: str) -> list[Path]:
     return run.seed_folders(run.plans[stage], member) if run.is_done(stage) else []
 
 
-def _describe(run: Run, place: _Place) -> dict[str, Any]:
+def _describe(run: Run, place: _EvaluatedModel) -> dict[str, Any]:
     """Sizes and scores; details, such as the confusion matrix, are of the best of several seeds.
 
     `flops_per_token` are of the whole model, as published figures are; `latency_ms` is of the
@@ -157,7 +157,7 @@ def _describe(run: Run, place: _Place) -> dict[str, Any]:
     params = [start_params(folder, init, whole=True) for folder in place.folders]
     each = score_dev(run, _judging_plan(run, place.stage), params, model)
     by_seed = [measure(run, scored) for scored in each]
-    best = best_of(by_seed, run.the_task.score)
+    best = best_index(by_seed, run.required_task.metric)
     description = {
         "role": role,
         "name": place.member or _sizes(model),
@@ -176,7 +176,7 @@ def _describe(run: Run, place: _Place) -> dict[str, Any]:
         description |= {"by_seed": by_seed, "deviation": deviation}
         if role == "teacher":
             description["mean"] = _over_seeds(np.mean, by_seed)
-    task = run.the_task.kind
+    task = run.required_task.kind
     return description | task.details(each[best], task.tuned(each[best]))
 
 

@@ -16,7 +16,7 @@ from tinybert_jax.config.stages import FINETUNE, PRETRAIN, StageSection
 from tinybert_jax.data.splits import TaskData
 from tinybert_jax.huggingface.folder import start_params
 from tinybert_jax.huggingface.head import Head
-from tinybert_jax.inference.scorer import Judge, Scorer, make_scorer
+from tinybert_jax.inference.scorer import Evaluator, Scorer, make_scorer
 from tinybert_jax.models.heads import Model
 from tinybert_jax.models.params import Apply, Params, frozen_params
 from tinybert_jax.parallel.sharding import place_params
@@ -31,7 +31,7 @@ class RunTask(NamedTuple):
 
     kind: Task
     name: str
-    score: str  # the metric that chooses the best checkpoint
+    metric: str  # the metric that chooses the best checkpoint
     data: TaskData
 
 
@@ -51,7 +51,7 @@ class Run(NamedTuple):
     teacher_section: TeacherSection
     further_teachers: tuple[FurtherTeacher, ...]
     students: tuple[Student, ...]
-    is_family: bool  # whether students have names
+    has_named_students: bool  # whether students have names
     task: RunTask | None
     corpus: tuple[str, ...]
     heldout: tuple[str, ...]  # documents of the corpus that no stage trains on
@@ -61,7 +61,7 @@ class Run(NamedTuple):
     is_profiled: bool = False  # whether each stage leaves a trace in `folder/profile`
 
     @property
-    def the_task(self) -> RunTask:
+    def required_task(self) -> RunTask:
         """The task; preflight refuses stages without the task that they need."""
         assert self.task is not None
         return self.task
@@ -98,7 +98,7 @@ class Run(NamedTuple):
         ]
         return bool(folders) and all((path / "config.json").is_file() for path in folders)
 
-    def latest(self, *stages: str, member: str = SOLE, seed: int | None = None) -> Path | None:
+    def find_model(self, *stages: str, member: str = SOLE, seed: int | None = None) -> Path | None:
         """The model of the first of the given stages that is done, or that of a seed's number."""
         stage = next((name for name in stages if self.is_done(name)), None)
         if stage is None:
@@ -110,13 +110,13 @@ class Run(NamedTuple):
     @property
     def pretrained_teacher(self) -> str | Path | None:
         """Where the teacher's general weights are; None for a teacher from random weights."""
-        return self.latest(PRETRAIN.name) or self.teacher_section.path
+        return self.find_model(PRETRAIN.name) or self.teacher_section.path
 
     @property
     def task_teacher(self) -> str | Path:
         """The teacher that knows the task; raises ValueError where there is none."""
         given = self.teacher_section.finetuned or self.teacher_section.path
-        folder = self.latest(FINETUNE.name) or given
+        folder = self.find_model(FINETUNE.name) or given
         if folder is None:
             raise ValueError(
                 "teacher: expected one that knows the task, got none; add a finetune section or "
@@ -164,30 +164,30 @@ def _options(dtype: str, unroll: bool, attention: str) -> dict[str, Any]:
     }
 
 
-def as_frozen(compute: ComputeSection, params: Params) -> Params:
+def freeze_params(compute: ComputeSection, params: Params) -> Params:
     """Parameters of a teacher in the form that an encoder with `frozen_options` reads."""
     options = frozen_options(compute)
     names = ("dtype", "product_dtype", "unroll")
     return frozen_params(params, **{name: options[name] for name in names})
 
 
-def placed_as_frozen(run: Run, params: Params) -> Params:
-    """`as_frozen`, on the run's devices."""
-    return place_params(as_frozen(run.compute, params), run.mesh)
+def place_frozen_params(run: Run, params: Params) -> Params:
+    """`freeze_params`, on the run's devices."""
+    return place_params(freeze_params(run.compute, params), run.mesh)
 
 
 def make_task_model(run: Run, sizes: ModelConfig, **options: Any) -> Model:
     """A model with the head of the run's task."""
-    return run.the_task.kind.make_head(sizes, run.the_task.data.num_outputs, **options)
+    return run.required_task.kind.make_head(sizes, run.required_task.data.num_outputs, **options)
 
 
 def load_frozen(run: Run, path: str | Path, sizes: ModelConfig) -> tuple[Apply, Params]:
-    """A model that knows the task, to be called with `placed_as_frozen` of its parameters."""
+    """A model that knows the task, to be called with `place_frozen_params` of its parameters."""
     apply, init = make_task_model(run, sizes, **frozen_options(run.compute))
     return apply, start_params(path, init, whole=True)
 
 
-class TaskJudge(NamedTuple):
+class TaskEvaluator(NamedTuple):
     """The dev set of the task, as it judges parameters."""
 
     score: Any  # parameters -> Scored
@@ -201,8 +201,8 @@ class TaskJudge(NamedTuple):
     def tune(self, params: Any) -> Settings:
         return self.task.tuned(self.score(params)) if self.task.tune else {}
 
-    def as_judge(self) -> Judge:
-        return Judge(self.measure, self.fingerprint)
+    def as_evaluator(self) -> Evaluator:
+        return Evaluator(self.measure, self.fingerprint)
 
 
 def make_stage_scorer(run: Run, apply: Apply, section: StageSection) -> Scorer:
@@ -216,32 +216,32 @@ def make_stage_scorer(run: Run, apply: Apply, section: StageSection) -> Scorer:
     )
 
 
-def make_dev_judge(run: Run, apply: Apply, section: StageSection) -> TaskJudge:
+def make_dev_evaluator(run: Run, apply: Apply, section: StageSection) -> TaskEvaluator:
     """Metrics on the dev set, in the batches that the stage has."""
-    task, dev = run.the_task.kind, run.the_task.data.dev
+    task, dev = run.required_task.kind, run.required_task.data.dev
     rows = task.encode(run.tokenizer, dev, section.max_length)
     score = make_stage_scorer(run, apply, section)
-    return TaskJudge(
+    return TaskEvaluator(
         lambda params: Scored(score(params, rows), rows, dev), task, rows.fingerprint()
     )
 
 
 def head_of(run: Run, settings: Settings) -> Head:
     """The head that a trained model is saved with."""
-    task = run.the_task
+    task = run.required_task
     names = task.data.label_names or ()
     return Head(task.kind.hf_head, task.kind.problem_type, names, dict(settings))
 
 
 def check_teacher(run: Run, path: str | Path, sizes: ModelConfig) -> None:
     """Refuses a teacher that learnt nothing: near the score of the commonest class on dev."""
-    margin, task = run.distillation.teacher_margin, run.the_task.kind
-    floor = task.floor(run.the_task.data.dev)
+    margin, task = run.distillation.teacher_margin, run.required_task.kind
+    floor = task.floor(run.required_task.data.dev)
     if floor is None or margin == -1:
         return
     plan = next(own for own in reversed([*run.plans.values()]) if own.stage.teacher == "task")
     apply, params = load_frozen(run, path, sizes)
-    metrics = make_dev_judge(run, apply, plan.section).measure(placed_as_frozen(run, params))
+    metrics = make_dev_evaluator(run, apply, plan.section).measure(place_frozen_params(run, params))
     got, needed = metrics[task.floor_metric], min(floor + margin, 1.0)
     if got < needed:
         raise ValueError(
@@ -252,7 +252,7 @@ def check_teacher(run: Run, path: str | Path, sizes: ModelConfig) -> None:
         )
 
 
-def publish(run: Run, models: Mapping[str, Path]) -> Path:
+def export_models(run: Run, models: Mapping[str, Path]) -> Path:
     """Copies a finished stage's models to `folder/hf`, the run's product; members by name in it."""
     partial = run.folder / ".hf-partial"
     shutil.rmtree(partial, ignore_errors=True)

@@ -16,13 +16,13 @@ from tinybert_jax.batches import loader
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import StageSection
-from tinybert_jax.inference.scorer import Judge
+from tinybert_jax.inference.scorer import Evaluator
 from tinybert_jax.models.params import restack_layers, sha256, unstack_layers
 from tinybert_jax.objectives.objective import Objective
 from tinybert_jax.parallel import sharding
 from tinybert_jax.performance import trace
 from tinybert_jax.runs.run import Run
-from tinybert_jax.runs.stage_batches import Feed
+from tinybert_jax.runs.stage_batches import StageBatches
 from tinybert_jax.training import checkpoint, loop
 from tinybert_jax.training.early_stopping import compare_with_best
 from tinybert_jax.training.members import (
@@ -47,7 +47,7 @@ class Member(NamedTuple):
 
     objective: Objective
     init_params: Callable[[jax.Array, int], Any]  # (key, number of the seed) -> parameters
-    judge: Judge | None = None
+    evaluator: Evaluator | None = None
 
 
 class Training(NamedTuple):
@@ -55,12 +55,12 @@ class Training(NamedTuple):
 
     plan: StagePlan
     members: Mapping[str, Member]  # by name; judged on the same rows, all or none
-    feed: Feed
+    batches: StageBatches
     frozen: Any  # arrays the objective reads and never changes
     # Padded width -> FLOPs of a step per token; of packed rows as if a head read one example each.
     flops_per_token: Callable[[int], float]
     read_frozen: Callable[[Any], Any] = lambda frozen: frozen  # as the step is to read them
-    score: str = ""  # the metric that chooses the best parameters; none: the last are kept
+    metric: str = ""  # the metric that chooses the best parameters; none: the last are kept
 
     @property
     def name(self) -> str:
@@ -72,11 +72,13 @@ class Training(NamedTuple):
 
     @property
     def num_steps(self) -> int:
-        return self.feed.num_steps(self.section)
+        return self.batches.num_steps(self.section)
 
     @property
-    def judges(self) -> dict[str, Judge]:
-        return {name: own.judge for name, own in self.members.items() if own.judge is not None}
+    def evaluators(self) -> dict[str, Evaluator]:
+        return {
+            name: own.evaluator for name, own in self.members.items() if own.evaluator is not None
+        }
 
 
 def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
@@ -96,10 +98,12 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
     placement = sharding.batch_sharding(run.mesh)
     pending = progress.get("pending", [])
     meter = _make_meter(run, training, start_step, pending)
-    judge = _Judge(run, training, folder, training.feed.num_batches, num_steps, progress, meter)
+    evaluate = _EvaluationHook(
+        run, training, folder, training.batches.num_batches, num_steps, progress, meter
+    )
 
     def is_due(step: int) -> bool:
-        return step % section.save_every == 0 or step == num_steps or judge.is_due(step)
+        return step % section.save_every == 0 or step == num_steps or evaluate.is_due(step)
 
     def save(step: int, state: TrainState) -> bool:
         # A new best is only ever one save ahead of the state that knows of it.
@@ -125,16 +129,16 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
                 state,
                 step,
                 loader.prefetched(
-                    training.feed.batch_at, start_step=start_step, placement=placement
+                    training.batches.batch_at, start_step=start_step, placement=placement
                 ),
                 start_step=start_step,
                 num_steps=num_steps,
                 record=meter.record,
                 is_due=is_due,
-                hooks=(judge, save),
+                hooks=(evaluate, save),
             )
     chosen = state.evaluated
-    if training.score:
+    if training.metric:
         chosen = _restore_best(run, training, folder / "best", target.params, progress)
     models = _models(jax.device_get(chosen), training.members, state.key)
     return {name: [restack_layers(own) for own in models[name]] for name in models}
@@ -193,9 +197,9 @@ def _open_state(
 
 def _fingerprint(training: Training) -> str:
     """SHA-256 of the training rows, of those it is judged on, and of the frozen teacher."""
-    digest = hashlib.sha256(training.feed.fingerprint.encode())
-    for judge in list(training.judges.values())[:1]:
-        digest.update(judge.fingerprint.encode())
+    digest = hashlib.sha256(training.batches.fingerprint.encode())
+    for evaluator in list(training.evaluators.values())[:1]:
+        digest.update(evaluator.fingerprint.encode())
     digest.update(sha256(training.frozen).encode())
     return digest.hexdigest()
 
@@ -226,7 +230,7 @@ def _restore_best(run: Run, training: Training, folder: Path, target: Any, progr
         f"{name} {', '.join(f'{score:.4f}' for score in own)}".lstrip()
         for name, own in by_name.items()
     )
-    run.log.say(f"{training.name}: best {training.score} {shown} by step {progress['best_step']}")
+    run.log.say(f"{training.name}: best {training.metric} {shown} by step {progress['best_step']}")
     return best
 
 
@@ -250,7 +254,7 @@ def _check_same_data(stage: str, before: str, now: str) -> None:
         )
 
 
-class _Judge:
+class _EvaluationHook:
     """The hook that evaluates, keeps the best parameters and stops when patience is out."""
 
     def __init__(self, run, training, folder, per_epoch, num_steps, progress, meter):
@@ -260,7 +264,7 @@ class _Judge:
 
     def is_due(self, step: int) -> bool:
         is_time = step % self.every == 0 or step == self.num_steps
-        return bool(self.training.judges) and is_time
+        return bool(self.training.evaluators) and is_time
 
     def __call__(self, step: int, state: TrainState) -> bool:
         if not self.is_due(step):
@@ -268,11 +272,11 @@ class _Judge:
         with self.meter.paused(state):
             models = _models(state.evaluated, self.training.members, state.key)
             each = {
-                name: [judge.measure(params) for params in models[name]]
-                for name, judge in self.training.judges.items()
+                name: [evaluator.measure(params) for params in models[name]]
+                for name, evaluator in self.training.evaluators.items()
             }
             self._tell(step, each)
-            score = self.training.score
+            score = self.training.metric
             scores = {name: [own[score] for own in seeds] for name, seeds in each.items() if score}
             is_over = self._keep(step, state, scores) if score else False
         if is_over:  # log before the save: a resumed run then finds no steps to log
@@ -281,7 +285,7 @@ class _Judge:
 
     def _tell(self, step: int, each: Mapping[str, list[dict[str, float]]]) -> None:
         """Means over all models; of a family also each member's score."""
-        name, score = self.training.name, self.training.score
+        name, score = self.training.name, self.training.metric
         every = [own for seeds in each.values() for own in seeds]
         values = {metric: float(np.mean([own[metric] for own in every])) for metric in every[0]}
         for member, seeds in each.items():

@@ -21,7 +21,7 @@ from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.runs.run import Run
 
 
-class Feed(NamedTuple):
+class StageBatches(NamedTuple):
     batch_at: BatchAt
     num_batches: int  # of an epoch
     fingerprint: str  # SHA-256 of the rows; of stores, of their file hashes; of phases, of theirs
@@ -31,19 +31,19 @@ class Feed(NamedTuple):
         return section.num_steps or max(1, round((section.num_epochs or 0) * self.num_batches))
 
 
-def stage_feed(
+def make_stage_batches(
     run: Run,
     plan: StagePlan,
     teach: Callable[[TokenRows], tuple[np.ndarray, str]] | None = None,
-) -> Feed:
+) -> StageBatches:
     """The corpus for pretrain and general; else the task's text, for distillation all of it.
 
     `teach` gives what teachers say of the task's rows, fp32 [rows, outputs], and a SHA-256 of
     what that depends on.
     """
     if plan.stage.reads_corpus:
-        return _corpus_feed(run, plan)
-    task, section = run.the_task, plan.section
+        return _make_corpus_batches(run, plan)
+    task, section = run.required_task, plan.section
     text = task.data.train if plan.stage.text == "labelled" else task.data.distilled
     rows = task.kind.encode(run.tokenizer, text, section.max_length)
     run.log.say(
@@ -51,9 +51,9 @@ def stage_feed(
         f"{rows.num_truncated:,} cut at {section.max_length}; {len(task.data.dev.text):,} in dev"
     )
     if teach is None:
-        return _rows_feed(run, section, rows, _seed(run, plan))
+        return _make_row_batches(run, section, rows, _seed(run, plan))
     logits, fingerprint = teach(rows)
-    feed = _rows_feed(run, section, rows._replace(teacher_logits=logits), _seed(run, plan))
+    feed = _make_row_batches(run, section, rows._replace(teacher_logits=logits), _seed(run, plan))
     content = (feed.fingerprint + fingerprint).encode()
     return feed._replace(fingerprint=hashlib.sha256(content).hexdigest())
 
@@ -61,7 +61,7 @@ def stage_feed(
 _PHASE_SEED = 2**31  # beyond any number of an epoch or a corpus, which a seed may end in too
 
 
-def _corpus_feed(run: Run, plan: StagePlan) -> Feed:
+def _make_corpus_batches(run: Run, plan: StagePlan) -> StageBatches:
     """The run's corpus: documents cut into rows of `max_length`, or the rows of its stores.
 
     An epoch of several stores has as many rows as they have together. Each phase of the stage goes
@@ -78,18 +78,18 @@ def _corpus_feed(run: Run, plan: StagePlan) -> Feed:
         )
         return rows
 
-    def feed(number: int, section: StageSection) -> Feed:
+    def feed(number: int, section: StageSection) -> StageBatches:
         seed = _seed(run, plan)
         seed = (*seed, _PHASE_SEED + number) if number else seed
         if run.stores:
-            return _store_feed(run, plan.name, section, seed)
-        return _rows_feed(run, section, rows_of(section.max_length), seed)
+            return _make_store_batches(run, plan.name, section, seed)
+        return _make_row_batches(run, section, rows_of(section.max_length), seed)
 
     feeds = [feed(number, part.section) for number, part in enumerate(parts)]
-    return feeds[0] if len(feeds) == 1 else _in_turn(feeds, [part.start for part in parts])
+    return feeds[0] if len(feeds) == 1 else _join_phases(feeds, [part.start for part in parts])
 
 
-def _in_turn(feeds: Sequence[Feed], starts: Sequence[int]) -> Feed:
+def _join_phases(feeds: Sequence[StageBatches], starts: Sequence[int]) -> StageBatches:
     """Each feed from its own first step on."""
 
     def batch_at(step: int) -> Batch:
@@ -97,10 +97,14 @@ def _in_turn(feeds: Sequence[Feed], starts: Sequence[int]) -> Feed:
         return feeds[number].batch_at(step - starts[number])
 
     content = json.dumps([[feed.fingerprint for feed in feeds], list(starts)])
-    return Feed(batch_at, feeds[-1].num_batches, hashlib.sha256(content.encode()).hexdigest())
+    return StageBatches(
+        batch_at, feeds[-1].num_batches, hashlib.sha256(content.encode()).hexdigest()
+    )
 
 
-def _rows_feed(run: Run, section: StageSection, rows: TokenRows, seed: tuple[int, ...]) -> Feed:
+def _make_row_batches(
+    run: Run, section: StageSection, rows: TokenRows, seed: tuple[int, ...]
+) -> StageBatches:
     if section.batching == "pack":
         shards = num_batch_shards(run.mesh)
         epochs = packed_epochs(
@@ -118,10 +122,12 @@ def _rows_feed(run: Run, section: StageSection, rows: TokenRows, seed: tuple[int
             seed=seed,
         )
     batch_at = loader.planned_batches(rows, epochs, pad_token_id=run.tokenizer.pad_token_id)
-    return Feed(batch_at, epochs.num_batches, rows.fingerprint())
+    return StageBatches(batch_at, epochs.num_batches, rows.fingerprint())
 
 
-def _store_feed(run: Run, stage: str, section: StageSection, seed: tuple[int, ...]) -> Feed:
+def _make_store_batches(
+    run: Run, stage: str, section: StageSection, seed: tuple[int, ...]
+) -> StageBatches:
     chosen = [pair for pair in run.stores if pair[0].width == section.max_length]
     stores, weights = zip(*chosen, strict=True)
     num_rows = sum(store.num_rows for store in stores)
@@ -135,7 +141,7 @@ def _store_feed(run: Run, stage: str, section: StageSection, seed: tuple[int, ..
     )
     content = json.dumps([[store.manifest["files"] for store in stores], weights], sort_keys=True)
     num_epoch_batches = num_batches(num_rows, section.global_batch_size)
-    return Feed(batch_at, num_epoch_batches, hashlib.sha256(content.encode()).hexdigest())
+    return StageBatches(batch_at, num_epoch_batches, hashlib.sha256(content.encode()).hexdigest())
 
 
 def _seed(run: Run, plan: StagePlan) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from tinybert_jax.batches.batch import TokenRows
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.models.params import sha256
-from tinybert_jax.runs.run import Run, load_frozen, make_stage_scorer, placed_as_frozen
+from tinybert_jax.runs.run import Run, load_frozen, make_stage_scorer, place_frozen_params
 from tinybert_jax.settings.sizes import ModelConfig
 
 ROWS_PER_FILE = 2**14
@@ -54,7 +54,7 @@ def _read_one(
     folder = run.folder / "teacher_logits" / key
     folder.mkdir(parents=True, exist_ok=True)
     score = make_stage_scorer(run, apply, section)
-    parts, placed = [], placed_as_frozen(run, params)
+    parts, placed = [], place_frozen_params(run, params)
     for start in range(0, num_rows, ROWS_PER_FILE):
         stop, file = min(start + ROWS_PER_FILE, num_rows), folder / f"{start}.safetensors"
         part = rows.part(start, stop)
@@ -63,7 +63,7 @@ def _read_one(
             _check_finite(logits, path, start)
             _save(logits, file)
             run.log.say(f"{plan.name}: {stop:,} of {num_rows:,} examples went through {path}")
-        parts.append(_load(file, (part.num_scored, run.the_task.data.num_outputs)))
+        parts.append(_load(file, (part.num_scored, run.required_task.data.num_outputs)))
     return np.concatenate(parts), key
 
 

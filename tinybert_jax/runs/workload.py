@@ -27,7 +27,7 @@ class Work(NamedTuple):
     num_seeds: int  # of each
     teacher: ModelConfig | None  # of every step
     terms: Terms  # of distillation; pretrain's masked LM counts as one
-    beforehand: tuple[ModelConfig, ...] = ()  # teachers that go through the text once
+    logit_teachers: tuple[ModelConfig, ...] = ()  # teachers that go through the text once
 
 
 class Words(NamedTuple):
@@ -45,14 +45,14 @@ def work_of(run: Run, plan: StagePlan) -> Work:
     if plan.stage.role == "teacher":
         return Work({SOLE: run.teacher}, num_seeds, None, terms)
     students = {student.name: student.sizes for student in run.students}
-    beforehand = ()
+    logit_teachers: tuple[ModelConfig, ...] = ()
     if plan.keeps_logits:
-        beforehand = (run.teacher, *(own.sizes for own in run.further_teachers))
+        logit_teachers = (run.teacher, *(own.sizes for own in run.further_teachers))
     teacher = run.teacher if reads_of(terms).teacher else None
-    return Work(students, num_seeds, teacher, terms, beforehand)
+    return Work(students, num_seeds, teacher, terms, logit_teachers)
 
 
-def tokens_read(
+def count_last_layer_tokens(
     run: Run, plan: StagePlan, width: int, num_segments: int | None = None
 ) -> int | None:
     """At how many tokens of a row the last layer runs; None: at every one.
@@ -62,7 +62,7 @@ def tokens_read(
     read = reads_of(plan.step_terms)
     if read.encoder or reads_every_word(plan.step_terms):
         return None
-    if plan.stage.trains_head and run.the_task.kind.unit != "row":
+    if plan.stage.trains_head and run.required_task.kind.unit != "row":
         return None
     num_last_layer_tokens = num_segments or 1
     if read.words:
@@ -71,9 +71,9 @@ def tokens_read(
     return num_last_layer_tokens if is_few(num_last_layer_tokens, width) else None
 
 
-def examples_read(run: Run, batch: Batch) -> int | None:
+def count_last_layer_examples(run: Run, batch: Batch) -> int | None:
     """The same, where all that is read are logits of the task."""
-    if run.the_task.kind.unit != "row":
+    if run.required_task.kind.unit != "row":
         return None
     num_last_layer_tokens = batch.num_segments or 1
     return num_last_layer_tokens if is_few(num_last_layer_tokens, batch.shape[1]) else None

@@ -162,7 +162,7 @@ def _num_words(encoding: Any) -> int:
     return int(_first_pieces(encoding.word_ids).sum())
 
 
-def check_room(tokenizer: Any, examples: Examples, positions: int) -> None:
+def check_lengths(tokenizer: Any, examples: Examples, positions: int) -> None:
     """Refuses a sentence with more pieces than a model has positions."""
     backend = plain_backend(tokenizer)
     sentences = [list(words) for words, _ in _split_all(examples)]
@@ -336,5 +336,5 @@ TAGGING = Task(
     details=details,
     hf_head="TokenClassification",
     problem_type=None,
-    check_room=check_room,
+    check_lengths=check_lengths,
 )

@@ -47,7 +47,7 @@ class Task(NamedTuple):
     problem_type: str | None  # as transformers has it
     tune: Callable[[Scored], Settings] | None = None  # settings that score best on these examples
     # (tokenizer, examples, positions): raises ValueError where an example has no room in a model
-    check_room: Callable[[Any, Examples, int], None] | None = None
+    check_lengths: Callable[[Any, Examples, int], None] | None = None
 
     @property
     def kind(self) -> str:
