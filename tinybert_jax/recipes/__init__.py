@@ -1,1 +1,1 @@
-"""The stages, one flat recipe each; `pipeline` runs them in order."""
+"""One recipe per kind of stage, read from top to bottom; `pipeline` runs the stages in order."""

@@ -48,28 +48,31 @@ _PROJECTION = "projection.safetensors"
 
 
 def main(run: Run, plan: StagePlan) -> None:
-    """Students learn from the pretrained teacher, or from the one that knows the task."""
+    """Trains all students of one distillation stage and saves their models.
+
+    The teacher is the pretrained one in `general` and the fine-tuned one in the other stages.
+    """
     section, terms = plan.section, plan.terms
     teacher_reads, reads = reads_of(terms, of_teacher=True), reads_of(terms)
 
-    # Teacher, frozen; it is there only if a term reads it in the step.
+    # The frozen teacher. Its weights are loaded only if a term reads them in the step.
     make_teacher = make_model_factory(run, teacher_reads, **frozen_options(run.compute))
     teacher_apply, teacher_init = make_teacher(run.teacher)
-    is_taught = reads_of(plan.step_terms).teacher
+    is_teacher_in_step = reads_of(plan.step_terms).teacher
     teacher: Any = ()
     read_frozen: Callable[[Any], Any] = lambda frozen: frozen  # noqa: E731
-    if is_taught:
+    if is_teacher_in_step:
         teacher = start_params(run.teacher_of(plan), teacher_init, whole=True)
         read_frozen = functools.partial(freeze_params, run.compute)
 
     @functools.cache
     def teacher_encoder() -> Mapping[str, Any]:
-        """The weights that students start from, whether the steps read them or not."""
+        """The teacher's weights that students start from, also where no step reads the teacher."""
         if teacher:
             return _encoder(teacher)
         return start_params(run.teacher_of(plan), make_encoder(run.teacher).init, whole=True)
 
-    # Students, each from a stage before where there is one.
+    # The students. A student starts from an earlier stage's model if there is one.
     members: dict[str, Member] = {}
     evaluators: dict[str, TaskEvaluator] = {}
     make_student = make_model_factory(run, reads, **trained_options(run.compute, plan))
@@ -91,28 +94,28 @@ def main(run: Run, plan: StagePlan) -> None:
         if plan.stage.trains_head:
             evaluators[student.name] = make_dev_evaluator(run, apply, section)
             evaluator = evaluators[student.name].as_evaluator()
-            evaluator = evaluator._replace(measure=_of_student(evaluator.measure))
+            evaluator = evaluator._replace(measure=_without_projection(evaluator.measure))
         members[student.name] = Member(objective, init_params, evaluator)
 
-    # The teachers' logits of each example, where they are made beforehand.
-    teach = None
+    # The teachers' logits of all examples, if they are computed before the first step.
+    read_logits = None
     if plan.keeps_logits:
-        teach = functools.partial(teacher_logits.read, run, plan)
+        read_logits = functools.partial(teacher_logits.read, run, plan)
 
-    # Train; the last is handed on, or the best by dev score where a head is trained.
+    # Train. A stage that trains a head saves the best parameters by dev score, others the last.
     trained = run_stage(
         run,
         Training(
             plan=plan,
             members=members,
-            batches=make_stage_batches(run, plan, teach),
+            batches=make_stage_batches(run, plan, read_logits),
             frozen=teacher,
             read_frozen=read_frozen,
             flops_per_token=lambda width: training_flops_per_token(
                 [student.sizes for student in run.students] * len(plan.seeds),
                 width,
                 projection_dim=run.teacher.hidden_size if reads.projection else 0,
-                teacher=run.teacher if is_taught else None,
+                teacher=run.teacher if is_teacher_in_step else None,
                 num_last_layer_tokens=count_last_layer_tokens(run, plan, width),
             ),
             metric=run.required_task.metric if plan.stage.trains_head else "",
@@ -127,8 +130,8 @@ def main(run: Run, plan: StagePlan) -> None:
             _save(run, folder, params, student.sizes, head)
 
 
-def _of_student(measure: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Judges the student without the projection beside it."""
+def _without_projection(measure: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """measure(params) that reads only the student in `params`, not the projection."""
     return lambda params: measure(params["student"])
 
 
@@ -146,11 +149,14 @@ def _make_init(
     init: Callable[[jax.Array], Params],
     teacher_encoder: Callable[[], Mapping[str, Any]],
 ) -> Callable[[jax.Array, int], dict[str, Any]]:
-    """A student's start, from a stage before or its folder, and of a projection if it needs one."""
+    """init_params(key, index of the seed): initial {student} or {student, projection}.
+
+    They come from an earlier stage that is done, else from the student's folder, else from `init`.
+    """
 
     def init_params(key: jax.Array, seed: int) -> dict[str, Any]:
-        before = plan.stage.starts_from
-        done = [run.find_model(name, member=student.name, seed=seed) for name in before]
+        earlier = plan.stage.starts_from
+        done = [run.find_model(name, member=student.name, seed=seed) for name in earlier]
         folders = [*(folder for folder in done if folder is not None), student.section.path]
         start = functools.partial(_start, run, student, folders[0], init, teacher_encoder)
         if not reads_of(plan.terms).projection:
@@ -171,25 +177,31 @@ def _start(
     teacher_encoder: Callable[[], Mapping[str, Any]],
     key: jax.Array,
 ) -> tuple[Params, np.ndarray | None]:
-    """(student, the directions of its embeddings in the teacher's, where it starts from them)."""
+    """(student, directions): initial parameters of a student.
+
+    `directions`: the principal directions that the teacher's embeddings were projected on; None
+    unless the student starts from `teacher_embeddings`.
+    """
     label_names = run.task.data.label_names if run.task else None
     params = start_params(start, init, key, label_names=label_names)
     if start is not None or student.section.init == "random":
         return params, None
-    own, directions = _encoder(params), None
+    encoder, directions = _encoder(params), None
     if student.section.init == "teacher_layers":
         layers = make_layer_pairs(
             student.section.init_layers,
             student.sizes.num_hidden_layers,
             run.teacher.num_hidden_layers,
         )
-        own = start_from_teacher_layers(own, teacher_encoder(), [g for _, g in layers])
+        chosen = [teacher_layer for _, teacher_layer in layers]
+        encoder = start_from_teacher_layers(encoder, teacher_encoder(), chosen)
     else:
-        own, directions = start_from_teacher_embeddings(own, teacher_encoder())
-    return ({**params, "encoder": own} if "encoder" in params else own), directions
+        encoder, directions = start_from_teacher_embeddings(encoder, teacher_encoder())
+    return ({**params, "encoder": encoder} if "encoder" in params else encoder), directions
 
 
 def _encoder(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The encoder's part of the parameters of a model with or without a head."""
     return params.get("encoder", params)
 
 
@@ -200,7 +212,7 @@ def _start_projection(
     key: jax.Array,
     directions: np.ndarray | None,
 ) -> dict[str, Any]:
-    """The one that the first of the folders keeps, else a fresh one."""
+    """The projection file of the first folder that has one, else a new projection."""
     num_projections = 1
     if run.distillation.projection == "per_layer":
         num_projections = student.sizes.num_hidden_layers + 1
@@ -208,9 +220,9 @@ def _start_projection(
         key, student.sizes.hidden_size, run.teacher.hidden_size, num_projections
     )
     files = (Path(folder).expanduser() / _PROJECTION for folder in folders if folder is not None)
-    kept = next((file for file in files if file.is_file()), None)
-    if kept is not None:
-        return _load_projection(kept, projection)
+    saved = next((file for file in files if file.is_file()), None)
+    if saved is not None:
+        return _load_projection(saved, projection)
     if directions is not None:
         projection["kernel"] = jnp.tile(directions.T[None], (num_projections, 1, 1))
     return projection
@@ -223,7 +235,7 @@ def _load_projection(file: Path, expected: dict[str, jax.Array]) -> dict[str, np
             got = list(loaded[name].shape) if name in loaded else "none"
             raise ValueError(
                 f"{file}: expected {name} of shape {list(array.shape)}, got {got}; set "
-                "distillation.projection as it was, or remove the file for a fresh projection"
+                "distillation.projection back, or delete the file to start a new projection"
             )
     return loaded
 

@@ -1,4 +1,4 @@
-"""Supervised training on the task: the teacher (`finetune`), or the students alone (`baseline`)."""
+"""Supervised training on the task: of the teacher (`finetune`) or of the students (`baseline`)."""
 
 from pathlib import Path
 
@@ -24,16 +24,17 @@ from tinybert_jax.settings.sizes import ModelConfig
 
 
 def main(run: Run, plan: StagePlan) -> None:
-    """The teacher starts from its pretrained weights, students from fresh ones.
+    """Trains the teacher, or the students without a teacher, and saves the best parameters.
 
-    Of several teachers the best on the dev set is saved last, as the stage's model.
+    The teacher starts from its pretrained weights, a student from its folder or at random. Of
+    several teachers the one with the best dev score is saved again as the stage's model.
     """
     sizes, starts = {SOLE: run.teacher}, {SOLE: run.pretrained_teacher}
     if plan.stage.role == "student":
         sizes = {student.name: student.sizes for student in run.students}
         starts = {student.name: student.section.path for student in run.students}
 
-    # Train and hand on the best by dev score.
+    # Train, and save the best parameters by dev score.
     made = {name: _make_member(run, plan, sizes[name], starts[name]) for name in sizes}
     trained = run_stage(
         run,
@@ -51,13 +52,14 @@ def main(run: Run, plan: StagePlan) -> None:
         ),
     )
     for name, models in trained.items():
-        places = list(zip(run.seed_folders(plan, name), models, strict=True))
+        to_save = list(zip(run.seed_folders(plan, name), models, strict=True))
         if plan.stage.role == "teacher" and len(models) > 1:
-            by_seed = [measure(run, own) for own in score_dev(run, plan, models, sizes[name])]
+            scored_by_seed = score_dev(run, plan, models, sizes[name])
+            by_seed = [measure(run, scored) for scored in scored_by_seed]
             best = models[best_index(by_seed, run.required_task.metric)]
-            places.append((run.model_folder(plan.name), best))
+            to_save.append((run.model_folder(plan.name), best))
         _, evaluator = made[name]
-        for folder, params in places:
+        for folder, params in to_save:
             head = head_of(run, evaluator.tune(params))
             save_model(folder, params, sizes[name], run.tokenizer, head=head)
 
@@ -65,6 +67,7 @@ def main(run: Run, plan: StagePlan) -> None:
 def _make_member(
     run: Run, plan: StagePlan, sizes: ModelConfig, start: str | Path | None
 ) -> tuple[Member, TaskEvaluator]:
+    """(member, its dev evaluator); `start`: a folder or hub id, None for random weights."""
     section, task = plan.section, run.required_task
     apply, init = make_task_model(
         run, with_dropout(sizes, section), **trained_options(run.compute, plan)

@@ -1,4 +1,4 @@
-"""Runs the stages of a config in order, then compares the models, exports and reports."""
+"""Runs the stages of a config in order, compares the models, exports one and writes the report."""
 
 import json
 import time
@@ -34,7 +34,7 @@ _RECIPES = {
     PREDICTION: distill.main,
     BASELINE: finetune.main,
 }
-# What a run is for, the best first: a student before a teacher.
+# The first of these stages that is done is exported to `hf`: students before teachers.
 _EXPORT_ORDER = (PREDICTION, INTERMEDIATE, GENERAL, FINETUNE, PRETRAIN, BASELINE)
 
 
@@ -45,7 +45,11 @@ def main(
     *,
     is_profiled: bool = False,
 ) -> Path:
-    """Runs those of `stages` that the config has and that are not done; returns the run folder."""
+    """Runs the given stages that the config has and that are not done; returns the run folder.
+
+    `command`: the command line, for `results.json`. Raises ValueError where the config has none of
+    the stages or an input is wrong.
+    """
     chosen = _choose_stages(config, stages)
     with open_run(config, chosen) as run:
         run = run._replace(is_profiled=is_profiled)
@@ -56,12 +60,12 @@ def main(
             is_new = _run_once(run, plan)
             if is_new and plan.stage is FINETUNE and reads_task_teacher(plans):
                 check_teacher(run, run.task_teacher, run.teacher)
-        product = run.plans[next(s.name for s in _EXPORT_ORDER if run.is_done(s.name))]
+        exported = run.plans[next(s.name for s in _EXPORT_ORDER if run.is_done(s.name))]
         lines = read_rows(run.folder / "metrics.jsonl")
         summary = collect_results(run, _seconds(lines), command, _heldout(lines))
-        best = {name: best_seed(summary, product.name, name) for name in product.members}
+        best = {name: best_seed(summary, exported.name, name) for name in exported.members}
         export_models(
-            run, {name: run.seed_folders(product, name)[seed] for name, seed in best.items()}
+            run, {name: run.seed_folders(exported, name)[seed] for name, seed in best.items()}
         )
         (run.folder / "results.json").write_text(
             json.dumps(summary, indent=2) + "\n", encoding="utf-8"
@@ -73,19 +77,22 @@ def main(
 
 
 def describe_costs(config: RunConfig, stages: Sequence[str] = STAGE_NAMES) -> str:
-    """What those stages would take; writes nothing."""
+    """The estimated FLOPs, memory and time of the given stages; writes nothing."""
     chosen = _choose_stages(config, stages)
     run = read_run(config, chosen)
-    about = [_describe_task(run.task)] if run.task else []
+    parts = [_describe_task(run.task)] if run.task else []
     plans = [run.plans[stage.name] for stage in chosen]
-    return "\n\n".join([*about, estimate.describe(run, plans)])
+    return "\n\n".join([*parts, estimate.describe(run, plans)])
 
 
 def _choose_stages(config: RunConfig, stages: Sequence[str]) -> list[Stage]:
     chosen = [stage for stage in config.stages if stage.name in stages]
     if not chosen:
         got = [stage.name for stage in config.stages]
-        raise ValueError(f"expected a config with one of the stages {list(stages)}, got {got}")
+        raise ValueError(
+            f"expected a config with one of the stages {list(stages)}, got {got}; add the section "
+            "of such a stage, or run another command"
+        )
     return chosen
 
 
@@ -94,7 +101,7 @@ def _describe_task(task: RunTask) -> str:
 
 
 def _run_once(run: Run, plan: StagePlan) -> bool:
-    """False for a stage that was done before."""
+    """Runs a stage; returns False without running it where it is done already."""
     name = plan.name
     if run.is_done(name):
         profile = "; no profile of it" if run.is_profiled else ""
@@ -109,13 +116,13 @@ def _run_once(run: Run, plan: StagePlan) -> bool:
 
 
 def _seconds(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Wall seconds of each finished stage, the parts before a kill left out."""
+    """Wall time of each finished stage in seconds, without the time before a kill."""
     return {line["stage"]: line["seconds"] for line in lines if line["kind"] == "stage"}
 
 
 def _heldout(lines: list[dict[str, Any]]) -> dict[str, float] | None:
-    """What pretraining ended with on the held-out text, if there is any."""
-    judged = [row for row in lines if row["kind"] == "eval" and row["stage"] == PRETRAIN.name]
-    if not judged:
+    """The last metrics of pretraining on held-out text; None without such text."""
+    rows = [row for row in lines if row["kind"] == "eval" and row["stage"] == PRETRAIN.name]
+    if not rows:
         return None
-    return {name: judged[-1][name] for name in HELDOUT_METRICS if name in judged[-1]}
+    return {name: rows[-1][name] for name in HELDOUT_METRICS if name in rows[-1]}

@@ -1,4 +1,4 @@
-"""Masked-LM pretraining of the teacher, from random or from a folder ("update a model")."""
+"""Masked-LM pretraining of the teacher, from random weights or from a given folder."""
 
 import jax
 
@@ -22,7 +22,7 @@ from tinybert_jax.runs.workload import count_last_layer_tokens
 
 
 def main(run: Run, plan: StagePlan) -> None:
-    """Trains the one teacher, and tells of the held-out text where there is any."""
+    """Trains the teacher, evaluates it on held-out text if there is any, and saves it."""
     section, tokenizer = plan.section, run.tokenizer
 
     # Model.
@@ -34,7 +34,7 @@ def main(run: Run, plan: StagePlan) -> None:
     )
     continuations = None if section.mask_unit == "token" else is_continuation(tokenizer)
 
-    # Train and hand on.
+    # Train, and save the last parameters.
     teacher = Member(
         make_mlm(
             apply,
@@ -68,7 +68,7 @@ def main(run: Run, plan: StagePlan) -> None:
 
 
 def _make_heldout_evaluator(run: Run, plan: StagePlan, apply: Apply) -> Evaluator | None:
-    """Loss, perplexity and masked accuracy on the held-out documents, if any."""
+    """The evaluator of loss, perplexity and accuracies on held-out text; None without such text."""
     section = plan.section
     if run.heldout_store:
         rows = segment_rows(run.heldout_store)
