@@ -130,11 +130,11 @@ def test_dry_run_names_all_stages_and_writes_nothing(inputs, tmp_path, capsys, m
         assert "float32 peak" in block
     # 32 rows · 3 passes of the teacher, at 40 % of 1,000 FLOP/s
     flops = 3 * SLOTS // WIDTH * (WIDTH * TEACHER_LAYER + _last(TEACHER_LAYER, 16, 1))
-    assert f"of the stage {flops:.3g}" in blocks[1]
+    assert f"whole stage {flops:.3g}" in blocks[1]
     time = datetime.timedelta(seconds=math.ceil(flops / 400))
     assert f"this CPU {time}" in blocks[1]
     (total,) = re.findall(r"^together: (\S+) FLOPs\n  time      this CPU ", together)
-    of_stages = [float(re.findall(r"of the stage (\S+)", block)[0]) for block in blocks]
+    of_stages = [float(re.findall(r"whole stage (\S+)", block)[0]) for block in blocks]
     assert float(total) == pytest.approx(sum(of_stages), rel=0.01)
     assert measured == ["float32"]
 

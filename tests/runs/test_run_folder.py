@@ -38,7 +38,7 @@ def test_an_environment_that_cannot_be_read_is_refused(world, content):
     _open(world)
     (world.run_dir / "env.json").write_text(content)
     path = world.config("finetune")
-    world.fails("run", path, naming=("env.json", "expected the JSON object", "remove the file"))
+    world.fails("run", path, naming=("env.json", "expected the JSON object", "delete the file"))
     assert (world.run_dir / "env.json").read_text() == content
 
 

@@ -167,7 +167,7 @@ def test_logits_are_made_once(inputs, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     _run(inputs, tmp_path / "run", keep_logits=True)
     told = capsys.readouterr().out
-    assert told.count("examples went through") == 1 and "resumes at step 4" in told
+    assert told.count("has scored") == 1 and "resumes at step 4" in told
     assert [file.stat().st_mtime_ns for file in (files[0], files[2])] == times
     assert (run / WEIGHTS).read_bytes() == weights
 

@@ -1,6 +1,7 @@
-"""Checks of a run's models before it writes anything: ValueErrors with expected, got and the fix.
+"""Checks of a run's models, before the run writes anything.
 
-Reads settings and folders; neither trains nor scores, and writes nothing.
+A check reads settings and model folders. It raises ValueError with the expected value, the value
+found and the fix. It does not run a model and writes nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from tinybert_jax.training.optimizer import make_schedule
 
 
 def check_lengths(run: Run, plans: Sequence[StagePlan]) -> None:
-    """Refuses examples that no model of the run has room for, where a task cannot cut them."""
+    """Raises ValueError for an example longer than a model's positions, if it cannot be cut."""
     if run.task is None or run.task.kind.check_lengths is None:
         return
     if all(plan.stage.reads_corpus for plan in plans):
@@ -44,7 +45,7 @@ def check_lengths(run: Run, plans: Sequence[StagePlan]) -> None:
 
 
 def check_vocabularies(run: Run) -> None:
-    """Refuses a given model whose folder has another tokenizer than the run's."""
+    """Raises ValueError for a model folder whose tokenizer is not the run's tokenizer."""
     for path in (run.teacher_section.path, run.teacher_section.finetuned):
         if path:
             check_same_pieces(run.tokenizer, path, "teacher")
@@ -56,14 +57,14 @@ def check_vocabularies(run: Run) -> None:
     if masked and run.tokenizer.mask_token is None:
         raise ValueError(
             f"{masked[0].name}: expected a tokenizer with a mask_token, got one without; set "
-            "tokenizer.path to a folder of BERT's kind"
+            "tokenizer.path to the folder of a BERT tokenizer"
         )
     if any(plan.masking and plan.masking.unit != "token" for plan in masked):
-        is_continuation(run.tokenizer)
+        is_continuation(run.tokenizer)  # raises for a tokenizer that is not WordPiece
 
 
 def check_sizes(run: Run, plans: Sequence[StagePlan]) -> None:
-    """Word tables, positions, batches, and what distillation asks of a pair of models."""
+    """Checks vocabulary sizes, lengths, batch sizes and the sizes that distillation compares."""
     for plan in plans:
         _check_attention(run, plan)
         if plan.stage.role == "teacher" or plan.stage.distils:
@@ -87,7 +88,7 @@ def check_sizes(run: Run, plans: Sequence[StagePlan]) -> None:
 
 
 def _check_model(run: Run, plan: StagePlan, role: str, model: ModelConfig) -> None:
-    """Refuses a model that has no room for a stage's text."""
+    """Raises ValueError for a model that cannot read the text of a stage."""
     check_table(run.tokenizer, model, f"the {role}")
     stage, positions = plan.name, model.max_position_embeddings
     max_length = plan.section.max_length
@@ -100,7 +101,8 @@ def _check_model(run: Run, plan: StagePlan, role: str, model: ModelConfig) -> No
     if pair_weight > 0 and format_of(model.model_type).pair_head is None:
         raise ValueError(
             f"{stage}.pair_weight: expected 0, because a {role} of the family {model.model_type} "
-            f"has no head for pairs, got {pair_weight}; set {stage}.pair_weight=0, or use a BERT"
+            f"has no head for pairs, got {pair_weight}; set {stage}.pair_weight=0, or use the "
+            "family bert"
         )
     if model.type_vocab_size == 1 and _reads_pairs(run, plan):
         raise ValueError(
@@ -110,14 +112,14 @@ def _check_model(run: Run, plan: StagePlan, role: str, model: ModelConfig) -> No
 
 
 def _reads_pairs(run: Run, plan: StagePlan) -> bool:
-    """Whether the rows of a stage are pairs of texts."""
+    """Whether a row of the stage holds two texts."""
     if plan.stage.reads_corpus:
         return plan.masking is not None and plan.masking.pair_weight > 0
     return run.task is not None and run.task.data.train.text_pair is not None
 
 
 def _check_attention(run: Run, plan: StagePlan) -> None:
-    """Refuses flash attention that is asked for by name and cannot train the stage's models."""
+    """Raises ValueError where `compute.attention` names a backend that cannot train the models."""
     backend, stage = run.compute.attention, plan.name
     if backend in ("auto", "xla"):
         return
@@ -138,7 +140,7 @@ def _check_attention(run: Run, plan: StagePlan) -> None:
 
 
 def check_schedule(stage: str, section: StageSection) -> None:
-    """Refuses schedule settings that do not fit together, as the stage itself would, but now."""
+    """Raises ValueError for schedule settings that do not fit together, before the stage starts."""
     try:
         make_schedule(
             section.schedule,
@@ -154,7 +156,7 @@ def check_schedule(stage: str, section: StageSection) -> None:
 
 
 def check_weights(run: Run, plans: Sequence[StagePlan]) -> None:
-    """Reads every given folder as the stages will, so that none fails in the middle of a run."""
+    """Reads every given model folder as the stages will; raises ValueError for a wrong folder."""
     if run.teacher_section.finetuned:
         _check_same_sizes(run.teacher_section.finetuned, run.teacher)
     starts = [("teacher", run.teacher, *start) for start in _teacher_starts(run, plans)]
@@ -169,11 +171,11 @@ def check_weights(run: Run, plans: Sequence[StagePlan]) -> None:
             check_start(path, make(model).init, whole=whole)
 
 
-Make = Callable[[ModelConfig], Model]
+MakeModel = Callable[[ModelConfig], Model]  # (sizes) -> (apply, init)
 
 
-def make_model_factory(run: Run, reads: Reads, **options: Any) -> Callable[[ModelConfig], Model]:
-    """(sizes) -> the model that has the outputs which terms read."""
+def make_model_factory(run: Run, reads: Reads, **options: Any) -> MakeModel:
+    """make_model(sizes): the model with the outputs in `reads`."""
     if reads.words:
         return lambda sizes: make_masked_lm(sizes, **options)
     if reads.task_logits:
@@ -182,17 +184,17 @@ def make_model_factory(run: Run, reads: Reads, **options: Any) -> Callable[[Mode
 
 
 def starts_students(run: Run, plan: StagePlan, plans: Sequence[StagePlan]) -> bool:
-    """Whether students start from their teacher's weights in this stage, the first that distils."""
-    first = next((own for own in plans if own.stage.distils), None)
-    return plan is first and any(own.section.init != "random" for own in run.students)
+    """Whether `plan` is the first distillation stage and students start from teacher weights."""
+    first = next((other for other in plans if other.stage.distils), None)
+    return plan is first and any(student.section.init != "random" for student in run.students)
 
 
-def _teacher_starts(run: Run, plans: Sequence[StagePlan]) -> Iterator[tuple[str, Make, bool]]:
-    """Given folders that the stages read: path, model made of it, whether all has to be there."""
-    section, makes_own = run.teacher_section, {plan.stage.name for plan in run.plans.values()}
+def _teacher_starts(run: Run, plans: Sequence[StagePlan]) -> Iterator[tuple[str, MakeModel, bool]]:
+    """(folder, model that a stage builds, whether the folder needs all its weights) per teacher."""
+    section, in_config = run.teacher_section, {plan.stage.name for plan in run.plans.values()}
     names = {plan.name for plan in plans}
     task_head = make_model_factory(run, Reads(task_logits=True))
-    trains_words, trains_task = PRETRAIN.name in makes_own, FINETUNE.name in makes_own
+    trains_words, trains_task = PRETRAIN.name in in_config, FINETUNE.name in in_config
     if section.path and PRETRAIN.name in names:
         pair_head = run.plans[PRETRAIN.name].section.pair_weight > 0
         yield section.path, make_model_factory(run, Reads(words=True), pair_head=pair_head), False
@@ -212,8 +214,8 @@ def _teacher_starts(run: Run, plans: Sequence[StagePlan]) -> Iterator[tuple[str,
             yield given, make_encoder, True
 
 
-def _student_models(run: Run, plans: Sequence[StagePlan]) -> Iterator[Make]:
-    """The models that the stages make of a student's folder."""
+def _student_models(run: Run, plans: Sequence[StagePlan]) -> Iterator[MakeModel]:
+    """The models that the stages build from a student's folder."""
     first = next((plan for plan in plans if plan.stage.distils), None)
     starts_with_head = first is not None and first.stage.trains_head
     if starts_with_head or any(p.stage.role == "student" and not p.stage.distils for p in plans):
@@ -223,32 +225,32 @@ def _student_models(run: Run, plans: Sequence[StagePlan]) -> Iterator[Make]:
 
 
 def check_further_teachers(run: Run) -> None:
-    """Refuses further teachers that do not know the task, its labels or its vocabulary."""
+    """Raises ValueError for a further teacher with another task, labels or vocabulary."""
     plan = next(plan for plan in run.plans.values() if plan.keeps_logits)
-    for own in run.further_teachers:
-        path = own.section.path
-        with prefix_errors(own.origin):
+    for teacher in run.further_teachers:
+        path = teacher.section.path
+        with prefix_errors(teacher.origin):
             check_same_pieces(run.tokenizer, path, "teacher")
-            _check_model(run, plan, "teacher", own.sizes)
+            _check_model(run, plan, "teacher", teacher.sizes)
             check_teacher_labels(path, run.required_task)
-            check_start(path, make_task_model(run, own.sizes).init, whole=True)
+            check_start(path, make_task_model(run, teacher.sizes).init, whole=True)
 
 
 def check_teacher_labels(path: str | Path, task: RunTask) -> None:
-    """Refuses a teacher of another kind of task, or whose labels, or their order, are not its."""
+    """Raises ValueError for a teacher with another kind of task, other labels or another order."""
     model, label_names = read_model(path), task.data.label_names
     kind = task_of(model).kind if model.head else task.kind.kind
     if kind != task.kind.kind:
         raise ValueError(
-            f"teacher: expected one of the task's kind, {task.kind.kind}, got {path}, whose head "
-            f"is for {kind}; fine-tune it on this task first (finetune section)"
+            f"teacher: expected a model of the task's kind, {task.kind.kind}, got {path}, whose "
+            f"head is for {kind}; fine-tune it on this task first (finetune section)"
         )
     theirs = model.label_names
     if label_names is None or theirs is None or is_unnamed(theirs):
         if label_names is not None and theirs is not None and len(theirs) != len(label_names):
             raise ValueError(
-                f"labels: expected {len(label_names)} ({list(label_names)}), the teacher {path} "
-                f"has {len(theirs)}; fine-tune it on this task first (finetune section)"
+                f"labels: expected {len(label_names)} ({list(label_names)}), got {len(theirs)} in "
+                f"the teacher {path}; fine-tune it on this task first (finetune section)"
             )
         return
     if tuple(theirs) != tuple(label_names):
@@ -260,7 +262,7 @@ def check_teacher_labels(path: str | Path, task: RunTask) -> None:
 
 
 def _check_pair(plans: Sequence[StagePlan], teacher: ModelConfig, student: ModelConfig) -> None:
-    """Refuses a pair of models that a term cannot compare."""
+    """Raises ValueError for two models whose outputs a term cannot compare."""
     check_same_vocabulary(student, teacher)
     for plan in plans:
         for term in plan.terms:
@@ -295,7 +297,7 @@ def check_poolers(run: Run, plans: Sequence[StagePlan]) -> None:
 
 
 def _check_start(student: Student, teacher: ModelConfig) -> None:
-    """Refuses a student that cannot start from its teacher's weights as it is to."""
+    """Raises ValueError for a student whose sizes do not fit its `init` from teacher weights."""
     init = student.section.init
     if init == "random":
         return
@@ -304,7 +306,7 @@ def _check_start(student: Student, teacher: ModelConfig) -> None:
         raise ValueError(
             f"{student.origin}.model_type: expected that of the teacher, "
             f"{teacher.model_type or DEFAULT}, got {student.sizes.model_type or DEFAULT}, because "
-            f"{student.origin}.init is {init}; set it to that, or choose another init"
+            f"{student.origin}.init is {init}; set model_type to that, or choose another init"
         )
     is_equal = {"max_position_embeddings": False, "hidden_size": copies}
     if copies:
@@ -314,8 +316,8 @@ def _check_start(student: Student, teacher: ModelConfig) -> None:
         if got > theirs or (equal and got != theirs):
             raise ValueError(
                 f"{student.origin}.{name}: expected {'' if equal else 'at most '}{theirs} (the "
-                f"teacher's), got {got}, because {student.origin}.init is {init}; set it to that, "
-                f"or {student.origin}.init=random"
+                f"teacher's), got {got}, because {student.origin}.init is {init}; set {name} to "
+                f"that, or set {student.origin}.init=random"
             )
     if copies:
         with prefix_errors(f"{student.origin}.init_layers"):
@@ -327,7 +329,7 @@ def _check_start(student: Student, teacher: ModelConfig) -> None:
 
 
 def _check_same_sizes(path: str, teacher: ModelConfig) -> None:
-    """Of all that changes what the weights compute."""
+    """Raises ValueError where sizes that change the outputs differ from the teacher's."""
     rates = {"hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"}
     expected = teacher.model_dump(exclude=rates | {"initializer_range", "pad_token_id"})
     got = read_model(path).config.model_dump()
@@ -337,5 +339,5 @@ def _check_same_sizes(path: str, teacher: ModelConfig) -> None:
             f"teacher.finetuned: expected the teacher's "
             f"{', '.join(f'{name} {expected[name]}' for name in different)}, got "
             f"{', '.join(f'{name} {got[name]}' for name in different)} in {path}; give "
-            "teacher.path and teacher.finetuned of one model"
+            "teacher.path and teacher.finetuned the same sizes"
         )

@@ -1,4 +1,4 @@
-"""Checks of a corpus before a run writes anything."""
+"""Checks of the corpus of a run, before the run writes anything."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from tinybert_jax.tokens.store import Store
 
 
 def check_stores(run: Run, plans: Sequence[StagePlan]) -> None:
-    """Refuses stores of another tokenizer, without rows, or of a width that no stage reads."""
+    """Raises ValueError for a store of another tokenizer, without rows, or of an unused width."""
     stores, heldout = run.stores, run.heldout_store
     _check_tokenizers(run)
     read: set[int] = set()
@@ -34,8 +34,8 @@ def check_stores(run: Run, plans: Sequence[StagePlan]) -> None:
     unread = [str(store.folder) for store, _ in stores if store.width not in read]
     if unread and on_corpus:
         raise ValueError(
-            f"corpus.stores: expected rows as wide as a stage's max_length, got others in "
-            f"{unread}; remove them, or give pretrain phases of that max_length"
+            f"corpus.stores: expected rows as wide as a stage's max_length, got other widths in "
+            f"{unread}; remove these stores, or add a phase of that max_length to pretrain"
         )
     for plan in (plan for plan in plans if plan in on_corpus and not plan.stage.distils):
         _check_heldout(plan.section, heldout)
@@ -52,19 +52,22 @@ def _check_tokenizers(run: Run) -> None:
     for origin, store in given:
         if store.manifest["tokenizer_sha256"] != expected:
             raise ValueError(
-                f"{origin}: expected the run's tokenizer ({expected[:12]}), {store.folder} is "
-                f"of another ({store.manifest['tokenizer_sha256'][:12]}); prepare the text with "
-                "the run's tokenizer, or set tokenizer.path to the store's"
+                f"{origin}: expected the run's tokenizer ({expected[:12]}), got another "
+                f"({store.manifest['tokenizer_sha256'][:12]}) in {store.folder}; prepare the text "
+                "with the run's tokenizer, or set tokenizer.path to the store's tokenizer"
             )
         if not store.num_rows:
-            raise ValueError(f"{origin}: expected rows, got none in {store.folder}")
+            raise ValueError(
+                f"{origin}: expected rows, got none in {store.folder}; remove the store"
+            )
 
 
 def _check_heldout(section: StageSection, heldout: Store | None) -> None:
     if heldout and heldout.width > section.max_length:
         raise ValueError(
             f"corpus.heldout_store: expected rows of at most pretrain.max_length = "
-            f"{section.max_length}, got {heldout.width} in {heldout.folder}; prepare it anew"
+            f"{section.max_length}, got {heldout.width} in {heldout.folder}; prepare the text "
+            f"again with width={section.max_length}"
         )
 
 
@@ -84,7 +87,7 @@ def _pair_label(store: Store) -> str | None:
 
 
 def check_corpus(tokenizer: Any, corpus: Sequence[str], origin: str = "corpus") -> None:
-    """Refuses a corpus without a document long enough to learn from."""
+    """Raises ValueError for a corpus without a document of at least `MIN_TOKENS` tokens."""
     if not any(len(tokenizer.tokenize(text[:1000])) + 2 >= MIN_TOKENS for text in corpus):
         raise ValueError(
             f"{origin}: expected documents of {MIN_TOKENS - 2} pieces or more, got none in "

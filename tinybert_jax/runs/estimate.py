@@ -1,6 +1,6 @@
-"""Costs up front: what each stage of a run will take, before anything is trained or written.
+"""Estimates the steps, FLOPs, memory and time of each stage, before the run starts.
 
-The arithmetic is that of `performance.flops`. Trains and writes nothing.
+`performance.flops` counts the FLOPs. Nothing is trained or written.
 """
 
 import datetime
@@ -36,22 +36,22 @@ from tinybert_jax.runs.workload import (
 from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.terms.term import Row, Tap
 
-_SAMPLED = 64  # batches that are looked at
-_UTILISATION = 0.4  # of the peak, assumed
+_NUM_SAMPLED = 64  # batches that the estimate reads
+_UTILISATION = 0.4  # assumed share of the peak FLOP/s
 _DEVICES = (("H200", "NVIDIA H200"), ("v5e", "TPU v5e"), ("v6e", "TPU v6e"))
 _FP32 = 4  # bytes
 
 
 class Costs(NamedTuple):
-    """What a stage takes, estimated from some of its batches; a slot is a token or padding."""
+    """Costs of a stage, estimated from some of its batches; a slot is a token or padding."""
 
     num_steps: int
-    num_tokens: float  # of the whole stage, real ones
-    num_slots: float
-    width: int  # of the widest batch seen
-    flops: dict[str, float]  # of the whole stage by part
-    state_bytes: float  # on a device
-    activation_bytes: float  # on a device
+    num_tokens: float  # in the whole stage, without padding
+    num_slots: float  # in the whole stage
+    width: int  # tokens per row of the widest sampled batch
+    flops: dict[str, float]  # of the whole stage, by part
+    state_bytes: float  # per device
+    activation_bytes: float  # per device
 
     @property
     def total_flops(self) -> float:
@@ -61,54 +61,56 @@ class Costs(NamedTuple):
 def describe(run: Run, plans: Sequence[StagePlan]) -> str:
     """Steps, tokens, parameters, FLOPs by part, memory and time of each stage that is not done.
 
-    Time is of the training steps, at 40 % of one device's peak in the run's compute dtype:
-    measured on this CPU, by the makers' sheets (`cost.peak_flops`) of others.
+    The time is that of the training steps at 40 % of one device's peak FLOP/s in the run's compute
+    dtype. The peak is measured on this CPU; other devices have the vendors' figures
+    (`performance.device_peaks.peak_flops`).
     """
     dtype = run.compute.dtype.removesuffix("_products")
-    priced = {plan.name: estimate_costs(run, plan) for plan in plans if not run.is_done(plan.name)}
-    peaks = _peaks(dtype) if priced else {}
-    told = [
-        _description(run, plan, priced[plan.name], peaks, dtype)
-        if plan.name in priced
+    by_stage = {p.name: estimate_costs(run, p) for p in plans if not run.is_done(p.name)}
+    peaks = _peaks(dtype) if by_stage else {}
+    parts = [
+        _description(run, plan, by_stage[plan.name], peaks, dtype)
+        if plan.name in by_stage
         else f"{plan.name}: done before"
         for plan in plans
     ]
-    if len(priced) > 1:
-        total = sum(costs.total_flops for costs in priced.values())
-        told.append(f"together: {total:.3g} FLOPs\n{_time_line(total, peaks, dtype)}")
-    return "\n\n".join(told)
+    if len(by_stage) > 1:
+        total = sum(costs.total_flops for costs in by_stage.values())
+        parts.append(f"together: {total:.3g} FLOPs\n{_time_line(total, peaks, dtype)}")
+    return "\n\n".join(parts)
 
 
 def estimate_costs(run: Run, plan: StagePlan) -> Costs:
-    """What a stage takes, by 64 batches from its first step to its last, each at its own width.
+    """Estimates the costs of a stage from 64 batches, spread from its first step to its last.
 
-    FLOPs: `forward` and `backward` (two forward passes) of the trained encoders, one forward pass
-    of the `teacher`'s, and with both passes of what is trained: `projection`, of the entries that
-    terms read, and `words`, the masked-LM heads where tokens are predicted. The last layer counts
-    at the tokens it is run at. Left out are the heads of whole rows and the terms' products of
-    queries and keys. Teachers whose logits are made beforehand go through the text once.
+    FLOPs, by part: `forward` and `backward` (two forward passes) of the trained encoders;
+    `teacher`, one forward pass of its encoder; `projection`, forward and backward of the hidden
+    states that terms read; `words`, forward and backward of the masked-LM heads where tokens are
+    predicted. The last layer counts only at the tokens at which it runs. Not counted: the heads of
+    whole rows, and the products of queries and keys in the terms. A teacher whose logits are kept
+    runs once over the text.
 
-    State is fp32: parameters, gradients, two moments and an average where one is kept, of every
-    student with its projection; the teacher's parameters, its layers in 2 bytes where products read
-    bfloat16, in 1 where they read int8. Activations are of the largest batch seen, in microbatches:
-    what differentiating the students' encoders keeps, by a trace of the very model (nothing is
-    compiled), on a CPU of one seed at a time; the teacher's taps that terms read; the projected
-    entries; the maps of queries and keys that terms build; a chunk of logits. Of fp32 steps with
-    scanned layers and the terms of tinybert, minilmv2 and distilbert this came within 15 % of
-    XLA:CPU's `memory_analysis`.
+    State: for every student and its projection the parameters, gradients, two moments and, if
+    kept, the moving average, all fp32; for the teacher the parameters, with layers of 2 bytes per
+    value for bfloat16 products and 1 byte for int8 products. Activations of one microbatch of the
+    largest sampled batch: the residuals of differentiating the students' encoders, from a trace of
+    the same model without compilation, on a CPU for one seed at a time; the teacher's arrays that
+    terms read; the projected hidden states; the score maps that terms build; one chunk of logits.
+    For fp32 steps with scanned layers and the terms of tinybert, minilmv2 and distilbert the
+    estimate was within 15 % of XLA:CPU's `memory_analysis`.
     """
     section, work = plan.section, work_of(run, plan)
     stage_batches = make_stage_batches(run, plan)
     num_steps = stage_batches.num_steps(section)
-    steps = np.unique(np.linspace(0, num_steps - 1, _SAMPLED).astype(int))
+    steps = np.unique(np.linspace(0, num_steps - 1, _NUM_SAMPLED).astype(int))
     batches = [stage_batches.batch_at(int(step)) for step in steps]
     words = [
         words_of(run, plan, batch, float(step / max(num_steps - 1, 1)))
         for step, batch in zip(steps, batches, strict=True)
     ]
-    reads = [count_last_layer_tokens(run, plan, b.shape[1], b.num_segments) for b in batches]
-    flops = [_flops(work, *each) for each in zip(batches, words, reads, strict=True)]
-    parts = {name: num_steps * float(np.mean([own[name] for own in flops])) for name in flops[0]}
+    counts = [count_last_layer_tokens(run, plan, b.shape[1], b.num_segments) for b in batches]
+    flops = [_flops(work, *inputs) for inputs in zip(batches, words, counts, strict=True)]
+    parts = {name: num_steps * float(np.mean([f[name] for f in flops])) for name in flops[0]}
     if work.logit_teachers:
         parts["teacher"] = parts.get("teacher", 0.0) + stage_batches.num_batches * float(
             np.mean(
@@ -131,7 +133,7 @@ def estimate_costs(run: Run, plan: StagePlan) -> Costs:
 
 
 def _peaks(dtype: str) -> dict[str, float]:
-    """FLOP/s of one device of each kind."""
+    """Peak FLOP/s of one device, by the name of the device."""
     peaks = {"this CPU": measure_gemm_peak(dtype)}
     for name, kind in _DEVICES:
         peak = peak_flops(kind, dtype)
@@ -156,9 +158,9 @@ def _description(
     ]
     if work.teacher:
         lines.append(f"  teacher   {_size(work.teacher)}")
-    lines += [f"  teacher   {_size(model)}, once through the text" for model in work.logit_teachers]
+    lines += [f"  teacher   {_size(model)}, once over the text" for model in work.logit_teachers]
     parts = (f"{name} {format_si(value / costs.num_slots)}" for name, value in costs.flops.items())
-    lines.append(f"  FLOPs     a slot: {', '.join(parts)}; of the stage {costs.total_flops:.3g}")
+    lines.append(f"  FLOPs     per slot: {', '.join(parts)}; whole stage {costs.total_flops:.3g}")
     lines.append(
         f"  memory    {f'on each of {devices} devices ' if devices > 1 else ''}"
         f"{format_si(costs.state_bytes, 'B')} of state, "
@@ -169,10 +171,10 @@ def _description(
 
 
 def _time_line(flops: float, peaks: dict[str, float], dtype: str) -> str:
-    each = (f"{name} {_clock(flops / peak / _UTILISATION)}" for name, peak in peaks.items())
+    times = (f"{name} {_clock(flops / peak / _UTILISATION)}" for name, peak in peaks.items())
     return (
-        f"  time      {', '.join(each)} (one device, at {_UTILISATION:.0%} of its {dtype} peak, "
-        "which small models do not reach; without compiling and evaluating)"
+        f"  time      {', '.join(times)} (one device, at {_UTILISATION:.0%} of its {dtype} peak, "
+        "which small models do not reach; without compilation and evaluation)"
     )
 
 
@@ -191,7 +193,7 @@ def _clock(seconds: float) -> str:
 def _flops(
     work: Work, batch: Batch, words: Words | None, num_last_layer_tokens: int | None
 ) -> dict[str, float]:
-    """Of one batch by part, as `estimate_costs` says."""
+    """FLOPs of one batch by part; `estimate_costs` lists the parts."""
     slots, models = batch.num_slots, work.trained.values()
     forward = work.num_seeds * _forward_flops(models, batch, num_last_layer_tokens)
     parts = {"forward": forward, "backward": 2 * forward}
@@ -231,11 +233,11 @@ def _state_bytes(run: Run, section: StageSection, work: Work) -> float:
     trained = sum(model_flops.num_parameters(model) for model in work.trained.values())
     frozen = model_flops.num_parameters(work.teacher) if work.teacher else 0
     if work.teacher:
-        # Its kernels are kept rounded; biases, scales and LayerNorms are next to nothing.
+        # Kernels are kept rounded; the memory of biases, scales and LayerNorms is negligible.
         num_bytes = _LAYER_BYTES[run.compute.frozen_dtype]
         frozen -= model_flops.num_encoder_parameters(work.teacher) * (1 - num_bytes / _FP32)
         is_shared = run.distillation.projection == "shared"
-        for model in (own for own in work.trained.values() if projected(work, own)):
+        for model in (model for model in work.trained.values() if projected(work, model)):
             num_projections = 1 if is_shared else model.num_hidden_layers + 1
             trained += num_projections * (model.hidden_size + 1) * work.teacher.hidden_size
     split = run.mesh.shape["fsdp"] * run.mesh.shape["tensor"]
@@ -249,7 +251,7 @@ def _activation_bytes(
     num_parts = num_batch_shards(run.mesh) * section.gradient_accumulation_steps
     num_rows, width = batch.shape[0] / num_parts, batch.shape[1]
     values = num_rows * width * (work.teacher.hidden_size if work.teacher else 0)
-    students = theirs = 0.0
+    students = teacher = 0.0
     for model in work.trained.values():
         students += num_rows * _saved_bytes_a_row(run, plan, model, batch)
         if work.teacher:
@@ -261,17 +263,19 @@ def _activation_bytes(
     if work.teacher:
         itemsize = frozen_options(run.compute)["dtype"].itemsize
         num_taps, num_pairs = _num_taps(run, work, batch)
-        theirs = itemsize * values * num_taps + _FP32 * num_rows * num_pairs
+        teacher = itemsize * values * num_taps + _FP32 * num_rows * num_pairs
     num_at_a_time = 1 if runs_seeds_sequentially(run.mesh) else work.num_seeds
-    return num_at_a_time * students + theirs
+    return num_at_a_time * students + teacher
 
 
 def _saved_bytes_a_row(run: Run, plan: StagePlan, model: ModelConfig, batch: Batch) -> int:
-    """What reverse-mode differentiation of the encoder keeps of one more row, with score maps.
+    """Bytes of residuals that differentiating the encoder keeps per row, score maps included.
 
-    Where heads read few tokens, that of the masked LM's head too: next to nothing of a classifier.
+    Where the heads read few tokens, the residuals of the masked-LM head count too; those of a
+    classifier are negligible.
     """
-    options = trained_options(run.compute, plan) | {"attention": "xla"}  # whatever machine plans
+    # The same estimate on any machine, whatever attention backend the machine has.
+    options = trained_options(run.compute, plan) | {"attention": "xla"}
     apply, init = make_masked_lm(with_dropout(model, plan.section), **options)
     num_last_layer_tokens = count_last_layer_tokens(run, plan, batch.shape[1], batch.num_segments)
     key = jax.random.key(0)
@@ -298,7 +302,7 @@ def _saved_bytes_a_row(run: Run, plan: StagePlan, model: ModelConfig, batch: Bat
 
 
 def _num_pairs_in_maps(run: Run, work: Work, student: ModelConfig, batch: Batch) -> int:
-    """Entries of the [query, key] maps that terms build of a row."""
+    """Number of entries of the [query, key] score maps that terms build per row."""
     if work.teacher is None:
         return 0
     row = _row(run, batch)
@@ -306,7 +310,7 @@ def _num_pairs_in_maps(run: Run, work: Work, student: ModelConfig, batch: Batch)
 
 
 def _row(run: Run, batch: Batch) -> Row:
-    """The layout of a batch's rows; score maps are kept by unrolled layers in fp32, on a CPU."""
+    """The layout of the rows; on a CPU, unrolled fp32 layers keep their score maps."""
     compute = run.compute
     is_float32 = "bfloat16" not in (compute.dtype, compute.frozen_dtype)
     is_packed = batch.attention_mask.dtype != bool
@@ -314,9 +318,9 @@ def _row(run: Run, batch: Batch) -> Row:
 
 
 def _num_taps(run: Run, work: Work, batch: Batch) -> tuple[int, int]:
-    """How many of the teacher's [slots, dim] arrays the terms read, and entries of a row's maps.
+    """(number of [slots, dim] arrays of the teacher that terms read, entries of maps per row).
 
-    A scan keeps those of all layers.
+    A scan over layers returns the arrays of all layers, so all of them count.
     """
     assert work.teacher is not None
     row, teacher = _row(run, batch), work.teacher

@@ -1,4 +1,7 @@
-"""The inputs of a run, each from its section: read, not yet checked against one another."""
+"""Reads the inputs of a run: models, tokenizer, task and corpus.
+
+`runs.checks` and `runs.corpus_checks` check that the inputs fit together.
+"""
 
 import contextlib
 import functools
@@ -30,11 +33,11 @@ from tinybert_jax.tokens.store import Store, open_store
 
 
 class Corpus(NamedTuple):
-    """Plain text: as documents, or as token stores."""
+    """Text without labels: documents, or token stores."""
 
     documents: tuple[str, ...] = ()
     heldout: tuple[str, ...] = ()  # documents that no stage trains on
-    stores: tuple[tuple[Store, float], ...] = ()  # each with its weight
+    stores: tuple[tuple[Store, float], ...] = ()  # (store, share of the rows of a batch)
     heldout_store: Store | None = None
 
 
@@ -57,11 +60,12 @@ def read_inputs(
     task: TaskSection | None,
     kept_tokenizer: Path,
 ) -> Inputs:
-    """All that the sections name; where `kept_tokenizer` is a folder, its tokenizer is taken.
+    """Reads the models, the tokenizer, the task and the corpus that the sections name.
 
-    Raises one ValueError that tells of every input that cannot be read, a line each.
+    Where the folder `kept_tokenizer` exists, the tokenizer is read from it. Raises one ValueError
+    with one line for every input that cannot be read.
     """
-    # Models before the tokenizer: transformers reads config.json too, and fails less clearly.
+    # Models before the tokenizer: transformers reads config.json too, with a less clear error.
     given, _, *sizes, examples, text, _ = _read_all(
         lambda: _read_sizes("teacher", teacher.path),
         lambda: _read_sizes("teacher.finetuned", teacher.finetuned),
@@ -80,19 +84,19 @@ def read_inputs(
     pieces = _make_tokenizer(tokenizer, teacher.path, kept_tokenizer, text.documents)
     teacher_sizes = given or _fresh_teacher(teacher, pieces)
     named = tuple(
-        Student(name, section, own or _student_sizes(name, section, teacher_sizes))
-        for (name, section), own in zip(students.items(), sizes[: len(students)], strict=True)
+        Student(name, section, read or _student_sizes(name, section, teacher_sizes))
+        for (name, section), read in zip(students.items(), sizes[: len(students)], strict=True)
     )
     others = tuple(
-        FurtherTeacher(number, section, own)
-        for (number, section), own in zip(enumerate(further), sizes[len(students) :], strict=True)
+        FurtherTeacher(number, section, read)
+        for (number, section), read in zip(enumerate(further), sizes[len(students) :], strict=True)
     )
     return Inputs(pieces, teacher_sizes, others, named, examples, text)
 
 
 @contextlib.contextmanager
 def prefix_errors(origin: str) -> Iterator[None]:
-    """Puts the place in the config before the message of a ValueError."""
+    """Prefixes the message of a ValueError with `origin`, a place in the config."""
     try:
         yield
     except ValueError as error:
@@ -100,15 +104,15 @@ def prefix_errors(origin: str) -> Iterator[None]:
 
 
 def _read_all(*readers: Callable[[], Any]) -> list[Any]:
-    """The results of all readers; raises one ValueError of all that fail, a line each."""
-    results, mistakes = [], []
+    """The results of all readers; raises one ValueError with a line for every reader that fails."""
+    results, errors = [], []
     for read in readers:
         try:
             results.append(read())
         except ValueError as error:
-            mistakes.append(str(error))
-    if mistakes:
-        raise ValueError("\n".join(mistakes))
+            errors.append(str(error))
+    if errors:
+        raise ValueError("\n".join(errors))
     return results
 
 
@@ -132,15 +136,15 @@ def _make_tokenizer(
             documents, vocab_size=section.vocab_size, lowercase=section.lowercase
         )
     folder = section.path or teacher
-    assert folder is not None  # the config has one of the three
+    assert folder is not None  # the config check requires vocab_size, path or a teacher folder
     return load_tokenizer(folder)
 
 
 def _fresh_teacher(section: TeacherSection, tokenizer: Any) -> ModelConfig:
-    ours = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     with prefix_errors("teacher"):
         fixed = family_of(section.model_type).fixed
-    return _sized({**fixed, **section.sizes(), **ours}, "teacher")
+    return _make_config({**fixed, **section.sizes(), **vocabulary}, "teacher")
 
 
 def _read_sizes(origin: str, path: str | None) -> ModelConfig | None:
@@ -157,12 +161,12 @@ def _student_sizes(name: str, section: StudentSection, teacher: ModelConfig) -> 
         family = family_of(given.get("model_type", teacher.model_type))
     if family is not family_of(teacher.model_type):
         inherited |= family.fixed
-    return _sized({**inherited, **given}, student_origin(name))
+    return _make_config({**inherited, **given}, student_origin(name))
 
 
-def _sized(fields: dict[str, Any], origin: str) -> ModelConfig:
+def _make_config(fields: dict[str, Any], origin: str) -> ModelConfig:
     if fields.get("model_type") == DEFAULT:
-        fields = {**fields, "model_type": None}  # as in sizes that are read from a folder
+        fields = {**fields, "model_type": None}  # as `read_model` leaves it for a BERT folder
     try:
         return ModelConfig(**fields)
     except ValidationError as error:

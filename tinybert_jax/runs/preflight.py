@@ -1,6 +1,6 @@
-"""From a config to a run: reads and checks everything before anything is written.
+"""Opens a run: reads and checks all inputs before it writes anything.
 
-The only place below the recipes that reads a whole `RunConfig`.
+Of the files below the recipes, only this file reads a whole `RunConfig`.
 """
 
 import contextlib
@@ -30,36 +30,37 @@ from tinybert_jax.runs.run import Run, RunTask, check_teacher
 from tinybert_jax.tasks.table import TASKS
 from tinybert_jax.training.metric_log import MetricLog
 
-_MAY_CHANGE = ("distillation.teacher_margin",)  # when a run goes on: no array depends on it
+# Settings that may differ when a run resumes, because no array depends on them.
+_MAY_CHANGE = ("distillation.teacher_margin",)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 
 
 @contextlib.contextmanager
 def open_run(config: RunConfig, stages: Sequence[Stage]) -> Iterator[Run]:
-    """Reads and checks all inputs of the given stages, then opens or resumes the run folder.
+    """Reads and checks all inputs of the given stages, then locks and fills the run folder.
 
-    Raises ValueError, with nothing written, where an input is wrong or the folder belongs to
-    another config or to a run that is still going.
+    Raises ValueError, before anything is written, where an input is wrong, where the folder belongs
+    to another config, or where another process uses the folder.
     """
     run = read_run(config, stages)
     if _reads_existing_task_teacher(run, stages):
         check_teacher(run, run.task_teacher, run.teacher)
     for plan in (run.plans[stage.name] for stage in stages):
         if plan.keeps_logits and not run.is_done(plan.name):
-            for own in run.further_teachers:
-                check_teacher(run, own.section.path, own.sizes)
+            for teacher in run.further_teachers:
+                check_teacher(run, teacher.section.path, teacher.sizes)
     with host.locked_folder(run.folder, "run_dir"):
-        check_folder(run.folder, config)  # again: another run may have begun while we read
+        check_folder(run.folder, config)  # again: another run may have begun meanwhile
         _write_identity(run.folder, config, run.mesh)
-        _keep_tokenizer(run.folder, run.tokenizer)
+        _save_tokenizer(run.folder, run.tokenizer)
         yield run._replace(peak_flops=_peak_flops(config.compute.dtype, run.mesh.size))
 
 
 def read_run(config: RunConfig, stages: Sequence[Stage]) -> Run:
-    """Reads and checks all inputs of the given stages; scores no model, writes nothing."""
+    """Reads and checks all inputs of the given stages; runs no model and writes nothing."""
     if jax.process_count() > 1:
         raise ValueError(
-            f"expected one process, got {jax.process_count()}: use one with all devices"
+            f"expected one process, got {jax.process_count()}; start one process with all devices"
         )
     folder = Path(config.run_dir).expanduser().resolve()
     check_folder(folder, config)
@@ -96,7 +97,7 @@ def read_run(config: RunConfig, stages: Sequence[Stage]) -> Run:
         heldout=inputs.corpus.heldout,
         stores=inputs.corpus.stores,
         heldout_store=inputs.corpus.heldout_store,
-        peak_flops=np.nan,  # measured once the run is sure to start
+        peak_flops=np.nan,  # `open_run` measures it
     )
     _check_order(config, stages, run)
     _check(run, [run.plans[stage.name] for stage in stages])
@@ -104,19 +105,21 @@ def read_run(config: RunConfig, stages: Sequence[Stage]) -> Run:
 
 
 def check_folder(folder: Path, config: RunConfig) -> None:
-    """Refuses a run folder that is a file, has foreign files or holds another config's run."""
+    """Raises ValueError where the run folder is a file, or holds another run or other files."""
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise ValueError(
-                f"run_dir: expected a folder, got {folder}, but {path} is a file; choose another"
+                f"run_dir: expected a folder, got {folder}, but {path} is a file; choose "
+                "another run_dir"
             )
     file = folder / "config.yaml"
     if not file.is_file():
-        foreign = sorted(p.name for p in folder.glob("*") if not p.name.startswith("."))
-        if foreign:
+        others = sorted(p.name for p in folder.glob("*") if not p.name.startswith("."))
+        if others:
             raise ValueError(
                 f"run_dir: expected an empty or new folder or one of an earlier run, got {folder} "
-                f"with {', '.join(foreign[:3])}{', …' if len(foreign) > 3 else ''}; choose another"
+                f"with {', '.join(others[:3])}{', …' if len(others) > 3 else ''}; choose another "
+                "run_dir"
             )
         return
     changes = config_files.differences(file, config, ignored=_MAY_CHANGE)
@@ -128,13 +131,13 @@ def check_folder(folder: Path, config: RunConfig) -> None:
 
 
 def reads_task_teacher(plans: Sequence[StagePlan]) -> bool:
-    """Whether any of the stages reads a teacher that knows the task."""
+    """Whether any of the stages reads a fine-tuned teacher."""
     return any(plan.reads_teacher and plan.stage.teacher == "task" for plan in plans)
 
 
 def _check_order(config: RunConfig, stages: Sequence[Stage], run: Run) -> None:
-    """Refuses a stage whose teacher the config wants trained first, by a stage not run yet."""
-    there = tuple(own for own in config.stages if own in stages or run.is_done(own.name))
+    """Raises ValueError where a stage needs the teacher of an earlier stage that is not done."""
+    there = tuple(s for s in config.stages if s in stages or run.is_done(s.name))
     for stage in stages:
         if stage.distils and not config.reads_teacher(stage, there):
             continue
@@ -144,8 +147,8 @@ def _check_order(config: RunConfig, stages: Sequence[Stage], run: Run) -> None:
         is_wanted = before is not None and before in config.stages and before not in stages
         if before and is_wanted and not run.is_done(before.name):
             raise ValueError(
-                f"{stage.name}: expected a finished {before.name} stage in {config.run_dir}, found "
-                f"none; do `tinybert {before.name}` with this config first, or all at once with "
+                f"{stage.name}: expected a finished {before.name} stage in {config.run_dir}, got "
+                f"none; run `tinybert {before.name}` with this config first, or all stages with "
                 "`tinybert run`"
             )
 
@@ -169,13 +172,13 @@ def _check(run: Run, plans: Sequence[StagePlan]) -> None:
 
 
 def _reads_existing_task_teacher(run: Run, stages: Sequence[Stage]) -> bool:
-    """Whether a stage will read a teacher of the task that is there already."""
+    """Whether a stage that is not done reads a fine-tuned teacher that exists already."""
     pending = [run.plans[stage.name] for stage in stages if not run.is_done(stage.name)]
     return reads_task_teacher(pending) and all(plan.stage is not FINETUNE for plan in pending)
 
 
-def _keep_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Whole or not at all: a resumed run reads it back."""
+def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Saves the tokenizer, complete or not at all, because a resumed run reads it."""
     if not (folder / "tokenizer").is_dir():
         partial = folder / ".tokenizer-partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -184,13 +187,14 @@ def _keep_tokenizer(folder: Path, tokenizer: Any) -> None:
 
 
 def _write_identity(folder: Path, config: RunConfig, mesh: Mesh) -> None:
+    """Writes `config.yaml` and `env.json`: versions, devices, commit and start time."""
     earlier = _earlier_environments(folder / "env.json")
     partial = folder / ".config-partial"
     partial.write_text(config_files.dump(config), encoding="utf-8")
     partial.rename(folder / "config.yaml")
     environment: dict[str, Any] = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "tinybert-jax": _own_version(),
+        "tinybert-jax": _package_version(),
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -206,7 +210,7 @@ def _write_identity(folder: Path, config: RunConfig, mesh: Mesh) -> None:
 
 
 def _earlier_environments(file: Path) -> list[dict[str, Any]]:
-    """One entry for each process that worked on the run before, oldest first."""
+    """The environment of every earlier process of this run, oldest first."""
     if not file.is_file():
         return []
     try:
@@ -215,35 +219,39 @@ def _earlier_environments(file: Path) -> list[dict[str, Any]]:
         last = error
     if not isinstance(last, dict):
         raise ValueError(
-            f"{file}: expected the JSON object that an earlier process wrote, got {last}; remove "
-            "the file: only the record of earlier machines is lost"
+            f"{file}: expected the JSON object that an earlier process wrote, got {last}; delete "
+            "the file: it holds only a record of earlier machines"
         )
     return [*last.pop("earlier", []), last]
 
 
-def _own_version() -> str:
+def _package_version() -> str:
     try:
         return importlib.metadata.version("tinybert-jax")
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"  # run from a checkout
+        return "not installed"  # the package runs from a checkout
 
 
 def _git_commit() -> str:
-    """The commit of the package's own checkout, or 'none' for an installed package."""
+    """The commit of the checkout that holds this file; 'none' for an installed package."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # or it is somebody else's checkout
+        # Fails where this file lies inside the checkout of another project.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         return git("rev-parse", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return "none"
 
 
 def _peak_flops(dtype: str, num_devices: int) -> float:
-    """All devices together. Host devices share one CPU, measured; an unknown accelerator: NaN."""
+    """Peak FLOP/s of all devices together; NaN for an unknown accelerator.
+
+    CPU devices share one processor, whose peak is measured.
+    """
     device, dtype = jax.devices()[0], dtype.removesuffix("_products")
     if device.platform == "cpu":
         return measure_gemm_peak(dtype)

@@ -1,4 +1,4 @@
-"""Compares a run's models: scores, sizes, FLOPs, measured latency. Feeds `results.json`."""
+"""Compares the models of a run: scores, sizes, FLOPs and measured latency, for `results.json`."""
 
 import functools
 import time
@@ -22,7 +22,7 @@ from tinybert_jax.runs.run import Run, make_task_model
 from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.tasks.task import Scored
 
-# Of the masked LM, on the text that was held out.
+# Metrics of the masked LM on held-out text.
 HELDOUT_METRICS = ("loss", "perplexity", "masked_accuracy", "pair_accuracy")
 _LATENCY_BATCH, _LATENCY_LENGTH, _LATENCY_RUNS = 1, 32, 30
 
@@ -30,13 +30,14 @@ _LATENCY_BATCH, _LATENCY_LENGTH, _LATENCY_RUNS = 1, 32, 30
 def collect_results(
     run: Run, seconds: dict[str, float], command: str, heldout: dict[str, float] | None = None
 ) -> dict[str, Any]:
-    """The content of `results.json`: every judged model of the run, and what the student kept.
+    """The content of `results.json`: every evaluated model, and each student's share of the score.
 
-    `heldout`: the masked LM's measures (`HELDOUT_METRICS`) on the text that was held out.
+    `seconds`: wall time of each stage. `command`: the command line. `heldout`: the masked LM's
+    metrics (`HELDOUT_METRICS`) on held-out text.
     """
     models = []
     if run.task is not None:
-        models = [_describe(run, place) for place in _evaluated_models(run)]
+        models = [_describe(run, model) for model in _evaluated_models(run)]
     data = run.task.data if run.task else None
     summary = {
         "name": run.name,
@@ -55,7 +56,7 @@ def collect_results(
 
 
 class _EvaluatedModel(NamedTuple):
-    """One model of the run, with all its seeds."""
+    """A model with a head of the task, and one folder per seed."""
 
     role: str
     stage: str
@@ -65,24 +66,24 @@ class _EvaluatedModel(NamedTuple):
 
 
 def _evaluated_models(run: Run) -> list[_EvaluatedModel]:
-    """The models that have a head of the task."""
+    """The finished models that have a head of the task."""
     teachers = _folders(run, FINETUNE.name, SOLE)
     section, given = run.teacher_section, run.teacher_section.finetuned
-    is_taught = any(p.reads_teacher for p in run.plans.values() if p.stage.teacher == "task")
-    if given is None and is_taught:
-        given = section.path  # it has the task's head, or the run had refused it
+    is_read = any(p.reads_teacher for p in run.plans.values() if p.stage.teacher == "task")
+    if given is None and is_read:
+        given = section.path  # it has the task's head: `check_weights` refuses a folder without
     if given and not teachers:
         teachers = [Path(given)]
-    evaluated = [_EvaluatedModel("teacher", FINETUNE.name, SOLE, run.teacher, teachers)]
+    models = [_EvaluatedModel("teacher", FINETUNE.name, SOLE, run.teacher, teachers)]
     for role, stage in (("student", PREDICTION.name), ("baseline", BASELINE.name)):
         for student in run.students:
             folders = _folders(run, stage, student.name)
-            evaluated.append(_EvaluatedModel(role, stage, student.name, student.sizes, folders))
-    return [place for place in evaluated if place.folders and read_model(place.folders[0]).head]
+            models.append(_EvaluatedModel(role, stage, student.name, student.sizes, folders))
+    return [model for model in models if model.folders and read_model(model.folders[0]).head]
 
 
 def console_summary(summary: dict[str, Any]) -> str:
-    """One line a model for the console."""
+    """The models, shares and held-out metrics of `results.json`, as lines for the console."""
     metric, width = summary["metric"], max((len(m["name"]) for m in summary["models"]), default=0)
     lines = [
         f"{m['role']:<9} {m['name']:<{width}}  "
@@ -96,12 +97,12 @@ def console_summary(summary: dict[str, Any]) -> str:
     lines += [f"{name} keeps {share:.1%} of its teacher" for name, share in shares.items()]
     if heldout := summary.get("heldout"):
         values = (f"{name} {float(value):.4g}" for name, value in heldout.items())
-        lines.append(f"pretrain  held out: {', '.join(values)}")
+        lines.append(f"pretrain  on held-out text: {', '.join(values)}")
     return "\n".join(lines)
 
 
 def best_seed(summary: dict[str, Any], stage: str, member: str) -> int:
-    """The number of a member's model with the best dev score among its seeds; 0 where unjudged."""
+    """The index of the seed with the best dev score for a member; 0 where nothing was scored."""
     described = (m for m in summary["models"] if m["stage"] == stage)
     described = next((m for m in described if member in (SOLE, m["name"])), None)
     if described is None or "by_seed" not in described:
@@ -110,20 +111,21 @@ def best_seed(summary: dict[str, Any], stage: str, member: str) -> int:
 
 
 def best_index(by_seed: Sequence[Mapping[str, float]], metric: str) -> int:
-    """The number of the model with the best score; of equals the first."""
-    return int(np.argmax([own[metric] for own in by_seed]))
+    """The index of the first highest value of `metric`."""
+    return int(np.argmax([metrics[metric] for metrics in by_seed]))
 
 
 def score_dev(run: Run, plan: StagePlan, params: Sequence[Any], sizes: ModelConfig) -> list[Scored]:
-    """The dev set with each model's logits, in fp32."""
+    """The dev set with the fp32 logits of each model in `params`."""
     task, dev, section = run.required_task.kind, run.required_task.data.dev, plan.section
     apply, _ = make_task_model(run, sizes)
     rows = task.encode(run.tokenizer, dev, section.max_length)
     score = make_scorer(apply, buckets=section.buckets(), pad_token_id=run.tokenizer.pad_token_id)
-    return [Scored(score(own, rows), rows, dev) for own in params]
+    return [Scored(score(model, rows), rows, dev) for model in params]
 
 
 def measure(run: Run, scored: Scored) -> dict[str, float]:
+    """The metrics by name, with the settings of the head that are best on the dev set."""
     task = run.required_task.kind
     return task.measure(scored, task.tuned(scored))
 
@@ -138,30 +140,31 @@ def _spread(metric: str, model: dict[str, Any]) -> str:
 
 
 def _folders(run: Run, stage: str, member: str) -> list[Path]:
-    """The model of each seed of a stage, where it is done."""
+    """The model folder of each seed; empty where the stage is not done."""
     return run.seed_folders(run.plans[stage], member) if run.is_done(stage) else []
 
 
-def _describe(run: Run, place: _EvaluatedModel) -> dict[str, Any]:
-    """Sizes and scores; details, such as the confusion matrix, are of the best of several seeds.
+def _describe(run: Run, evaluated: _EvaluatedModel) -> dict[str, Any]:
+    """Sizes, scores and latency of a model.
 
-    `flops_per_token` are of the whole model, as published figures are; `latency_ms` is of the
-    program that runs, which leaves out what of the last layer no head reads.
+    `flops_per_token` counts the whole model, as published figures do. `latency_ms` is measured on
+    the program that runs, whose last layer computes only the tokens that the head reads.
 
-    `metrics` are of several students the mean, and of several teachers those of the best, which
-    is the one that teaches.
+    With several seeds `metrics` is the mean for students and the best seed's for teachers, because
+    the best teacher is the one that is distilled. Details, such as the confusion matrix, are those
+    of the best seed.
     """
-    role, model = place.role, place.sizes
-    weights = find_folder(place.folders[0]).glob("model*.safetensors")  # one, or shards
+    role, model = evaluated.role, evaluated.sizes
+    weights = find_folder(evaluated.folders[0]).glob("model*.safetensors")  # one file, or shards
     apply, init = make_task_model(run, model)
-    params = [start_params(folder, init, whole=True) for folder in place.folders]
-    each = score_dev(run, _judging_plan(run, place.stage), params, model)
-    by_seed = [measure(run, scored) for scored in each]
+    params = [start_params(folder, init, whole=True) for folder in evaluated.folders]
+    scored_by_seed = score_dev(run, _evaluation_plan(run, evaluated.stage), params, model)
+    by_seed = [measure(run, scored) for scored in scored_by_seed]
     best = best_index(by_seed, run.required_task.metric)
     description = {
         "role": role,
-        "name": place.member or _sizes(model),
-        "stage": place.stage,
+        "name": evaluated.member or _sizes(model),
+        "stage": evaluated.stage,
         "num_parameters": num_parameters(params[0]),
         "num_encoder_parameters": flops.num_encoder_parameters(model),
         "flops_per_token": round(flops.forward_flops_per_token(model, _LATENCY_LENGTH)),
@@ -177,11 +180,12 @@ def _describe(run: Run, place: _EvaluatedModel) -> dict[str, Any]:
         if role == "teacher":
             description["mean"] = _over_seeds(np.mean, by_seed)
     task = run.required_task.kind
-    return description | task.details(each[best], task.tuned(each[best]))
+    scored = scored_by_seed[best]
+    return description | task.details(scored, task.tuned(scored))
 
 
-def _judging_plan(run: Run, stage: str) -> StagePlan:
-    """The stage whose batches a model is judged in: the one that made it, or the run's first."""
+def _evaluation_plan(run: Run, stage: str) -> StagePlan:
+    """The plan whose lengths and buckets the evaluation uses: `stage`, or another of the run."""
     known = (run.plans.get(name) for name in (stage, PREDICTION.name, *run.plans))
     return next(plan for plan in known if plan is not None)
 
@@ -189,7 +193,8 @@ def _judging_plan(run: Run, stage: str) -> StagePlan:
 def _over_seeds(
     summarise: Callable[[list[float]], Any], by_seed: list[dict[str, float]]
 ) -> dict[str, float]:
-    return {name: float(summarise([own[name] for own in by_seed])) for name in by_seed[0]}
+    """Each metric of `by_seed` summarised over the seeds."""
+    return {name: float(summarise([m[name] for m in by_seed])) for name in by_seed[0]}
 
 
 def _latency(apply, params, length: int) -> dict[str, Any]:
@@ -213,7 +218,7 @@ def _latency(apply, params, length: int) -> dict[str, Any]:
 
 
 def _shares_kept(summary: dict[str, Any]) -> dict[str, float]:
-    """Each student's score over the teacher's, by name; empty where that ratio means nothing."""
+    """Each student's score divided by the teacher's; empty without a teacher score above 0."""
     scores = [(m["role"], m["name"], m["metrics"][summary["metric"]]) for m in summary["models"]]
     teacher = next((score for role, _, score in scores if role == "teacher"), 0)
     return {name: s / teacher for role, name, s in scores if role == "student" and teacher > 0}

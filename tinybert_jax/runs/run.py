@@ -1,4 +1,4 @@
-"""One run as its stages see it: folder, devices, inputs, and the models of finished stages."""
+"""The `Run` that every stage gets: folder, devices, inputs, and the models of finished stages."""
 
 import shutil
 from collections.abc import Mapping
@@ -27,23 +27,26 @@ from tinybert_jax.training.metric_log import MetricLog
 
 
 class RunTask(NamedTuple):
-    """The task of a run with its text."""
+    """The task of a run and its data."""
 
     kind: Task
     name: str
-    metric: str  # the metric that chooses the best checkpoint
+    metric: str  # chooses the best checkpoint and the best seed, on the dev set
     data: TaskData
 
 
 class Run(NamedTuple):
-    """What every recipe gets. Model folders of finished stages are under `folder/models`."""
+    """The inputs and settings of one run; read-only.
+
+    Finished stages write their models to `folder/models`.
+    """
 
     name: str
     folder: Path
     mesh: Mesh
     log: MetricLog
     seed: int
-    plans: Mapping[str, StagePlan]  # of each stage that the run has
+    plans: Mapping[str, StagePlan]  # by the name of the stage, in running order
     compute: ComputeSection
     distillation: DistillSection
     tokenizer: Any
@@ -51,24 +54,24 @@ class Run(NamedTuple):
     teacher_section: TeacherSection
     further_teachers: tuple[FurtherTeacher, ...]
     students: tuple[Student, ...]
-    has_named_students: bool  # whether students have names
+    has_named_students: bool  # the config has `students` instead of `student`
     task: RunTask | None
-    corpus: tuple[str, ...]
+    corpus: tuple[str, ...]  # documents to train on; empty where the corpus is `stores`
     heldout: tuple[str, ...]  # documents of the corpus that no stage trains on
-    stores: tuple[tuple[Store, float], ...]  # the corpus as token stores, each with its weight
+    stores: tuple[tuple[Store, float], ...]  # the corpus as (token store, share of a batch)
     heldout_store: Store | None
-    peak_flops: float
-    is_profiled: bool = False  # whether each stage leaves a trace in `folder/profile`
+    peak_flops: float  # FLOP/s of all devices together; NaN where unknown
+    is_profiled: bool = False  # write a trace of each stage to `folder/profile`
 
     @property
     def required_task(self) -> RunTask:
-        """The task; preflight refuses stages without the task that they need."""
+        """The task, not None; `open_run` refuses a config whose stages need a task it lacks."""
         assert self.task is not None
         return self.task
 
     @property
     def mask_ids(self) -> dict[str, Any]:
-        """What masking has to know of the vocabulary, as keyword arguments."""
+        """Token ids that masking needs, as keyword arguments of `make_mlm` and `make_mask`."""
         return {
             "mask_token_id": self.tokenizer.mask_token_id,
             "special_token_ids": tuple(int(i) for i in self.tokenizer.all_special_ids),
@@ -76,11 +79,19 @@ class Run(NamedTuple):
         }
 
     def model_folder(self, stage: str, member: str = SOLE) -> Path:
-        """`models/<stage>[-<member>]`: its one model, its first seed's, or the best teacher."""
+        """The folder `models/<stage>[-<member>]`.
+
+        With one seed it holds the only model; with several, the student of the first seed or the
+        teacher with the best dev score.
+        """
         return self.folder / "models" / (f"{stage}-{member}" if member else stage)
 
     def seed_folders(self, plan: StagePlan, member: str = SOLE) -> list[Path]:
-        """The model of each seed: of several all but the first student's are `…-seed-<seed>`."""
+        """The model folder of each seed, in the order of `plan.seeds`.
+
+        With several seeds the names end in `-seed-<seed>`, except for the student of the first
+        seed.
+        """
         first = self.model_folder(plan.name, member)
         if len(plan.seeds) == 1:
             return [first]
@@ -88,6 +99,7 @@ class Run(NamedTuple):
         return folders if plan.stage.role == "teacher" else [first, *folders[1:]]
 
     def is_done(self, stage: str) -> bool:
+        """Whether every model folder of the stage is complete."""
         plan = self.plans.get(stage)
         if plan is None:
             return False
@@ -99,7 +111,10 @@ class Run(NamedTuple):
         return bool(folders) and all((path / "config.json").is_file() for path in folders)
 
     def find_model(self, *stages: str, member: str = SOLE, seed: int | None = None) -> Path | None:
-        """The model of the first of the given stages that is done, or that of a seed's number."""
+        """The model folder of the first of `stages` that is done; None where none is done.
+
+        `seed`: index into the seeds of that stage; None: `model_folder`.
+        """
         stage = next((name for name in stages if self.is_done(name)), None)
         if stage is None:
             return None
@@ -109,28 +124,28 @@ class Run(NamedTuple):
 
     @property
     def pretrained_teacher(self) -> str | Path | None:
-        """Where the teacher's general weights are; None for a teacher from random weights."""
+        """The folder or hub id of the pretrained teacher; None: the teacher starts at random."""
         return self.find_model(PRETRAIN.name) or self.teacher_section.path
 
     @property
     def task_teacher(self) -> str | Path:
-        """The teacher that knows the task; raises ValueError where there is none."""
+        """The folder or hub id of the fine-tuned teacher; raises ValueError without one."""
         given = self.teacher_section.finetuned or self.teacher_section.path
         folder = self.find_model(FINETUNE.name) or given
         if folder is None:
             raise ValueError(
-                "teacher: expected one that knows the task, got none; add a finetune section or "
-                "give a fine-tuned folder as teacher.finetuned"
+                "teacher: expected a fine-tuned teacher, got none; add a finetune section or set "
+                "teacher.finetuned to the folder of a fine-tuned model"
             )
         return folder
 
     def teacher_of(self, plan: StagePlan) -> str | Path | None:
-        """The teacher that a stage of distillation reads."""
+        """The folder or hub id of the teacher of a distillation stage."""
         return self.task_teacher if plan.stage.teacher == "task" else self.pretrained_teacher
 
 
 def with_dropout(model: ModelConfig, section: StageSection) -> ModelConfig:
-    """The sizes with the dropout rate of a stage, where the stage has one."""
+    """The model config with the dropout rate of the stage, if the stage sets `dropout`."""
     if section.dropout is None:
         return model
     rates = ("hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -139,15 +154,15 @@ def with_dropout(model: ModelConfig, section: StageSection) -> ModelConfig:
 
 
 def trained_options(compute: ComputeSection, plan: StagePlan) -> dict[str, Any]:
-    """Keyword options of an encoder that a stage trains."""
-    # cuDNN's call cannot be vectorised over seeds: its mask would lose the axis of the heads.
+    """Keyword arguments of a trained encoder: dtypes, unrolling and the attention backend."""
+    # vmap over seeds does not work with cuDNN's call: its mask would lose the axis of the heads.
     is_vectorised = len(plan.seeds) > 1
     attention = "xla" if is_vectorised else compute.attention
     return _options(compute.dtype, compute.unroll_layers, attention)
 
 
 def frozen_options(compute: ComputeSection) -> dict[str, Any]:
-    """Keyword options of an encoder that is only read: a teacher's."""
+    """Keyword arguments of a frozen encoder: that of a teacher."""
     return _options(compute.frozen_dtype, compute.unroll_layers, compute.attention)
 
 
@@ -165,40 +180,45 @@ def _options(dtype: str, unroll: bool, attention: str) -> dict[str, Any]:
 
 
 def freeze_params(compute: ComputeSection, params: Params) -> Params:
-    """Parameters of a teacher in the form that an encoder with `frozen_options` reads."""
+    """A teacher's parameters in the form that an encoder with `frozen_options` reads."""
     options = frozen_options(compute)
     names = ("dtype", "product_dtype", "unroll")
     return frozen_params(params, **{name: options[name] for name in names})
 
 
 def place_frozen_params(run: Run, params: Params) -> Params:
-    """`freeze_params`, on the run's devices."""
+    """`freeze_params`, then sends the parameters to the run's devices."""
     return place_params(freeze_params(run.compute, params), run.mesh)
 
 
 def make_task_model(run: Run, sizes: ModelConfig, **options: Any) -> Model:
-    """A model with the head of the run's task."""
+    """(apply, init) of a model with the head of the run's task."""
     return run.required_task.kind.make_head(sizes, run.required_task.data.num_outputs, **options)
 
 
 def load_frozen(run: Run, path: str | Path, sizes: ModelConfig) -> tuple[Apply, Params]:
-    """A model that knows the task, to be called with `place_frozen_params` of its parameters."""
+    """(apply, params) of a fine-tuned model in the folder or hub id `path`.
+
+    `apply` reads `place_frozen_params(run, params)`, not `params`.
+    """
     apply, init = make_task_model(run, sizes, **frozen_options(run.compute))
     return apply, start_params(path, init, whole=True)
 
 
 class TaskEvaluator(NamedTuple):
-    """The dev set of the task, as it judges parameters."""
+    """Computes the dev metrics of parameters of one model."""
 
-    score: Any  # parameters -> Scored
+    score: Any  # parameters -> Scored: the dev set with the model's logits
     task: Task
-    fingerprint: str  # SHA-256 of the rows
+    fingerprint: str  # SHA-256 of the tokenised dev rows
 
     def measure(self, params: Any) -> dict[str, float]:
+        """The metrics by name, with the settings that are best on the dev set."""
         scored = self.score(params)
         return self.task.measure(scored, self.task.tuned(scored))
 
     def tune(self, params: Any) -> Settings:
+        """The settings of the head, such as a threshold, that are best on the dev set."""
         return self.task.tuned(self.score(params)) if self.task.tune else {}
 
     def as_evaluator(self) -> Evaluator:
@@ -206,7 +226,7 @@ class TaskEvaluator(NamedTuple):
 
 
 def make_stage_scorer(run: Run, apply: Apply, section: StageSection) -> Scorer:
-    """Logits of a whole data set, in the batches that the stage has, on the run's devices."""
+    """score(params, rows): the logits of all rows, in the stage's buckets, on all devices."""
     return make_scorer(
         apply,
         buckets=section.buckets(),
@@ -217,7 +237,7 @@ def make_stage_scorer(run: Run, apply: Apply, section: StageSection) -> Scorer:
 
 
 def make_dev_evaluator(run: Run, apply: Apply, section: StageSection) -> TaskEvaluator:
-    """Metrics on the dev set, in the batches that the stage has."""
+    """The evaluator of the dev set, with rows and buckets of the stage's lengths."""
     task, dev = run.required_task.kind, run.required_task.data.dev
     rows = task.encode(run.tokenizer, dev, section.max_length)
     score = make_stage_scorer(run, apply, section)
@@ -227,19 +247,24 @@ def make_dev_evaluator(run: Run, apply: Apply, section: StageSection) -> TaskEva
 
 
 def head_of(run: Run, settings: Settings) -> Head:
-    """The head that a trained model is saved with."""
+    """The head, with the labels of the task, that a trained model is saved with."""
     task = run.required_task
     names = task.data.label_names or ()
     return Head(task.kind.hf_head, task.kind.problem_type, names, dict(settings))
 
 
 def check_teacher(run: Run, path: str | Path, sizes: ModelConfig) -> None:
-    """Refuses a teacher that learnt nothing: near the score of the commonest class on dev."""
+    """Raises ValueError for a teacher that has learnt nothing.
+
+    Its dev score has to be `distillation.teacher_margin` above the score of always answering the
+    most frequent class.
+    """
     margin, task = run.distillation.teacher_margin, run.required_task.kind
     floor = task.floor(run.required_task.data.dev)
     if floor is None or margin == -1:
         return
-    plan = next(own for own in reversed([*run.plans.values()]) if own.stage.teacher == "task")
+    plans = reversed([*run.plans.values()])
+    plan = next(plan for plan in plans if plan.stage.teacher == "task")
     apply, params = load_frozen(run, path, sizes)
     metrics = make_dev_evaluator(run, apply, plan.section).measure(place_frozen_params(run, params))
     got, needed = metrics[task.floor_metric], min(floor + margin, 1.0)
@@ -247,22 +272,26 @@ def check_teacher(run: Run, path: str | Path, sizes: ModelConfig) -> None:
         raise ValueError(
             f"teacher: expected a dev {task.floor_metric} of at least {needed:.4f} (the majority "
             f"class has {floor:.4f}), got {got:.4f} from {path}; check its label order, fine-tune "
-            "it on the task, or for longer (in another run_dir), or take it as it is with "
+            "it on the task, or for longer (in another run_dir), or accept it with "
             "distillation.teacher_margin=-1"
         )
 
 
 def export_models(run: Run, models: Mapping[str, Path]) -> Path:
-    """Copies a finished stage's models to `folder/hf`, the run's product; members by name in it."""
+    """Copies models of a finished stage to `folder/hf` and returns that folder.
+
+    `models`: by subfolder of `folder/hf`; "" for the folder itself. An existing `folder/hf` is
+    replaced.
+    """
     partial = run.folder / ".hf-partial"
     shutil.rmtree(partial, ignore_errors=True)
     for name, model in models.items():
         ignored = shutil.ignore_patterns("projection.safetensors")
         shutil.copytree(model, partial / name, ignore=ignored)
-    product, before = run.folder / "hf", run.folder / ".hf-before"
+    target, before = run.folder / "hf", run.folder / ".hf-before"
     shutil.rmtree(before, ignore_errors=True)
-    if product.exists():
-        product.rename(before)
-    partial.rename(product)
+    if target.exists():
+        target.rename(before)
+    partial.rename(target)
     shutil.rmtree(before, ignore_errors=True)
-    return product
+    return target

@@ -1,4 +1,4 @@
-"""One training stage, first to last parameters: resume, train, evaluate, keep the best."""
+"""Runs one training stage: resumes it, trains, evaluates and keeps the best parameters."""
 
 import contextlib
 import functools
@@ -43,24 +43,24 @@ from tinybert_jax.training.throughput import Meter
 
 
 class Member(NamedTuple):
-    """What a stage minimises over one model, where that starts and how it is judged."""
+    """One trained model of a stage (or one model per seed): objective, start and evaluator."""
 
     objective: Objective
-    init_params: Callable[[jax.Array, int], Any]  # (key, number of the seed) -> parameters
-    evaluator: Evaluator | None = None
+    init_params: Callable[[jax.Array, int], Any]  # (key, index of the seed) -> parameters
+    evaluator: Evaluator | None = None  # None: the stage is not evaluated
 
 
 class Training(NamedTuple):
-    """What one stage trains, and on what."""
+    """The models, batches and frozen teacher of one stage."""
 
     plan: StagePlan
-    members: Mapping[str, Member]  # by name; judged on the same rows, all or none
+    members: Mapping[str, Member]  # by name; all have an evaluator of the same rows, or none has
     batches: StageBatches
-    frozen: Any  # arrays the objective reads and never changes
-    # Padded width -> FLOPs of a step per token; of packed rows as if a head read one example each.
+    frozen: Any  # a tree of arrays that the objective reads and training does not change
+    # (padded width) -> FLOPs of a step per token; a packed row counts as one example at the heads.
     flops_per_token: Callable[[int], float]
-    read_frozen: Callable[[Any], Any] = lambda frozen: frozen  # as the step is to read them
-    metric: str = ""  # the metric that chooses the best parameters; none: the last are kept
+    read_frozen: Callable[[Any], Any] = lambda frozen: frozen  # (frozen) -> the step's arrays
+    metric: str = ""  # chooses the best parameters; "": the last parameters are kept
 
     @property
     def name(self) -> str:
@@ -76,15 +76,14 @@ class Training(NamedTuple):
 
     @property
     def evaluators(self) -> dict[str, Evaluator]:
-        return {
-            name: own.evaluator for name, own in self.members.items() if own.evaluator is not None
-        }
+        members = self.members.items()
+        return {name: m.evaluator for name, m in members if m.evaluator is not None}
 
 
 def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
-    """Trains a stage to its end, resuming where it was.
+    """Trains a stage to its end, from its last checkpoint if there is one.
 
-    Returns the best (or last) parameters of each member, of each seed's model.
+    Returns the best (or last) parameters by member name, in a list with one entry per seed.
     """
     section, folder = training.section, run.folder / "checkpoints" / training.name
     num_steps = training.num_steps
@@ -98,15 +97,13 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
     placement = sharding.batch_sharding(run.mesh)
     pending = progress.get("pending", [])
     meter = _make_meter(run, training, start_step, pending)
-    evaluate = _EvaluationHook(
-        run, training, folder, training.batches.num_batches, num_steps, progress, meter
-    )
+    evaluate = _EvaluationHook(run, training, folder, progress, meter)
 
     def is_due(step: int) -> bool:
         return step % section.save_every == 0 or step == num_steps or evaluate.is_due(step)
 
     def save(step: int, state: TrainState) -> bool:
-        # A new best is only ever one save ahead of the state that knows of it.
+        # A save follows every evaluation: after a kill, `best` is at most one save ahead of `last`.
         if is_due(step):
             with meter.paused(state):
                 progress["pending"] = meter.snapshot()
@@ -115,7 +112,7 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
 
     if not progress.get("stopped"):
         step_fn = make_train_step(
-            join_objectives({n: own.objective for n, own in training.members.items()}),
+            join_objectives({name: m.objective for name, m in training.members.items()}),
             optimizer,
             schedule,
             run.mesh,
@@ -141,13 +138,13 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
     if training.metric:
         chosen = _restore_best(run, training, folder / "best", target.params, progress)
     models = _models(jax.device_get(chosen), training.members, state.key)
-    return {name: [restack_layers(own) for own in models[name]] for name in models}
+    return {name: [restack_layers(params) for params in models[name]] for name in models}
 
 
 def _step(
     run: Run, training: Training, step_fn: TrainStep, meter: Meter
 ) -> contextlib.AbstractContextManager[trace.Step]:
-    """The step as the loop calls it; some of its calls are traced where the run is profiled."""
+    """Yields step(state, batch); with `run.is_profiled` it traces some of its calls."""
     frozen = sharding.place_params(training.read_frozen(training.frozen), run.mesh)
 
     def step(state, batch):
@@ -165,20 +162,23 @@ def _step(
 
 
 def _models(params: Any, names: Iterable[str], key: jax.Array) -> dict[str, list[Any]]:
-    """The parameters of each member's models: a vector of keys has one for each."""
+    """The parameters of each seed, by member name.
 
-    def models(own: Any) -> list[Any]:
+    A vector of keys [seeds] means that the leaves of `params` are [seeds, …].
+    """
+
+    def by_seed(stacked: Any) -> list[Any]:
         if not key.ndim:
-            return [own]
-        return [jax.tree.map(lambda leaf: leaf[i], own) for i in range(len(key))]  # noqa: B023
+            return [stacked]
+        return [jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(len(key))]  # noqa: B023
 
-    return {name: models(own) for name, own in split_members(params, names).items()}
+    return {name: by_seed(stacked) for name, stacked in split_members(params, names).items()}
 
 
 def _open_state(
     run: Run, training: Training, optimizer: optax.GradientTransformation, folder: Path
 ) -> tuple[TrainState, TrainState, dict[str, Any]]:
-    """The state to go on from, its abstract form, and the progress that was saved with it."""
+    """The state to start or resume from, its abstract form, and the progress saved with it."""
     params, step_key = _start(run, training)
     averaged = training.section.average_decay is not None
     target = abstract_state(params, optimizer, step_key, run.mesh, averaged=averaged)
@@ -196,7 +196,7 @@ def _open_state(
 
 
 def _fingerprint(training: Training) -> str:
-    """SHA-256 of the training rows, of those it is judged on, and of the frozen teacher."""
+    """SHA-256 of the training rows, of the rows that evaluate it, and of the frozen teacher."""
     digest = hashlib.sha256(training.batches.fingerprint.encode())
     for evaluator in list(training.evaluators.values())[:1]:
         digest.update(evaluator.fingerprint.encode())
@@ -205,7 +205,7 @@ def _fingerprint(training: Training) -> str:
 
 
 def _start(run: Run, training: Training) -> tuple[Any, jax.Array]:
-    """First parameters and step key; of several models, stacked."""
+    """Initial parameters and step key; with several seeds both have a leading dim [seeds]."""
     seeds = training.plan.seeds
     keys = [_keys(seed, training.plan.stage.salt) for seed in seeds]
 
@@ -214,7 +214,7 @@ def _start(run: Run, training: Training) -> tuple[Any, jax.Array]:
         return unstack_layers(params) if run.compute.unroll_layers else params
 
     starts = [
-        merge_members({name: start(own, key, i) for name, own in training.members.items()})
+        merge_members({name: start(m, key, i) for name, m in training.members.items()})
         for i, (key, _) in enumerate(keys)
     ]
     if len(seeds) == 1:
@@ -227,8 +227,8 @@ def _restore_best(run: Run, training: Training, folder: Path, target: Any, progr
     best = _best(training.name, folder, target, progress)
     by_name = split_members(progress["best_scores"], training.members)
     shown = "; ".join(
-        f"{name} {', '.join(f'{score:.4f}' for score in own)}".lstrip()
-        for name, own in by_name.items()
+        f"{name} {', '.join(f'{score:.4f}' for score in scores)}".lstrip()
+        for name, scores in by_name.items()
     )
     run.log.say(f"{training.name}: best {training.metric} {shown} by step {progress['best_step']}")
     return best
@@ -238,9 +238,9 @@ def _best(stage: str, folder: Path, target: Any, progress: dict) -> Any:
     best = checkpoint.restore_newest(folder, target)
     if best is None or best.step != progress["best_step"]:
         raise ValueError(
-            f"{stage}: expected the best parameters of step {progress['best_step']} in "
-            f"{folder}, found {'none' if best is None else f'step {best.step}'} intact; delete "
-            f"{folder.parent} to train this stage again"
+            f"{stage}: expected an intact checkpoint of step {progress['best_step']} in {folder}, "
+            f"got {'none' if best is None else f'step {best.step}'}; delete {folder.parent} to "
+            "train this stage again"
         )
     return best.tree
 
@@ -249,18 +249,22 @@ def _check_same_data(stage: str, before: str, now: str) -> None:
     if before != now:
         raise ValueError(
             f"{stage}: expected the data that this run began with ({before[:12]}), got other data "
-            f"({now[:12]}): rows or teacher changed; restore the files or package versions, or "
-            "choose another run_dir"
+            f"({now[:12]}): rows or teacher changed; restore the files or the package versions, "
+            "or choose another run_dir"
         )
 
 
 class _EvaluationHook:
-    """The hook that evaluates, keeps the best parameters and stops when patience is out."""
+    """A hook of the training loop: evaluates, saves the best parameters, and stops early.
 
-    def __init__(self, run, training, folder, per_epoch, num_steps, progress, meter):
+    `folder`: checkpoints of the stage. `progress`: a JSON object that the hook updates and the
+    caller saves with each checkpoint.
+    """
+
+    def __init__(self, run, training, folder, progress, meter):
         self.run, self.training, self.folder = run, training, folder
-        self.every = training.section.eval_every or per_epoch
-        self.num_steps, self.progress, self.meter = num_steps, progress, meter
+        self.every = training.section.eval_every or training.batches.num_batches
+        self.num_steps, self.progress, self.meter = training.num_steps, progress, meter
 
     def is_due(self, step: int) -> bool:
         is_time = step % self.every == 0 or step == self.num_steps
@@ -271,36 +275,37 @@ class _EvaluationHook:
             return False
         with self.meter.paused(state):
             models = _models(state.evaluated, self.training.members, state.key)
-            each = {
+            metrics = {
                 name: [evaluator.measure(params) for params in models[name]]
                 for name, evaluator in self.training.evaluators.items()
             }
-            self._tell(step, each)
-            score = self.training.metric
-            scores = {name: [own[score] for own in seeds] for name, seeds in each.items() if score}
-            is_over = self._keep(step, state, scores) if score else False
+            self._log(step, metrics)
+            metric = self.training.metric
+            scores = {name: [m[metric] for m in seeds] for name, seeds in metrics.items() if metric}
+            is_over = self._keep(step, state, scores) if metric else False
         if is_over:  # log before the save: a resumed run then finds no steps to log
             self.meter.finish(step)
         return is_over
 
-    def _tell(self, step: int, each: Mapping[str, list[dict[str, float]]]) -> None:
-        """Means over all models; of a family also each member's score."""
+    def _log(self, step: int, by_member: Mapping[str, list[dict[str, float]]]) -> None:
+        """Logs each metric's mean over all models, and the score of each named member."""
         name, score = self.training.name, self.training.metric
-        every = [own for seeds in each.values() for own in seeds]
-        values = {metric: float(np.mean([own[metric] for own in every])) for metric in every[0]}
-        for member, seeds in each.items():
+        models = [metrics for seeds in by_member.values() for metrics in seeds]
+        values = {metric: float(np.mean([m[metric] for m in models])) for metric in models[0]}
+        for member, seeds in by_member.items():
             if member != SOLE:
-                values[f"{score}/{member}"] = float(np.mean([own[score] for own in seeds]))
+                values[f"{score}/{member}"] = float(np.mean([m[score] for m in seeds]))
         self.run.log.write("eval", name, step, values)
         shown = "  ".join(f"{metric} {value:.4f}" for metric, value in values.items())
         text = "dev" if score else "held out"
-        text += f", mean of {len(every)}" if len(every) > 1 else ""
+        text += f", mean of {len(models)}" if len(models) > 1 else ""
         self.run.log.say(f"{name:<12} {step:>6}/{self.num_steps}  {text}: {shown}")
 
     def _keep(self, step: int, state: TrainState, scores: dict[str, list[float]]) -> bool:
-        """Keeps each model's best parameters; True where no member is still getting better.
+        """Saves the parameters of each model with a better score; True where the stage stops early.
 
-        The best of a member whose patience is out is frozen; it trains on with the others.
+        The stage stops when the patience of every member is used up. Until then a member without
+        patience trains on with the others, but its saved parameters do not change.
         """
         names = ("best_scores", "evals_since_best")
         known = [
@@ -309,8 +314,8 @@ class _EvaluationHook:
         ]
         standing = compare_with_best(scores, *known, self.training.section.patience)
         flags = standing.is_better
-        if any(own.any() for own in flags.values()):
-            is_all = all(own.all() for own in flags.values())
+        if any(is_better.any() for is_better in flags.values()):
+            is_all = all(is_better.all() for is_better in flags.values())
             kept = state.evaluated if is_all else self._merged(state, flags)
             checkpoint.save(self.folder / "best", step, kept, {}, keep=3)
             self.progress["best_step"] = step
@@ -320,7 +325,7 @@ class _EvaluationHook:
         return bool(self.progress.get("stopped"))
 
     def _merged(self, state: TrainState, is_better: Mapping[str, np.ndarray]) -> Any:
-        """The new parameters of the models that got better, the kept ones of the others."""
+        """The new parameters of the models with a better score, the saved ones of the others."""
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
             state.evaluated,
@@ -376,6 +381,6 @@ def _make_optimizer(
 
 
 def _keys(seed: int, salt: int) -> tuple[jax.Array, jax.Array]:
-    """Parameter key and step key; each stage draws its own from the run's seed."""
+    """(parameter key, step key) of a stage; the salt makes the keys of stages differ."""
     param_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), salt))
     return param_key, step_key

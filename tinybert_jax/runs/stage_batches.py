@@ -1,4 +1,4 @@
-"""What a stage trains on: its batches by step number, from text in memory or from token stores."""
+"""The batches of a stage by step number, from text in memory or from token stores."""
 
 import bisect
 import functools
@@ -22,24 +22,29 @@ from tinybert_jax.runs.run import Run
 
 
 class StageBatches(NamedTuple):
-    batch_at: BatchAt
-    num_batches: int  # of an epoch
-    fingerprint: str  # SHA-256 of the rows; of stores, of their file hashes; of phases, of theirs
+    """The batches that a stage trains on."""
+
+    batch_at: BatchAt  # (step) -> Batch
+    num_batches: int  # in an epoch
+    # SHA-256 of the rows; with stores, of the hashes of their files; with phases, of the hashes of
+    # the phases.
+    fingerprint: str
 
     def num_steps(self, section: StageSection) -> int:
-        """Of the whole stage."""
+        """The number of steps of the whole stage."""
         return section.num_steps or max(1, round((section.num_epochs or 0) * self.num_batches))
 
 
 def make_stage_batches(
     run: Run,
     plan: StagePlan,
-    teach: Callable[[TokenRows], tuple[np.ndarray, str]] | None = None,
+    read_logits: Callable[[TokenRows], tuple[np.ndarray, str]] | None = None,
 ) -> StageBatches:
-    """The corpus for pretrain and general; else the task's text, for distillation all of it.
+    """Batches of the corpus (pretrain, general) or of the task's training text (other stages).
 
-    `teach` gives what teachers say of the task's rows, fp32 [rows, outputs], and a SHA-256 of
-    what that depends on.
+    The stages intermediate and prediction also read the task's unlabelled text.
+    `read_logits(rows)` returns the teachers' logits of the task's rows, fp32 [rows, outputs], and a
+    SHA-256 of everything that they depend on.
     """
     if plan.stage.reads_corpus:
         return _make_corpus_batches(run, plan)
@@ -50,22 +55,25 @@ def make_stage_batches(
         f"{plan.name}: {len(rows.lengths):,} examples, {len(rows.ids):,} tokens, "
         f"{rows.num_truncated:,} cut at {section.max_length}; {len(task.data.dev.text):,} in dev"
     )
-    if teach is None:
+    if read_logits is None:
         return _make_row_batches(run, section, rows, _seed(run, plan))
-    logits, fingerprint = teach(rows)
-    feed = _make_row_batches(run, section, rows._replace(teacher_logits=logits), _seed(run, plan))
-    content = (feed.fingerprint + fingerprint).encode()
-    return feed._replace(fingerprint=hashlib.sha256(content).hexdigest())
+    logits, fingerprint = read_logits(rows)
+    rows = rows._replace(teacher_logits=logits)
+    batches = _make_row_batches(run, section, rows, _seed(run, plan))
+    content = (batches.fingerprint + fingerprint).encode()
+    return batches._replace(fingerprint=hashlib.sha256(content).hexdigest())
 
 
-_PHASE_SEED = 2**31  # beyond any number of an epoch or a corpus, which a seed may end in too
+# Added to the number of a phase. Larger than the numbers of epochs and corpora, which a seed may
+# end in too.
+_PHASE_SEED = 2**31
 
 
 def _make_corpus_batches(run: Run, plan: StagePlan) -> StageBatches:
-    """The run's corpus: documents cut into rows of `max_length`, or the rows of its stores.
+    """Batches of documents cut into rows of `max_length`, or of the rows of token stores.
 
-    An epoch of several stores has as many rows as they have together. Each phase of the stage goes
-    through the corpus in an order of its own; the epoch is that of what follows the phases.
+    An epoch of several stores has as many rows as all stores together. Each phase of the stage
+    reads the corpus in another order. `num_batches` is that of the settings after the last phase.
     """
     parts = plan.section.parts()
 
@@ -78,27 +86,27 @@ def _make_corpus_batches(run: Run, plan: StagePlan) -> StageBatches:
         )
         return rows
 
-    def feed(number: int, section: StageSection) -> StageBatches:
+    def phase_batches(number: int, section: StageSection) -> StageBatches:
         seed = _seed(run, plan)
         seed = (*seed, _PHASE_SEED + number) if number else seed
         if run.stores:
             return _make_store_batches(run, plan.name, section, seed)
         return _make_row_batches(run, section, rows_of(section.max_length), seed)
 
-    feeds = [feed(number, part.section) for number, part in enumerate(parts)]
-    return feeds[0] if len(feeds) == 1 else _join_phases(feeds, [part.start for part in parts])
+    phases = [phase_batches(number, part.section) for number, part in enumerate(parts)]
+    return phases[0] if len(phases) == 1 else _join_phases(phases, [part.start for part in parts])
 
 
-def _join_phases(feeds: Sequence[StageBatches], starts: Sequence[int]) -> StageBatches:
-    """Each feed from its own first step on."""
+def _join_phases(phases: Sequence[StageBatches], starts: Sequence[int]) -> StageBatches:
+    """The batches of phase i from step `starts[i]` on."""
 
     def batch_at(step: int) -> Batch:
         number = bisect.bisect_right(starts, step) - 1
-        return feeds[number].batch_at(step - starts[number])
+        return phases[number].batch_at(step - starts[number])
 
-    content = json.dumps([[feed.fingerprint for feed in feeds], list(starts)])
+    content = json.dumps([[phase.fingerprint for phase in phases], list(starts)])
     return StageBatches(
-        batch_at, feeds[-1].num_batches, hashlib.sha256(content.encode()).hexdigest()
+        batch_at, phases[-1].num_batches, hashlib.sha256(content.encode()).hexdigest()
     )
 
 

@@ -1,8 +1,8 @@
-"""What the teachers say of the task's text, made once and kept: the prediction stage's targets.
+"""Teacher logits of the task's text: computed once and kept in the run folder.
 
-`teacher_logits/<hash>/<row>.safetensors` in the run folder holds one teacher's logits from that row
-on. The hash is of all that they depend on (the rows, how they are batched, the teacher's weights
-and sizes), so that no others are ever taken for them. A killed run goes on after the last file.
+The file `teacher_logits/<hash>/<row>.safetensors` of the run folder holds one teacher's logits from
+row number `row` on. The hash covers everything that the logits depend on: the rows, their batching,
+the teacher's weights and sizes. A killed run resumes after the last complete file.
 """
 
 import hashlib
@@ -23,23 +23,24 @@ ROWS_PER_FILE = 2**14
 
 
 def read(run: Run, plan: StagePlan, rows: TokenRows) -> tuple[np.ndarray, str]:
-    """The weighted mean of all teachers' logits, fp32 [rows or tokens, outputs], and a SHA-256.
+    """(logits, SHA-256): the weighted mean of all teachers' logits, fp32 [rows or tokens, outputs].
 
-    The latter is of what they depend on. Raises ValueError for logits that are not finite and for
-    files that are not as they were written.
+    Computes the logits that no file holds yet. The SHA-256 covers everything that the mean depends
+    on. Raises ValueError for logits that are not finite and for a damaged file.
     """
     teachers = [(1.0, run.task_teacher, run.teacher)]
-    teachers += [(own.section.weight, own.section.path, own.sizes) for own in run.further_teachers]
+    teachers += [(t.section.weight, t.section.path, t.sizes) for t in run.further_teachers]
     weights = [weight for weight, _, _ in teachers]
-    each = [_read_one(run, plan, rows, path, sizes) for _, path, sizes in teachers]
-    mean = np.average([logits for logits, _ in each], axis=0, weights=weights)
-    known = json.dumps([weights, [key for _, key in each]])
-    return mean.astype(np.float32), hashlib.sha256(known.encode()).hexdigest()
+    by_teacher = [_read_teacher(run, plan, rows, path, sizes) for _, path, sizes in teachers]
+    mean = np.average([logits for logits, _ in by_teacher], axis=0, weights=weights)
+    content = json.dumps([weights, [key for _, key in by_teacher]])
+    return mean.astype(np.float32), hashlib.sha256(content.encode()).hexdigest()
 
 
-def _read_one(
+def _read_teacher(
     run: Run, plan: StagePlan, rows: TokenRows, path: str | Path, sizes: ModelConfig
 ) -> tuple[np.ndarray, str]:
+    """(logits, key) of one teacher; the key is the name of the folder with the logits."""
     section, num_rows = plan.section, len(rows.lengths)
     apply, params = load_frozen(run, path, sizes)
     depends_on = {
@@ -62,7 +63,7 @@ def _read_one(
             logits = score(placed, part)
             _check_finite(logits, path, start)
             _save(logits, file)
-            run.log.say(f"{plan.name}: {stop:,} of {num_rows:,} examples went through {path}")
+            run.log.say(f"{plan.name}: {path} has scored {stop:,} of {num_rows:,} examples")
         parts.append(_load(file, (part.num_scored, run.required_task.data.num_outputs)))
     return np.concatenate(parts), key
 
@@ -76,18 +77,19 @@ def _save(logits: np.ndarray, file: Path) -> None:
 
 def _load(file: Path, shape: tuple[int, int]) -> np.ndarray:
     try:
-        with safe_open(file, "numpy") as kept:
-            logits, content = kept.get_tensor("logits"), (kept.metadata() or {}).get("sha256")
+        with safe_open(file, "numpy") as opened:
+            logits = opened.get_tensor("logits")
+            content = (opened.metadata() or {}).get("sha256")
     except SafetensorError as error:
         problem = f"a file that cannot be read ({error})"
     else:
         is_whole = hashlib.sha256(logits.tobytes()).hexdigest() == content
         if is_whole and logits.shape == shape and logits.dtype == np.float32:
             return logits
-        problem = f"others, {logits.dtype} {list(logits.shape)}"
+        problem = f"other content, {logits.dtype} {list(logits.shape)}"
     raise ValueError(
         f"{file}: expected a teacher's logits as they were written, float32 {list(shape)}, got "
-        f"{problem}; delete the file, and they are made again"
+        f"{problem}; delete the file, and the run computes the logits again"
     )
 
 

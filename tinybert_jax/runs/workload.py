@@ -1,4 +1,4 @@
-"""What a stage computes, read off its plan and its batches: what `estimate` puts a price on."""
+"""The models that a stage runs and the tokens that they compute; `runs.estimate` adds the costs."""
 
 import math
 from typing import NamedTuple
@@ -21,33 +21,33 @@ _CHUNK_SIZE = Options().chunk_size  # of distillation
 
 
 class Work(NamedTuple):
-    """What a stage computes with."""
+    """The models of a stage and the loss terms that read them."""
 
     trained: dict[str, ModelConfig]  # by name
-    num_seeds: int  # of each
-    teacher: ModelConfig | None  # of every step
-    terms: Terms  # of distillation; pretrain's masked LM counts as one
-    logit_teachers: tuple[ModelConfig, ...] = ()  # teachers that go through the text once
+    num_seeds: int  # of each trained model
+    teacher: ModelConfig | None  # the teacher that runs in every step
+    terms: Terms  # the terms of the steps; pretrain has the masked LM as its only term
+    logit_teachers: tuple[ModelConfig, ...] = ()  # teachers that run once over the text
 
 
 class Words(NamedTuple):
-    """What of a batch meets the vocabulary, in tokens of all its rows."""
+    """Numbers of tokens of a batch, over all rows, at which parts of the masked-LM head run."""
 
-    mapped: int  # by the masked-LM head's dense map
-    student: int  # by the products with the word table, of all terms
-    teacher: int
-    chunk: int  # whose logits exist at one time on a device
+    mapped: int  # the dense layer of the head
+    student: int  # the product with the student's word table, summed over terms
+    teacher: int  # the product with the teacher's word table, summed over terms
+    chunk: int  # tokens whose logits exist at one time on a device
 
 
 def work_of(run: Run, plan: StagePlan) -> Work:
-    """The models of a stage and what their steps read."""
+    """The models of a stage and the terms of its steps."""
     num_seeds, terms = len(plan.seeds), plan.step_terms
     if plan.stage.role == "teacher":
         return Work({SOLE: run.teacher}, num_seeds, None, terms)
     students = {student.name: student.sizes for student in run.students}
     logit_teachers: tuple[ModelConfig, ...] = ()
     if plan.keeps_logits:
-        logit_teachers = (run.teacher, *(own.sizes for own in run.further_teachers))
+        logit_teachers = (run.teacher, *(teacher.sizes for teacher in run.further_teachers))
     teacher = run.teacher if reads_of(terms).teacher else None
     return Work(students, num_seeds, teacher, terms, logit_teachers)
 
@@ -55,9 +55,9 @@ def work_of(run: Run, plan: StagePlan) -> Work:
 def count_last_layer_tokens(
     run: Run, plan: StagePlan, width: int, num_segments: int | None = None
 ) -> int | None:
-    """At how many tokens of a row the last layer runs; None: at every one.
+    """The number of tokens of a row at which the last layer runs; None: all tokens.
 
-    `num_segments` are the examples that a packed row has room for.
+    `num_segments`: most examples in a packed row; None: rows are not packed.
     """
     read = reads_of(plan.step_terms)
     if read.encoder or reads_every_word(plan.step_terms):
@@ -72,7 +72,7 @@ def count_last_layer_tokens(
 
 
 def count_last_layer_examples(run: Run, batch: Batch) -> int | None:
-    """The same, where all that is read are logits of the task."""
+    """`count_last_layer_tokens` where only the logits of the task are read."""
     if run.required_task.kind.unit != "row":
         return None
     num_last_layer_tokens = batch.num_segments or 1
@@ -80,7 +80,10 @@ def count_last_layer_examples(run: Run, batch: Batch) -> int | None:
 
 
 def projected(work: Work, student: ModelConfig) -> list[int]:
-    """The student's hidden entry of each comparison with the teacher's; 0 is the embeddings."""
+    """For each comparison with a hidden state of the teacher: the index of the student's.
+
+    Index 0 is the embeddings, index i the output of layer i.
+    """
     if work.teacher is None:
         return []
     layers = student.num_hidden_layers, work.teacher.num_hidden_layers
@@ -88,9 +91,10 @@ def projected(work: Work, student: ModelConfig) -> list[int]:
 
 
 def words_of(run: Run, plan: StagePlan, batch: Batch, share: float) -> Words | None:
-    """Tokens are expected ones; the products go in whole chunks, as in `losses.vocabulary`.
+    """The expected numbers of tokens in `batch`; None where no term predicts words.
 
-    `share`: how far the stage is, 0 to 1.
+    Products run in whole chunks, as in `losses.vocabulary`. `share`: the share of the stage's steps
+    that are done, 0 to 1.
     """
     terms = tuple(term for term in plan.step_terms if term.reads.words)
     if not terms:
@@ -119,18 +123,18 @@ def words_of(run: Run, plan: StagePlan, batch: Batch, share: float) -> Words | N
 
     everywhere = in_chunks(float(real.sum()), ids.size)
     where_masked = in_chunks(num_masked, num_picked)
-    of_term = [everywhere if term.reads_every_word else where_masked for term in terms]
+    by_term = [everywhere if term.reads_every_word else where_masked for term in terms]
     mapped = ids.size if reads_every_word(terms) else num_picked
     return Words(
         mapped,
-        sum(of_term),
-        sum(n for n, term in zip(of_term, terms, strict=True) if term.reads.teacher),
+        sum(by_term),
+        sum(n for n, term in zip(by_term, terms, strict=True) if term.reads.teacher),
         min(chunk_size, mapped // num_parts),
     )
 
 
 def _num_picked(plan: StagePlan, width: int) -> int:
-    """The slots of a row for its masked tokens."""
+    """The number of positions in a row that are reserved for masked tokens."""
     masking = plan.masking
     if masking is None:
         return num_slots(0.0, width)
