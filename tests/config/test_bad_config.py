@@ -27,7 +27,7 @@ def test_key_given_twice(world):
 
 def test_several_mistakes_are_listed_together(world):
     path = world.config("finetune", "baseline", baseline={"num_steps": 0}, seed="x", tusk={})
-    named = ("4 mistakes", "baseline.num_steps", "seed", "tusk", "finetune.schedule", "'linear'?")
+    named = ("4 errors", "baseline.num_steps", "seed", "tusk", "finetune.schedule", "'linear'?")
     world.fails("run", path, "finetune.schedule=lineer", naming=named)
 
 
@@ -196,12 +196,12 @@ def _family(world, stages=("intermediate", "prediction"), **changes):
 
 def test_student_and_students(world):
     path = world.distil(students={"small": STUDENT})
-    world.fails("run", path, naming=("student or students", "both", "small", "drop one"))
+    world.fails("run", path, naming=("student or students", "both", "small", "remove one"))
 
 
 def test_no_students(world):
     path = world.distil(student=None)
-    named = ("2 mistakes", "students: ", "at least 1 item", "seed: ")
+    named = ("2 errors", "students: ", "at least 1 item", "seed: ")
     world.fails("run", path, "students={}", "seed=x", naming=named)
 
 

@@ -194,7 +194,7 @@ def test_all_mistakes_at_once_with_paths_and_nearest_names(tmp_path):
     with pytest.raises(ConfigError) as caught:
         config_files.load(file, ["mesh.fsdp=0"])
     message = str(caught.value)
-    assert "4 mistakes" in message
+    assert "4 errors" in message
     assert "finetune.lerning_rate: unknown key; did you mean 'learning_rate'?" in message
     assert "sede: unknown key; did you mean 'seed'?" in message
     assert "finetune.learning_rate: expected a value" in message
@@ -215,7 +215,7 @@ def test_all_mistakes_at_once_with_paths_and_nearest_names(tmp_path):
         ("tokenizer.path=null", "expected a tokenizer"),
         ("finetune=null", "at least one stage"),
         ("task.unlabelled=rest", "'rest' needs max_train_rows"),
-        ("task={builtin: true, text: body}", "brings its own text"),
+        ("task={builtin: true, text: body}", "has text and labels already"),
         (
             "general={num_steps: 1, learning_rate: 1, patience: 2}",
             "general is not evaluated",

@@ -230,8 +230,11 @@ def test_a_phase_without_rows_and_a_store_without_a_phase_are_refused(prepared, 
         ({"phases": PHASES, "num_steps": None, "num_epochs": 1}, "shares of num_steps"),
         ({"phases": [{"share": 0.5}]}, "another max_length or global_batch_size.*neither"),
         ({"phases": [{"share": 0.5, "max_length": 32}]}, "another max_length or global_batch"),
-        ({"phases": [PHASES[0], {"share": 0.5, "max_length": 8}]}, "leave some of 8, .* .0, 4, 8"),
-        ({"phases": [{"share": 0.05, "max_length": 8}]}, "of a step or more that leave some"),
+        (
+            {"phases": [PHASES[0], {"share": 0.5, "max_length": 8}]},
+            "one of the 8 steps after them, .* .0, 4, 8",
+        ),
+        ({"phases": [{"share": 0.05, "max_length": 8}]}, "expected phases of at least one step"),
         ({"phases": [{"share": 0.5, "max_length": 64}]}, "at most max_length = 32"),
         (
             {"phases": [{"share": 0.5, "global_batch_size": 6}], "gradient_accumulation_steps": 4},

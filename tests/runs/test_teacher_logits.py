@@ -284,7 +284,7 @@ def test_further_teachers_that_do_not_fit_are_refused(inputs, tmp_path, capsys):
         told = _refused(inputs, tmp_path, capsys, prediction=[{"term": "label"}], **changes)
         assert f"{next(iter(changes))}: expected a prediction stage with a term logits" in told
     told = _refused(inputs, tmp_path, capsys, keep_logits=False, **given)
-    assert "keep_logits: the logits of further_teachers are kept" in told
+    assert "keep_logits: expected true or null, got false" in told
 
     sizes = json.loads((further / "config.json").read_text())
     swapped = {**sizes, "id2label": {"0": "pos", "1": "neg"}, "label2id": {"pos": 0, "neg": 1}}

@@ -1,1 +1,1 @@
-"""Every setting of a run, its default and what it may be. Imports no JAX."""
+"""All settings of a run, with their types and defaults. Imports no JAX."""

@@ -1,7 +1,4 @@
-"""The settings of where and in which numbers a run computes.
-
-Imports no JAX, as all sections.
-"""
+"""The settings of devices, dtypes and attention. Imports no JAX."""
 
 from pydantic import Field
 
@@ -15,7 +12,7 @@ from tinybert_jax.settings.section import (
 
 
 class MeshSection(Section):
-    """Devices along each mesh axis; one axis may be -1: all that are left."""
+    """Number of devices along each mesh axis; an axis of -1 takes all remaining devices."""
 
     data: int = -1
     fsdp: PositiveInt = 1
@@ -23,25 +20,28 @@ class MeshSection(Section):
 
 
 class ComputeSection(Section):
+    """Dtypes, the layout of the layers, and the attention backend."""
+
     dtype: ComputeDtype = Field(
         default="float32",
-        description="of all activations; bfloat16_products: fp32, only the products with weights "
-        "of layers and vocabulary read bfloat16: fast on CPUs with bfloat16 instructions",
+        description="dtype of all activations; bfloat16_products: fp32, but the products with the "
+        "weights of layers and vocabulary round their inputs to bfloat16, which is fast on CPUs "
+        "with bfloat16 instructions",
     )
     teacher_dtype: FrozenDtype | None = Field(
         default=None,
-        description="of teachers that distillation reads; default: dtype; int8_products: fp32, "
-        "only the products with weights of layers are of int8, with a scale a token and a column",
+        description="dtype of frozen teachers; default: dtype; int8_products: fp32, but the "
+        "products with the weights of layers are int8, with one scale per token and per column",
     )
     unroll_layers: bool = False
     attention: AttentionBackend = Field(
         default="auto",
-        description="flash attention by cudnn (NVIDIA GPUs, bfloat16) or splash (TPUs): for rows "
-        "of a multiple of 128 tokens, without dropout of attention; auto: cudnn where it can be. "
-        "A last layer of which heads read few tokens takes xla for those",
+        description="cudnn (NVIDIA GPUs, bfloat16) and splash (TPUs) are flash attention for rows "
+        "of a multiple of 128 tokens, without attention dropout; auto: cudnn where it is possible. "
+        "A last layer that is computed at few tokens uses xla",
     )
 
     @property
     def frozen_dtype(self) -> FrozenDtype:
-        """Of a model that is only read: a teacher."""
+        """The dtype of a model that is not trained, such as a teacher."""
         return self.teacher_dtype or self.dtype

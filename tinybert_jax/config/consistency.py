@@ -1,4 +1,4 @@
-"""What the sections of a run ask of one another."""
+"""Checks between the sections of a `RunConfig`."""
 
 import re
 from collections.abc import Iterator
@@ -8,8 +8,11 @@ from tinybert_jax.config.stages import Stage
 from tinybert_jax.terms.table import TERM_NAMES, reads_every_word
 
 
-def missing_needs(config: Any) -> Iterator[str]:
-    """One mistake after the other of a `RunConfig` whose sections are each valid."""
+def consistency_errors(config: Any) -> Iterator[str]:
+    """Yields one message per error between the sections of `config`.
+
+    `config`: a `RunConfig` whose sections have passed their separate checks.
+    """
     stages = config.stages
     if any(stage.reads_corpus for stage in stages) and config.corpus is None:
         yield "the stages pretrain and general need a corpus section"
@@ -19,17 +22,17 @@ def missing_needs(config: Any) -> Iterator[str]:
         yield "the distillation stages and baseline need a student section"
     yield from _needs_of_names(config)
     if config.finetune and config.teacher.finetuned:
-        yield "expected a finetune section or teacher.finetuned, got both"
+        yield "expected a finetune section or teacher.finetuned, got both; remove one"
     for stage in (stage for stage in stages if stage.distils):
         yield from _needs_of_terms(config, stage)
     yield from _needs_of_logits(config)
     if config.distillation.mask_rate is not None and config.general is None:
-        yield "distillation.mask_rate is of the stage general: add it, or leave mask_rate out"
+        yield "distillation.mask_rate is for the stage general: add it, or leave mask_rate out"
     yield from _needs_of_evaluation(config)
     if config.num_seeds > 1 and all(stage.role == "teacher" for stage in stages):
         yield (
-            "num_seeds is for students: add a stage that trains one, or remove it (of teachers: "
-            "finetune.num_seeds)"
+            "num_seeds is for students: add a stage that trains a student, or remove num_seeds "
+            "(teachers have finetune.num_seeds)"
         )
     if config.corpus and config.corpus.stores:
         yield from _needs_of_stores(config)
@@ -37,8 +40,8 @@ def missing_needs(config: Any) -> Iterator[str]:
         yield "pretrain.pair_weight needs corpus.stores, prepared with mode pairs"
     if config.pretrain and config.pretrain.position_init != "normal" and config.teacher.path:
         yield (
-            "pretrain.position_init is of a model from random weights, teacher.path brings its "
-            "own: leave it out"
+            "pretrain.position_init is for a model with random weights, but teacher.path has "
+            "trained positions: leave it out"
         )
     yield from _needs_of_teachers(config)
     yield from _needs_of_tokenizer(config)
@@ -46,7 +49,7 @@ def missing_needs(config: Any) -> Iterator[str]:
 
 
 def _needs_of_evaluation(config: Any) -> Iterator[str]:
-    """Stages without a head of the task are judged on held-out text, or not at all."""
+    """Pretrain is evaluated on held-out text; general and intermediate are not evaluated."""
     for stage in (stage for stage in config.stages if not stage.trains_head):
         section = getattr(config, stage.name)
         is_pretrain = not stage.distils
@@ -54,8 +57,8 @@ def _needs_of_evaluation(config: Any) -> Iterator[str]:
         if section.patience or section.eval_every and not has_text:
             needed = "corpus.heldout_share or heldout_store"
             fix = f"; eval_every needs {needed}" if is_pretrain else ""
-            told = f"{stage.name} is not evaluated on a task"
-            yield f"{told}: remove its patience and eval_every{fix}"
+            rule = f"{stage.name} is not evaluated on a task"
+            yield f"{rule}: remove its patience and eval_every{fix}"
 
 
 def _needs_of_teachers(config: Any) -> Iterator[str]:
@@ -63,32 +66,32 @@ def _needs_of_teachers(config: Any) -> Iterator[str]:
     read = {stage.teacher for stage in config.stages if config.reads_teacher(stage)}
     if "pretrained" in read and not (config.pretrain or teacher.path):
         yield (
-            "general needs a teacher with weights: add a pretrain section, set teacher.path or "
-            "leave it out (general=null)"
+            "general needs a teacher with weights: add a pretrain section, set teacher.path, or "
+            "remove the stage (general=null)"
         )
     if "task" in read and not (config.finetune or teacher.finetuned or teacher.path):
         yield (
-            "intermediate and prediction need a teacher that knows the task: add a finetune "
-            "section or set teacher.finetuned"
+            "intermediate and prediction need a fine-tuned teacher: add a finetune section or set "
+            "teacher.finetuned"
         )
 
 
 def _needs_of_tokenizer(config: Any) -> Iterator[str]:
     if config.tokenizer.vocab_size and config.corpus is None:
-        yield "tokenizer.vocab_size trains a vocabulary on the corpus: it needs a corpus section"
+        yield "tokenizer.vocab_size trains a vocabulary on the corpus: add a corpus section"
     if config.tokenizer.vocab_size and (config.tokenizer.path or config.teacher.path):
-        yield "tokenizer.vocab_size trains a vocabulary: give no tokenizer.path or teacher.path"
+        yield "tokenizer.vocab_size trains a vocabulary: remove tokenizer.path and teacher.path"
     if not (config.tokenizer.lowercase or config.tokenizer.vocab_size):
         yield (
-            "tokenizer.lowercase is for a vocabulary that is trained (tokenizer.vocab_size); a "
-            "folder's tokenizer has its own: leave it out"
+            "tokenizer.lowercase is for a vocabulary that is trained (tokenizer.vocab_size), not "
+            "for a folder's tokenizer: leave it out"
         )
     if not (config.tokenizer.path or config.tokenizer.vocab_size or config.teacher.path):
-        yield "expected a tokenizer: tokenizer.path, tokenizer.vocab_size or teacher.path"
+        yield "expected a tokenizer: set tokenizer.path, tokenizer.vocab_size or teacher.path"
 
 
 def _needs_of_attention(config: Any) -> Iterator[str]:
-    """Of flash attention that is asked for by name."""
+    """Checks a flash attention backend that `compute.attention` names."""
     name = config.compute.attention
     if name in ("auto", "xla"):
         return
@@ -98,11 +101,11 @@ def _needs_of_attention(config: Any) -> Iterator[str]:
         ("teacher_dtype", config.compute.teacher_dtype or "bfloat16"),
     ):
         if name == "cudnn" and got != "bfloat16":
-            yield f"{origin}: expected compute.{dtype} bfloat16, got {got}: set it, {fix}"
+            yield f"{origin}: expected compute.{dtype} bfloat16, got {got}: set that dtype, {fix}"
     for stage in config.stages:
         num_seeds = len(config.seeds(stage))
         if num_seeds > 1:
-            yield f"{origin}: expected one seed, got {num_seeds} in {stage.name}: one by one, {fix}"
+            yield f"{origin}: expected one seed, got {num_seeds} in {stage.name}: use one, {fix}"
         for part in getattr(config, stage.name).parts():
             has_stores = stage.reads_corpus and config.corpus and config.corpus.stores
             is_one_width = part.section.batching == "pack" or has_stores
@@ -119,35 +122,38 @@ def _needs_of_attention(config: Any) -> Iterator[str]:
 def _needs_of_logits(config: Any) -> Iterator[str]:
     section = config.distillation
     if section.further_teachers and section.keep_logits is False:
-        yield "distillation.keep_logits: the logits of further_teachers are kept: leave it out"
+        yield (
+            "distillation.keep_logits: expected true or null, got false: the logits of "
+            "further_teachers are always kept; remove keep_logits"
+        )
     elif section.further_teachers or section.keep_logits:
         if not any(config.keeps_logits(stage) for stage in config.stages):
             name = "further_teachers" if section.further_teachers else "keep_logits"
             yield (
-                f"distillation.{name}: expected a prediction stage with a term logits, which reads "
-                "them; add it, or leave them out"
+                f"distillation.{name}: expected a prediction stage with a term logits, got none; "
+                f"add that term, or remove {name}"
             )
 
 
 def _needs_of_names(config: Any) -> Iterator[str]:
-    """The name of a student is used for folders, metrics (beside those of terms) and keys."""
+    """Checks student names, which become parts of folder names, metric names and keys."""
     names = tuple(config.students or ())
     if config.student and names:
-        yield f"expected student or students, got both (students: {', '.join(names)}): drop one"
+        yield f"expected student or students, got both (students: {', '.join(names)}): remove one"
     for place, name in enumerate(names):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
-            rule = "up to 64 letters, digits, - and _, the first a letter or a digit"
+            rule = "up to 64 letters, digits, - and _, with a letter or digit first"
         elif re.search(r"(^|-)seed-\d+$", name):
-            rule = "another end than seed-<number>, which a seed's folder has"
+            rule = "a name that does not end in seed-<number>, as the folder of a seed does"
         elif name == "layers":
-            rule = "another name than layers, which is that of a model's own parameters"
+            rule = "another name than layers, which is a key of the parameters"
         elif re.fullmatch(rf"({'|'.join([*TERM_NAMES, 'soft'])})(_\d+)?", name):
-            rule = "another name than a term's, which is that of a part of the loss"
+            rule = "a name that is not a term, because a term is the name of a part of the loss"
         elif name.lower() in [other.lower() for other in names[:place]]:
-            rule = "names that differ in more than capitals: some file systems take them for one"
+            rule = "names that differ in more than capitals, which some file systems ignore"
         else:
             continue
-        yield f"students.{name}: expected {rule}; got '{name}': choose another name"
+        yield f"students.{name}: expected {rule}, got '{name}': choose another name"
 
 
 def _needs_of_terms(config: Any, stage: Stage) -> Iterator[str]:
@@ -157,15 +163,15 @@ def _needs_of_terms(config: Any, stage: Stage) -> Iterator[str]:
     if not terms:
         yield (
             f"{origin}: expected a term with a weight above 0, got none (preset "
-            f"{distillation.preset}): give it terms, or remove the stage {stage.name}"
+            f"{distillation.preset}): add terms to {origin}, or remove the stage {stage.name}"
         )
     if "label" in names and config.task and config.task.unlabelled:
-        yield f"{origin}: the term label needs labels: give no task.unlabelled"
+        yield f"{origin}: the term label needs labels: remove task.unlabelled"
     stores = stage.reads_corpus and config.corpus and config.corpus.stores
     for name in sorted({"cls", "pooled"} & names) if stores else ():
         yield (
-            f"{origin}: the term {name} needs a row an example, not corpus.stores: give "
-            "corpus.files"
+            f"{origin}: the term {name} needs one example per row, not corpus.stores: set "
+            "corpus.files instead"
         )
     makes_pooler = config.pretrain and stage.teacher == "pretrained"
     if "pooled" in names and makes_pooler and not config.pretrain.pair_weight:
@@ -175,14 +181,17 @@ def _needs_of_terms(config: Any, stage: Stage) -> Iterator[str]:
             "to a model with a pooler and leave pretrain out"
         )
     if distillation.normalisation == "paper_code":
-        # Losses that are divided by a number of tokens have no form with the padding counted.
+        # These losses are means over real tokens; they have no variant that counts the padding.
         others = sorted({"relation", "cosine"} & names)
         others += ["word_logits"] if reads_every_word(terms) else []
         if others:
-            yield f"distillation.normalisation: paper_code knows no {others}: set valid_only"
+            yield f"distillation.normalisation: paper_code has no {others}: set valid_only"
         is_packed = stores or getattr(config, stage.name).batching == "pack"
         if is_packed and names & {"attention", "hidden", "embedding"}:
-            yield f"{stage.name}: batching pack has no padding to count: set valid_only or bucket"
+            yield (
+                f"{stage.name}: paper_code counts padding, packed rows have no padding to count: "
+                "set distillation.normalisation=valid_only, or batching=bucket without stores"
+            )
     if config.task and config.task.form == "square":
         for term in (term for term in terms if term.reads.task_logits):
             changed = term.model_dump(exclude_defaults=True, exclude={"term", "weight"})
@@ -196,7 +205,10 @@ def _holds_out(corpus: Any) -> bool:
 
 def _needs_of_stores(config: Any) -> Iterator[str]:
     if config.tokenizer.vocab_size:
-        yield "tokenizer.vocab_size trains a vocabulary on text: corpus.stores have one already"
+        yield (
+            "tokenizer.vocab_size trains a vocabulary on text, but corpus.stores have one already: "
+            "set tokenizer.path instead"
+        )
     for stage in (stage for stage in config.stages if stage.reads_corpus):
         section = getattr(config, stage.name)
         is_default = {
@@ -205,4 +217,4 @@ def _needs_of_stores(config: Any) -> Iterator[str]:
         }
         ignored = sorted(name for name, default in is_default.items() if not default)
         if ignored:
-            yield f"{stage.name}: the rows of corpus.stores are laid out: remove {ignored}"
+            yield f"{stage.name}: the rows of corpus.stores have a fixed layout: remove {ignored}"

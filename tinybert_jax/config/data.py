@@ -1,4 +1,4 @@
-"""The settings of plain text: a run's corpus and tokenizer, and `tinybert data prepare`."""
+"""The settings of text without labels: corpus, tokenizer and `tinybert data prepare`."""
 
 from typing import Annotated, Literal
 
@@ -8,33 +8,38 @@ from tinybert_jax.settings.section import Fraction, Positive, PositiveInt, Proba
 
 
 class PrepareConfig(Section):
-    """Text, a tokenizer and a folder to write. What is not marked (*) changes the bytes."""
+    """The settings of `tinybert data prepare`; all except those marked (*) change the bytes."""
 
-    output: str = Field(description="(*) the folder of the store; OUTPUT.partial until it is whole")
+    output: str = Field(
+        description="(*) the folder of the store; OUTPUT.partial until it is complete"
+    )
     sources: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         description=".txt, .jsonl, .tsv, .csv, .parquet, also .gz .bz2 .xz .zst; folders and globs "
         "of them; a saved `datasets` folder; hub:owner/name[:config]"
     )
     tokenizer: str = Field(description="a tokenizer's folder or hub id")
-    text: str = Field("text", description="column of the text; a position, from 0, where no header")
-    split: str | None = Field(None, description="of a datasets folder or hub id")
+    text: str = Field(
+        "text", description="column of the text: its name, or its position from 0 without a header"
+    )
+    split: str | None = Field(None, description="split of a datasets folder or hub data set")
     document_end: Literal["blank_line", "line"] = Field(
-        "blank_line", description="what ends a document of a .txt file"
+        "blank_line", description="end of a document in a .txt file"
     )
     mode: Literal["documents", "pairs"] = Field(
         "documents",
-        description="documents: rows filled with pieces of documents, each a segment; "
-        "pairs: BERT's instances, a row each, of two runs of sentences",
+        description="documents: rows filled with pieces of documents, each piece a segment; "
+        "pairs: BERT's sentence pairs, one row with two groups of sentences each",
     )
     pair_label: Literal["next_sentence", "sentence_order"] = Field(
         "next_sentence",
-        description="label 1: the second run is from another document, or comes first in the text",
+        description="label 1: the second group is from another document (next_sentence), or comes "
+        "first in the text (sentence_order)",
     )
-    short_share: Fraction = Field(0.1, description="share of pairs of a random shorter length")
+    short_share: Fraction = Field(0.1, description="share of pairs with a random shorter length")
     width: Annotated[int, Field(ge=8, le=32768)] = 128
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     chunk_bytes: Annotated[int, Field(ge=256)] = Field(
-        4 * 2**20, description="text that is tokenised, packed and shuffled together"
+        4 * 2**20, description="bytes of text that are tokenised, packed and shuffled together"
     )
     shard_rows: PositiveInt = 2**22
     max_bad_share: Fraction = Field(
@@ -46,13 +51,13 @@ class PrepareConfig(Section):
     workers: PositiveInt | None = Field(None, description="(*) default: the CPU cores")
 
     def transform(self) -> dict:
-        """The settings that decide what a text becomes."""
+        """The settings that change the bytes of the store."""
         free = {"output", "sources", "tokenizer", "max_bad_share", "engine", "workers"}
         return self.model_dump(mode="json", exclude=free)
 
 
 class TokenizerSection(Section):
-    """The teacher's own by default; another folder's; or a WordPiece trained on the corpus."""
+    """The tokenizer: the teacher's (default), that of a folder, or one trained on the corpus."""
 
     path: str | None = None
     vocab_size: PositiveInt | None = None
@@ -60,34 +65,38 @@ class TokenizerSection(Section):
 
 
 class CorpusSection(Section):
-    """Plain text: .txt (blank lines part documents), .jsonl with `text`; folders and globs."""
+    """Text: .txt (blank lines separate documents), .jsonl with `text`, folders, globs, stores."""
 
     files: tuple[str, ...] = ()
     stores: dict[str, Positive] = Field(
         {},
-        description="instead of text: folders that `tinybert data prepare` wrote, and each one's "
-        "share of the rows of a batch",
+        description="instead of files: folders that `tinybert data prepare` wrote, with the "
+        "relative number of rows that a batch takes from each folder",
     )
-    heldout_store: str | None = Field(None, description="a store that pretrain is evaluated on")
+    heldout_store: str | None = Field(None, description="a store to evaluate pretrain on")
     builtin: bool = False
     max_documents: PositiveInt | None = None
     heldout_share: Probability = Field(
         0.0,
-        description="share of the documents, by the hash of their text, that no stage trains on: "
-        "pretrain tells its perplexity on them",
+        description="share of the documents, chosen by hash of the text, that no stage trains on; "
+        "pretrain reports its perplexity on them",
     )
 
     @model_validator(mode="after")
     def _one_source(self) -> "CorpusSection":
         if [bool(self.files), bool(self.stores), self.builtin].count(True) != 1:
-            raise ValueError("expected files, stores or builtin: true, exactly one of them")
+            raise ValueError(
+                "expected files, stores or builtin: true, exactly one; set one of them"
+            )
         if self.stores and (self.max_documents or self.heldout_share):
             raise ValueError(
-                "stores hold rows, not documents: remove max_documents and heldout_share (give "
+                "stores hold rows, not documents: remove max_documents and heldout_share (set "
                 "heldout_store instead)"
             )
         if self.heldout_store and not self.stores:
-            raise ValueError("heldout_store is for stores; text has heldout_share")
+            raise ValueError("heldout_store is for stores: set heldout_share instead")
         if self.heldout_store in self.stores:
-            raise ValueError(f"heldout_store: {self.heldout_store} is trained on; give another")
+            raise ValueError(
+                f"heldout_store: {self.heldout_store} is trained on; set another store"
+            )
         return self

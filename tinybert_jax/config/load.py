@@ -1,4 +1,4 @@
-"""Loads a configuration: YAML files, `key.path=value` overrides, all mistakes at once."""
+"""Loads a config from a YAML file and `key.path=value` overrides; reports all errors together."""
 
 import contextlib
 import difflib
@@ -22,58 +22,59 @@ _BOOLEAN = "tag:yaml.org,2002:bool"
 
 
 class ConfigError(ValueError):
-    """Everything wrong with a config, one mistake a line, each with its dotted path."""
+    """All errors of a config, one per line, each with its dotted path."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """A run's configuration; see `load_as`."""
+    """The config of a run; see `load_as`."""
     return load_as(RunConfig, path, overrides)
 
 
 def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -> Root:
-    """Reads a YAML file, applies `key.path=value` overrides and validates the whole.
+    """Reads a YAML file, applies `key.path=value` overrides and validates the result as a `root`.
 
-    Values of overrides are YAML (`seed=1`, `general=null`, `task.labels=[neg,pos]`); `${NAME}` in a
-    string is replaced by the environment variable. Raises `ConfigError` with all mistakes at once.
+    Values of overrides are YAML (`seed=1`, `general=null`, `task.labels=[neg,pos]`). `${NAME}` in a
+    string is replaced by the environment variable. Raises `ConfigError` with all errors.
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"{path}: expected a YAML config file, found none{_near_file(path)}")
+        raise ConfigError(f"{path}: expected a YAML config file, found none{_nearest_file(path)}")
     tree = _read(path)
     for override in overrides:
         _apply_override(tree, override)
     unset = list(_unset_variables(tree))
     if unset:
-        raise ConfigError("\n".join([_num_mistakes(path, unset), *unset]))
+        raise ConfigError("\n".join([_error_count(path, unset), *unset]))
     try:
         return root.model_validate(_expand_variables(tree))
     except ValidationError as error:
-        mistakes: dict[str, list[str]] = {}  # a union has one for each of its members
+        errors: dict[str, list[str]] = {}  # by place; a union has an error per member
         for item in error.errors():
             place, text = _explain(item, root)
-            mistakes.setdefault(place and f"{place}: ", []).append(text)
+            errors.setdefault(place and f"{place}: ", []).append(text)
         lines = [
             f"  {place}{line}"
-            for place, texts in mistakes.items()
-            for line in " or ".join(dict.fromkeys(texts)).splitlines()  # a section may name several
+            for place, texts in errors.items()
+            for line in " or ".join(
+                dict.fromkeys(texts)
+            ).splitlines()  # a validator may report several
         ]
-        raise ConfigError("\n".join([_num_mistakes(path, lines), *lines])) from None
+        raise ConfigError("\n".join([_error_count(path, lines), *lines])) from None
 
 
 def dump(config: BaseModel) -> str:
-    """The resolved config as YAML, defaults included: loading it again gives the same config."""
+    """The config as YAML with all defaults; loading it gives an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def differences(path: Path, config: BaseModel, ignored: Sequence[str] = ()) -> list[str]:
-    """Where a file that `dump` wrote says otherwise than `config`, each with its dotted path.
+    """The settings that differ between a file that `dump` wrote and `config`, as lines of text.
 
-    `ignored`: dotted paths that may differ.
-
-    A setting that is younger than the file has its default there.
+    `ignored`: dotted paths that may differ. A setting that did not exist when the file was written
+    counts as its default there.
     """
     tree = _read(path)
-    with contextlib.suppress(ValidationError):  # then the file's own words are compared
+    with contextlib.suppress(ValidationError):  # an invalid file is compared as it is
         tree = type(config).model_validate(tree).model_dump(mode="json")
     before, now = dict(_leaves(tree)), dict(_leaves(config.model_dump(mode="json")))
     changes = [
@@ -82,15 +83,15 @@ def differences(path: Path, config: BaseModel, ignored: Sequence[str] = ()) -> l
         if before.get(dotted) != now.get(dotted) and dotted not in ignored
     ]
     first, second = ([name for name in leaves if "labels." in name] for leaves in (before, now))
-    if first != second and not changes:  # their order numbers them
+    if first != second and not changes:  # the order of labels decides their ids
         changes = [f"task.labels: in the order {first} there, {second} here"]
     return changes
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would silently keep the last.
+    """A YAML loader that raises for a repeated key; PyYAML would silently keep the last value.
 
-    Booleans are those of YAML 1.2, true and false alone: yes, no, on and off are labels and names.
+    Booleans are only true and false, as in YAML 1.2, because yes, no, on and off can be labels.
     """
 
     yaml_implicit_resolvers = {
@@ -167,7 +168,7 @@ def _unset_variables(tree: dict[str, Any]) -> Iterator[str]:
 
 
 def _texts(node: Any, dotted: str = "") -> Iterator[tuple[str, str]]:
-    """Every string, those in lists too, each with its dotted path or that of its list."""
+    """(dotted path, string) of every string; a string in a list has the path of the list."""
     for place, leaf in _leaves(node, dotted):
         if isinstance(leaf, list):
             for child in leaf:
@@ -186,13 +187,13 @@ def _expand_variables(node: Any) -> Any:
     return _VARIABLE.sub(lambda match: os.environ[match[1]], node)
 
 
-def _num_mistakes(origin: str | Path, lines: Sequence[str]) -> str:
-    return f"{origin}: {len(lines)} {'mistake' if len(lines) == 1 else 'mistakes'}"
+def _error_count(origin: str | Path, lines: Sequence[str]) -> str:
+    return f"{origin}: {len(lines)} {'error' if len(lines) == 1 else 'errors'}"
 
 
 def _explain(item: Any, root: type[BaseModel]) -> tuple[str, str]:
-    """(dotted path, what is wrong there) of one pydantic error, with the nearest valid name."""
-    location, sections = _own_location(root, item["loc"], item["type"] == "extra_forbidden")
+    """(dotted path, message) of one pydantic error, with the nearest valid name."""
+    location, sections = _config_location(root, item["loc"], item["type"] == "extra_forbidden")
     dotted = ".".join(str(part) for part in location)
     if item["type"] == "extra_forbidden":
         known = list(sections[0].model_fields) if sections else []
@@ -220,30 +221,33 @@ def _explain(item: Any, root: type[BaseModel]) -> tuple[str, str]:
     return dotted, f"{message}, got {got!r}{nearest}"
 
 
-def _own_location(
+def _config_location(
     root: type[BaseModel], location: Sequence[Any], ends_in_unknown: bool
 ) -> tuple[list[Any], list[type[BaseModel]]]:
-    """The parts of a location that the config has, and which sections may be there.
+    """(keys of the config in a pydantic location, the section types that may be at its end).
 
-    Pydantic names the members of a union too.
+    A pydantic location also names members of unions, which are no keys of the config.
     """
-    sections, own, is_free = [root], [], False
+    sections, keys, is_free = [root], [], False
     for place, part in enumerate(location):
-        fields = [each.model_fields[part] for each in sections if part in each.model_fields]
-        tagged = [each for each in sections if part in _tags(each)]
+        fields = [
+            section.model_fields[part] for section in sections if part in section.model_fields
+        ]
+        tagged = [section for section in sections if part in _tags(section)]
         is_unknown = ends_in_unknown and place == len(location) - 1
         if fields:
-            own.append(part)
+            keys.append(part)
             sections = list(_section_types(fields[0].annotation))
             is_free = "dict" in str(fields[0].annotation)
         elif tagged and not is_unknown:
             sections = tagged
         elif isinstance(part, int) or is_free or is_unknown:
-            own.append(part)
-    return own, sections
+            keys.append(part)
+    return keys, sections
 
 
 def _tags(section: type[BaseModel]) -> Iterator[str]:
+    """The values that a tagged union may use to name this section."""
     for field in section.model_fields.values():
         if typing.get_origin(field.annotation) is typing.Literal:
             yield from typing.get_args(field.annotation)[:1]
@@ -267,7 +271,7 @@ def _nearest(name: str, known: Sequence[str], list_all: bool = True) -> str:
     return f"; known here: {', '.join(known)}" if list_all else ""
 
 
-def _near_file(path: Path) -> str:
+def _nearest_file(path: Path) -> str:
     siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
     match = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.5)
     return f"; did you mean '{path.parent / match[0]}'?" if match else ""

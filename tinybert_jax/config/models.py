@@ -1,4 +1,4 @@
-"""Which models a run has: named sizes, sizes of an encoder, teachers and students."""
+"""The settings of the models of a run: sizes, teachers and students."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -9,18 +9,18 @@ from tinybert_jax.settings.sizes import PRESETS, ModelConfig
 
 
 class FurtherTeacherSection(Section):
-    """A classifier of the same task, labels and vocabulary, of any size."""
+    """Another fine-tuned teacher: same task, labels and vocabulary, any size."""
 
     path: str = Field(description="a fine-tuned Hugging Face folder or hub id")
-    weight: Positive = 1.0
+    weight: Positive = 1.0  # in the mean of logits; the weight of `teacher` is 1
 
 
 class ModelSection(Section):
-    """Which encoder: a Hugging Face folder or hub id (`path`), or a fresh one from sizes."""
+    """An encoder: from a Hugging Face folder or hub id (`path`), or new from sizes."""
 
     path: str | None = None
     model_type: str | None = Field(
-        None, description="the family of a fresh model; default: the teacher's, or BERT"
+        None, description="the family of a new model; default: the teacher's, or BERT"
     )
     preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
     hidden_size: PositiveInt | None = None
@@ -38,21 +38,21 @@ class ModelSection(Section):
         if self.path and (fresh or sizes):
             raise ValueError(
                 f"expected either path or sizes, got path '{self.path}' together with "
-                f"{[*fresh, *sizes]}: a folder brings its own sizes"
+                f"{[*fresh, *sizes]}: a folder has sizes already; remove one of the two"
             )
         missing = [name for name in _SIZE_FIELDS[:4] if name not in sizes]
         if self.preset and not missing:
             raise ValueError(
                 f"expected a preset or all sizes, got preset {self.preset} together with "
-                f"{list(_SIZE_FIELDS[:4])}, which leave nothing of it; set those to null, or give "
-                f"the preset alone: {{preset: {self.preset}}}"
+                f"{list(_SIZE_FIELDS[:4])}, which override all of it; set those to null, or "
+                f"override the whole section: {{preset: {self.preset}}}"
             )
         if not self.path and not self.preset and missing:
-            raise ValueError(f"expected a path, a preset or all sizes; missing {missing}")
+            raise ValueError(f"expected a path, a preset or all sizes, got no {missing}; set them")
         return self
 
     def sizes(self) -> dict[str, Any]:
-        """Fields for `ModelConfig` of a fresh model: preset first, explicit values over it."""
+        """Fields of `ModelConfig` for a new model: given sizes, then those of the preset."""
         explicit = self.model_dump(
             exclude_none=True, exclude={"path", "preset", "init", "init_layers", "finetuned"}
         )
@@ -69,67 +69,74 @@ _SIZE_FIELDS = (
 
 
 class TeacherSection(ModelSection):
+    """The teacher: an encoder, and optionally its fine-tuned model."""
+
     finetuned: str | None = Field(
-        None, description="a folder of the same model that knows the task; instead of finetune"
+        None, description="a fine-tuned folder of the same model; instead of a finetune section"
     )
 
 
 class StudentSection(ModelSection):
+    """A student: an encoder, and the weights that it starts from."""
+
     init: Literal["random", "teacher_embeddings", "teacher_layers"] = Field(
         "random",
-        description="teacher_embeddings: the tables of the first stage's teacher, projected on the "
-        "principal directions of its words; teacher_layers: its encoder, with init_layers of its "
-        "layers (DistilBERT, arXiv 1910.01108)",
+        description="teacher_embeddings: the embedding tables of the first stage's teacher, "
+        "projected on the principal directions of its word embeddings; teacher_layers: the "
+        "embeddings and the layers init_layers of that teacher (DistilBERT, arXiv 1910.01108)",
     )
     init_layers: Literal["uniform", "top", "bottom"] | tuple[PositiveInt, ...] = Field(
-        "uniform", description="of teacher_layers: evenly spaced, the last, the first, or a list"
+        "uniform",
+        description="for teacher_layers: evenly spaced, the last, the first, or a list of layers",
     )
 
     @model_validator(mode="after")
     def _one_start(self) -> "StudentSection":
         if self.init_layers != "uniform" and self.init != "teacher_layers":
             expected = f"init_layers: expected with init teacher_layers, got init {self.init}"
-            raise ValueError(f"{expected}; set init to that, or leave init_layers out")
+            raise ValueError(f"{expected}; set init to teacher_layers, or remove init_layers")
         if self.path and self.init != "random":
             raise ValueError(
                 f"expected path or init: {self.init}, got both: a student from path "
-                f"'{self.path}' starts from the folder's weights; drop one of them"
+                f"'{self.path}' starts from the folder's weights; remove one of them"
             )
         return self
 
 
-SOLE = ""  # the name of a model that has no family
+SOLE = ""  # the name of a student under `student`, and of the teacher
 
 
 class Student(NamedTuple):
-    """One of the models that a run distils into; the only one, or a member of a family."""
+    """A student of the run."""
 
-    name: str
+    name: str  # the key under `students`, or `SOLE`
     section: StudentSection
     sizes: ModelConfig
 
     @property
     def origin(self) -> str:
+        """The place of the student in the config."""
         return student_origin(self.name)
 
 
 class FurtherTeacher(NamedTuple):
-    """One whose logits join the teacher's."""
+    """A further teacher of the run; the student learns from the mean of all logits."""
 
-    number: int
+    number: int  # index in `distillation.further_teachers`
     section: FurtherTeacherSection
     sizes: ModelConfig
 
     @property
     def origin(self) -> str:
+        """The place of the teacher in the config."""
         return further_origin(self.number)
 
 
 def further_origin(number: int) -> str:
-    """Where the config has the further teacher of that number."""
+    """The place in the config of the further teacher with index `number`."""
     return f"distillation.further_teachers.{number}"
 
 
 def student_origin(name: str) -> str:
-    """Where the config has the student of that name."""
+    """The place in the config of the student `name`."""
     return "student" if name == SOLE else f"students.{name}"

@@ -1,4 +1,4 @@
-"""The settings of distillation: which terms each stage minimises. Presets are lists of terms."""
+"""The settings of distillation: the loss terms of each stage. A preset is a list of terms."""
 
 import functools
 from importlib import resources
@@ -14,11 +14,11 @@ from tinybert_jax.terms.table import Terms, reads_of
 
 
 class DistillSection(Section):
-    """What the stages general, intermediate and prediction minimise: a preset's terms, or own."""
+    """The terms that the stages general, intermediate and prediction minimise."""
 
     preset: Literal["tinybert", "minilmv2", "distilbert", "pkd"] = "tinybert"
     general: Terms = Field(
-        default=(), description="default: the preset's terms; so are those of the next two"
+        default=(), description="default: the preset's terms, also for the next two settings"
     )
     intermediate: Terms = ()
     prediction: Terms = ()
@@ -26,38 +26,39 @@ class DistillSection(Section):
     normalisation: Literal["valid_only", "paper_code"] = "valid_only"
     mask_rate: Probability | None = Field(
         default=None,
-        description="of general's input; default: 0.15 where a term predicts words, else 0",
+        description="share of masked tokens in the input of general; default: 0.15 where a term "
+        "predicts words, else 0",
     )
     teacher_margin: Annotated[float, Field(ge=-1, le=1)] = Field(
         default=0.02,
-        description="how far above the majority class a teacher has to score on dev; -1: any will "
-        "do. It may change when a run goes on",
+        description="least difference between a teacher's dev score and the score of always "
+        "answering the most frequent class; -1: no check. It may change when a run resumes",
     )
     keep_logits: bool | None = Field(
         default=None,
-        description="prediction: the teacher goes through the text once, before the first step, "
-        "and its logits are kept in the run folder; default: where it has num_epochs above 1 and "
-        "no term reads more of the teacher",
+        description="prediction: the teacher runs over the text once, before the first step, and "
+        "its logits are kept in the run folder; default: true where num_epochs is above 1 and no "
+        "term reads other outputs of the teacher",
     )
     further_teachers: tuple[FurtherTeacherSection, ...] = Field(
         default=(),
-        description="prediction learns from the weighted mean of all teachers' logits, kept; the "
-        "teacher's own weight is 1, and other terms read it alone",
+        description="prediction learns from the weighted mean of all teachers' logits, which are "
+        "kept; the weight of `teacher` is 1, and the other terms read `teacher` alone",
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in_the_preset(cls, given: Any) -> Any:
-        """So that a run's config says what it minimises, whatever becomes of the presets."""
+    def _fill_in_preset(cls, given: Any) -> Any:
+        """Adds the preset's terms, so that a saved config does not depend on later presets."""
         if not isinstance(given, dict):
             return given
         stages = _presets().get(given.get("preset", "tinybert"), {})
-        own = {name: terms for name, terms in given.items() if terms is not None}
-        return {**{stage.name: stages.get(stage.name, []) for stage in DISTILL_STAGES}, **own}
+        preset = {stage.name: stages.get(stage.name, []) for stage in DISTILL_STAGES}
+        return {**preset, **{name: value for name, value in given.items() if value is not None}}
 
     @model_validator(mode="after")
     def _terms_fit_their_stage(self) -> "DistillSection":
-        mistakes = [
+        errors = [
             f"{stage.name}: expected no {term.name}, a term of "
             f"{'general' if term.reads.words else 'prediction'}: move it there"
             for stage in DISTILL_STAGES
@@ -66,26 +67,28 @@ class DistillSection(Section):
             or (term.reads.task_logits and not stage.trains_head)
         ]
         if self.mask_rate == 0 and any(t.predicts_masked for t in self.terms("general")):
-            mistakes.append(
+            errors.append(
                 "mask_rate: expected more than 0 for terms that predict masked words, got 0; "
                 "leave it out for 0.15"
             )
-        if mistakes:
-            raise ValueError("\n".join(mistakes))
+        if errors:
+            raise ValueError("\n".join(errors))
         return self
 
     def terms(self, stage: str) -> Terms:
-        """Those that count: a term of weight 0 is as good as absent."""
+        """The terms of a stage, without terms of weight 0."""
         return tuple(term for term in getattr(self, stage) if term.counts)
 
     @property
     def general_mask_rate(self) -> float:
+        """The share of masked tokens in the input of the stage general."""
         predicts = reads_of(self.terms("general")).words
         return (0.15 if predicts else 0.0) if self.mask_rate is None else self.mask_rate
 
 
 @functools.cache
 def _presets() -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Preset, stage -> the settings of the terms."""
     text = (
         resources.files("tinybert_jax.config")
         .joinpath("objectives.yaml")

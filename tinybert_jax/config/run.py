@@ -1,6 +1,6 @@
-"""A whole run: all sections together, and what they say of each stage.
+"""The config of a whole run, and the plan of each stage that follows from it.
 
-Code holds defaults, YAML holds choices. Imports no JAX: `--help` and launchers stay instant.
+The code holds the defaults, a YAML file the choices. Imports no JAX, so that `--help` is fast.
 """
 
 from typing import Annotated, Any, NamedTuple
@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field, model_validator
 
 from tinybert_jax.config.compute import ComputeSection, MeshSection
-from tinybert_jax.config.consistency import missing_needs
+from tinybert_jax.config.consistency import consistency_errors
 from tinybert_jax.config.data import CorpusSection, TokenizerSection
 from tinybert_jax.config.models import SOLE, StudentSection, TeacherSection
 from tinybert_jax.config.objectives import DistillSection
@@ -30,15 +30,15 @@ from tinybert_jax.terms.words import MaskedLMTerm
 
 
 class StagePlan(NamedTuple):
-    """One stage of a run and the settings that it reads."""
+    """One stage of a run and its settings."""
 
     stage: Stage
     section: Any  # the StageSection of that stage
-    seeds: tuple[int, ...]  # of each model that the stage trains
-    members: tuple[str, ...]  # names of the models; `SOLE` for one that stands alone
-    terms: Terms = ()  # pretrain's masked LM counts as one
-    keeps_logits: bool = False  # the teachers' logits are made before the first step
-    masking: Masking | None = None  # of the input
+    seeds: tuple[int, ...]  # each member is trained once per seed
+    members: tuple[str, ...]  # names of the trained models; (SOLE,) for a single model
+    terms: Terms = ()  # pretrain has the masked LM as its only term
+    keeps_logits: bool = False  # the teachers' logits are computed before the first step
+    masking: Masking | None = None  # how the input is masked; None: not masked
 
     @property
     def name(self) -> str:
@@ -46,20 +46,21 @@ class StagePlan(NamedTuple):
 
     @property
     def step_terms(self) -> Terms:
-        """The terms for which a step runs the models."""
+        """The terms that a step computes from the models' outputs; not those of kept logits."""
         return without_task_logits(self.terms) if self.keeps_logits else self.terms
 
     @property
     def reads_teacher(self) -> bool:
-        """Whether a term reads a teacher, in the steps or before them."""
+        """Whether a term reads a teacher, in the steps or before the first step."""
         return reads_of(self.terms).teacher
 
 
 class RunConfig(Section):
-    """A whole run. A stage is run when its section is there, in the order of `STAGES`.
+    """All settings of a run. The stages that have a section run in the order of `STAGES`.
 
-    pretrain: masked LM of the teacher; finetune: the teacher on the task; general, intermediate,
-    prediction: TinyBERT's three distillation steps; baseline: the same student without a teacher.
+    pretrain: masked-LM training of the teacher. finetune: supervised training of the teacher.
+    general, intermediate, prediction: TinyBERT's three distillation steps. baseline: supervised
+    training of the same student without a teacher.
     """
 
     name: str = "run"
@@ -67,16 +68,16 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     num_seeds: PositiveInt = Field(
         1,
-        description="students of each size that are trained side by side, from seeds seed, "
-        "seed + 1, …, in the same batches: they share the teacher's passes; the best by dev score "
-        "is exported",
+        description="number of students of each size, trained in the same batches from the seeds "
+        "seed, seed + 1, …; they share the teacher's forward passes, and the one with the best dev "
+        "score is exported",
     )
     teacher: TeacherSection
     student: StudentSection | None = None
     students: Annotated[dict[str, StudentSection], Field(min_length=1)] | None = Field(
         None,
-        description="instead of student: several by name, trained side by side in the same batches "
-        "with one pass of the teacher; each is exported to hf/<name>",
+        description="instead of student: several students by name, trained in the same batches "
+        "with one forward pass of the teacher; each is exported to hf/<name>",
     )
     tokenizer: TokenizerSection = TokenizerSection()
     corpus: CorpusSection | None = None
@@ -93,41 +94,42 @@ class RunConfig(Section):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
+        """The stages that have a section, in running order."""
         return tuple(stage for stage in STAGES if getattr(self, stage.name) is not None)
 
     @property
     def plans(self) -> dict[str, StagePlan]:
-        """The plan of each stage that the run has, by name."""
+        """The plans of `stages` by name."""
         return {stage.name: self._plan(stage) for stage in self.stages}
 
     def reads_teacher(self, stage: Stage, stages: tuple[Stage, ...] | None = None) -> bool:
-        """Whether this stage reads a teacher: for a term, or to start students from it.
+        """Whether a stage reads a teacher's weights: for a term, or to start students from them.
 
-        Students start in the first of `stages` that distils.
+        Students start in the first distillation stage of `stages` (None: of the run).
         """
-        first = next((own for own in stages or self.stages if own.distils), None)
-        starts = any(own.init != "random" for own in self.students_by_name.values())
-        return self.terms_read_teacher(stage) or (starts and stage == first)
+        first = next((other for other in stages or self.stages if other.distils), None)
+        is_copied = any(student.init != "random" for student in self.students_by_name.values())
+        return self.terms_read_teacher(stage) or (is_copied and stage == first)
 
     def terms_read_teacher(self, stage: Stage) -> bool:
-        """Whether the run has this stage, and a term of it reads a teacher."""
-        is_there = stage.distils and stage in self.stages
-        return is_there and reads_of(self.distillation.terms(stage.name)).teacher
+        """Whether the run has this stage and a term of the stage reads a teacher."""
+        is_in_run = stage.distils and stage in self.stages
+        return is_in_run and reads_of(self.distillation.terms(stage.name)).teacher
 
     @property
     def students_by_name(self) -> dict[str, StudentSection]:
-        """The students by name; a single one is `SOLE`."""
+        """The students by name; a single student has the name `SOLE`."""
         return self.students or ({SOLE: self.student} if self.student else {})
 
     def seeds(self, stage: Stage) -> tuple[int, ...]:
-        """The seed of each model that a stage trains."""
+        """The seeds of a stage: every member is trained once per seed."""
         section = getattr(self, stage.name)
-        own = section.num_seeds if isinstance(section, FinetuneSection) else 1
-        number = self.num_seeds if stage.role == "student" else own
-        return tuple(range(self.seed, self.seed + number))
+        num_teachers = section.num_seeds if isinstance(section, FinetuneSection) else 1
+        num_seeds = self.num_seeds if stage.role == "student" else num_teachers
+        return tuple(range(self.seed, self.seed + num_seeds))
 
     def keeps_logits(self, stage: Stage) -> bool:
-        """Whether the teachers' logits of the stage's text are made before its first step."""
+        """Whether the teachers' logits of the stage's text are computed before its first step."""
         section = getattr(self, stage.name)
         if not (stage.distils and stage.trains_head and section):
             return False
@@ -152,10 +154,12 @@ class RunConfig(Section):
         return StagePlan(stage, section, self.seeds(stage), members, terms, keeps_logits, masking)
 
     @model_validator(mode="after")
-    def _stages_have_what_they_need(self) -> "RunConfig":
-        mistakes = list(missing_needs(self))
+    def _check_consistency(self) -> "RunConfig":
+        errors = list(consistency_errors(self))
         if not self.stages:
-            mistakes.insert(0, f"expected at least one stage of {list(STAGE_NAMES)}, got none")
-        if mistakes:
-            raise ValueError("\n".join(mistakes))
+            errors.insert(
+                0, f"expected at least one stage of {list(STAGE_NAMES)}, got none; add its section"
+            )
+        if errors:
+            raise ValueError("\n".join(errors))
         return self

@@ -1,4 +1,4 @@
-"""The sections of the training stages: how long, on what rows, how fast, how often judged."""
+"""The settings of the training stages, and the list of all stages."""
 
 from typing import Annotated, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ MaskUnit = Literal["token", "whole_word", "span"]
 
 
 class StageSection(Section):
-    """One training stage: how long, how fast, how often it is looked at and saved."""
+    """Steps, batches, learning rate, logging, evaluation and checkpoints of one stage."""
 
     num_epochs: Positive | None = None
     num_steps: PositiveInt | None = None
@@ -30,8 +30,9 @@ class StageSection(Section):
     )
     batching: Literal["bucket", "pack", "pad"] = Field(
         "bucket",
-        description="bucket: a row an example, padded to its bucket's width; pad: to max_length; "
-        "pack: rows of max_length hold several examples, global_batch_size a batch on average",
+        description="bucket: one example per row, padded to the width of its bucket; pad: padded "
+        "to max_length; pack: rows of max_length hold several examples, and a batch holds "
+        "global_batch_size examples on average",
     )
     learning_rate: Positive
     schedule: Literal[
@@ -48,15 +49,17 @@ class StageSection(Section):
     clip_norm: Positive | None = 1.0
     average_decay: Probability | None = Field(
         None,
-        description="decay of a moving average of the weights, which is then what is evaluated and "
-        "kept; 0.998 looks back about 500 steps",
+        description="decay of a moving average of the weights; evaluations read the average, and "
+        "it is saved as the model; 0.998 averages about 500 steps",
     )
-    dropout: Probability | None = Field(None, description="overrides both of the model's rates")
+    dropout: Probability | None = Field(
+        None, description="overrides all dropout rates of the model"
+    )
     log_every: PositiveInt = 50
     save_every: PositiveInt = 500
     eval_every: PositiveInt | None = Field(None, description="steps; default: once an epoch")
     patience: PositiveInt | None = Field(
-        None, description="stop after so many evaluations in a row without a better dev score"
+        None, description="stop after this many evaluations in a row without a better dev score"
     )
 
     @model_validator(mode="after")
@@ -64,19 +67,19 @@ class StageSection(Section):
         if (self.num_epochs is None) == (self.num_steps is None):
             raise ValueError(
                 f"expected num_epochs or num_steps, exactly one of them, got {self.num_epochs} and "
-                f"{self.num_steps}; set one, and the other to null"
+                f"{self.num_steps}; set one of them, and the other to null"
             )
         if self.global_batch_size % self.gradient_accumulation_steps:
             raise ValueError(
                 f"expected global_batch_size to be a multiple of gradient_accumulation_steps, "
-                f"got {self.global_batch_size} and {self.gradient_accumulation_steps}"
+                f"got {self.global_batch_size} and {self.gradient_accumulation_steps}; change one"
             )
         if self.length_buckets and self.batching == "pad":
             raise ValueError("batching: pad has one width, max_length; remove length_buckets")
         if self.length_buckets and max(self.length_buckets) != self.max_length:
             raise ValueError(
                 f"expected the longest of length_buckets to be max_length = {self.max_length}, "
-                f"got {list(self.length_buckets)}"
+                f"got {list(self.length_buckets)}; add {self.max_length}, or change max_length"
             )
         return self
 
@@ -94,20 +97,20 @@ class StageSection(Section):
         return (*widths, self.max_length)
 
     def parts(self) -> "list[Part]":
-        """How the stage goes, from its first step on: as it is, or phase by phase."""
+        """The parts of the stage in order: the phases, then the stage's own settings."""
         return [Part(0, "", self)]
 
 
 class Part(NamedTuple):
-    """A run of steps with rows of one length and batches of one size."""
+    """Consecutive steps of a stage with the same row length and batch size."""
 
-    start: int  # its first step
-    key: str  # where the config says so: "phases.0." or, of the stage itself, ""
-    section: StageSection
+    start: int  # first step
+    key: str  # place in the config: "phases.0." for a phase, "" for the stage itself
+    section: StageSection  # the settings of these steps
 
 
 class Phase(Section):
-    """What a stage begins with instead of its own settings, for a share of its steps."""
+    """Settings that replace those of the stage during a share of its first steps."""
 
     share: Annotated[float, Field(gt=0.0, lt=1.0, description="of the stage's steps")]
     max_length: Annotated[int, Field(ge=4)] | None = None
@@ -115,17 +118,18 @@ class Phase(Section):
 
     @property
     def changes(self) -> dict[str, int]:
+        """The settings of the stage that the phase replaces, by name."""
         return self.model_dump(exclude={"share"}, exclude_none=True)
 
 
 class CorpusStageSection(StageSection):
-    """A stage that trains on the corpus, and may begin with shorter rows or smaller batches."""
+    """A stage on the corpus; it can start with phases of shorter rows or smaller batches."""
 
     phases: tuple[Phase, ...] = Field(
         (),
-        description="how the stage begins, in order: [{share: 0.9, max_length: 128}] is BERT's "
-        "recipe; what they leave is trained with max_length and global_batch_size. Of "
-        "corpus.stores a phase reads those of its max_length",
+        description="the first parts of the stage, in order: [{share: 0.9, max_length: 128}] is "
+        "BERT's recipe; the remaining steps use the stage's max_length and global_batch_size. A "
+        "phase reads only the corpus.stores whose rows have its max_length",
     )
 
     @model_validator(mode="after")
@@ -133,33 +137,36 @@ class CorpusStageSection(StageSection):
         if not self.phases:
             return self
         if not self.num_steps:
-            raise ValueError("phases are shares of num_steps: give it instead of num_epochs")
+            raise ValueError("phases are shares of num_steps: set num_steps, not num_epochs")
         for phase in self.phases:
             if not phase.changes.items() - self.model_dump(include=set(phase.changes)).items():
                 raise ValueError(
                     "expected phases with another max_length or global_batch_size than the "
-                    f"stage's, got {phase.changes or 'neither'}"
+                    f"stage's, got {phase.changes or 'neither'}; change or remove the phase"
                 )
             if (phase.max_length or 0) > self.max_length:
                 raise ValueError(
                     f"expected phases of at most max_length = {self.max_length}, got "
-                    f"{phase.max_length}"
+                    f"{phase.max_length}; shorten the phase"
                 )
             size = phase.global_batch_size or self.global_batch_size
             if size % self.gradient_accumulation_steps:
                 raise ValueError(
                     f"expected phases whose global_batch_size is a multiple of "
-                    f"gradient_accumulation_steps = {self.gradient_accumulation_steps}, got {size}"
+                    f"gradient_accumulation_steps = {self.gradient_accumulation_steps}, got "
+                    f"{size}; change one of them"
                 )
         starts = [part.start for part in self.parts()]
         if sorted({*starts, self.num_steps}) != [*starts, self.num_steps]:
             raise ValueError(
-                f"expected phases of a step or more that leave some of {self.num_steps}, got the "
-                f"beginnings {starts} from the shares {[phase.share for phase in self.phases]}"
+                f"expected phases of at least one step, and at least one of the {self.num_steps} "
+                f"steps after them, got phases that start at steps {starts} from the shares "
+                f"{[phase.share for phase in self.phases]}; change the shares"
             )
         return self
 
     def parts(self) -> list[Part]:
+        """As in `StageSection`; each phase has the settings of the stage with its changes."""
         parts, done = [], 0.0
         for number, phase in enumerate(self.phases):
             changes: dict = {"phases": (), **phase.changes}
@@ -180,27 +187,29 @@ class PretrainSection(CorpusStageSection):
 
     mask_rate: Probability = 0.15
     mask_rate_end: Probability | None = Field(
-        None, description="the rate of the last step; in a straight line from mask_rate"
+        None, description="the rate of the last step; the rate changes linearly from mask_rate"
     )
     mask_unit: MaskUnit = Field(
-        "token", description="what is masked together; span: words in a row, as in SpanBERT"
+        "token", description="unit of masking; span: consecutive words, as in SpanBERT"
     )
     position_init: PositionInit = Field(
         "normal",
-        description="of a model from random weights: sinusoid starts the position table, which is "
-        "trained all the same, as waves; a small model then finds its neighbours in fewer steps",
+        description="initial position table of a model with random weights; sinusoid: sine and "
+        "cosine waves, which training then changes; a small model learns to find neighbouring "
+        "tokens in fewer steps",
     )
     loss_chunk_size: PositiveInt = Field(
-        512, description="most masked tokens whose logits exist at one time on a device"
+        512, description="most masked tokens whose logits are in a device's memory at one time"
     )
     pair_weight: NonNegative = Field(
         0.0,
-        description="weight of BERT's second loss, next sentence or sentence order: whichever the "
-        "stores were prepared with (mode: pairs)",
+        description="weight of BERT's second loss: next sentence or sentence order, as the stores "
+        "were prepared (mode: pairs)",
     )
 
     @property
     def masking(self) -> "Masking":
+        """How the input of pretraining is masked."""
         return Masking(
             self.mask_rate,
             self.mask_rate_end,
@@ -211,41 +220,46 @@ class PretrainSection(CorpusStageSection):
 
 
 class Masking(NamedTuple):
-    """How tokens of a stage's input are masked, and what is predicted of it."""
+    """How the input of a stage is masked, and how much of it the loss predicts at one time."""
 
-    rate: float
-    rate_end: float | None = None
+    rate: float  # share of the tokens
+    rate_end: float | None = None  # rate of the last step; None: `rate`
     unit: MaskUnit = "token"
-    max_chunk_size: int | None = None  # masked tokens whose logits exist at one time on a device
-    pair_weight: float = 0.0
+    max_chunk_size: int | None = None  # most masked tokens whose logits a device holds at once
+    pair_weight: float = 0.0  # of the loss on sentence pairs
 
 
 class SupervisedSection(StageSection):
+    """A stage that trains on labels: finetune or baseline."""
+
     label_smoothing: Probability = 0.0
 
 
 class FinetuneSection(SupervisedSection):
+    """Supervised training of the teacher."""
+
     num_seeds: PositiveInt = Field(
         1,
-        description="teachers that are trained side by side, from seeds seed, seed + 1, …, in the "
-        "same batches: the best by dev score teaches, or is exported where no student is",
+        description="number of teachers, trained in the same batches from the seeds seed, "
+        "seed + 1, …; the one with the best dev score is distilled, or exported if the run has no "
+        "student",
     )
 
 
 class Stage(NamedTuple):
-    """One of the stages a run may have. What a stage does follows from these fields alone.
+    """One kind of stage; these fields alone decide what the stage does.
 
-    `salt` is folded into the run's seed for all draws of the stage: it never changes and no other
-    stage may ever get it.
+    `salt` is folded into the run's seed for all random numbers of the stage. A salt never changes
+    and belongs to one stage only.
     """
 
     name: str
     salt: int
-    role: Literal["teacher", "student"]  # whose weights the stage trains
-    text: Literal["corpus", "labelled", "distilled"]  # distilled: labelled and unlabelled
-    teacher: Literal["pretrained", "task"] | None = None  # which teacher a distillation reads
-    starts_from: tuple[str, ...] = ()  # the stages before, the first that is done
-    trains_head: bool = False  # of the task: then dev scores choose the best checkpoint
+    role: Literal["teacher", "student"]  # the model that the stage trains
+    text: Literal["corpus", "labelled", "distilled"]  # distilled: labelled and unlabelled text
+    teacher: Literal["pretrained", "task"] | None = None  # the teacher of a distillation
+    starts_from: tuple[str, ...] = ()  # it starts from the first of these that is done
+    trains_head: bool = False  # it trains a task head, and dev scores choose the checkpoint
 
     @property
     def reads_corpus(self) -> bool:
@@ -265,6 +279,6 @@ PREDICTION = Stage(
 )
 BASELINE = Stage("baseline", 5, "student", "labelled", trains_head=True)
 STAGES = (PRETRAIN, FINETUNE, GENERAL, INTERMEDIATE, PREDICTION, BASELINE)  # in running order
-HELDOUT_SALT = 6  # of the masks on held-out text
+HELDOUT_SALT = 6  # for the masks on held-out text
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 DISTILL_STAGES = tuple(stage for stage in STAGES if stage.distils)

@@ -1,4 +1,4 @@
-"""The settings of a task: its kind, where its labelled text is and what its labels are."""
+"""The settings of a task: its kind, its files of labelled text and its labels."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -6,11 +6,11 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from tinybert_jax.settings.section import PositiveInt, Probability, Section
 
-Form = Literal["softmax", "sigmoid", "square"]  # how the scores of a unit are read: losses.forms
+Form = Literal["softmax", "sigmoid", "square"]  # see losses.forms
 
 
 class TaskSection(Section):
-    """What every kind of task has: files to train on and to be judged on."""
+    """The settings that every kind of task has; `train` is trained on, `dev` evaluated on."""
 
     form: ClassVar[Form]
     default_metric: ClassVar[str]
@@ -21,15 +21,15 @@ class TaskSection(Section):
     train: str | None = None
     dev: str | None = None
     dev_share: Probability | None = Field(
-        None, description="instead of dev: this share of the training rows, by the hash of the text"
+        None, description="instead of dev: share of the training rows, chosen by hash of the text"
     )
     train_split: str | None = None
     dev_split: str | None = None
     metric: str | None = None
     unlabelled: str | None = Field(
         default=None,
-        description="more text for intermediate and prediction, which need no labels: a file with "
-        "the same text columns, or 'rest': the training rows beyond max_train_rows",
+        description="more text, without labels, for intermediate and prediction: a file with the "
+        "same text columns, or 'rest': the training rows after the first max_train_rows",
     )
     max_train_rows: PositiveInt | None = None
     max_dev_rows: PositiveInt | None = None
@@ -44,15 +44,22 @@ class TaskSection(Section):
                 "set one of them to null"
             )
         if not self.builtin and not (self.train and (self.dev or self.dev_share)):
-            raise ValueError("expected train, and dev or dev_share (or builtin: true)")
+            raise ValueError(
+                "expected train and one of dev and dev_share, or builtin: true; set them"
+            )
         if self.dev_share and self.dev_split:
-            raise ValueError("dev_share takes dev from train: remove dev_split")
+            raise ValueError("dev_share takes the dev rows from train: remove dev_split")
         if self.unlabelled == "rest" and not self.max_train_rows:
-            raise ValueError("unlabelled: 'rest' needs max_train_rows; set it, or give a file")
+            raise ValueError(
+                "unlabelled: 'rest' needs max_train_rows; set it, or set unlabelled to a file"
+            )
         return self
 
     def _refuse_beside_builtin(self) -> None:
-        """Settings at their defaults are as good as absent: a dumped config has them all."""
+        """Raises ValueError for settings that builtin data cannot have.
+
+        A setting with its default value is allowed, because a dumped config has all settings.
+        """
         free = {"name", "kind", "builtin", "metric", "unlabelled", "max_train_rows", "max_dev_rows"}
         given = {
             name
@@ -60,9 +67,7 @@ class TaskSection(Section):
             if name not in free and getattr(self, name) != field.default
         }
         if given:
-            raise ValueError(
-                f"builtin: true brings its own text and labels; remove {sorted(given)}"
-            )
+            raise ValueError(f"builtin: true has text and labels already; remove {sorted(given)}")
 
     @property
     def chosen_metric(self) -> str:
@@ -78,28 +83,30 @@ class TextTask(TaskSection):
     text_pair: str | None = None
     label: str = "label"
     dev_columns: dict[Literal["text", "text_pair", "label"], str] = Field(
-        {}, description="where dev names its columns otherwise, like {text: sentence}"
+        {}, description="column names of dev that differ from those of train, as {text: sentence}"
     )
 
     @model_validator(mode="after")
     def _columns(self) -> "TextTask":
         if self.dev_share and self.dev_columns:
-            raise ValueError("dev_share takes dev from train: remove dev_columns")
+            raise ValueError("dev_share takes the dev rows from train: remove dev_columns")
         if "text_pair" in self.dev_columns and not self.text_pair:
-            raise ValueError("dev_columns names a text_pair, the task has none: set text_pair too")
+            raise ValueError(
+                "dev_columns has a text_pair, but the task has none: set text_pair too"
+            )
         return self
 
 
 def _raw_labels(labels: Any) -> Any:
-    """YAML reads `{0: negative}` and `[0, 1]` as integers; raw label values are text."""
+    """Makes text of numbers, because YAML reads `{0: negative}` and `[0, 1]` as integers."""
     if not isinstance(labels, dict | list | tuple):
         return labels
     given = [*labels, *(labels.values() if isinstance(labels, dict) else ())]
-    shown = [value for value in given if isinstance(value, bool) or value is None]
-    if shown:
+    refused = [value for value in given if isinstance(value, bool) or value is None]
+    if refused:
         raise ValueError(
-            f"expected labels that are text or numbers, got {shown}; put quotes around them, as "
-            "they are written in the data"
+            f"expected labels that are text or numbers, got {refused}; put quotes around them, "
+            "with the spelling of the data"
         )
     if isinstance(labels, dict):
         return {str(raw): str(name) for raw, name in labels.items()}
@@ -134,9 +141,11 @@ class RegressionTask(TextTask):
     @classmethod
     def _labels_are_numbers(cls, tree: Any) -> Any:
         if isinstance(tree, dict) and tree.get("labels"):
-            raise ValueError("expected no labels for regression: its labels are numbers")
+            raise ValueError(
+                "expected no labels for regression, whose labels are numbers: remove labels"
+            )
         if isinstance(tree, dict) and tree.get("builtin"):
-            raise ValueError("builtin: true brings text with classes, not numbers: leave kind out")
+            raise ValueError("builtin: true has classes as labels, not numbers: leave kind out")
         return tree
 
 
@@ -148,11 +157,11 @@ class MultiLabelTask(TextTask):
 
     kind: Literal["multi_label"] = "multi_label"
     label: str = Field(
-        "labels", description="column of lists of labels; in .tsv and .csv parted by `separator`"
+        "labels", description="column of lists of labels; .tsv and .csv have `separator` in between"
     )
     separator: Annotated[str, Field(min_length=1)] = ","
     label_columns: tuple[str, ...] = Field(
-        (), description="instead of label: one column a label, each 0 or 1"
+        (), description="instead of label: one column of 0 and 1 per label"
     )
     labels: Labels = None
     metric: Literal["f1_micro", "f1_macro", "subset_accuracy"] | None = None
@@ -167,39 +176,45 @@ class MultiLabelTask(TextTask):
 
 
 class TaggingTask(TaskSection):
-    """A tag for each word: named entities in one of three schemes, or plain tags."""
+    """One tag per word: named entities in one of three schemes, or plain tags."""
 
     form: ClassVar[Form] = "softmax"
     default_metric: ClassVar[str] = "f1"
 
     kind: Literal["tagging"] = "tagging"
     format: Literal["auto", "conll", "jsonl"] = Field(
-        "auto", description="conll: a word a line, blank lines between sentences; auto: by suffix"
+        "auto", description="conll: one word per line, blank line after a sentence; auto: by suffix"
     )
     text: str = Field(
-        "auto", description="words: position of a column from 0, or key of .jsonl; auto: the first"
+        "auto", description="column of words: position from 0, or key of .jsonl; auto: the first"
     )
-    label: str = Field("auto", description="tags, likewise; auto: the last column, or key tags")
+    label: str = Field(
+        "auto", description="column of tags: position or key; auto: the last column, or key tags"
+    )
     scheme: Literal["auto", "iob1", "iob2", "bioes", "plain"] = Field(
-        "auto", description="how tags mark entities; plain: each tag is a class, as parts of speech"
+        "auto", description="how tags mark entities; plain: tags are classes, as parts of speech"
     )
-    labels: Labels = Field(None, description="kinds of entities, or plain tags, in id order")
+    labels: Labels = Field(
+        None, description="kinds of entities, or plain tags, in the order of their ids"
+    )
     drop_empty_tokens: bool = Field(
-        False, description="leaves out words of white space alone that are outside of entities"
+        False, description="drop words that are only white space and in no entity"
     )
     metric: Literal["f1", "precision", "recall", "accuracy"] | None = None
 
     @model_validator(mode="after")
     def _labels_are_a_list(self) -> "TaggingTask":
         if isinstance(self.labels, dict):
-            raise ValueError("labels: expected a list of kinds or tags, got a mapping")
+            raise ValueError(
+                "labels: expected a list of kinds or tags, got a mapping; write a list"
+            )
         if self.builtin:
-            raise ValueError("builtin: true brings text with classes, not tags: give train")
+            raise ValueError("builtin: true has classes as labels, not tags: set train instead")
         return self
 
 
 def _with_kind(tree: Any) -> Any:
-    """Fills in the kind; `regression: true` is the older way to write `kind: regression`."""
+    """Adds `kind`; `regression: true` is the older form of `kind: regression`."""
     if not isinstance(tree, dict):
         return tree
     tree, is_regression = dict(tree), tree.get("regression")
@@ -208,7 +223,9 @@ def _with_kind(tree: Any) -> Any:
         raise ValueError(f"regression: expected true or false, got {is_regression!r}; or set kind")
     kind = "regression" if is_regression else "classification"
     if is_regression and tree.get("kind", kind) != kind:
-        raise ValueError(f"expected kind regression or no regression: true, got {tree['kind']}")
+        raise ValueError(
+            f"expected kind regression or no regression: true, got {tree['kind']}; remove one"
+        )
     return {"kind": kind, **tree}
 
 

@@ -147,7 +147,7 @@ def _check_order(config: RunConfig, stages: Sequence[Stage], run: Run) -> None:
         is_wanted = before is not None and before in config.stages and before not in stages
         if before and is_wanted and not run.is_done(before.name):
             raise ValueError(
-                f"{stage.name}: expected a finished {before.name} stage in {config.run_dir}, got "
+                f"{stage.name}: expected a finished {before.name} stage in {config.run_dir}, found "
                 f"none; run `tinybert {before.name}` with this config first, or all stages with "
                 "`tinybert run`"
             )
