@@ -185,7 +185,7 @@ def _scored(probabilities, labels=((1, 0), (1, 1), (0, 0))):
 
 def test_the_tuned_threshold_decides_answers_and_scores():
     scored = _scored([[0.4, 0.1], [0.35, 0.3], [0.2, 0.2]])
-    settings = MULTI_LABEL.tuned(scored)
+    settings = MULTI_LABEL.best_settings(scored)
     assert settings == pytest.approx({"threshold": 0.25})
     told = [answer["labels"] for answer in MULTI_LABEL.answers(scored, settings)]
     assert told == [["art"], ["art", "sea"], []]
@@ -205,7 +205,7 @@ def test_a_model_that_learnt_nothing_scores_the_floor():
     """Constant probabilities and a tuned threshold: the commonest labels, as many as score best."""
     scored = _scored([[0.5, 0.4]] * 3, labels=[(1, 1), (1, 1), (1, 0)])
     assert MULTI_LABEL.floor(scored.examples) == pytest.approx(2 * 5 / (5 + 6))
-    best = MULTI_LABEL.measure(scored, MULTI_LABEL.tuned(scored))
+    best = MULTI_LABEL.measure(scored, MULTI_LABEL.best_settings(scored))
     assert MULTI_LABEL.floor(scored.examples) == pytest.approx(best["f1_micro"])
 
 

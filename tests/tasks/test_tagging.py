@@ -113,7 +113,7 @@ def test_files_that_are_wrong(write):
     empty = write("a.jsonl", '{"tokens": [], "tags": []}\n')
     _fails(lambda: _read(empty), "at least one token", "line 1", "remove these sentences")
     path = write("b.conll", _conll(SCHEMES["iob2"]))
-    with pytest.raises(ValueError, match="expected no split of a file of tags, got 'dev'"):
+    with pytest.raises(ValueError, match="expected no split for a file of tags, got 'dev'"):
         READ(path, TaggingTask(train=path, dev=path), Reading("dev"))
 
 
@@ -197,7 +197,7 @@ def test_words_that_are_cut_off_are_no_units():
 def test_a_sentence_longer_than_the_positions_is_refused():
     tokenizer = _tokenizer()
     TAGGING.check_lengths(tokenizer, EXAMPLES, 16)
-    with pytest.raises(ValueError, match="at most 5 pieces.*sentence 1: .*; part these sentences"):
+    with pytest.raises(ValueError, match="at most 5 pieces.*sentence 1: .*; split these sentences"):
         TAGGING.check_lengths(tokenizer, EXAMPLES, 5)
 
 

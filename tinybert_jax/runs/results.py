@@ -127,7 +127,7 @@ def score_dev(run: Run, plan: StagePlan, params: Sequence[Any], sizes: ModelConf
 def measure(run: Run, scored: Scored) -> dict[str, float]:
     """The metrics by name, with the settings of the head that are best on the dev set."""
     task = run.required_task.kind
-    return task.measure(scored, task.tuned(scored))
+    return task.measure(scored, task.best_settings(scored))
 
 
 def _spread(metric: str, model: dict[str, Any]) -> str:
@@ -181,7 +181,7 @@ def _describe(run: Run, evaluated: _EvaluatedModel) -> dict[str, Any]:
             description["mean"] = _over_seeds(np.mean, by_seed)
     task = run.required_task.kind
     scored = scored_by_seed[best]
-    return description | task.details(scored, task.tuned(scored))
+    return description | task.details(scored, task.best_settings(scored))
 
 
 def _evaluation_plan(run: Run, stage: str) -> StagePlan:

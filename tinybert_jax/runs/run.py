@@ -215,11 +215,11 @@ class TaskEvaluator(NamedTuple):
     def measure(self, params: Any) -> dict[str, float]:
         """The metrics by name, with the settings that are best on the dev set."""
         scored = self.score(params)
-        return self.task.measure(scored, self.task.tuned(scored))
+        return self.task.measure(scored, self.task.best_settings(scored))
 
     def tune(self, params: Any) -> Settings:
         """The settings of the head, such as a threshold, that are best on the dev set."""
-        return self.task.tuned(self.score(params)) if self.task.tune else {}
+        return self.task.best_settings(self.score(params)) if self.task.tune else {}
 
     def as_evaluator(self) -> Evaluator:
         return Evaluator(self.measure, self.fingerprint)

@@ -1,1 +1,1 @@
-"""Tasks: one file a kind, and the table of them."""
+"""Kinds of tasks: one file per kind; `table` lists all kinds."""

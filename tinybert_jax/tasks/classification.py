@@ -1,4 +1,4 @@
-"""Classification: one of several classes for each text or pair of texts."""
+"""Classification: one of several classes per text or pair of texts."""
 
 from typing import Any
 
@@ -15,26 +15,26 @@ from tinybert_jax.tasks.task import Scored, Settings, Task, softmax
 
 
 def read(path: str, section: Any, how: Reading) -> Examples:
-    """One table; of training text the labels are checked too."""
+    """Reads one table; raises ValueError for training labels that cannot be classes."""
     columns = columns_of(section, how.is_dev, how.is_labelled)
     labels = section.labels or how.label_names
     labels = labels if how.is_labelled else None
     options = {"split": how.split, "labels": labels, "keep_blank": how.keep_blank}
     examples = read_labelled(path, **columns, **options)
     if how.is_labelled and not how.is_dev:
-        _refuse_no_classes(path, section, examples)
+        _check_classes(path, section, examples)
     return examples
 
 
 def columns_of(section: Any, is_dev: bool, is_labelled: bool) -> dict[str, Any]:
-    """Names of columns and the format, as arguments for `read_labelled`."""
+    """The names of the columns and the format, as keyword arguments of `read_labelled`."""
     columns = {"text": section.text, "text_pair": section.text_pair, "label": section.label}
     columns |= dict(section.dev_columns) if is_dev else {}
     return columns | {"format": section.format, **({} if is_labelled else {"label": None})}
 
 
-def _refuse_no_classes(path: str, section: Any, examples: Examples) -> None:
-    """Refuses one label for all rows, and labels that nearly every row has for itself."""
+def _check_classes(path: str, section: Any, examples: Examples) -> None:
+    """Raises ValueError where all rows have the same label or nearly all have different labels."""
     names, labels = examples.label_names or (), examples.labels
     if len(names) < 2:
         raise ValueError(
@@ -45,37 +45,41 @@ def _refuse_no_classes(path: str, section: Any, examples: Examples) -> None:
     if section.labels is None and num_rows >= 20 and num_labels > 0.9 * num_rows:
         raise ValueError(
             f"{path}: expected labels that rows share, got {num_labels} in the {num_rows} rows of "
-            f"column '{section.label}'; name the column of the classes as task.label, or list them "
-            "all as task.labels; for numbers set task.kind=regression"
+            f"column '{section.label}'; set task.label to the column of the classes, or list all "
+            "classes in task.labels; for numbers set task.kind=regression"
         )
 
 
 def count_labels(examples: Examples) -> np.ndarray:
+    """Number of examples per class, [classes]."""
     return np.bincount(examples.labels, minlength=examples.num_outputs)
 
 
 def majority_share(examples: Examples) -> float:
-    """The accuracy of always answering the commonest class."""
+    """The accuracy of always predicting the most frequent class."""
     return float(np.bincount(examples.labels).max() / len(examples.labels))
 
 
 def measure(scored: Scored, settings: Settings) -> dict[str, float]:
+    """Accuracy, F1 and Matthews correlation; see `classification_metrics`."""
     return classification_metrics(scored.logits, scored.examples.labels)
 
 
 def answers(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
-    best, probabilities = scored.logits.argmax(-1), softmax(scored.logits)
+    """Per example the class with the highest logit, its probability, and all logits."""
+    predicted, probabilities = scored.logits.argmax(-1), softmax(scored.logits)
     return [
         {
             "label": scored.label_names[label],
             "probability": float(row[label]),
             "logits": [float(value) for value in logits],
         }
-        for label, row, logits in zip(best, probabilities, scored.logits, strict=True)
+        for label, row, logits in zip(predicted, probabilities, scored.logits, strict=True)
     ]
 
 
 def details(scored: Scored, settings: Settings) -> dict[str, Any]:
+    """The confusion matrix: true class by predicted class."""
     counts = confusion_matrix(
         scored.logits.argmax(-1), scored.examples.labels, scored.examples.num_outputs
     )

@@ -1,7 +1,7 @@
-"""Multi-label classification: any number of labels for each text or pair of texts.
+"""Multi-label classification: any number of labels per text or pair of texts.
 
-A label is answered where its probability reaches a threshold, one for all labels. The threshold is
-tuned on the dev set for the best micro F1 and kept in the exported config.
+A label is predicted where its probability reaches a threshold, which is the same for all labels.
+The threshold is the one with the best micro F1 on the dev set; config.json of the model holds it.
 """
 
 import os
@@ -31,7 +31,7 @@ _THRESHOLD = "threshold"
 
 
 def read(path: str, section: MultiLabelTask, how: Reading) -> Examples:
-    """One table: a column of lists of labels, or a column of 0 and 1 for each label."""
+    """Reads one table with a column of lists of labels, or with a column of 0 and 1 per label."""
     path = os.path.expanduser(path)
     renamed = dict(section.dev_columns) if how.is_dev else {}
     text = renamed.get("text", section.text)
@@ -61,6 +61,7 @@ def read(path: str, section: MultiLabelTask, how: Reading) -> Examples:
 
 
 def _indicators(table: Table, column: str) -> np.ndarray:
+    """int32 [rows] of 0 and 1; raises ValueError for any other value."""
     values = ["" if value is None else str(value) for value in table.columns[column]]
     meaning = {"0": 0, "1": 1, "False": 0, "True": 1, "0.0": 0, "1.0": 1}
     wrong = [(n, short(v)) for n, v in zip(table.numbers, values, strict=True) if v not in meaning]
@@ -70,7 +71,7 @@ def _indicators(table: Table, column: str) -> np.ndarray:
 
 
 def _label_lists(table: Table, column: str, separator: str) -> list[list[str]]:
-    """The raw labels of each row; raises ValueError for an empty or a repeated one."""
+    """The raw labels of each row; raises ValueError for an empty or a repeated label."""
     found: list[list[str]] = []
     wrong, empty, twice = [], [], []
     for number, value in zip(table.numbers, table.columns[column], strict=True):
@@ -115,23 +116,27 @@ def _known(
 
 
 def _probabilities(scored: Scored) -> np.ndarray:
+    """fp64 [n, labels]."""
     return 1 / (1 + np.exp(-scored.logits.astype(np.float64)))
 
 
 def _chosen(scored: Scored, settings: Settings) -> np.ndarray:
-    """int32 [n, labels]: 1 for the labels that are answered."""
+    """int32 [n, labels]: 1 for the predicted labels."""
     return (_probabilities(scored) >= settings.get(_THRESHOLD, 0.5)).astype(np.int32)
 
 
 def tune(scored: Scored) -> Settings:
+    """The threshold with the best micro F1."""
     return {_THRESHOLD: best_threshold(_probabilities(scored), scored.examples.labels)}
 
 
 def measure(scored: Scored, settings: Settings) -> dict[str, float]:
+    """Micro F1, macro F1 and subset accuracy; see `multilabel_metrics`."""
     return multilabel_metrics(_chosen(scored, settings), scored.examples.labels)
 
 
 def answers(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
+    """Per example the predicted labels, and the probability of every label."""
     names = scored.label_names
     return [
         {
@@ -143,17 +148,18 @@ def answers(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
 
 
 def details(scored: Scored, settings: Settings) -> dict[str, Any]:
+    """Scores per label and the threshold."""
     rows = scores_per_label(_chosen(scored, settings), scored.examples.labels)
     named = [{"name": n, **row} for n, row in zip(scored.label_names, rows, strict=True)]
     return {"per_class_title": "Scores per label", "per_class": named, "settings": dict(settings)}
 
 
 def floor(examples: Examples) -> float:
-    """The best micro F1 of one answer for every text: that of the commonest labels."""
+    """The best micro F1 of predicting the same labels for every text: the most frequent ones."""
     num_texts, num_labels = examples.labels.shape
     counts = np.sort(examples.labels.sum(0))[::-1]
-    answered = num_texts * np.arange(1, num_labels + 1)
-    return float(np.max(2 * np.cumsum(counts) / (answered + counts.sum())))
+    num_predicted = num_texts * np.arange(1, num_labels + 1)
+    return float(np.max(2 * np.cumsum(counts) / (num_predicted + counts.sum())))
 
 
 MULTI_LABEL = Task(

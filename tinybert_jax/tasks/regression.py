@@ -1,4 +1,4 @@
-"""Regression: a number for each text or pair of texts."""
+"""Regression: one number per text or pair of texts."""
 
 from typing import Any
 
@@ -16,20 +16,24 @@ from tinybert_jax.tasks.task import Scored, Settings, Task
 
 
 def read(path: str, section: Any, how: Reading) -> Examples:
+    """Reads one table whose labels are numbers."""
     columns = columns_of(section, how.is_dev, how.is_labelled)
     options = {"split": how.split, "numbers": how.is_labelled, "keep_blank": how.keep_blank}
     return read_labelled(path, **columns, **options)
 
 
 def count_labels(examples: Examples) -> np.ndarray:
-    return np.zeros(0, np.int64)  # there are no classes
+    """Empty, because a regression has no classes."""
+    return np.zeros(0, np.int64)
 
 
 def measure(scored: Scored, settings: Settings) -> dict[str, float]:
+    """See `regression_metrics`."""
     return regression_metrics(scored.logits[:, 0], scored.examples.labels)
 
 
 def answers(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
+    """The predicted number per example."""
     return [{"value": float(row[0])} for row in scored.logits]
 
 

@@ -1,4 +1,4 @@
-"""The table of tasks, by kind, and which of them a Hugging Face folder has a head for."""
+"""All kinds of tasks, and the kind that the head of a Hugging Face folder is for."""
 
 from tinybert_jax.huggingface.folder import HfModel
 from tinybert_jax.tasks.classification import CLASSIFICATION
@@ -13,7 +13,7 @@ TASKS: dict[str, Task] = {
 
 
 def task_of(model: HfModel) -> Task:
-    """The task that the head of a folder was trained for; raises ValueError where there is none."""
+    """The task that the head of `model` is for; raises ValueError where it has no such head."""
     if model.head is None:
         raise ValueError(
             f"{model.folder}: expected a model with a head for a task, found none; fine-tune it "
@@ -25,14 +25,16 @@ def task_of(model: HfModel) -> Task:
     known = sorted({f"{t.hf_head}, {t.problem_type}" for t in TASKS.values()})
     raise ValueError(
         f"{model.folder}: expected a head of one of the kinds {known}, got {model.head.kind} with "
-        f"problem_type {model.head.problem_type!r} and {len(model.head.label_names)} outputs"
+        f"problem_type {model.head.problem_type!r} and {len(model.head.label_names)} outputs; use "
+        "another model"
     )
 
 
 def _problem_type(model: HfModel) -> str | None:
+    """The problem type of the head, with a name of its own for regression of several numbers."""
     assert model.head is not None
     if model.head.kind != CLASSIFICATION.hf_head:
         return None
-    told = model.head.problem_type
-    is_several = told == REGRESSION.problem_type and len(model.head.label_names) > 1
-    return "several numbers" if is_several else told
+    given = model.head.problem_type
+    is_several = given == REGRESSION.problem_type and len(model.head.label_names) > 1
+    return "several numbers" if is_several else given

@@ -1,7 +1,7 @@
-"""Tagging: a tag for each word, such as named entities or parts of speech.
+"""Tagging: one tag per word, such as a named entity or a part of speech.
 
-The model scores the first piece of every word. Tags of entities are IOB2 inside, whatever the
-scheme of the files; a word that was cut off has no tag (O).
+The model scores the first piece of every word. Entity tags are converted from the scheme of the
+file to IOB2. A word beyond `max_length` counts as O.
 """
 
 import functools
@@ -32,7 +32,7 @@ from tinybert_jax.metrics.tagging import (
 from tinybert_jax.models.heads import make_token_classifier
 from tinybert_jax.tasks.task import Scored, Settings, Task, softmax
 
-# BERT's tokenizers part these characters too; ranges as in BertNormalizer of `tokenizers`.
+# BERT's tokenizers also split at these characters; ranges as in BertNormalizer of `tokenizers`.
 _CHINESE = re.compile(
     "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf"
     "\U0002f800-\U0002fa1f]"
@@ -40,10 +40,10 @@ _CHINESE = re.compile(
 
 
 def read(path: str, section: TaggingTask, how: Reading) -> Examples:
-    """Sentences of a CoNLL or JSON-lines file; labels are arrays of class ids, one a sentence."""
+    """Reads a CoNLL or JSON-lines file; labels are one array of class ids per sentence."""
     if how.split is not None:
         raise ValueError(
-            f"{path}: expected no split of a file of tags, got {how.split!r}; leave it out"
+            f"{path}: expected no split for a file of tags, got {how.split!r}; leave it out"
         )
     options = {
         "tokens": section.text,
@@ -74,7 +74,7 @@ def read(path: str, section: TaggingTask, how: Reading) -> Examples:
 
 
 def _names_of(section: TaggingTask) -> tuple[str, ...] | None:
-    """The classes that the settings list, if any."""
+    """The classes that `task.labels` names; None without `task.labels`."""
     if section.labels is None:
         return None
     kinds = tuple(section.labels)
@@ -82,11 +82,12 @@ def _names_of(section: TaggingTask) -> tuple[str, ...] | None:
 
 
 def _iob2_names(kinds: Sequence[str]) -> tuple[str, ...]:
+    """O, and B- and I- of each kind: the classes of a model."""
     return ("O", *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI"))
 
 
 def _check_classes(path: str, names: Sequence[str]) -> None:
-    """Refuses classes of a model that are no IOB2 tags, or lack some of them."""
+    """Raises ValueError for classes that are not a complete set of IOB2 tags."""
     missing = sorted(set(_iob2_names(_kinds_of(names))) - set(names))
     if missing or not all(is_tag(name) for name in names):
         raise ValueError(
@@ -104,13 +105,13 @@ def _tags_of_kinds(kinds: Sequence[str]) -> list[str]:
 
 
 def _scheme_of(section: TaggingTask, found: TaggedText) -> Scheme:
-    """The scheme that is named, or that most entities of the file follow."""
+    """The scheme in the settings, or else the scheme that most entities of the file follow."""
     if section.scheme not in ("auto", "plain"):
         return section.scheme  # type: ignore[return-value]
     tags = found.tags or []
     scheme = detect_scheme(tags)
     if scheme == "iob1":
-        # An entity that starts with I- among many with B- is a mistake in IOB2, not IOB1.
+        # Where most entities start with B-, an entity that starts with I- is an error in IOB2.
         starts = [row[entity.start] for row in tags for entity in entities_of(row)]
         num_b = sum(tag.startswith("B-") for tag in starts)
         scheme = "iob2" if 2 * num_b > len(starts) else "iob1"
@@ -118,7 +119,7 @@ def _scheme_of(section: TaggingTask, found: TaggedText) -> Scheme:
 
 
 def encode(tokenizer: Any, examples: Examples, max_length: int) -> TokenRows:
-    """[CLS] pieces of the words [SEP]; the first piece of each word is a unit and has its label."""
+    """Rows [CLS] pieces [SEP]; the first piece of a word is a unit with the label of the word."""
     backend = plain_backend(tokenizer)
     backend.enable_truncation(max_length)
     encoded = _encode_words(backend, tokenizer, [words for words, _ in _split_all(examples)])
@@ -127,7 +128,7 @@ def encode(tokenizer: Any, examples: Examples, max_length: int) -> TokenRows:
     is_unit = np.concatenate([_first_pieces(e.word_ids) for e in encoded])
     labels = None
     if examples.labels is not None:
-        kept = [own[: _num_words(e)] for own, e in zip(examples.labels, encoded, strict=True)]
+        kept = [ids[: _num_words(e)] for ids, e in zip(examples.labels, encoded, strict=True)]
         labels = np.full(len(is_unit), -1, np.int32)
         labels[is_unit] = np.concatenate(kept)
     return TokenRows(
@@ -141,11 +142,11 @@ def encode(tokenizer: Any, examples: Examples, max_length: int) -> TokenRows:
 
 
 def _encode_words(backend: Any, tokenizer: Any, sentences: Sequence[Sequence[str]]) -> list[Any]:
-    """Encodings in which every word has a piece: one that the tokenizer drops is [UNK]."""
+    """Encodings in which every word has a piece; a word that the tokenizer drops becomes [UNK]."""
     encoded = backend.encode_batch([list(words) for words in sentences], is_pretokenized=True)
     for place, (words, encoding) in enumerate(zip(sentences, encoded, strict=True)):
         pieces = [encoding, *encoding.overflowing]
-        with_piece = {i for own in pieces for i in own.word_ids if i is not None}
+        with_piece = {i for part in pieces for i in part.word_ids if i is not None}
         if len(with_piece) < len(words):
             filled = [w if i in with_piece else tokenizer.unk_token for i, w in enumerate(words)]
             encoded[place] = backend.encode(filled, is_pretokenized=True)
@@ -153,17 +154,18 @@ def _encode_words(backend: Any, tokenizer: Any, sentences: Sequence[Sequence[str
 
 
 def _first_pieces(word_ids: Sequence[int | None]) -> np.ndarray:
+    """bool [pieces]: the first piece of each word."""
     words = np.array([-1 if word is None else word for word in word_ids])
     return (words >= 0) & (np.diff(words, prepend=-2) != 0)
 
 
 def _num_words(encoding: Any) -> int:
-    """Words of which the encoding holds the first piece."""
+    """The number of words whose first piece is in the encoding."""
     return int(_first_pieces(encoding.word_ids).sum())
 
 
 def check_lengths(tokenizer: Any, examples: Examples, positions: int) -> None:
-    """Refuses a sentence with more pieces than a model has positions."""
+    """Raises ValueError for a sentence with more pieces than `positions`."""
     backend = plain_backend(tokenizer)
     sentences = [list(words) for words, _ in _split_all(examples)]
     encoded = _encode_words(backend, tokenizer, sentences)
@@ -171,16 +173,16 @@ def check_lengths(tokenizer: Any, examples: Examples, positions: int) -> None:
     if long:
         shown = ", ".join(f"sentence {place}: {length}" for place, length in long[:5])
         raise ValueError(
-            f"expected sentences of at most {positions} pieces, [CLS] and [SEP] among them (the "
-            f"model's positions), got more in {len(long)} of {len(encoded)} ({shown}"
-            f"{', …' if len(long) > 5 else ''}); part these sentences"
+            f"expected sentences of at most {positions} pieces with [CLS] and [SEP] (the model's "
+            f"positions), got more in {len(long)} of {len(encoded)} ({shown}"
+            f"{', …' if len(long) > 5 else ''}); split these sentences"
         )
 
 
 def _split_all(examples: Examples) -> Iterator[tuple[list[str], list[tuple[int, int]]]]:
-    """(words, their places in the text) of each example: a text is split, a list kept.
+    """(words, (start, end) of each word in the text) of each example; a text is split into words.
 
-    The text of a list of words has a space between them.
+    The text of a list of words is the words joined by spaces.
     """
     for text in examples.text:
         if isinstance(text, str):
@@ -193,7 +195,7 @@ def _split_all(examples: Examples) -> Iterator[tuple[list[str], list[tuple[int, 
 
 
 def _word_spans(text: str) -> list[tuple[int, int]]:
-    """Start and end of each word, where BERT's tokenizers part a text: at spaces and signs."""
+    """(start, end) of each word; as in BERT's tokenizers, white space and signs separate words."""
     spans: list[tuple[int, int]] = []
     is_open = False
     for place, char in enumerate(text):
@@ -209,7 +211,7 @@ def _word_spans(text: str) -> list[tuple[int, int]]:
 
 @functools.lru_cache(1 << 16)
 def _is_word_alone(char: str) -> bool:
-    """Whether it is punctuation or a Chinese character; accents and vowel signs are not."""
+    """Whether the character is a word: punctuation or Chinese, but no accent or vowel sign."""
     is_sign = char in string.punctuation or unicodedata.category(char).startswith("P")
     return is_sign or _CHINESE.match(char) is not None
 
@@ -223,23 +225,25 @@ def _predicted(scored: Scored) -> list[tuple[list[str], np.ndarray]]:
         part = slice(rows.offsets[place], rows.offsets[place + 1])
         logits = scored.logits[part][rows.is_unit[part]]
         chosen = logits.argmax(-1).tolist()
-        sure = softmax(logits)[np.arange(len(chosen)), chosen]
+        probabilities = softmax(logits)[np.arange(len(chosen)), chosen]
         num_cut = len(words) - len(chosen)
         tags = [names[i] for i in [*chosen, *[outside] * num_cut]]
-        found.append((tags, np.append(sure, np.zeros(num_cut))))
+        found.append((tags, np.append(probabilities, np.zeros(num_cut))))
     return found
 
 
 def _gold(scored: Scored) -> list[list[str]]:
+    """The true tag of each word of each example."""
     return [[scored.label_names[i] for i in labels] for labels in scored.examples.labels]
 
 
 def _is_plain(names: Sequence[str]) -> bool:
+    """Whether the classes are plain tags, not entity tags."""
     return not all(is_tag(name) for name in names)
 
 
 def measure(scored: Scored, settings: Settings) -> dict[str, float]:
-    """Entities as conlleval scores them; of plain tags accuracy and the mean F1 of the classes."""
+    """Entity scores as in conlleval; for plain tags accuracy and the means over classes."""
     gold, predicted = _gold(scored), [tags for tags, _ in _predicted(scored)]
     if not _is_plain(scored.label_names):
         return entity_scores(gold, predicted)
@@ -253,10 +257,10 @@ def measure(scored: Scored, settings: Settings) -> dict[str, float]:
 
 def _confusion(scored: Scored, gold: list[list[str]], predicted: list[list[str]]) -> np.ndarray:
     ids = {name: place for place, name in enumerate(scored.label_names)}
-    answered, right = (
+    predictions, labels = (
         np.array([ids[t] for row in side for t in row]) for side in (predicted, gold)
     )
-    return confusion_matrix(answered, right, len(ids))
+    return confusion_matrix(predictions, labels, len(ids))
 
 
 def _class_rows(names: Sequence[str], counts: np.ndarray) -> list[dict[str, Any]]:
@@ -274,10 +278,12 @@ def _class_rows(names: Sequence[str], counts: np.ndarray) -> list[dict[str, Any]
 
 
 def answers(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
-    """`entities` with character offsets, or `tags` of the words where tags are plain."""
+    """Per example `entities` with character offsets, or for plain tags `words` and `tags`."""
     is_plain, found = _is_plain(scored.label_names), []
     texts = zip(scored.examples.text, _split_all(scored.examples), strict=True)
-    for (text, (words, spans)), (tags, sure) in zip(texts, _predicted(scored), strict=True):
+    for (text, (words, spans)), (tags, probabilities) in zip(
+        texts, _predicted(scored), strict=True
+    ):
         whole = text if isinstance(text, str) else " ".join(text)
         if is_plain:
             found.append({"words": words, "tags": tags})
@@ -291,7 +297,7 @@ def answers(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
                     "text": whole[start:stop],
                     "start": start,
                     "end": stop,
-                    "probability": float(np.min(sure[first:end])),
+                    "probability": float(np.min(probabilities[first:end])),
                 }
             )
         found.append({"entities": entities})
@@ -299,6 +305,7 @@ def answers(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
 
 
 def details(scored: Scored, settings: Settings) -> dict[str, Any]:
+    """Scores per kind of entity, or per plain tag."""
     gold, predicted = _gold(scored), [tags for tags, _ in _predicted(scored)]
     if _is_plain(scored.label_names):
         rows = _class_rows(scored.label_names, _confusion(scored, gold, predicted))
@@ -309,11 +316,12 @@ def details(scored: Scored, settings: Settings) -> dict[str, Any]:
 
 
 def count_labels(examples: Examples) -> np.ndarray:
+    """Number of words per class, [classes]."""
     return np.bincount(np.concatenate(examples.labels), minlength=examples.num_outputs)
 
 
 def floor(examples: Examples) -> float:
-    """The F1 of answering the commonest tag for every word; without entities it is 0."""
+    """The F1 of predicting the most frequent tag for every word; 0 for entity tags."""
     names, counts = examples.label_names or (), count_labels(examples)
     if not _is_plain(names):
         return 0.0

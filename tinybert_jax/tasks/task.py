@@ -1,7 +1,7 @@
-"""What a kind of task is: how its text is read and encoded, what is scored, what is answered.
+"""The interface of a kind of task: reading, encoding, the head, metrics and predictions.
 
-Every task scores *units* over *classes*; losses and the train step know no more than that. A unit
-is an example, or a token of one. A new kind is one file with a `Task`, and a line in `table`.
+A model scores *units* over *classes*; losses and the train step need nothing else. A unit is an
+example or a token of an example. A new kind is one file with a `Task`, and a line in `table`.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,11 +15,12 @@ from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.splits import Reader
 from tinybert_jax.models.heads import MakeHead
 
-Settings = Mapping[str, float]  # of the answers, such as a threshold; kept in the exported config
+# Numbers that turn logits into predictions, such as a threshold; saved in config.json.
+Settings = Mapping[str, float]
 
 
 class Scored(NamedTuple):
-    """A data set with the logits of a model."""
+    """A data set with the logits of a model for it."""
 
     logits: np.ndarray  # fp32 [examples, classes], or [tokens of `rows`, classes]
     rows: TokenRows
@@ -27,36 +28,42 @@ class Scored(NamedTuple):
 
     @property
     def label_names(self) -> tuple[str, ...]:
+        """The names of the classes in id order; empty without names."""
         return self.examples.label_names or ()
 
 
 class Task(NamedTuple):
-    section: type[TaskSection]  # its settings; `kind` there names the task
-    form: Form
-    make_head: MakeHead  # (sizes, number of classes, options) -> model
-    unit: Literal["row", "word"]  # what has a label
+    """A kind of task."""
+
+    section: type[TaskSection]  # the settings; the default of its field `kind` names the task
+    form: Form  # which losses fit the logits
+    make_head: MakeHead  # (sizes, number of classes, options) -> (apply, init)
+    unit: Literal["row", "word"]  # what has one label
     read: Reader
     encode: Callable[[Any, Examples, int], TokenRows]  # (tokenizer, examples, max_length)
-    count_labels: Callable[[Examples], np.ndarray]  # units of each class [classes]
-    floor: Callable[[Examples], float | None]  # the score of a model that learnt nothing
-    floor_metric: str
-    measure: Callable[[Scored, Settings], dict[str, float]]
-    answers: Callable[[Scored, Settings], list[dict[str, Any]]]  # one for each example
-    details: Callable[[Scored, Settings], dict[str, Any]]  # of results.json, for the report
-    hf_head: str  # the head in the names of transformers' classes
-    problem_type: str | None  # as transformers has it
-    tune: Callable[[Scored], Settings] | None = None  # settings that score best on these examples
-    # (tokenizer, examples, positions): raises ValueError where an example has no room in a model
+    count_labels: Callable[[Examples], np.ndarray]  # -> number of units per class, [classes]
+    floor: Callable[[Examples], float | None]  # score without any learning; None: no floor
+    floor_metric: str  # the metric of `floor`
+    measure: Callable[[Scored, Settings], dict[str, float]]  # -> metrics by name
+    answers: Callable[[Scored, Settings], list[dict[str, Any]]]  # -> one prediction per example
+    details: Callable[[Scored, Settings], dict[str, Any]]  # -> more entries of results.json
+    hf_head: str  # end of the class name in transformers, such as SequenceClassification
+    problem_type: str | None  # the value in transformers' config.json
+    tune: Callable[[Scored], Settings] | None = None  # -> settings with the best score
+    # (tokenizer, examples, positions): raises ValueError where an example is too long for a model
     check_lengths: Callable[[Any, Examples, int], None] | None = None
 
     @property
     def kind(self) -> str:
+        """The value of `task.kind` in a config."""
         return self.section.model_fields["kind"].default
 
-    def tuned(self, scored: Scored) -> Settings:
+    def best_settings(self, scored: Scored) -> Settings:
+        """The settings with the best score on `scored`; empty for a task without settings."""
         return self.tune(scored) if self.tune else {}
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis."""
     shifted = np.exp(logits - logits.max(-1, keepdims=True))
     return shifted / shifted.sum(-1, keepdims=True)
