@@ -1,1 +1,1 @@
-"""What a stage minimises: losses put together, as pure functions of parameters and a batch."""
+"""The objectives of the stages: sums of losses, as pure functions of parameters and a batch."""

@@ -1,4 +1,4 @@
-"""How a student stands to its teacher: the projection between their widths, and its start."""
+"""Projection of student states to the teacher's width; starting a student from teacher weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from tinybert_jax.settings.sizes import ModelConfig
 
 
 def check_same_vocabulary(student: ModelConfig, teacher: ModelConfig) -> None:
-    """Raises ValueError naming both sizes where they differ."""
+    """Raises ValueError where the vocabulary sizes differ."""
     if student.vocab_size != teacher.vocab_size:
         raise ValueError(
             f"vocabulary: expected the same for both, got {student.vocab_size} entries for the "
@@ -23,10 +23,10 @@ def check_same_vocabulary(student: ModelConfig, teacher: ModelConfig) -> None:
 def init_projection(
     key: jax.Array, student_dim: int, teacher_dim: int, num_projections: int
 ) -> dict[str, jax.Array]:
-    """kernel [n, student_dim, teacher_dim] and bias [n, teacher_dim]; n = 1 is the shared one.
+    """kernel [n, student_dim, teacher_dim] and bias [n, teacher_dim]; n = 1: shared by all layers.
 
-    Starts as the identity between equal widths, else as N(0, 1/student_dim): the widths of
-    both models' LayerNorms make that keep the scale.
+    Equal widths start with the identity, others with N(0, 1/student_dim). As hidden states are
+    outputs of a LayerNorm, this keeps their scale.
     """
     if student_dim == teacher_dim:
         kernel = jnp.eye(student_dim)
@@ -39,7 +39,7 @@ def init_projection(
 
 
 def project(projection: Mapping[str, jax.Array], entry: int, hidden: jax.Array) -> jax.Array:
-    """H·W + c of one hidden entry: [batch, seq, student_dim] to [batch, seq, teacher_dim]."""
+    """H·W + c of hidden state number `entry`: [batch, seq, student_dim] to [.., teacher_dim]."""
     index = entry if projection["kernel"].shape[0] > 1 else 0
     kernel, bias = (projection[name][index].astype(hidden.dtype) for name in ("kernel", "bias"))
     return affine(hidden, kernel, bias)
@@ -49,7 +49,7 @@ _TABLES = ("word", "position", "token_type")
 
 
 def principal_directions(table: np.ndarray, num_directions: int) -> np.ndarray:
-    """Orthonormal [dim, num_directions]: the top eigenvectors of tableᵀ·table, signs fixed."""
+    """Orthonormal [dim, num_directions]: the top eigenvectors of tableᵀ·table, with fixed signs."""
     gram = table.astype(np.float64).T @ table.astype(np.float64)
     _, vectors = np.linalg.eigh(gram)
     top = vectors[:, ::-1][:, :num_directions]
@@ -60,10 +60,11 @@ def principal_directions(table: np.ndarray, num_directions: int) -> np.ndarray:
 def start_from_teacher_embeddings(
     student: Mapping[str, Any], teacher: Mapping[str, Any]
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Encoder parameters whose tables are the teacher's on its word table's principal directions.
+    """(encoder parameters, directions): a student with the teacher's projected embedding tables.
 
-    Also returns the directions [teacher_dim, student_dim]; their transpose is the projection that
-    undoes the reduction. Layers keep the student's own start.
+    The tables are projected on the principal directions [teacher_dim, student_dim] of the teacher's
+    word table. The transpose of the directions is the projection back. The layers of `student` do
+    not change. Raises ValueError where a table of the teacher has too few rows.
     """
     directions = principal_directions(
         np.asarray(teacher["embeddings"]["word"]["embedding"]),
@@ -85,16 +86,17 @@ def start_from_teacher_embeddings(
 def start_from_teacher_layers(
     student: Mapping[str, Any], teacher: Mapping[str, Any], layers: Sequence[int]
 ) -> dict[str, Any]:
-    """The teacher's encoder parameters with these of its layers, from 1, one for each of `student`.
+    """The teacher's encoder parameters with only the given layers, counted from 1.
 
-    Both are as wide, with as many heads; tables are cut to the student's rows.
+    `layers` has one teacher layer per student layer. Both models have the same width and heads;
+    tables are cut to the student's number of rows.
     """
     chosen = np.array(layers) - 1
 
-    def copied(path: tuple, own: Any, given: Any) -> np.ndarray:
+    def copied(path: tuple, initial: Any, given: Any) -> np.ndarray:
         rows = np.asarray(given)
-        kept = rows[chosen] if path[0].key == "layers" else rows[: len(own)]
-        assert kept.shape == own.shape, f"{path}: checked before a run"
+        kept = rows[chosen] if path[0].key == "layers" else rows[: len(initial)]
+        assert kept.shape == initial.shape, f"{path}: the checks before a run allow this shape"
         return kept
 
     kept = {name: teacher[name] for name in student}  # a student may have no pooler

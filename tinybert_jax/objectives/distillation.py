@@ -1,4 +1,4 @@
-"""The objective of the distillation stages: a sum of terms between a teacher and a student."""
+"""The objective of the distillation stages: a weighted sum of terms of a student and a teacher."""
 
 import functools
 from collections.abc import Sequence
@@ -22,62 +22,65 @@ from tinybert_jax.terms.term import Ramp, Reads
 
 
 class Role(NamedTuple):
-    """A teacher or a student: what to call, and which outputs it has."""
+    """A student or a teacher: its forward function and the outputs that terms read."""
 
     apply: Apply
-    reads: Reads
+    reads: Reads  # outputs that `apply` returns
     num_layers: int
 
 
 class Outputs(NamedTuple):
     """The outputs of one model that the terms read."""
 
-    encoder: Any  # EncoderOutput, where a term reads it
+    encoder: Any  # EncoderOutput; None where no term reads it
     logits: jax.Array | None = None  # [units, classes]
     words: MaskedLMOutput | None = None
 
 
 class Options(NamedTuple):
-    """What all terms of an objective share."""
+    """Settings that all terms of an objective share."""
 
     normalisation: Normalisation = "valid_only"
-    form: Form = "softmax"  # of the task's logits
-    chunk_size: int = 256  # masked tokens whose logits exist at one time, on each of
-    num_shards: int = 1  # batch shards
-    all_words: bool = False  # whether masked-LM factors are those of every token
+    form: Form = "softmax"  # which losses fit the logits of the task
+    chunk_size: int = 256  # masked tokens whose logits exist at one time on a batch shard
+    num_shards: int = 1  # number of batch shards
+    all_words: bool = False  # whether the masked-LM head runs at every token, not only masked ones
 
 
 class Context(NamedTuple):
-    """One microbatch as the loss of a term sees it."""
+    """The inputs of the loss of a term, for one microbatch."""
 
     student: Outputs
     teacher: Outputs
     batch: Batch
-    counts: Counts
-    projection: Any
+    counts: Counts  # of the whole batch
+    projection: Any  # parameters of `alignment.project`, or None
     options: Options
 
     def number(self, value: float | Ramp) -> float | jax.Array:
-        """A weight or temperature at the present step."""
+        """The value of a weight or temperature at this step."""
         return _number(value, self.counts)
 
     def projected(self, entry: int) -> jax.Array:
-        """One hidden entry of the student at the teacher's width [batch, seq, teacher_dim]."""
+        """Hidden state `entry` of the student at the teacher's width, [batch, seq, teacher_dim]."""
         return project(self.projection, entry, self.student.encoder.hidden[entry])
 
     def first_tokens(self, hidden: jax.Array) -> jax.Array:
-        """The hidden state of the first token of each example [examples, dim]."""
+        """The hidden state of the first token of each example, [examples, dim]."""
         tokens = first_tokens(hidden, self.batch.attention_mask, self.batch.num_segments)
         return tokens.reshape(-1, hidden.shape[-1])
 
     def units(self) -> tuple[jax.Array, jax.Array]:
-        """The task's labels [units, …] and weights [units]."""
+        """The labels [units, …] and weights [units] of the task."""
         return units(self.batch)
 
     def word_factors(
         self, outputs: Outputs, *, masked: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """hidden [rows, dim], table [vocab, dim], bias [vocab]: the factors of word logits."""
+        """(hidden [tokens, dim], table [vocab, dim], bias [vocab]), whose product is word logits.
+
+        `masked`: only at the masked positions.
+        """
         words = outputs.words
         assert words is not None
         hidden = words.hidden
@@ -93,10 +96,10 @@ def make_distill(
     options: Options = Options(),  # noqa: B008
     mask: Mask | None = None,
 ) -> Objective:
-    """Σ weight·term; each part is a metric of its own.
+    """The objective Σ weight·term; every term is also a metric.
 
-    `params` = {"student": its parameters[, "projection": …]}; `frozen` = the teacher's, read where
-    a term does. `mask` corrupts the batch that both models see.
+    `params` of the loss is {"student": parameters[, "projection": …]}; `frozen` holds the teacher's
+    parameters. `mask` masks tokens of the batch that both models read.
     """
     losses = [term.make_loss(student.num_layers, teacher.num_layers) for term in terms]
     names = _metric_names([term.metric or term.name for term in terms])
@@ -108,24 +111,24 @@ def make_distill(
         return (batch, counts) if mask is None else mask(batch, key, counts)
 
     def targets(batch: Batch, frozen: Any) -> Outputs:
-        known = batch.teacher_logits
-        if known is not None:
-            known = known.reshape(-1, known.shape[-1])
-        read = reads_of(terms if known is None else without_task_logits(terms))
+        kept = batch.teacher_logits
+        if kept is not None:
+            kept = kept.reshape(-1, kept.shape[-1])
+        read = reads_of(terms if kept is None else without_task_logits(terms))
         if not read.teacher:
-            return Outputs(None, known)
+            return Outputs(None, kept)
         outputs = run(teacher, frozen, batch, None, taps=read.encoder)
-        if known is not None:
-            outputs = outputs._replace(logits=known)
+        if kept is not None:
+            outputs = outputs._replace(logits=kept)
         return jax.lax.stop_gradient(outputs)
 
-    def loss(params, batch, counts, key, goal):
-        ours = run(student, params["student"], batch, key, taps=reads_of(terms).encoder)
-        context = Context(ours, goal, batch, counts, params.get("projection"), options)
+    def loss(params, batch, counts, key, targets):
+        outputs = run(student, params["student"], batch, key, taps=reads_of(terms).encoder)
+        context = Context(outputs, targets, batch, counts, params.get("projection"), options)
         parts = {}
-        for name, value in zip(names, losses, strict=True):
+        for name, term_loss in zip(names, losses, strict=True):
             with jax.named_scope("~" + name.replace("/", " ")):
-                parts[name] = value(context)
+                parts[name] = term_loss(context)
         weighted = [
             _number(term.weight, counts) * part
             for term, part in zip(terms, parts.values(), strict=True)
@@ -144,7 +147,7 @@ def _run(
     taps: bool,
     all_words: bool,
 ) -> Outputs:
-    """Masked-LM factors at the masked positions [predictions, …], or at all [tokens, …]."""
+    """Runs a model; its masked-LM head at the masked positions or, with `all_words`, everywhere."""
     arguments = (params, *encoder_inputs(batch), key)
     if role.reads.words:
         positions = None if all_words else batch.targets["positions"]
@@ -159,7 +162,7 @@ def _run(
 
 
 def _metric_names(names: Sequence[str]) -> list[str]:
-    """loss/hidden, and of a second one loss/hidden_2."""
+    """loss/hidden for the first term hidden, loss/hidden_2 for the second."""
     counted = [(name, names[: place + 1].count(name)) for place, name in enumerate(names)]
     return [f"loss/{name}" + (f"_{count}" if count > 1 else "") for name, count in counted]
 

@@ -1,4 +1,4 @@
-"""Masked-LM training, with the second loss of BERT where wanted."""
+"""The objective of masked-LM training, optionally with BERT's loss on pairs of texts."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,12 +31,12 @@ def make_mask(
     unit: masking.Unit = "token",
     is_continuation: np.ndarray | None = None,
 ) -> Mask:
-    """(batch, key, counts) -> the batch as a masked LM sees it.
+    """mask(batch, key, counts): (the batch with masked inputs, counts of predictions).
 
-    Its targets: `positions` int32 [batch, picked], `tokens` int32 [batch, picked], IGNORED_LABEL
-    where nothing is masked, and `pair_labels` int32 [batch], -1 where there is no pair.
+    Targets of the new batch: `positions` int32 [batch, picked]; `tokens` int32 [batch, picked],
+    IGNORED_LABEL for unused positions; `pair_labels` int32 [batch], -1 for rows without a label.
 
-    With `mask_rate_end` the rate goes there in a straight line from `mask_rate`.
+    With `mask_rate_end` the rate changes linearly from `mask_rate` over the stage.
     """
     highest_rate = masking.highest_rate(mask_rate, mask_rate_end)
     continues = None if is_continuation is None else jnp.asarray(is_continuation)
@@ -78,10 +78,10 @@ def mlm_chunk_size(
     mask_rate_end: float | None = None,
     unit: masking.Unit = "token",
 ) -> int:
-    """Of chunks, none above `largest`, that little room is left over in when rows are full.
+    """A chunk size of at most `largest` that leaves few slots of the last chunk unused.
 
-    They hold next to every draw of masked tokens, of `num_tokens` slots at the highest rate; rows
-    with padding, and a rate on its way, fill the last one less.
+    Chunks of that size hold nearly every draw of masked tokens among `num_tokens` slots at the
+    highest rate. Rows with padding, and a lower rate, fill the last chunk less.
     """
     rate = masking.highest_rate(mask_rate, mask_rate_end)
     num_expected = masking.num_slots(rate, num_tokens, unit, num_deviations=2)
@@ -99,11 +99,11 @@ def make_mlm(
     pair_weight: float = 0.0,
     **mask_options: Any,
 ) -> Objective:
-    """BERT's masked LM, masked as `make_mask` says; logits only at masked positions.
+    """BERT's masked-LM loss with masks from `make_mask`; logits only at masked positions.
 
-    `pair_weight` adds that of the pair in each row: its label is the batch's, -1 for none.
-    Logits exist for at most `max_chunk_size` predictions at a time on each of `num_shards` batch
-    shards (`mlm_chunk_size`).
+    `pair_weight`: weight of the cross-entropy of the pair label of each row; rows with label -1 do
+    not count. Logits exist for at most `max_chunk_size` predictions at a time on each of
+    `num_shards` batch shards (`mlm_chunk_size`).
     """
     mask = make_mask(mask_rate=mask_rate, mask_rate_end=mask_rate_end, unit=unit, **mask_options)
 

@@ -1,7 +1,6 @@
-"""Masked-LM corruption on the device.
+"""Masking for masked LMs, on the device.
 
-This module owns which tokens are masked, with what, and where the masked positions are; not the
-loss.
+It chooses the masked tokens, replaces them and gathers their positions. The loss is elsewhere.
 """
 
 import math
@@ -13,13 +12,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 IGNORED_LABEL = -100
-MAX_SPAN = 10  # words; SpanBERT's clip and its geometric parameter
-SPAN_STOP = 0.2
+MAX_SPAN = 10  # most words of a span, as in SpanBERT
+SPAN_STOP = 0.2  # parameter of the geometric distribution of span lengths, as in SpanBERT
 
 Unit = Literal["token", "whole_word", "span"]
 
-# The variance of the number of masked tokens in a row, against that of independent tokens. Words
-# of 1.3 pieces and spans of 3.8 words that may touch stay well below.
+# Upper bounds of the variance of the number of masked tokens in a row, divided by the variance for
+# independent tokens. Words of 1.3 pieces and spans of 3.8 words stay well below.
 _CLUSTER = {"token": 1, "whole_word": 3, "span": 12}
 
 
@@ -40,9 +39,9 @@ def mask_rows(
     Int[Array, "batch max_predictions"],
     Int[Array, "batch max_predictions"],
 ]:
-    """(inputs, positions, labels): `mask_tokens` of all but padding and special tokens, gathered.
+    """(inputs, positions, labels): masks any tokens except padding and special tokens.
 
-    Of a row at most `max_predictions` tokens are predicted (`gather_masked`).
+    At most `max_predictions` tokens of a row are predicted (`gather_masked`).
     """
     inputs, labels = mask_tokens(
         input_ids,
@@ -68,17 +67,18 @@ def mask_tokens(
     unit: Unit = "token",
     is_continuation: Bool[Array, " vocab"] | None = None,
 ) -> tuple[Int[Array, "batch seq"], Int[Array, "batch seq"]]:
-    """Choose each maskable token with probability `rate`; return (inputs, labels).
+    """Chooses each maskable token with probability `rate`; returns (inputs, labels).
 
-    `unit` is what is chosen together: "token"; "whole_word", a piece and those after it that
-    `is_continuation` marks (Devlin's update of May 2019); "span", words in a row, their number
-    geometric up to `MAX_SPAN` (Joshi et al. 2020, section 3.1), a run of more where two meet.
+    `unit` is the group of tokens that is chosen together. "token": single tokens. "whole_word": a
+    piece and the pieces after it that `is_continuation` marks (Devlin's update of May 2019).
+    "span": consecutive words, whose number is geometric up to `MAX_SPAN` (Joshi et al. 2020,
+    section 3.1); two spans may touch.
 
-    Of the chosen ones 80 % become `mask_token_id`, 10 % a uniformly random id below `vocab_size`,
-    10 % stay (Devlin et al. 2019, section 3.1), drawn for each token, or for a span as a whole.
+    80 % of the chosen tokens become `mask_token_id`, 10 % a uniformly random id below `vocab_size`,
+    and 10 % do not change (Devlin et al. 2019, section 3.1). The draw is per token, or per span.
     Labels hold the original id where chosen, else -100. Row r depends only on its content, `key`
-    and r, not on the batch size or the sharding. Raises ValueError for a rate outside 0..1 (a
-    traced one is trusted). Rate 0 masks nothing.
+    and r, not on the batch size or the sharding. Raises ValueError for a rate outside 0..1, unless
+    the rate is traced. Rate 0 masks nothing.
     """
     if isinstance(rate, int | float) and not 0 <= rate <= 1:
         raise ValueError(f"rate: expected a probability in 0..1, got {rate}; for 15 % write 0.15")
@@ -93,10 +93,10 @@ def mask_tokens(
 
     random_ids, choice, kind, before = jax.vmap(draw_row)(jnp.arange(batch))
     if unit == "token":
-        # One draw decides both: below `rate` it is uniform, so its quantiles are the 80/10/10.
+        # One draw decides both: draws below `rate` are uniform, so their quantiles give 80/10/10.
         is_chosen, kind = maskable & (choice < rate), choice
     else:
-        assert is_continuation is not None, "words are made by the table of continuing pieces"
+        assert is_continuation is not None, "words need the table of continuing pieces"
         words = _word_index(is_continuation[input_ids], maskable)
         covered = choice < rate if unit == "whole_word" else _cover(before, choice, rate)
         is_chosen = jnp.take_along_axis(covered, words, axis=-1)
@@ -111,14 +111,14 @@ def mask_tokens(
 
 
 def highest_rate(rate: float, end: float | None) -> float:
-    """Of a rate that goes from `rate` to `end`, or stays where there is none."""
+    """The highest of a rate that changes from `rate` to `end`; None: it does not change."""
     return max(rate, end or 0.0)
 
 
 def num_slots(rate: float, num_tokens: int, unit: Unit = "token", num_deviations: int = 4) -> int:
-    """Room for the masked ones of so many tokens: their mean and some standard deviations.
+    """Number of slots for the masked tokens of `num_tokens`: the mean and some deviations.
 
-    At most all of them.
+    At least 1 and at most `num_tokens`.
     """
     mean = rate * num_tokens
     spread = math.sqrt(_CLUSTER[unit] * mean * (1 - rate))
@@ -130,15 +130,15 @@ def gather_masked(
 ) -> tuple[Int[Array, "batch max_predictions"], Int[Array, "batch max_predictions"]]:
     """Positions and labels of the first `max_predictions` masked tokens of each row, in order.
 
-    Lets the LM head run on those positions alone. Unused slots have position 0 and label -100;
-    masked tokens beyond `max_predictions` are dropped from the end of the row. `max_predictions`
-    is static. Raises ValueError when it is not in 1..seq.
+    The LM head then runs only at those positions. Unused slots have position 0 and label -100.
+    Masked tokens after the first `max_predictions` are not predicted. `max_predictions` is static;
+    raises ValueError if it is not in 1..seq.
     """
     seq = labels.shape[1]
     if not 1 <= max_predictions <= seq:
         raise ValueError(
             f"max_predictions: expected 1..{seq} (the sequence length), got {max_predictions}; "
-            "about 1.3 × rate × sequence length drops next to nothing"
+            "about 1.3 × rate × sequence length drops almost no token"
         )
     candidates = jnp.where(labels != IGNORED_LABEL, jnp.arange(seq)[None, :], seq)
     positions = jnp.sort(candidates, axis=-1)[:, :max_predictions]
@@ -149,18 +149,19 @@ def gather_masked(
 
 
 def _word_index(continues: Array, maskable: Array) -> Array:
-    """Number of the word that each token belongs to, from 0; what is not maskable ends a word."""
+    """The index of each token's word in its row; a token that is not maskable ends a word."""
     after_maskable = jnp.pad(maskable[:, :-1], ((0, 0), (1, 0)))
     is_first = ~(continues & maskable & after_maskable)
     return jnp.cumsum(is_first, axis=-1) - 1
 
 
 def _cover(before: Array, draws: Array, rate: float | Array) -> Array:
-    """Which words a span covers, each with probability `rate`; one draw for each word.
+    """bool [batch, words]: words in a span. A word is in a span with probability `rate`.
 
-    At every word a Poisson number of spans begins, so that the longest of them has a closed form
-    and a word is left out with probability exp(−mean spans · mean length) = 1 − rate. Spans that
-    begin `before` the row reach into it: its first words are covered as often as the others.
+    A Poisson number of spans begins at every word. The length of the longest of these spans has a
+    closed form, so that one draw per word is enough. A word is in no span with probability
+    exp(−mean spans · mean length) = 1 − rate. Spans that begin `before` the row reach into the row,
+    so that its first words are covered as often as the others.
     """
     num_words = draws.shape[-1]
     stay = 1 - SPAN_STOP
@@ -175,6 +176,6 @@ def _cover(before: Array, draws: Array, rate: float | Array) -> Array:
 
 
 def _run_index(is_chosen: Array) -> Array:
-    """Number of the run of chosen tokens that each token is in or after, from 0."""
+    """The index of the last group of consecutive chosen tokens that begins at or before a token."""
     begins = is_chosen & ~jnp.pad(is_chosen[:, :-1], ((0, 0), (1, 0)))
     return jnp.maximum(jnp.cumsum(begins, axis=-1) - 1, 0)

@@ -1,4 +1,4 @@
-"""What a stage minimises: losses put together, as pure functions of parameters and a batch."""
+"""The interface of an objective, and the unit counts that its losses are divided by."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,15 +15,15 @@ Metrics = dict[str, jax.Array]
 
 
 class Counts(NamedTuple):
-    """Units of the whole global batch, fp32 scalars: the denominators of the losses."""
+    """Numbers of units in the whole global batch, fp32 scalars: the denominators of the losses."""
 
     examples: jax.Array
-    units: jax.Array  # of the task: examples, or tokens that have a label
+    units: jax.Array  # units of the task: examples, or tokens that have a label
     tokens: jax.Array
     pairs: jax.Array  # token pairs of the same example
     predictions: jax.Array  # masked tokens
-    labelled_rows: jax.Array  # rows whose two parts have a label
-    share: jax.Array  # how far the stage is, 0 to 1: not a count, but what a ramp reads
+    labelled_rows: jax.Array  # rows whose pair of texts has a label
+    share: jax.Array  # share of the stage that is done, 0 to 1; schedules of weights read it
 
 
 def _no_targets(batch: Batch, frozen: Any) -> tuple[()]:
@@ -31,13 +31,19 @@ def _no_targets(batch: Batch, frozen: Any) -> tuple[()]:
 
 
 class Objective(NamedTuple):
-    """`prepare(batch, key, share)` sees the whole batch: corruption and unit counts.
+    """The functions that make up the objective of a stage.
 
-    `share` says how far the stage is, 0 at its first step and 1 at its last. `targets(batch,
-    frozen)` is what a teacher says of a batch: made once, however many students read it; `frozen`
-    are its parameters, read and never trained. `loss(params, batch, counts, key, targets)` is one
-    student's, or the sum over a family's `members`. Both may see a microbatch; the losses over all
-    microbatches add up. A metric `loss` is told in place of the loss.
+    `prepare(batch, key, share)` reads the whole batch; it masks tokens and counts units. `share` is
+    0 at the first step of the stage and 1 at the last.
+
+    `targets(batch, frozen)` returns the teacher's outputs for a batch. It runs once per batch, for
+    all students; `frozen` holds the teacher's parameters, which are not trained.
+
+    `loss(params, batch, counts, key, targets)` returns (loss, metrics) of one model, or the sum of
+    losses over the named `members`. A metric named `loss` is logged instead of the loss.
+
+    `targets` and `loss` may read a microbatch: the losses of all microbatches add up to the loss of
+    the batch.
     """
 
     prepare: Callable[[Batch, jax.Array, jax.Array], tuple[Batch, Counts]]
@@ -47,7 +53,8 @@ class Objective(NamedTuple):
 
 
 def count_units(batch: Batch, normalisation: str = "valid_only") -> Counts:
-    if normalisation == "paper_code":  # padding counts
+    """The counts of a whole batch; "paper_code" counts padding as tokens and pairs."""
+    if normalisation == "paper_code":
         num_rows, width = batch.shape
         tokens, pairs = num_rows * width, num_rows * width**2
     else:
@@ -65,10 +72,11 @@ def count_units(batch: Batch, normalisation: str = "valid_only") -> Counts:
 
 
 def units(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The task's labels [units, …] and the weights [units]: 0 for filler, padding, other tokens."""
+    """(labels [units, …], weights [units]); the weight is 0 for filler, padding, other tokens."""
     labels, weights = batch.targets["labels"], batch.targets.get("units", batch.weights)
     return labels.reshape(-1, *labels.shape[weights.ndim :]), weights.reshape(-1)
 
 
 def encoder_inputs(batch: Batch) -> tuple[Text, jax.Array]:
+    """(text, attention mask): the inputs of an encoder."""
     return batch.inputs, batch.attention_mask

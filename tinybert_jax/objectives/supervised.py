@@ -1,4 +1,4 @@
-"""Training on the gold labels of a task."""
+"""The objective of training on the labels of a task."""
 
 import jax
 
@@ -12,7 +12,7 @@ from tinybert_jax.objectives.objective import Objective, count_units, encoder_in
 def make_supervised(
     apply: Apply, *, form: Form = "softmax", label_smoothing: float = 0.0
 ) -> Objective:
-    """The loss of a form of scores between a model's logits and the gold labels."""
+    """The loss of `form` between a model's logits and the labels of the batch."""
 
     def loss(params, batch: Batch, counts, key, targets):
         logits = unit_logits(apply, params, batch, key)
@@ -26,6 +26,6 @@ def make_supervised(
 
 
 def unit_logits(apply: Apply, params, batch: Batch, key) -> jax.Array:
-    """[units, classes] of all rows, segments or tokens of a batch."""
+    """Logits [units, classes] of all units of a batch: rows, segments or tokens."""
     logits = apply(params, *encoder_inputs(batch), key, num_segments=batch.num_segments).logits
     return logits.reshape(-1, logits.shape[-1])
