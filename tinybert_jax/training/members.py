@@ -1,7 +1,7 @@
-"""Models of several sizes that learn side by side: one batch, one pass of their teacher.
+"""Members: models of several sizes that are trained on the same batches, with one teacher pass.
 
-Parameters, gradients and optimizer state of a family are dicts by member. What stands alone has
-the name `SOLE`, and its trees have no dict around them.
+Parameters, gradients and optimizer states of several members are dicts by member name. A single
+model has the name `SOLE`, and its trees have no dict around them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,37 +16,37 @@ from tinybert_jax.objectives.objective import Objective
 
 
 def merge_members(by_name: Mapping[str, Any]) -> Any:
-    """What belongs to each member as one tree."""
+    """The trees of the members as one tree."""
     assert SOLE not in by_name or len(by_name) == 1
     return by_name[SOLE] if SOLE in by_name else dict(by_name)
 
 
 def split_members(tree: Any, names: Iterable[str]) -> dict[str, Any]:
-    """What belongs to each member, by name: the inverse of `merge_members`."""
+    """The tree of each member by name: the inverse of `merge_members`."""
     return {name: tree if name == SOLE else tree[name] for name in names}
 
 
 def join_objectives(members: Mapping[str, Objective]) -> Objective:
-    """The sum of the members' losses: no parameter is shared, so each gets its own gradient.
+    """The objective with the sum of the members' losses.
 
-    Members differ in their `loss` alone: batch, corruption and the teacher's pass are the first's.
-    Metrics: each part of the loss and `loss` are means over members, `loss/<name>` is a member's
-    own total.
+    No parameter is shared, so the gradient of a member is that of its own loss. Only `loss` differs
+    between members: `prepare` and `targets` are those of the first member. Metrics: the parts of
+    the loss and `loss` are means over members; `loss/<name>` is the total of one member.
     """
     if SOLE in members:
         return members[SOLE]
 
     def loss(params, batch, counts, key, targets):
-        each = {}
+        by_member = {}
         for name, member in members.items():
             with jax.named_scope("~" + name):
-                each[name] = member.loss(params[name], batch, counts, key, targets)
-        totals = {f"loss/{name}": total for name, (total, _) in each.items()}
-        every = jnp.stack(list(totals.values()))
+                by_member[name] = member.loss(params[name], batch, counts, key, targets)
+        totals = {f"loss/{name}": total for name, (total, _) in by_member.items()}
+        stacked = jnp.stack(list(totals.values()))
         parts = jax.tree.map(
-            lambda *values: jnp.stack(values).mean(), *(parts for _, parts in each.values())
+            lambda *values: jnp.stack(values).mean(), *(parts for _, parts in by_member.values())
         )
-        return every.sum(), parts | totals | {"loss": every.mean()}
+        return stacked.sum(), parts | totals | {"loss": stacked.mean()}
 
     first = next(iter(members.values()))
     return first._replace(loss=loss, members=tuple(members))
@@ -55,7 +55,7 @@ def join_objectives(members: Mapping[str, Objective]) -> Objective:
 def join_optimizer(
     optimizer: optax.GradientTransformation, names: Iterable[str]
 ) -> optax.GradientTransformation:
-    """Each member's own `optimizer`: what it clips is that member's gradient."""
+    """Applies `optimizer` to every member separately, so that clipping is per member."""
     names = tuple(names)
     if SOLE in names:
         return optimizer

@@ -1,4 +1,4 @@
-"""The train step: one jitted function of (state, batch, frozen), the same for every stage."""
+"""The train step: one jitted function of (state, batch, frozen) for all stages."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -19,22 +19,22 @@ Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """Everything a step reads and changes.
+    """The arrays that a step updates.
 
-    Several students that learn side by side, each from a seed of its own, have one more axis, the
-    first, in all fields but `step`. A family's `params`, `opt_state` and `average` are by member.
-    Layers that are unrolled are apart (`heads.unstack_layers`).
+    With several seeds, all fields except `step` have a leading axis [seeds]. With several members,
+    `params`, `opt_state` and `average` are dicts by member name. Unrolled layers are a tuple
+    (`params.unstack_layers`).
     """
 
     step: jax.Array  # int32 []
     params: Any
     opt_state: optax.OptState
-    key: jax.Array  # [] or [seeds]; never changes: every draw comes from fold_in(key, step)
-    average: Any = ()  # the parameters' moving average; () where none is kept
+    key: jax.Array  # [] or [seeds]; constant: all random numbers come from fold_in(key, step)
+    average: Any = ()  # moving average of the parameters; () if none is kept
 
     @property
     def evaluated(self) -> Any:
-        """The parameters that evaluation, the best checkpoint and the export take."""
+        """The parameters to evaluate, save and export: the average if there is one."""
         return self.average or self.params
 
 
@@ -46,13 +46,13 @@ def abstract_state(
     *,
     averaged: bool = False,
 ) -> TrainState:
-    """The state's shapes, dtypes and shardings; nothing is computed."""
+    """The state as ShapeDtypeStructs with shardings; nothing is computed."""
     abstract = jax.eval_shape(lambda: _new_state(params, optimizer, key, averaged))
-    placed = state_shardings(abstract, mesh)
+    shardings = state_shardings(abstract, mesh)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         abstract,
-        placed,
+        shardings,
     )
 
 
@@ -64,22 +64,25 @@ def init_state(
     *,
     averaged: bool = False,
 ) -> TrainState:
-    """A fresh state, born with its final shardings, the optimizer's moments too.
+    """The state before the first step, with its final shardings.
 
-    With a vector of keys `params` has an axis of that length in front: one student a key.
-    `jit(optimizer.init)` does not inherit the parameters' sharding: it is asked for.
+    With keys [seeds], the leaves of `params` are [seeds, …]. `out_shardings` is needed because
+    `jit(optimizer.init)` does not give the moments the sharding of the parameters.
     """
     abstract = abstract_state(params, optimizer, key, mesh, averaged=averaged)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    params = jax.device_put(params, placed.params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    params = jax.device_put(params, shardings.params)
     new = jax.jit(
-        lambda params, key: _new_state(params, optimizer, key, averaged), out_shardings=placed
+        lambda params, key: _new_state(params, optimizer, key, averaged), out_shardings=shardings
     )
     return new(params, key)
 
 
 def state_shardings(abstract: TrainState, mesh: Mesh) -> TrainState:
-    """The moments carry their parameter's path, so the parameters' rule places them too."""
+    """The shardings of all fields.
+
+    A moment of the optimizer has the path of its parameter, so `param_specs` applies to it too.
+    """
     specs = sharding.param_specs(abstract, mesh, num_leading=abstract.key.ndim)
     return sharding.named_shardings(specs, mesh)
 
@@ -95,16 +98,19 @@ def make_train_step(
     gradient_accumulation_steps: int = 1,
     average_decay: float = 0.0,
 ) -> "TrainStep":
-    """The donated, sharded step; of several students it is each one's own step on one batch.
+    """The jitted, sharded train step; it donates the state.
 
-    They share the batch, its corruption and the teacher's pass; the metrics are their mean, and
-    `grad_norm` that over the members of a family too.
+    Several seeds and members are trained separately on the same batch. They share the masking of
+    the batch and the teacher's forward pass. Metrics are means over seeds, and `grad_norm` is also
+    a mean over members.
 
-    A state that keeps an average moves it by 1 − d towards the new parameters, with
-    d = min(`average_decay`, (1 + s)/(10 + s)) after s steps: the first ones are soon forgotten.
+    If the state has an average, the step moves it by 1 − d towards the new parameters, with
+    d = min(`average_decay`, (1 + s)/(10 + s)) after s steps, so that it soon forgets the first
+    steps.
 
-    With accumulation, a microbatch takes every n-th example, and every loss is divided by the
-    whole batch's unit counts: the sum over microbatches is the full batch's loss, padding or not.
+    With gradient accumulation, a microbatch takes every n-th example. Every loss is divided by the
+    unit counts of the whole batch, so that the sum over microbatches is the loss of the batch,
+    whatever its padding.
     """
 
     gradients = _make_gradients(objective, gradient_accumulation_steps, mesh)
@@ -114,9 +120,9 @@ def make_train_step(
         num_tokens = jnp.count_nonzero(batch.attention_mask)
         share = jnp.minimum(state.step / max(num_steps - 1, 1), 1.0)
         (loss, metrics), grads = gradients(state, batch, share, frozen)
-        each_update = _for_each(update, state.key)
+        update_all = _map_over_seeds(update, state.key)
         with jax.named_scope("~optimizer"):
-            params, opt_state, grad_norm = each_update(grads, state.opt_state, state.params)
+            params, opt_state, grad_norm = update_all(grads, state.opt_state, state.params)
         metrics = {"loss": loss} | metrics | {"grad_norm": grad_norm}
         metrics = jax.tree.map(jnp.mean, metrics) | {
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
@@ -142,7 +148,7 @@ def make_train_step(
 
 
 class TrainStep(NamedTuple):
-    """(state, batch, frozen) -> (state, metrics), compiled for its mesh; the state is donated."""
+    """step(state, batch, frozen): (state, metrics), compiled for `mesh`; it donates the state."""
 
     jitted: Any
     mesh: Mesh
@@ -152,17 +158,20 @@ class TrainStep(NamedTuple):
             return self.jitted(state, batch, frozen)
 
     def program(self, state: TrainState, batch: Batch, frozen: Any) -> str:
-        """The text of the compiled program that arguments like these run."""
+        """The text of the program that is compiled for these arguments."""
         with jax.set_mesh(self.mesh):
             return self.jitted.lower(state, batch, frozen).compile().as_text()
 
 
 def _make_gradients(objective: Objective, num_parts: int, mesh: Mesh) -> Callable:
-    """(state, batch, share, frozen) -> ((loss, metrics), gradients), in parts if asked."""
+    """gradients(state, batch, share, frozen): ((loss, metrics), gradients).
+
+    The results are sums over `num_parts` microbatches.
+    """
     differentiate = jax.value_and_grad(objective.loss, has_aux=True)
 
     def gradients(state: TrainState, batch: Batch, share: jax.Array, frozen: Any):
-        split = _for_each(
+        split = _map_over_seeds(
             lambda key: jax.random.split(jax.random.fold_in(key, state.step)), state.key
         )
         prepare_keys, keys = jnp.moveaxis(split(state.key), -1, 0)
@@ -173,12 +182,13 @@ def _make_gradients(objective: Objective, num_parts: int, mesh: Mesh) -> Callabl
             with jax.named_scope("~teacher"):
                 targets = objective.targets(batch, frozen)
 
-            def one(student: tuple[Any, jax.Array]):
-                params, key = student
+            def one_seed(params_and_key: tuple[Any, jax.Array]):
+                params, key = params_and_key
                 return differentiate(params, batch, counts, key, targets)
 
-            each = _for_each(one, state.key, in_turn=runs_seeds_sequentially(mesh))
-            return each((state.params, keys))
+            is_sequential = runs_seeds_sequentially(mesh)
+            all_seeds = _map_over_seeds(one_seed, state.key, is_sequential=is_sequential)
+            return all_seeds((state.params, keys))
 
         if num_parts == 1:
             return micro(batch, keys)
@@ -186,8 +196,8 @@ def _make_gradients(objective: Objective, num_parts: int, mesh: Mesh) -> Callabl
         def accumulate(total, part):
             return jax.tree.map(jnp.add, total, micro(*part)), None
 
-        split = _for_each(lambda key: jax.random.split(key, num_parts), state.key)
-        parts = (jax.tree.map(_split(num_parts), batch), jnp.moveaxis(split(keys), -1, 0))
+        split = _map_over_seeds(lambda key: jax.random.split(key, num_parts), state.key)
+        parts = (jax.tree.map(_make_split(num_parts), batch), jnp.moveaxis(split(keys), -1, 0))
         shapes = jax.eval_shape(micro, *jax.tree.map(lambda leaf: leaf[0], parts))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return jax.lax.scan(accumulate, zeros, parts)[0]
@@ -196,36 +206,38 @@ def _make_gradients(objective: Objective, num_parts: int, mesh: Mesh) -> Callabl
 
 
 def _make_update(optimizer: optax.GradientTransformation, members: Sequence[str]) -> Callable:
-    """(gradients, opt_state, params) -> (params, opt_state, gradient norms [members])."""
+    """update(gradients, opt_state, params): (params, opt_state, gradient norms [members])."""
 
     def update(grads, opt_state, params):
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        norms = [optax.tree.norm(own) for own in split_members(grads, members).values()]
+        norms = [optax.tree.norm(grad) for grad in split_members(grads, members).values()]
         return optax.apply_updates(params, updates), opt_state, jnp.stack(norms)
 
     return update
 
 
-def _for_each(function: Callable, key: jax.Array, *, in_turn: bool = False) -> Callable:
-    """The function itself for one student's key, mapped over students for a vector of keys.
+def _map_over_seeds(function: Callable, key: jax.Array, *, is_sequential: bool = False) -> Callable:
+    """`function` for a single key, or mapped over the leading axis for keys [seeds].
 
-    `in_turn`: in a loop, one student after another; a function of one argument then.
+    `is_sequential`: in a loop, one seed after another; `function` then takes one argument.
     """
     if not key.ndim:
         return function
-    return functools.partial(jax.lax.map, function) if in_turn else jax.vmap(function)
+    return functools.partial(jax.lax.map, function) if is_sequential else jax.vmap(function)
 
 
 def _new_state(
     params: Any, optimizer: optax.GradientTransformation, key: jax.Array, averaged: bool
 ) -> TrainState:
-    # A copy of its own: the step donates both.
+    # A copy, because the step donates both the parameters and the average.
     average = jax.tree.map(jnp.copy, params) if averaged else ()
-    opt_state = _for_each(optimizer.init, key)(params)
+    opt_state = _map_over_seeds(optimizer.init, key)(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, average)
 
 
-def _split(num_parts: int) -> Callable[[jax.Array], jax.Array]:
+def _make_split(num_parts: int) -> Callable[[jax.Array], jax.Array]:
+    """split(leaf): [batch, …] to [num_parts, batch / num_parts, …], every num_parts-th example."""
+
     def split(leaf: jax.Array) -> jax.Array:
         shape = (leaf.shape[0] // num_parts, num_parts, *leaf.shape[1:])
         return jnp.moveaxis(leaf.reshape(shape), 1, 0)
