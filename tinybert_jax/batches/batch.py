@@ -1,6 +1,6 @@
-"""From text to batches: ragged token rows, a plan of batches per epoch, arrays of static shapes.
+"""Token rows of any length, plans of batches, and batches as arrays of static shapes.
 
-The order of examples is a pure function of (seed, step): nothing has to be replayed to resume.
+The order of examples is a pure function of (seed, step), so that a run can resume at any step.
 """
 
 import hashlib
@@ -13,31 +13,32 @@ from tinybert_jax.models.inputs import Text
 
 
 class TokenRows(NamedTuple):
-    """Examples of any length, end to end: row i is `ids[offsets[i]:offsets[i + 1]]`.
+    """Examples of any length in one array: row i is `ids[offsets[i]:offsets[i + 1]]`.
 
-    A task scores units: each row is one, or, with `is_unit`, each token that is marked there.
-    `labels` and `teacher_logits` are of the rows then, or of the tokens.
+    A unit of a task is a row or, with `is_unit`, a token. `labels` and `teacher_logits` have one
+    entry per row, or with `is_unit` one entry per token.
     """
 
     ids: np.ndarray  # int32 [tokens], special tokens included
     offsets: np.ndarray  # int64 [rows + 1]
-    second: np.ndarray  # int32 [rows]; where segment B begins within the row; its length if none
+    second: np.ndarray  # int32 [rows]; start of the second text in the row; the row length if none
     labels: np.ndarray | None  # int32 or fp32 [rows or tokens, …]
-    num_truncated: int  # rows cut at max_length
-    teacher_logits: np.ndarray | None = None  # fp32 [rows or tokens, outputs], where known
-    is_unit: np.ndarray | None = None  # bool [tokens]
+    num_truncated: int  # number of rows cut at max_length
+    teacher_logits: np.ndarray | None = None  # fp32 [rows or tokens, outputs], if kept
+    is_unit: np.ndarray | None = None  # bool [tokens]: tokens that have a label; None: rows have
 
     @property
     def lengths(self) -> np.ndarray:
+        """int64 [rows]: number of tokens."""
         return np.diff(self.offsets)
 
     @property
     def num_scored(self) -> int:
-        """Rows, or tokens where units are tokens: the length of an array of logits."""
+        """The length of an array of logits: number of rows, or of tokens if `is_unit` is set."""
         return len(self.lengths) if self.is_unit is None else len(self.ids)
 
     def part(self, start: int, stop: int) -> "TokenRows":
-        """Rows `start` to `stop`, as rows of their own."""
+        """The rows from `start` to `stop` (exclusive)."""
         begin, end = self.offsets[start], self.offsets[stop]
         scored = slice(start, stop) if self.is_unit is None else slice(begin, end)
 
@@ -55,7 +56,7 @@ class TokenRows(NamedTuple):
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 of the text and its labels: what a resumed run compares."""
+        """SHA-256 of tokens and labels; a resumed run compares it."""
         digest = hashlib.sha256()
         marks = () if self.is_unit is None else (self.is_unit,)
         for array in (self.ids, self.offsets, self.second, self.labels, *marks):
@@ -64,20 +65,21 @@ class TokenRows(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The examples of one step, padded to one width. An example of weight 0 is only filler.
+    """The examples of one step, padded to one width. An example of weight 0 is filler.
 
-    Packed rows hold several examples: their `attention_mask` is the segment ids 1, 2, … (0:
-    padding), and `weights` and the targets of examples have a second axis. Rows of a token store
-    have segment ids too, but one label and one weight a row. The fields are NumPy arrays until the
-    batch is placed on devices.
+    A packed row holds several examples. Its `attention_mask` is the segment ids 1, 2, … (0:
+    padding), and `weights` and the targets of examples have a second axis [segments]. Rows of a
+    token store have segment ids too, but one label and one weight per row. The fields are NumPy
+    arrays until the batch is sent to devices.
     """
 
     inputs: Text
     attention_mask: jax.Array  # bool [batch, seq]; packed: int32, segment ids
-    targets: dict[str, jax.Array]  # `labels` [batch, …], packed [batch, segments, …]; where units
-    # are tokens `labels` and `units` (fp32, 1 for a unit) [batch, seq]; those of masking.make_mask
+    # `labels` [batch, …], packed [batch, segments, …]; if units are tokens, `labels` and `units`
+    # (fp32, 1 for a unit) [batch, seq]; after masking, the targets of `masked_lm.make_mask`.
+    targets: dict[str, jax.Array]
     weights: jax.Array  # fp32 [batch], 1 or 0; packed: [batch, segments]
-    teacher_logits: jax.Array | None = None  # fp32, shaped as labels of classes with [outputs]
+    teacher_logits: jax.Array | None = None  # fp32, the shape of labels with [outputs] added
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -87,38 +89,39 @@ class Batch(NamedTuple):
 
     @property
     def num_slots(self) -> int:
-        """Tokens and padding."""
+        """The number of tokens, padding included."""
         return self.attention_mask.size
 
     @property
     def real(self) -> jax.Array:
-        """bool [batch, seq]: no padding."""
+        """bool [batch, seq]: False for padding."""
         return self.attention_mask.astype(bool)
 
     @property
     def num_segments(self) -> int | None:
-        """Examples that a packed row has room for; None for a row an example."""
+        """Most examples in a packed row; None: one example per row."""
         return self.weights.shape[1] if self.weights.ndim == 2 else None
 
 
 class Plan(NamedTuple):
-    """Which examples make a batch (−1: filler) and how wide it is padded."""
+    """The examples of a batch (−1: filler) and the width that it is padded to."""
 
     rows: np.ndarray  # int64 [batch]; packed: [batch, segments]
     width: int
 
 
 class Places(NamedTuple):
-    """Where each token of a planned batch goes: one entry a token."""
+    """The place of every token of a planned batch; int64 [tokens] each."""
 
-    row: np.ndarray
-    column: np.ndarray
-    source: np.ndarray  # its place in `TokenRows.ids`
-    segment: np.ndarray  # its example within the row, from 1
-    within: np.ndarray  # its place within the example
+    row: np.ndarray  # row of the batch
+    column: np.ndarray  # position in the row
+    source: np.ndarray  # index in `TokenRows.ids`
+    segment: np.ndarray  # number of the example in the row, from 1
+    within: np.ndarray  # position in the example
 
 
 def token_places(rows: TokenRows, plan: Plan) -> Places:
+    """The places of all tokens of the examples in `plan`."""
     examples = plan.rows if plan.rows.ndim == 2 else plan.rows[:, None]
     real = examples >= 0
     chosen = np.where(real, examples, 0)
@@ -139,7 +142,7 @@ def token_places(rows: TokenRows, plan: Plan) -> Places:
 
 
 def make_batch(rows: TokenRows, plan: Plan, pad_token_id: int) -> Batch:
-    """Gathers a plan's examples into padded arrays, those of a packed row end to end."""
+    """Copies the examples of a plan into padded arrays; a packed row holds several in sequence."""
     is_packed = plan.rows.ndim == 2
     places = token_places(rows, plan)
     row, column, source = places.row, places.column, places.source
@@ -167,7 +170,7 @@ def make_batch(rows: TokenRows, plan: Plan, pad_token_id: int) -> Batch:
     targets["labels"] = np.full(plan.rows.shape, -1, np.int32) if labels is None else labels
     if rows.is_unit is not None:
         targets["units"] = of_tokens(rows.is_unit.astype(np.float32))
-    fields: Any = {  # of NumPy, where those of a placed batch are arrays of JAX
+    fields: Any = {  # Any, because these are NumPy arrays and the annotations are of JAX arrays
         "inputs": Text(*cast(Any, (of_tokens(rows.ids, pad_token_id), types))),
         "attention_mask": segments if is_packed else segments > 0,
         "targets": targets,

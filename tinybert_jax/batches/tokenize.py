@@ -1,4 +1,4 @@
-"""Text to ragged token rows."""
+"""Tokenises text into `TokenRows`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,11 +9,11 @@ from tinybert_jax.batches.batch import TokenRows
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.wordpiece import plain_backend
 
-MIN_TOKENS = 4  # a corpus chunk shorter than this teaches nothing: [CLS] one word [SEP]
+MIN_TOKENS = 4  # a shorter row, [CLS] one piece [SEP], has nothing to predict from: it is dropped
 
 
 def tokenize_texts(tokenizer: Any, text: Examples, max_length: int) -> TokenRows:
-    """[CLS] text [SEP], or [CLS] text [SEP] text_pair [SEP]; the longer part is cut first."""
+    """Rows [CLS] text [SEP] or [CLS] text [SEP] text_pair [SEP]; the longer text is cut first."""
     backend = plain_backend(tokenizer)
     backend.enable_truncation(max_length, strategy="longest_first")
     pairs = (
@@ -26,7 +26,10 @@ def tokenize_texts(tokenizer: Any, text: Examples, max_length: int) -> TokenRows
 
 
 def tokenize_corpus(tokenizer: Any, documents: Sequence[str], max_length: int) -> TokenRows:
-    """Each document cut into full rows [CLS] … [SEP] of `max_length`; its rest is a shorter row."""
+    """Cuts every document into rows [CLS] … [SEP] of `max_length`; the last row may be shorter.
+
+    Rows of fewer than `MIN_TOKENS` tokens are dropped. Raises ValueError if no row is left.
+    """
     backend = plain_backend(tokenizer)
     cls_id, sep_id, room = tokenizer.cls_token_id, tokenizer.sep_token_id, max_length - 2
     rows = []
@@ -40,7 +43,7 @@ def tokenize_corpus(tokenizer: Any, documents: Sequence[str], max_length: int) -
                 rows.append([cls_id, *ids[begin : begin + room], sep_id])
     rows = [row for row in rows if len(row) >= MIN_TOKENS]
     if not rows:
-        raise ValueError(f"corpus: expected text, got none in {len(documents)} documents")
+        raise ValueError(f"corpus: expected text, got none in {len(documents)} documents; add text")
     return _rows(rows, [len(row) for row in rows], None, 0)
 
 
