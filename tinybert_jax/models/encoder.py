@@ -1,4 +1,4 @@
-"""The encoder of BERT and its kin: post-LayerNorm blocks, run by `scan` or one by one."""
+"""The encoder of BERT-like models: post-LayerNorm blocks, run by `jax.lax.scan` or unrolled."""
 
 import functools
 from collections.abc import Callable
@@ -28,33 +28,35 @@ from tinybert_jax.parallel.sharding import shard_by_example
 from tinybert_jax.settings.section import AttentionBackend, PositionInit
 from tinybert_jax.settings.sizes import ModelConfig
 
-# An array with a leading axis for the layers, or of an unrolled encoder one array for each.
+# An array with a leading axis for the layers, or from an unrolled encoder a tuple over layers.
 Layers = jax.Array | tuple[jax.Array, ...]
 
-# (hidden, (parameters, key) of a layer[, pick]) -> (hidden, taps)
+# Runs one layer: (hidden, (parameters, key)[, pick]) -> (hidden, taps).
 Run = Callable[..., tuple[jax.Array, AttentionTaps]]
 
 
 class EncoderOutput(NamedTuple):
-    """Everything a head or a loss may read; under `jit` what nobody reads is never computed."""
+    """The arrays that a head or a loss may read; under `jit`, unused arrays are not computed."""
 
     hidden: Layers  # [layers + 1, batch, seq, dim]; 0 = embeddings after LayerNorm
     queries: Layers  # [layers, batch, seq, heads, head_dim]
     keys: Layers  # [layers, batch, seq, heads, head_dim]
     values: Layers  # [layers, batch, seq, heads, head_dim]
-    attention_scores: tuple[jax.Array | None, ...] | None  # of each layer [batch, heads, seq, seq],
-    # fp32; None: scanned, or no map is built
-    pooled: jax.Array | None  # [batch, dim] or, packed, [batch, segments, dim]; a function of a
-    # linear map of the first token of a row or of each segment; None: an encoder without pooler
+    # Score maps per layer, fp32 [batch, heads, seq, seq]; None for a layer that builds no map, and
+    # for a scanned encoder.
+    attention_scores: tuple[jax.Array | None, ...] | None
+    # `pooling` of a linear map of the first token of each row, [batch, dim], or of each segment of
+    # packed rows, [batch, segments, dim]; None: an encoder without pooler.
+    pooled: jax.Array | None
 
 
 class Encoder(nnx.Module):
-    """Token ids to hidden states. `dtype` is the compute dtype; parameters stay fp32.
+    """Token ids to hidden states. `dtype` is the compute dtype; parameters are fp32.
 
-    `product_dtype` is what the matrix products of the layers read, where it is not `dtype`.
-    `position_init`: how a fresh position table starts; it is trained whichever way.
-    `attention`: what computes attention, see `attend`. `has_pooler`: heads over tokens
-    need none; `pooling` follows its linear map.
+    `product_dtype`: dtype of the inputs of the layers' matrix products; None: `dtype`. `unroll`:
+    run the layers one by one instead of in a scan. `position_init`: initial position table, which
+    is trained in any case. `attention`: backend, see `attend`. `has_pooler`: heads over tokens need
+    no pooler. `pooling`: function after the linear map of the pooler.
     """
 
     def __init__(
@@ -88,15 +90,16 @@ class Encoder(nnx.Module):
         key: jax.Array | None = None,
         num_segments: int | None = None,
     ) -> EncoderOutput:
-        """`key` turns dropout on; without one the pass is deterministic.
+        """The outputs of all layers. With `key` dropout is on; without, the pass is deterministic.
 
-        An integer `attention_mask` holds segment ids of packed rows: 0 is padding, 1, 2, … the
-        examples of a row. Each sees itself alone and has positions of its own; with `num_segments`
-        each has its own `pooled` (of a segment that is not there: something finite).
+        An integer `attention_mask` holds segment ids of packed rows: 0 for padding, 1, 2, … for the
+        examples of a row. A token attends only to its segment, and positions restart with every
+        segment. With `num_segments`, `pooled` has one entry per segment, which is finite and
+        meaningless for a segment that the row does not have.
         """
         embedded, (stacked, keys), run = self._start(inputs, attention_mask, key)
 
-        hidden, taps = (self._one_by_one if self.unroll else self._scanned)(
+        hidden, taps = (self._unrolled if self.unroll else self._scanned)(
             embedded, stacked, keys, run
         )
         pooled = None
@@ -105,13 +108,13 @@ class Encoder(nnx.Module):
         return EncoderOutput(hidden=hidden, pooled=pooled, **taps._asdict())
 
     @staticmethod
-    def _one_by_one(embedded: Array, stacked: Any, keys: Array | None, run: Run) -> tuple[Any, Any]:
+    def _unrolled(embedded: Array, stacked: Any, keys: Array | None, run: Run) -> tuple[Any, Any]:
         """Hidden states and taps as tuples over layers."""
         hidden, taps = [embedded], []
         for layer in _each_layer(stacked, keys):
-            state, own = run(hidden[-1], layer)
+            state, layer_taps = run(hidden[-1], layer)
             hidden.append(state)
-            taps.append(own)
+            taps.append(layer_taps)
         by_kind: Any = zip(*taps, strict=True)
         return tuple(hidden), AttentionTaps(*by_kind)
 
@@ -121,7 +124,7 @@ class Encoder(nnx.Module):
 
         def layer(hidden, params_and_key):
             hidden, taps = run(hidden, params_and_key)
-            # A stack of maps would hold those of layers that nobody reads, too.
+            # A scan would also stack the maps of layers that no loss reads.
             return hidden, (hidden, taps._replace(attention_scores=None))
 
         _, (states, taps) = jax.lax.scan(layer, embedded, (stacked, keys))
@@ -134,20 +137,21 @@ class Encoder(nnx.Module):
         attention_mask: Bool[Array, "batch seq"] | Int[Array, "batch seq"],
         key: jax.Array | None = None,
     ) -> Float[Array, "batch picked dim"]:
-        """The last hidden states that `pick` takes, with no more of the last layer than they need.
+        """The last hidden states of the tokens that `pick` selects.
 
-        That is keys and values of all tokens, and the rest where `pick` does. Without dropout they
-        are those of `__call__`.
+        The last layer computes keys and values at all tokens and everything else only at the
+        selected tokens. Without dropout the result equals that of `__call__`.
         """
         embedded, (stacked, keys), run = self._start(inputs, attention_mask, key)
         if self.unroll:
             hidden, (*lower, last) = embedded, _each_layer(stacked, keys)
-            for each in lower:
-                hidden, _ = run(hidden, each)
+            for lower_layer in lower:
+                hidden, _ = run(hidden, lower_layer)
             return run(hidden, last, pick)[0]
 
-        # XLA copies a part of a stack for its loop. Read layer by layer it needs no copy, but then
-        # each layer's gradient is as large as the stack: only where nothing is trained.
+        # To scan over a part of a stack, XLA copies that part. Indexing layer by layer needs no
+        # copy, but then the gradient of every layer is as large as the stack, so this is only for
+        # passes without training (no key).
         if keys is None:
             below: Any = jnp.arange(len(jax.tree.leaves(stacked)[0]) - 1)
             last = _layer_at(stacked, -1), None
@@ -162,7 +166,7 @@ class Encoder(nnx.Module):
         return run(hidden, last, pick)[0]
 
     def pool(self, first: Float[Array, "*dims dim"]) -> Float[Array, "*dims dim"]:
-        """`EncoderOutput.pooled` of the first tokens' last hidden states."""
+        """`EncoderOutput.pooled` from the last hidden states of first tokens."""
         assert self.pooler is not None
         with jax.named_scope("~head"):
             return self.pooling(self.pooler(first))
@@ -170,7 +174,7 @@ class Encoder(nnx.Module):
     def _start(
         self, inputs: Text, attention_mask: Array, key: jax.Array | None
     ) -> tuple[Array, Any, Run]:
-        """Embeddings, (parameters, key) of all layers stacked, and what runs one such layer."""
+        """(embeddings, (stacked parameters, keys) of all layers, function that runs one layer)."""
         visible = make_visible(attention_mask)
         graphdef, stacked = nnx.split(self.layers, nnx.Param)
         num_layers = jax.tree.leaves(stacked)[0].shape[0]
@@ -188,17 +192,19 @@ class Encoder(nnx.Module):
 
 
 def _layer_at(stacked: Any, i: int | Array) -> Any:
+    """The parameters of layer i of a stack."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacked)
 
 
 def _each_layer(stacked: Any, keys: jax.Array | None) -> list[tuple[Any, jax.Array | None]]:
     """(parameters, key) of each layer."""
-    return [(own, None if keys is None else keys[i]) for i, own in enumerate(_unstacked(stacked))]
+    layers = enumerate(_unstacked(stacked))
+    return [(layer, None if keys is None else keys[i]) for i, layer in layers]
 
 
 @jax.custom_vjp
 def _unstacked(stacked: Any) -> tuple[Any, ...]:
-    """Each layer's part of a stack; the gradient is put together in one go."""
+    """The layers of a stack; the gradient is one `jnp.stack` instead of a sum of padded parts."""
     num_layers = len(jax.tree.leaves(stacked)[0])
     return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_layers))
 
@@ -212,7 +218,7 @@ _unstacked.defvjp(lambda stacked: (_unstacked(stacked), None), _stacked)
 
 @jax.custom_vjp
 def _without_last(stacked: Any) -> tuple[Any, Any]:
-    """All but the last of a stack, and the last; the gradient is put together in one go."""
+    """(all layers but the last, the last layer); the gradient is one `jnp.concatenate`."""
     return jax.tree.map(lambda x: x[:-1], stacked), jax.tree.map(lambda x: x[-1], stacked)
 
 
@@ -224,6 +230,8 @@ _without_last.defvjp(lambda stacked: (_without_last(stacked), None), _with_last)
 
 
 class Embeddings(nnx.Module):
+    """Sum of word, position and token-type embeddings, then LayerNorm and dropout."""
+
     def __init__(
         self,
         config: ModelConfig,
@@ -265,7 +273,7 @@ def sinusoids(
 ) -> jax.Array:
     """[positions, dim]: sines, then cosines, of wave lengths from 2π to 10000·2π.
 
-    Scaled to a root mean square of `stddev`; `key` draws nothing. Source: arXiv 1706.03762, 3.5.
+    The root mean square is `stddev`. `key` is not used. Source: arXiv 1706.03762, section 3.5.
     """
     num_positions, dim = shape
     num_waves = -(-dim // 2)
@@ -275,7 +283,7 @@ def sinusoids(
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, each with a residual and a LayerNorm after it."""
+    """One layer: attention and feed-forward, each followed by a residual and a LayerNorm."""
 
     def __init__(
         self,
@@ -303,7 +311,7 @@ class Block(nnx.Module):
         key: jax.Array | None,
         pick: Pick | None = None,
     ) -> tuple[Float[Array, "batch picked dim"], AttentionTaps]:
-        """Its output for those tokens that `pick` takes, or for all."""
+        """(output, taps); the output only at the tokens that `pick` selects (None: all tokens)."""
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         with jax.named_scope("~attention"):
             attended, taps = self.attention(hidden, visible, keys[0], pick)
@@ -319,13 +327,13 @@ class Block(nnx.Module):
 def first_tokens(
     hidden: Float[Array, "batch seq dim"], attention_mask: Array, num_segments: int | None
 ) -> Float[Array, "batch dim"] | Float[Array, "batch segments dim"]:
-    """The first token of each row or, with `num_segments`, of each segment of packed rows."""
+    """The state of the first token of each row or, with `num_segments`, of each segment."""
     first = pick_first(attention_mask, num_segments)(hidden)
     return first[:, 0] if num_segments is None else first
 
 
 def pick_first(attention_mask: Array, num_segments: int | None) -> Pick:
-    """Takes the first token of each row, or of each segment; of one that is not there: token 0."""
+    """Selects the first token of each row or segment; token 0 for a segment that is not there."""
     if num_segments is None:
         return lambda x: x[:, :1]
     wanted = jnp.arange(1, num_segments + 1)[None, :, None]
@@ -333,14 +341,14 @@ def pick_first(attention_mask: Array, num_segments: int | None) -> Pick:
 
 
 def _restarted_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
-    """Positions that begin at 0 with every segment."""
+    """Positions that restart at 0 with every segment."""
     index = jnp.arange(segment_ids.shape[1])[None]
     is_start = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
     return index - jax.lax.cummax(jnp.where(is_start, index, 0), axis=1)
 
 
 def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs, **options: Any) -> Block:
-    """One `Block` whose every parameter has a leading [layers] axis."""
+    """A `Block` whose parameters have a leading axis [layers]."""
 
     def block(key: jax.Array) -> Block:
         return Block(config, rngs=nnx.Rngs(key), **options)

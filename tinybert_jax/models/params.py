@@ -1,4 +1,4 @@
-"""Nested dicts of arrays addressed by one path string, such as `encoder/layers/output/kernel`."""
+"""Parameters as nested dicts; a path such as `encoder/layers/output/kernel` names one array."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from tinybert_jax.models.linear import rounded_kernels
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"a": {"b": x}}` to `{"a/b": x}`, in the tree's own order."""
+    """`{"a": {"b": x}}` to `{"a/b": x}`, in the order of the tree's leaves."""
     return {
         "/".join(str(part.key) for part in path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -33,7 +33,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sha256(tree: Any) -> str:
-    """Of all arrays, in the tree's order."""
+    """SHA-256 of the bytes of all arrays, in the order of the tree's leaves."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         digest.update(np.ascontiguousarray(leaf).tobytes())
@@ -41,13 +41,14 @@ def sha256(tree: Any) -> str:
 
 
 def num_parameters(tree: Mapping[str, Any]) -> int:
+    """The number of values in all arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-Params = dict[str, Any]
+Params = dict[str, Any]  # nested dicts of arrays
 
 
-Apply = Callable[..., Any]
+Apply = Callable[..., Any]  # (params, text, attention_mask, key, …) -> outputs of a model
 
 
 def frozen_params(
@@ -57,51 +58,53 @@ def frozen_params(
     product_dtype: DTypeLike | None = None,
     unroll: bool = False,
 ) -> Params:
-    """Those of a model that is not trained, as its passes read them: the same bits but for int8.
+    """The parameters of a frozen model in the form that its forward passes read.
 
-    Kernels are rounded once (`rounded_kernels`); layers that are unrolled are `unstack_layers`.
+    Kernels are rounded once (`rounded_kernels`) instead of in every pass, and layers are unstacked
+    with `unroll`. The outputs have the same bits, except for int8 products.
     """
     rounded = rounded_kernels(params, dtype=dtype, product_dtype=product_dtype)
     return unstack_layers(rounded) if unroll else rounded
 
 
 def unstack_layers(params: Params) -> Params:
-    """Parameters with a tuple of layers, each a stack of one, instead of a stack of all.
+    """Splits the stack of layers, [layers, …], into a tuple with arrays [1, …] per layer.
 
-    Of one model, or of a dict that holds one, such as {student, projection}. `apply` takes both
-    forms. Of a stack XLA:CPU copies every layer that an unrolled encoder reads, and puts its
-    gradient together: a fine-tuning step of benchmarks/finetune.py took 1.04 times as long.
+    `params` is a model or a dict that holds one, such as {student, projection}. `apply` takes both
+    forms. From a stack, XLA:CPU copies every layer that an unrolled encoder reads and concatenates
+    the gradients: a fine-tuning step of benchmarks/finetune.py took 1.04 times as long.
     """
 
-    def apart(stacked: Any) -> tuple[Any, ...]:
-        def one(i: int) -> Any:
+    def unstack(stacked: Any) -> tuple[Any, ...]:
+        def layer(i: int) -> Any:
             return jax.tree.map(lambda x: x[i : i + 1], stacked)
 
-        return tuple(one(i) for i in range(len(jax.tree.leaves(stacked)[0])))
+        return tuple(layer(i) for i in range(len(jax.tree.leaves(stacked)[0])))
 
-    return _with_layers(params, apart)
+    return _with_layers(params, unstack)
 
 
 def restack_layers(params: Params) -> Params:
-    """The inverse of `unstack_layers`; in a program XLA takes the parts where they are.
+    """The inverse of `unstack_layers`; NumPy arrays stay NumPy arrays.
 
-    Of arrays of NumPy it makes arrays of NumPy.
+    In a jitted program XLA reads the parts without a copy.
     """
 
-    def joined(layers: Any) -> Any:
+    def stack(layers: Any) -> Any:
         if not isinstance(layers, tuple):
             return layers
-        is_host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(layers))
-        xp = np if is_host else jnp
+        is_numpy = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(layers))
+        xp = np if is_numpy else jnp
         return jax.tree.map(lambda *parts: xp.concatenate(parts), *layers)
 
-    return _with_layers(params, joined)
+    return _with_layers(params, stack)
 
 
 def _with_layers(params: Any, change: Callable[[Any], Any]) -> Any:
+    """`params` with `change` applied to every value under the key `layers`."""
     if not isinstance(params, Mapping):
         return params
     return {
-        name: change(own) if name == "layers" else _with_layers(own, change)
-        for name, own in params.items()
+        name: change(value) if name == "layers" else _with_layers(value, change)
+        for name, value in params.items()
     }
