@@ -121,7 +121,7 @@ def ours(
     host.keep_freed_memory()  # as the command does, before the first thread
     import jax
 
-    from tinybert_jax.config.objectives import DistillSection
+    from tinybert_jax.config.distillation import DistillSection
     from tinybert_jax.huggingface.folder import read_model, start_params
     from tinybert_jax.models.heads import make_encoder
     from tinybert_jax.models.params import frozen_params, unstack_layers

@@ -56,8 +56,8 @@ def students(
 
     from tinybert_jax.batches import loader
     from tinybert_jax.batches.packing import packed_epochs
+    from tinybert_jax.config.distillation import DistillSection
     from tinybert_jax.config.models import SOLE
-    from tinybert_jax.config.objectives import DistillSection
     from tinybert_jax.models.heads import make_encoder
     from tinybert_jax.models.params import frozen_params, unstack_layers
     from tinybert_jax.objectives.alignment import init_projection

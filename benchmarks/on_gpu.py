@@ -276,7 +276,7 @@ def ours(work: Work, settings: Settings, attention: str) -> Ready:
     keys = jax.random.split(jax.random.key(0), 3)
     frozen: Any = ()
     if work.teacher:
-        from tinybert_jax.config.objectives import DistillSection
+        from tinybert_jax.config.distillation import DistillSection
         from tinybert_jax.models.heads import make_encoder
         from tinybert_jax.models.params import frozen_params
         from tinybert_jax.objectives.alignment import init_projection

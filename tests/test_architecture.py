@@ -15,7 +15,7 @@ ROOMS = {
     "settings": "section sizes layer_maps",
     "losses": "pointwise forms attention relations vocabulary",
     "terms": "term attention hidden relation cls cosine pooled logits label words table",
-    "config": "models data tasks stages objectives compute consistency run load",
+    "config": "models data tasks stages distillation compute consistency run load",
     "metrics": "classification regression multi_label tagging",
     "report": "charts style tables confusion per_class pareto page",
     "performance": "flops device_peaks trace host",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tinybert_jax.batches.batch import Batch, Plan, TokenRows, make_batch
 from tinybert_jax.batches.packing import pack, packed_epochs
-from tinybert_jax.config.objectives import DistillSection
+from tinybert_jax.config.distillation import DistillSection
 from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.models.inputs import Text

@@ -9,7 +9,7 @@ from jax.extend.core import jaxprs_in_params
 
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.compute import MeshSection
-from tinybert_jax.config.objectives import DistillSection
+from tinybert_jax.config.distillation import DistillSection
 from tinybert_jax.models.encoder import Encoder
 from tinybert_jax.models.heads import is_few, make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.models.inputs import Text

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tinybert_jax.batches.batch import Batch
-from tinybert_jax.config.objectives import DistillSection
+from tinybert_jax.config.distillation import DistillSection
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.models.inputs import Text
 from tinybert_jax.objectives.distillation import Role, make_distill

@@ -7,7 +7,7 @@ import pytest
 
 from tinybert_jax.batches.batch import Plan, TokenRows, make_batch
 from tinybert_jax.batches.packing import pack
-from tinybert_jax.config.objectives import DistillSection
+from tinybert_jax.config.distillation import DistillSection
 from tinybert_jax.losses.forms import FORMS
 from tinybert_jax.models.heads import make_classifier, make_token_classifier
 from tinybert_jax.models.inputs import Text

@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from tinybert_jax.batches.batch import Batch
-from tinybert_jax.config.objectives import DistillSection
+from tinybert_jax.config.distillation import DistillSection
 from tinybert_jax.losses import attention as attention_losses
 from tinybert_jax.models.heads import Model, make_classifier, make_encoder, make_masked_lm
 from tinybert_jax.models.inputs import Text

@@ -14,7 +14,7 @@ from tinybert_jax import cli
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.batches.tokenize import tokenize_texts
 from tinybert_jax.config import load as config_files
-from tinybert_jax.config.objectives import DistillSection
+from tinybert_jax.config.distillation import DistillSection
 from tinybert_jax.config.stages import PREDICTION
 from tinybert_jax.huggingface.folder import read_model, save_model, start_params
 from tinybert_jax.huggingface.head import Head

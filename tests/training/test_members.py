@@ -14,7 +14,7 @@ from tiny_inputs import STUDENT, TEACHER, TEXTS, write_config, write_inputs
 from tinybert_jax import cli
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.compute import MeshSection
-from tinybert_jax.config.objectives import DistillSection
+from tinybert_jax.config.distillation import DistillSection
 from tinybert_jax.huggingface.folder import read_model, start_params
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.models.inputs import Text

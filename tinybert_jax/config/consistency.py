@@ -159,35 +159,37 @@ def _needs_of_names(config: Any) -> Iterator[str]:
 def _needs_of_terms(config: Any, stage: Stage) -> Iterator[str]:
     distillation, origin = config.distillation, f"distillation.{stage.name}"
     terms = distillation.terms(stage.name)
-    names = {term.name for term in terms}
     if not terms:
         yield (
             f"{origin}: expected a term with a weight above 0, got none (preset "
             f"{distillation.preset}): add terms to {origin}, or remove the stage {stage.name}"
         )
-    if "label" in names and config.task and config.task.unlabelled:
-        yield f"{origin}: the term label needs labels: remove task.unlabelled"
+    for term in terms if config.task and config.task.unlabelled else ():
+        if term.needs_labels:
+            yield f"{origin}: the term {term.name} needs labels: remove task.unlabelled"
     stores = stage.reads_corpus and config.corpus and config.corpus.stores
-    for name in sorted({"cls", "pooled"} & names) if stores else ():
+    for name in sorted(term.name for term in terms if stores and term.needs_examples):
         yield (
             f"{origin}: the term {name} needs one example per row, not corpus.stores: set "
             "corpus.files instead"
         )
     makes_pooler = config.pretrain and stage.teacher == "pretrained"
-    if "pooled" in names and makes_pooler and not config.pretrain.pair_weight:
+    for term in terms if makes_pooler and not config.pretrain.pair_weight else ():
+        if not term.reads.pooled:
+            continue
         yield (
-            f"{origin}: the term pooled needs a trained pooler, which pretrain makes with "
+            f"{origin}: the term {term.name} needs a trained pooler, which pretrain makes with "
             "pair_weight alone: move the term to intermediate or prediction, or set teacher.path "
             "to a model with a pooler and leave pretrain out"
         )
     if distillation.normalisation == "paper_code":
         # These losses are means over real tokens; they have no variant that counts the padding.
-        others = sorted({"relation", "cosine"} & names)
+        others = sorted(term.name for term in terms if term.mean_over == "tokens")
         others += ["word_logits"] if reads_every_word(terms) else []
         if others:
             yield f"distillation.normalisation: paper_code has no {others}: set valid_only"
         is_packed = stores or getattr(config, stage.name).batching == "pack"
-        if is_packed and names & {"attention", "hidden", "embedding"}:
+        if is_packed and any(term.mean_over == "positions" for term in terms):
             yield (
                 f"{stage.name}: paper_code counts padding, packed rows have no padding to count: "
                 "set distillation.normalisation=valid_only, or batching=bucket without stores"

@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 from tinybert_jax.config.compute import ComputeSection, MeshSection
 from tinybert_jax.config.consistency import consistency_errors
 from tinybert_jax.config.data import CorpusSection, TokenizerSection
+from tinybert_jax.config.distillation import DistillSection
 from tinybert_jax.config.models import SOLE, StudentSection, TeacherSection
-from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.config.stages import (
     STAGE_NAMES,
     STAGES,

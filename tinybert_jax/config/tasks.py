@@ -13,7 +13,7 @@ class TaskSection(Section):
     """The settings that every kind of task has; `train` is trained on, `dev` evaluated on."""
 
     form: ClassVar[Form]
-    default_metric: ClassVar[str]
+    default_metric: ClassVar[str]  # chooses the best checkpoint: higher has to be better
 
     kind: str
     name: str = "task"

@@ -273,12 +273,13 @@ def _check_pair(plans: Sequence[StagePlan], teacher: ModelConfig, student: Model
 def check_poolers(run: Run, plans: Sequence[StagePlan]) -> None:
     """Refuses a term that reads a pooler, where a model has none or would not keep it."""
     for plan in (plan for plan in plans if plan.stage.distils and reads_of(plan.terms).pooled):
-        origin, fix = f"distillation.{plan.name}, term pooled", "use the term cls"
+        name = next(term.name for term in plan.terms if term.reads.pooled)
+        origin, fix = f"distillation.{plan.name}, term {name}", "use the term cls"
         is_of_task = plan.stage.teacher == "task"
-        if is_of_task and run.the_task.kind.unit != "row":
+        if is_of_task and run.required_task.kind.unit != "row":
             raise ValueError(
-                f"{origin}: expected a task of whole texts, got {run.the_task.kind.kind}, whose "
-                f"models have no pooler; {fix}"
+                f"{origin}: expected a task of whole texts, got {run.required_task.kind.kind}, "
+                f"whose models have no pooler; {fix}"
             )
         path = None if is_of_task or PRETRAIN.name in run.plans else run.teacher_section.path
         if path and not has_pooler(path):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tinybert_jax.config.compute import ComputeSection
+from tinybert_jax.config.distillation import DistillSection
 from tinybert_jax.config.models import SOLE, FurtherTeacher, Student, TeacherSection
-from tinybert_jax.config.objectives import DistillSection
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import FINETUNE, PRETRAIN, StageSection
 from tinybert_jax.data.splits import TaskData
@@ -250,7 +250,8 @@ def head_of(run: Run, settings: Settings) -> Head:
     """The head, with the labels of the task, that a trained model is saved with."""
     task = run.required_task
     names = task.data.label_names or ()
-    return Head(task.kind.hf_head, task.kind.problem_type, names, dict(settings))
+    kind = task.kind
+    return Head(kind.hf_head, kind.problem_type, names, dict(settings), kind.kind)
 
 
 def check_teacher(run: Run, path: str | Path, sizes: ModelConfig) -> None:
@@ -270,9 +271,9 @@ def check_teacher(run: Run, path: str | Path, sizes: ModelConfig) -> None:
     got, needed = metrics[task.floor_metric], min(floor + margin, 1.0)
     if got < needed:
         raise ValueError(
-            f"teacher: expected a dev {task.floor_metric} of at least {needed:.4f} (the majority "
-            f"class has {floor:.4f}), got {got:.4f} from {path}; check its label order, fine-tune "
-            "it on the task, or for longer (in another run_dir), or accept it with "
+            f"teacher: expected a dev {task.floor_metric} of at least {needed:.4f} (a model "
+            f"that learnt nothing has {floor:.4f}), got {got:.4f} from {path}; check the order of its "
+            "labels, fine-tune it on the task, or for longer (in another run_dir), or accept it with "
             "distillation.teacher_margin=-1"
         )
 

@@ -21,6 +21,7 @@ class AttentionTerm(LayerTerm):
     """Scores QKᵀ/√d before softmax (arXiv 1909.10351, equation 7)."""
 
     reads: ClassVar[Reads] = Reads(encoder=True)
+    mean_over = "positions"
 
     term: Literal["attention"]
     heads: PositiveInt | None = Field(

@@ -14,6 +14,7 @@ class ClsTerm(LayerTerm):
     """
 
     reads: ClassVar[Reads] = Reads(encoder=True)
+    needs_examples = True
 
     term: Literal["cls"]
     layer_map: LayerMap = "skip"

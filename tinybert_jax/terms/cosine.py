@@ -10,6 +10,7 @@ class CosineTerm(Term):
     """1 − cosine of the last hidden states (DistilBERT, arXiv 1910.01108)."""
 
     reads: ClassVar[Reads] = Reads(encoder=True)
+    mean_over = "tokens"
 
     term: Literal["cosine"]
 

@@ -10,6 +10,7 @@ class HiddenTerm(LayerTerm):
     """Hidden states through the projection (arXiv 1909.10351, equation 8)."""
 
     reads: ClassVar[Reads] = Reads(encoder=True, projection=True)
+    mean_over = "positions"
 
     term: Literal["hidden"]
 
@@ -27,6 +28,7 @@ class EmbeddingTerm(Term):
     """The embedding layer's output through the projection (equation 9)."""
 
     reads: ClassVar[Reads] = Reads(encoder=True, projection=True)
+    mean_over = "positions"
 
     term: Literal["embedding"]
 

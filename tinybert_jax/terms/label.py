@@ -10,6 +10,7 @@ class LabelTerm(Term):
     """The gold labels."""
 
     reads: ClassVar[Reads] = Reads(task_logits=True, teacher=False)
+    needs_labels = True
 
     term: Literal["label"]
     label_smoothing: Probability = 0.0

@@ -13,6 +13,7 @@ class PooledTerm(Term):
     """
 
     reads: ClassVar[Reads] = Reads(encoder=True, pooled=True)
+    needs_examples = True
 
     term: Literal["pooled"]
 

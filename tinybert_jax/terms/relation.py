@@ -24,6 +24,7 @@ class RelationTerm(LayerTerm):
     """KL of softmaxed relations of queries, keys and values (MiniLMv2, arXiv 2012.15828)."""
 
     reads: ClassVar[Reads] = Reads(encoder=True)
+    mean_over = "tokens"
 
     term: Literal["relation"]
     layer_map: LayerMap = "last"

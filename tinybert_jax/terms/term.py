@@ -28,7 +28,7 @@ class PositiveRamp(Ramp):
 class Reads(NamedTuple):
     """The outputs of the two models that a term reads."""
 
-    encoder: bool = False  # hidden states, queries, keys, values
+    encoder: bool = False  # an EncoderOutput: hidden states, queries, keys, values
     task_logits: bool = False
     words: bool = False  # the factors of masked-LM logits
     teacher: bool = True  # or the student's outputs and labels alone
@@ -90,6 +90,11 @@ class Term(Section):
 
     reads: ClassVar[Reads]
     metric: ClassVar[str | None] = None  # of its loss, where it is not the term's name
+    needs_labels: ClassVar[bool] = False  # unlabelled task text has none: refused there
+    needs_examples: ClassVar[bool] = False  # rows of token stores hold no examples: refused there
+    # What the loss is a mean over: examples or labels; real tokens; or, where
+    # distillation.normalisation is paper_code, all positions with the padding.
+    mean_over: ClassVar[Literal["units", "tokens", "positions"]] = "units"
 
     weight: NonNegative | Ramp = 1.0
 
@@ -180,5 +185,6 @@ def check_equal_widths(student: ModelConfig, teacher: ModelConfig) -> None:
     if student.hidden_size != teacher.hidden_size:
         raise ValueError(
             f"expected a student as wide as its teacher, got hidden_size {student.hidden_size} and "
-            f"{teacher.hidden_size}; use the term hidden, which has a projection"
+            f"{teacher.hidden_size}; make the student as wide, or use the term hidden, "
+            "which compares hidden states through a projection"
         )

@@ -90,8 +90,6 @@ class DistillSection(Section):
 def _presets() -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Preset, stage -> the settings of the terms."""
     text = (
-        resources.files("tinybert_jax.config")
-        .joinpath("objectives.yaml")
-        .read_text(encoding="utf-8")
+        resources.files("tinybert_jax.config").joinpath("presets.yaml").read_text(encoding="utf-8")
     )
     return yaml.safe_load(text)
