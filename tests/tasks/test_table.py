@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tinybert_jax.config.tasks import TaggingTask
 from tinybert_jax.huggingface.folder import HfModel
 from tinybert_jax.huggingface.head import read_head
 from tinybert_jax.settings.sizes import ModelConfig
@@ -52,9 +53,20 @@ def test_a_head_of_no_task_is_refused(num_outputs, problem_type):
         task_of(_model(2)._replace(head=None))
 
 
-def test_every_kind_is_its_own_section_and_head():
-    """So that a folder says which task it is for."""
+def test_of_tasks_with_one_head_the_folder_names_its_own(monkeypatch):
+    """The name counts only where the rest of config.json agrees: others may have changed that."""
+    stars = TASKS["multi_label"]._replace(section=type("Stars", (TaggingTask,), {}))
+    monkeypatch.setitem(TASKS, "stars", stars)
+    several = {"problem_type": "multi_label_classification"}
+    assert task_of(_model(3, tinybert_task="stars", **several)) is stars
+    for named in ({}, {"tinybert_task": "multi_label"}, {"tinybert_task": "unknown"}):
+        assert task_of(_model(3, **named, **several)) is TASKS["multi_label"]
+    one = {"problem_type": "single_label_classification"}
+    assert task_of(_model(3, tinybert_task="stars", **one)) is TASKS["classification"]
+    with pytest.raises(ValueError, match="expected the name of a kind of task as tinybert_task"):
+        _model(3, tinybert_task=["stars"], **several)
+
+
+def test_every_kind_has_a_section_of_its_own():
     assert [task.kind for task in TASKS.values()] == list(TASKS)
-    heads = [(task.hf_head, task.problem_type) for task in TASKS.values()]
-    assert len(set(heads)) == len(heads)
     assert len({task.section for task in TASKS.values()}) == len(TASKS)

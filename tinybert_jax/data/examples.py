@@ -12,11 +12,11 @@ class Examples(NamedTuple):
     text: Sequence[Any]  # n texts, or n lists of words
     text_pair: list[str] | None
     labels: Any  # [n] class ids or numbers; [n, labels] 0 or 1; n arrays [words]; None: unlabelled
-    label_names: tuple[str, ...] | None  # None where labels are numbers
+    label_names: tuple[str, ...] | None  # of the outputs of a head; None where labels are numbers
 
     @property
     def num_outputs(self) -> int:
-        """Scores of a unit: the classes, or one number."""
+        """Outputs of the head for a unit: one for each label name, or one number."""
         return len(self.label_names) if self.label_names else 1
 
     def take(self, rows: Sequence[int] | slice) -> "Examples":

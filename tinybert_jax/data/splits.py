@@ -18,7 +18,9 @@ class Reading(NamedTuple):
     """Which examples of a file are read, and what they have to have."""
 
     split: str | None = None  # of a data set that has several
-    label_names: Sequence[str] | None = None  # the only labels that may occur, over the section's
+    label_names: Sequence[str] | None = (
+        None  # known from train or a model; other labels are refused
+    )
     is_dev: bool = False  # whether columns have the names of the dev file
     is_labelled: bool = True
     keep_blank: bool = False  # reads a blank text as "" instead of refusing it

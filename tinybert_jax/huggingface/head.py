@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 # Heads that are a linear map named `classifier`, over pooled tokens or over all.
 _KINDS = ("SequenceClassification", "TokenClassification")
 _SETTINGS = "tinybert_answers"  # the key of config.json for a head's settings
+_TASK = "tinybert_task"  # the key of config.json for the kind of task
 
 
 class Head(NamedTuple):
@@ -15,6 +16,7 @@ class Head(NamedTuple):
     problem_type: str | None
     label_names: tuple[str, ...]  # in id order, one for each output; LABEL_0 … where there are none
     settings: Mapping[str, float] = {}  # of the answers, such as a threshold
+    task: str | None = None  # the kind of task; None in folders that others wrote
 
 
 def is_unnamed(label_names: Sequence[str]) -> bool:
@@ -70,7 +72,13 @@ def read_head(raw: Mapping[str, Any], folder: Path, num_outputs: int) -> Head:
             f"config.json has {len(names)}: {list(names)}"
         )
     problem_type = raw.get("problem_type") or inferred_problem_type(kinds[0], num_outputs)
-    return Head(kinds[0], problem_type, names, _read_settings(raw, folder))
+    task = raw.get(_TASK)
+    if not isinstance(task, str | None):
+        raise ValueError(
+            f"{folder}: expected the name of a kind of task as {_TASK}, got {task!r}; remove that "
+            "key from config.json"
+        )
+    return Head(kinds[0], problem_type, names, _read_settings(raw, folder), task)
 
 
 def _read_settings(raw: Mapping[str, Any], folder: Path) -> Mapping[str, float]:
@@ -100,6 +108,7 @@ def write_head(head: Head, num_outputs: int) -> dict[str, Any]:
         "label2id": {name: i for i, name in enumerate(names)},
     }
     fields |= {"problem_type": head.problem_type} if head.problem_type else {}
+    fields |= {_TASK: head.task} if head.task else {}
     return fields | ({_SETTINGS: dict(head.settings)} if head.settings else {})
 
 

@@ -1,4 +1,4 @@
-"""The losses for three forms of task output: one class, any number of classes, or a number.
+"""The losses for three forms of task output: one class, yes-or-no outputs, or a number.
 
 A unit is the item that a task scores, such as an example or a word; logits are [units, classes].
 `weights` [units] is 0 for padding. Every loss is a weighted sum over units divided by `count`.

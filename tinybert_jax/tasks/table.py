@@ -13,15 +13,20 @@ TASKS: dict[str, Task] = {
 
 
 def task_of(model: HfModel) -> Task:
-    """The task that the head of `model` is for; raises ValueError where it has no such head."""
+    """The task that the head of `model` is for; raises ValueError where it has no such head.
+
+    Of the tasks that have this head and problem type in transformers it is the one that
+    config.json names. A folder that names none of them is for the first.
+    """
     if model.head is None:
         raise ValueError(
             f"{model.folder}: expected a model with a head for a task, found none; fine-tune it "
             "first (tinybert finetune)"
         )
-    for task in TASKS.values():
-        if task.hf_head == model.head.kind and task.problem_type == _problem_type(model):
-            return task
+    given = model.head.kind, _problem_type(model)
+    fitting = {kind: t for kind, t in TASKS.items() if (t.hf_head, t.problem_type) == given}
+    if fitting:
+        return fitting.get(model.head.task or "", next(iter(fitting.values())))
     known = sorted({f"{t.hf_head}, {t.problem_type}" for t in TASKS.values()})
     raise ValueError(
         f"{model.folder}: expected a head of one of the kinds {known}, got {model.head.kind} with "

@@ -33,22 +33,26 @@ class Scored(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A kind of task."""
+    """A kind of task.
+
+    `details` is what the report shows beside the metrics: `confusion` (counts [classes, classes]),
+    or `per_class` (rows with name, precision, recall, f1, support) under `per_class_title`.
+    """
 
     section: type[TaskSection]  # the settings; the default of its field `kind` names the task
     form: Form  # which losses fit the logits
     make_head: MakeHead  # (sizes, number of classes, options) -> (apply, init)
-    unit: Literal["row", "word"]  # what has one label
+    unit: Literal["row", "word"]  # what has one label; of a word its first token is scored
     read: Reader
     encode: Callable[[Any, Examples, int], TokenRows]  # (tokenizer, examples, max_length)
-    count_labels: Callable[[Examples], np.ndarray]  # -> number of units per class, [classes]
+    count_labels: Callable[[Examples], np.ndarray]  # -> units per label name, [outputs]
     floor: Callable[[Examples], float | None]  # score without any learning; None: no floor
     floor_metric: str  # the metric of `floor`
     measure: Callable[[Scored, Settings], dict[str, float]]  # -> metrics by name
     answers: Callable[[Scored, Settings], list[dict[str, Any]]]  # -> one prediction per example
-    details: Callable[[Scored, Settings], dict[str, Any]]  # -> more entries of results.json
+    details: Callable[[Scored, Settings], dict[str, Any]]  # -> entries of results.json, see below
     hf_head: str  # end of the class name in transformers, such as SequenceClassification
-    problem_type: str | None  # the value in transformers' config.json
+    problem_type: str | None  # in config.json; kinds may share it: see `table.task_of`
     tune: Callable[[Scored], Settings] | None = None  # -> settings with the best score
     # (tokenizer, examples, positions): raises ValueError where an example is too long for a model
     check_lengths: Callable[[Any, Examples, int], None] | None = None
