@@ -162,6 +162,21 @@ def test_save_and_load_again(folder, model, tokenizer, tmp_path):
     )
 
 
+def test_what_a_head_knows_of_its_task_is_saved_again(tmp_path, tokenizer):
+    model = random_bert(BertForSequenceClassification, num_labels=2)
+    model.config.problem_type = "multi_label_classification"
+    folder = write_bert(tmp_path / "tuned", model)
+    file = folder / "config.json"
+    known = {"tinybert_answers": {"threshold": 0.2}, "tinybert_task": "multi_label"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | known))
+    saved = TinyBertForSequenceClassification.from_pretrained(folder).save_pretrained(
+        tmp_path / "saved"
+    )
+    config = json.loads((saved / "config.json").read_text())
+    assert {name: config[name] for name in known} == known
+    assert config["problem_type"] == "multi_label_classification"
+
+
 def test_regression_stays_a_regression(tmp_path, tokenizer):
     """transformers leaves problem_type out of a folder with one label: it infers it in training."""
     score = random_bert(BertForSequenceClassification, num_labels=1)

@@ -49,11 +49,11 @@ class TinyBertModel:
         params: dict[str, Any],
         label_names: tuple[str, ...] | None = None,
         tokenizer: Any = None,
-        problem_type: str | None = None,
+        head: Head | None = None,
     ):
         self.config, self.params = config, params
         self.label_names, self.tokenizer = label_names, tokenizer
-        self.problem_type = problem_type
+        self.head = head  # as the folder had it; None: of a fresh head
         apply, _ = self._make(config, len(label_names or ()) or 1)
         self._forward = jax.jit(
             lambda params, inputs, mask: self._outputs(apply(params, inputs, mask))
@@ -83,7 +83,7 @@ class TinyBertModel:
             tokenizer = load_tokenizer(path)
         except ValueError:
             tokenizer = None  # only save_pretrained needs it, and says so
-        return cls(source.config, params, names, tokenizer, head.problem_type if head else None)
+        return cls(source.config, params, names, tokenizer, head)
 
     def __call__(
         self,
@@ -143,8 +143,9 @@ class TinyBertModel:
         if self.head_kind is None:
             return None
         names = self.label_names or ("LABEL_0",)
-        inferred = inferred_problem_type(self.head_kind, len(names))
-        return Head(self.head_kind, self.problem_type or inferred, names)
+        if self.head is not None:
+            return self.head._replace(label_names=names)
+        return Head(self.head_kind, inferred_problem_type(self.head_kind, len(names)), names)
 
     @staticmethod
     def _make(config: ModelConfig, num_classes: int) -> Model:
