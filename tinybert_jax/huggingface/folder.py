@@ -31,7 +31,7 @@ from tinybert_jax.huggingface.weights import (
     has_tensor,
     to_hf,
 )
-from tinybert_jax.models.params import flatten, unflatten
+from tinybert_jax.models.params import Params, flatten, unflatten
 from tinybert_jax.settings.sizes import ModelConfig
 
 
@@ -46,7 +46,7 @@ class HfModel(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    params: dict[str, Any]
+    params: Params
     missing: tuple[str, ...]  # paths that kept their initial values
     surplus: tuple[str, ...]  # names in the folder without a place in the model
 

@@ -22,6 +22,7 @@ from tinybert_jax.models.heads import (
     make_token_classifier,
 )
 from tinybert_jax.models.inputs import Text
+from tinybert_jax.models.params import Params
 from tinybert_jax.settings.sizes import ModelConfig
 
 
@@ -46,7 +47,7 @@ class TinyBertModel:
     def __init__(
         self,
         config: ModelConfig,
-        params: dict[str, Any],
+        params: Params,
         label_names: tuple[str, ...] | None = None,
         tokenizer: Any = None,
         head: Head | None = None,

@@ -13,7 +13,7 @@ from tinybert_jax.batches.batch import Batch, Plan, TokenRows, make_batch, token
 from tinybert_jax.batches.bucketing import plan_epoch
 from tinybert_jax.batches.packing import packed_epochs
 from tinybert_jax.losses import vocabulary
-from tinybert_jax.models.params import Apply
+from tinybert_jax.models.params import Apply, Params
 from tinybert_jax.objectives import masking
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import num_batch_shards
@@ -45,11 +45,11 @@ def make_scorer(
     """
 
     @jax.jit
-    def forward(params: Any, batch: Batch) -> jax.Array:
+    def forward(params: Params, batch: Batch) -> jax.Array:
         inputs = batch.inputs, batch.attention_mask
         return apply(params, *inputs, num_segments=batch.num_segments).logits
 
-    def score(params: Any, rows: TokenRows, *, global_batch_size: int = 64) -> np.ndarray:
+    def score(params: Params, rows: TokenRows, *, global_batch_size: int = 64) -> np.ndarray:
         if mesh is None:
             params = jax.device_put(params)  # once, not for each batch
         pending = []
@@ -105,7 +105,7 @@ def make_masked_lm_scorer(
         chunk_size=chunk_size,
     )
 
-    def score(params: Any, rows: TokenRows, *, global_batch_size: int = 64) -> dict[str, float]:
+    def score(params: Params, rows: TokenRows, *, global_batch_size: int = 64) -> dict[str, float]:
         pending = []
         for number, plan in enumerate(_plans(rows, buckets, packed, global_batch_size, mesh)):
             batch = _placed(make_batch(rows, plan, pad_token_id), mesh)
@@ -168,7 +168,7 @@ def _make_masked_sums(
     """(params, number of the batch, batch) -> Σ nll, hits, masked tokens[, pair hits, pairs]."""
 
     @jax.jit
-    def sums(params: Any, number: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
+    def sums(params: Params, number: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
         ids, positions, labels = masking.mask_rows(
             batch.inputs.input_ids,
             batch.real,

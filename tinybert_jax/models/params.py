@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.linear import rounded_kernels
 
 
@@ -45,10 +46,29 @@ def num_parameters(tree: Mapping[str, Any]) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-Params = dict[str, Any]  # nested dicts of arrays
+if TYPE_CHECKING:  # nested dicts of arrays; `unstack_layers` makes tuples of dicts
+    Params = dict[str, "jax.Array | Params | tuple[Params, ...]"]
+else:  # the checker that tests use at run time does not follow the recursion
+    Params = dict[str, Any]
 
 
-Apply = Callable[..., Any]  # (params, text, attention_mask, key, …) -> outputs of a model
+@runtime_checkable
+class Apply(Protocol):
+    """The forward pass of a model; deterministic without `key`, which draws the dropout masks.
+
+    Options: `num_segments` of packed rows, of heads `taps`, of a masked LM `positions`. Returns an
+    `EncoderOutput`, a `ClassifierOutput` or a `MaskedLMOutput`.
+    """
+
+    def __call__(
+        self,
+        params: Params,
+        inputs: Text,
+        attention_mask: jax.Array,
+        key: jax.Array | None = None,
+        /,
+        **options: Any,
+    ) -> Any: ...
 
 
 def frozen_params(

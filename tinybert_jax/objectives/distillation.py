@@ -13,7 +13,7 @@ from tinybert_jax.losses.pointwise import Normalisation
 from tinybert_jax.models.attention import at
 from tinybert_jax.models.encoder import first_tokens
 from tinybert_jax.models.heads import MaskedLMOutput
-from tinybert_jax.models.params import Apply
+from tinybert_jax.models.params import Apply, Params
 from tinybert_jax.objectives.alignment import project
 from tinybert_jax.objectives.masked_lm import Mask
 from tinybert_jax.objectives.objective import Counts, Objective, count_units, encoder_inputs, units
@@ -140,7 +140,7 @@ def make_distill(
 
 def _run(
     role: Role,
-    params: Any,
+    params: Params,
     batch: Batch,
     key: jax.Array | None,
     *,

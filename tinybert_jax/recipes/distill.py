@@ -135,7 +135,7 @@ def _without_projection(measure: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda params: measure(params["student"])
 
 
-def _save(run: Run, folder: Path, params: Any, sizes: ModelConfig, head: Head | None) -> None:
+def _save(run: Run, folder: Path, params: dict[str, Any], sizes: ModelConfig, head: Head | None) -> None:
     extra: dict[str, Callable[[Path], None]] = {}
     if "projection" in params:
         extra[_PROJECTION] = functools.partial(save_file, params["projection"])
@@ -154,7 +154,7 @@ def _make_init(
     They come from an earlier stage that is done, else from the student's folder, else from `init`.
     """
 
-    def init_params(key: jax.Array, seed: int) -> dict[str, Any]:
+    def init_params(key: jax.Array, seed: int) -> Params:
         earlier = plan.stage.starts_from
         done = [run.find_model(name, member=student.name, seed=seed) for name in earlier]
         folders = [*(folder for folder in done if folder is not None), student.section.path]

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from tinybert_jax.batches.batch import Batch
+from tinybert_jax.models.params import Params
 from tinybert_jax.objectives.objective import Objective
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import runs_seeds_sequentially
@@ -27,7 +28,7 @@ class TrainState(NamedTuple):
     """
 
     step: jax.Array  # int32 []
-    params: Any
+    params: Params
     opt_state: optax.OptState
     key: jax.Array  # [] or [seeds]; constant: all random numbers come from fold_in(key, step)
     average: Any = ()  # moving average of the parameters; () if none is kept
@@ -39,7 +40,7 @@ class TrainState(NamedTuple):
 
 
 def abstract_state(
-    params: Any,
+    params: Params,
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     mesh: Mesh,
@@ -57,7 +58,7 @@ def abstract_state(
 
 
 def init_state(
-    params: Any,
+    params: Params,
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     mesh: Mesh,
@@ -227,7 +228,7 @@ def _map_over_seeds(function: Callable, key: jax.Array, *, is_sequential: bool =
 
 
 def _new_state(
-    params: Any, optimizer: optax.GradientTransformation, key: jax.Array, averaged: bool
+    params: Params, optimizer: optax.GradientTransformation, key: jax.Array, averaged: bool
 ) -> TrainState:
     # A copy, because the step donates both the parameters and the average.
     average = jax.tree.map(jnp.copy, params) if averaged else ()
