@@ -143,7 +143,7 @@ def test_truncated_weights(world, keep):
     folder = world.model("encoder")
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    named = ("model.safetensors", "expected a whole safetensors file", "copy it again")
+    named = ("model.safetensors", "expected a complete safetensors file", "copy it again")
     world.fails("run", world.config("finetune", teacher={"path": str(folder)}), naming=named)
     world.fails("convert", str(folder), str(world.folder / "target"), naming=named)
 
@@ -195,7 +195,7 @@ def test_tokenizer_without_bert_tokens(world):
         ({"id2label": ["neg", "pos"]}, ("id2label", "ids from 0 on", "['neg', 'pos']")),
         (
             {"id2label": {"0": "a", "1": "b", "2": "c"}},
-            ("one label name for each", "2 outputs", "has 3", "'c'"),
+            ("2 label names", "one per output", "got 3", "'c'"),
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -133,7 +133,7 @@ def test_a_head_without_names_gets_one_name_an_output(tokenizer, tmp_path):
     folder = save_model(tmp_path / "unnamed", params, CONFIG, tokenizer, head=unnamed)
     loaded = AutoModelForSequenceClassification.from_pretrained(str(folder))
     assert loaded.config.num_labels == 4 and loaded.classifier.out_features == 4
-    with pytest.raises(ValueError, match="head's 4 outputs, got .*'bad'"):
+    with pytest.raises(ValueError, match="expected 4, one per output of the head, got .*'bad'"):
         save_model(tmp_path / "wrong", params, CONFIG, tokenizer, head=HEAD)
 
 
@@ -180,7 +180,7 @@ def fail_by_nan(folder, params, tokenizer):
 def fail_by_other_sizes(folder, params, tokenizer):
     """The config of another model: the folder would not load."""
     shallow = CONFIG.model_copy(update={"num_hidden_layers": 2})
-    with pytest.raises(ValueError, match="differs from what was saved"):
+    with pytest.raises(ValueError, match="differ when read back"):
         save_model(folder, params, shallow, tokenizer, head=HEAD)
 
 

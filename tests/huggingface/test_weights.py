@@ -204,7 +204,7 @@ def test_missing_pooler_and_head_start_fresh_and_are_named(tmp_path, capsys):
     for path in fresh:
         assert np.array_equal(params[path], fresh[path]) == (path in absent)
     said = capsys.readouterr().out
-    assert "classifier/kernel" in said and "start fresh" in said
+    assert "classifier/kernel" in said and "start at random" in said
     with pytest.raises(ValueError, match="expected trained weights for .*classifier"):
         start_params(folder, init, whole=True)
 
@@ -320,7 +320,7 @@ def test_masked_lm_decoder_of_its_own_is_refused(tmp_path):
         ({"auto_map": {"AutoModel": "evil.Model"}}, ["auto_map"]),
         ({"num_attention_heads": 5}, ["multiple of num_attention_heads", "52", "5"]),
         ({"num_hidden_layers": 2}, ["2 layers", "encoder.layer.2"]),
-        ({"hidden_size": 104}, ["104]", "another configuration"]),
+        ({"hidden_size": 104}, ["104]", "another config.json"]),
         (
             {"architectures": ["BertForTokenClassification"]},
             ["the kind SequenceClassification", "the kind TokenClassification"],

@@ -34,11 +34,11 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelSection":
         sizes = [name for name in _SIZE_FIELDS if getattr(self, name) is not None]
-        fresh = [name for name in ("model_type", "preset") if getattr(self, name)]
-        if self.path and (fresh or sizes):
+        given = [name for name in ("model_type", "preset") if getattr(self, name)]
+        if self.path and (given or sizes):
             raise ValueError(
                 f"expected either path or sizes, got path '{self.path}' together with "
-                f"{[*fresh, *sizes]}: a folder has sizes already; remove one of the two"
+                f"{[*given, *sizes]}: a folder has sizes already; remove one of the two"
             )
         missing = [name for name in _SIZE_FIELDS[:4] if name not in sizes]
         if self.preset and not missing:

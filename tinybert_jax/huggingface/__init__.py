@@ -1,1 +1,1 @@
-"""Hugging Face folders: found, read, checked, written."""
+"""Finds, reads, checks and writes Hugging Face model folders."""

@@ -1,4 +1,4 @@
-"""BERT as transformers writes it."""
+"""The names of BERT's weights and settings in transformers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,9 +32,9 @@ _TABLE = (
 
 
 def _read_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The names are `ModelConfig`'s own."""
+    """Fields of `ModelConfig`, which have the names of BERT's config.json."""
     fields = {name: raw[name] for name in ModelConfig.model_fields if name in raw}
-    return {**fields, "model_type": None}  # the default family
+    return {**fields, "model_type": None}  # None: the default family, BERT
 
 
 def _write_config(config: ModelConfig) -> dict[str, Any]:

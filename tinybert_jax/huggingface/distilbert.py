@@ -1,4 +1,4 @@
-"""DistilBERT as transformers writes it."""
+"""The names of DistilBERT's weights and settings in transformers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +28,7 @@ _TABLE = (
     Entry("decoder/bias", "vocab_projector.bias"),
 )
 
-# Fields of `ModelConfig` under DistilBERT's names.
+# Field of `ModelConfig` -> key of DistilBERT's config.json.
 _NAMES = {
     "vocab_size": "vocab_size",
     "hidden_size": "dim",
@@ -43,23 +43,23 @@ _NAMES = {
     "initializer_range": "initializer_range",
     "pad_token_id": "pad_token_id",
 }
-# transformers' values of fields that config.json lacks, where they are not `ModelConfig`'s.
+# Defaults of transformers that differ from those of `ModelConfig`.
 _DEFAULTS = {"num_hidden_layers": 6, "classifier_dropout": HEAD_DROPOUT}
 
 
 def _read_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    fields = {ours: raw[theirs] for ours, theirs in _NAMES.items() if theirs in raw}
+    fields = {field: raw[key] for field, key in _NAMES.items() if key in raw}
     fixed = {"type_vocab_size": 0, "layer_norm_eps": LAYER_NORM_EPS}
     return {**_DEFAULTS, **fields, **fixed, "model_type": "distilbert"}
 
 
 def _write_config(config: ModelConfig) -> dict[str, Any]:
-    """Raises ValueError without a `classifier_dropout`, which DistilBERT always has."""
+    """The keys of config.json; raises ValueError without `classifier_dropout`, which it needs."""
     if config.classifier_dropout is None:
         raise ValueError(
-            f"classifier_dropout: expected a number in a DistilBERT, got none; set {HEAD_DROPOUT}"
+            f"classifier_dropout: expected a number for a DistilBERT, got none; set {HEAD_DROPOUT}"
         )
-    fields = {theirs: getattr(config, ours) for ours, theirs in _NAMES.items()}
+    fields = {key: getattr(config, field) for field, key in _NAMES.items()}
     return {**fields, "model_type": "distilbert"}
 
 

@@ -1,4 +1,4 @@
-"""The formats of the families, by transformers' model_type. A new family is a line here."""
+"""The formats of all families, by the model_type of transformers. A new family adds a line."""
 
 from tinybert_jax.huggingface.bert import BERT
 from tinybert_jax.huggingface.distilbert import DISTILBERT
@@ -9,8 +9,8 @@ FORMATS: dict[str, Format] = {"bert": BERT, "distilbert": DISTILBERT}
 
 
 def format_of(model_type: str | None) -> Format:
-    """Raises ValueError for a family that is not in the table."""
-    name = model_type or DEFAULT  # the released TinyBERT folders name none
+    """The format of a family (None: BERT); raises ValueError for an unknown family."""
+    name = model_type or DEFAULT  # the released TinyBERT folders have no model_type
     if name not in FORMATS:
         raise ValueError(f"expected model_type {' or '.join(map(repr, FORMATS))}, got '{name}'")
     return FORMATS[name]

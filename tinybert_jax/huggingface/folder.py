@@ -1,6 +1,6 @@
 """Reads and writes Hugging Face model folders: config.json and safetensors.
 
-Only safetensors are read: no pickle is ever opened and no code from a folder is run.
+Weights are read from safetensors only: no pickle is opened and no code from a folder is run.
 """
 
 import json
@@ -36,25 +36,28 @@ from tinybert_jax.settings.sizes import ModelConfig
 
 
 class HfModel(NamedTuple):
-    """A model folder as read: sizes, the head of a task if it has one, and raw tensors."""
+    """The content of a model folder: sizes, the task head if it has one, and all tensors."""
 
     folder: Path
     config: ModelConfig
-    label_names: tuple[str, ...] | None  # as config.json has them, also without a head
+    label_names: tuple[str, ...] | None  # from config.json, also without a head
     head: Head | None
     tensors: Mapping[str, np.ndarray]
 
 
 class Loaded(NamedTuple):
+    """Parameters from a folder."""
+
     params: Params
-    missing: tuple[str, ...]  # paths that kept their initial values
-    surplus: tuple[str, ...]  # names in the folder without a place in the model
+    missing: tuple[str, ...]  # paths that the folder lacks: they have initial values
+    surplus: tuple[str, ...]  # tensors of the folder that the model does not use
 
 
 def read_model(path: str | Path) -> HfModel:
-    """Reads and checks config.json and the headers of the weights of a local folder or hub id.
+    """Reads and checks config.json and the headers of the weights of a local folder or a hub id.
 
-    Touches no device. A tensor is read where it is used.
+    No JAX device is used, and no tensor is read before it is asked for. Raises ValueError for a
+    folder that cannot be read or is not supported.
     """
     folder = find_folder(path)
     raw = read_json(folder / "config.json")
@@ -78,10 +81,11 @@ def has_pooler(path: str | Path) -> bool:
 def load_params(
     model: HfModel, abstract: Mapping[str, Any], init: Callable[[], Mapping[str, Any]]
 ) -> Loaded:
-    """Parameters of the given abstract tree; what the folder lacks comes from `init()`.
+    """Parameters with the shapes of `abstract`; those that the folder lacks come from `init()`.
 
-    The encoder has to be complete except for the pooler, and nothing of it may be left over; heads
-    may be missing or left over (reported). Raises ValueError where the folder does not fit.
+    Raises ValueError where the folder does not fit: the encoder has to be complete except for the
+    pooler, and all its tensors have to be used. Heads may be missing or unused; `Loaded` lists
+    them.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(abstract).items()}
     if "embeddings/word/embedding" in shapes:  # a bare encoder
@@ -92,33 +96,35 @@ def load_params(
         if model.head.kind != wanted_head(shapes):
             raise ValueError(
                 f"{model.folder}: expected a head of the kind {wanted_head(shapes)}, got one of "
-                f"the kind {model.head.kind}; give a folder with that head, or one without a head"
+                f"the kind {model.head.kind}; use a folder with that head, or without a head"
             )
         raise ValueError(
             f"{model.folder}: expected a head with {shapes['classifier/kernel'][1]} labels, "
             f"got one with {len(model.tensors[_HEAD])}: "
-            f"{list(model.label_names or ())}; give the labels it was trained with (task.labels), "
-            "or a folder without a head"
+            f"{list(model.label_names or ())}; set task.labels to the labels that it was trained "
+            "with, or use a folder without a head"
         )
-    flat, missing, surplus = to_ours(model, shapes)
+    flat, missing, surplus = convert_params(model, shapes)
     form = format_of(model.config.model_type)
     pooler = form.name_of("encoder/pooler/kernel").removesuffix("weight")
-    foreign = [n for n in surplus if n.startswith(form.base_prefix) and not n.startswith(pooler)]
-    if foreign:
+    unused = [n for n in surplus if n.startswith(form.base_prefix) and not n.startswith(pooler)]
+    if unused:
         raise ValueError(
             f"{model.folder}: expected the weights of a plain {form.class_prefix} with "
-            f"{model.config.num_hidden_layers} layers, got also {foreign[:4]}"
+            f"{model.config.num_hidden_layers} layers, got also {unused[:4]}; use another model"
         )
     if "classifier/kernel" in shapes and any(name.startswith("fit_dense") for name in surplus):
         raise ValueError(
             f"{model.folder}: expected a linear head over the pooled token, got one of the "
-            "released TinyBERT code, which puts a ReLU between: its logits would differ"
+            "released TinyBERT code, which has a ReLU before it: its logits would differ; "
+            "fine-tune the encoder with a finetune section instead"
         )
     broken = [p for p in missing if p.startswith(("encoder/embeddings", "encoder/layers"))]
     if broken:
         raise ValueError(
-            f"{model.folder}: expected a BERT checkpoint, its weights lack {broken[:4]}"
-            f"{' …' if len(broken) > 4 else ''}; found {sorted(model.tensors)[:4]} …"
+            f"{model.folder}: expected all weights of a {form.class_prefix}, its weights lack "
+            f"{broken[:4]}{' …' if len(broken) > 4 else ''}; found {sorted(model.tensors)[:4]} …; "
+            "use another folder"
         )
     if missing:
         initial = flatten(init())
@@ -127,7 +133,7 @@ def load_params(
 
 
 def _head_fits(model: HfModel, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether the folder's head, where it has one and one is wanted, is of that kind and size."""
+    """Whether the folder's head has the kind and size of `shapes`; True if either has no head."""
     head, wanted = model.tensors.get(_HEAD), shapes.get("classifier/kernel")
     if head is None or wanted is None:
         return True
@@ -135,8 +141,8 @@ def _head_fits(model: HfModel, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     return wanted[-1] == len(head) and model.head.kind == wanted_head(shapes)
 
 
-def to_ours(model: HfModel, shapes: Mapping[str, tuple[int, ...]]) -> Conversion:
-    """The folder's tensors as our flat parameters; raises ValueError that names the folder."""
+def convert_params(model: HfModel, shapes: Mapping[str, tuple[int, ...]]) -> Conversion:
+    """`from_hf` of the folder's tensors; a ValueError starts with the name of the folder."""
     try:
         return from_hf(format_of(model.config.model_type), model.tensors, shapes)
     except ValueError as error:
@@ -146,12 +152,12 @@ def to_ours(model: HfModel, shapes: Mapping[str, tuple[int, ...]]) -> Conversion
 def check_start(
     path: str | Path, init: Callable[[Any], Mapping[str, Any]], *, whole: bool = False
 ) -> None:
-    """Raises the ValueError that `start_params` would, and makes no array."""
+    """Raises the ValueError that `start_params` would raise, without making an array."""
     import jax
 
     abstract = jax.eval_shape(init, jax.random.key(0))
     empty = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), abstract)
-    _absent(path, _load_start(path, abstract, lambda: empty, whole), whole)
+    _missing_weights(path, _load_start(path, abstract, lambda: empty, whole), whole)
 
 
 def start_params(
@@ -162,11 +168,12 @@ def start_params(
     whole: bool = False,
     label_names: tuple[str, ...] | None = None,
 ) -> dict[str, Any]:
-    """What a stage starts from: a folder's weights, fresh where it has none; no path: `init(key)`.
+    """Initial parameters of a stage: the weights of a folder or hub id; without path, `init(key)`.
 
-    A head of another kind, or of other labels than `label_names` (or of another number of them),
-    makes way for a fresh one; what is not used is told. `whole`: a head of another kind or number
-    is refused, and missing weights are, except the pooler's where no classifier reads it.
+    Weights that the folder lacks come from `init(key)`. So does a head of another kind, with other
+    labels than `label_names` or another number of labels. Messages name weights that are new or
+    unused. `whole`: raises ValueError for such a head and for missing weights, except those of a
+    pooler that no classifier reads.
     """
     import jax
 
@@ -175,9 +182,9 @@ def start_params(
     if path is None:
         return fresh(key)
     loaded = _load_start(path, jax.eval_shape(init, key), lambda: fresh(key), whole, label_names)
-    absent = _absent(path, loaded, whole)
-    if absent:
-        print(f"{path}: no weights for {', '.join(absent)}: they start fresh", flush=True)
+    missing = _missing_weights(path, loaded, whole)
+    if missing:
+        print(f"{path}: no weights for {', '.join(missing)}: they start at random", flush=True)
     if loaded.surplus:
         print(f"{path}: not used: {', '.join(loaded.surplus)}", flush=True)
     return loaded.params
@@ -192,9 +199,9 @@ def _load_start(
 ) -> Loaded:
     model = read_model(path)
     shapes = {name: tuple(leaf.shape) for name, leaf in flatten(abstract).items()}
-    theirs = model.head.label_names if model.head else None
-    is_known = theirs is None or label_names is None or is_unnamed(theirs)
-    if whole or _head_fits(model, shapes) and (is_known or theirs == label_names):
+    trained = model.head.label_names if model.head else None
+    is_any = trained is None or label_names is None or is_unnamed(trained)
+    if whole or _head_fits(model, shapes) and (is_any or trained == label_names):
         return load_params(model, abstract, init)
     head = [name for name in model.tensors if name.startswith("classifier.")]
     rest = {name: array for name, array in model.tensors.items() if name not in head}
@@ -202,10 +209,11 @@ def _load_start(
     return loaded._replace(surplus=(*loaded.surplus, *head))
 
 
-def _absent(path: str | Path, loaded: Loaded, whole: bool) -> list[str]:
+def _missing_weights(path: str | Path, loaded: Loaded, whole: bool) -> list[str]:
+    """Paths without weights, except a pooler that no head reads; with `whole` raises ValueError."""
     optional = () if "classifier" in loaded.params else ("encoder/pooler", "pooler")
-    absent = [name for name in loaded.missing if not name.startswith(optional)]
-    if whole and absent:
+    missing = [name for name in loaded.missing if not name.startswith(optional)]
+    if whole and missing:
         fix = "that is fine-tuned on the task (finetune section)"
         if "classifier" not in loaded.params:
             fix = (
@@ -213,9 +221,9 @@ def _absent(path: str | Path, loaded: Loaded, whole: bool) -> list[str]:
                 "head), or set another objective (distillation.general)"
             )
         raise ValueError(
-            f"{path}: expected trained weights for {absent}, the folder has none; give one {fix}"
+            f"{path}: expected trained weights for {missing}, got none; use a folder {fix}"
         )
-    return absent
+    return missing
 
 
 def save_model(
@@ -229,10 +237,10 @@ def save_model(
 ) -> Path:
     """Writes a folder that `AutoModel….from_pretrained` loads, then reads it back and compares.
 
-    `params` is a bare encoder or one with a head. `extra` writes further files by name. The
-    folder appears whole or not at all: it is written beside its place and renamed. An earlier one
-    is replaced, and untouched where this fails. Raises ValueError where `folder` holds files that
-    a save does not write: they would be lost.
+    `params`: an encoder with or without a head. `extra`: functions that write more files, by file
+    name. The folder appears complete or not at all: it is written under another name and then
+    renamed. An earlier save is replaced; it does not change if this one fails. Raises ValueError
+    where `folder` holds other files, which would be lost.
     """
     from safetensors.numpy import save_file
 
@@ -254,9 +262,8 @@ def save_model(
         save_file(to_hf(form, flat), str(partial / WEIGHTS), metadata={"format": "pt"})
         for name, write in (extra or {}).items():
             write(partial / name)
-        mode = (
-            (partial / "config.json").stat().st_mode
-        )  # safetensors are written for the owner alone
+        # safetensors writes files that only the owner can read.
+        mode = (partial / "config.json").stat().st_mode
         for file in partial.iterdir():
             file.chmod(mode)
         _compare(partial, flat, config)
@@ -264,7 +271,7 @@ def save_model(
     return folder
 
 
-# Fields with which the same weights give other numbers, and the one value that we compute.
+# Keys of config.json that change the outputs, with the only supported value.
 _FIXED = {
     "position_embedding_type": "absolute",
     "is_decoder": False,
@@ -274,17 +281,20 @@ _FIXED = {
 
 
 def _model_config(raw: Mapping[str, Any], folder: Path) -> ModelConfig:
+    """The sizes in config.json; raises ValueError for a model that is not supported."""
     try:
         form = format_of(raw.get("model_type"))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     for name, expected in _FIXED.items():
         if raw.get(name) not in (None, expected):
-            raise ValueError(f"{folder}: expected {name} {expected!r}, got {raw[name]!r}")
+            raise ValueError(
+                f"{folder}: expected {name} {expected!r}, got {raw[name]!r}; use another model"
+            )
     if raw.get("auto_map") or raw.get("quantization_config"):
-        raise ValueError(f"{folder}: refusing auto_map and quantization_config in config.json")
+        raise ValueError(f"{folder}: expected no auto_map or quantization_config in config.json")
     known = form.read_config(raw)
-    if known.get("pad_token_id", 0) is None:  # the one size that Hugging Face leaves open
+    if known.get("pad_token_id", 0) is None:  # transformers allows null here
         del known["pad_token_id"]
     try:
         return ModelConfig(**known)
@@ -294,7 +304,7 @@ def _model_config(raw: Mapping[str, Any], folder: Path) -> ModelConfig:
             for e in error.errors()
         ]
         raise ValueError(
-            f"{folder / 'config.json'}: expected a {form.class_prefix} that we compute; "
+            f"{folder / 'config.json'}: expected a supported {form.class_prefix}; "
             f"{'; '.join(details)}"
         ) from None
 
@@ -302,7 +312,9 @@ def _model_config(raw: Mapping[str, Any], folder: Path) -> ModelConfig:
 def _config_json(
     form: Format, flat: Mapping[str, Any], config: ModelConfig, head: Head | None
 ) -> dict[str, Any]:
-    assert (head is not None) == ("classifier/kernel" in flat), "a head comes with its weights"
+    assert (head is not None) == ("classifier/kernel" in flat), (
+        "a head needs its weights, and the weights their head"
+    )
     settings = {
         "architectures": [f"{form.class_prefix}{_class_suffix(flat, head)}"],
         **form.write_config(config),
@@ -314,7 +326,7 @@ def _config_json(
 
 
 def _class_suffix(flat: Mapping[str, Any], head: Head | None) -> str:
-    """The class of transformers for a folder with these parameters; a task's head goes first."""
+    """The end of the class name in transformers for these parameters; a task head goes first."""
     if head is not None:
         return f"For{head.kind}"
     if "pair/kernel" in flat:
@@ -325,12 +337,14 @@ def _class_suffix(flat: Mapping[str, Any], head: Head | None) -> str:
 def _make_parent(folder: Path) -> None:
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
-            raise ValueError(f"{folder}: expected a folder to write, but {path} is a file")
+            raise ValueError(
+                f"{folder}: expected a folder to write, but {path} is a file; choose another"
+            )
     folder.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _replace(folder: Path, new: Path) -> None:
-    """Moves `new` to `folder`; a failure leaves, or puts back, what was there."""
+    """Renames `new` to `folder`; if that fails, the earlier `folder` stays or is put back."""
     if not folder.exists():
         new.rename(folder)
         return
@@ -350,10 +364,13 @@ def _replace(folder: Path, new: Path) -> None:
 
 
 def _compare(folder: Path, flat: Mapping[str, np.ndarray], config: ModelConfig) -> None:
+    """Reads a folder back; raises ValueError where it differs from what was saved."""
     held = {path: leaf.shape for path, leaf in flat.items()}
     shapes = config_shapes(format_of(config.model_type), config, held)
     model = read_model(folder)
-    again = to_ours(model, shapes)
+    again = convert_params(model, shapes)
     same = model.config == config and not again.missing and not again.surplus
     if not same or any(not np.array_equal(again.flat[path], leaf) for path, leaf in flat.items()):
-        raise ValueError(f"{folder}: what was read back differs from what was saved")
+        raise ValueError(
+            f"{folder}: the saved weights or sizes differ when read back; check the disk"
+        )

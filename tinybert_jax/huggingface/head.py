@@ -1,40 +1,42 @@
-"""The head of a task as config.json tells of it: its kind, its labels and what it is for."""
+"""Reads and writes the task head in config.json: its kind, labels and problem type."""
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Heads that are a linear map named `classifier`, over pooled tokens or over all.
+# Heads that are a linear map named `classifier`, of the pooled token or of every token.
 _KINDS = ("SequenceClassification", "TokenClassification")
 _SETTINGS = "tinybert_answers"  # the key of config.json for a head's settings
 _TASK = "tinybert_task"  # the key of config.json for the kind of task
 
 
 class Head(NamedTuple):
-    kind: str  # as in the names of transformers' classes, such as SequenceClassification
-    problem_type: str | None
-    label_names: tuple[str, ...]  # in id order, one for each output; LABEL_0 … where there are none
-    settings: Mapping[str, float] = {}  # of the answers, such as a threshold
-    task: str | None = None  # the kind of task; None in folders that others wrote
+    """A task head."""
+
+    kind: str  # end of the class name in transformers, such as SequenceClassification
+    problem_type: str | None  # as in transformers' config.json
+    label_names: tuple[str, ...]  # one per output, in id order; LABEL_0 … for unnamed outputs
+    settings: Mapping[str, float] = {}  # for predictions, such as a threshold
+    task: str | None = None  # the kind of task; None in folders of other programs
 
 
 def is_unnamed(label_names: Sequence[str]) -> bool:
-    """Whether these are transformers' placeholders, which say nothing of the task."""
+    """Whether the names are the placeholders of transformers, LABEL_0 and so on."""
     return all(name.startswith("LABEL_") for name in label_names)
 
 
 def inferred_problem_type(head_kind: str, num_outputs: int) -> str | None:
-    """What a head is for where config.json does not say: numbers for one output, else one class."""
+    """The problem type where config.json has none: regression for one output, else one class."""
     if head_kind != "SequenceClassification":
         return None
     return "regression" if num_outputs == 1 else "single_label_classification"
 
 
 def wanted_head(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The kind of head that parameters of these shapes have: only a head over tokens has no pooler.
+    """The kind of head of parameters with these shapes; None without a task head.
 
-    None for parameters without a head of a task.
+    A head over tokens is the only head without a pooler.
     """
     if "classifier/kernel" not in shapes:
         return None
@@ -42,34 +44,37 @@ def wanted_head(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 
 
 def read_label_names(raw: Mapping[str, Any], folder: Path) -> tuple[str, ...] | None:
-    """The names in id order, None where config.json has none; ids with a gap raise ValueError."""
+    """The label names in id order; None without names; raises ValueError for ids with a gap."""
     names = raw.get("id2label")
     if not names:
         return None
     by_id = {str(key): str(name) for key, name in names.items()} if isinstance(names, dict) else {}
     ids = [str(i) for i in range(len(by_id))]
     if not ids or set(ids) != set(by_id):
-        raise ValueError(f"{folder}: expected id2label with the ids from 0 on, got {names}")
+        raise ValueError(
+            f"{folder}: expected id2label with the ids from 0 on, got {names}; correct config.json"
+        )
     return tuple(by_id[i] for i in ids)
 
 
 def read_head(raw: Mapping[str, Any], folder: Path, num_outputs: int) -> Head:
-    """The head that classifier weights are for; of old folders without a class, of sequences.
+    """The head of the classifier weights in a folder.
 
-    Raises ValueError for heads of other kinds, and where names and outputs differ in number.
+    Old folders without `architectures` have a SequenceClassification head. Raises ValueError for
+    other kinds of heads, and where the numbers of names and outputs differ.
     """
     architectures = raw.get("architectures") or [f"For{_KINDS[0]}"]
     kinds = [kind for kind in _KINDS if any(kind in name for name in architectures)]
     if not kinds:
         raise ValueError(
             f"{folder}: expected a head of one of the kinds {list(_KINDS)}, got one of "
-            f"{architectures}"
+            f"{architectures}; use another model"
         )
     names = read_label_names(raw, folder) or _placeholders(num_outputs)
     if len(names) != num_outputs:
         raise ValueError(
-            f"{folder}: expected one label name for each of the head's {num_outputs} outputs, "
-            f"config.json has {len(names)}: {list(names)}"
+            f"{folder}: expected {num_outputs} label names, one per output of the head, got "
+            f"{len(names)} in config.json: {list(names)}; correct config.json"
         )
     problem_type = raw.get("problem_type") or inferred_problem_type(kinds[0], num_outputs)
     task = raw.get(_TASK)
@@ -82,6 +87,7 @@ def read_head(raw: Mapping[str, Any], folder: Path, num_outputs: int) -> Head:
 
 
 def _read_settings(raw: Mapping[str, Any], folder: Path) -> Mapping[str, float]:
+    """The settings of the head; raises ValueError where they are not finite numbers by name."""
     settings = raw.get(_SETTINGS) or {}
     if not isinstance(settings, dict) or not all(map(_is_number, settings.values())):
         raise ValueError(
@@ -96,12 +102,12 @@ def _is_number(value: Any) -> bool:
 
 
 def write_head(head: Head, num_outputs: int) -> dict[str, Any]:
-    """The fields of config.json; raises ValueError where names and outputs differ in number."""
+    """The keys of config.json; raises ValueError if the numbers of names and outputs differ."""
     names = head.label_names or _placeholders(num_outputs)
     if len(names) != num_outputs:
         raise ValueError(
-            f"label_names: expected one for each of the head's {num_outputs} outputs, got "
-            f"{list(names)}"
+            f"label_names: expected {num_outputs}, one per output of the head, got {list(names)}; "
+            "give as many names"
         )
     fields: dict[str, Any] = {
         "id2label": {str(i): name for i, name in enumerate(names)},

@@ -1,4 +1,4 @@
-"""Finds a Hugging Face folder, reads its tokenizer and checks that it belongs to a model."""
+"""Finds Hugging Face folders; reads, checks and saves tokenizers."""
 
 import json
 import os
@@ -11,13 +11,16 @@ _FILES = ("tokenizer.json", "vocab.txt")
 
 
 def find_folder(path: str | Path) -> Path:
-    """A local folder as it is; a hub id through the hub's cache (safetensors and text only)."""
+    """The local folder `path`, or the cached download of a hub id (safetensors and text only).
+
+    Raises ValueError where there is no such folder or the hub cannot be read.
+    """
     folder = Path(os.path.expanduser(path))
     if folder.is_dir():
         return folder
     wanted = "a Hugging Face model folder (config.json, model.safetensors)"
     if folder.exists():
-        raise ValueError(f"{path}: expected {wanted}, got a file; give the folder it is in")
+        raise ValueError(f"{path}: expected {wanted}, got a file; give the folder of the file")
     is_hub_id = str(path).count("/") <= 1 and not str(path).startswith((".", "/", "~"))
     if not is_hub_id:
         raise ValueError(f"{path}: expected {wanted}, found none; check the path")
@@ -27,7 +30,7 @@ def find_folder(path: str | Path) -> Path:
         return Path(
             snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json", "vocab.txt"])
         )
-    except Exception as error:  # the hub's many network errors, retold with what to do
+    except Exception as error:  # the hub client raises many kinds of errors
         raise ValueError(
             f"'{path}': expected a local model folder or a hub id; no such folder, and the hub "
             f"could not be read ({type(error).__name__}); check the name and the network"
@@ -35,7 +38,7 @@ def find_folder(path: str | Path) -> Path:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The fast tokenizer of a folder; raises ValueError where it has none that suits a BERT."""
+    """The fast tokenizer of a folder; raises ValueError if it lacks one for BERT models."""
     folder = find_folder(path)
     if not has_tokenizer(folder):
         raise ValueError(
@@ -44,7 +47,7 @@ def load_tokenizer(path: str | Path) -> Any:
         )
     try:
         tokenizer = _read(folder)
-    except Exception as error:  # the many errors of two libraries, retold with what to do
+    except Exception as error:  # transformers and tokenizers raise many kinds of errors
         raise ValueError(
             f"{folder}: expected tokenizer files that can be read, got {type(error).__name__} "
             f"({error}); copy them again"
@@ -60,11 +63,15 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder has tokenizer files."""
     return any((Path(folder) / name).is_file() for name in _FILES)
 
 
 def check_table(tokenizer: Any, config: ModelConfig, owner: str) -> None:
-    """Refuses a tokenizer with ids beyond the model's word table: JAX would clamp them silently."""
+    """Raises ValueError for a tokenizer with ids beyond the word table, which JAX would clamp.
+
+    `owner`: the model in the message.
+    """
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"vocabulary: expected a tokenizer of at most {config.vocab_size} pieces ({owner}'s "
@@ -73,17 +80,17 @@ def check_table(tokenizer: Any, config: ModelConfig, owner: str) -> None:
 
 
 def check_same_pieces(tokenizer: Any, path: str | Path, role: str) -> None:
-    """Refuses a model folder whose own tokenizer, if any, numbers its pieces in another way."""
+    """Raises ValueError for a model folder whose tokenizer has other pieces or other ids."""
     folder = find_folder(path)
     if not has_tokenizer(folder):
         return
-    ours, theirs = tokenizer.get_vocab(), load_tokenizer(folder).get_vocab()
-    different = sorted(ours.items() ^ theirs.items())
+    vocabulary = load_tokenizer(folder).get_vocab()
+    different = sorted(tokenizer.get_vocab().items() ^ vocabulary.items())
     if different:
         raise ValueError(
-            f"vocabulary: expected the run's tokenizer to be that of the {role} {path}, they "
-            f"differ in {len({piece for piece, _ in different})} pieces, such as "
-            f"{different[0][0]!r}; use models of one vocabulary"
+            f"vocabulary: expected the run's tokenizer to be that of the {role} {path}, got "
+            f"{len({piece for piece, _ in different})} pieces that differ, such as "
+            f"{different[0][0]!r}; use models with the same vocabulary"
         )
 
 
@@ -96,10 +103,10 @@ def _read(folder: Path) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, config: ModelConfig) -> None:
-    """Writes its files so that transformers gives the model the inputs that it reads.
+    """Writes the tokenizer's files, with settings that fit the model.
 
-    `truncation=True` leaves no more tokens than it has positions for, and there are token types
-    just where it has a table of them.
+    `truncation=True` then cuts to at most the model's positions, and the tokenizer returns token
+    types only if the model has token types.
     """
     tokenizer.save_pretrained(str(folder))
     file = folder / "tokenizer_config.json"

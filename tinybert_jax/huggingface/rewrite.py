@@ -1,4 +1,4 @@
-"""Folder to folder: a BERT of any writer in today's form, or with more words."""
+"""Rewrites model folders: in the current format, or with more words in the vocabulary."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 
 from tinybert_jax.data.wordpiece import check_extendable, split_words, with_words
 from tinybert_jax.huggingface.families import format_of
-from tinybert_jax.huggingface.folder import HfModel, read_model, save_model, to_ours
+from tinybert_jax.huggingface.folder import HfModel, convert_params, read_model, save_model
 from tinybert_jax.huggingface.hub import check_table, load_tokenizer
 from tinybert_jax.huggingface.weights import config_shapes, our_shapes
 from tinybert_jax.models.params import unflatten
@@ -17,10 +17,10 @@ _WORD_TABLE, _WORD_BIAS = "encoder/embeddings/word/embedding", "decoder/bias"
 
 
 def convert(source: str | Path, target: str | Path) -> Path:
-    """`source`: a BERT folder or hub id, rewritten under today's names with every weight kept.
+    """Writes the model folder or hub id `source` under current names, with the same weights.
 
-    Raises ValueError where a weight would be lost or is lacking (the pooler may be), where weights
-    and config differ, or where the target exists.
+    Raises ValueError where a weight would be lost or is missing (except the pooler), where weights
+    and config.json do not fit, or where the target exists.
     """
     model, flat, tokenizer = _read_whole(source, target)
     return _save(target, model, flat, tokenizer)
@@ -34,17 +34,18 @@ def extend_vocabulary(
     num_words: int,
     min_count: int = 5,
 ) -> tuple[str, ...]:
-    """`source` with pieces for the commonest words of `texts` that it splits; returns the words.
+    """Writes `source` with new pieces for the most frequent words of `texts` that it splits.
 
-    A new word's embedding, and its bias in a masked-LM head, is the mean of its pieces' (of a word
-    that had none, [UNK]'s): where pretraining on the texts goes on from. They are numbered after
-    the tokenizer's last piece, in rows that the table has to spare or gets; all else is kept. The
-    texts are gone through once, after everything else was checked. Raises ValueError as `convert`
-    does, for a tokenizer that cannot be extended, and where no word is common enough.
+    Returns the new words. The embedding of a word, and its bias in a masked-LM head, is the mean
+    over the word's pieces, or that of [UNK] for a word without pieces; pretraining can continue
+    from there. Their ids follow the tokenizer's last id: they use spare rows of the word table, or
+    new rows. All other weights stay the same. `texts` is read once, after all other checks. Raises
+    ValueError as `convert` does, for a tokenizer that cannot be extended, and where no word occurs
+    often enough.
     """
     for name, value in (("--words", num_words), ("--min-count", min_count)):
         if value < 1:
-            raise ValueError(f"{name}: expected 1 or more, got {value}")
+            raise ValueError(f"{name}: expected 1 or more, got {value}; raise it")
     model, flat, tokenizer = _read_whole(source, target)
     check_table(tokenizer, model.config, f"the model in {source}")
     check_extendable(tokenizer)
@@ -52,8 +53,8 @@ def extend_vocabulary(
     if not words:
         raise ValueError(
             f"--words: expected words that {source} splits, {min_count} times or more in the text, "
-            "found none; see that the text is there (--text names its column), give more of it, or "
-            "lower --min-count"
+            "found none; check the text (--text names its column), add more text, or lower "
+            "--min-count"
         )
     numbers = {word: len(tokenizer) + place for place, word in enumerate(words)}
     for path in (_WORD_TABLE, _WORD_BIAS):
@@ -65,25 +66,26 @@ def extend_vocabulary(
 
 
 def _with_means(rows: np.ndarray, first: int, pieces: Sequence[Sequence[int]]) -> np.ndarray:
-    """Rows [n, …] whose rows from `first` on are the means of the given ones."""
-    new = np.stack([rows[list(members)].mean(axis=0) for members in pieces])
+    """`rows` [n, …] with rows from `first` on replaced by means of rows; `pieces`: their ids."""
+    new = np.stack([rows[list(ids)].mean(axis=0) for ids in pieces])
     return np.concatenate([rows[:first], new, rows[first + len(new) :]])
 
 
 def _read_whole(
     source: str | Path, target: str | Path
 ) -> tuple[HfModel, dict[str, np.ndarray], Any]:
-    """(the folder, its weights under our paths, its tokenizer), if the target can be written."""
+    """(model, flat parameters, tokenizer) of `source`; raises ValueError if any weight is lost."""
     if Path(target).exists():
         raise ValueError(
-            f"{target}: expected a folder that does not exist yet; nothing is replaced"
+            f"{target}: expected a folder that does not exist yet; nothing is replaced: choose "
+            "another folder"
         )
     model = read_model(source)
     tokenizer, form = load_tokenizer(source), format_of(model.config.model_type)
     held = our_shapes(form, model.tensors, model.config.num_hidden_layers)
     if not form.holds_pooler(model.head.kind if model.head else None):  # it would not be written
         held = {path: shape for path, shape in held.items() if "/pooler/" not in path}
-    flat, missing, surplus = to_ours(model, config_shapes(form, model.config, held))
+    flat, missing, surplus = convert_params(model, config_shapes(form, model.config, held))
     if missing:
         raise ValueError(f"{source}: lacks {list(missing)}; nothing was written")
     if surplus:

@@ -1,4 +1,4 @@
-"""Reads the files of a Hugging Face model folder: safetensors, whole or in shards, and JSON."""
+"""Reads the files of a Hugging Face model folder: safetensors (one file or shards) and JSON."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ class Tensors(Mapping[str, np.ndarray]):
         self._files = files  # name -> the open safetensors file that holds the tensor
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """bfloat16 and float16 widen to fp32 without loss; integer buffers stay."""
+        """Floats as fp32, which holds bfloat16 and float16 exactly; integers do not change."""
         array = self._files[name].get_tensor(name)
         is_integer = np.issubdtype(array.dtype, np.integer) or array.dtype == np.bool_
         return array if is_integer else array.astype(np.float32)
@@ -31,7 +31,7 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 def open_tensors(folder: Path) -> Tensors:
-    """Reads the headers of all weight files; raises ValueError naming the file that is wrong."""
+    """Reads the headers of all weight files; raises ValueError with the name of a wrong file."""
     index = folder / INDEX
     if not index.is_file():
         return Tensors(_open_file(folder / WEIGHTS))
@@ -39,12 +39,17 @@ def open_tensors(folder: Path) -> Tensors:
     files: dict[str, Any] = {}
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index}: expected plain .safetensors file names, got '{name}'")
+            raise ValueError(
+                f"{index}: expected plain .safetensors file names, got '{name}'; correct it"
+            )
         part = _open_file(folder / name)
         expected = {tensor for tensor, file in weight_map.items() if file == name}
         if set(part) != expected:
             difference = sorted(set(part) ^ expected)[:4]
-            raise ValueError(f"{folder / name}: does not fit its index, differs in {difference}")
+            raise ValueError(
+                f"{folder / name}: expected the tensors that {INDEX} lists, got other names: "
+                f"{difference}; copy the folder again"
+            )
         files |= part
     return Tensors(files)
 
@@ -55,19 +60,24 @@ def _open_file(file: Path) -> dict[str, Any]:
 
     if not file.is_file():
         others = sorted(p.name for p in file.parent.glob("*.bin"))
-        hint = f"; {others} are pickles, which are not read: load the folder in transformers and "
-        hint = hint + "write it with save_pretrained" if others else ""
+        hint = "; copy the folder again"
+        if others:
+            hint = (
+                f"; {others} are pickles, which are not read: load the folder in transformers and "
+                "write it with save_pretrained"
+            )
         raise ValueError(f"{file.parent}: expected {file.name}, found none{hint}")
     try:
         opened = safe_open(str(file), framework="numpy")
         return dict.fromkeys(opened.keys(), opened)
     except SafetensorError as error:
         raise ValueError(
-            f"{file}: expected a whole safetensors file, got: {error}; copy it again"
+            f"{file}: expected a complete safetensors file, got: {error}; copy it again"
         ) from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises ValueError for anything else."""
     if not file.is_file():
         raise ValueError(
             f"{file.parent}: expected {file.name}, found none; give a folder that save_pretrained "
@@ -76,7 +86,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: expected JSON, got: {error}") from error
+        raise ValueError(f"{file}: expected JSON, got: {error}; copy it again") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(tree).__name__}")
+        raise ValueError(
+            f"{file}: expected a JSON object, got {type(tree).__name__}; copy it again"
+        )
     return tree

@@ -1,4 +1,4 @@
-"""From our parameter paths to the tensors of transformers, and back, by the table of a family."""
+"""Converts parameters to the tensors of transformers and back, by the table of a family."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -12,35 +12,41 @@ from tinybert_jax.settings.sizes import ModelConfig
 
 
 class Entry(NamedTuple):
-    """`{i}` in the name marks a layer: our array stacks all layers along axis 0."""
+    """A parameter here and in transformers.
 
-    path: str
-    name: str
-    is_kernel: bool = False  # ours is [in, out], Hugging Face's [out, in]
+    `{i}` in the name is the number of a layer: the array here stacks all layers along axis 0.
+    """
+
+    path: str  # in the parameters, as `params.flatten` writes it
+    name: str  # in transformers
+    is_kernel: bool = False  # [in, out] here, [out, in] in transformers
 
 
 class Format(NamedTuple):
-    """How transformers writes a family."""
+    """How transformers names the classes, weights and settings of a family."""
 
-    class_prefix: str  # of its classes, such as Bert
-    base_prefix: str  # of the encoder's tensors in a model with a head, such as "bert."
+    class_prefix: str  # prefix of class names, such as Bert
+    base_prefix: str  # prefix of the encoder's tensors in a model with a head, such as "bert."
     table: tuple[Entry, ...]
-    read_config: Callable[[Mapping[str, Any]], dict[str, Any]]  # config.json -> `ModelConfig`
+    read_config: Callable[
+        [Mapping[str, Any]], dict[str, Any]
+    ]  # config.json -> fields of `ModelConfig`
     write_config: Callable[[ModelConfig], dict[str, Any]]
-    decoder: str  # the tied decoder of masked words: `.weight` is the word table, `.bias` its bias
-    pair_head: str | None = None  # where it has a head for pairs
-    pooler_in: tuple[str, ...] = ()  # heads beside which transformers has a pooler; ("*",): all
+    decoder: str  # masked-LM decoder: `.weight` is the word table, `.bias` the output bias
+    pair_head: str | None = None  # name of the head for pairs of texts; None: the family has none
+    pooler_in: tuple[str, ...] = ()  # task heads of the classes with a pooler; ("*",): all classes
 
     def name_of(self, path: str) -> str:
+        """The name in transformers of the parameter `path`."""
         return next(entry.name for entry in self.table if entry.path == path)
 
     def holds_pooler(self, head: str | None) -> bool:
-        """Whether a folder with this head of a task, or none, has the pooler's weights."""
+        """Whether a folder with this task head (None: without a head) has the pooler's weights."""
         return "*" in self.pooler_in or head in self.pooler_in
 
     @property
     def aliases(self) -> dict[str, str]:
-        """Second names of tensors that the table has under another name, to that name."""
+        """Second name of a tensor -> the name in the table."""
         names = {
             f"{self.decoder}.weight": self.name_of("encoder/embeddings/word/embedding"),
             f"{self.decoder}.bias": self.name_of("decoder/bias"),
@@ -48,20 +54,22 @@ class Format(NamedTuple):
         return {alias: name for alias, name in names.items() if alias != name}
 
     def is_unused(self, name: str) -> bool:
-        """Whether a tensor of this name carries no weight of its own."""
+        """Whether a tensor of this name holds no additional parameter."""
         return name in self.aliases or name.endswith("embeddings.position_ids")
 
 
 def linear(path: str, name: str) -> tuple[Entry, Entry]:
+    """The entries of a linear map."""
     return Entry(f"{path}/kernel", f"{name}.weight", True), Entry(f"{path}/bias", f"{name}.bias")
 
 
 def norm(path: str, name: str) -> tuple[Entry, Entry]:
+    """The entries of a LayerNorm."""
     return Entry(f"{path}/scale", f"{name}.weight"), Entry(f"{path}/bias", f"{name}.bias")
 
 
 def to_hf(form: Format, flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Our flat parameters to Hugging Face's names and layouts, bit for bit."""
+    """Flat parameters in the names and layouts of transformers, bit for bit."""
     tensors: dict[str, np.ndarray] = {}
     for entry in form.table:
         if entry.path not in flat:
@@ -77,21 +85,21 @@ def to_hf(form: Format, flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
 
 
 class Conversion(NamedTuple):
-    """`missing`: our paths that the source lacks; `surplus`: its names that have no place."""
+    """The result of `from_hf`."""
 
-    flat: dict[str, np.ndarray]
-    missing: tuple[str, ...]
-    surplus: tuple[str, ...]
+    flat: dict[str, np.ndarray]  # fp32 parameters by path
+    missing: tuple[str, ...]  # paths without a tensor
+    surplus: tuple[str, ...]  # names of tensors without a path
 
 
 def from_hf(
     form: Format, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
 ) -> Conversion:
-    """Hugging Face tensors to our flat parameters of the given shapes, bit for bit in fp32.
+    """Tensors of transformers as flat fp32 parameters of the given shapes, bit for bit.
 
-    Accepts names with or without the `bert.` prefix and the old `LayerNorm.gamma/beta`. Raises
-    ValueError where a tensor's shape is not the one that the config calls for, where one is not
-    finite or not floating-point, and where a masked-LM decoder is not the word table.
+    Accepts names with or without the `bert.` prefix, and the old `LayerNorm.gamma/beta`. Raises
+    ValueError for a tensor of another shape, a tensor that is not finite or not floating-point, and
+    a masked-LM decoder that differs from the word table.
     """
     named = _named(form, tensors)
     if "decoder/bias" in shapes:
@@ -105,7 +113,7 @@ def from_hf(
         if not all(name in named for name in names):
             absent = [name for name in names if name not in named]
             if 0 < len(absent) < len(names):
-                raise ValueError(f"expected all of {entry.name}, the checkpoint lacks {absent}")
+                raise ValueError(f"expected all of {entry.name}, but the folder lacks {absent}")
             missing.append(entry.path)
             continue
         used.update(names)
@@ -117,14 +125,14 @@ def from_hf(
 def our_shapes(
     form: Format, tensors: Mapping[str, np.ndarray], num_layers: int
 ) -> dict[str, tuple[int, ...]]:
-    """Our paths and shapes for whatever of the table the tensors hold."""
+    """Path -> shape of every parameter in the table that the tensors hold."""
     named = _named(form, tensors)
     shapes = {}
     for entry in form.table:
         array = named.get(entry.name.format(i=0))
         if array is not None:
-            each = array.shape[::-1] if entry.is_kernel else array.shape
-            shapes[entry.path] = (num_layers, *each) if "{i}" in entry.name else each
+            shape = array.shape[::-1] if entry.is_kernel else array.shape
+            shapes[entry.path] = (num_layers, *shape) if "{i}" in entry.name else shape
     return shapes
 
 
@@ -133,7 +141,7 @@ def has_tensor(form: Format, names: Iterable[str], path: str) -> bool:
     return form.name_of(path) in (_modern_name(form, name) for name in names)
 
 
-# Parts that a folder may have or not; one with a piece of a part has to have all of it.
+# Optional parts of a folder. A folder with one tensor of a part needs all tensors of the part.
 _PARTS = (
     ("encoder/pooler/",),
     ("transform/", "norm/", "decoder/"),
@@ -145,7 +153,7 @@ _PARTS = (
 def config_shapes(
     form: Format, config: ModelConfig, held: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """Our paths and the shapes by the config: the encoder's and those of each part in `held`."""
+    """Path -> shape, as the config implies, of the encoder and of the optional parts in `held`."""
     absent = [part for part in _PARTS if not any(path.startswith(part) for path in held)]
     unwanted = tuple(prefix for part in absent for prefix in part)
     models = [make_classifier(config, held.get("classifier/kernel", (1,))[-1])]
@@ -159,13 +167,15 @@ def config_shapes(
 
 
 def _named(form: Format, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors under today's names."""
+    """The tensors under their current names."""
     named = {_modern_name(form, name): array for name, array in tensors.items()}
     if len(named) != len(tensors):
         twice = sorted(name for name in tensors if _modern_name(form, name) != name)[:4]
-        raise ValueError(f"expected each tensor once, got an old and a new name of {twice}")
+        raise ValueError(f"expected every tensor once, got an old and a new name of {twice}")
     for alias, name in form.aliases.items():
-        if alias in named and name == form.name_of("decoder/bias"):  # some writers keep only this
+        if alias in named and name == form.name_of(
+            "decoder/bias"
+        ):  # some folders have only the alias
             named.setdefault(name, named[alias])
     return named
 
@@ -174,8 +184,8 @@ def _check_tied(form: Format, named: Mapping[str, np.ndarray]) -> None:
     for name, twin in form.aliases.items():
         if name in named and not np.array_equal(named[name], named.get(twin, np.empty(0))):
             raise ValueError(
-                f"expected {name} to equal {twin}, got a masked-LM decoder with weights of its "
-                "own, which this model does not have"
+                f"expected {name} to equal {twin}, got a masked-LM decoder that is not the word "
+                "table; such a model is not supported"
             )
 
 
@@ -187,13 +197,13 @@ def _layer_names(entry: Entry, shape: tuple[int, ...]) -> list[str]:
 def _stack(
     entry: Entry, arrays: list[np.ndarray], names: Iterable[str], shape: tuple[int, ...]
 ) -> np.ndarray:
-    each = shape[1:] if "{i}" in entry.name else shape
-    expected = each[::-1] if entry.is_kernel else each
+    layer_shape = shape[1:] if "{i}" in entry.name else shape
+    expected = layer_shape[::-1] if entry.is_kernel else layer_shape
     for name, array in zip(names, arrays, strict=True):
         if array.shape != expected:
             raise ValueError(
                 f"{name}: expected shape {list(expected)} from config.json, "
-                f"got {list(array.shape)}: the weights belong to another configuration"
+                f"got {list(array.shape)}: the weights belong to another config.json"
             )
         if not np.issubdtype(array.dtype, np.floating):
             raise ValueError(f"{name}: expected floating-point weights, got {array.dtype}")
@@ -207,8 +217,9 @@ def _stack(
 
 
 def _modern_name(form: Format, name: str) -> str:
+    """The current name of a tensor with an old LayerNorm name or without the base prefix."""
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
     name = name.replace("LayerNorm.beta", "LayerNorm.bias")
     base = {entry.name for entry in form.table if entry.name.startswith(form.base_prefix)}
-    parts = {own.removeprefix(form.base_prefix).split(".")[0] for own in base}
+    parts = {known.removeprefix(form.base_prefix).split(".")[0] for known in base}
     return f"{form.base_prefix}{name}" if name.split(".")[0] in parts else name

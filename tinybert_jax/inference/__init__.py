@@ -1,1 +1,1 @@
-"""Models at work: scoring of data sets, prediction, the public Python classes."""
+"""Scoring of data sets, prediction, and the public Python classes."""

@@ -1,4 +1,4 @@
-"""Answers and scores text with a model folder: `tinybert predict` and `tinybert evaluate`."""
+"""`tinybert predict` and `tinybert evaluate`: predictions and metrics of a model folder."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,11 +23,11 @@ def predict(
     max_length: int | None = None,
     **columns: str | None,
 ) -> list[dict[str, Any]]:
-    """One object a text, in order: `row` from 1, `text`, and the answer of the model's task.
+    """One object per text, in order: `row` from 1, `text`, and the prediction of the model's task.
 
-    `data` is a file, whose `columns` are those of the task's settings, or a list of texts. A blank
-    text has `problem` in place of an answer. Texts longer than `max_length` (default: the model's
-    positions) are cut.
+    `data` is a file or a list of texts. `columns`: settings of the task that name the columns of
+    the file. A blank text has `problem` instead of a prediction. Texts longer than `max_length`
+    (default: the model's positions) are cut. Raises ValueError for a model without a task head.
     """
     loaded = _load(model)
     if isinstance(data, str):
@@ -57,7 +57,7 @@ def evaluate_file(
     max_length: int | None = None,
     **columns: str | None,
 ) -> dict[str, float]:
-    """The task's metrics on labelled text; raw labels are the model's names or their ids."""
+    """The task's metrics on labelled text; its labels are the model's label names or their ids."""
     loaded = _load(model)
     section = _section(loaded.task, data, columns)
     examples = loaded.task.read(data, section, Reading(split, is_dev=True))
@@ -72,6 +72,8 @@ def evaluate_file(
 
 
 class _Loaded(NamedTuple):
+    """A model folder, its head and its task."""
+
     source: HfModel
     head: Head
     task: Task
@@ -80,21 +82,23 @@ class _Loaded(NamedTuple):
 def _load(model: str) -> _Loaded:
     source = read_model(model)
     task = task_of(source)
-    assert source.head is not None  # or it has no task
+    assert source.head is not None  # `task_of` raises without a head
     return _Loaded(source, source.head, task)
 
 
 def _section(task: Task, data: str, columns: dict[str, str | None]) -> TaskSection:
-    """The task's settings for one file, with the columns that were named."""
+    """The task's settings for one file, with the given names of columns."""
     given: dict[str, Any] = {name: value for name, value in columns.items() if value is not None}
     unknown = sorted(set(given) - set(task.section.model_fields))
     if unknown:
-        raise ValueError(f"expected columns of a {task.kind} model, got also {unknown}")
+        raise ValueError(
+            f"expected columns of a {task.kind} model, got also {unknown}; remove them"
+        )
     return task.section(train=data, dev=data, **given)
 
 
 def _plain(text: str | Sequence[str]) -> str:
-    """A text as it was read, or words with a space between them: the text of answers' offsets."""
+    """The text, or the words joined by spaces; offsets of predictions refer to it."""
     return text if isinstance(text, str) else " ".join(text)
 
 
@@ -103,6 +107,7 @@ def _has_text(text: str | Sequence[str]) -> bool:
 
 
 def _score(loaded: _Loaded, examples: Examples, max_length: int | None) -> Scored:
+    """The examples with the logits of the model; raises ValueError for a wrong `max_length`."""
     source, task = loaded.source, loaded.task
     tokenizer = load_tokenizer(source.folder)
     check_table(tokenizer, source.config, "the model")
@@ -111,7 +116,7 @@ def _score(loaded: _Loaded, examples: Examples, max_length: int | None) -> Score
     if not MIN_TOKENS <= max_length <= positions:
         raise ValueError(
             f"max_length: expected at least {MIN_TOKENS} and at most {positions} (the model's "
-            f"positions), got {max_length}"
+            f"positions), got {max_length}; change it"
         )
     if task.check_lengths is not None:
         task.check_lengths(tokenizer, examples, positions)

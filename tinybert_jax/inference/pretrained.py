@@ -1,4 +1,4 @@
-"""The public Python face: Hugging Face-like classes over the pure functions.
+"""The public Python classes, which follow those of Hugging Face transformers.
 
 Inputs: PyTorch, NumPy or JAX arrays, or nested lists. Outputs: JAX arrays, by key or attribute.
 """
@@ -27,7 +27,7 @@ from tinybert_jax.settings.sizes import ModelConfig
 
 
 class ModelOutput(dict):
-    """`outputs["logits"]` and `outputs.logits`."""
+    """Outputs by key and by attribute: `outputs["logits"]` and `outputs.logits`."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -37,12 +37,14 @@ class ModelOutput(dict):
 
 
 class TinyBertModel:
-    """The bare encoder: `last_hidden_state`, `pooler_output`, and what distillation reads.
+    """An encoder without a head.
 
-    `pooler_output` is None in a family whose bare encoder has no pooler.
+    Outputs: `last_hidden_state` [batch, seq, dim]; `pooler_output` [batch, dim], None for a family
+    whose encoder has no pooler; `hidden_states`, `attention_queries`, `attention_keys` and
+    `attention_values` of all layers (see `EncoderOutput`).
     """
 
-    head_kind: str | None = None  # as in the names of transformers' classes
+    head_kind: str | None = None  # end of the class name in transformers; None: no task head
 
     def __init__(
         self,
@@ -64,18 +66,18 @@ class TinyBertModel:
     def from_pretrained(cls, path: str | Path, *, label_names: tuple[str, ...] | None = None):
         """Reads a Hugging Face folder or hub id.
 
-        A folder without this class's head gets a fresh one, and says so; `label_names` sizes it.
-        Raises ValueError where the folder is not a readable BERT, or where its head of this kind
-        was trained with other labels.
+        Without the head of this class in the folder, the head has random weights, and a message
+        says so; `label_names` sets its number of outputs. Raises ValueError for a folder that
+        cannot be read, or whose head of this kind has other labels than `label_names`.
         """
         source = read_model(path)
         names = tuple(label_names or ()) or source.label_names
         head = source.head if source.head and source.head.kind == cls.head_kind else None
-        theirs = head.label_names if head else None
-        is_named = theirs and not is_unnamed(theirs)
-        if theirs and names != theirs and (is_named or len(names or ()) != len(theirs)):
+        trained = head.label_names if head else None
+        is_named = trained and not is_unnamed(trained)
+        if trained and names != trained and (is_named or len(names or ()) != len(trained)):
             raise ValueError(
-                f"label_names: expected those of the head in {path}, {list(theirs)}, got "
+                f"label_names: expected those of the head in {path}, {list(trained)}, got "
                 f"{list(names or ())}; leave label_names out"
             )
         _, init = cls._make(source.config, len(names or ()) or 1)
@@ -83,7 +85,7 @@ class TinyBertModel:
         try:
             tokenizer = load_tokenizer(path)
         except ValueError:
-            tokenizer = None  # only save_pretrained needs it, and says so
+            tokenizer = None  # only save_pretrained needs it, and raises without it
         return cls(source.config, params, names, tokenizer, head)
 
     def __call__(
@@ -93,13 +95,15 @@ class TinyBertModel:
         token_type_ids: Any = None,
         **unused: Any,
     ) -> ModelOutput:
-        """A deterministic forward pass of ids [batch, seq]; a mask of ones where none is given.
+        """A forward pass without dropout; all inputs are [batch, seq].
 
-        Raises ValueError where an input has another shape, type or range than the model's.
+        Default `attention_mask`: all ones; default `token_type_ids`: all zeros. Raises ValueError
+        for an input of another shape or type, or with ids that the model does not have.
         """
         if unused:
             raise ValueError(
-                f"expected input_ids, attention_mask and token_type_ids, got also {sorted(unused)}"
+                f"expected input_ids, attention_mask and token_type_ids, got also "
+                f"{sorted(unused)}; remove them"
             )
         ids = _checked(
             "input_ids",
@@ -128,7 +132,10 @@ class TinyBertModel:
         )
 
     def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> Path:
-        """Writes a folder that `AutoModel….from_pretrained` loads; reads it back and compares."""
+        """Writes a folder that `AutoModel….from_pretrained` loads, then reads it back and compares.
+
+        Raises ValueError without a tokenizer.
+        """
         tokenizer = tokenizer or self.tokenizer
         if tokenizer is None:
             raise ValueError("save_pretrained: expected a tokenizer; pass tokenizer=…")
@@ -167,7 +174,7 @@ class TinyBertModel:
 
 
 class TinyBertForMaskedLM(TinyBertModel):
-    """`logits` [batch, seq, vocab]."""
+    """An encoder with the masked-LM head: `logits` [batch, seq, vocab]."""
 
     @staticmethod
     def _make(config: ModelConfig, num_classes: int) -> Model:
@@ -179,14 +186,14 @@ class TinyBertForMaskedLM(TinyBertModel):
 
 
 class TinyBertForSequenceClassification(TinyBertForMaskedLM):
-    """Scores of whole texts: `logits` [batch, num_labels]."""
+    """An encoder with a head for whole texts: `logits` [batch, num_labels]."""
 
     head_kind = "SequenceClassification"
     _make = staticmethod(make_classifier)
 
 
 class TinyBertForTokenClassification(TinyBertForMaskedLM):
-    """Scores of tokens: `logits` [batch, seq, num_labels]."""
+    """An encoder with a head for tokens: `logits` [batch, seq, num_labels]."""
 
     head_kind = "TokenClassification"
     _make = staticmethod(make_token_classifier)
@@ -195,12 +202,15 @@ class TinyBertForTokenClassification(TinyBertForMaskedLM):
 def _checked(
     name: str, values: Any, *, below: int, like: np.ndarray | None = None, fix: str = ""
 ) -> np.ndarray:
-    """Whole numbers from 0 to below `below`, [batch, seq] or shaped as `like`."""
+    """`values` as int32 [batch, seq]; raises ValueError for another shape, type or range.
+
+    Values are whole numbers from 0 to `below` − 1; the shape is that of `like` if given.
+    """
     try:
         array = np.asarray(values)
     except ValueError:
         raise ValueError(
-            f"{name}: expected rows of one length, got ragged ones; tokenize with padding=True"
+            f"{name}: expected rows of one length, got several lengths; tokenize with padding=True"
         ) from None
     if like is not None and array.shape != like.shape:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Runs a model over a whole data set. Knows nothing of training."""
+"""Runs a model over a whole data set, without training."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -18,14 +18,15 @@ from tinybert_jax.objectives import masking
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import num_batch_shards
 
-Scorer = Callable[[Any, TokenRows], np.ndarray]
-EVAL_MASK_RATE = 0.15  # whatever a stage trains with, so that its figures compare with others'
+Scorer = Callable[[Any, TokenRows], np.ndarray]  # (params, rows) -> logits
+# The same rate for all runs, whatever rate they train with, so that their figures are comparable.
+EVAL_MASK_RATE = 0.15
 
 
 class Evaluator(NamedTuple):
-    """Measures parameters on text that is not trained on."""
+    """Computes metrics of parameters on text that is not trained on."""
 
-    measure: Callable[[Any], dict[str, float]]
+    measure: Callable[[Any], dict[str, float]]  # (params) -> metrics by name
     fingerprint: str  # SHA-256 of the rows
 
 
@@ -37,11 +38,10 @@ def make_scorer(
     packed: bool = False,
     mesh: Mesh | None = None,
 ) -> Scorer:
-    """A function (params, rows) -> logits [rows, classes], or [tokens, classes].
+    """score(params, rows): fp32 logits [rows, classes], or [tokens, classes] if units are tokens.
 
-    The latter where the units of `rows` are tokens. Each example is padded to its bucket or,
-    packed, shares a row of the widest one with others. With a mesh, on which the parameters are,
-    its devices share each batch.
+    Examples are padded to their buckets or, with `packed`, packed into rows of the widest bucket.
+    With a mesh, the parameters have to be on its devices, which share each batch.
     """
 
     @jax.jit
@@ -51,10 +51,10 @@ def make_scorer(
 
     def score(params: Params, rows: TokenRows, *, global_batch_size: int = 64) -> np.ndarray:
         if mesh is None:
-            params = jax.device_put(params)  # once, not for each batch
+            params = jax.device_put(params)  # once, not once per batch
         pending = []
         for plan in _plans(rows, buckets, packed, global_batch_size, mesh):
-            batch = _placed(make_batch(rows, plan, pad_token_id), mesh)
+            batch = _place_batch(make_batch(rows, plan, pad_token_id), mesh)
             with _context(mesh):
                 pending.append((plan, forward(params, batch)))
         logits = np.zeros((rows.num_scored, pending[0][1].shape[-1]), np.float32)
@@ -66,7 +66,7 @@ def make_scorer(
 
 
 def _put(logits: np.ndarray, rows: TokenRows, plan: Plan, values: np.ndarray) -> None:
-    """Puts the logits of a batch where its rows, or their tokens, are in the whole data set."""
+    """Writes the logits of a batch to the rows, or tokens, of the whole data set."""
     if rows.is_unit is None:
         real = plan.rows >= 0
         logits[plan.rows[real]] = values[real]
@@ -88,12 +88,14 @@ def make_masked_lm_scorer(
     chunk_size: int = 256,
     mesh: Mesh | None = None,
 ) -> Callable[[Any, TokenRows], dict[str, float]]:
-    """A function (params, rows) -> masked-LM loss, perplexity (its exp) and masked accuracy.
+    """score(params, rows): {loss, perplexity, masked_accuracy[, pair_accuracy]} of a masked LM.
 
-    15 % of the tokens are masked, each alone, 80/10/10, always the same ones for one `key`, one
-    set of buckets and one way of batching. Of a model with a pair head also `pair_accuracy`, on the
-    rows with a label (0 or 1), if any. Packed, which such a model is not, all batches have one
-    shape: one program instead of one a bucket. `mesh` as of `make_scorer`.
+    Perplexity is exp(loss). 15 % of the tokens are masked, token by token, 80/10/10; the same
+    tokens for the same `key`, buckets and batching. A model with a pair head also has
+    `pair_accuracy` on the rows with a pair label (0 or 1), if there are any. With `packed`, all
+    batches have one shape, so that one program is compiled instead of one per bucket; a model with
+    a pair head cannot be packed. `mesh` as in `make_scorer`. Raises ValueError without masked
+    tokens.
     """
 
     sums = _make_masked_sums(
@@ -108,7 +110,7 @@ def make_masked_lm_scorer(
     def score(params: Params, rows: TokenRows, *, global_batch_size: int = 64) -> dict[str, float]:
         pending = []
         for number, plan in enumerate(_plans(rows, buckets, packed, global_batch_size, mesh)):
-            batch = _placed(make_batch(rows, plan, pad_token_id), mesh)
+            batch = _place_batch(make_batch(rows, plan, pad_token_id), mesh)
             with _context(mesh):
                 pending.append(sums(params, jnp.int32(number), batch))
         nll, hits, count, *pairs = np.asarray(jax.device_get(pending), np.float64).sum(0)
@@ -134,9 +136,9 @@ def _plans(
     global_batch_size: int,
     mesh: Mesh | None,
 ) -> list[Plan]:
-    """Every row once, each padded to its bucket or several in a row of the widest one.
+    """Plans of batches that hold every row once, padded to buckets or packed.
 
-    A batch has as many rows for each device of the mesh.
+    The number of rows of a batch is a multiple of the number of batch shards.
     """
     shards = num_batch_shards(mesh) if mesh else 1
     global_batch_size = -(-global_batch_size // shards) * shards
@@ -154,7 +156,7 @@ def _plans(
     return epochs.plan(0)
 
 
-def _placed(batch: Batch, mesh: Mesh | None) -> Batch:
+def _place_batch(batch: Batch, mesh: Mesh | None) -> Batch:
     return jax.device_put(batch, sharding.batch_sharding(mesh)) if mesh else batch
 
 
@@ -165,7 +167,7 @@ def _context(mesh: Mesh | None) -> contextlib.AbstractContextManager:
 def _make_masked_sums(
     apply: Apply, key: jax.Array, *, chunk_size: int, **options: Any
 ) -> Callable[[Any, jax.Array, Batch], tuple[jax.Array, ...]]:
-    """(params, number of the batch, batch) -> Σ nll, hits, masked tokens[, pair hits, pairs]."""
+    """sums(params, batch number, batch): (Σ nll, hits, masked tokens[, pair hits, pairs])."""
 
     @jax.jit
     def sums(params: Params, number: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
@@ -187,7 +189,7 @@ def _make_masked_sums(
         if output.pair_logits is None:
             return nll, hits, count
         pair_labels = batch.targets["labels"]
-        assert pair_labels.ndim == 1, "a pair head reads one label a row"
+        assert pair_labels.ndim == 1, "a pair head reads one label per row"
         is_pair = (pair_labels >= 0) & (batch.weights > 0)
         is_right = jnp.argmax(output.pair_logits, axis=-1) == pair_labels
         return nll, hits, count, jnp.sum(is_right & is_pair), jnp.sum(is_pair)

@@ -135,7 +135,9 @@ def _without_projection(measure: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda params: measure(params["student"])
 
 
-def _save(run: Run, folder: Path, params: dict[str, Any], sizes: ModelConfig, head: Head | None) -> None:
+def _save(
+    run: Run, folder: Path, params: dict[str, Any], sizes: ModelConfig, head: Head | None
+) -> None:
     extra: dict[str, Callable[[Path], None]] = {}
     if "projection" in params:
         extra[_PROJECTION] = functools.partial(save_file, params["projection"])

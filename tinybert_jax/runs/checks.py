@@ -245,17 +245,17 @@ def check_teacher_labels(path: str | Path, task: RunTask) -> None:
             f"teacher: expected a model of the task's kind, {task.kind.kind}, got {path}, whose "
             f"head is for {kind}; fine-tune it on this task first (finetune section)"
         )
-    theirs = model.label_names
-    if label_names is None or theirs is None or is_unnamed(theirs):
-        if label_names is not None and theirs is not None and len(theirs) != len(label_names):
+    trained = model.label_names
+    if label_names is None or trained is None or is_unnamed(trained):
+        if label_names is not None and trained is not None and len(trained) != len(label_names):
             raise ValueError(
-                f"labels: expected {len(label_names)} ({list(label_names)}), got {len(theirs)} in "
+                f"labels: expected {len(label_names)} ({list(label_names)}), got {len(trained)} in "
                 f"the teacher {path}; fine-tune it on this task first (finetune section)"
             )
         return
-    if tuple(theirs) != tuple(label_names):
+    if tuple(trained) != tuple(label_names):
         raise ValueError(
-            f"labels: expected the teacher's order {list(theirs)}, got the task's "
+            f"labels: expected the teacher's order {list(trained)}, got the task's "
             f"{list(label_names)}; write task.labels in the teacher's order, or fine-tune the "
             f"teacher on this task first (finetune section)"
         )
@@ -313,10 +313,10 @@ def _check_start(student: Student, teacher: ModelConfig) -> None:
     if copies:
         is_equal |= {"num_attention_heads": True, "intermediate_size": True}
     for name, equal in is_equal.items():
-        theirs, got = getattr(teacher, name), getattr(student.sizes, name)
-        if got > theirs or (equal and got != theirs):
+        largest, got = getattr(teacher, name), getattr(student.sizes, name)
+        if got > largest or (equal and got != largest):
             raise ValueError(
-                f"{student.origin}.{name}: expected {'' if equal else 'at most '}{theirs} (the "
+                f"{student.origin}.{name}: expected {'' if equal else 'at most '}{largest} (the "
                 f"teacher's), got {got}, because {student.origin}.init is {init}; set {name} to "
                 f"that, or set {student.origin}.init=random"
             )

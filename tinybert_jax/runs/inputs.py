@@ -82,7 +82,7 @@ def read_inputs(
         lambda: find_folder(tokenizer.path) if tokenizer.path else None,
     )
     pieces = _make_tokenizer(tokenizer, teacher.path, kept_tokenizer, text.documents)
-    teacher_sizes = given or _fresh_teacher(teacher, pieces)
+    teacher_sizes = given or _new_teacher(teacher, pieces)
     named = tuple(
         Student(name, section, read or _student_sizes(name, section, teacher_sizes))
         for (name, section), read in zip(students.items(), sizes[: len(students)], strict=True)
@@ -140,7 +140,7 @@ def _make_tokenizer(
     return load_tokenizer(folder)
 
 
-def _fresh_teacher(section: TeacherSection, tokenizer: Any) -> ModelConfig:
+def _new_teacher(section: TeacherSection, tokenizer: Any) -> ModelConfig:
     vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     with prefix_errors("teacher"):
         fixed = family_of(section.model_type).fixed
