@@ -223,7 +223,6 @@ def inputs(tmp_path_factory):
         ("distilbert", "distilbert", "random"),
         ("distilbert", "bert", "teacher_embeddings"),
         ("teacher", "distilbert", "teacher_embeddings"),
-        ("teacher", "distilbert", "random"),
     ],
 )
 def test_a_run(teacher, family, init, inputs, tmp_path, cheap_programs):

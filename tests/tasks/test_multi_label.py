@@ -236,9 +236,7 @@ def run(tmp_path_factory, cheap_programs):
         task={"kind": "multi_label", "train": rows, "dev": rows},
         students={"one": {**STUDENT, "hidden_size": 16}, "small": STUDENT},
         finetune={**JUDGED, "num_steps": 120, "eval_every": 60, "num_seeds": 2, "batching": "pack"},
-        intermediate={**STAGE, "batching": "bucket"},
-        prediction={**JUDGED, "batching": "pad"},
-        baseline={**JUDGED, "batching": "bucket"},
+        prediction={**JUDGED, "batching": "bucket"},
         distillation={"keep_logits": True},
     )
     assert cli.main(["run", config]) == 0
@@ -249,7 +247,7 @@ def test_a_run_tells_the_scores_of_each_label(run):
     results = json.loads((run / "out" / "results.json").read_text())
     assert results["metric"] == "f1_micro" and results["label_names"] == list(NAMES)
     roles = [model["role"] for model in results["models"]]
-    assert roles == ["teacher", "student", "student", "baseline", "baseline"]
+    assert roles == ["teacher", "student", "student"]
     teacher = results["models"][0]
     assert teacher["metrics"]["f1_micro"] > 0.9 and len(teacher["by_seed"]) == 2
     for model in results["models"]:
