@@ -130,6 +130,12 @@ def _add_evaluate(commands) -> None:
     command.add_argument("data", help=".tsv, .csv or .jsonl, a saved datasets folder, hub:…")
     command.add_argument("--label", help="column of the labels; default: label")
     _add_columns(command)
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="task.key=value",
+        help="how the file is read, as in a config: task.separator, task.scheme, …",
+    )
     command.set_defaults(act=_evaluate)
 
 
@@ -235,14 +241,19 @@ def _run(arguments, command: str) -> int:
 def _evaluate(arguments, command: str) -> int:
     from tinybert_jax.inference import predict
 
+    given = config_files.read_overrides(arguments.overrides)
+    settings = given.pop("task", {})
+    if given or not isinstance(settings, dict):
+        raise ValueError(
+            f"expected settings of the task, such as task.scheme=iob1, got {arguments.overrides}"
+        )
+    columns = {name: getattr(arguments, name) for name in ("text", "text_pair", "label")}
     scores = predict.evaluate_file(
         arguments.model,
         arguments.data,
-        text=arguments.text,
-        text_pair=arguments.text_pair,
-        label=arguments.label,
         split=arguments.split,
         max_length=arguments.max_length,
+        **{name: column for name, column in columns.items() if column is not None} | settings,
     )
     print(json.dumps(scores, indent=2))
     return 0

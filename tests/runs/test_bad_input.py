@@ -153,6 +153,19 @@ def test_evaluate_on_unknown_labels(world):
     world.fails(*argv, naming=("data.tsv", "'neg', 'pos'", "line 2: 'good'"))
 
 
+@pytest.mark.parametrize(
+    "setting, named",
+    [
+        ("task.scheme=iob1", ("task of classification", "scheme: unknown key")),
+        ("task.labels=7", ("task of classification", "labels", "got 7")),
+        ("scheme=iob1", ("settings of the task", "task.scheme=iob1", "got ['scheme=iob1']")),
+    ],
+)
+def test_evaluate_with_settings_that_the_task_lacks(world, setting, named):
+    argv = ("evaluate", str(world.models / "classifier"), world.dev, "--label", "label", setting)
+    world.fails(*argv, naming=named)
+
+
 def test_output_over_the_data(world):
     argv = ("predict", str(world.models / "classifier"), world.dev, "-o", world.dev)
     world.fails(*argv, naming=("--output", "another file than the data", "dev.tsv"))

@@ -268,6 +268,12 @@ def test_commands_use_the_threshold_of_the_folder(run, tmp_path, capsys):
     scores = json.loads(capsys.readouterr().out)
     assert scores.pop("num_examples") == len(TEXTS)
     assert scores == pytest.approx(results["models"][0]["metrics"])
+    rows = [json.loads(line) for line in (run / "rows.jsonl").read_text().splitlines()]
+    lines = [f"{row['text']}\t{'; '.join(row['labels'])}" for row in rows]
+    (tmp_path / "rows.tsv").write_text("\n".join(["text\tlabels", *lines]))
+    argv = ["evaluate", str(model), str(tmp_path / "rows.tsv"), "task.separator=;"]
+    assert cli.main(argv) == 0
+    assert json.loads(capsys.readouterr().out) == {**scores, "num_examples": len(TEXTS)}
     assert cli.main(["predict", str(model), str(run / "rows.jsonl")]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     for answer in answers:

@@ -45,8 +45,21 @@ def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -
     unset = list(_unset_variables(tree))
     if unset:
         raise ConfigError("\n".join([_error_count(path, unset), *unset]))
+    return validate(root, _expand_variables(tree), path)
+
+
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """The tree of `key.path=value` settings alone; raises `ConfigError`."""
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(tree, override)
+    return tree
+
+
+def validate(root: type[Root], tree: dict[str, Any], origin: str | Path) -> Root:
+    """`tree` as a `root`; raises `ConfigError` with all errors, which begins with `origin`."""
     try:
-        return root.model_validate(_expand_variables(tree))
+        return root.model_validate(tree)
     except ValidationError as error:
         errors: dict[str, list[str]] = {}  # by place; a union has an error per member
         for item in error.errors():
@@ -59,7 +72,7 @@ def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -
                 dict.fromkeys(texts)
             ).splitlines()  # a validator may report several
         ]
-        raise ConfigError("\n".join([_error_count(path, lines), *lines])) from None
+        raise ConfigError("\n".join([_error_count(origin, lines), *lines])) from None
 
 
 def dump(config: BaseModel) -> str:

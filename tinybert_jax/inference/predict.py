@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tinybert_jax.batches.tokenize import MIN_TOKENS
+from tinybert_jax.config.load import validate
 from tinybert_jax.config.tasks import TaskSection
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.splits import Reading
@@ -55,11 +56,15 @@ def evaluate_file(
     *,
     split: str | None = None,
     max_length: int | None = None,
-    **columns: str | None,
+    **settings: Any,
 ) -> dict[str, float]:
-    """The task's metrics on labelled text; its labels are the model's label names or their ids."""
+    """The task's metrics on labelled text; its labels are the model's label names or their ids.
+
+    `settings`: those of `task` in a config that say how the file is read, such as text, label,
+    separator, label_columns or scheme. Raises ValueError for a wrong setting or file.
+    """
     loaded = _load(model)
-    section = _section(loaded.task, data, columns)
+    section = _section(loaded.task, data, settings)
     examples = loaded.task.read(data, section, Reading(split, is_dev=True))
     names = loaded.head.label_names
     if examples.label_names is not None:
@@ -86,15 +91,10 @@ def _load(model: str) -> _Loaded:
     return _Loaded(source, source.head, task)
 
 
-def _section(task: Task, data: str, columns: dict[str, str | None]) -> TaskSection:
-    """The task's settings for one file, with the given names of columns."""
-    given: dict[str, Any] = {name: value for name, value in columns.items() if value is not None}
-    unknown = sorted(set(given) - set(task.section.model_fields))
-    if unknown:
-        raise ValueError(
-            f"expected columns of a {task.kind} model, got also {unknown}; remove them"
-        )
-    return task.section(train=data, dev=data, **given)
+def _section(task: Task, data: str, settings: dict[str, Any]) -> TaskSection:
+    """The task's settings for one file; raises ConfigError for those that the task lacks."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    return validate(task.section, {"train": data, "dev": data, **given}, f"task of {task.kind}")
 
 
 def _plain(text: str | Sequence[str]) -> str:
