@@ -88,6 +88,24 @@ def test_preset_of_which_the_sizes_leave_nothing(world):
     world.fails("run", path, "student.preset=bert-tiny", naming=named)
 
 
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"kind": "classification", "labels": ["neg", "pos", "neg"]},
+        {"kind": "multi_label", "label_columns": ["neg", "pos", "neg"]},
+    ],
+)
+def test_labels_that_are_given_twice(world, task):
+    path = world.config("finetune", task=task)
+    world.fails("run", path, naming=("task", "every label once", "['neg'] more than once"))
+
+
+def test_smoothing_of_labels_that_are_numbers(world):
+    path = world.config("finetune", task={"kind": "regression"})
+    named = ("finetune: a regression has no label_smoothing", "remove it")
+    world.fails("run", path, "finetune.label_smoothing=0.1", naming=named)
+
+
 def test_distillation_before_its_finetuning(world):
     """`tinybert distill` of a config whose teacher is still to be fine-tuned."""
     path = world.config("finetune", "prediction")

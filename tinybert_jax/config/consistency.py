@@ -46,6 +46,9 @@ def consistency_errors(config: Any) -> Iterator[str]:
     yield from _needs_of_teachers(config)
     yield from _needs_of_tokenizer(config)
     yield from _needs_of_attention(config)
+    for stage in stages if config.task and config.task.form == "square" else ():
+        if getattr(getattr(config, stage.name), "label_smoothing", 0) > 0:
+            yield f"{stage.name}: a regression has no label_smoothing: remove it"
 
 
 def _needs_of_evaluation(config: Any) -> Iterator[str]:

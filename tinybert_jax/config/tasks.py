@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from tinybert_jax.settings.section import PositiveInt, Probability, Section
 
@@ -110,7 +110,14 @@ def _raw_labels(labels: Any) -> Any:
         )
     if isinstance(labels, dict):
         return {str(raw): str(name) for raw, name in labels.items()}
-    return tuple(str(value) for value in labels)
+    return _without_repetition(tuple(str(value) for value in labels))
+
+
+def _without_repetition(names: tuple[str, ...]) -> tuple[str, ...]:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"expected every label once, got {repeated} more than once; remove one")
+    return names
 
 
 Labels = Annotated[dict[str, str] | tuple[str, ...] | None, BeforeValidator(_raw_labels)]
@@ -160,7 +167,7 @@ class MultiLabelTask(TextTask):
         "labels", description="column of lists of labels; .tsv and .csv have `separator` in between"
     )
     separator: Annotated[str, Field(min_length=1)] = ","
-    label_columns: tuple[str, ...] = Field(
+    label_columns: Annotated[tuple[str, ...], AfterValidator(_without_repetition)] = Field(
         (), description="instead of label: one column of 0 and 1 per label"
     )
     labels: Labels = None
