@@ -102,7 +102,8 @@ def test_a_dev_share_that_leaves_a_side_empty_is_refused(tmp_path):
     ],
 )
 def test_dev_comes_from_one_place(settings):
-    with pytest.raises(ValueError, match="dev or dev_share|remove dev_(split|columns)"):
+    words = "dev or dev_share|one of dev and dev_share|remove dev_(split|columns)"
+    with pytest.raises(ValueError, match=words):
         ClassificationTask.model_validate({"train": "train.tsv", **settings})
 
 

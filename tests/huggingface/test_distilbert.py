@@ -169,7 +169,7 @@ def test_fields_that_config_json_lacks_are_those_of_transformers(tmp_path):
     config = read_model(tmp_path).config
     assert (config.num_hidden_layers, config.classifier_dropout) == (6, 0.2)
     change_config(tmp_path, activation="silu")
-    with pytest.raises(ValueError, match="a DistilBert that we compute; hidden_act"):
+    with pytest.raises(ValueError, match="a supported DistilBert; hidden_act"):
         read_model(tmp_path)
 
 

@@ -328,7 +328,7 @@ def test_masked_lm_decoder_of_its_own_is_refused(tmp_path):
         ({"architectures": ["BertForMultipleChoice"]}, ["one of the kinds", "MultipleChoice"]),
         ({"tinybert_answers": {"threshold": "0.5"}}, ["finite numbers", "'0.5'"]),
         ({"tinybert_answers": [0.5]}, ["finite numbers", "[0.5]"]),
-        ({"id2label": {"0": "a", "1": "b"}}, ["3 outputs", "['a', 'b']"]),
+        ({"id2label": {"0": "a", "1": "b"}}, ["3 label names, one per output", "['a', 'b']"]),
         ({"id2label": {"1": "a", "2": "b", "3": "c"}}, ["id2label"]),
     ],
 )

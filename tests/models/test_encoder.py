@@ -299,7 +299,7 @@ def test_unrolled_equals_scanned(encoder):
     assert one.attention_scores is None and len(other.attention_scores) == SIZES.num_hidden_layers
     for ours, theirs in zip(one, other._replace(attention_scores=None), strict=True):
         if ours is not None:
-            assert_close(ours, np.asarray(theirs), tolerance=1e-6)
+            assert_close(ours, np.asarray(theirs), tolerance=2e-6)  # 5 roundings of values up to 4
     for i, scores in enumerate(other.attention_scores):
         np.testing.assert_array_equal(scores, attention_scores(other.queries[i], other.keys[i]))
 

@@ -216,7 +216,10 @@ def test_a_damaged_file_is_refused_and_made_again(inputs, tmp_path, capsys):
     shutil.rmtree(run / "checkpoints" / "prediction" / "last" / "6")
     for damage, words in (
         (lambda: file.write_bytes(content[:-8]), "cannot be read"),
-        (lambda: save_file({"logits": np.zeros((3, 2))}, file), "got others, float64 [3, 2]"),
+        (
+            lambda: save_file({"logits": np.zeros((3, 2))}, file),
+            "got other content, float64 [3, 2]",
+        ),
         (lambda: file.write_bytes(content[:-1] + b"x"), "as they were written"),
     ):
         damage()

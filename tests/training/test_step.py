@@ -208,8 +208,15 @@ def test_accumulation_equals_the_whole_batch(kind, normalisation):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole, parts)
 
 
-@pytest.mark.parametrize(("accumulation", "in_turn"), [(2, True), (1, False)])
-@pytest.mark.parametrize("kind", ["supervised_apart", "layers", "prediction"])
+@pytest.mark.parametrize(
+    ("kind", "accumulation", "in_turn"),
+    [
+        ("supervised_apart", 1, False),
+        ("layers", 2, True),
+        ("prediction", 1, False),
+        ("prediction", 2, True),
+    ],
+)
 def test_students_side_by_side_equal_each_alone(kind, accumulation, in_turn, monkeypatch):
     """In a loop as on CPUs, by `vmap` as elsewhere: same batches, a start of its own.
 
@@ -223,27 +230,30 @@ def test_students_side_by_side_equal_each_alone(kind, accumulation, in_turn, mon
     schedule = optax.constant_schedule(1e-2)
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(schedule))
 
-    def run(start, key, mesh):
-        state = init_state(start, optimizer, key, mesh, averaged=True)
+    def run(mesh, *starts):
+        """The last state and metrics from each of the starts, with one compiled step."""
+        states = [init_state(*start, mesh, averaged=True) for start in starts]
         step = make_train_step(
             objective,
             optimizer,
             schedule,
             mesh,
-            jax.tree.map(lambda leaf: leaf.sharding, state),
+            jax.tree.map(lambda leaf: leaf.sharding, states[0]),
             num_steps=3,
             gradient_accumulation_steps=accumulation,
             average_decay=0.5,
         )
-        for i in range(3):
-            batch = jax.device_put(_batch(seed=i), sharding.batch_sharding(mesh))
-            state, metrics = step(state, batch, frozen)
-        return state, metrics
+        for state in states:
+            for i in range(3):
+                batch = jax.device_put(_batch(seed=i), sharding.batch_sharding(mesh))
+                state, metrics = step(state, batch, frozen)
+            yield state, metrics
 
-    alone = [run(*start, _mesh(1)) for start in zip(starts, keys, strict=True)]
-    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts), jnp.stack(keys)
+    starts = [(start, optimizer, key) for start, key in zip(starts, keys, strict=True)]
+    alone = list(run(_mesh(1), *starts))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(start for start, *_ in starts))
     for mesh in (_mesh(1), _mesh(8, fsdp=2, tensor=2)):
-        state, metrics = run(*together, mesh)
+        ((state, metrics),) = run(mesh, (stacked, optimizer, jnp.stack(keys)))
         for name, value in metrics.items():
             mean = np.mean([float(own[name]) for _, own in alone])
             np.testing.assert_allclose(value, mean, rtol=2e-5, atol=1e-6)
