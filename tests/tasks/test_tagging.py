@@ -389,6 +389,12 @@ def test_commands_answer_with_entities(run, capsys):
                 entity["probability"] = round(entity["probability"], 4)
         assert one == other
     assert [entity["text"] for entity in of_texts[2]["entities"]] == ["tea", "toast"]
+    rows = [{"tokens": TEXTS[0].split()}, {"tokens": []}]
+    (run / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["predict", str(model), str(run / "new.jsonl")]) == 0
+    first, empty = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["text"] == TEXTS[0] and "entities" in first
+    assert empty == {"row": 2, "text": "", "problem": "no text"}
 
 
 def test_transformers_reads_the_same_model(run):

@@ -25,7 +25,7 @@ SUFFIXES = {
 class TaggedText(NamedTuple):
     """The sentences of a tagging task: n lists of words, n lists of tags, n line numbers."""
 
-    words: list[list[str]]  # never empty, never white space alone
+    words: list[list[str]]  # no word is empty or white space alone
     tags: list[list[str]] | None  # as in the file, one per word; None: unlabelled
     places: list[int]  # the line of the file on which each sentence starts, from 1
 
@@ -40,6 +40,7 @@ def read_tagged(
     plain: bool = False,
     known_tags: Sequence[str] | None = None,
     drop_empty_tokens: bool = False,
+    keep_empty_sentences: bool = False,
     max_rows: int | None = None,
 ) -> TaggedText:
     """Reads one file of sentences and, unless `tags` is None, the tags of their words.
@@ -53,7 +54,8 @@ def read_tagged(
     Tags are O, or B-, I-, E- or S- and a kind; `plain` ones are any words. With `scheme` every
     sentence must be well-formed in it, with `known_tags` every tag must be one of them; neither is
     used where `tags` is None. `drop_empty_tokens` leaves out words of white space alone that are
-    tagged O or not tagged.
+    tagged O or not tagged. `keep_empty_sentences` reads a sentence without words instead of
+    refusing it.
     `max_rows` keeps the first sentences; all are checked all the same.
 
     Raises ValueError for all that is wrong with the file or the arguments.
@@ -69,7 +71,7 @@ def read_tagged(
         found = _read_columns(path, tokens, tags)
     if drop_empty_tokens:
         found = _without_empty_tokens(found)
-    _check_words(found)
+    _check_words(found, keep_empty_sentences)
     if found.tags is not None:
         _check_tags(found, found.tags, scheme, plain, known_tags)
     return TaggedText(
@@ -215,11 +217,12 @@ def _without_empty_tokens(found: _Sentences) -> _Sentences:
     )
 
 
-def _check_words(found: _Sentences) -> None:
+def _check_words(found: _Sentences, keep_empty_sentences: bool) -> None:
     places = zip(found.places, found.words, strict=True)
     empty = [(place, "none") for place, words in places if not words]
     table = Table(found.path, {}, found.places)
-    fail_rows(table, "at least one token in every sentence", empty, "remove these sentences")
+    if not keep_empty_sentences:
+        fail_rows(table, "at least one token in every sentence", empty, "remove these sentences")
     blank = [(n, short(word)) for n, word in _flat(found.lines, found.words) if not word.strip()]
     fix = "fill in or remove these tokens; drop_empty_tokens leaves out those tagged O"
     _fail_words(found, "a token that is not empty in every row", blank, fix)

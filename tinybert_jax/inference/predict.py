@@ -28,7 +28,8 @@ def predict(
 
     `data` is a file or a list of texts. `columns`: settings of the task that name the columns of
     the file. A blank text has `problem` instead of a prediction. Texts longer than `max_length`
-    (default: the model's positions) are cut. Raises ValueError for a model without a task head.
+    (default: the model's positions) are cut, but a tagging model refuses a text that does not fit
+    its positions. Raises ValueError for a model without a task head.
     """
     loaded = _load(model)
     if isinstance(data, str):

@@ -51,7 +51,8 @@ def read(path: str, section: TaggingTask, how: Reading) -> Examples:
         "drop_empty_tokens": section.drop_empty_tokens,
     }
     if not how.is_labelled:
-        return Examples(read_tagged(path, tags=None, **options).words, None, None, None)
+        found = read_tagged(path, tags=None, keep_empty_sentences=how.keep_blank, **options)
+        return Examples(found.words, None, None, None)
     is_plain = section.scheme == "plain"
     options |= {"tags": section.label, "plain": is_plain}
     found = read_tagged(path, **options)
