@@ -6,8 +6,8 @@
 The run chooses checkpoints, the teacher and thresholds on the config's dev set, which has to be a
 part of the training text (`task.dev_share`). A finished run is only scored. The scores are means
 ± deviations over seeds; "gap closed" is (student − alone) / (teacher − alone) with the teacher that
-taught. Latency is the median of 200 calls of the Python class with 1 × 32 tokens, in which the
-models take turns.
+taught. The run has to train its teacher. Latency is the median of 200 calls of the Python class
+with 1 × 32 tokens; each round calls every model once.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ import yaml
 
 import tinybert_jax
 from tinybert_jax.huggingface.folder import read_model
-from tinybert_jax.inference.predict import evaluate_file
+from tinybert_jax.inference.predict import READING_SETTINGS, evaluate_file
 from tinybert_jax.models.params import num_parameters
 from tinybert_jax.performance.flops import num_encoder_parameters
 
@@ -36,13 +37,13 @@ CLASSES = {
 
 
 class Scores(NamedTuple):
-    """One model on the unseen text, an entry a seed."""
+    """The scores of the seeds of one model on the unseen text."""
 
     role: str
     name: str
-    folder: Path  # of the teacher that taught, of a student the first seed's
-    values: list[float]
-    value: float  # of the teacher that taught, of a student the mean
+    folder: Path  # the teacher that taught, or the first seed of a student
+    values: list[float]  # one per seed
+    value: float  # of the teacher that taught, or the mean over the seeds of a student
 
     def shown(self) -> str:
         if len(self.values) == 1:
@@ -65,30 +66,33 @@ def main() -> None:
     run = Path(config["run_dir"])
     results = yaml.safe_load((run / "results.json").read_text())
     metric = args.metric or results["metric"]
-    columns = {
+    settings = {
         name: config["task"][name]
-        for name in ("text", "text_pair", "label", "separator", "label_columns", "scheme")
-        if config["task"].get(name) is not None
+        for name in READING_SETTINGS
+        if config["task"].get(name) not in (None, [])
     }
-    scores = [score(run, model, args.data, metric, columns) for model in results["models"]]
+
+    def evaluate(folder: Path) -> float:
+        return evaluate_file(str(folder), args.data, settings=settings)[metric]
+
+    scores = [score(run, config["seed"], model, evaluate) for model in results["models"]]
     print_table(scores, metric)
 
 
-def score(run: Path, model: dict, data: str, metric: str, columns: dict) -> Scores:
-    """A model of results.json on the unseen text, with all its seeds."""
+def score(run: Path, seed: int, model: dict, evaluate: Callable[[Path], float]) -> Scores:
+    """The scores of a model of results.json that the run trained; `seed`: the first one."""
     stage = run / "models" / model["stage"]
     is_member = model["role"] != "teacher" and not stage.is_dir()
     first = stage.with_name(f"{stage.name}-{model['name']}") if is_member else stage
     seeds = [
-        first.with_name(f"{first.name}-seed-{i}") for i in range(len(model.get("by_seed", [])))
+        first.with_name(f"{first.name}-seed-{seed + i}")
+        for i in range(len(model.get("by_seed", [])))
     ]
     if model["role"] != "teacher":
         seeds[:1] = [first]
-    values = [evaluate_file(str(f), data, **columns)[metric] for f in seeds or [first]]
-    mean = statistics.mean(values)
-    if model["role"] == "teacher":
-        mean = evaluate_file(str(first), data, **columns)[metric]
-    return Scores(model["role"], model["name"], first, values, mean)
+    values = [evaluate(folder) for folder in seeds or [first]]
+    value = evaluate(first) if model["role"] == "teacher" else statistics.mean(values)
+    return Scores(model["role"], model["name"], first, values, value)
 
 
 def print_table(scores: list[Scores], metric: str) -> None:

@@ -248,12 +248,18 @@ def _evaluate(arguments, command: str) -> int:
             f"expected settings of the task, such as task.scheme=iob1, got {arguments.overrides}"
         )
     columns = {name: getattr(arguments, name) for name in ("text", "text_pair", "label")}
+    columns = {name: column for name, column in columns.items() if column is not None}
+    twice = sorted(set(columns) & set(settings))
+    if twice:
+        raise ValueError(
+            f"expected each column once, got {twice} as an option and as a task setting; remove one"
+        )
     scores = predict.evaluate_file(
         arguments.model,
         arguments.data,
         split=arguments.split,
         max_length=arguments.max_length,
-        **{name: column for name, column in columns.items() if column is not None} | settings,
+        settings={**columns, **settings},
     )
     print(json.dumps(scores, indent=2))
     return 0

@@ -167,7 +167,7 @@ def test_terms_that_cannot_compare_the_models(world, term, named):
     "stage, changes, named",
     [
         ("general", {"teacher": "no pooler"}, ("trained weights of its pooler", "has none")),
-        ("general", {"pretrain": STAGE}, ("trained pooler", "pair_weight alone")),
+        ("general", {"pretrain": STAGE}, ("trained pooler", "set pretrain.pair_weight")),
         ("general", {"corpus": {"stores": {"x": 1}}}, ("term pooled", "corpus.files")),
         ("intermediate", {"student": {"model_type": "distilbert"}}, ("distilbert", "be lost")),
         ("prediction", {"task": {"kind": "tagging"}}, ("whole texts", "tagging", "term cls")),

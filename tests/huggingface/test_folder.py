@@ -34,6 +34,7 @@ from transformers import (
 from tinybert_jax.huggingface.folder import read_model, save_model, start_params
 from tinybert_jax.huggingface.head import Head
 from tinybert_jax.huggingface.hub import load_tokenizer
+from tinybert_jax.huggingface.tensors import Tensors
 from tinybert_jax.models.heads import (
     make_classifier,
     make_encoder,
@@ -193,6 +194,18 @@ def test_a_failing_save_leaves_the_earlier_folder(params, tokenizer, tmp_path, f
     fail(folder, params, tokenizer)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_look_at_a_folder_reads_no_tensor(params, tokenizer, tmp_path, monkeypatch):
+    folder = save_model(tmp_path / "new", params, CONFIG, tokenizer, head=HEAD)
+    read = []
+    whole = Tensors.__getitem__
+    monkeypatch.setattr(Tensors, "__getitem__", lambda self, n: read.append(n) or whole(self, n))
+    model = read_model(folder)
+    assert (model.config, model.head) == (CONFIG, HEAD) and "classifier.weight" in model.tensors
+    assert read == []
+    assert model.tensors["classifier.weight"].shape == model.tensors.shape("classifier.weight")
+    assert read == ["classifier.weight"]
 
 
 def test_truncation_leaves_no_more_than_the_positions(params, tokenizer, tmp_path):

@@ -177,6 +177,15 @@ def test_what_a_head_knows_of_its_task_is_saved_again(tmp_path, tokenizer):
     assert config["problem_type"] == "multi_label_classification"
 
 
+def test_home_is_expanded_where_a_model_is_saved(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    assert model.save_pretrained("~/saved") == tmp_path / "home" / "saved"
+    assert not (tmp_path / "~").exists()
+    assert TinyBertForSequenceClassification.from_pretrained("~/saved").label_names == NAMES
+
+
 def test_regression_stays_a_regression(tmp_path, tokenizer):
     """transformers leaves problem_type out of a folder with one label: it infers it in training."""
     score = random_bert(BertForSequenceClassification, num_labels=1)

@@ -11,7 +11,13 @@ from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.config.distillation import DistillSection
 from tinybert_jax.models.encoder import Encoder
-from tinybert_jax.models.heads import is_few, make_classifier, make_encoder, make_masked_lm
+from tinybert_jax.models.heads import (
+    is_few,
+    make_classifier,
+    make_encoder,
+    make_masked_lm,
+    make_token_classifier,
+)
 from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.params import frozen_params, restack_layers, unstack_layers
 from tinybert_jax.objectives.alignment import init_projection
@@ -181,6 +187,26 @@ def test_distillation_runs_the_last_layer_where_terms_read_it(stage, terms, is_w
     }
     left_out = 0 if is_whole else 1
     assert found == {"student": 2 * (3 - left_out), "teacher": 6 - left_out}
+
+
+def test_equal_sizes_and_options_give_one_model():
+    """So that its structure is traced, and its start compiled, once."""
+    first = make_classifier(SIZES, 3, unroll=True)
+    equal = ModelConfig(**SIZES.model_dump())
+    assert make_classifier(equal, 3, unroll=True) is first
+    wider = SIZES.model_copy(update={"intermediate_size": 8})
+    for other in (
+        make_classifier(SIZES, 2, unroll=True),
+        make_classifier(SIZES, 3),
+        make_classifier(wider, 3, unroll=True),
+        make_token_classifier(SIZES, 3, unroll=True),
+    ):
+        assert other is not first
+    structures = [
+        jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(model.init, jax.random.key(0)))
+        for model in (first, make_classifier(wider, 3, unroll=True))
+    ]
+    assert structures[0] != structures[1]
 
 
 def test_dropout_is_that_of_a_whole_last_layer():

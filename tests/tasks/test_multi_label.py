@@ -261,6 +261,7 @@ def test_commands_use_the_threshold_of_the_folder(run, tmp_path, capsys):
     model = run / "out" / "models" / "finetune"
     raw = json.loads((model / "config.json").read_text())
     threshold = raw["tinybert_answers"]["threshold"]
+    assert raw["tinybert_task"] == "multi_label"
     results = json.loads((run / "out" / "results.json").read_text())
     assert results["models"][0]["settings"]["threshold"] == pytest.approx(threshold, abs=1e-5)
     capsys.readouterr()

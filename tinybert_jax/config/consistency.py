@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tinybert_jax.config.stages import Stage
-from tinybert_jax.terms.table import TERM_NAMES, reads_every_word
+from tinybert_jax.terms.table import TERM_NAMES
 
 
 def consistency_errors(config: Any) -> Iterator[str]:
@@ -167,28 +167,26 @@ def _needs_of_terms(config: Any, stage: Stage) -> Iterator[str]:
             f"{origin}: expected a term with a weight above 0, got none (preset "
             f"{distillation.preset}): add terms to {origin}, or remove the stage {stage.name}"
         )
-    for term in terms if config.task and config.task.unlabelled else ():
-        if term.needs_labels:
-            yield f"{origin}: the term {term.name} needs labels: remove task.unlabelled"
+    is_unlabelled = config.task and config.task.unlabelled
+    for name in sorted({term.name for term in terms if is_unlabelled and term.needs_labels}):
+        yield f"{origin}: the term {name} needs labels: remove task.unlabelled"
     stores = stage.reads_corpus and config.corpus and config.corpus.stores
-    for name in sorted(term.name for term in terms if stores and term.needs_examples):
+    for name in sorted({term.name for term in terms if stores and term.needs_examples}):
         yield (
             f"{origin}: the term {name} needs one example per row, not corpus.stores: set "
             "corpus.files instead"
         )
-    makes_pooler = config.pretrain and stage.teacher == "pretrained"
-    for term in terms if makes_pooler and not config.pretrain.pair_weight else ():
-        if not term.reads.pooled:
-            continue
+    is_pretrained = config.pretrain and stage.teacher == "pretrained"
+    lacks_pooler = is_pretrained and not config.pretrain.pair_weight
+    for name in sorted({term.name for term in terms if lacks_pooler and term.reads.pooled}):
         yield (
-            f"{origin}: the term {term.name} needs a trained pooler, which pretrain makes with "
-            "pair_weight alone: move the term to intermediate or prediction, or set teacher.path "
-            "to a model with a pooler and leave pretrain out"
+            f"{origin}: the term {name} needs a trained pooler, which pretrain trains only with "
+            "sentence pairs: set pretrain.pair_weight, move the term to intermediate or "
+            "prediction, or leave pretrain out and set teacher.path to a model with a pooler"
         )
     if distillation.normalisation == "paper_code":
         # These losses are means over real tokens; they have no variant that counts the padding.
-        others = sorted(term.name for term in terms if term.mean_over == "tokens")
-        others += ["word_logits"] if reads_every_word(terms) else []
+        others = sorted({term.name for term in terms if term.mean_over == "tokens"})
         if others:
             yield f"distillation.normalisation: paper_code has no {others}: set valid_only"
         is_packed = stores or getattr(config, stage.name).batching == "pack"

@@ -40,20 +40,24 @@ def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -
     if not path.is_file():
         raise ConfigError(f"{path}: expected a YAML config file, found none{_nearest_file(path)}")
     tree = _read(path)
-    for override in overrides:
-        _apply_override(tree, override)
-    unset = list(_unset_variables(tree))
-    if unset:
-        raise ConfigError("\n".join([_error_count(path, unset), *unset]))
-    return validate(root, _expand_variables(tree), path)
+    return validate(root, _with_overrides(tree, overrides, path), path)
 
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """The tree of `key.path=value` settings alone; raises `ConfigError`."""
-    tree: dict[str, Any] = {}
+    return _with_overrides({}, overrides, "command line")
+
+
+def _with_overrides(
+    tree: dict[str, Any], overrides: Sequence[str], origin: str | Path
+) -> dict[str, Any]:
+    """The tree after the overrides, with the values of environment variables."""
     for override in overrides:
         _apply_override(tree, override)
-    return tree
+    unset = list(_unset_variables(tree))
+    if unset:
+        raise ConfigError("\n".join([_error_count(origin, unset), *unset]))
+    return _expand_variables(tree)
 
 
 def validate(root: type[Root], tree: dict[str, Any], origin: str | Path) -> Root:

@@ -4,6 +4,7 @@ Weights are read from safetensors only: no pickle is opened and no code from a f
 """
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,7 +43,7 @@ class HfModel(NamedTuple):
     config: ModelConfig
     label_names: tuple[str, ...] | None  # from config.json, also without a head
     head: Head | None
-    tensors: Mapping[str, np.ndarray]
+    tensors: Mapping[str, Any]  # NumPy arrays
 
 
 class Loaded(NamedTuple):
@@ -62,10 +63,11 @@ def read_model(path: str | Path) -> HfModel:
     folder = find_folder(path)
     raw = read_json(folder / "config.json")
     config, names = _model_config(raw, folder), read_label_names(raw, folder)
-    model = HfModel(folder, config, names, None, open_tensors(folder))
-    if _HEAD not in model.tensors:
+    tensors = open_tensors(folder)
+    model = HfModel(folder, config, names, None, tensors)
+    if _HEAD not in tensors:
         return model
-    head = read_head(raw, folder, len(model.tensors[_HEAD]))
+    head = read_head(raw, folder, tensors.shape(_HEAD)[0])
     return model._replace(head=head, label_names=head.label_names)
 
 
@@ -244,7 +246,7 @@ def save_model(
     """
     from safetensors.numpy import save_file
 
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     _make_parent(folder)
     flat = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(params).items()}
     if "embeddings/word/embedding" in flat:

@@ -75,7 +75,7 @@ def _read_whole(
     source: str | Path, target: str | Path
 ) -> tuple[HfModel, dict[str, np.ndarray], Any]:
     """(model, flat parameters, tokenizer) of `source`; raises ValueError if any weight is lost."""
-    if Path(target).exists():
+    if Path(target).expanduser().exists():
         raise ValueError(
             f"{target}: expected a folder that does not exist yet; nothing is replaced: choose "
             "another folder"

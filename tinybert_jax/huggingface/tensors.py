@@ -12,7 +12,10 @@ WEIGHTS = "model.safetensors"
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of a folder by name, floats as fp32; a tensor is read when it is asked for."""
+    """The tensors of a folder by name, floats as fp32; a tensor is read when it is asked for.
+
+    The files stay open: do not overwrite them in place while an object of this class is in use.
+    """
 
     def __init__(self, files: Mapping[str, Any]):
         self._files = files  # name -> the open safetensors file that holds the tensor
@@ -22,6 +25,14 @@ class Tensors(Mapping[str, np.ndarray]):
         array = self._files[name].get_tensor(name)
         is_integer = np.issubdtype(array.dtype, np.integer) or array.dtype == np.bool_
         return array if is_integer else array.astype(np.float32)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a tensor; reads none."""
+        return name in self._files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the header of its file."""
+        return tuple(self._files[name].get_slice(name).get_shape())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

@@ -1,6 +1,6 @@
 """`tinybert predict` and `tinybert evaluate`: predictions and metrics of a model folder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tinybert_jax.batches.tokenize import MIN_TOKENS
@@ -14,6 +14,18 @@ from tinybert_jax.huggingface.hub import check_table, load_tokenizer
 from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.tasks.table import task_of
 from tinybert_jax.tasks.task import Scored, Task
+
+# The settings of a task in a config that `evaluate_file` takes.
+READING_SETTINGS = (
+    "text",
+    "text_pair",
+    "label",
+    "format",
+    "separator",
+    "label_columns",
+    "scheme",
+    "drop_empty_tokens",
+)
 
 
 def predict(
@@ -57,13 +69,20 @@ def evaluate_file(
     *,
     split: str | None = None,
     max_length: int | None = None,
-    **settings: Any,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """The task's metrics on labelled text; its labels are the model's label names or their ids.
 
-    `settings`: those of `task` in a config that say how the file is read, such as text, label,
-    separator, label_columns or scheme. Raises ValueError for a wrong setting or file.
+    `settings`: those of `task` in a config that say how the file is read (`READING_SETTINGS`).
+    Raises ValueError for a wrong setting or file.
     """
+    settings = settings or {}
+    unknown = sorted(set(settings) - set(READING_SETTINGS))
+    if unknown:
+        raise ValueError(
+            f"expected settings that say how the file is read, {list(READING_SETTINGS)}, got also "
+            f"{unknown}; remove them"
+        )
     loaded = _load(model)
     section = _section(loaded.task, data, settings)
     examples = loaded.task.read(data, section, Reading(split, is_dev=True))
@@ -92,7 +111,7 @@ def _load(model: str) -> _Loaded:
     return _Loaded(source, source.head, task)
 
 
-def _section(task: Task, data: str, settings: dict[str, Any]) -> TaskSection:
+def _section(task: Task, data: str, settings: Mapping[str, Any]) -> TaskSection:
     """The task's settings for one file; raises ConfigError for those that the task lacks."""
     given = {name: value for name, value in settings.items() if value is not None}
     return validate(task.section, {"train": data, "dev": data, **given}, f"task of {task.kind}")

@@ -274,8 +274,7 @@ def check_teacher(run: Run, path: str | Path, sizes: ModelConfig) -> None:
             f"teacher: expected a dev {task.floor_metric} of at least {needed:.4f} (a model "
             f"that learnt nothing has {floor:.4f}), got {got:.4f} from {path}; check the order of "
             "its labels, fine-tune it on the task, or for longer (in another run_dir), or accept "
-            "it with "
-            "distillation.teacher_margin=-1"
+            "it with distillation.teacher_margin=-1"
         )
 
 

@@ -21,7 +21,6 @@ class AttentionTerm(LayerTerm):
     """Scores QKᵀ/√d before softmax (arXiv 1909.10351, equation 7)."""
 
     reads: ClassVar[Reads] = Reads(encoder=True)
-    mean_over = "positions"
 
     term: Literal["attention"]
     heads: PositiveInt | None = Field(
@@ -44,6 +43,10 @@ class AttentionTerm(LayerTerm):
     def keeps_heads(self) -> bool:
         """Whether both models' heads are compared one by one, without regrouping."""
         return self.heads is None and self.head_map is None
+
+    @property
+    def mean_over(self) -> Literal["units", "tokens", "positions"]:
+        return "positions"
 
     def make_loss(self, num_student: int, num_teacher: int) -> Loss:
         from tinybert_jax.losses import attention as losses

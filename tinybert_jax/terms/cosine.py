@@ -10,9 +10,12 @@ class CosineTerm(Term):
     """1 − cosine of the last hidden states (DistilBERT, arXiv 1910.01108)."""
 
     reads: ClassVar[Reads] = Reads(encoder=True)
-    mean_over = "tokens"
 
     term: Literal["cosine"]
+
+    @property
+    def mean_over(self) -> Literal["units", "tokens", "positions"]:
+        return "tokens"
 
     def make_loss(self, num_student: int, num_teacher: int) -> Loss:
         from tinybert_jax.losses.pointwise import cosine

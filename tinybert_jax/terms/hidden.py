@@ -10,9 +10,12 @@ class HiddenTerm(LayerTerm):
     """Hidden states through the projection (arXiv 1909.10351, equation 8)."""
 
     reads: ClassVar[Reads] = Reads(encoder=True, projection=True)
-    mean_over = "positions"
 
     term: Literal["hidden"]
+
+    @property
+    def mean_over(self) -> Literal["units", "tokens", "positions"]:
+        return "positions"
 
     def make_loss(self, num_student: int, num_teacher: int) -> Loss:
         return self.sum_over_layers(num_student, num_teacher, _entry_loss)
@@ -28,9 +31,12 @@ class EmbeddingTerm(Term):
     """The embedding layer's output through the projection (equation 9)."""
 
     reads: ClassVar[Reads] = Reads(encoder=True, projection=True)
-    mean_over = "positions"
 
     term: Literal["embedding"]
+
+    @property
+    def mean_over(self) -> Literal["units", "tokens", "positions"]:
+        return "positions"
 
     def make_loss(self, num_student: int, num_teacher: int) -> Loss:
         return lambda context: _entry_loss(context, 0, 0)

@@ -24,7 +24,6 @@ class RelationTerm(LayerTerm):
     """KL of softmaxed relations of queries, keys and values (MiniLMv2, arXiv 2012.15828)."""
 
     reads: ClassVar[Reads] = Reads(encoder=True)
-    mean_over = "tokens"
 
     term: Literal["relation"]
     layer_map: LayerMap = "last"
@@ -34,6 +33,10 @@ class RelationTerm(LayerTerm):
         "values",
     )
     heads: PositiveInt = Field(48, description="relation heads: both models are regrouped")
+
+    @property
+    def mean_over(self) -> Literal["units", "tokens", "positions"]:
+        return "tokens"
 
     def make_loss(self, num_student: int, num_teacher: int) -> Loss:
         import jax.numpy as jnp

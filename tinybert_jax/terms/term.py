@@ -90,11 +90,8 @@ class Term(Section):
 
     reads: ClassVar[Reads]
     metric: ClassVar[str | None] = None  # of its loss, where it is not the term's name
-    needs_labels: ClassVar[bool] = False  # unlabelled task text has none: refused there
-    needs_examples: ClassVar[bool] = False  # rows of token stores hold no examples: refused there
-    # What the loss is a mean over: examples or labels; real tokens; or, where
-    # distillation.normalisation is paper_code, all positions with the padding.
-    mean_over: ClassVar[Literal["units", "tokens", "positions"]] = "units"
+    needs_labels: ClassVar[bool] = False  # such a term is refused with task.unlabelled
+    needs_examples: ClassVar[bool] = False  # such a term is refused with corpus.stores
 
     weight: NonNegative | Ramp = 1.0
 
@@ -108,6 +105,15 @@ class Term(Section):
         if isinstance(self.weight, Ramp):
             return self.weight.start > 0 or self.weight.end > 0
         return self.weight > 0
+
+    @property
+    def mean_over(self) -> Literal["units", "tokens", "positions"]:
+        """The items over which the loss is a mean, for distillation.normalisation.
+
+        "units": examples, labels or masked tokens. "tokens": real tokens; the loss has no variant
+        for paper_code. "positions": real tokens or, with paper_code, all positions.
+        """
+        return "units"
 
     @property
     def reads_every_word(self) -> bool:

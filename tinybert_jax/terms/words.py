@@ -56,6 +56,10 @@ class WordLogitsTerm(Term):
     def predicts_masked(self) -> bool:
         return self.at == "masked"
 
+    @property
+    def mean_over(self) -> Literal["units", "tokens", "positions"]:
+        return "tokens" if self.at == "real" else "units"
+
     def make_loss(self, num_student: int, num_teacher: int) -> Loss:
         from tinybert_jax.losses import vocabulary
         from tinybert_jax.losses.pointwise import IGNORED_LABEL
