@@ -43,7 +43,7 @@ class HfModel(NamedTuple):
     config: ModelConfig
     label_names: tuple[str, ...] | None  # from config.json, also without a head
     head: Head | None
-    tensors: Mapping[str, Any]  # NumPy arrays
+    tensors: Mapping[str, np.ndarray]
 
 
 class Loaded(NamedTuple):
