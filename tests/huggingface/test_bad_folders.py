@@ -154,6 +154,27 @@ def test_truncated_weights(world, keep):
     world.fails("convert", str(folder), str(world.folder / "target"), naming=named)
 
 
+def test_quantised_weights(world):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file, save_file
+
+    folder = world.model("encoder")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "query.weight" in name)
+    save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, file)
+    named = ("model.safetensors", "floats from 16 bits", "F8_E4M3 in 1 tensors", "not quantised")
+    world.fails("run", world.config("finetune", teacher={"path": str(folder)}), naming=named)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
+def test_an_index_without_files(world, content):
+    folder = world.model("encoder")
+    (folder / "model.safetensors.index.json").write_text(content)
+    named = ("model.safetensors.index.json", "the file of every tensor", "copy the folder again")
+    world.fails("run", world.config("finetune", teacher={"path": str(folder)}), naming=named)
+
+
 def test_only_a_pickle(world):
     folder = world.model("encoder")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")

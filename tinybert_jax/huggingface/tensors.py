@@ -9,6 +9,7 @@ import numpy as np
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
+_DTYPES = frozenset("F64 F32 F16 BF16 I64 I32 I16 I8 U64 U32 U16 U8 BOOL".split())
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -46,7 +47,12 @@ def open_tensors(folder: Path) -> Tensors:
     index = folder / INDEX
     if not index.is_file():
         return Tensors(_open_file(folder / WEIGHTS))
-    weight_map = read_json(index).get("weight_map", {})
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise ValueError(
+            f"{index}: expected weight_map with the file of every tensor, got "
+            f"{str(weight_map)[:60]}; copy the folder again"
+        )
     files: dict[str, Any] = {}
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
@@ -80,11 +86,19 @@ def _open_file(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file.parent}: expected {file.name}, found none{hint}")
     try:
         opened = safe_open(str(file), framework="numpy")
-        return dict.fromkeys(opened.keys(), opened)
+        types = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
     except SafetensorError as error:
         raise ValueError(
             f"{file}: expected a complete safetensors file, got: {error}; copy it again"
         ) from error
+    foreign = {name: kind for name, kind in types.items() if kind not in _DTYPES}
+    if foreign:
+        name, kind = next(iter(foreign.items()))
+        raise ValueError(
+            f"{file}: expected tensors of floats from 16 bits, integers or booleans, got {kind} in "
+            f"{len(foreign)} tensors ({name}, …); use a model that is not quantised"
+        )
+    return dict.fromkeys(types, opened)
 
 
 def read_json(file: Path) -> dict[str, Any]:
