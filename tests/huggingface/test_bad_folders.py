@@ -141,7 +141,7 @@ def test_weights_of_other_sizes(world):
 def test_weights_that_lack_a_layer(world):
     folder = world.model("encoder", num_hidden_layers=3)
     path = world.config("finetune", teacher={"path": str(folder)})
-    world.fails("run", path, naming=(str(folder), "encoder.layer.2", "lacks"))
+    world.fails("run", path, naming=(str(folder), "encoder.layer.2", "a folder without"))
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, -1])

@@ -294,7 +294,7 @@ def test_encoder_with_a_hole_is_refused(original, tmp_path, absent):
     other = tmp_path / "hole"
     shutil.copytree(folder, other)
     save_file({n: t for n, t in tensors.items() if n != absent}, other / "model.safetensors")
-    with pytest.raises(ValueError, match="lack"):
+    with pytest.raises(ValueError, match="folder without|weights lack"):
         load(other)
 
 

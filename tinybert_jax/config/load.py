@@ -139,7 +139,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(
-            f"{path}: expected a mapping of sections at the top level, got {type(tree).__name__}"
+            f"{path}: expected a mapping of sections at the top level, got {type(tree).__name__}; "
+            "see configs/own-text.yaml"
         )
     return tree
 
@@ -156,7 +157,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"override '{override}': expected key.path=value")
+        raise ConfigError(f"override '{override}': expected key.path=value, as in task.text=body")
     try:
         value = yaml.load(text, _Loader) if text else None
     except yaml.YAMLError as error:
@@ -168,7 +169,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             child = node[key] = {}
         if not isinstance(child, dict):
             raise ConfigError(
-                f"override '{override}': expected a section at '{key}', got the value {child!r}"
+                f"override '{override}': expected a section at '{key}', got the value {child!r}; "
+                "override the whole section, as in student='{{preset: bert-tiny}}'"
             )
         node = child
     node[keys[-1]] = value

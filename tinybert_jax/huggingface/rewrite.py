@@ -87,9 +87,15 @@ def _read_whole(
         held = {path: shape for path, shape in held.items() if "/pooler/" not in path}
     flat, missing, surplus = convert_params(model, config_shapes(form, model.config, held))
     if missing:
-        raise ValueError(f"{source}: lacks {list(missing)}; nothing was written")
+        raise ValueError(
+            f"{source}: expected every weight that config.json implies, got none for "
+            f"{list(missing)}; copy the folder again; nothing was written"
+        )
     if surplus:
-        raise ValueError(f"{source}: no place for {list(surplus)}; nothing was written")
+        raise ValueError(
+            f"{source}: expected only weights of {model.config.model_type} and its heads, got also "
+            f"{list(surplus)}; use another folder; nothing was written"
+        )
     return model, flat, tokenizer
 
 

@@ -113,7 +113,9 @@ def from_hf(
         if not all(name in named for name in names):
             absent = [name for name in names if name not in named]
             if 0 < len(absent) < len(names):
-                raise ValueError(f"expected all of {entry.name}, but the folder lacks {absent}")
+                raise ValueError(
+                    f"expected {entry.name} of all {len(names)} layers, got a folder without {absent}; copy it again"
+                )
             missing.append(entry.path)
             continue
         used.update(names)
@@ -185,7 +187,7 @@ def _check_tied(form: Format, named: Mapping[str, np.ndarray]) -> None:
         if name in named and not np.array_equal(named[name], named.get(twin, np.empty(0))):
             raise ValueError(
                 f"expected {name} to equal {twin}, got a masked-LM decoder that is not the word "
-                "table; such a model is not supported"
+                "table; use a model whose decoder is the word table"
             )
 
 
@@ -203,10 +205,14 @@ def _stack(
         if array.shape != expected:
             raise ValueError(
                 f"{name}: expected shape {list(expected)} from config.json, "
-                f"got {list(array.shape)}: the weights belong to another config.json"
+                f"got {list(array.shape)}: the weights belong to another config.json; "
+                "copy the folder again"
             )
         if not np.issubdtype(array.dtype, np.floating):
-            raise ValueError(f"{name}: expected floating-point weights, got {array.dtype}")
+            raise ValueError(
+                f"{name}: expected floating-point weights, got {array.dtype}; "
+                "use a model that is not quantised"
+            )
         if not np.isfinite(array).all():
             raise ValueError(
                 f"{name}: expected finite weights, got NaN or infinity: the training diverged or "

@@ -214,12 +214,17 @@ def _checked(
         ) from None
     if like is not None and array.shape != like.shape:
         raise ValueError(
-            f"{name}: expected the shape of input_ids {list(like.shape)}, got {list(array.shape)}"
+            f"{name}: expected the shape of input_ids {list(like.shape)}, got {list(array.shape)}; "
+            "take both from one call of the tokenizer"
         )
     if array.ndim != 2 or 0 in array.shape:
-        raise ValueError(f"{name}: expected shape [batch, seq], got {list(array.shape)}")
+        raise ValueError(
+            f"{name}: expected shape [batch, seq], got {list(array.shape)}; add a batch dim"
+        )
     if not (np.issubdtype(array.dtype, np.integer) or array.dtype == bool):
-        raise ValueError(f"{name}: expected whole numbers, got {array.dtype}")
+        raise ValueError(
+            f"{name}: expected whole numbers, got {array.dtype}; pass the tokenizer's output"
+        )
     if not 0 <= array.min() <= array.max() < below:
         raise ValueError(
             f"{name}: expected numbers from 0 to {below - 1}, got {array.min()} to "

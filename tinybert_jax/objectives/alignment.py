@@ -77,7 +77,7 @@ def start_from_teacher_embeddings(
         if len(table) < rows:
             raise ValueError(
                 f"student.init: expected at most {len(table)} rows in the student's {name} table "
-                f"(the teacher's), got {rows}"
+                f"(the teacher's), got {rows}; use a smaller table or init random"
             )
         embeddings[name] = {"embedding": table[:rows] @ directions}
     return {**student, "embeddings": embeddings}, directions

@@ -78,7 +78,8 @@ def check_sizes(run: Run, plans: Sequence[StagePlan]) -> None:
             if part.section.global_batch_size % shards:
                 raise ValueError(
                     f"{plan.name}.{part.key}global_batch_size: expected a multiple of {shards} "
-                    f"(batch devices × accumulation steps), got {part.section.global_batch_size}"
+                    f"(batch devices × accumulation steps), got {part.section.global_batch_size}; "
+                    f"set it to {shards * max(1, round(part.section.global_batch_size / shards))}"
                 )
     distilling = [plan for plan in plans if plan.stage.distils]
     for student in run.students if distilling else ():

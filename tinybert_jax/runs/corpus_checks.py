@@ -29,7 +29,7 @@ def check_stores(run: Run, plans: Sequence[StagePlan]) -> None:
                 widths = " or ".join(str(width) for width in sorted({s.width for s, _ in stores}))
                 raise ValueError(
                     f"{plan.name}.{part.key}max_length: expected {widths}, the width of the rows "
-                    f"in corpus.stores, got {width}"
+                    f"in corpus.stores, got {width}; set it to that width"
                 )
     unread = [str(store.folder) for store, _ in stores if store.width not in read]
     if unread and on_corpus:
