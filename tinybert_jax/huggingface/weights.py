@@ -114,7 +114,8 @@ def from_hf(
             absent = [name for name in names if name not in named]
             if 0 < len(absent) < len(names):
                 raise ValueError(
-                    f"expected {entry.name} of all {len(names)} layers, got a folder without {absent}; copy it again"
+                    f"expected {entry.name} of all {len(names)} layers, got a folder without "
+                    f"{absent}; copy it again"
                 )
             missing.append(entry.path)
             continue
