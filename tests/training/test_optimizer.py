@@ -13,6 +13,24 @@ torch = pytest.importorskip("torch")
 LEARNING_RATE, NUM_STEPS = 3e-4, 40
 
 
+def test_clipping_changes_only_gradients_above_the_norm():
+    """Adam hides a common factor of all gradients, but not one that differs between steps."""
+    params = {"kernel": jnp.array([[1.0, -2.0]])}
+    gradients = [jnp.array([[0.3, 0.1]]), jnp.array([[0.02, 0.6]]), jnp.array([[3.0, 4.0]])]
+    clipped = [*gradients[:2], gradients[2] / 5]
+
+    def updates(gradients, clip_norm):
+        optimizer = make_optimizer(lambda step: 0.1, clip_norm=clip_norm)
+        state, found = optimizer.init(params), []
+        for gradient in gradients:
+            update, state = optimizer.update({"kernel": gradient}, state, params)
+            found.append(update["kernel"])
+        return found
+
+    np.testing.assert_allclose(updates(gradients, 1.0), updates(clipped, None), rtol=1e-6)
+    assert not np.allclose(updates(gradients, 1.0)[2], updates(gradients, None)[2], rtol=1e-3)
+
+
 @pytest.mark.parametrize("warmup_steps", [0, 7])
 @pytest.mark.parametrize(
     "name, options, hf_name, hf_options",

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.compute import MeshSection
@@ -24,7 +25,7 @@ from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
 from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.terms.table import reads_of
-from tinybert_jax.training.step import init_state, make_train_step
+from tinybert_jax.training.step import abstract_state, init_state, make_train_step
 
 TEACHER = ModelConfig(
     vocab_size=52,
@@ -264,6 +265,26 @@ def test_students_side_by_side_equal_each_alone(kind, accumulation, in_turn, mon
                     getattr(state, field),
                     getattr(own, field),
                 )
+
+
+def test_seeds_are_split_over_devices_as_a_single_one():
+    """Parameters and moments [seeds, …] have the spec of one seed; seeds share the devices."""
+    params, optimizer = _stage("supervised")[1], optax.adam(1e-2)
+    mesh = _mesh(8, fsdp=2, tensor=2)
+    one = abstract_state(params, optimizer, jax.random.key(0), mesh, averaged=True)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), params)
+    keys = jax.random.split(jax.random.key(0), 8)
+    several = abstract_state(stacked, optimizer, keys, mesh, averaged=True)
+    num_split = 0
+    for field in ("params", "opt_state", "average"):
+        pairs = zip(*(jax.tree.leaves(getattr(s, field)) for s in (one, several)), strict=True)
+        for single, both in pairs:
+            wanted = (None,) * (both.ndim - single.ndim) + tuple(single.sharding.spec)
+            assert both.sharding.is_equivalent_to(
+                NamedSharding(mesh, PartitionSpec(*wanted)), both.ndim
+            )
+            num_split += any(single.sharding.spec)
+    assert num_split > 20
 
 
 def test_layers_apart_train_as_their_stack():
