@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from tinybert_jax.batches.batch import Batch, Plan, TokenRows, make_batch
-from tinybert_jax.batches.packing import pack, packed_epochs
+from tinybert_jax.batches.packing import pack, packed_epochs, rows_per_batch
 from tinybert_jax.config.distillation import DistillSection
 from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.models.heads import make_classifier, make_encoder, make_masked_lm
@@ -279,3 +279,15 @@ def test_a_segment_does_not_depend_on_other_segments():
     hidden = np.asarray(before.encoder.hidden)[:, row], np.asarray(after.encoder.hidden)[:, row]
     kept = np.broadcast_to(others, hidden[0].shape[:2])
     assert np.array_equal(hidden[0][kept], hidden[1][kept])
+
+
+def test_an_example_goes_into_a_bin_that_it_fills_exactly():
+    assert len(pack(np.array([6, 6, 4, 4]), 10, seed=0)) == 2
+    assert len(pack(np.array([7, 6, 4, 3]), 10, seed=0)) == 2
+
+
+def test_a_batch_has_the_nearest_number_of_rows_for_its_examples():
+    assert rows_per_batch(7, 10, 4, multiple=1) == 3  # of 2.8
+    assert rows_per_batch(6, 10, 4, multiple=1) == 2  # of 2.4
+    assert rows_per_batch(7, 10, 16, multiple=4) == 12  # of 11.2
+    assert rows_per_batch(7, 1000, 4, multiple=4) == 4
