@@ -245,7 +245,8 @@ def _evaluate(arguments, command: str) -> int:
     settings = given.pop("task", {})
     if given or not isinstance(settings, dict):
         raise ValueError(
-            f"expected settings of the task, such as task.scheme=iob1, got {arguments.overrides}"
+            f"expected settings of the task, such as task.scheme=iob1, got {arguments.overrides}; "
+            "put task. before the key"
         )
     columns = {name: getattr(arguments, name) for name in ("text", "text_pair", "label")}
     columns = {name: column for name, column in columns.items() if column is not None}

@@ -69,13 +69,9 @@ def validate(root: type[Root], tree: dict[str, Any], origin: str | Path) -> Root
         for item in error.errors():
             place, text = _explain(item, root)
             errors.setdefault(place and f"{place}: ", []).append(text)
-        lines = [
-            f"  {place}{line}"
-            for place, texts in errors.items()
-            for line in " or ".join(
-                dict.fromkeys(texts)
-            ).splitlines()  # a validator may report several
-        ]
+        # A validator may report several errors, one per line.
+        joined = {place: " or ".join(dict.fromkeys(texts)) for place, texts in errors.items()}
+        lines = [f"  {place}{line}" for place, text in joined.items() for line in text.splitlines()]
         raise ConfigError("\n".join([_error_count(origin, lines), *lines])) from None
 
 

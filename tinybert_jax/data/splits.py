@@ -18,9 +18,8 @@ class Reading(NamedTuple):
     """Which examples of a file are read, and what they have to have."""
 
     split: str | None = None  # of a data set that has several
-    label_names: Sequence[str] | None = (
-        None  # known from train or a model; other labels are refused
-    )
+    # Names that are known from the training text or a model; other labels are refused.
+    label_names: Sequence[str] | None = None
     is_dev: bool = False  # whether columns have the names of the dev file
     is_labelled: bool = True
     keep_blank: bool = False  # reads a blank text as "" instead of refusing it

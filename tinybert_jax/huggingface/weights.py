@@ -28,9 +28,8 @@ class Format(NamedTuple):
     class_prefix: str  # prefix of class names, such as Bert
     base_prefix: str  # prefix of the encoder's tensors in a model with a head, such as "bert."
     table: tuple[Entry, ...]
-    read_config: Callable[
-        [Mapping[str, Any]], dict[str, Any]
-    ]  # config.json -> fields of `ModelConfig`
+    # config.json -> fields of `ModelConfig`
+    read_config: Callable[[Mapping[str, Any]], dict[str, Any]]
     write_config: Callable[[ModelConfig], dict[str, Any]]
     decoder: str  # masked-LM decoder: `.weight` is the word table, `.bias` the output bias
     pair_head: str | None = None  # name of the head for pairs of texts; None: the family has none
@@ -176,9 +175,8 @@ def _named(form: Format, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndar
         twice = sorted(name for name in tensors if _modern_name(form, name) != name)[:4]
         raise ValueError(f"expected every tensor once, got an old and a new name of {twice}")
     for alias, name in form.aliases.items():
-        if alias in named and name == form.name_of(
-            "decoder/bias"
-        ):  # some folders have only the alias
+        # Some folders have only the alias of the output bias.
+        if alias in named and name == form.name_of("decoder/bias"):
             named.setdefault(name, named[alias])
     return named
 

@@ -33,7 +33,7 @@ class Reads(NamedTuple):
     words: bool = False  # the factors of masked-LM logits
     teacher: bool = True  # or the student's outputs and labels alone
     projection: bool = False  # the student's hidden states at the teacher's width
-    pooled: bool = False  # what the poolers make of first tokens; beside `encoder`
+    pooled: bool = False  # the pooled first tokens, in `encoder`, which has to be read too
 
 
 class Tap(NamedTuple):
