@@ -214,7 +214,7 @@ def test_a_left_over_head_is_named(original, tmp_path, capsys):
     loaded = load(folder, make_encoder)
     assert loaded.missing == () and loaded.surplus == ("classifier.bias", "classifier.weight")
     start_params(folder, make_encoder(CONFIG)[1])
-    assert "not used: classifier.bias, classifier.weight" in capsys.readouterr().out
+    assert "no place for them: classifier.bias, classifier.weight" in capsys.readouterr().out
     loaded = load(write_bert(tmp_path / "pre", random_bert(BertForPreTraining)), make_masked_lm)
     pair = ("cls.seq_relationship.bias", "cls.seq_relationship.weight")
     assert (loaded.missing, loaded.surplus) == ((), pair)
@@ -234,7 +234,7 @@ def test_head_of_another_size_is_refused_or_makes_way_for_a_fresh_one(original, 
     for path in (path for path in params if not path.startswith("classifier/")):
         assert np.array_equal(params[path], theirs[path]), path
     said = capsys.readouterr().out
-    assert "classifier/kernel" in said and "not used: classifier." in said
+    assert "classifier/kernel" in said and "no place for them: classifier." in said
 
 
 def test_a_head_of_other_labels_makes_way_for_a_fresh_one(original, capsys):
@@ -244,7 +244,7 @@ def test_a_head_of_other_labels_makes_way_for_a_fresh_one(original, capsys):
     other = flatten(start_params(original[0], init, label_names=("x", "y", "z")))
     assert not np.array_equal(other["classifier/kernel"], theirs["classifier/kernel"])
     assert np.array_equal(other["encoder/pooler/kernel"], theirs["encoder/pooler/kernel"])
-    assert "not used: classifier." in capsys.readouterr().out
+    assert "no place for them: classifier." in capsys.readouterr().out
 
 
 def test_a_head_of_another_kind_makes_way_for_a_fresh_one(original, capsys):
@@ -258,7 +258,7 @@ def test_a_head_of_another_kind_makes_way_for_a_fresh_one(original, capsys):
     assert np.array_equal(params["classifier/kernel"], fresh["classifier/kernel"])
     for path in (path for path in params if not path.startswith("classifier/")):
         assert np.array_equal(params[path], theirs[path]), path
-    assert "not used: bert.pooler" in capsys.readouterr().out
+    assert "no place for them: bert.pooler" in capsys.readouterr().out
 
 
 # Weights that are not those of the configured BERT.

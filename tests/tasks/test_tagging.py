@@ -395,6 +395,10 @@ def test_commands_answer_with_entities(run, capsys):
     first, empty = map(json.loads, capsys.readouterr().out.splitlines())
     assert first["text"] == TEXTS[0] and "entities" in first
     assert empty == {"row": 2, "text": "", "problem": "no text"}
+    pair = ["predict", str(model), str(run / "new.jsonl"), "--text-pair", "second"]
+    assert cli.main(pair) != 0
+    said = capsys.readouterr().err
+    assert "a tagging model can have" in said and "got ['text_pair']" in said
 
 
 def test_transformers_reads_the_same_model(run):

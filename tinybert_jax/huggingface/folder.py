@@ -169,13 +169,14 @@ def start_params(
     *,
     whole: bool = False,
     label_names: tuple[str, ...] | None = None,
+    is_quiet: bool = False,
 ) -> dict[str, Any]:
     """Initial parameters of a stage: the weights of a folder or hub id; without path, `init(key)`.
 
     Weights that the folder lacks come from `init(key)`. So does a head of another kind, with other
     labels than `label_names` or another number of labels. Messages name weights that are new or
-    unused. `whole`: raises ValueError for such a head and for missing weights, except those of a
-    pooler that no classifier reads.
+    left out, but not with `is_quiet`. `whole`: raises ValueError for such a head and for missing
+    weights, except those of a pooler that no classifier reads.
     """
     import jax
 
@@ -185,10 +186,11 @@ def start_params(
         return fresh(key)
     loaded = _load_start(path, jax.eval_shape(init, key), lambda: fresh(key), whole, label_names)
     missing = _missing_weights(path, loaded, whole)
-    if missing:
-        print(f"{path}: no weights for {', '.join(missing)}: they start at random", flush=True)
-    if loaded.surplus:
-        print(f"{path}: not used: {', '.join(loaded.surplus)}", flush=True)
+    if missing and not is_quiet:
+        print(f"{path}: no weights for {', '.join(missing)}; they start at random", flush=True)
+    if loaded.surplus and not is_quiet:
+        names = ", ".join(loaded.surplus)
+        print(f"{path}: left out, as this model has no place for them: {names}", flush=True)
     return loaded.params
 
 

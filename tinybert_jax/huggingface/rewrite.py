@@ -81,6 +81,7 @@ def _read_whole(
             "another folder"
         )
     model = read_model(source)
+    model = model._replace(tensors=dict(model.tensors))  # each is read once
     tokenizer, form = load_tokenizer(source), format_of(model.config.model_type)
     held = our_shapes(form, model.tensors, model.config.num_hidden_layers)
     if not form.holds_pooler(model.head.kind if model.head else None):  # it would not be written

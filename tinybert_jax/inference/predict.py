@@ -76,15 +76,8 @@ def evaluate_file(
     `settings`: those of `task` in a config that say how the file is read (`READING_SETTINGS`).
     Raises ValueError for a wrong setting or file.
     """
-    settings = settings or {}
-    unknown = sorted(set(settings) - set(READING_SETTINGS))
-    if unknown:
-        raise ValueError(
-            f"expected settings that say how the file is read, {list(READING_SETTINGS)}, got also "
-            f"{unknown}; remove them"
-        )
     loaded = _load(model)
-    section = _section(loaded.task, data, settings)
+    section = _section(loaded.task, data, settings or {})
     examples = loaded.task.read(data, section, Reading(split, is_dev=True))
     names = loaded.head.label_names
     if examples.label_names is not None:
@@ -112,8 +105,15 @@ def _load(model: str) -> _Loaded:
 
 
 def _section(task: Task, data: str, settings: Mapping[str, Any]) -> TaskSection:
-    """The task's settings for one file; raises ConfigError for those that the task lacks."""
+    """The task's settings for one file; raises ValueError for those that the task lacks."""
     given = {name: value for name, value in settings.items() if value is not None}
+    known = [name for name in READING_SETTINGS if name in task.section.model_fields]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(
+            f"expected only what a file for a {task.kind} model can have, {known}, got {unknown}; "
+            "remove them"
+        )
     return validate(task.section, {"train": data, "dev": data, **given}, f"task of {task.kind}")
 
 

@@ -160,7 +160,9 @@ def _make_init(
         earlier = plan.stage.starts_from
         done = [run.find_model(name, member=student.name, seed=seed) for name in earlier]
         folders = [*(folder for folder in done if folder is not None), student.section.path]
-        start = functools.partial(_start, run, student, folders[0], init, teacher_encoder)
+        start = functools.partial(
+            _start, run, student, folders[0], init, teacher_encoder, is_quiet=seed > 0
+        )
         if not reads_of(plan.terms).projection:
             return {"student": start(key)[0]}
         student_key, projection_key = jax.random.split(key)
@@ -178,6 +180,8 @@ def _start(
     init: Callable[[jax.Array], Params],
     teacher_encoder: Callable[[], Mapping[str, Any]],
     key: jax.Array,
+    *,
+    is_quiet: bool,
 ) -> tuple[Params, np.ndarray | None]:
     """(student, directions): initial parameters of a student.
 
@@ -185,7 +189,7 @@ def _start(
     unless the student starts from `teacher_embeddings`.
     """
     label_names = run.task.data.label_names if run.task else None
-    params = start_params(start, init, key, label_names=label_names)
+    params = start_params(start, init, key, label_names=label_names, is_quiet=is_quiet)
     if start is not None or student.section.init == "random":
         return params, None
     encoder, directions = _encoder(params), None

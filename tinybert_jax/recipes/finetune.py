@@ -75,7 +75,9 @@ def _make_member(
     evaluator = make_dev_evaluator(run, apply, section)
     member = Member(
         make_supervised(apply, form=task.kind.form, label_smoothing=section.label_smoothing),
-        lambda key, _: start_params(start, init, key, label_names=task.data.label_names),
+        lambda key, seed: start_params(
+            start, init, key, label_names=task.data.label_names, is_quiet=seed > 0
+        ),
         evaluator.as_evaluator(),
     )
     return member, evaluator
