@@ -156,10 +156,10 @@ def test_evaluate_on_unknown_labels(world):
 @pytest.mark.parametrize(
     "setting, named",
     [
-        ("task.scheme=iob1", ("task of classification", "scheme: unknown key")),
+        ("task.scheme=iob1", ("a classification model", "'text_pair'", "got ['scheme']")),
         ("task.text=7", ("task of classification", "text", "got 7")),
-        ("task.labels=[pos,neg]", ("how the file is read", "'separator'", "got also ['labels']")),
-        ("task.split=test", ("how the file is read", "got also ['split']")),
+        ("task.labels=[pos,neg]", ("a classification model", "got ['labels']")),
+        ("task.split=test", ("a classification model", "got ['split']")),
         ("task.label=b", ("each column once", "['label']", "remove one")),
         ("task.text=${NOT_SET}", ("command line: 1 error", "NOT_SET", "not set")),
         ("scheme=iob1", ("settings of the task", "task.scheme=iob1", "got ['scheme=iob1']")),
