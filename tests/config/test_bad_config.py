@@ -349,6 +349,18 @@ def test_student_that_cannot_start_from_its_teachers_layers(world, changes, name
     world.fails("run", world.distil(student=student), naming=named)
 
 
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"intermediate_size": 48}, ("student.intermediate_size", "at most 32", "got 48")),
+        ({"init_layers": [3]}, ("student.init_layers: expected 1 teacher layers", "[3]")),
+    ],
+)
+def test_student_that_cannot_be_reduced_from_its_teacher(world, changes, named):
+    student = {"hidden_size": 8, "intermediate_size": 16, "init": "teacher_reduced"} | changes
+    world.fails("run", world.distil(student=student), naming=named)
+
+
 # The run folder
 
 

@@ -66,5 +66,24 @@ def test_an_early_stop_logs_the_last_steps_once(inputs, resumes):
     assert [row["loss"] for row in _train_rows(run)] == [row["loss"] for row in rows]
 
 
+def test_a_student_reduced_from_its_teacher_starts_nearest_to_it(inputs):
+    """Of both seeds; its projection starts as the way back to the teacher's width."""
+    sizes = {**TEACHER, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+    starts = ("teacher_reduced", "teacher_embeddings", "random")
+    config = write_config(
+        inputs / "starts.yaml",
+        inputs,
+        inputs / "starts",
+        students={start.replace("_", "-"): {**sizes, "init": start} for start in starts},
+        num_seeds=2,
+        finetune={**STAGE, "num_steps": 40, "learning_rate": 1e-2},
+        intermediate={**STAGE, "num_steps": 1, "log_every": 1, "dropout": 0.0},
+    )
+    assert cli.main(["run", config]) == 0
+    (row,) = [row for row in _train_rows(inputs / "starts") if row["stage"] == "intermediate"]
+    losses = [row[f"loss/{start.replace('_', '-')}"] for start in starts]
+    assert losses[0] < 0.8 * losses[1] and losses[1] < losses[2]
+
+
 def _train_rows(run):
     return [row for row in read_rows(run / "metrics.jsonl") if row["kind"] == "train"]

@@ -79,22 +79,26 @@ class TeacherSection(ModelSection):
 class StudentSection(ModelSection):
     """A student: an encoder, and the weights that it starts from."""
 
-    init: Literal["random", "teacher_embeddings", "teacher_layers"] = Field(
+    init: Literal["random", "teacher_embeddings", "teacher_layers", "teacher_reduced"] = Field(
         "random",
         description="teacher_embeddings: the embedding tables of the first stage's teacher, "
         "projected on the principal directions of its word embeddings; teacher_layers: the "
-        "embeddings and the layers init_layers of that teacher (DistilBERT, arXiv 1910.01108)",
+        "embeddings and the layers init_layers of that teacher (DistilBERT, arXiv 1910.01108); "
+        "teacher_reduced: the same in fewer dimensions, for a narrower student",
     )
     init_layers: Literal["uniform", "top", "bottom"] | tuple[PositiveInt, ...] = Field(
         "uniform",
-        description="for teacher_layers: evenly spaced, the last, the first, or a list of layers",
+        description="for teacher_layers and teacher_reduced: evenly spaced, the last, the first, "
+        "or a list of layers",
     )
 
     @model_validator(mode="after")
     def _one_start(self) -> "StudentSection":
-        if self.init_layers != "uniform" and self.init != "teacher_layers":
-            expected = f"init_layers: expected with init teacher_layers, got init {self.init}"
-            raise ValueError(f"{expected}; set init to teacher_layers, or remove init_layers")
+        if self.init_layers != "uniform" and self.init in ("random", "teacher_embeddings"):
+            raise ValueError(
+                f"init_layers: expected with init teacher_layers or teacher_reduced, got init "
+                f"{self.init}; set init to one of them, or remove init_layers"
+            )
         if self.path and self.init != "random":
             raise ValueError(
                 f"expected path or init: {self.init}, got both: a student from path "

@@ -70,6 +70,13 @@ def start_from_teacher_embeddings(
         np.asarray(teacher["embeddings"]["word"]["embedding"]),
         student["embeddings"]["word"]["embedding"].shape[1],
     )
+    return {**student, "embeddings": project_tables(student, teacher, directions)}, directions
+
+
+def project_tables(
+    student: Mapping[str, Any], teacher: Mapping[str, Any], directions: np.ndarray
+) -> dict[str, Any]:
+    """The student's embeddings with the teacher's tables along the directions; see above."""
     embeddings = dict(student["embeddings"])
     for name in (name for name in _TABLES if name in embeddings and name in teacher["embeddings"]):
         table = np.asarray(teacher["embeddings"][name]["embedding"])
@@ -80,7 +87,7 @@ def start_from_teacher_embeddings(
                 f"(the teacher's), got {rows}; use a smaller table or init random"
             )
         embeddings[name] = {"embedding": table[:rows] @ directions}
-    return {**student, "embeddings": embeddings}, directions
+    return embeddings
 
 
 def start_from_teacher_layers(

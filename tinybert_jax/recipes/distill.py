@@ -1,26 +1,16 @@
 """The distillation stages: general on a corpus, then intermediate and prediction on the task."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from tinybert_jax.config.models import Student
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.huggingface.folder import save_model, start_params
 from tinybert_jax.huggingface.head import Head
 from tinybert_jax.models.heads import make_encoder
-from tinybert_jax.models.params import Params
-from tinybert_jax.objectives.alignment import (
-    init_projection,
-    start_from_teacher_embeddings,
-    start_from_teacher_layers,
-)
 from tinybert_jax.objectives.distillation import Options, Role, make_distill
 from tinybert_jax.objectives.masked_lm import Mask, make_mask
 from tinybert_jax.parallel.mesh import num_batch_shards
@@ -33,18 +23,16 @@ from tinybert_jax.runs.run import (
     freeze_params,
     frozen_options,
     head_of,
-    make_dev_evaluator,
+    make_task_evaluator,
     trained_options,
     with_dropout,
 )
 from tinybert_jax.runs.stage import Member, Training, run_stage
 from tinybert_jax.runs.stage_batches import make_stage_batches
+from tinybert_jax.runs.student_start import PROJECTION, encoder_of, make_init
 from tinybert_jax.runs.workload import count_last_layer_tokens
-from tinybert_jax.settings.layer_maps import make_layer_pairs
 from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.terms.table import reads_of
-
-_PROJECTION = "projection.safetensors"
 
 
 def main(run: Run, plan: StagePlan) -> None:
@@ -69,8 +57,14 @@ def main(run: Run, plan: StagePlan) -> None:
     def teacher_encoder() -> Mapping[str, Any]:
         """The teacher's weights that students start from, also where no step reads the teacher."""
         if teacher:
-            return _encoder(teacher)
+            return encoder_of(teacher)
         return start_params(run.teacher_of(plan), make_encoder(run.teacher).init, whole=True)
+
+    # The teachers' logits of all examples, if they are computed before the first step.
+    read_logits = None
+    if plan.keeps_logits:
+        read_logits = functools.partial(teacher_logits.read, run, plan)
+    batches = make_stage_batches(run, plan, read_logits)
 
     # The students. A student starts from an earlier stage's model if there is one.
     members: dict[str, Member] = {}
@@ -89,26 +83,21 @@ def main(run: Run, plan: StagePlan) -> None:
             ),
             _make_mask(run, plan),
         )
-        init_params = _make_init(run, plan, student, init, teacher_encoder)
+        init_params = make_init(run, plan, student, init, teacher_encoder, batches)
         evaluator = None
         if plan.stage.trains_head:
-            evaluators[student.name] = make_dev_evaluator(run, apply, section)
+            evaluators[student.name] = make_task_evaluator(run, apply, section)
             evaluator = evaluators[student.name].as_evaluator()
             evaluator = evaluator._replace(measure=_without_projection(evaluator.measure))
         members[student.name] = Member(objective, init_params, evaluator)
 
-    # The teachers' logits of all examples, if they are computed before the first step.
-    read_logits = None
-    if plan.keeps_logits:
-        read_logits = functools.partial(teacher_logits.read, run, plan)
-
-    # Train. A stage that trains a head saves the best parameters by dev score, others the last.
+    # Train. A stage that trains a head saves the best parameters by score, others the last.
     trained = run_stage(
         run,
         Training(
             plan=plan,
             members=members,
-            batches=make_stage_batches(run, plan, read_logits),
+            batches=batches,
             frozen=teacher,
             read_frozen=read_frozen,
             flops_per_token=lambda width: training_flops_per_token(
@@ -140,110 +129,8 @@ def _save(
 ) -> None:
     extra: dict[str, Callable[[Path], None]] = {}
     if "projection" in params:
-        extra[_PROJECTION] = functools.partial(save_file, params["projection"])
+        extra[PROJECTION] = functools.partial(save_file, params["projection"])
     save_model(folder, params["student"], sizes, run.tokenizer, head=head, extra=extra)
-
-
-def _make_init(
-    run: Run,
-    plan: StagePlan,
-    student: Student,
-    init: Callable[[jax.Array], Params],
-    teacher_encoder: Callable[[], Mapping[str, Any]],
-) -> Callable[[jax.Array, int], dict[str, Any]]:
-    """init_params(key, index of the seed): initial {student} or {student, projection}.
-
-    They come from an earlier stage that is done, else from the student's folder, else from `init`.
-    """
-
-    def init_params(key: jax.Array, seed: int) -> Params:
-        earlier = plan.stage.starts_from
-        done = [run.find_model(name, member=student.name, seed=seed) for name in earlier]
-        folders = [*(folder for folder in done if folder is not None), student.section.path]
-        start = functools.partial(
-            _start, run, student, folders[0], init, teacher_encoder, is_quiet=seed > 0
-        )
-        if not reads_of(plan.terms).projection:
-            return {"student": start(key)[0]}
-        student_key, projection_key = jax.random.split(key)
-        params, directions = start(student_key)
-        projection = _start_projection(run, student, folders, projection_key, directions)
-        return {"student": params, "projection": projection}
-
-    return init_params
-
-
-def _start(
-    run: Run,
-    student: Student,
-    start: str | Path | None,
-    init: Callable[[jax.Array], Params],
-    teacher_encoder: Callable[[], Mapping[str, Any]],
-    key: jax.Array,
-    *,
-    is_quiet: bool,
-) -> tuple[Params, np.ndarray | None]:
-    """(student, directions): initial parameters of a student.
-
-    `directions`: the principal directions that the teacher's embeddings were projected on; None
-    unless the student starts from `teacher_embeddings`.
-    """
-    label_names = run.task.data.label_names if run.task else None
-    params = start_params(start, init, key, label_names=label_names, is_quiet=is_quiet)
-    if start is not None or student.section.init == "random":
-        return params, None
-    encoder, directions = _encoder(params), None
-    if student.section.init == "teacher_layers":
-        layers = make_layer_pairs(
-            student.section.init_layers,
-            student.sizes.num_hidden_layers,
-            run.teacher.num_hidden_layers,
-        )
-        chosen = [teacher_layer for _, teacher_layer in layers]
-        encoder = start_from_teacher_layers(encoder, teacher_encoder(), chosen)
-    else:
-        encoder, directions = start_from_teacher_embeddings(encoder, teacher_encoder())
-    return ({**params, "encoder": encoder} if "encoder" in params else encoder), directions
-
-
-def _encoder(params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The encoder's part of the parameters of a model with or without a head."""
-    return params.get("encoder", params)
-
-
-def _start_projection(
-    run: Run,
-    student: Student,
-    folders: Sequence[str | Path | None],
-    key: jax.Array,
-    directions: np.ndarray | None,
-) -> dict[str, Any]:
-    """The projection file of the first folder that has one, else a new projection."""
-    num_projections = 1
-    if run.distillation.projection == "per_layer":
-        num_projections = student.sizes.num_hidden_layers + 1
-    projection: dict[str, Any] = init_projection(
-        key, student.sizes.hidden_size, run.teacher.hidden_size, num_projections
-    )
-    files = (Path(folder).expanduser() / _PROJECTION for folder in folders if folder is not None)
-    saved = next((file for file in files if file.is_file()), None)
-    if saved is not None:
-        return _load_projection(saved, projection)
-    if directions is not None:
-        projection["kernel"] = jnp.tile(directions.T[None], (num_projections, 1, 1))
-    return projection
-
-
-def _load_projection(file: Path, expected: dict[str, jax.Array]) -> dict[str, np.ndarray]:
-    loaded = load_file(file)
-    for name, array in expected.items():
-        if name not in loaded or loaded[name].shape != array.shape:
-            got = list(loaded[name].shape) if name in loaded else "none"
-            raise ValueError(
-                f"{file}: expected {name} of shape {list(array.shape)}, got {got}; set "
-                "distillation.projection back, or delete the file to start a new projection"
-            )
-    return loaded
 
 
 def _make_mask(run: Run, plan: StagePlan) -> Mask | None:

@@ -1,0 +1,179 @@
+"""The weights that a student starts from: an earlier stage's, a folder's, or its teacher's."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file
+
+from tinybert_jax.config.models import Student
+from tinybert_jax.config.run import StagePlan
+from tinybert_jax.huggingface.folder import start_params
+from tinybert_jax.models.heads import make_encoder
+from tinybert_jax.models.params import Params
+from tinybert_jax.objectives.alignment import (
+    init_projection,
+    start_from_teacher_embeddings,
+    start_from_teacher_layers,
+)
+from tinybert_jax.objectives.objective import encoder_inputs
+from tinybert_jax.objectives.reduction import (
+    reduction_directions,
+    refit_norms,
+    start_from_reduced_teacher,
+)
+from tinybert_jax.runs.run import Run
+from tinybert_jax.runs.stage_batches import StageBatches
+from tinybert_jax.settings.layer_maps import make_layer_pairs
+from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.terms.table import reads_of
+
+PROJECTION = "projection.safetensors"  # beside the student's weights in its folder
+
+
+def make_init(
+    run: Run,
+    plan: StagePlan,
+    student: Student,
+    init: Callable[[jax.Array], Params],
+    teacher_encoder: Callable[[], Mapping[str, Any]],
+    batches: StageBatches,
+) -> Callable[[jax.Array, int], dict[str, Any]]:
+    """init_params(key, index of the seed): initial {student} or {student, projection}.
+
+    They come from an earlier stage that is done, else from the student's folder, else from `init`
+    and the teacher. `batches`: text for the starts that read the teacher's states.
+    """
+
+    def init_params(key: jax.Array, seed: int) -> Params:
+        earlier = plan.stage.starts_from
+        done = [run.find_model(name, member=student.name, seed=seed) for name in earlier]
+        folders = [*(folder for folder in done if folder is not None), student.section.path]
+        start = functools.partial(
+            _start, run, student, folders[0], init, teacher_encoder, batches, is_quiet=seed > 0
+        )
+        if not reads_of(plan.terms).projection:
+            return {"student": start(key)[0]}
+        student_key, projection_key = jax.random.split(key)
+        params, directions = start(student_key)
+        projection = _start_projection(run, student, folders, projection_key, directions)
+        return {"student": params, "projection": projection}
+
+    return init_params
+
+
+def _start(
+    run: Run,
+    student: Student,
+    start: str | Path | None,
+    init: Callable[[jax.Array], Params],
+    teacher_encoder: Callable[[], Mapping[str, Any]],
+    batches: StageBatches,
+    key: jax.Array,
+    *,
+    is_quiet: bool,
+) -> tuple[Params, np.ndarray | None]:
+    """(student, directions): initial parameters of a student.
+
+    `directions`: those that the teacher's embeddings were projected on; None unless the student
+    starts from `teacher_embeddings` or `teacher_reduced`.
+    """
+    label_names = run.task.data.label_names if run.task else None
+    params = start_params(start, init, key, label_names=label_names, is_quiet=is_quiet)
+    if start is not None or student.section.init == "random":
+        return params, None
+    encoder, directions = encoder_of(params), None
+    if student.section.init == "teacher_embeddings":
+        encoder, directions = start_from_teacher_embeddings(encoder, teacher_encoder())
+    else:
+        layers = make_layer_pairs(
+            student.section.init_layers,
+            student.sizes.num_hidden_layers,
+            run.teacher.num_hidden_layers,
+        )
+        chosen = [teacher_layer for _, teacher_layer in layers]
+        if student.section.init == "teacher_layers":
+            encoder = start_from_teacher_layers(encoder, teacher_encoder(), chosen)
+        else:
+            encoder, directions = _reduce(run, student, encoder, teacher_encoder(), chosen, batches)
+    return ({**params, "encoder": encoder} if "encoder" in params else encoder), directions
+
+
+_SAMPLE = 4096  # tokens whose states the reduction reads
+
+
+def _reduce(
+    run: Run,
+    student: Student,
+    encoder: Params,
+    teacher: Mapping[str, Any],
+    layers: Sequence[int],
+    batches: StageBatches,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """(encoder, directions) of a student that starts from the teacher in fewer dimensions."""
+    sample, num_tokens = [], 0
+    while num_tokens < _SAMPLE and len(sample) < batches.num_batches:
+        batch = jax.device_put(batches.batch_at(len(sample)))
+        sample.append((*encoder_inputs(batch), np.asarray(batch.real)))
+        num_tokens += int(sample[-1][-1].sum())
+
+    def states(sizes: ModelConfig, params: Any) -> list[np.ndarray]:
+        apply, _ = make_encoder(sizes)
+        hidden = jax.jit(lambda params, *inputs: apply(params, *inputs).hidden)
+        parts = [
+            [np.asarray(own)[real] for own in hidden(params, text, mask)]
+            for text, mask, real in sample
+        ]
+        return [np.concatenate(own) for own in zip(*parts, strict=True)]
+
+    theirs = states(run.teacher, teacher)
+    directions = reduction_directions(theirs, student.sizes.hidden_size)
+    num_heads = student.sizes.num_attention_heads
+    reduced = start_from_reduced_teacher(encoder, teacher, layers, theirs, directions, num_heads)
+    targets = [theirs[entry] @ directions for entry in (0, *layers)]
+    encode = functools.partial(states, student.sizes)
+    return refit_norms(reduced, encode, targets), directions
+
+
+def encoder_of(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The encoder's part of the parameters of a model with or without a head."""
+    return params.get("encoder", params)
+
+
+def _start_projection(
+    run: Run,
+    student: Student,
+    folders: Sequence[str | Path | None],
+    key: jax.Array,
+    directions: np.ndarray | None,
+) -> dict[str, Any]:
+    """The projection file of the first folder that has one, else a new projection."""
+    num_projections = 1
+    if run.distillation.projection == "per_layer":
+        num_projections = student.sizes.num_hidden_layers + 1
+    projection: dict[str, Any] = init_projection(
+        key, student.sizes.hidden_size, run.teacher.hidden_size, num_projections
+    )
+    files = (Path(folder).expanduser() / PROJECTION for folder in folders if folder is not None)
+    saved = next((file for file in files if file.is_file()), None)
+    if saved is not None:
+        return _load_projection(saved, projection)
+    if directions is not None:
+        projection["kernel"] = jnp.tile(directions.T[None], (num_projections, 1, 1))
+    return projection
+
+
+def _load_projection(file: Path, expected: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+    loaded = load_file(file)
+    for name, array in expected.items():
+        if name not in loaded or loaded[name].shape != array.shape:
+            got = list(loaded[name].shape) if name in loaded else "none"
+            raise ValueError(
+                f"{file}: expected {name} of shape {list(array.shape)}, got {got}; set "
+                "distillation.projection back, or delete the file to start a new projection"
+            )
+    return loaded
