@@ -20,6 +20,11 @@ def consistency_errors(config: Any) -> Iterator[str]:
         yield "the stages finetune, intermediate, prediction and baseline need a task section"
     if any(stage.role == "student" for stage in stages) and not config.students_by_name:
         yield "the distillation stages and baseline need a student section"
+    if config.export == "best" and not (config.prediction and config.baseline):
+        yield (
+            "export: best compares the stages prediction and baseline: add both sections, or "
+            "remove export"
+        )
     yield from _needs_of_names(config)
     if config.finetune and config.teacher.finetuned:
         yield "expected a finetune section or teacher.finetuned, got both; remove one"
@@ -49,6 +54,20 @@ def consistency_errors(config: Any) -> Iterator[str]:
     for stage in stages if config.task and config.task.form == "square" else ():
         if getattr(getattr(config, stage.name), "label_smoothing", 0) > 0:
             yield f"{stage.name}: a regression has no label_smoothing: remove it"
+    for stage in stages:
+        section = getattr(config, stage.name)
+        if section.decay_towards == "start" and not section.weight_decay:
+            yield f"{stage.name}: decay_towards: start without weight_decay does nothing: set it"
+        if getattr(section, "r_drop", 0) and section.dropout == 0:
+            yield f"{stage.name}: r_drop compares two draws of dropout: remove dropout: 0"
+    for stage in stages if config.task and config.task.form != "softmax" else ():
+        section = getattr(config, stage.name)
+        for name in ("class_weights", "r_drop"):
+            if getattr(section, name, None):
+                yield (
+                    f"{stage.name}.{name} is for tasks with one class per unit (classification, "
+                    "tagging): remove it"
+                )
 
 
 def _needs_of_evaluation(config: Any) -> Iterator[str]:
@@ -124,18 +143,26 @@ def _needs_of_attention(config: Any) -> Iterator[str]:
 
 def _needs_of_logits(config: Any) -> Iterator[str]:
     section = config.distillation
-    if section.further_teachers and section.keep_logits is False:
+    origin = "distillation.keep_logits"
+    if config.has_several_teachers:
+        several = "distillation.further_teachers"
+        origin = several if section.further_teachers else "finetune.teach"
+    if config.has_several_teachers and section.keep_logits is False:
         yield (
-            "distillation.keep_logits: expected true or null, got false: the logits of "
-            "further_teachers are always kept; remove keep_logits"
+            "distillation.keep_logits: expected true or null, got false: the logits of several "
+            f"teachers ({origin}) are always kept; remove keep_logits"
         )
-    elif section.further_teachers or section.keep_logits:
+    elif config.has_several_teachers or section.keep_logits:
         if not any(config.keeps_logits(stage) for stage in config.stages):
-            name = "further_teachers" if section.further_teachers else "keep_logits"
             yield (
-                f"distillation.{name}: expected a prediction stage with a term logits, got none; "
-                f"add that term, or remove {name}"
+                f"{origin}: expected a prediction stage with a term logits, got none; add that "
+                f"term, or remove {origin.split('.')[1]}"
             )
+    if config.finetune and config.finetune.teach == "mean" and config.finetune.num_seeds == 1:
+        yield (
+            "finetune.teach: mean is of several teachers: set finetune.num_seeds to 2 or more, or "
+            "remove teach"
+        )
 
 
 def _needs_of_names(config: Any) -> Iterator[str]:

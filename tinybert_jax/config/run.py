@@ -3,7 +3,7 @@
 The code holds the defaults, a YAML file the choices. Imports no JAX, so that `--help` is fast.
 """
 
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -45,6 +45,11 @@ class StagePlan(NamedTuple):
         return self.stage.name
 
     @property
+    def num_passes(self) -> int:
+        """Passes of each trained model over a batch: two for R-Drop."""
+        return 2 if getattr(self.section, "r_drop", 0) else 1
+
+    @property
     def step_terms(self) -> Terms:
         """The terms that a step computes from the models' outputs; not those of kept logits."""
         return without_task_logits(self.terms) if self.keeps_logits else self.terms
@@ -69,7 +74,7 @@ class RunConfig(Section):
     num_seeds: PositiveInt = Field(
         1,
         description="number of students of each size, trained in the same batches from the seeds "
-        "seed, seed + 1, …; they share the teacher's forward passes, and the one with the best dev "
+        "seed, seed + 1, …; they share the teacher's forward passes, and the one with the best "
         "score is exported",
     )
     teacher: TeacherSection
@@ -78,6 +83,11 @@ class RunConfig(Section):
         None,
         description="instead of student: several students by name, trained in the same batches "
         "with one forward pass of the teacher; each is exported to hf/<name>",
+    )
+    export: Literal["student", "best"] = Field(
+        "student",
+        description="best: of each student with and without a teacher (prediction and baseline) "
+        "the one with the better score",
     )
     tokenizer: TokenizerSection = TokenizerSection()
     corpus: CorpusSection | None = None
@@ -128,6 +138,12 @@ class RunConfig(Section):
         num_seeds = self.num_seeds if stage.role == "student" else num_teachers
         return tuple(range(self.seed, self.seed + num_seeds))
 
+    @property
+    def has_several_teachers(self) -> bool:
+        """Whether the prediction stage learns from the mean of several teachers' logits."""
+        teaches_mean = self.finetune is not None and self.finetune.teach == "mean"
+        return bool(self.distillation.further_teachers) or teaches_mean
+
     def keeps_logits(self, stage: Stage) -> bool:
         """Whether the teachers' logits of the stage's text are computed before its first step."""
         section = getattr(self, stage.name)
@@ -137,7 +153,7 @@ class RunConfig(Section):
         others = without_task_logits(terms)
         if len(others) == len(terms):
             return False
-        if self.distillation.further_teachers or chosen is not None:
+        if self.has_several_teachers or chosen is not None:
             return chosen is not False
         return (section.num_epochs or 0) > 1 and not reads_of(others).teacher
 

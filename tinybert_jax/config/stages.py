@@ -46,6 +46,16 @@ class StageSection(Section):
     b1: Probability = 0.9
     b2: Probability = 0.999
     eps: Positive = 1e-6
+    decay_towards: Literal["zero", "start"] = Field(
+        "zero",
+        description="what weight_decay pulls weights to; start: to those of the first step (L2-SP, "
+        "arXiv 1802.01483), but the task's head and a projection to zero",
+    )
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None,
+        description="factor of the learning rate from each layer to the one below it, as 0.9; the "
+        "head has the whole rate",
+    )
     clip_norm: Positive | None = 1.0
     average_decay: Probability | None = Field(
         None,
@@ -59,7 +69,7 @@ class StageSection(Section):
     save_every: PositiveInt = 500
     eval_every: PositiveInt | None = Field(None, description="steps; default: once an epoch")
     patience: PositiveInt | None = Field(
-        None, description="stop after this many evaluations in a row without a better dev score"
+        None, description="stop after this many evaluations in a row without a better score"
     )
 
     @model_validator(mode="after")
@@ -233,6 +243,16 @@ class SupervisedSection(StageSection):
     """A stage that trains on labels: finetune or baseline."""
 
     label_smoothing: Probability = 0.0
+    class_weights: Literal["balanced"] | None = Field(
+        None,
+        description="balanced: a unit counts as 1 / (units of its class to train on), so that all "
+        "classes count alike",
+    )
+    r_drop: NonNegative = Field(
+        0.0,
+        description="weight of the divergence between two passes with different dropout (R-Drop, "
+        "arXiv 2106.14448); a step then costs twice as much",
+    )
 
 
 class FinetuneSection(SupervisedSection):
@@ -241,8 +261,13 @@ class FinetuneSection(SupervisedSection):
     num_seeds: PositiveInt = Field(
         1,
         description="number of teachers, trained in the same batches from the seeds seed, "
-        "seed + 1, …; the one with the best dev score is distilled, or exported if the run has no "
+        "seed + 1, …; the one with the best score is distilled, or exported if the run has no "
         "student",
+    )
+    teach: Literal["best", "mean"] = Field(
+        "best",
+        description="mean: prediction learns from the mean of all teachers' logits; other terms "
+        "and the report refer to the best teacher",
     )
 
 
@@ -259,7 +284,7 @@ class Stage(NamedTuple):
     text: Literal["corpus", "labelled", "distilled"]  # distilled: labelled and unlabelled text
     teacher: Literal["pretrained", "task"] | None = None  # the teacher of a distillation
     starts_from: tuple[str, ...] = ()  # it starts from the first of these that is done
-    trains_head: bool = False  # it trains a task head, and dev scores choose the checkpoint
+    trains_head: bool = False  # it trains a task head, and scores choose the checkpoint
 
     @property
     def reads_corpus(self) -> bool:

@@ -2,21 +2,24 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.run import StagePlan
+from tinybert_jax.config.stages import SupervisedSection
 from tinybert_jax.huggingface.folder import save_model, start_params
 from tinybert_jax.objectives.supervised import make_supervised
 from tinybert_jax.performance.flops import training_flops_per_token
-from tinybert_jax.runs.results import best_index, measure, score_dev
 from tinybert_jax.runs.run import (
     Run,
     TaskEvaluator,
     head_of,
-    make_dev_evaluator,
+    make_task_evaluator,
     make_task_model,
     trained_options,
     with_dropout,
 )
+from tinybert_jax.runs.scoring import best_index, score
 from tinybert_jax.runs.stage import Member, Training, run_stage
 from tinybert_jax.runs.stage_batches import make_stage_batches
 from tinybert_jax.runs.workload import count_last_layer_tokens
@@ -27,14 +30,14 @@ def main(run: Run, plan: StagePlan) -> None:
     """Trains the teacher, or the students without a teacher, and saves the best parameters.
 
     The teacher starts from its pretrained weights, a student from its folder or at random. Of
-    several teachers the one with the best dev score is saved again as the stage's model.
+    several teachers the one with the best score is saved again as the stage's model.
     """
     sizes, starts = {SOLE: run.teacher}, {SOLE: run.pretrained_teacher}
     if plan.stage.role == "student":
         sizes = {student.name: student.sizes for student in run.students}
         starts = {student.name: student.section.path for student in run.students}
 
-    # Train, and save the best parameters by dev score.
+    # Train, and save the best parameters by score.
     made = {name: _make_member(run, plan, sizes[name], starts[name]) for name in sizes}
     trained = run_stage(
         run,
@@ -44,7 +47,7 @@ def main(run: Run, plan: StagePlan) -> None:
             batches=make_stage_batches(run, plan),
             frozen=(),
             flops_per_token=lambda width: training_flops_per_token(
-                [*sizes.values()] * len(plan.seeds),
+                [*sizes.values()] * len(plan.seeds) * plan.num_passes,
                 width,
                 num_last_layer_tokens=count_last_layer_tokens(run, plan, width),
             ),
@@ -54,9 +57,10 @@ def main(run: Run, plan: StagePlan) -> None:
     for name, models in trained.items():
         to_save = list(zip(run.seed_folders(plan, name), models, strict=True))
         if plan.stage.role == "teacher" and len(models) > 1:
-            scored_by_seed = score_dev(run, plan, models, sizes[name])
-            by_seed = [measure(run, scored) for scored in scored_by_seed]
-            best = models[best_index(by_seed, run.required_task.metric)]
+            task = run.required_task
+            scored = score(run, plan, models, sizes[name], task.data.selection)
+            by_seed = [task.kind.measure(own, task.kind.best_settings(own)) for own in scored]
+            best = models[best_index(by_seed, task.metric)]
             to_save.append((run.model_folder(plan.name), best))
         _, evaluator = made[name]
         for folder, params in to_save:
@@ -67,17 +71,33 @@ def main(run: Run, plan: StagePlan) -> None:
 def _make_member(
     run: Run, plan: StagePlan, sizes: ModelConfig, start: str | Path | None
 ) -> tuple[Member, TaskEvaluator]:
-    """(member, its dev evaluator); `start`: a folder or hub id, None for random weights."""
+    """(member, its evaluator); `start`: a folder or hub id, None for random weights."""
     section, task = plan.section, run.required_task
     apply, init = make_task_model(
         run, with_dropout(sizes, section), **trained_options(run.compute, plan)
     )
-    evaluator = make_dev_evaluator(run, apply, section)
+    evaluator = make_task_evaluator(run, apply, section)
     member = Member(
-        make_supervised(apply, form=task.kind.form, label_smoothing=section.label_smoothing),
+        make_supervised(
+            apply,
+            form=task.kind.form,
+            label_smoothing=section.label_smoothing,
+            class_weights=_class_weights(run, section),
+            r_drop=section.r_drop,
+        ),
         lambda key, seed: start_params(
             start, init, key, label_names=task.data.label_names, is_quiet=seed > 0
         ),
         evaluator.as_evaluator(),
     )
     return member, evaluator
+
+
+def _class_weights(run: Run, section: SupervisedSection) -> np.ndarray | None:
+    """[classes]: the inverse numbers of units, scaled to a mean of 1 over the units; see config."""
+    if section.class_weights is None:
+        return None
+    task = run.required_task
+    counts = task.kind.count_labels(task.data.train)
+    num_classes = np.count_nonzero(counts)
+    return np.where(counts > 0, counts.sum() / (num_classes * np.maximum(counts, 1)), 0.0)

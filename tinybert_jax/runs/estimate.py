@@ -195,7 +195,8 @@ def _flops(
 ) -> dict[str, float]:
     """FLOPs of one batch by part; `estimate_costs` lists the parts."""
     slots, models = batch.num_slots, work.trained.values()
-    forward = work.num_seeds * _forward_flops(models, batch, num_last_layer_tokens)
+    num_passes = work.num_seeds * work.num_passes
+    forward = num_passes * _forward_flops(models, batch, num_last_layer_tokens)
     parts = {"forward": forward, "backward": 2 * forward}
     if work.teacher:
         parts["teacher"] = _forward_flops((work.teacher,), batch, num_last_layer_tokens)
@@ -229,7 +230,7 @@ def _forward_flops(
 
 
 def _state_bytes(run: Run, section: StageSection, work: Work) -> float:
-    copies = 4 + (section.average_decay is not None)
+    copies = 4 + (section.average_decay is not None) + (section.decay_towards == "start")
     trained = sum(model_flops.num_parameters(model) for model in work.trained.values())
     frozen = model_flops.num_parameters(work.teacher) if work.teacher else 0
     if work.teacher:
@@ -253,7 +254,7 @@ def _activation_bytes(
     values = num_rows * width * (work.teacher.hidden_size if work.teacher else 0)
     students = teacher = 0.0
     for model in work.trained.values():
-        students += num_rows * _saved_bytes_a_row(run, plan, model, batch)
+        students += work.num_passes * num_rows * _saved_bytes_a_row(run, plan, model, batch)
         if work.teacher:
             students += _FP32 * values * len(projected(work, model))
             students += _FP32 * num_rows * _num_pairs_in_maps(run, work, model, batch)

@@ -28,7 +28,8 @@ def read(run: Run, plan: StagePlan, rows: TokenRows) -> tuple[np.ndarray, str]:
     Computes the logits that no file holds yet. The SHA-256 covers everything that the mean depends
     on. Raises ValueError for logits that are not finite and for a damaged file.
     """
-    teachers = [(1.0, run.task_teacher, run.teacher)]
+    own = run.own_teachers or [run.task_teacher]
+    teachers = [(1.0 / len(own), path, run.teacher) for path in own]
     teachers += [(t.section.weight, t.section.path, t.sizes) for t in run.further_teachers]
     weights = [weight for weight, _, _ in teachers]
     by_teacher = [_read_teacher(run, plan, rows, path, sizes) for _, path, sizes in teachers]

@@ -28,6 +28,7 @@ class Work(NamedTuple):
     teacher: ModelConfig | None  # the teacher that runs in every step
     terms: Terms  # the terms of the steps; pretrain has the masked LM as its only term
     logit_teachers: tuple[ModelConfig, ...] = ()  # teachers that run once over the text
+    num_passes: int = 1  # of each trained model over a batch
 
 
 class Words(NamedTuple):
@@ -43,13 +44,14 @@ def work_of(run: Run, plan: StagePlan) -> Work:
     """The models of a stage and the terms of its steps."""
     num_seeds, terms = len(plan.seeds), plan.step_terms
     if plan.stage.role == "teacher":
-        return Work({SOLE: run.teacher}, num_seeds, None, terms)
+        return Work({SOLE: run.teacher}, num_seeds, None, terms, (), plan.num_passes)
     students = {student.name: student.sizes for student in run.students}
     logit_teachers: tuple[ModelConfig, ...] = ()
     if plan.keeps_logits:
-        logit_teachers = (run.teacher, *(teacher.sizes for teacher in run.further_teachers))
+        further = [teacher.sizes for teacher in run.further_teachers]
+        logit_teachers = (*[run.teacher] * max(len(run.own_teachers), 1), *further)
     teacher = run.teacher if reads_of(terms).teacher else None
-    return Work(students, num_seeds, teacher, terms, logit_teachers)
+    return Work(students, num_seeds, teacher, terms, logit_teachers, plan.num_passes)
 
 
 def count_last_layer_tokens(

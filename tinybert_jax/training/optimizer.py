@@ -96,18 +96,96 @@ def make_optimizer(
     b2: float = 0.999,
     eps: float = 1e-6,
     clip_norm: float | None = 1.0,
+    decays_to_start: bool = False,
+    layer_decay: float | None = None,
 ) -> optax.GradientTransformation:
     """AdamW with bias correction after global-norm clipping; weight decay by `decay_mask`.
 
     The decay is decoupled and follows the schedule (Loshchilov and Hutter 2019, as in
     `torch.optim.AdamW`). `clip_norm=None` does not clip; the state has the same structure.
+    `decays_to_start`: weights decay towards those of the first step instead of 0, except those of
+    the task's head and of a projection. `layer_decay`: see `_scale_by_depth`.
     """
+    decay = optax.add_decayed_weights(weight_decay, mask=decay_mask)
+    if decays_to_start:
+        decay = _decay_to_start(weight_decay)
     return optax.chain(
         optax.identity() if clip_norm is None else _clip_by_global_norm(clip_norm),
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-        optax.add_decayed_weights(weight_decay, mask=decay_mask),
+        decay,
         optax.scale_by_learning_rate(schedule),
+        *([] if layer_decay is None else [_scale_by_depth(layer_decay)]),
     )
+
+
+def _decay_to_start(weight_decay: float) -> optax.GradientTransformation:
+    """Adds `weight_decay` · (w - start) to the updates; the state holds the start.
+
+    The penalty L2-SP (Li, Grandvalet and Davoine 2018, arXiv 1802.01483), decoupled like AdamW's.
+    """
+
+    def init(params: PyTree) -> PyTree:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jnp.zeros_like(leaf) if _is_new(path) else jnp.copy(leaf), params
+        )
+
+    def update(updates: PyTree, start: PyTree, params: PyTree | None = None):
+        assert params is not None
+        decayed = jax.tree.map(
+            lambda decays, update, leaf, first: (
+                update + weight_decay * (leaf - first) if decays else update
+            ),
+            decay_mask(params),
+            updates,
+            params,
+            start,
+        )
+        return decayed, start
+
+    return optax.GradientTransformation(init, update)
+
+
+def _is_new(path: tuple) -> bool:
+    """Whether a leaf is of a task's head or of a projection, which start at random."""
+    return any(getattr(part, "key", None) in ("classifier", "projection") for part in path)
+
+
+def _scale_by_depth(decay: float) -> optax.GradientTransformation:
+    """Multiplies the updates of layer i of n (from 0) by decay^(n - i): lower layers move less.
+
+    Embeddings have decay^(n + 1), and what is above the layers 1: pooler, heads and projections.
+    Discriminative fine-tuning (Howard and Ruder 2018, arXiv 1801.06146); exponents as in BEiT.
+    """
+
+    def update(updates: PyTree, state: optax.OptState, params: PyTree | None = None):
+        num_layers = _num_layers(updates)
+
+        def scale(path: tuple, leaf: jax.Array) -> jax.Array:
+            keys = [getattr(part, "key", getattr(part, "idx", None)) for part in path]
+            if "embeddings" in keys:
+                return leaf * decay ** (num_layers + 1)
+            if "layers" not in keys:
+                return leaf
+            place = keys[keys.index("layers") + 1]
+            if isinstance(place, int):  # layers apart, each [1, …]
+                return leaf * decay ** (num_layers - place)
+            exponents = num_layers - jnp.arange(num_layers)
+            factors = jnp.asarray(decay, leaf.dtype) ** exponents
+            return leaf * factors.reshape(-1, *[1] * (leaf.ndim - 1))
+
+        return jax.tree_util.tree_map_with_path(scale, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _num_layers(tree: PyTree) -> int:
+    """The number of layers of the encoder in a tree of parameters."""
+    if isinstance(tree, dict):
+        if "layers" in tree:
+            layers = tree["layers"]
+            return len(layers) if isinstance(layers, tuple) else len(jax.tree.leaves(layers)[0])
+        return max((_num_layers(child) for child in tree.values()), default=0)
+    return 0
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
