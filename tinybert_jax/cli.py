@@ -222,8 +222,16 @@ def _add_data(commands) -> None:
     action.set_defaults(act=_extend)
 
 
+def _measure(draft):
+    from tinybert_jax.recipes import by_rows
+
+    return by_rows.measure(draft)
+
+
 def _run(arguments, command: str) -> int:
-    settings = config_files.load(arguments.config, arguments.overrides)
+    settings = config_files.load(
+        arguments.config, arguments.overrides, _measure, lambda line: print(line, file=sys.stderr)
+    )
     if arguments.print_config:
         print(config_files.dump(settings), end="")
         return 0

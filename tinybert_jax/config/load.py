@@ -6,7 +6,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from yaml.composer import ComposerError
 
+from tinybert_jax.config import by_rows
 from tinybert_jax.config.run import RunConfig
 
 Root = TypeVar("Root", bound=BaseModel)
@@ -25,9 +26,43 @@ class ConfigError(ValueError):
     """All errors of a config, one per line, each with its dotted path."""
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config of a run; see `load_as`."""
-    return load_as(RunConfig, path, overrides)
+def load(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    measure: Callable[[RunConfig], by_rows.Facts | None] = lambda draft: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> RunConfig:
+    """The config of a run; see `load_as`.
+
+    A config with `recipe: by_rows` is filled in with settings for the facts that `measure` finds
+    in the text and the teacher, and `say` is told a line for each choice. Without facts (None) they
+    are those of a typical text, and `say` is told that too.
+    """
+    path = Path(path)
+    tree = _load_tree(path, overrides)
+    recipe = tree.get("recipe")
+    if recipe is None:
+        tree.pop("recipe", None)
+        return validate(RunConfig, tree, path)
+    if recipe != by_rows.NAME:
+        raise ConfigError(f"{path}: recipe: expected '{by_rows.NAME}' or none, got {recipe!r}")
+    draft = validate(RunConfig, _filled(tree, by_rows.TYPICAL, path)[0], path)
+    facts = measure(draft)
+    filled, lines = _filled(tree, facts or by_rows.TYPICAL, path)
+    if facts is None:
+        lines.insert(0, f"text or teacher not read: as for {by_rows.TYPICAL.num_labelled:,} rows")
+    for line in lines:
+        say(f"recipe: {line}")
+    return validate(RunConfig, filled, path)
+
+
+def _filled(
+    tree: dict[str, Any], facts: by_rows.Facts, origin: Path
+) -> tuple[dict[str, Any], list[str]]:
+    try:
+        return by_rows.fill(tree, facts)
+    except ValueError as error:
+        raise ConfigError(f"{origin}: 1 error\n  {error}") from None
 
 
 def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -> Root:
@@ -36,11 +71,13 @@ def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -
     Values of overrides are YAML (`seed=1`, `general=null`, `task.labels=[neg,pos]`). `${NAME}` in a
     string is replaced by the environment variable. Raises `ConfigError` with all errors.
     """
-    path = Path(path)
+    return validate(root, _load_tree(Path(path), overrides), path)
+
+
+def _load_tree(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: expected a YAML config file, found none{_nearest_file(path)}")
-    tree = _read(path)
-    return validate(root, _with_overrides(tree, overrides, path), path)
+    return _with_overrides(_read(path), overrides, path)
 
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,133 @@
+"""Runs configs/own-text.yaml on so many rows of a data set, and prints its line of the table.
+
+    TEACHER=<all-MiniLM-L6-v2 folder> TINYBERT_DATA=<data> python benchmarks/cells.py trec 1000 \
+        [--runs runs/cells] [key.path=value …]
+
+The rows of the data set are put in an order of their own (by hash); the first are trained on, and
+2,000 others, or as many as there are, are the dev set, which chooses nothing. Two students, 3 × 384
+and 3 × 192, three seeds. A finished cell is only printed. Scores are means over seeds, in brackets
+95 % intervals over the dev rows.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+NUM_DEV = 2000
+SIZES = {"3l-384d": 384, "3l-192d": 192}
+STUDENTS = {name: {"num_hidden_layers": 3, "hidden_size": size} for name, size in SIZES.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("data", choices=list(READERS))
+    parser.add_argument("rows", type=int)
+    parser.add_argument("settings", nargs="*", metavar="key.path=value")
+    parser.add_argument("--runs", type=Path, default=Path("runs/cells"))
+    args = parser.parse_intermixed_args()
+    folder = args.runs / f"{args.data}-{args.rows}"
+    train, dev = split(args.data, args.rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "train.tsv", train)
+    write(folder / "dev.tsv", dev)
+    settings = [
+        f"run_dir={folder / 'run'}",
+        f"task.dev={folder / 'dev.tsv'}",
+        "task.dev_share=null",
+        "num_seeds=3",
+        f"students={json.dumps(STUDENTS)}",
+        *args.settings,
+    ]
+    file = folder / "run" / "results.json"
+    if file.is_file():
+        return print_line(args.data, len(train), json.loads(file.read_text()))
+    subprocess.run(
+        [sys.executable, "-m", "tinybert_jax", "run", "configs/own-text.yaml", *settings],
+        check=True,
+        env={**os.environ, "TEXT": str(folder / "train.tsv")},
+    )
+    print_line(args.data, len(train), json.loads(file.read_text()))
+
+
+def split(data: str, num_rows: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(rows to train on, other rows), each (text, label), in the order of their hashes."""
+    folder = Path(os.environ["TINYBERT_DATA"])
+    labels = dict(READERS[data](folder))  # a text that occurs twice counts once
+    rows = sorted(labels.items(), key=lambda row: _digest(row[0]))
+    if len(rows) < num_rows + 300:
+        raise SystemExit(f"{data}: expected at least {num_rows + 300} rows, got {len(rows)}")
+    return rows[:num_rows], rows[num_rows : num_rows + NUM_DEV]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write(file: Path, rows: list[tuple[str, str]]) -> None:
+    lines = (f"{text}\t{label}\n" for text, label in rows)
+    file.write_text("text\tlabel\n" + "".join(lines), encoding="utf-8")
+
+
+def print_line(data: str, num_rows: int, results: dict) -> None:
+    metric, minutes = results["metric"], sum(results["seconds"].values()) / 60
+    print(f"| data, rows | model | {metric} | gap closed | minutes |\n|---|---|---|---|---|")
+    for model in results["models"]:
+        low, high = model["intervals"][metric]
+        shown = f"{model['metrics'][metric]:.4f} [{low:.4f}, {high:.4f}]"
+        if model["role"] != "teacher" and "deviation" in model:
+            shown += f" ± {model['deviation'][metric]:.4f}"
+        is_student = model["role"] == "student"
+        compared = results["comparisons"].get(model["name"], {}) if is_student else {}
+        closed = compared.get("gap_closed")
+        gap, name = f"{closed['value']:.0%}" if closed else "", f"{model['role']} {model['name']}"
+        print(f"| {data}, {num_rows:,} | {name} | {shown} | {gap} | {minutes:.1f} |")
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _trec(folder: Path) -> Iterator[tuple[str, str]]:
+    for line in (folder / "cls/trec/train.raw").read_text(encoding="latin-1").splitlines():
+        label, text = line.split(" ", 1)
+        yield _plain(text), label.split(":")[0]
+
+
+def _banking(folder: Path) -> Iterator[tuple[str, str]]:
+    with (folder / "cls/banking77/train.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            yield _plain(row["text"]), row["category"]
+
+
+def _sms(folder: Path) -> Iterator[tuple[str, str]]:
+    for line in (folder / "cls/sms_spam/train.tsv").read_text(encoding="utf-8").split("\n"):
+        label, tab, text = line.partition("\t")
+        if tab and _plain(text):
+            yield _plain(text), label
+
+
+def _news(folder: Path) -> Iterator[tuple[str, str]]:
+    for line in (folder / "cls/agnews/train.jsonl").read_text(encoding="utf-8").split("\n"):
+        if line:
+            row = json.loads(line)
+            yield _plain(row["text"]), row["label"]
+
+
+def _reviews(folder: Path) -> Iterator[tuple[str, str]]:
+    for line in (folder / "cls/sst2/train.tsv").read_text(encoding="utf-8").split("\n")[1:]:
+        text, tab, label = line.rpartition("\t")
+        if tab and _plain(text):
+            yield _plain(text), label
+
+
+READERS = {"trec": _trec, "banking77": _banking, "sms": _sms, "agnews": _news, "sst2": _reviews}
+
+
+if __name__ == "__main__":
+    main()

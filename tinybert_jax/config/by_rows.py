@@ -1,0 +1,204 @@
+"""The recipe `by_rows`: settings that follow from the number of rows and the teacher's sizes.
+
+A config with `recipe: by_rows` may leave out the sections student, finetune, intermediate,
+prediction and baseline, or any settings in them; those that it gives stay as they are.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+NAME = "by_rows"
+
+
+class Facts(NamedTuple):
+    """What the recipe has to know of the text and the teacher."""
+
+    num_labelled: int  # rows with labels, without those of dev
+    num_unlabelled: int
+    hidden_size: int  # of the teacher
+    num_layers: int
+    num_heads: int
+
+
+TYPICAL = Facts(3000, 0, 384, 6, 12)
+
+
+class Length(NamedTuple):
+    """The length of a stage: about `steps` steps, in whole epochs from `least` to `most`."""
+
+    steps: int
+    least: int
+    most: int
+
+    def epochs(self, num_rows: int) -> int:
+        if num_rows >= _MANY_ROWS:
+            return 1
+        wanted = self.steps * _BATCH / max(num_rows, 1)
+        return min(max(math.ceil(wanted), self.least), self.most)
+
+
+LENGTHS = {
+    "finetune": Length(500, 3, 30),
+    "intermediate": Length(600, 3, 40),
+    "prediction": Length(600, 3, 30),
+    "baseline": Length(800, 4, 40),
+}
+_BATCH = 32
+_FEW_ROWS = 1000  # too few to set rows apart that choose a checkpoint: the last one is kept
+_MANY_ROWS = 200_000  # an epoch is long enough
+_SELECT_SHARE = 0.1
+_WIDE = 512  # teachers above it have students of their own width no more, and lower rates
+_NARROW, _DEEPEST = 312, 4  # of the students of wide teachers
+
+
+def fill(tree: Mapping[str, Any], facts: Facts) -> tuple[dict[str, Any], list[str]]:
+    """(the config with all settings of the recipe, what was chosen and why: a line each).
+
+    `tree`: a config as YAML holds it, with `recipe`; the result has none. Raises ValueError for a
+    value where a section is expected.
+    """
+    filled = {name: value for name, value in tree.items() if name != "recipe"}
+    lines: list[str] = []
+    filled["task"], share = _task(_section("task", tree.get("task")), facts, lines)
+    students = _students(filled, facts, lines)
+    num_rows = round(facts.num_labelled * (1 - share))
+    num_distilled = num_rows + facts.num_unlabelled
+    rates = _rates(facts, students)
+    for name, length in LENGTHS.items():
+        is_given = name in filled
+        if is_given and filled[name] is None:  # `baseline: null` leaves the stage out
+            continue
+        if name == "finetune" and _section("teacher", tree.get("teacher")).get("finetuned"):
+            continue
+        rows = num_distilled if name in ("intermediate", "prediction") else num_rows
+        given = _section(name, filled.get(name))
+        filled[name] = _stage(name, given, length.epochs(rows), rows, rates[name], bool(share))
+        lines.append(_describe(name, filled[name], rows))
+    return filled, lines
+
+
+def _section(name: str, given: Any) -> dict[str, Any]:
+    """A section of the config; empty where it is not given."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{name}: expected a section, got {given!r}; write {name}: {{…}}")
+    return dict(given)
+
+
+def _task(given: dict[str, Any], facts: Facts, lines: list[str]) -> tuple[dict[str, Any], float]:
+    """(the section, the share of the labelled rows that chooses)."""
+    is_few = facts.num_labelled < _FEW_ROWS
+    task = {"select_share": None if is_few else _SELECT_SHARE, **given}
+    share = task["select_share"]
+    if isinstance(share, float) and 0 < share < 1:
+        lines.append(f"task: {share:.0%} of the labelled rows choose checkpoints, not dev")
+        return task, share
+    why = "as there are few" if is_few and "select_share" not in given else "as given"
+    lines.append(f"task: no rows are set apart to choose checkpoints, {why}")
+    return task, 0.0
+
+
+def _students(filled: dict[str, Any], facts: Facts, lines: list[str]) -> list[dict[str, Any]]:
+    """Fills in the student, or each of the students, and returns their sections."""
+    if filled.get("students") is None:
+        filled["student"] = _student("student", _section("student", filled.get("student")), facts)
+        lines.append(_describe_student("student", filled["student"], facts))
+        return [filled["student"]]
+    students = {}
+    for name, given in _section("students", filled["students"]).items():
+        origin = f"students.{name}"
+        students[name] = _student(origin, _section(origin, given), facts)
+        lines.append(_describe_student(origin, students[name], facts))
+    filled["students"] = students
+    return list(students.values())
+
+
+def _student(origin: str, given: dict[str, Any], facts: Facts) -> dict[str, Any]:
+    """A student with half the teacher's layers, at the teacher's width or narrower.
+
+    Its layers divide those of the teacher, as the even map of layers wants it, and its heads are
+    the teacher's.
+    """
+    if given.get("path") or given.get("preset"):
+        return given
+    is_wide = facts.hidden_size > _WIDE
+    most = _DEEPEST if is_wide else max(facts.num_layers // 2, 1)
+    depth = max(n for n in range(1, most + 1) if facts.num_layers % n == 0)
+    width = facts.hidden_size
+    if is_wide:
+        width = facts.num_heads * max(round(_NARROW / facts.num_heads), 1)
+    width = given.get("hidden_size") or width
+    is_equal = width == facts.hidden_size
+    return {
+        "num_hidden_layers": depth,
+        "hidden_size": width,
+        "intermediate_size": 4 * width if isinstance(width, int) else None,
+        "num_attention_heads": facts.num_heads,
+        "init": "teacher_layers" if is_equal else "teacher_reduced",
+        **{name: value for name, value in given.items() if value is not None},
+    }
+
+
+_STARTS = {
+    "teacher_layers": "it starts from the teacher's layers, which are as wide",
+    "teacher_reduced": "it starts from the teacher's layers in fewer dimensions",
+    "teacher_embeddings": "it starts from the teacher's embeddings",
+    "random": "it starts from random weights",
+}
+
+
+def _describe_student(origin: str, student: dict[str, Any], facts: Facts) -> str:
+    if "init" not in student:
+        return f"{origin}: as given"
+    sizes = f"{student['num_hidden_layers']} layers × {student['hidden_size']}"
+    return f"{origin}: {sizes}; {_STARTS.get(student['init'], student['init'])}"
+
+
+def _rates(facts: Facts, students: list[dict[str, Any]]) -> dict[str, float]:
+    """The learning rate of each stage."""
+    is_inherited = all(
+        student.get("init") in ("teacher_layers", "teacher_reduced") for student in students
+    )
+    return {
+        "finetune": 1e-4 if facts.hidden_size <= _WIDE else 3e-5,
+        "intermediate": 5e-4,
+        "prediction": 2e-4 if is_inherited else 3e-4,
+        "baseline": 3e-4,
+    }
+
+
+def _stage(
+    name: str, given: dict[str, Any], epochs: int, num_rows: int, rate: float, chooses: bool
+) -> dict[str, Any]:
+    """The section of a stage; where rows choose, a stage with a head is evaluated five times."""
+    settings: dict[str, Any] = {"learning_rate": rate, "batching": "pack"}
+    if given.get("num_steps") is None and given.get("num_epochs") is None:
+        settings["num_epochs"] = epochs
+    if name in ("intermediate", "prediction"):
+        settings["dropout"] = 0.0
+    settings |= given
+    if name != "intermediate" and "eval_every" not in given:
+        steps = _num_steps(settings, num_rows)
+        # More steps than there are: only the end of the stage is evaluated.
+        settings["eval_every"] = max(steps // 5, 1) if chooses else 2 * steps
+    return settings
+
+
+def _num_steps(settings: dict[str, Any], num_rows: int) -> int:
+    """About how many steps a stage has; 1 for values that no config may have."""
+    batch = settings.get("global_batch_size") or _BATCH
+    values = settings.get("num_steps"), settings.get("num_epochs"), batch
+    if not all(isinstance(value, int | float | None) for value in values) or batch <= 0:
+        return 1
+    if values[0]:
+        return max(int(values[0]), 1)
+    return max(math.ceil((values[1] or 0) * num_rows / batch), 1)
+
+
+def _describe(name: str, settings: dict[str, Any], num_rows: int) -> str:
+    length = f"{_num_steps(settings, num_rows):,} steps"
+    if settings.get("num_epochs"):
+        length = f"{settings['num_epochs']} epochs of {num_rows:,} rows, about {length}"
+    return f"{name}: {length}; learning rate {settings['learning_rate']}"

@@ -1,0 +1,30 @@
+"""Measures what the recipe `config.by_rows` has to know of a run's text and teacher."""
+
+from tinybert_jax.config.by_rows import Facts
+from tinybert_jax.config.run import RunConfig
+from tinybert_jax.data.splits import read_task
+from tinybert_jax.huggingface.folder import read_model
+from tinybert_jax.tasks.table import TASKS
+
+
+def measure(draft: RunConfig) -> Facts | None:
+    """The facts of a config that has all its sections.
+
+    None where text or teacher cannot be read: the run itself then reports all inputs that cannot
+    be read, together.
+    """
+    try:
+        task = draft.task and read_task(draft.task, TASKS[draft.task.kind].read)
+        path = draft.teacher.finetuned or draft.teacher.path
+        teacher = read_model(path).config.model_dump() if path else draft.teacher.sizes()
+    except ValueError:
+        return None
+    if task is None:
+        return None
+    return Facts(
+        num_labelled=len(task.train.text) + (len(task.select.text) if task.select else 0),
+        num_unlabelled=len(task.unlabelled.text) if task.unlabelled else 0,
+        hidden_size=teacher["hidden_size"],
+        num_layers=teacher["num_hidden_layers"],
+        num_heads=teacher["num_attention_heads"],
+    )
