@@ -237,6 +237,7 @@ def read_scores(run: Path) -> dict[str, str]:
     scores = {
         f"{model['role']} {model['name']} {key}": json.dumps(model[key], sort_keys=True)
         for model in results["models"]
+        if model["stage"] is not None  # the linear model beside them is no model of the run
         for key in SCORES
         if key in model
     }

@@ -11,15 +11,14 @@ with 1 × 32 tokens; each round calls every model once.
 """
 
 import argparse
+import functools
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import yaml
 
@@ -28,6 +27,7 @@ from tinybert_jax.huggingface.folder import read_model
 from tinybert_jax.inference.predict import READING_SETTINGS, evaluate_file
 from tinybert_jax.models.params import num_parameters
 from tinybert_jax.performance.flops import num_encoder_parameters
+from tinybert_jax.performance.latency import measure_in_turn
 
 NUM_ROUNDS, LENGTH = 200, 32
 CLASSES = {
@@ -75,7 +75,8 @@ def main() -> None:
     def evaluate(folder: Path) -> float:
         return evaluate_file(str(folder), args.data, settings=settings)[metric]
 
-    scores = [score(run, config["seed"], model, evaluate) for model in results["models"]]
+    trained = [model for model in results["models"] if model["stage"] is not None]
+    scores = [score(run, config["seed"], model, evaluate) for model in trained]
     print_table(scores, metric)
 
 
@@ -125,15 +126,11 @@ def measure_latencies(folders: list[Path]) -> list[tuple[float, int]]:
         if source.head
     ]
     ids = np.full((1, LENGTH), 7)
-    times: list[list[float]] = [[] for _ in models]
-    for _ in range(NUM_ROUNDS + 5):
-        for model, own in zip(models, times, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(model(ids)["logits"])
-            own.append(1000 * (time.perf_counter() - start))
+    calls = [functools.partial(lambda model: model(ids)["logits"], model) for model in models]
+    latencies = measure_in_turn(calls, NUM_ROUNDS)
     return [
-        (statistics.median(own[5:]), num_parameters(model.params))
-        for model, own in zip(models, times, strict=True)
+        (latency.median, num_parameters(model.params))
+        for latency, model in zip(latencies, models, strict=True)
     ]
 
 

@@ -1,5 +1,6 @@
 """Eight host devices, strict ranks, signatures checked at run time, no network."""
 
+import gc
 import os
 
 # Compiling takes most of the time of a test with tiny models: these flags make it 4 times as fast.
@@ -48,6 +49,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_a_file_end_with_it():
+    """Compiled programs would fill gigabytes over a run of all tests."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,11 @@ ROOMS = {
     "settings": "section sizes layer_maps",
     "losses": "pointwise forms attention relations vocabulary",
     "terms": "term attention hidden relation cls cosine pooled logits label words table",
-    "config": "models data tasks stages distillation compute consistency run load",
-    "metrics": "classification regression multi_label tagging",
-    "report": "charts style tables confusion per_class pareto page",
-    "performance": "flops device_peaks trace host",
+    "config": "models data tasks stages distillation compute consistency run by_rows load",
+    "metrics": "classification regression multi_label tagging intervals calibration",
+    "report": "charts style run_files tables headline confusion per_class pareto advice "
+    "calibration differences console page",
+    "performance": "flops device_peaks latency trace host",
     "parallel": "mesh sharding",
     "data": "errors examples tables conll corpus records builtin wordpiece splits",
     "models": "inputs activations dropout linear params norm attention encoder bert distilbert "
@@ -26,13 +27,13 @@ ROOMS = {
     "batches": "batch tokenize bucketing packing loader",
     "tokens": "store instances transform ray prepare inspect",
     "huggingface": "tensors hub weights bert distilbert families head folder rewrite",
-    "tasks": "task classification regression multi_label tagging table",
-    "objectives": "alignment objective masking masked_lm supervised distillation",
+    "tasks": "task classification regression multi_label tagging linear table",
+    "objectives": "alignment reduction objective masking masked_lm supervised distillation",
     "inference": "scorer pretrained predict",
     "training": "members optimizer early_stopping loop step checkpoint metric_log throughput",
     "runs": "inputs run corpus_checks checks preflight stage_batches teacher_logits workload "
-    "estimate results stage",
-    "recipes": "pretrain finetune distill pipeline",
+    "estimate scoring results student_start stage",
+    "recipes": "pretrain finetune distill by_rows pipeline",
 }
 TOP = ("cli", "__main__", "__init__")
 FILES = structure.FILES

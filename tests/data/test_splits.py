@@ -63,6 +63,41 @@ def test_dev_share_splits_labelled_rows_by_the_hash_of_their_text(tmp_path):
     assert cut.dev.text == data.dev.text[:7] and cut.train.text == data.train.text
 
 
+def test_select_share_takes_rows_of_train_that_are_left_after_dev_and_the_cut(tmp_path):
+    rows = [{"text": f"text {i % 450}", "label": "ab"[i % 2]} for i in range(1000)]
+    without = read_task(_task(tmp_path, rows, dev_share=0.2, max_train_rows=500))
+    data = read_task(_task(tmp_path, rows, dev_share=0.2, max_train_rows=500, select_share=0.1))
+    assert without.select is None and without.selection is without.dev
+    assert data.selection is data.select and data.selection_name == "select"
+    assert data.dev.text == without.dev.text
+    assert sorted(data.train.text + data.select.text) == sorted(without.train.text)
+    assert 50 <= len(data.select.text) <= 52
+    assert not set(data.select.text) & (set(data.train.text) | set(data.dev.text))
+    assert all(int(t.split()[1]) % 2 == n for t, n in zip(*data.select[::2], strict=True))
+    assert f"{len(data.select.text)} that choose, 20" in describe_labels(data)
+    with pytest.raises(ValueError, match="task.select_share: expected rows on both sides"):
+        read_task(_task(tmp_path, rows[:2], dev_share=0.5, select_share=0.5))
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (["yes", "no"], None),
+        ([f"{i}.0" for i in range(12)], None),
+        (["NaN", "yes", "no"], "look like missing values: 'NaN'"),
+        ([f"{i / 8:.3f}" for i in range(12)], "most of the 12 labels are numbers with a fraction"),
+        (["yes"] * 5 + ["no"] * 4 + ["rare"], "labels of one or two rows: 'rare' 2"),
+    ],
+)
+def test_labels_that_look_like_mistakes_are_told(tmp_path, labels, told):
+    size = 2 if told and "one or two" in told else 4
+    rows = [{"text": f"{i} {label}", "label": label} for i, label in enumerate(labels * size)]
+    rows += [{"text": "dev", "label": labels[0]}]
+    data = read_task(_task(tmp_path, rows, dev_share=1e-9))  # one row
+    notes = splits.label_notes(data, CLASSIFICATION.count_labels)
+    assert [told in note for note in notes] == [True] if told else notes == []
+
+
 def test_a_dev_share_of_few_rows_is_that_share(tmp_path):
     rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(40)]
     assert len(read_task(_task(tmp_path, rows, dev_share=0.1)).dev.text) == 4
@@ -127,7 +162,7 @@ def test_labels_are_told_with_what_may_be_mistakes(tmp_path):
 def test_many_labels_are_told_in_a_few_words(tmp_path):
     rows = [{"text": f"text {i}", "label": f"{i % 40} {'long ' * 50}"} for i in range(120)]
     told = describe_labels(read_task(_task(tmp_path, rows, dev_share=0.1)))
-    assert "and 32 more" in told and len(told) < 800
+    assert "and 32 more" in told and len(told) < 1000
 
 
 @pytest.mark.parametrize("num_labels, num_rows", [(37, 40), (19, 19)])

@@ -63,7 +63,7 @@ def test_a_preset_runs_from_end_to_end(inputs, tmp_path, preset):
     assert saved.config.num_hidden_layers == 2 and saved.label_names == ("neg", "pos")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert {m["role"] for m in results["models"]} == (
-        {"teacher", "student"} if learns else {"student"}
+        {"teacher", "student", "linear"} if learns else {"student", "linear"}
     )
 
 

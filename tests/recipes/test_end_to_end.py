@@ -101,7 +101,7 @@ def test_run_folder_holds_what_it_promises(golden):
     results = json.loads((run / "results.json").read_text())
     scores = {m["role"]: m["metrics"]["accuracy"] for m in results["models"]}
     assert scores["teacher"] >= 0.9, "two words of a kind are enough for any model"
-    assert set(scores) == {"teacher", "student", "baseline"}
+    assert set(scores) == {"teacher", "student", "baseline", "linear"}
     assert results["share_kept"] == scores["student"] / scores["teacher"]
     assert np.sum(results["models"][0]["confusion"]) == 40
     train = [row for row in _metrics(run) if row["kind"] == "train"]

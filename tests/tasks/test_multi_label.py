@@ -247,7 +247,7 @@ def test_a_run_tells_the_scores_of_each_label(run):
     results = json.loads((run / "out" / "results.json").read_text())
     assert results["metric"] == "f1_micro" and results["label_names"] == list(NAMES)
     roles = [model["role"] for model in results["models"]]
-    assert roles == ["teacher", "student", "student"]
+    assert roles == ["teacher", "student", "student", "linear"]
     teacher = results["models"][0]
     assert teacher["metrics"]["f1_micro"] > 0.9 and len(teacher["by_seed"]) == 2
     for model in results["models"]:

@@ -23,6 +23,7 @@ from tinybert_jax.objectives.objective import encoder_inputs
 from tinybert_jax.objectives.supervised import make_supervised
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
+from tinybert_jax.runs.results import LINEAR
 from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.terms.table import reads_of
 from tinybert_jax.training.members import join_objectives, join_optimizer
@@ -208,12 +209,13 @@ def test_each_member_is_scored_and_exported(together, alone):
     described = {(m["role"], m["name"]): m for m in results["models"]}
     teacher, *others = described
     assert teacher == ("teacher", "2 layers × 16")
-    assert others == [(role, name) for role in ("student", "baseline") for name in STUDENTS]
+    trained = [(role, name) for role in ("student", "baseline") for name in STUDENTS]
+    assert others == [*trained, ("linear", LINEAR)]
     assert results["share_kept"].keys() == STUDENTS.keys()
     for name, run in alone.items():
         solo = json.loads((run / "results.json").read_text())
         assert results["share_kept"][name] == pytest.approx(solo["share_kept"])
-        for model in solo["models"][1:]:
+        for model in solo["models"][1:-1]:
             ours = described[model["role"], name]
             assert ours["by_seed"] == model["by_seed"]
             assert ours["num_parameters"] == model["num_parameters"]

@@ -31,7 +31,7 @@ class DistillSection(Section):
     )
     teacher_margin: Annotated[float, Field(ge=-1, le=1)] = Field(
         default=0.02,
-        description="least difference between a teacher's dev score and the score of always "
+        description="least difference between a teacher's score and the score of always "
         "answering the most frequent class; -1: no check. It may change when a run resumes",
     )
     keep_logits: bool | None = Field(

@@ -23,6 +23,11 @@ class TaskSection(Section):
     dev_share: Probability | None = Field(
         None, description="instead of dev: share of the training rows, chosen by hash of the text"
     )
+    select_share: Probability | None = Field(
+        None,
+        description="share of the training rows, by hash of the text, that chooses checkpoints, "
+        "seeds and thresholds instead of dev: scores on dev are then of text that chose nothing",
+    )
     train_split: str | None = None
     dev_split: str | None = None
     metric: str | None = None
@@ -60,7 +65,8 @@ class TaskSection(Section):
 
         A setting with its default value is allowed, because a dumped config has all settings.
         """
-        free = {"name", "kind", "builtin", "metric", "unlabelled", "max_train_rows", "max_dev_rows"}
+        free = {"name", "kind", "builtin", "metric", "unlabelled", "select_share"}
+        free |= {"max_train_rows", "max_dev_rows"}
         given = {
             name
             for name, field in type(self).model_fields.items()

@@ -1,6 +1,7 @@
 """The text of a run, as its config names it: a task's splits and a corpus's documents."""
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +34,16 @@ class TaskData(NamedTuple):
     train: Examples
     dev: Examples
     unlabelled: Examples | None = None  # more text to distil on
+    select: Examples | None = None  # chooses checkpoints, seeds and thresholds; None: dev does
+
+    @property
+    def selection(self) -> Examples:
+        """The examples that choose checkpoints, seeds and thresholds."""
+        return self.dev if self.select is None else self.select
+
+    @property
+    def selection_name(self) -> str:
+        return "dev" if self.select is None else "select"
 
     @property
     def distilled(self) -> Examples:
@@ -94,7 +105,8 @@ def read_task(section: TaskSection, read: Reader) -> TaskData:
     if section.unlabelled and section.unlabelled != "rest":
         unlabelled = read(section.unlabelled, section, Reading(is_labelled=False))
     if section.dev_share:
-        return _task_data(section, *_split_dev(section, train), unlabelled)
+        train, dev = _split_share(section, "dev_share", train)
+        return _task_data(section, train, dev, unlabelled)
     # Labels named only by the training split are the only ones that the dev split may hold.
     assert section.dev is not None  # or there is a dev_share
     dev = read(section.dev, section, Reading(section.dev_split, train.label_names, is_dev=True))
@@ -105,25 +117,66 @@ def describe_labels(
     data: TaskData, count: Callable[[Examples], np.ndarray], unit: str = "row"
 ) -> str:
     """How many units have which label, and what may be a mistake in them: a line each."""
-    told = f"task: {len(data.train.text):,} rows to train on, {len(data.dev.text):,} in dev"
+    chooses = f", {len(data.select.text):,} that choose" if data.select else ""
+    told = f"task: {len(data.train.text):,} rows to train on{chooses}"
+    told += f", {len(data.dev.text):,} in dev"
     names = data.label_names
     if names is None:
         return f"{told}, labelled with numbers"
-    trained, judged = count(data.train), count(data.dev)
+    trained = count(data.train)
     order = np.argsort(-trained, kind="stable")
     counts = [f"{short(names[i])} {trained[i]:,}" for i in order]
     lines = [f"{told}, of {len(names)} labels: {_first(counts)}"]
+    return "\n".join([*lines, *(f"task: {note}" for note in label_notes(data, count, unit))])
+
+
+def label_notes(
+    data: TaskData, count: Callable[[Examples], np.ndarray], unit: str = "row"
+) -> list[str]:
+    """What may be a mistake in the labels; empty for labels that are numbers."""
+    names = data.label_names
+    if names is None:
+        return []
+    trained, judged = count(data.train), count(data.dev)
+    order, notes = np.argsort(-trained, kind="stable"), []
     absent = [f"{short(names[i])} ({judged[i]:,} in dev)" for i in order if not trained[i]]
     if absent:
-        lines.append(f"task: no {unit} to train on has the label {_first(absent)}")
+        notes.append(f"no {unit} to train on has the label {_first(absent)}")
+    rare = [f"{short(names[i])} {trained[i]}" for i in order if 0 < trained[i] <= _RARE]
+    if rare:
+        fix = f"nobody learns a label from so few: add {unit}s, or leave the label out"
+        notes.append(f"labels of one or two {unit}s: {_first(rare, 3)}; {fix}")
+    missing = [f"{short(n)} {trained[i]:,}" for i, n in enumerate(names) if _is_missing(n)]
+    if missing:
+        fix = f"leave these {unit}s out if they have no label"
+        notes.append(f"labels that look like missing values: {_first(missing)}; {fix}")
+    if len(names) >= _MANY and sum(map(_is_fraction, names)) > len(names) / 2:
+        fix = "if they are scores, set task.kind=regression"
+        notes.append(f"most of the {len(names)} labels are numbers with a fraction; {fix}")
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(name.strip().casefold(), []).append(short(name))
     twins = [" and ".join(own) for own in alike.values() if len(own) > 1]
     if twins:
         fix = "task.labels can give them one name"
-        lines.append(f"task: labels that differ in case or blanks alone: {_first(twins)}; {fix}")
-    return "\n".join(lines)
+        notes.append(f"labels that differ in case or blanks alone: {_first(twins)}; {fix}")
+    return notes
+
+
+_RARE, _MANY = 2, 10
+_MISSING = frozenset({"", "nan", "none", "null", "n/a", "na", "?", "-"})
+
+
+def _is_missing(name: str) -> bool:
+    return name.strip().casefold() in _MISSING
+
+
+def _is_fraction(name: str) -> bool:
+    try:
+        number = float(name)
+        return math.isfinite(number) and not number.is_integer()
+    except ValueError:
+        return False
 
 
 def _first(items: Sequence[str], num_shown: int = 8) -> str:
@@ -131,21 +184,24 @@ def _first(items: Sequence[str], num_shown: int = 8) -> str:
     return ", ".join(items[:num_shown]) + more
 
 
-def _split_dev(section: TaskSection, examples: Examples) -> tuple[Examples, Examples]:
-    """(train, dev): the share of rows of least hash; equal texts are on one side."""
-    assert section.dev_share is not None
+def _split_share(
+    section: TaskSection, setting: str, examples: Examples
+) -> tuple[Examples, Examples]:
+    """(rest, part): the part is the share of rows of least hash; equal texts are on one side."""
+    share = getattr(section, setting)
     pairs = examples.text_pair or [""] * len(examples.text)
     keys = [f"{one}\n{two}" for one, two in zip(examples.text, pairs, strict=True)]
     digests = np.array([_digest(key) for key in keys], np.uint64)
-    num_dev = max(round(section.dev_share * len(keys)), 1)
-    is_dev = digests <= np.sort(digests)[num_dev - 1]
-    if is_dev.all():
+    num_chosen = max(round(share * len(keys)), 1)
+    is_chosen = digests <= np.sort(digests)[num_chosen - 1]
+    if is_chosen.all():
         raise ValueError(
-            f"task.dev_share: expected rows on both sides of the split, got {is_dev.sum()} of "
-            f"{len(keys)} rows of {section.train} in dev; give another share, or a dev file"
+            f"task.{setting}: expected rows on both sides of the split, got {is_chosen.sum()} of "
+            f"{len(keys)} rows of {section.train or 'the built-in data'} in that part; give "
+            "another share, or more rows"
         )
-    train, dev = (examples.take(np.flatnonzero(side).tolist()) for side in (~is_dev, is_dev))
-    return train, dev
+    rest, part = (examples.take(np.flatnonzero(side).tolist()) for side in (~is_chosen, is_chosen))
+    return rest, part
 
 
 def _digest(text: str) -> int:
@@ -159,4 +215,8 @@ def _task_data(
     most = section.max_train_rows
     if section.unlabelled == "rest":
         unlabelled = train.take(slice(most, None))
-    return TaskData(train.take(slice(most)), dev.take(slice(section.max_dev_rows)), unlabelled)
+    train, dev = train.take(slice(most)), dev.take(slice(section.max_dev_rows))
+    select = None
+    if section.select_share:
+        train, select = _split_share(section, "select_share", train)
+    return TaskData(train, dev, unlabelled, select)

@@ -5,21 +5,15 @@ from jaxtyping import Float, Int
 
 
 def classification_metrics(
-    logits: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"]
+    predictions: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], num_classes: int
 ) -> dict[str, float]:
-    """Accuracy, F1 and Matthews correlation of the arg-max class, as fractions.
+    """Accuracy, F1 and Matthews correlation of predicted classes, as fractions.
 
     With two classes `f1` is the F1 of class 1 (GLUE's MRPC and QQP), with more the unweighted mean
     over the classes that occur in labels or predictions. A score with denominator 0 is 0.0, as in
-    scikit-learn. Raises ValueError for an empty set, NaN logits or labels outside the classes.
+    scikit-learn. Raises ValueError for an empty set or a class outside of `num_classes`.
     """
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        raise ValueError(
-            f"expected logits [n, classes] with at least 2 classes, got {logits.shape}; "
-            "for a single output use regression_metrics"
-        )
-    require_no_nan("logits", logits)
-    counts = confusion_matrix(logits.argmax(-1), labels, logits.shape[1])
+    counts = confusion_matrix(predictions, labels, num_classes)
     f1 = _f1_per_class(counts)
     occurs = counts.sum(0) + counts.sum(1) > 0
     return {
@@ -27,6 +21,17 @@ def classification_metrics(
         "f1": float(f1[1] if len(f1) == 2 else f1[occurs].mean()),
         "matthews": _matthews(counts),
     }
+
+
+def predicted_classes(logits: Float[np.ndarray, "n classes"]) -> Int[np.ndarray, " n"]:
+    """The class with the highest logit; ValueError for a single class or NaN."""
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"expected logits of at least 2 classes, got {logits.shape[1]}; for a single output "
+            "use regression_metrics"
+        )
+    require_no_nan("logits", logits)
+    return logits.argmax(-1)
 
 
 def confusion_matrix(

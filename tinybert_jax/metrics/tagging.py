@@ -6,9 +6,11 @@ word. Knows nothing of words, word pieces, models or files.
 
 import functools
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
 
 Scheme = Literal["iob1", "iob2", "bioes"]
 
@@ -36,11 +38,33 @@ def entity_scores(
     quotient with denominator 0 is 0.0. With gold and predicted tags of different schemes the
     accuracy means little. Raises ValueError for lengths that differ, no words, or bad tags.
     """
-    counts = _count_per_kind(gold, predicted)
-    pairs = zip(gold, predicted, strict=True)
-    num_equal = sum(g == p for sentence in pairs for g, p in zip(*sentence, strict=True))
-    correct, found, support = (counter.total() for counter in counts)
-    return _fractions(correct, found, support) | {"accuracy": num_equal / sum(map(len, gold))}
+    return scores_of_counts(count_entities(gold, predicted, _kinds(gold, predicted)))
+
+
+def count_entities(
+    gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], kinds: Sequence[str]
+) -> Int[np.ndarray, "sentences columns"]:
+    """The counts of each sentence: words, words with an equal tag, and three counts per kind.
+
+    Those are the correct, predicted and gold entities. Raises as `entity_scores` does.
+    """
+    _require_equal_lengths(gold, predicted)
+    places = {kind: 2 + 3 * number for number, kind in enumerate(kinds)}
+    counts = np.zeros((len(gold), 2 + 3 * len(kinds)), np.int64)
+    for row, true, guess in zip(counts, gold, predicted, strict=True):
+        row[0], row[1] = len(true), sum(map(str.__eq__, true, guess))
+        is_gold, is_predicted = set(entities_of(true)), set(entities_of(guess))
+        for offset, entities in enumerate((is_gold & is_predicted, is_predicted, is_gold)):
+            for entity in entities:
+                row[places[entity.kind] + offset] += 1
+    return counts
+
+
+def scores_of_counts(counts: Int[np.ndarray, "sentences columns"]) -> dict[str, float]:
+    """`entity_scores` of the sentences that `count_entities` counted."""
+    num_words, num_equal, *by_kind = counts.sum(axis=0).tolist()
+    correct, found, support = (sum(by_kind[offset::3]) for offset in range(3))
+    return _fractions(correct, found, support) | {"accuracy": num_equal / max(num_words, 1)}
 
 
 def entity_scores_per_kind(
@@ -50,14 +74,11 @@ def entity_scores_per_kind(
 
     The kinds are those of gold or predicted entities, sorted. Raises as `entity_scores` does.
     """
-    correct, found, support = _count_per_kind(gold, predicted)
+    kinds = _kinds(gold, predicted)
+    totals = count_entities(gold, predicted, kinds).sum(axis=0)[2:].reshape(-1, 3).tolist()
     return {
-        kind: {
-            **_fractions(correct[kind], found[kind], support[kind]),
-            "support": support[kind],
-            "predicted": found[kind],
-        }
-        for kind in sorted(support.keys() | found.keys())
+        kind: {**_fractions(*counts), "support": counts[2], "predicted": counts[1]}
+        for kind, counts in zip(kinds, totals, strict=True)
     }
 
 
@@ -186,18 +207,9 @@ def _split(tag: str) -> tuple[str, str]:
     return tag[0], tag[2:]
 
 
-def _count_per_kind(
-    gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
-) -> tuple[Counter[str], Counter[str], Counter[str]]:
-    """Numbers of correct, predicted and gold entities by kind."""
-    _require_equal_lengths(gold, predicted)
-    correct, found, support = Counter(), Counter(), Counter()
-    for gold_tags, predicted_tags in zip(gold, predicted, strict=True):
-        is_gold, is_predicted = set(entities_of(gold_tags)), set(entities_of(predicted_tags))
-        support.update(entity.kind for entity in is_gold)
-        found.update(entity.kind for entity in is_predicted)
-        correct.update(entity.kind for entity in is_gold & is_predicted)
-    return correct, found, support
+def _kinds(*sides: Sequence[Sequence[str]]) -> list[str]:
+    """The kinds of all entities of gold and predicted tags, sorted."""
+    return sorted({entity.kind for side in sides for tags in side for entity in entities_of(tags)})
 
 
 def _fractions(correct: int, found: int, support: int) -> dict[str, float]:

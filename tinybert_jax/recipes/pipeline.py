@@ -19,10 +19,11 @@ from tinybert_jax.config.stages import (
 )
 from tinybert_jax.data.splits import describe_labels
 from tinybert_jax.recipes import distill, finetune, pretrain
+from tinybert_jax.report.console import console_summary
 from tinybert_jax.report.page import write_report
 from tinybert_jax.runs import estimate
 from tinybert_jax.runs.preflight import open_run, read_run, reads_task_teacher
-from tinybert_jax.runs.results import HELDOUT_METRICS, best_seed, collect_results, console_summary
+from tinybert_jax.runs.results import best_seed, collect_results
 from tinybert_jax.runs.run import Run, RunTask, check_teacher, export_models
 from tinybert_jax.training.metric_log import read_rows
 
@@ -59,14 +60,13 @@ def main(
         for plan in plans:
             is_new = _run_once(run, plan)
             if is_new and plan.stage is FINETUNE and reads_task_teacher(plans):
-                check_teacher(run, run.task_teacher, run.teacher)
-        exported = run.plans[next(s.name for s in _EXPORT_ORDER if run.is_done(s.name))]
+                for teacher in run.own_teachers or [run.task_teacher]:
+                    check_teacher(run, teacher, run.teacher)
         lines = read_rows(run.folder / "metrics.jsonl")
-        summary = collect_results(run, _seconds(lines), command, _heldout(lines))
-        best = {name: best_seed(summary, exported.name, name) for name in exported.members}
-        export_models(
-            run, {name: run.seed_folders(exported, name)[seed] for name, seed in best.items()}
-        )
+        summary = collect_results(run, lines, command, config.export)
+        exported = _exported(run, summary, is_best=config.export == "best")
+        summary["exported"] = {member: folder.name for member, folder in exported.items()}
+        export_models(run, exported)
         (run.folder / "results.json").write_text(
             json.dumps(summary, indent=2) + "\n", encoding="utf-8"
         )
@@ -74,6 +74,22 @@ def main(
         run.log.say(console_summary(summary))
         run.log.say(f"model:  {run.folder / 'hf'}\nreport: {report}")
         return run.folder
+
+
+def _exported(run: Run, summary: dict[str, Any], *, is_best: bool) -> dict[str, Path]:
+    """The folder of the exported model of each member; `is_best`: see `RunConfig.export`."""
+    plan = run.plans[next(stage.name for stage in _EXPORT_ORDER if run.is_done(stage.name))]
+    found = {}
+    for member in plan.members:
+        chosen = [best_seed(summary, plan.name, member)]
+        if is_best and plan.stage is PREDICTION and run.is_done(BASELINE.name):
+            chosen.append(best_seed(summary, BASELINE.name, member))
+        best = max(chosen, key=lambda seed: seed.score)
+        if best.stage != plan.name:
+            scores = " against ".join(f"{seed.score:.4f}" for seed in reversed(chosen))
+            run.log.say(f"export: {member or 'the student'} without a teacher is better, {scores}")
+        found[member] = run.seed_folders(run.plans[best.stage], member)[best.index]
+    return found
 
 
 def describe_costs(config: RunConfig, stages: Sequence[str] = STAGE_NAMES) -> str:
@@ -113,16 +129,3 @@ def _run_once(run: Run, plan: StagePlan) -> bool:
     run.log.write("stage", name, 0, {"seconds": seconds})
     run.log.say(f"{name}: finished in {seconds:.0f} s")
     return True
-
-
-def _seconds(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Wall time of each finished stage in seconds, without the time before a kill."""
-    return {line["stage"]: line["seconds"] for line in lines if line["kind"] == "stage"}
-
-
-def _heldout(lines: list[dict[str, Any]]) -> dict[str, float] | None:
-    """The last metrics of pretraining on held-out text; None without such text."""
-    rows = [row for row in lines if row["kind"] == "eval" and row["stage"] == PRETRAIN.name]
-    if not rows:
-        return None
-    return {name: rows[-1][name] for name in HELDOUT_METRICS if name in rows[-1]}

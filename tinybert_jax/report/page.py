@@ -6,13 +6,14 @@ network and no JavaScript; a short note names a missing or unreadable file. `tab
 """
 
 import html
-import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tinybert_jax.report.advice import advice_list
+from tinybert_jax.report.calibration import calibration_section
 from tinybert_jax.report.charts import (
     LARGE,
     SMALL,
@@ -24,22 +25,26 @@ from tinybert_jax.report.charts import (
     wants_log,
 )
 from tinybert_jax.report.confusion import confusion_section
+from tinybert_jax.report.differences import differences_section
+from tinybert_jax.report.headline import (
+    baseline_sentence,
+    headline,
+    heldout_sentence,
+    size_figure,
+)
 from tinybert_jax.report.pareto import pareto_section
 from tinybert_jax.report.per_class import per_class_section
+from tinybert_jax.report.run_files import read_environment, read_results, read_rows, read_text
 from tinybert_jax.report.style import STYLE
 from tinybert_jax.report.tables import (
     LOWER_IS_BETTER,
     NBSP,
-    baseline_sentence,
     comparison_table,
     find_model,
     finite_number,
     format_si,
-    headline,
-    heldout_sentence,
     metric_name,
     percent,
-    size_figure,
     students_of,
     with_latency_device,
 )
@@ -56,9 +61,9 @@ def write_report(run_dir: Path) -> Path:
     Raises ValueError if the folder has no readable results.json; all other files may be missing.
     """
     run_dir = Path(run_dir)
-    environment = _read_environment(run_dir)
-    results = with_latency_device(_read_results(run_dir), environment.get("device"))
-    rows, num_unreadable = _read_rows(run_dir / "metrics.jsonl")
+    environment = read_environment(run_dir)
+    results = with_latency_device(read_results(run_dir), environment.get("device"))
+    rows, num_unreadable = read_rows(run_dir / "metrics.jsonl")
     provenance = _provenance(run_dir, results, environment)
     page = _page(run_dir.name, results, _stages(rows), num_unreadable, provenance)
     path = run_dir / REPORT_NAME
@@ -83,9 +88,12 @@ def _page(
         lead.append(heldout_sentence(results))
     lead = " ".join(sentence for sentence in lead if sentence)
     sections = [
+        ("What to do next", advice_list(results)),
         ("Comparison", comparison_table(results)),
         ("Score and cost", pareto_section(results)),
         per_class_section(results) or confusion_section(results),
+        ("Calibration", calibration_section(results)),
+        ("Where student and teacher differ", differences_section(results)),
         ("Time per stage", _time_bars(results, stages)),
         ("Training", _training(stages, results, num_unreadable)),
         ("Run", provenance),
@@ -292,7 +300,7 @@ def _provenance(run_dir: Path, results: dict, environment: dict) -> str:
         parts.append(f'<table class="env"><tbody>{rows}</tbody></table>')
     else:
         parts.append(_note("No environment: env.json is missing or unreadable."))
-    config = _read_text(run_dir / "config.yaml")
+    config = read_text(run_dir / "config.yaml")
     if config:
         summary = "Resolved configuration (config.yaml)"
         parts.append(
@@ -346,50 +354,3 @@ def _duration(seconds: float) -> str:
 
 def _note(text: str) -> str:
     return f'<p class="note">{html.escape(text)}</p>'
-
-
-def _read_results(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "results.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{run_dir}: expected a run folder with results.json, found no such file; "
-            "give the folder of a finished run"
-        )
-    results = _read_json(path)
-    if not isinstance(results, dict):
-        raise ValueError(
-            f"{path}: expected a JSON object, got something else; run the command again"
-        )
-    return results
-
-
-def _read_rows(path: Path) -> tuple[list[dict], int]:
-    """The JSON objects of a JSONL file, and the number of other lines (left by a killed run)."""
-    rows, num_unreadable = [], 0
-    for line in (_read_text(path) or "").splitlines():
-        row = _parse(line) if line.strip() else {}
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            num_unreadable += 1
-    return rows, num_unreadable
-
-
-def _read_environment(run_dir: Path) -> dict[str, Any]:
-    environment = _read_json(run_dir / "env.json")
-    return environment if isinstance(environment, dict) else {}
-
-
-def _read_json(path: Path) -> Any:
-    return _parse(_read_text(path) or "")
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return None
-
-
-def _read_text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None

@@ -49,6 +49,12 @@ th{font-weight:400;text-align:left}
 .dot.student,.key.student{fill:var(--student);background:var(--student)}
 .dot.baseline,.key.baseline{fill:var(--baseline);background:var(--baseline)}
 .bar.baseline{background:var(--baseline)}.bar.miss{background:var(--miss)}
+.calibration{max-width:260px;margin:0}.calibration polyline{fill:none;stroke-width:2}
+.calibration rect{fill:none;stroke:var(--line)}
+.calibration .diagonal{stroke:var(--soft);stroke-dasharray:4 4;stroke-width:1}
+.calibration .teacher{stroke:var(--teacher)}.calibration .student{stroke:var(--student)}
+.calibration .baseline{stroke:var(--baseline)}
+.differing td,.differing th{padding:6px 16px 6px 0;vertical-align:top;font-size:.875rem}
 .compare{width:100%;table-layout:fixed}
 .compare th,.compare td{padding:10px 20px 8px 0;vertical-align:top}
 .compare tbody tr{border-top:1px solid var(--line)}

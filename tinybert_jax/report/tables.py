@@ -1,4 +1,4 @@
-"""The results of a report: headline, size figure and comparison table.
+"""The results of a report: the comparison table, and how models and scores are read and shown.
 
 Takes the parsed `results.json` and returns escaped HTML. Reads no file and draws no curve.
 A role (teacher, student, baseline) has the same colour everywhere on the page.
@@ -27,90 +27,6 @@ METRIC_NAMES = {
 Model = dict[str, Any]
 
 
-def headline(results: dict[str, Any]) -> str:
-    """The result of the run in one sentence, without the parts that `results.json` lacks."""
-    teacher, student = find_model(results, "teacher"), find_model(results, "student")
-    metric = html.escape(metric_name(results.get("metric")))
-    model = student or next(iter(models_of(results)), None)
-    score = score_of(results, model)
-    if model is None or score is None:
-        name = html.escape(str(results.get("name", "This run")))
-        return heldout_sentence(results) or f"{name} has no scored model."
-    subject = html.escape(str(model.get("name", "The model")))
-    if student:
-        count = len(students_of(results))
-        subject = f"The best of {count} students, {subject}," if count > 1 else "The student"
-    kept = share_kept(results, model) if student else None
-    if kept is None:
-        sentence = f"{subject} reaches {_figure(f'{score:.3f}', role_of(model))} {metric}"
-    else:
-        verb = "keeps" if kept <= 1 else "reaches"
-        sentence = f"{subject} {verb} {_figure(percent(kept))} of its teacher’s {metric}"
-    return sentence + (_savings(teacher, student) if teacher and student else "") + "."
-
-
-def _savings(teacher: Model, student: Model) -> str:
-    """“ with 8.0× fewer encoder parameters and runs 4.1× faster”, as far as both are known."""
-    sizes = [finite_number(m.get("num_encoder_parameters")) for m in (teacher, student)]
-    size = compare(sizes[0], sizes[1], "fewer", "more")
-    times = [latency_of(m) for m in (teacher, student)]
-    speed = compare(times[0], times[1], "faster", "slower")
-    sentence = f" with {_figure(size)} encoder parameters" if size not in ("", SAME) else ""
-    if speed not in ("", SAME) and conditions_of(teacher) == conditions_of(student):
-        sentence += f" and runs {_figure(speed)}"
-    return sentence
-
-
-def baseline_sentence(results: dict[str, Any]) -> str:
-    """The baseline's score and the gain by distillation; empty where a score is missing."""
-    student, baseline = find_model(results, "student"), find_baseline(results)
-    score, student_score = score_of(results, baseline), score_of(results, student)
-    if baseline is None or score is None or student_score is None:
-        return ""
-    points = 100 * (student_score - score)
-    if results.get("metric") in LOWER_IS_BETTER:
-        verdict = f"the student reaches {student_score:.3f}"
-    else:
-        verdict = f"distillation {'adds' if points >= 0 else 'costs'} {abs(points):.1f} points"
-    name = html.escape(str(baseline.get("name", "baseline")))
-    return f"The baseline, {name}, reaches {_figure(f'{score:.3f}', 'baseline')}: {verdict}."
-
-
-def heldout_sentence(results: dict[str, Any]) -> str:
-    """The pretrained model's perplexity on held-out text; empty without one."""
-    perplexity = finite_number(_mapping(results, "heldout").get("perplexity"))
-    if perplexity is None:
-        return ""
-    figure = _figure(f"{perplexity:.1f}", "teacher")
-    return f"The pretrained model’s perplexity on held-out text is {figure}."
-
-
-def size_figure(results: dict[str, Any]) -> str:
-    """Nested squares whose areas are the encoder parameters of teacher and student."""
-    teacher, student = find_model(results, "teacher"), find_model(results, "student")
-    sizes = [finite_number((m or {}).get("num_encoder_parameters")) for m in (teacher, student)]
-    if not sizes[0] or not sizes[1] or min(sizes[0], sizes[1]) <= 0:
-        return ""
-    largest = max(sizes[0], sizes[1])
-    squares = sorted(zip(sizes, ("teacher", "student"), strict=True), reverse=True)
-    marks = ""
-    for size, role in squares:
-        side = 158 * math.sqrt((size or 0) / largest)
-        marks += (
-            f'<rect class="{role}" x="1" y="{159 - side:.1f}" '
-            f'width="{side:.1f}" height="{side:.1f}"/>'
-        )
-    return (
-        '<figure class="mark"><svg viewBox="0 0 160 160" role="img" '
-        f'aria-label="Encoder parameters: teacher {format_si(sizes[0])}, '
-        f'student {format_si(sizes[1])}">'
-        f"{marks}</svg><figcaption>Encoder parameters, drawn to scale:<br>"
-        f'<b class="teacher">{format_si(sizes[0])}</b> to '
-        f'<b class="student">{format_si(sizes[1])}</b>'
-        "</figcaption></figure>"
-    )
-
-
 class Row(NamedTuple):
     """A row of the comparison table.
 
@@ -123,6 +39,7 @@ class Row(NamedTuple):
     show: Callable[[float], str]
     relate: Callable[[float | None, float], str]
     is_main: bool = False
+    bounds: Callable[[Model], tuple[float, float] | None] = lambda model: None
 
 
 def comparison_table(results: dict[str, Any]) -> str:
@@ -145,7 +62,7 @@ def comparison_table(results: dict[str, Any]) -> str:
 
 def _rows(results: dict[str, Any], models: list[Model]) -> Iterator[Row]:
     main = results.get("metric")
-    names = list(dict.fromkeys(k for m in models for k in _mapping(m, "metrics")))
+    names = list(dict.fromkeys(k for m in models for k in mapping_of(m, "metrics")))
     for name in sorted(names, key=lambda n: n != main):
         label = metric_name(name)
         yield Row(
@@ -154,10 +71,12 @@ def _rows(results: dict[str, Any], models: list[Model]) -> Iterator[Row]:
             lambda v: f"{v:.3f}",
             lambda ref, v: "" if ref is None else f"{v - ref:+.3f}".replace("-", "−"),
             name == main,
+            lambda m, name=name: interval_of(m, name),
         )
     yield Row(
         "Share of the teacher’s score", lambda m: share_kept(results, m), percent, lambda _, v: ""
     )
+    yield Row("Gap closed", lambda m: gap_closed(results, m), percent, lambda _, v: "")
 
     def cost(label: str, key: str, unit: str, less: str, more: str) -> Row:
         return Row(
@@ -196,8 +115,11 @@ def _table_row(row: Row, models: list[Model]) -> str:
         width = 100 * max(value, 0) / largest if largest > 0 else 0
         bar = f'<i class="bar {role_of(model)}" style="width:{width:.1f}%"></i>'
         relation = "" if i in teachers[:1] else row.relate(reference, value)
+        bounds, shown = row.bounds(model), ""
+        if bounds:
+            shown = f' <span class="soft">[{bounds[0]:.3f}, {bounds[1]:.3f}]</span>'
         cells += (
-            f'<td title="{value:,.10g}"><b>{row.show(value)}</b>'
+            f'<td title="{value:,.10g}"><b>{row.show(value)}</b>{shown}'
             f"{bar if len(models) > 1 else ''}<small>{relation}</small></td>"
         )
     main = ' class="main"' if row.is_main else ""
@@ -205,18 +127,40 @@ def _table_row(row: Row, models: list[Model]) -> str:
 
 
 def _uncertainty_note(results: dict[str, Any]) -> str:
-    """The standard error of the student's accuracy, and a note about seeds."""
+    """What the brackets are, what chose the models, what the gap is, and a note about seeds."""
     seeds = _seeds_note(results)
     count = finite_number(results.get("dev_examples"))
-    accuracy = _metric(find_model(results, "student") or {}, "accuracy")
-    if not count or count < 1 or accuracy is None or not 0 <= accuracy <= 1:
+    if not count or count < 1:
         return seeds
-    error = math.sqrt(accuracy * (1 - accuracy) / count)
-    return (
-        f'<p class="note">Measured on {count:,.0f} examples: one standard error of the student’s '
-        f"accuracy is {error:.3f}. A model trained in this run is the checkpoint with the best "
-        f"score on these same examples.</p>{seeds}"
-    )
+    parts = [f"Measured on {count:,.0f} examples of the dev set."]
+    if any(interval_of(m, results.get("metric")) for m in models_of(results)):
+        parts.append("In brackets: the 95 % interval over resamples of these examples (bootstrap).")
+    chosen = finite_number(results.get("select_examples"))
+    if chosen:
+        parts.append(
+            f"Checkpoints and seeds were chosen on {chosen:,.0f} rows of the training text, so "
+            "these examples chose nothing."
+        )
+    elif _chose_nothing(results):
+        parts.append("Every model is that of its last step, so these examples chose nothing.")
+    else:
+        parts.append(
+            "A model trained in this run is the checkpoint with the best score on these same "
+            "examples, which flatters it; task.select_share sets other rows apart for the choice."
+        )
+    if any(gap_closed(results, m) is not None for m in models_of(results)):
+        parts.append(
+            "Gap closed: the share of the way from the student without a teacher to the teacher."
+        )
+    return f'<p class="note">{" ".join(parts)}</p>{seeds}'
+
+
+def _chose_nothing(results: dict[str, Any]) -> bool:
+    """Whether dev chose no checkpoint, no seed, no setting of a head and no model to export."""
+    stages = mapping_of(results, "stages")
+    is_last = all(mapping_of(stages, name).get("num_evals") == 1 for name in stages)
+    is_chosen = any("by_seed" in model or "settings" in model for model in models_of(results))
+    return bool(stages) and is_last and not is_chosen and results.get("export") != "best"
 
 
 def _seeds_note(results: dict[str, Any]) -> str:
@@ -229,8 +173,8 @@ def _seeds_note(results: dict[str, Any]) -> str:
     def described(model: Model) -> str:
         words = (str(model.get("role", "model")), str(model.get("name", "")))
         subject, count = html.escape(" ".join(words)), len(model["by_seed"])
-        deviation = finite_number(_mapping(model, "deviation").get(metric)) or 0
-        mean = finite_number(_mapping(model, "mean").get(metric))
+        deviation = finite_number(mapping_of(model, "deviation").get(metric)) or 0
+        mean = finite_number(mapping_of(model, "mean").get(metric))
         if mean is None:
             return f"{subject}: mean of {count} seeds, ± {deviation:.4f}"
         return f"{subject}: best of {count} seeds, mean {mean:.4f} ± {deviation:.4f}"
@@ -345,21 +289,33 @@ def _three_digits(value: float) -> str:
     return f"{value:.2e}" if exponent < -4 else f"{value:.{max(0, 2 - exponent)}f}"
 
 
-def _figure(text: str, role: str = "student") -> str:
-    return f'<b class="{role}">{text}</b>'
+def interval_of(model: Model, metric: Any) -> tuple[float, float] | None:
+    """The 95 % interval of a model's metric; None without one."""
+    bounds = mapping_of(model, "intervals").get(str(metric))
+    values = [finite_number(value) for value in bounds] if isinstance(bounds, list | tuple) else []
+    if len(values) != 2 or values[0] is None or values[1] is None:
+        return None
+    return values[0], values[1]
+
+
+def gap_closed(results: dict[str, Any], model: Model) -> float | None:
+    """(student - alone) / (teacher - alone); None for other models and where it is not known."""
+    compared = mapping_of(mapping_of(results, "comparisons"), str(model.get("name")))
+    is_student = model.get("role") == "student"
+    return finite_number(mapping_of(compared, "gap_closed").get("value")) if is_student else None
 
 
 def _metric(model: Model, name: str) -> float | None:
-    return finite_number(_mapping(model, "metrics").get(name))
+    return finite_number(mapping_of(model, "metrics").get(name))
 
 
 def latency_of(model: Model) -> float | None:
-    return finite_number(_mapping(model, "latency_ms").get("median"))
+    return finite_number(mapping_of(model, "latency_ms").get("median"))
 
 
 def conditions_of(model: Model) -> str:
     """Conditions of the latency measurement, not escaped: “CPU, batch 1, 32 tokens”."""
-    latency = _mapping(model, "latency_ms")
+    latency = mapping_of(model, "latency_ms")
     device = latency.get("device")
     words = [] if device is None else ["CPU" if device == "cpu" else str(device)]
     words += [f"batch {latency.get('batch', '?')}", f"{latency.get('seq_len', '?')} tokens"]
@@ -380,6 +336,6 @@ def with_latency_device(results: dict[str, Any], device: Any) -> dict[str, Any]:
     return {**results, "models": [named(model) for model in models_of(results)]}
 
 
-def _mapping(model: Model, key: str) -> dict[str, Any]:
+def mapping_of(model: Model, key: str) -> dict[str, Any]:
     value = model.get(key)
     return value if isinstance(value, dict) else {}

@@ -39,7 +39,11 @@ def check_lengths(run: Run, plans: Sequence[StagePlan]) -> None:
         return
     models = [run.teacher, *(student.sizes for student in run.students)]
     positions = min(model.max_position_embeddings for model in models)
-    for split, examples in (("train", run.task.data.train), ("dev", run.task.data.dev)):
+    data = run.task.data
+    splits = {"train": data.train, "dev": data.dev}
+    if data.select is not None:
+        splits["train (select_share)"] = data.select
+    for split, examples in splits.items():
         with prefix_errors(f"task.{split}"):
             run.task.kind.check_lengths(run.tokenizer, examples, positions)
 
@@ -303,16 +307,16 @@ def _check_start(student: Student, teacher: ModelConfig) -> None:
     init = student.section.init
     if init == "random":
         return
-    copies = init == "teacher_layers"
-    if copies and (student.sizes.model_type or DEFAULT) != (teacher.model_type or DEFAULT):
+    copies, reads_layers = init == "teacher_layers", init in ("teacher_layers", "teacher_reduced")
+    if reads_layers and (student.sizes.model_type or DEFAULT) != (teacher.model_type or DEFAULT):
         raise ValueError(
             f"{student.origin}.model_type: expected that of the teacher, "
             f"{teacher.model_type or DEFAULT}, got {student.sizes.model_type or DEFAULT}, because "
             f"{student.origin}.init is {init}; set model_type to that, or choose another init"
         )
     is_equal = {"max_position_embeddings": False, "hidden_size": copies}
-    if copies:
-        is_equal |= {"num_attention_heads": True, "intermediate_size": True}
+    if reads_layers:
+        is_equal |= {"num_attention_heads": True, "intermediate_size": copies}
     for name, equal in is_equal.items():
         largest, got = getattr(teacher, name), getattr(student.sizes, name)
         if got > largest or (equal and got != largest):
@@ -321,7 +325,7 @@ def _check_start(student: Student, teacher: ModelConfig) -> None:
                 f"teacher's), got {got}, because {student.origin}.init is {init}; set {name} to "
                 f"that, or set {student.origin}.init=random"
             )
-    if copies:
+    if reads_layers:
         with prefix_errors(f"{student.origin}.init_layers"):
             make_layer_pairs(
                 student.section.init_layers,

@@ -31,7 +31,7 @@ from tinybert_jax.tasks.table import TASKS
 from tinybert_jax.training.metric_log import MetricLog
 
 # Settings that may differ when a run resumes, because no array depends on them.
-_MAY_CHANGE = ("distillation.teacher_margin",)
+_MAY_CHANGE = ("distillation.teacher_margin", "export")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 
 
@@ -44,7 +44,8 @@ def open_run(config: RunConfig, stages: Sequence[Stage]) -> Iterator[Run]:
     """
     run = read_run(config, stages)
     if _reads_existing_task_teacher(run, stages):
-        check_teacher(run, run.task_teacher, run.teacher)
+        for teacher in run.own_teachers or [run.task_teacher]:
+            check_teacher(run, teacher, run.teacher)
     for plan in (run.plans[stage.name] for stage in stages):
         if plan.keeps_logits and not run.is_done(plan.name):
             for teacher in run.further_teachers:

@@ -1,193 +1,299 @@
 """Compares the models of a run: scores, sizes, FLOPs and measured latency, for `results.json`."""
 
 import functools
-import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from tinybert_jax.config.models import SOLE
-from tinybert_jax.config.run import StagePlan
-from tinybert_jax.config.stages import BASELINE, FINETUNE, PREDICTION
-from tinybert_jax.huggingface.folder import read_model, start_params
+from tinybert_jax.config.stages import PRETRAIN
+from tinybert_jax.data.examples import Examples
+from tinybert_jax.data.splits import label_notes
 from tinybert_jax.huggingface.hub import find_folder
-from tinybert_jax.inference.scorer import make_scorer
+from tinybert_jax.metrics.intervals import interval
 from tinybert_jax.models.inputs import Text
-from tinybert_jax.models.params import num_parameters
+from tinybert_jax.models.params import Apply, Params, num_parameters
 from tinybert_jax.performance import flops
-from tinybert_jax.runs.run import Run, make_task_model
+from tinybert_jax.performance.latency import measure_in_turn
+from tinybert_jax.report.advice import advice
+from tinybert_jax.runs.run import Run
+from tinybert_jax.runs.scoring import (
+    EvaluatedModel,
+    SeedScores,
+    evaluated_models,
+    score_linear,
+    score_seeds,
+)
 from tinybert_jax.settings.sizes import ModelConfig
-from tinybert_jax.tasks.task import Scored
+from tinybert_jax.tasks import linear
+from tinybert_jax.tasks.task import Task
 
 # Metrics of the masked LM on held-out text.
 HELDOUT_METRICS = ("loss", "perplexity", "masked_accuracy", "pair_accuracy")
-_LATENCY_BATCH, _LATENCY_LENGTH, _LATENCY_RUNS = 1, 32, 30
+LINEAR = "TF-IDF, linear"  # the name of the linear model
+_LATENCY_BATCH, _LATENCY_LENGTH = 1, 32
+_TAIL = 0.2  # of the steps
+_LONGEST = 240  # characters of such a text
+_NUM_SHOWN = 20  # texts on which student and teacher differ
 
 
 def collect_results(
-    run: Run, seconds: dict[str, float], command: str, heldout: dict[str, float] | None = None
+    run: Run, lines: Sequence[dict[str, Any]], command: str, export: str
 ) -> dict[str, Any]:
-    """The content of `results.json`: every evaluated model, and each student's share of the score.
+    """The content of `results.json`: every evaluated model, and how the students compare.
 
-    `seconds`: wall time of each stage. `command`: the command line. `heldout`: the masked LM's
-    metrics (`HELDOUT_METRICS`) on held-out text.
+    `lines`: those of metrics.jsonl. `command`: the command line. `export`: see `RunConfig`.
     """
-    models = []
-    if run.task is not None:
-        models = [_describe(run, model) for model in _evaluated_models(run)]
+    heldout = _heldout(lines)
     data = run.task.data if run.task else None
     summary = {
         "name": run.name,
         "metric": run.task.metric if run.task else None,
         "dev_examples": len(data.dev.text) if data else 0,
+        "select_examples": len(data.select.text) if data and data.select else 0,
         "label_names": data.label_names if data else None,
-        "models": models,
+        "export": export,
+        **(_evaluate(run) if run.task else {"models": []}),
         **({"heldout": heldout} if heldout else {}),
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "stages": _learning(run, lines),
+        "seconds": _seconds(lines),
         "commands": [command] if command else [],
     }
     kept = _shares_kept(summary)
-    if not kept:
-        return summary
-    return {**summary, "share_kept": kept if run.has_named_students else kept.popitem()[1]}
+    if kept:
+        summary["share_kept"] = kept if run.has_named_students else kept.popitem()[1]
+    notes = []
+    if run.task:
+        task = run.task.kind
+        notes = label_notes(run.task.data, task.count_labels, task.unit)
+    return {**summary, "advice": [*notes, *advice(summary)]}
 
 
-class _EvaluatedModel(NamedTuple):
-    """A model with a head of the task, and one folder per seed."""
-
-    role: str
-    stage: str
-    member: str
-    sizes: ModelConfig
-    folders: list[Path]
+def _seconds(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Wall time of each finished stage in seconds, without the time before a kill."""
+    return {row["stage"]: round(row["seconds"], 1) for row in lines if row["kind"] == "stage"}
 
 
-def _evaluated_models(run: Run) -> list[_EvaluatedModel]:
-    """The finished models that have a head of the task."""
-    teachers = _folders(run, FINETUNE.name, SOLE)
-    section, given = run.teacher_section, run.teacher_section.finetuned
-    is_read = any(p.reads_teacher for p in run.plans.values() if p.stage.teacher == "task")
-    if given is None and is_read:
-        given = section.path  # it has the task's head: `check_weights` refuses a folder without
-    if given and not teachers:
-        teachers = [Path(given)]
-    models = [_EvaluatedModel("teacher", FINETUNE.name, SOLE, run.teacher, teachers)]
-    for role, stage in (("student", PREDICTION.name), ("baseline", BASELINE.name)):
-        for student in run.students:
-            folders = _folders(run, stage, student.name)
-            models.append(_EvaluatedModel(role, stage, student.name, student.sizes, folders))
-    return [model for model in models if model.folders and read_model(model.folders[0]).head]
+def _heldout(lines: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """The last metrics of pretraining on held-out text; None without such text."""
+    rows = [row for row in lines if row["kind"] == "eval" and row["stage"] == PRETRAIN.name]
+    if not rows:
+        return None
+    return {name: rows[-1][name] for name in HELDOUT_METRICS if name in rows[-1]}
 
 
-def console_summary(summary: dict[str, Any]) -> str:
-    """The models, shares and held-out metrics of `results.json`, as lines for the console."""
-    metric, width = summary["metric"], max((len(m["name"]) for m in summary["models"]), default=0)
-    lines = [
-        f"{m['role']:<9} {m['name']:<{width}}  "
-        f"{metric} {m['metrics'][metric]:.4f}{_spread(metric, m)}  "
-        f"{m['num_encoder_parameters'] / 1e6:.2f} M encoder parameters  "
-        f"{m['latency_ms']['median']:.1f} ms"
-        for m in summary["models"]
+def _learning(run: Run, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How each stage that trains a head went: its length, and the scores that tell when it learnt.
+
+    `score`: at the last evaluation, the mean over models; `tail_score`: at the last evaluation
+    before the last fifth of the steps.
+    """
+    found = {}
+    for name, plan in run.plans.items():
+        of_stage = [row for row in lines if row.get("stage") == name]
+        evals = [row for row in of_stage if row["kind"] == "eval"]
+        if not (plan.stage.trains_head and evals and run.task):
+            continue
+        scores = {row["step"]: row[run.task.metric] for row in evals}
+        last = max(scores)
+        before = [step for step in scores if step <= (1 - _TAIL) * last]
+        losses = [row["loss"] for row in of_stage if row["kind"] == "train"]
+        found[name] = {
+            "num_epochs": plan.section.num_epochs,
+            "num_steps": plan.section.num_steps,
+            "step": last,
+            "num_evals": len(scores),
+            "best_step": max(scores, key=lambda step: (scores[step], -step)),
+            "score": scores[last],
+            "tail_score": scores[max(before)] if before else None,
+            "last_loss": losses[-1] if losses else None,
+        }
+    return found
+
+
+def _evaluate(run: Run) -> dict[str, Any]:
+    """The entries `models` and `comparisons` of `results.json`."""
+    task, descriptions, timed, resampled = run.required_task, [], [], {}
+    by_role: dict[str, tuple[str, SeedScores]] = {}  # the best model of each role
+    for model in evaluated_models(run):
+        scores, apply, params = score_seeds(run, model)
+        descriptions.append(_describe(run, model, scores, num_parameters(params)))
+        timed.append(_one_call(apply, params, model.sizes))
+        name = descriptions[-1]["name"]
+        resampled[model.role, name] = scores.resampled[task.metric]
+        best = by_role.get(model.role)
+        if best is None or _best_score(scores, task.metric) > _best_score(best[1], task.metric):
+            by_role[model.role] = name, scores
+    for description, latency in zip(descriptions, _latencies(timed), strict=True):
+        description["latency_ms"] = latency
+    if descriptions and linear.can_fit(task.kind):
+        missing = linear.missing_requirement(task.data.train)
+        if missing is None:
+            scores, size = score_linear(run)
+            descriptions.append(_describe_linear(task.kind, scores, size))
+            resampled["linear", LINEAR] = scores.resampled[task.metric]
+        else:
+            run.log.say(f"no linear model (TF-IDF) beside the models: it needs {missing}")
+    comparisons = compare_students(descriptions, resampled, task.metric)
+    found = {"models": descriptions, "comparisons": comparisons}
+    if "teacher" in by_role and "student" in by_role:
+        name, student = by_role["student"]
+        found["differing"] = {
+            "student": name,
+            **_differing(task.kind, by_role["teacher"][1], student),
+        }
+    return found
+
+
+def _best_score(scores: SeedScores, metric: str) -> float:
+    return scores.selection[scores.best][metric]
+
+
+def _differing(task: Task, teacher: SeedScores, student: SeedScores) -> dict[str, Any]:
+    """How many dev texts have different answers, and the first `_NUM_SHOWN` of them.
+
+    Those that the teacher alone has right come first; predicted numbers come by their distance.
+    """
+    sides = [task.answers(own.scored, own.settings) for own in (teacher, student)]
+    said = [[task.in_words(answer) for answer in side] for side in sides]
+    examples = teacher.scored.examples
+    true = task.truth(examples)
+    right = [np.array([a == b for a, b in zip(side, true, strict=True)]) for side in said]
+    is_other = np.array([a != b for a, b in zip(*said, strict=True)])
+    order = np.argsort(~(right[0] & ~right[1]), kind="stable")
+    if task.form == "square":
+        one, other = (np.array([answer["value"] for answer in side]) for side in sides)
+        order = np.argsort(-np.abs(one - other), kind="stable")
+    places = [int(place) for place in order if is_other[place]]
+    texts = [
+        {
+            "text": _whole_text(examples, place),
+            "label": true[place],
+            "teacher": said[0][place],
+            "student": said[1][place],
+        }
+        for place in places[:_NUM_SHOWN]
     ]
-    kept = summary.get("share_kept", {})
-    shares = kept if isinstance(kept, dict) else {"the student": kept}
-    lines += [f"{name} keeps {share:.1%} of its teacher" for name, share in shares.items()]
-    if heldout := summary.get("heldout"):
-        values = (f"{name} {float(value):.4g}" for name, value in heldout.items())
-        lines.append(f"pretrain  on held-out text: {', '.join(values)}")
-    return "\n".join(lines)
+    numbers = {"num_texts": len(places)}
+    if task.form != "square":
+        numbers |= {
+            "num_teacher_right": int(right[0][places].sum()),
+            "num_student_right": int(right[1][places].sum()),
+        }
+    return {**numbers, "texts": texts}
 
 
-def best_seed(summary: dict[str, Any], stage: str, member: str) -> int:
-    """The index of the seed with the best dev score for a member; 0 where nothing was scored."""
+def _whole_text(examples: Examples, place: int) -> str:
+    text = examples.text[place]
+    first = text if isinstance(text, str) else " ".join(text)
+    whole = first if examples.text_pair is None else f"{first} | {examples.text_pair[place]}"
+    return whole if len(whole) <= _LONGEST else whole[:_LONGEST] + "…"
+
+
+class BestSeed(NamedTuple):
+    """The seed of a member of a stage that scored best on the examples that choose."""
+
+    stage: str
+    index: int
+    score: float  # -inf where nothing was scored
+
+
+def best_seed(summary: dict[str, Any], stage: str, member: str) -> BestSeed:
+    """The best seed of a member; the first where nothing was scored."""
     described = (m for m in summary["models"] if m["stage"] == stage)
     described = next((m for m in described if member in (SOLE, m["name"])), None)
-    if described is None or "by_seed" not in described:
-        return 0
-    return best_index(described["by_seed"], summary["metric"])
+    if described is None:
+        return BestSeed(stage, 0, -np.inf)
+    return BestSeed(stage, described.get("best_seed", 0), described["selection_score"])
 
 
-def best_index(by_seed: Sequence[Mapping[str, float]], metric: str) -> int:
-    """The index of the first highest value of `metric`."""
-    return int(np.argmax([metrics[metric] for metrics in by_seed]))
+def _describe(
+    run: Run, evaluated: EvaluatedModel, scores: SeedScores, num_params: int
+) -> dict[str, Any]:
+    """Sizes and scores of a model.
 
-
-def score_dev(run: Run, plan: StagePlan, params: Sequence[Any], sizes: ModelConfig) -> list[Scored]:
-    """The dev set with the fp32 logits of each model in `params`."""
-    task, dev, section = run.required_task.kind, run.required_task.data.dev, plan.section
-    apply, _ = make_task_model(run, sizes)
-    rows = task.encode(run.tokenizer, dev, section.max_length)
-    score = make_scorer(apply, buckets=section.buckets(), pad_token_id=run.tokenizer.pad_token_id)
-    return [Scored(score(model, rows), rows, dev) for model in params]
-
-
-def measure(run: Run, scored: Scored) -> dict[str, float]:
-    """The metrics by name, with the settings of the head that are best on the dev set."""
-    task = run.required_task.kind
-    return task.measure(scored, task.best_settings(scored))
-
-
-def _spread(metric: str, model: dict[str, Any]) -> str:
-    if "by_seed" not in model:
-        return ""
-    count, deviation = len(model["by_seed"]), model["deviation"][metric]
-    if "mean" in model:
-        return f" (best of {count} seeds: {model['mean'][metric]:.4f} ± {deviation:.4f})"
-    return f" ± {deviation:.4f} ({count} seeds)"
-
-
-def _folders(run: Run, stage: str, member: str) -> list[Path]:
-    """The model folder of each seed; empty where the stage is not done."""
-    return run.seed_folders(run.plans[stage], member) if run.is_done(stage) else []
-
-
-def _describe(run: Run, evaluated: _EvaluatedModel) -> dict[str, Any]:
-    """Sizes, scores and latency of a model.
-
-    `flops_per_token` counts the whole model, as published figures do. `latency_ms` is measured on
-    the program that runs, whose last layer computes only the tokens that the head reads.
+    `flops_per_token` counts the whole model, as published figures do.
 
     With several seeds `metrics` is the mean for students and the best seed's for teachers, because
     the best teacher is the one that is distilled. Details, such as the confusion matrix, are those
     of the best seed.
     """
-    role, model = evaluated.role, evaluated.sizes
+    model, by_seed, task = evaluated.sizes, scores.by_seed, run.required_task.kind
+    is_teacher = evaluated.role == "teacher"
     weights = find_folder(evaluated.folders[0]).glob("model*.safetensors")  # one file, or shards
-    apply, init = make_task_model(run, model)
-    params = [start_params(folder, init, whole=True) for folder in evaluated.folders]
-    scored_by_seed = score_dev(run, _evaluation_plan(run, evaluated.stage), params, model)
-    by_seed = [measure(run, scored) for scored in scored_by_seed]
-    best = best_index(by_seed, run.required_task.metric)
     description = {
-        "role": role,
+        "role": evaluated.role,
         "name": evaluated.member or _sizes(model),
         "stage": evaluated.stage,
-        "num_parameters": num_parameters(params[0]),
+        "num_parameters": num_params,
         "num_encoder_parameters": flops.num_encoder_parameters(model),
         "flops_per_token": round(flops.forward_flops_per_token(model, _LATENCY_LENGTH)),
         "bytes_on_disk": sum(file.stat().st_size for file in weights),
-        "latency_ms": _latency(
-            apply, params[0], min(_LATENCY_LENGTH, model.max_position_embeddings)
-        ),
-        "metrics": by_seed[best] if role == "teacher" else _over_seeds(np.mean, by_seed),
+        "metrics": by_seed[scores.best] if is_teacher else _over_seeds(np.mean, by_seed),
+        "intervals": _intervals(scores),
     }
     if len(by_seed) > 1:
         deviation = _over_seeds(functools.partial(np.std, ddof=1), by_seed)
-        description |= {"by_seed": by_seed, "deviation": deviation}
-        if role == "teacher":
+        description |= {"by_seed": by_seed, "deviation": deviation, "best_seed": scores.best}
+        if is_teacher:
             description["mean"] = _over_seeds(np.mean, by_seed)
-    task = run.required_task.kind
-    scored = scored_by_seed[best]
-    return description | task.details(scored, task.best_settings(scored))
+    chosen_by = scores.selection[scores.best]
+    description["selection_score"] = chosen_by[run.required_task.metric]
+    return description | task.details(scores.scored, scores.settings)
 
 
-def _evaluation_plan(run: Run, stage: str) -> StagePlan:
-    """The plan whose lengths and buckets the evaluation uses: `stage`, or another of the run."""
-    known = (run.plans.get(name) for name in (stage, PREDICTION.name, *run.plans))
-    return next(plan for plan in known if plan is not None)
+def _describe_linear(task: Task, scores: SeedScores, size: int) -> dict[str, Any]:
+    return {
+        "role": "linear",
+        "name": LINEAR,
+        "stage": None,
+        "num_parameters": size,
+        "metrics": scores.by_seed[0],
+        "intervals": _intervals(scores),
+        **task.details(scores.scored, scores.settings),
+    }
+
+
+def _intervals(scores: SeedScores) -> dict[str, tuple[float, float]]:
+    return {name: interval(values) for name, values in scores.resampled.items()}
+
+
+def compare_students(
+    models: list[dict[str, Any]], resampled: dict[tuple[str, str], np.ndarray], metric: str
+) -> dict[str, Any]:
+    """By student: differences to the other models with intervals, and the gap closed.
+
+    The gap closed is (student - alone) / (teacher - alone): the share of the teacher's lead over
+    the same student without a teacher. It is left out where the teacher does not lead, and has no
+    interval where that lead may be 0, because the interval of such a quotient means nothing.
+    """
+    values = {(m["role"], m["name"]): m["metrics"][metric] for m in models}
+    found: dict[str, Any] = {}
+    for role, name in values:
+        if role != "student":
+            continue
+        own, drawn, alone = values[role, name], resampled[role, name], ("baseline", name)
+        others = {key[0]: key for key in values if key[0] in ("teacher", "linear") or key == alone}
+        found[name] = {
+            other: {
+                "difference": own - values[key],
+                "interval": interval(drawn - resampled[key]),
+            }
+            for other, key in others.items()
+        }
+        teacher = others.get("teacher")
+        if teacher and alone in values and values[teacher] > values[alone]:
+            lead = resampled[teacher] - resampled[alone]
+            is_sure = interval(lead)[0] > 0
+            with np.errstate(divide="ignore", invalid="ignore"):
+                shares = (drawn - resampled[alone]) / lead
+            found[name]["gap_closed"] = {
+                "value": (own - values[alone]) / (values[teacher] - values[alone]),
+                "interval": interval(shares) if is_sure else None,
+            }
+    return found
 
 
 def _over_seeds(
@@ -197,24 +303,29 @@ def _over_seeds(
     return {name: float(summarise([m[name] for m in by_seed])) for name in by_seed[0]}
 
 
-def _latency(apply, params, length: int) -> dict[str, Any]:
-    """Median milliseconds of one compiled forward pass of one example."""
+def _one_call(apply: Apply, params: Params, sizes: ModelConfig) -> tuple[Callable[[], Any], int]:
+    """(a compiled forward pass of one example, its number of tokens).
+
+    The last layer computes only the tokens that the head reads.
+    """
+    length = min(_LATENCY_LENGTH, sizes.max_position_embeddings)
     ids = np.ones((_LATENCY_BATCH, length), np.int32)
     forward = jax.jit(lambda params, ids: apply(params, Text(ids, ids * 0), ids > 0).logits)
-    params = jax.device_put(params)
-    times = []
-    for _ in range(_LATENCY_RUNS + 3):
-        start = time.perf_counter()
-        forward(params, ids).block_until_ready()
-        times.append(1000 * (time.perf_counter() - start))
-    median = float(np.median(times[3:]))
-    device = jax.devices()[0].device_kind
-    return {
-        "batch": _LATENCY_BATCH,
-        "seq_len": length,
-        "median": round(median, 3),
-        "device": device,
-    }
+    return functools.partial(forward, jax.device_put(params), ids), length
+
+
+def _latencies(timed: list[tuple[Callable[[], Any], int]]) -> list[dict[str, Any]]:
+    """Milliseconds of a call of each model, measured in turn, with quartiles."""
+    measured = measure_in_turn([call for call, _ in timed]) if timed else []
+    return [
+        {
+            "batch": _LATENCY_BATCH,
+            "seq_len": length,
+            **{name: round(value, 3) for name, value in latency._asdict().items()},
+            "device": jax.devices()[0].device_kind,
+        }
+        for latency, (_, length) in zip(measured, timed, strict=True)
+    ]
 
 
 def _shares_kept(summary: dict[str, Any]) -> dict[str, float]:

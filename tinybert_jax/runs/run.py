@@ -31,7 +31,7 @@ class RunTask(NamedTuple):
 
     kind: Task
     name: str
-    metric: str  # chooses the best checkpoint and the best seed, on the dev set
+    metric: str  # chooses the best checkpoint and the best seed, on `data.selection`
     data: TaskData
 
 
@@ -82,7 +82,7 @@ class Run(NamedTuple):
         """The folder `models/<stage>[-<member>]`.
 
         With one seed it holds the only model; with several, the student of the first seed or the
-        teacher with the best dev score.
+        teacher with the best score.
         """
         return self.folder / "models" / (f"{stage}-{member}" if member else stage)
 
@@ -138,6 +138,14 @@ class Run(NamedTuple):
                 "teacher.finetuned to the folder of a fine-tuned model"
             )
         return folder
+
+    @property
+    def own_teachers(self) -> list[Path]:
+        """The folders of all seeds of the finetune stage, if their mean teaches; else empty."""
+        plan = self.plans.get(FINETUNE.name)
+        if plan is None or plan.section.teach != "mean":
+            return []
+        return self.seed_folders(plan)
 
     def teacher_of(self, plan: StagePlan) -> str | Path | None:
         """The folder or hub id of the teacher of a distillation stage."""
@@ -206,19 +214,19 @@ def load_frozen(run: Run, path: str | Path, sizes: ModelConfig) -> tuple[Apply, 
 
 
 class TaskEvaluator(NamedTuple):
-    """Computes the dev metrics of parameters of one model."""
+    """Scores the parameters of one model on the examples that choose checkpoints."""
 
-    score: Any  # parameters -> Scored: the dev set with the model's logits
+    score: Any  # parameters -> Scored: those examples with the model's logits
     task: Task
-    fingerprint: str  # SHA-256 of the tokenised dev rows
+    fingerprint: str  # SHA-256 of the tokenised rows
 
     def measure(self, params: Any) -> dict[str, float]:
-        """The metrics by name, with the settings that are best on the dev set."""
+        """The metrics by name, with the settings that are best on the same examples."""
         scored = self.score(params)
         return self.task.measure(scored, self.task.best_settings(scored))
 
     def tune(self, params: Any) -> Settings:
-        """The settings of the head, such as a threshold, that are best on the dev set."""
+        """The settings of the head, such as a threshold, that are best on these examples."""
         return self.task.best_settings(self.score(params)) if self.task.tune else {}
 
     def as_evaluator(self) -> Evaluator:
@@ -236,13 +244,13 @@ def make_stage_scorer(run: Run, apply: Apply, section: StageSection) -> Scorer:
     )
 
 
-def make_dev_evaluator(run: Run, apply: Apply, section: StageSection) -> TaskEvaluator:
-    """The evaluator of the dev set, with rows and buckets of the stage's lengths."""
-    task, dev = run.required_task.kind, run.required_task.data.dev
-    rows = task.encode(run.tokenizer, dev, section.max_length)
+def make_task_evaluator(run: Run, apply: Apply, section: StageSection) -> TaskEvaluator:
+    """The evaluator that chooses checkpoints, with rows and buckets of the stage's lengths."""
+    task, examples = run.required_task.kind, run.required_task.data.selection
+    rows = task.encode(run.tokenizer, examples, section.max_length)
     score = make_stage_scorer(run, apply, section)
     return TaskEvaluator(
-        lambda params: Scored(score(params, rows), rows, dev), task, rows.fingerprint()
+        lambda params: Scored(score(params, rows), rows, examples), task, rows.fingerprint()
     )
 
 
@@ -257,24 +265,26 @@ def head_of(run: Run, settings: Settings) -> Head:
 def check_teacher(run: Run, path: str | Path, sizes: ModelConfig) -> None:
     """Raises ValueError for a teacher that has learnt nothing.
 
-    Its dev score has to be `distillation.teacher_margin` above the score of always answering the
-    most frequent class.
+    Its score on the examples that choose has to be `distillation.teacher_margin` above the score of
+    always answering the most frequent class.
     """
     margin, task = run.distillation.teacher_margin, run.required_task.kind
-    floor = task.floor(run.required_task.data.dev)
+    data = run.required_task.data
+    floor = task.floor(data.selection)
     if floor is None or margin == -1:
         return
     plans = reversed([*run.plans.values()])
     plan = next(plan for plan in plans if plan.stage.teacher == "task")
     apply, params = load_frozen(run, path, sizes)
-    metrics = make_dev_evaluator(run, apply, plan.section).measure(place_frozen_params(run, params))
+    evaluator = make_task_evaluator(run, apply, plan.section)
+    metrics = evaluator.measure(place_frozen_params(run, params))
     got, needed = metrics[task.floor_metric], min(floor + margin, 1.0)
     if got < needed:
         raise ValueError(
-            f"teacher: expected a dev {task.floor_metric} of at least {needed:.4f} (a model "
-            f"that learnt nothing has {floor:.4f}), got {got:.4f} from {path}; check the order of "
-            "its labels, fine-tune it on the task, or for longer (in another run_dir), or accept "
-            "it with distillation.teacher_margin=-1"
+            f"teacher: expected a {data.selection_name} {task.floor_metric} of at least "
+            f"{needed:.4f} (a model that learnt nothing has {floor:.4f}), got {got:.4f} from "
+            f"{path}; check the order of its labels, fine-tune it on the task, or for longer (in "
+            "another run_dir), or accept it with distillation.teacher_margin=-1"
         )
 
 

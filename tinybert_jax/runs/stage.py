@@ -297,7 +297,7 @@ class _EvaluationHook:
                 values[f"{score}/{member}"] = float(np.mean([m[score] for m in seeds]))
         self.run.log.write("eval", name, step, values)
         shown = "  ".join(f"{metric} {value:.4f}" for metric, value in values.items())
-        text = "dev" if score else "held out"
+        text = self.run.required_task.data.selection_name if score else "held out"
         text += f", mean of {len(models)}" if len(models) > 1 else ""
         self.run.log.say(f"{name:<12} {step:>6}/{self.num_steps}  {text}: {shown}")
 
@@ -376,6 +376,8 @@ def _make_optimizer(
         b2=section.b2,
         eps=section.eps,
         clip_norm=section.clip_norm,
+        decays_to_start=section.decay_towards == "start",
+        layer_decay=section.layer_decay,
     )
     return schedule, optimizer
 

@@ -1,5 +1,6 @@
 """Classification: one of several classes per text or pair of texts."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,12 @@ from tinybert_jax.config.tasks import ClassificationTask
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.splits import Reading
 from tinybert_jax.data.tables import read_labelled
-from tinybert_jax.metrics.classification import classification_metrics, confusion_matrix
+from tinybert_jax.metrics.calibration import calibration
+from tinybert_jax.metrics.classification import (
+    classification_metrics,
+    confusion_matrix,
+    predicted_classes,
+)
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.tasks.task import Scored, Settings, Task, softmax
 
@@ -60,9 +66,14 @@ def majority_share(examples: Examples) -> float:
     return float(np.bincount(examples.labels).max() / len(examples.labels))
 
 
-def measure(scored: Scored, settings: Settings) -> dict[str, float]:
+def outcomes(scored: Scored, settings: Settings) -> np.ndarray:
+    """[n, 2]: the true and the predicted class of each example."""
+    return np.stack([scored.examples.labels, predicted_classes(scored.logits)], axis=1)
+
+
+def metrics(found: np.ndarray, names: Sequence[str]) -> dict[str, float]:
     """Accuracy, F1 and Matthews correlation; see `classification_metrics`."""
-    return classification_metrics(scored.logits, scored.examples.labels)
+    return classification_metrics(found[:, 1], found[:, 0], len(names))
 
 
 def answers(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
@@ -79,11 +90,20 @@ def answers(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
 
 
 def details(scored: Scored, settings: Settings) -> dict[str, Any]:
-    """The confusion matrix: true class by predicted class."""
-    counts = confusion_matrix(
-        scored.logits.argmax(-1), scored.examples.labels, scored.examples.num_outputs
-    )
-    return {"confusion": counts.tolist()}
+    """The confusion matrix, true class by predicted class, and the calibration."""
+    labels, predicted = outcomes(scored, settings).T
+    counts = confusion_matrix(predicted, labels, scored.examples.num_outputs)
+    confidence = softmax(scored.logits.astype(np.float64)).max(-1)
+    return {
+        "confusion": counts.tolist(),
+        "calibration": calibration(confidence, predicted == labels)._asdict(),
+    }
+
+
+def truth(examples: Examples) -> list[str]:
+    """The name of each example's class."""
+    names = examples.label_names or ()
+    return [names[label] for label in examples.labels]
 
 
 CLASSIFICATION = Task(
@@ -96,9 +116,12 @@ CLASSIFICATION = Task(
     count_labels=count_labels,
     floor=majority_share,
     floor_metric="accuracy",
-    measure=measure,
+    outcomes=outcomes,
+    metrics=metrics,
     answers=answers,
     details=details,
+    in_words=lambda answer: answer["label"],
+    truth=truth,
     hf_head="SequenceClassification",
     problem_type="single_label_classification",
 )

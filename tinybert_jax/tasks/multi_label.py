@@ -1,7 +1,8 @@
 """Multi-label classification: any number of labels per text or pair of texts.
 
 A label is predicted where its probability reaches a threshold, which is the same for all labels.
-The threshold is the one with the best micro F1 on the dev set; config.json of the model holds it.
+The threshold is the one with the best micro F1 on dev, or on `task.select_share`; config.json of
+the model holds it.
 """
 
 import os
@@ -130,9 +131,14 @@ def tune(scored: Scored) -> Settings:
     return {_THRESHOLD: best_threshold(_probabilities(scored), scored.examples.labels)}
 
 
-def measure(scored: Scored, settings: Settings) -> dict[str, float]:
+def outcomes(scored: Scored, settings: Settings) -> np.ndarray:
+    """[n, 2, labels] of 0 and 1: the true and the predicted labels of each example."""
+    return np.stack([scored.examples.labels, _chosen(scored, settings)], axis=1)
+
+
+def metrics(found: np.ndarray, names: Sequence[str]) -> dict[str, float]:
     """Micro F1, macro F1 and subset accuracy; see `multilabel_metrics`."""
-    return multilabel_metrics(_chosen(scored, settings), scored.examples.labels)
+    return multilabel_metrics(found[:, 1], found[:, 0])
 
 
 def answers(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
@@ -154,6 +160,16 @@ def details(scored: Scored, settings: Settings) -> dict[str, Any]:
     return {"per_class_title": "Scores per label", "per_class": named, "settings": dict(settings)}
 
 
+def truth(examples: Examples) -> list[str]:
+    """The labels of each example."""
+    names = examples.label_names or ()
+    return [_joined([names[i] for i in np.flatnonzero(row)]) for row in examples.labels]
+
+
+def _joined(labels: Sequence[str]) -> str:
+    return ", ".join(labels) or "none"
+
+
 def floor(examples: Examples) -> float:
     """The best micro F1 of predicting the same labels for every text: the most frequent ones."""
     num_texts, num_labels = examples.labels.shape
@@ -172,9 +188,12 @@ MULTI_LABEL = Task(
     count_labels=lambda examples: examples.labels.sum(0),
     floor=floor,
     floor_metric="f1_micro",
-    measure=measure,
+    outcomes=outcomes,
+    metrics=metrics,
     answers=answers,
     details=details,
+    in_words=lambda answer: _joined(answer["labels"]),
+    truth=truth,
     hf_head="SequenceClassification",
     problem_type="multi_label_classification",
     tune=tune,

@@ -1,5 +1,6 @@
 """Regression: one number per text or pair of texts."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,14 @@ def count_labels(examples: Examples) -> np.ndarray:
     return np.zeros(0, np.int64)
 
 
-def measure(scored: Scored, settings: Settings) -> dict[str, float]:
+def outcomes(scored: Scored, settings: Settings) -> np.ndarray:
+    """[n, 2]: the true and the predicted number of each example."""
+    return np.stack([scored.examples.labels, scored.logits[:, 0]], axis=1)
+
+
+def metrics(found: np.ndarray, names: Sequence[str]) -> dict[str, float]:
     """See `regression_metrics`."""
-    return regression_metrics(scored.logits[:, 0], scored.examples.labels)
+    return regression_metrics(found[:, 1], found[:, 0])
 
 
 def answers(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
@@ -47,9 +53,12 @@ REGRESSION = Task(
     count_labels=count_labels,
     floor=lambda examples: None,
     floor_metric="pearson",
-    measure=measure,
+    outcomes=outcomes,
+    metrics=metrics,
     answers=answers,
     details=lambda scored, settings: {},
+    in_words=lambda answer: f"{answer['value']:.3g}",
+    truth=lambda examples: [f"{label:.3g}" for label in examples.labels],
     hf_head="SequenceClassification",
     problem_type="regression",
 )

@@ -19,15 +19,15 @@ from tinybert_jax.data.conll import TaggedText, read_tagged
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.splits import Reading
 from tinybert_jax.data.wordpiece import plain_backend
-from tinybert_jax.metrics.classification import confusion_matrix
 from tinybert_jax.metrics.tagging import (
     Scheme,
     convert_tags,
+    count_entities,
     detect_scheme,
     entities_of,
-    entity_scores,
     entity_scores_per_kind,
     is_tag,
+    scores_of_counts,
 )
 from tinybert_jax.models.heads import make_token_classifier
 from tinybert_jax.tasks.task import Scored, Settings, Task, softmax
@@ -243,29 +243,35 @@ def _is_plain(names: Sequence[str]) -> bool:
     return not all(is_tag(name) for name in names)
 
 
-def measure(scored: Scored, settings: Settings) -> dict[str, float]:
-    """Entity scores as in conlleval; for plain tags accuracy and the means over classes."""
+def outcomes(scored: Scored, settings: Settings) -> np.ndarray:
+    """Counts per sentence: of entities, see `count_entities`, or of plain tags, [n, tags, 3]."""
     gold, predicted = _gold(scored), [tags for tags, _ in _predicted(scored)]
-    if not _is_plain(scored.label_names):
-        return entity_scores(gold, predicted)
-    counts = _confusion(scored, gold, predicted)
-    rows = [row for row in _class_rows(scored.label_names, counts) if row["support"]]
+    names = scored.label_names
+    if not _is_plain(names):
+        return count_entities(gold, predicted, _kinds_of(names))
+    ids = {name: place for place, name in enumerate(names)}
+    counts = np.zeros((len(gold), len(names), 3), np.int64)  # correct, predicted, gold words
+    for row, true, guess in zip(counts, gold, predicted, strict=True):
+        for tag, guessed in zip(true, guess, strict=True):
+            row[ids[tag]] += (tag == guessed, 0, 1)
+            row[ids[guessed], 1] += 1
+    return counts
+
+
+def metrics(found: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """Entity scores as in conlleval; for plain tags accuracy and the means over classes."""
+    if not _is_plain(names):
+        return scores_of_counts(found)
+    counts = found.sum(axis=0)
+    rows = [row for row in _class_rows(names, counts) if row["support"]]
     return {
-        "accuracy": float(np.trace(counts) / counts.sum()),
+        "accuracy": float(counts[:, 0].sum() / counts[:, 2].sum()),
         **{name: float(np.mean([r[name] for r in rows])) for name in ("f1", "precision", "recall")},
     }
 
 
-def _confusion(scored: Scored, gold: list[list[str]], predicted: list[list[str]]) -> np.ndarray:
-    ids = {name: place for place, name in enumerate(scored.label_names)}
-    predictions, labels = (
-        np.array([ids[t] for row in side for t in row]) for side in (predicted, gold)
-    )
-    return confusion_matrix(predictions, labels, len(ids))
-
-
 def _class_rows(names: Sequence[str], counts: np.ndarray) -> list[dict[str, Any]]:
-    hits, gold, found = np.diag(counts), counts.sum(1), counts.sum(0)
+    hits, found, gold = counts.T
     return [
         {
             "name": name,
@@ -305,12 +311,30 @@ def answers(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
     return found
 
 
+def in_words(answer: dict[str, Any]) -> str:
+    """The entities, or the plain tags, of one answer."""
+    if "tags" in answer:
+        return " ".join(answer["tags"])
+    return "; ".join(f"{e['text']} ({e['label']})" for e in answer["entities"]) or "none"
+
+
+def truth(examples: Examples) -> list[str]:
+    """The entities, or the plain tags, of each example."""
+    names, found = examples.label_names or (), []
+    for words, labels in zip(examples.text, examples.labels, strict=True):
+        tags = [names[label] for label in labels]
+        entities = [] if _is_plain(names) else entities_of(tags)
+        named = [{"text": " ".join(words[e.start : e.end]), "label": e.kind} for e in entities]
+        found.append(in_words({"tags": tags} if _is_plain(names) else {"entities": named}))
+    return found
+
+
 def details(scored: Scored, settings: Settings) -> dict[str, Any]:
     """Scores per kind of entity, or per plain tag."""
-    gold, predicted = _gold(scored), [tags for tags, _ in _predicted(scored)]
     if _is_plain(scored.label_names):
-        rows = _class_rows(scored.label_names, _confusion(scored, gold, predicted))
+        rows = _class_rows(scored.label_names, outcomes(scored, settings).sum(axis=0))
         return {"per_class_title": "Scores per tag", "per_class": rows}
+    gold, predicted = _gold(scored), [tags for tags, _ in _predicted(scored)]
     by_kind = entity_scores_per_kind(gold, predicted)
     rows = [{"name": kind, **scores} for kind, scores in by_kind.items()]
     return {"per_class_title": "Scores per entity kind", "per_class": rows}
@@ -340,9 +364,12 @@ TAGGING = Task(
     count_labels=count_labels,
     floor=floor,
     floor_metric="f1",
-    measure=measure,
+    outcomes=outcomes,
+    metrics=metrics,
     answers=answers,
     details=details,
+    in_words=in_words,
+    truth=truth,
     hf_head="TokenClassification",
     problem_type=None,
     check_lengths=check_lengths,

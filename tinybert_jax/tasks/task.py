@@ -4,7 +4,7 @@ A model scores *units* over *classes*; losses and the train step need nothing el
 example or a token of an example. A new kind is one file with a `Task`, and a line in `table`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -36,7 +36,8 @@ class Task(NamedTuple):
     """A kind of task.
 
     `details` is what the report shows beside the metrics: `confusion` (counts [classes, classes]),
-    or `per_class` (rows with name, precision, recall, f1, support) under `per_class_title`.
+    or `per_class` (rows with name, precision, recall, f1, support) under `per_class_title`, and
+    `calibration`.
     """
 
     section: type[TaskSection]  # the settings; the default of its field `kind` names the task
@@ -48,9 +49,14 @@ class Task(NamedTuple):
     count_labels: Callable[[Examples], np.ndarray]  # -> units per label name, [outputs]
     floor: Callable[[Examples], float | None]  # score without any learning; None: no floor
     floor_metric: str  # the metric of `floor`
-    measure: Callable[[Scored, Settings], dict[str, float]]  # -> metrics by name
+    # -> numbers per example [examples, …] that `metrics` needs, so that it can be asked about any
+    # selection of the examples
+    outcomes: Callable[[Scored, Settings], np.ndarray]
+    metrics: Callable[[np.ndarray, Sequence[str]], dict[str, float]]  # (outcomes, label names)
     answers: Callable[[Scored, Settings], list[dict[str, Any]]]  # -> one prediction per example
-    details: Callable[[Scored, Settings], dict[str, Any]]  # -> entries of results.json, see below
+    details: Callable[[Scored, Settings], dict[str, Any]]  # -> entries of results.json, see above
+    in_words: Callable[[dict[str, Any]], str]  # one of the `answers` -> a few words
+    truth: Callable[[Examples], list[str]]  # -> the labels of each example, in such words
     hf_head: str  # end of the class name in transformers, such as SequenceClassification
     problem_type: str | None  # in config.json; kinds may share it: see `table.task_of`
     tune: Callable[[Scored], Settings] | None = None  # -> settings with the best score
@@ -61,6 +67,10 @@ class Task(NamedTuple):
     def kind(self) -> str:
         """The value of `task.kind` in a config."""
         return self.section.model_fields["kind"].default
+
+    def measure(self, scored: Scored, settings: Settings) -> dict[str, float]:
+        """The metrics of a data set by name."""
+        return self.metrics(self.outcomes(scored, settings), scored.label_names)
 
     def best_settings(self, scored: Scored) -> Settings:
         """The settings with the best score on `scored`; empty for a task without settings."""

@@ -1,0 +1,179 @@
+"""Advice: each line in a run that deserves it, and none in one that does not."""
+
+import copy
+
+import pytest
+from report_page import make_results, render
+
+from tinybert_jax.report.advice import advice
+
+
+def _results():
+    """A run about which there is nothing to say."""
+    results = make_results()
+    for model in results["models"]:
+        score = model["metrics"]["accuracy"]
+        model["intervals"] = {"accuracy": [score - 0.02, score + 0.02]}
+    return results | {
+        "comparisons": {
+            "student-model": {
+                "teacher": {"difference": -0.02, "interval": [-0.03, -0.01]},
+                "baseline": {"difference": 0.024, "interval": [0.01, 0.04]},
+                "linear": {"difference": 0.1, "interval": [0.08, 0.12]},
+                "gap_closed": {"value": 0.545, "interval": [0.2, 0.8]},
+            }
+        },
+        "stages": {
+            name: {
+                "num_epochs": 3.0,
+                "num_steps": None,
+                "step": 600,
+                "best_step": 600,
+                "score": 0.905,
+                "tail_score": 0.9,
+                "last_loss": 0.2,
+            }
+            for name in ("finetune", "prediction")
+        },
+    }
+
+
+def test_a_run_without_reason_has_no_advice(tmp_path):
+    assert advice(_results()) == []
+    assert advice(make_results()) == []  # of a version that stored no comparisons
+    assert "What to do next" not in render(tmp_path, _results()).text
+
+
+def _change(results, path, value):
+    *path, last = path.split("/")
+    for key in path:
+        results = results[key]
+    results[last] = value
+
+
+STAGE, COMPARED = "stages/{}", "comparisons/student-model/{}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"stages/finetune/last_loss": 0.6},
+            ("hardly learnt", "ended at 0.60", "guessing has 0.69", "finetune.num_epochs=6"),
+        ),
+        (
+            {"stages/finetune/tail_score": 0.85},
+            ("the teacher was still learning", "0.850 to 0.905", "finetune.num_epochs=6"),
+        ),
+        (
+            {"stages/prediction/tail_score": 0.85},
+            ("the student was still learning", "600 steps", "prediction.num_epochs=6"),
+        ),
+        (
+            {
+                "stages/finetune/tail_score": 0.85,
+                "stages/finetune/num_epochs": None,
+                "stages/finetune/num_steps": 600,
+            },
+            ("still learning", "finetune.num_steps=1200"),
+        ),
+        (
+            {
+                "comparisons/student-model/baseline": {
+                    "difference": -0.168,
+                    "interval": [-0.2, -0.14],
+                }
+            },
+            ("lower than the same student", "-16.8 points [-20.0, -14.0]", "export=best"),
+        ),
+        (
+            {
+                "comparisons/student-model/baseline": {
+                    "difference": 0.01,
+                    "interval": [-0.01, 0.03],
+                }
+            },
+            ("not clearly higher than", "+1.0 points [-1.0, +3.0]"),
+        ),
+        (
+            {
+                "comparisons/student-model/linear": {
+                    "difference": -0.01,
+                    "interval": [-0.03, 0.01],
+                }
+            },
+            ("not clearly higher than TF-IDF", "-1.0 points [-3.0, +1.0]"),
+        ),
+        (
+            {
+                "comparisons/student-model/linear": {
+                    "difference": -0.39,
+                    "interval": [-0.43, -0.35],
+                }
+            },
+            ("TF-IDF with a linear model scores higher", "39.0 points [+35.0, +43.0]"),
+        ),
+    ],
+)
+def test_each_line_in_the_run_that_deserves_it(changes, told):
+    results = copy.deepcopy(_results())
+    for path, value in changes.items():
+        _change(results, path, value)
+    (line,) = advice(results)
+    assert all(words in line for words in told), line
+
+
+def test_few_rows_tell_how_many_are_wanted():
+    results = _results()
+    results["dev_examples"] = 100
+    results["models"][1]["intervals"]["accuracy"] = [0.82, 0.94]
+    (line,) = advice(results)
+    assert "100 dev rows" in line and "± 6.0" in line and "900 rows" in line
+
+
+def test_a_rise_is_held_against_the_error_of_the_rows_that_choose():
+    """A fifth of the rows has more than twice the error: the same rise is not more than it."""
+    results = _results()
+    results["stages"]["finetune"]["tail_score"] = 0.89
+    assert len(advice(results)) == 1
+    assert advice(results | {"select_examples": 170}) == []
+    for model in results["models"]:  # all right, in every resample
+        model["intervals"]["accuracy"] = [1.0, 1.0]
+    assert advice(results) == []
+
+
+def test_export_best_is_not_advised_to_those_who_have_it():
+    results = _results() | {"export": "best"}
+    results["comparisons"]["student-model"]["baseline"] = {
+        "difference": -0.1,
+        "interval": [-0.2, -0.05],
+    }
+    (line,) = advice(results)
+    assert "export=best" not in line
+
+
+def test_best_before_the_end_is_not_still_learning():
+    results = _results()
+    results["stages"]["finetune"] |= {"tail_score": 0.85, "best_step": 500}
+    assert advice(results) == []
+
+
+def test_metrics_that_are_better_when_lower_have_no_advice():
+    assert advice(_results() | {"metric": "mse"}) == []
+
+
+def test_the_headline_says_where_a_student_is_not_ahead_of_itself(tmp_path):
+    results = _results()
+    results["comparisons"]["student-model"]["baseline"]["interval"] = [-0.01, 0.05]
+    page = render(tmp_path, results | {"advice": advice(results)})
+    assert (
+        "reaches 0.885 accuracy and is not clearly ahead of the same student without" in page.text
+    )
+    assert "keeps 97.8 % of its teacher" not in page.text
+    assert "What to do next" in page.text and "not clearly higher" in page.text
+
+
+def test_the_table_shows_intervals_and_the_gap_closed(tmp_path):
+    page = render(tmp_path, _results() | {"select_examples": 100})
+    for expected in ("[0.865, 0.905]", "Gap closed", "54.5 %", "chosen on 100 rows"):
+        assert expected in page.text, expected

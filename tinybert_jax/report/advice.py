@@ -1,0 +1,181 @@
+"""What a run's numbers say about what to do next: one line each, from `results.json`.
+
+Every line names the numbers that it rests on and a setting to change. A run whose numbers give no
+reason for a line has none.
+"""
+
+import html
+import math
+from typing import Any
+
+from tinybert_jax.report.tables import (
+    LOWER_IS_BETTER,
+    Model,
+    finite_number,
+    interval_of,
+    metric_name,
+    models_of,
+)
+
+_NEAR_CHANCE = 0.8  # of the loss of guessing
+_WIDE = 0.03  # half of an interval; wider ones tell few models apart
+_WANTED = 0.02
+_TAIL = 0.2  # of the steps: a score that rose in them was still rising
+
+
+def advice(results: dict[str, Any]) -> list[str]:
+    """The lines in the order of their weight; empty where there is nothing to say."""
+    if results.get("metric") in LOWER_IS_BETTER:
+        return []
+    lines = [_guessing_teacher(results)]
+    for student in (m for m in models_of(results) if m.get("role") == "student"):
+        lines += [_beaten_by_itself(results, student), _beaten_by_linear(results, student)]
+    lines += [_still_learning(results, "finetune", "the teacher")]
+    lines += [_still_learning(results, "prediction", "the student"), _few_rows(results)]
+    return [line for line in lines if line]
+
+
+def advice_list(results: dict[str, Any]) -> str:
+    """The lines that results.json holds as an HTML list; empty without any."""
+    held = results.get("advice")
+    lines = "".join(f"<li>{html.escape(str(line))}</li>" for line in held or ())
+    return f"<ul>{lines}</ul>" if lines else ""
+
+
+def _guessing_teacher(results: dict[str, Any]) -> str:
+    loss = finite_number(_stage(results, "finetune").get("last_loss"))
+    labels = results.get("label_names") or ()
+    is_softmax = "accuracy" in _metrics(results)
+    if loss is None or len(labels) < 2 or not is_softmax:
+        return ""
+    chance = math.log(len(labels))
+    if loss < _NEAR_CHANCE * chance:
+        return ""
+    return (
+        f"the teacher has hardly learnt: its loss ended at {loss:.2f}, and guessing has "
+        f"{chance:.2f}; a student cannot learn more from it: {_longer(results, 'finetune')}, or "
+        "raise finetune.learning_rate"
+    )
+
+
+def _beaten_by_itself(results: dict[str, Any], student: Model) -> str:
+    compared = _compared(results, student, "baseline")
+    if compared is None or compared[1] > 0:
+        return ""
+    difference, low, high = compared
+    verdict = "lower than" if difference < 0 else "not clearly higher than"
+    changes = [
+        "distil for longer (intermediate.num_epochs, prediction.num_epochs)",
+        "start the student from the teacher's layers (init: teacher_layers or teacher_reduced)",
+        "give task.unlabelled text",
+    ]
+    if results.get("export") != "best":
+        changes.append("take the better one with export=best")
+    return (
+        f"{student.get('name')} scores {verdict} the same student without a teacher "
+        f"({_points(difference)} points {_bracket(low, high)}): {', or '.join(changes)}"
+    )
+
+
+def _beaten_by_linear(results: dict[str, Any], student: Model) -> str:
+    compared = _compared(results, student, "linear")
+    if compared is None or compared[1] > 0:
+        return ""
+    difference, low, high = compared
+    name = student.get("name")
+    change = "a larger student, or train for longer"
+    if high >= 0:
+        return (
+            f"{name} scores not clearly higher than TF-IDF with a linear model "
+            f"({_points(difference)} points {_bracket(low, high)}), which costs next to nothing: "
+            f"take that, or {change}"
+        )
+    return (
+        f"TF-IDF with a linear model scores higher than {name} ({-100 * difference:.1f} points "
+        f"{_bracket(-high, -low)}) and costs next to nothing: take that, or {change}"
+    )
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}"
+
+
+def _bracket(low: float, high: float) -> str:
+    return f"[{_points(low)}, {_points(high)}]"
+
+
+def _still_learning(results: dict[str, Any], name: str, subject: str) -> str:
+    """Where the score rose in the last fifth of the steps by more than its standard error."""
+    stage = _stage(results, name)
+    first, last, step = (finite_number(stage.get(key)) for key in ("tail_score", "score", "step"))
+    role = "teacher" if name == "finetune" else "student"
+    bounds = [interval_of(m, results.get("metric")) for m in models_of(results)]
+    widths = [
+        bound[1] - bound[0]
+        for bound, model in zip(bounds, models_of(results), strict=True)
+        if bound and model.get("role") == role
+    ]
+    widths = [width for width in widths if width > 0]
+    if first is None or last is None or step is None or not widths:
+        return ""
+    # The scores are of the rows that choose, the intervals of dev: fewer rows have a larger error.
+    num_dev, num_select = (
+        finite_number(results.get(name)) or 0 for name in ("dev_examples", "select_examples")
+    )
+    scale = math.sqrt(num_dev / num_select) if num_dev and num_select else 1.0
+    if stage.get("best_step") != step or last - first <= scale * min(widths) / 4:
+        return ""
+    return (
+        f"{subject} was still learning: its {metric_name(results.get('metric'))} rose from "
+        f"{first:.3f} to {last:.3f} in the last fifth of the {step:,.0f} steps and was best at the "
+        f"end: {_longer(results, name)}"
+    )
+
+
+def _few_rows(results: dict[str, Any]) -> str:
+    count = finite_number(results.get("dev_examples"))
+    student = next((m for m in models_of(results) if m.get("role") == "student"), None)
+    bounds = interval_of(student or {}, results.get("metric"))
+    if not count or bounds is None or (half := (bounds[1] - bounds[0]) / 2) <= _WIDE:
+        return ""
+    wanted = count * (half / _WANTED) ** 2
+    return (
+        f"{count:,.0f} dev rows tell two models apart only where they differ by several points "
+        f"(the student's score is known to ± {100 * half:.1f}); ± {100 * _WANTED:.0f} takes about "
+        f"{wanted:,.0f} rows: raise task.dev_share, or give task.dev a larger file"
+    )
+
+
+def _longer(results: dict[str, Any], name: str) -> str:
+    stage = _stage(results, name)
+    for key in ("num_epochs", "num_steps"):
+        if (value := finite_number(stage.get(key))) is not None:
+            return f"train longer, {name}.{key}={2 * value:g} (in another run_dir)"
+    return f"train longer ({name}.num_epochs)"
+
+
+def _compared(
+    results: dict[str, Any], student: Model, other: str
+) -> tuple[float, float, float] | None:
+    """(difference, low, high) of a student to another model; None without such a comparison."""
+    found: Any = results.get("comparisons")
+    for key in (str(student.get("name")), other):
+        found = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not isinstance(found.get("interval"), list | tuple):
+        return None
+    values = [finite_number(value) for value in (found.get("difference"), *found["interval"])]
+    if len(values) != 3 or any(value is None for value in values):
+        return None
+    return values[0], values[1], values[2]  # type: ignore[return-value]
+
+
+def _stage(results: dict[str, Any], name: str) -> dict[str, Any]:
+    stages = results.get("stages")
+    stage = stages.get(name) if isinstance(stages, dict) else None
+    return stage if isinstance(stage, dict) else {}
+
+
+def _metrics(results: dict[str, Any]) -> set[str]:
+    models = models_of(results)
+    found = models[0].get("metrics") if models else None
+    return set(found) if isinstance(found, dict) else set()

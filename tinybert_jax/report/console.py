@@ -1,0 +1,64 @@
+"""The results of a run as lines for the console, from `results.json`."""
+
+from typing import Any
+
+
+def console_summary(summary: dict[str, Any]) -> str:
+    """The models, comparisons and held-out metrics of `results.json`, as lines for the console."""
+    metric, width = summary["metric"], max((len(m["name"]) for m in summary["models"]), default=0)
+    lines = [
+        f"{m['role']:<9} {m['name']:<{width}}  "
+        f"{metric} {m['metrics'][metric]:.4f}{_spread(metric, m)}{_shown(m['intervals'][metric])}"
+        f"{_costs(m)}"
+        for m in summary["models"]
+    ]
+    kept = summary.get("share_kept", {})
+    shares = kept if isinstance(kept, dict) else {"the student": kept}
+    comparisons = summary.get("comparisons", {})
+    for name, share in shares.items():
+        compared = comparisons[name] if name in comparisons else next(iter(comparisons.values()))
+        line = f"{name} keeps {share:.1%} of its teacher"
+        if closed := compared.get("gap_closed"):
+            bounds = closed["interval"]
+            shown = f" [{bounds[0]:.0%}, {bounds[1]:.0%}]" if bounds else ""
+            line += (
+                f" and closes {closed['value']:.0%}{shown} of the gap between itself without a "
+                "teacher and the teacher"
+            )
+        lines.append(line)
+    for name, compared in comparisons.items():
+        differences = ", ".join(
+            f"{_OTHERS[other]} {own['difference']:+.4f}{_shown(own['interval'])}"
+            for other, own in compared.items()
+            if other in _OTHERS
+        )
+        if differences:
+            lines.append(f"{name} {metric} against {differences}")
+    if heldout := summary.get("heldout"):
+        values = (f"{name} {float(value):.4g}" for name, value in heldout.items())
+        lines.append(f"pretrain  on held-out text: {', '.join(values)}")
+    lines += [f"advice: {line}" for line in summary.get("advice", ())]
+    return "\n".join(lines)
+
+
+_OTHERS = {"teacher": "the teacher", "baseline": "no teacher", "linear": "TF-IDF"}
+
+
+def _shown(bounds: tuple[float, float]) -> str:
+    return f" [{bounds[0]:.4f}, {bounds[1]:.4f}]"
+
+
+def _costs(model: dict[str, Any]) -> str:
+    if "latency_ms" not in model:
+        return ""
+    size, latency = model["num_encoder_parameters"] / 1e6, model["latency_ms"]["median"]
+    return f"  {size:.2f} M encoder parameters  {latency:.1f} ms"
+
+
+def _spread(metric: str, model: dict[str, Any]) -> str:
+    if "by_seed" not in model:
+        return ""
+    count, deviation = len(model["by_seed"]), model["deviation"][metric]
+    if "mean" in model:
+        return f" (best of {count} seeds: {model['mean'][metric]:.4f} ± {deviation:.4f})"
+    return f" ± {deviation:.4f} ({count} seeds)"
