@@ -14,6 +14,7 @@ from tinybert_jax.settings.sizes import ModelConfig
 TEXTS = ["a fine film with a sea", "a dull film", "tea and toast", "toast and jam and tea"] * 6
 LABELS = ["pos", "neg"] * 12
 
+STAGE = {"global_batch_size": 8, "max_length": 16, "batching": "pad", "learning_rate": 1e-2}
 TEACHER = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32}
 STUDENT = {
     "num_hidden_layers": 1,

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from tiny_inputs import STUDENT, TEACHER, write_config, write_inputs
+from tiny_inputs import STAGE, STUDENT, TEACHER, write_config, write_inputs
 
 from tinybert_jax import cli
 from tinybert_jax.config.tasks import ClassificationTask
@@ -14,14 +14,7 @@ from tinybert_jax.tasks.classification import CLASSIFICATION
 
 pytestmark = pytest.mark.usefixtures("cheap_programs")
 
-STAGE = {
-    "num_steps": 30,
-    "global_batch_size": 16,
-    "max_length": 16,
-    "batching": "pad",
-    "learning_rate": 1e-2,
-    "eval_every": 10,
-}
+JUDGED = {**STAGE, "global_batch_size": 16, "eval_every": 10}
 WORDS = {"pos": ["fine", "jam"], "neg": ["dull", "sea"]}
 
 
@@ -57,9 +50,9 @@ def run(tmp_path_factory, cheap_programs):
         student=STUDENT,
         num_seeds=2,
         export="best",
-        finetune={**STAGE, "num_seeds": 2, "num_steps": 60},
-        prediction={**STAGE, "num_steps": 10, "learning_rate": 1e-9},
-        baseline={**STAGE, "num_steps": 150, "learning_rate": 3e-2, "dropout": 0.0},
+        finetune={**JUDGED, "num_seeds": 2, "num_steps": 60},
+        prediction={**JUDGED, "num_steps": 10, "learning_rate": 1e-9},
+        baseline={**JUDGED, "num_steps": 150, "learning_rate": 3e-2, "dropout": 0.0},
     )
     assert cli.main(["run", config]) == 0
     return folder

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_inputs import STUDENT, TEACHER, TEXTS, write_config, write_inputs
+from tiny_inputs import STAGE, STUDENT, TEACHER, TEXTS, write_config, write_inputs
 
 from tinybert_jax import cli
 from tinybert_jax.batches.tokenize import tokenize_texts
@@ -15,18 +15,12 @@ from tinybert_jax.runs.preflight import read_run
 
 pytestmark = pytest.mark.usefixtures("cheap_programs")
 
-STAGE = {
-    "num_steps": 6,
-    "global_batch_size": 8,
-    "max_length": 16,
-    "batching": "pad",
-    "learning_rate": 1e-2,
-}
+SHORT = {**STAGE, "num_steps": 6}
 FINETUNE = {**STAGE, "num_steps": 40, "num_seeds": 2, "teach": "mean"}
 
 
 def _config(folder, **sections):
-    sections = {"finetune": FINETUNE, "prediction": STAGE, **sections}
+    sections = {"finetune": FINETUNE, "prediction": SHORT, **sections}
     return write_config(folder / "run.yaml", folder, folder / "run", student=STUDENT, **sections)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_inputs
 from safetensors.numpy import load_file, save_file
 from tiny_inputs import STUDENT, TEACHER, TEXTS, write_config, write_inputs
 
@@ -27,16 +28,7 @@ from tinybert_jax.runs.preflight import read_run
 from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.terms.table import reads_of
 
-STAGE = {
-    "num_steps": 6,
-    "global_batch_size": 8,
-    "max_length": 16,
-    "batching": "pad",
-    "learning_rate": 1e-2,
-    "log_every": 1,
-    "save_every": 2,
-    "eval_every": 6,
-}
+STAGE = {**tiny_inputs.STAGE, "num_steps": 6, "log_every": 1, "save_every": 2, "eval_every": 6}
 WEIGHTS = "models/prediction/model.safetensors"
 
 pytestmark = pytest.mark.usefixtures("cheap_programs")

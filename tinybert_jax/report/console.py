@@ -28,12 +28,12 @@ def console_summary(summary: dict[str, Any]) -> str:
         lines.append(line)
     for name, compared in comparisons.items():
         differences = ", ".join(
-            f"{_OTHERS[other]} {own['difference']:+.4f}{_shown(own['interval'])}"
-            for other, own in compared.items()
+            f"{found['difference']:+.4f}{_shown(found['interval'])} {_OTHERS[other]}"
+            for other, found in compared.items()
             if other in _OTHERS
         )
         if differences:
-            lines.append(f"{name} {metric} against {differences}")
+            lines.append(f"{name}: {metric} {differences}")
     if heldout := summary.get("heldout"):
         values = (f"{name} {float(value):.4g}" for name, value in heldout.items())
         lines.append(f"pretrain  on held-out text: {', '.join(values)}")
@@ -41,7 +41,11 @@ def console_summary(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_OTHERS = {"teacher": "the teacher", "baseline": "no teacher", "linear": "TF-IDF"}
+_OTHERS = {
+    "teacher": "against the teacher",
+    "baseline": "against itself without a teacher",
+    "linear": "against TF-IDF",
+}
 
 
 def _shown(bounds: tuple[float, float]) -> str:
