@@ -1,83 +1,153 @@
-"""Runs the arms of a comparison with the command `tinybert run` and prints one table of them.
+"""Runs a comparison of arms on some data sets with `tinybert run`, and prints one table of them.
 
-    TEACHER=<all-MiniLM-L6-v2 folder> TINYBERT_DATA=<data> python benchmarks/arms.py ablation
+    TEACHER=<all-MiniLM-L6-v2 folder> TINYBERT_DATA=<data> python benchmarks/arms.py starts
 
-In the repository's root, after what the comparison needs. Both it and the arms are told by
-benchmarks/arms.yaml. Each arm has a folder and a log under --runs; a stage that is done is not done
-again. `--together 6` runs so many at one time, to fill a GPU or its host. Further arguments are
-settings for all arms, over their own: `compute.unroll_layers=true`.
+In the repository's root. benchmarks/arms.yaml tells the comparisons: data sets (a config, or a cell
+of benchmarks/cells.py), the settings of a teacher that all arms share, and the settings of each
+arm. Each run has a folder and a log under --runs; what is done is not done again. `--together 6`
+runs so many at one time, to fill a GPU or its host. Further arguments are settings for all runs,
+over their own: `compute.unroll_layers=true`.
+
+Scores are means ± deviations over seeds. The difference is that to the first arm, with a 95 %
+interval from resamples of the dev rows, the same for both.
 """
 
 import argparse
 import concurrent.futures
 import json
 import os
+import statistics
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
+from cells import cell_settings
+
+from tinybert_jax.config.load import load
+from tinybert_jax.metrics.intervals import interval
+from tinybert_jax.runs.preflight import read_run
+from tinybert_jax.runs.scoring import SeedScores, evaluated_models, score_seeds
 
 _ARMS = Path(__file__).with_name("arms.yaml")
+_SHARED_TEACHER = "SHARED_TEACHER"  # in the settings of arms: the folder of that teacher
+
+
+class Arm(NamedTuple):
+    data: str
+    name: str
+    config: str
+    folder: Path
+    settings: list[str]
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    def run(self) -> int:
+        """The command's exit status; its output goes to the log beside the folder."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "tinybert_jax", "run", self.config]
+        with self.log.open("a") as log:
+            return subprocess.run(
+                [*command, *self.settings, f"run_dir={self.folder}"], stdout=log, stderr=log
+            ).returncode
 
 
 def main() -> int:
     """1 if an arm failed; the others are in the table."""
     comparisons = yaml.safe_load(_ARMS.read_text())
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("comparison", choices=list(comparisons))
     parser.add_argument("settings", nargs="*", metavar="key.path=value")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--together", type=int, default=1, help="arms at one time")
+    parser.add_argument("--data", nargs="+", help="only these data sets")
     args = parser.parse_intermixed_args()
     if args.together < 1:
         parser.error(f"--together: expected 1 or more, got {args.together}")
     # Else the first of several processes on one GPU takes three quarters of its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    comparison = comparisons[args.comparison]
-    shared = comparison.get("settings", [])
-    folders = {
-        name: args.runs / f"{args.comparison}-{name.replace(',', '').replace(' ', '-')}"
-        for name in comparison["arms"]
-    }
+    comparison, folder = comparisons[args.comparison], args.runs / args.comparison
+    teachers, arms = plan(comparison, folder, args.settings, args.data)
     with concurrent.futures.ThreadPoolExecutor(args.together) as pool:
-        ended = {
-            name: pool.submit(
-                _run, comparison["config"], folders[name], [*shared, *settings, *args.settings]
-            )
-            for name, settings in comparison["arms"].items()
-        }
-    print("| arm | dev score, mean ± deviation over seeds | share of teacher | minutes |")
-    print("|---|---|---|---|")
-    for name, folder in folders.items():
-        print(_line(name, folder, ended[name].result()), flush=True)
-    return int(any(status.result() for status in ended.values()))
+        failed = [
+            arm for arm, status in zip(teachers, pool.map(Arm.run, teachers), strict=True) if status
+        ]
+        arms = [arm for arm in arms if arm.data not in {teacher.data for teacher in failed}]
+        failed += [arm for arm, status in zip(arms, pool.map(Arm.run, arms), strict=True) if status]
+    print("| data | arm | model | score | difference | of the teacher's | minutes |")
+    print("|---|---|---|---|---|---|---|")
+    references: dict[tuple[str, ...], SeedScores] = {}
+    for arm in arms:
+        for line in [] if arm in failed else lines(arm, references):
+            print(line, flush=True)
+    for arm in failed:
+        print(f"{arm.data} {arm.name}: failed, see {arm.log}")
+    return int(bool(failed))
 
 
-def _run(config: str, folder: Path, settings: list[str]) -> int:
-    """The command's exit status; its output goes to the log beside the folder."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "tinybert_jax", "run", config, f"run_dir={folder}", *settings]
-    with _log_of(folder).open("a") as log:
-        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+def plan(
+    comparison: Mapping[str, Any], folder: Path, further: list[str], only: list[str] | None = None
+) -> tuple[list[Arm], list[Arm]]:
+    """(the runs that train a shared teacher, the arms) of a comparison; writes the cells' text."""
+    teachers, arms = [], []
+    for data, given in comparison.get("data", {"": {}}).items():
+        if only and data not in only:
+            continue
+        place = folder / data
+        config = given.get("config", comparison.get("config"))
+        settings = given.get("settings", [])
+        if "cell" in given:
+            config, cell = cell_settings(*given["cell"], place)
+            settings = [*cell, *settings]
+        if "teacher" in comparison:
+            own = [*settings, *comparison["teacher"], *further]
+            teachers.append(Arm(data, "teacher", config, place / "teacher", own))
+        for name, changes in comparison["arms"].items():
+            own = [*settings, *comparison.get("settings", []), *changes, *further]
+            own = [
+                text.replace(_SHARED_TEACHER, f"{place}/teacher/models/finetune") for text in own
+            ]
+            own_folder = place / name.replace(",", "").replace(" ", "-")
+            arms.append(Arm(data, name, config, own_folder, own))
+    return teachers, arms
 
 
-def _log_of(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.log")
-
-
-def _line(name: str, folder: Path, status: int) -> str:
-    """The arm's row of the table, or where to read why it has none."""
-    if status:
-        return f"| {name} | failed with {status}, see {_log_of(folder)} | | |"
-    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    metric = results["metric"]
-    student = next(model for model in results["models"] if model["role"] == "student")
-    spread = f" ± {student['deviation'][metric]:.4f}" if "deviation" in student else ""
-    kept = f"{results['share_kept']:.1%}" if "share_kept" in results else ""
-    minutes = sum(results["seconds"].values()) / 60
-    return f"| {name} | {student['metrics'][metric]:.4f}{spread} | {kept} | {minutes:.1f} |"
+def lines(arm: Arm, references: dict[tuple[str, ...], SeedScores]) -> Iterator[str]:
+    """The arm's rows of the table; the scores of the first arm of a data set become references."""
+    results: dict[str, Any] = json.loads((arm.folder / "results.json").read_text())
+    metric, minutes = results["metric"], sum(results["seconds"].values()) / 60
+    config = load(arm.folder / "config.yaml")
+    run = read_run(config, config.stages)
+    teacher = None
+    for model in evaluated_models(run):
+        scores, _, _ = score_seeds(run, model)
+        values = [by_name[metric] for by_name in scores.by_seed]
+        value = values[scores.best] if model.role == "teacher" else statistics.mean(values)
+        shown = f"{value:.4f}"
+        if len(values) > 1:
+            shown += f" ± {statistics.stdev(values):.4f}"
+        low, high = interval(scores.resampled[metric])
+        key = (arm.data, model.role, model.member)
+        difference = kept = ""
+        if key in references:
+            draws = scores.resampled[metric] - references[key].resampled[metric]
+            other = statistics.mean(row[metric] for row in references[key].by_seed)
+            ends = " to ".join(f"{end:+.4f}" for end in interval(draws))
+            difference = f"{value - other:+.4f} [{ends}]"
+        references.setdefault(key, scores)
+        if model.role == "teacher":
+            teacher = value
+        elif teacher:
+            kept = f"{value / teacher:.1%}"
+        name = f"{model.role} {model.member}".strip()
+        yield (
+            f"| {arm.data} | {arm.name} | {name} | {shown} [{low:.4f}, {high:.4f}] | {difference} "
+            f"| {kept} | {minutes:.1f} |"
+        )
 
 
 if __name__ == "__main__":

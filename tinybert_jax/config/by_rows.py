@@ -31,21 +31,22 @@ class Length(NamedTuple):
     least: int
     most: int
 
-    def epochs(self, num_rows: int) -> int:
+    def epochs(self, num_rows: int, batch: int) -> int:
         if num_rows >= _MANY_ROWS:
             return 1
-        wanted = self.steps * _BATCH / max(num_rows, 1)
+        wanted = self.steps * batch / max(num_rows, 1)
         return min(max(math.ceil(wanted), self.least), self.most)
 
 
 LENGTHS = {
-    "finetune": Length(500, 3, 30),
-    "intermediate": Length(600, 3, 40),
-    "prediction": Length(600, 3, 30),
-    "baseline": Length(800, 4, 40),
+    "finetune": Length(400, 3, 15),
+    "intermediate": Length(250, 2, 12),
+    "prediction": Length(250, 2, 12),
+    "baseline": Length(600, 3, 30),
 }
-_BATCH = 32
-_FEW_ROWS = 1000  # too few to set rows apart that choose a checkpoint: the last one is kept
+_BATCH, _SMALL_BATCH = 32, 16
+_SMALL = 3000  # rows, below which batches are small
+_FEW_ROWS = 2000  # too few to set rows apart that choose a checkpoint: the last one is kept
 _MANY_ROWS = 200_000  # an epoch is long enough
 _SELECT_SHARE = 0.1
 _WIDE = 512  # teachers above it have students of their own width no more, and lower rates
@@ -73,7 +74,8 @@ def fill(tree: Mapping[str, Any], facts: Facts) -> tuple[dict[str, Any], list[st
             continue
         rows = num_distilled if name in ("intermediate", "prediction") else num_rows
         given = _section(name, filled.get(name))
-        filled[name] = _stage(name, given, length.epochs(rows), rows, rates[name], bool(share))
+        given = {"global_batch_size": _BATCH if rows >= _SMALL else _SMALL_BATCH, **given}
+        filled[name] = _stage(name, given, length, rows, rates[name], bool(share))
         lines.append(_describe(name, filled[name], rows))
     return filled, lines
 
@@ -170,14 +172,16 @@ def _rates(facts: Facts, students: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _stage(
-    name: str, given: dict[str, Any], epochs: int, num_rows: int, rate: float, chooses: bool
+    name: str, given: dict[str, Any], length: Length, num_rows: int, rate: float, chooses: bool
 ) -> dict[str, Any]:
     """The section of a stage; where rows choose, a stage with a head is evaluated five times."""
     settings: dict[str, Any] = {"learning_rate": rate, "batching": "pack"}
     if given.get("num_steps") is None and given.get("num_epochs") is None:
-        settings["num_epochs"] = epochs
-    if name in ("intermediate", "prediction"):
+        settings["num_epochs"] = length.epochs(num_rows, _batch_of(given))
+    if name == "intermediate":
         settings["dropout"] = 0.0
+    if name in ("finetune", "prediction"):
+        settings["head_start"] = "fitted"
     settings |= given
     if name != "intermediate" and "eval_every" not in given:
         steps = _num_steps(settings, num_rows)
@@ -188,17 +192,24 @@ def _stage(
 
 def _num_steps(settings: dict[str, Any], num_rows: int) -> int:
     """About how many steps a stage has; 1 for values that no config may have."""
-    batch = settings.get("global_batch_size") or _BATCH
-    values = settings.get("num_steps"), settings.get("num_epochs"), batch
-    if not all(isinstance(value, int | float | None) for value in values) or batch <= 0:
+    values = settings.get("num_steps"), settings.get("num_epochs")
+    if not all(isinstance(value, int | float | None) for value in values):
         return 1
     if values[0]:
         return max(int(values[0]), 1)
-    return max(math.ceil((values[1] or 0) * num_rows / batch), 1)
+    return max(math.ceil((values[1] or 0) * num_rows / _batch_of(settings)), 1)
+
+
+def _batch_of(settings: dict[str, Any]) -> int:
+    """The examples of a batch; the recipe's own for values that no config may have."""
+    given = settings["global_batch_size"]
+    return given if isinstance(given, int) and given > 0 else _BATCH
 
 
 def _describe(name: str, settings: dict[str, Any], num_rows: int) -> str:
     length = f"{_num_steps(settings, num_rows):,} steps"
     if settings.get("num_epochs"):
         length = f"{settings['num_epochs']} epochs of {num_rows:,} rows, about {length}"
-    return f"{name}: {length}; learning rate {settings['learning_rate']}"
+    fitted = ", from a fitted head" if settings.get("head_start") == "fitted" else ""
+    batch = f"{settings['global_batch_size']} examples each"
+    return f"{name}: {length} of {batch}{fitted}; learning rate {settings['learning_rate']}"

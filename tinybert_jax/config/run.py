@@ -17,6 +17,7 @@ from tinybert_jax.config.stages import (
     STAGES,
     CorpusStageSection,
     FinetuneSection,
+    HeadSection,
     Masking,
     PretrainSection,
     Stage,
@@ -99,7 +100,7 @@ class RunConfig(Section):
     finetune: FinetuneSection | None = None
     general: CorpusStageSection | None = None
     intermediate: StageSection | None = None
-    prediction: StageSection | None = None
+    prediction: HeadSection | None = None
     baseline: SupervisedSection | None = None
 
     @property
@@ -155,6 +156,8 @@ class RunConfig(Section):
             return False
         if self.has_several_teachers or chosen is not None:
             return chosen is not False
+        if section.head_start == "fitted":
+            return True
         return (section.num_epochs or 0) > 1 and not reads_of(others).teacher
 
     def _plan(self, stage: Stage) -> StagePlan:

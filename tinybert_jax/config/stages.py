@@ -239,7 +239,17 @@ class Masking(NamedTuple):
     pair_weight: float = 0.0  # of the loss on sentence pairs
 
 
-class SupervisedSection(StageSection):
+class HeadSection(StageSection):
+    """A stage that trains a task head."""
+
+    head_start: Literal["random", "fitted"] = Field(
+        "random",
+        description="fitted: before the first step the head is fitted to the features of the "
+        "starting encoder, with the labels or the teacher's logits as targets",
+    )
+
+
+class SupervisedSection(HeadSection):
     """A stage that trains on labels: finetune or baseline."""
 
     label_smoothing: Probability = 0.0

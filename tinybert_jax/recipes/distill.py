@@ -83,7 +83,7 @@ def main(run: Run, plan: StagePlan) -> None:
             ),
             _make_mask(run, plan),
         )
-        init_params = make_init(run, plan, student, init, teacher_encoder, batches)
+        init_params = make_init(run, plan, student, (apply, init), teacher_encoder, batches)
         evaluator = None
         if plan.stage.trains_head:
             evaluators[student.name] = make_task_evaluator(run, apply, section)

@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import SupervisedSection
 from tinybert_jax.huggingface.folder import save_model, start_params
+from tinybert_jax.models.params import Params
 from tinybert_jax.objectives.supervised import make_supervised
 from tinybert_jax.performance.flops import training_flops_per_token
+from tinybert_jax.runs.head_start import fitted_head
 from tinybert_jax.runs.run import (
     Run,
     TaskEvaluator,
@@ -21,7 +24,7 @@ from tinybert_jax.runs.run import (
 )
 from tinybert_jax.runs.scoring import best_index, score
 from tinybert_jax.runs.stage import Member, Training, run_stage
-from tinybert_jax.runs.stage_batches import make_stage_batches
+from tinybert_jax.runs.stage_batches import StageBatches, make_stage_batches
 from tinybert_jax.runs.workload import count_last_layer_tokens
 from tinybert_jax.settings.sizes import ModelConfig
 
@@ -38,13 +41,14 @@ def main(run: Run, plan: StagePlan) -> None:
         starts = {student.name: student.section.path for student in run.students}
 
     # Train, and save the best parameters by score.
-    made = {name: _make_member(run, plan, sizes[name], starts[name]) for name in sizes}
+    batches = make_stage_batches(run, plan)
+    made = {name: _make_member(run, plan, sizes[name], starts[name], batches) for name in sizes}
     trained = run_stage(
         run,
         Training(
             plan=plan,
             members={name: member for name, (member, _) in made.items()},
-            batches=make_stage_batches(run, plan),
+            batches=batches,
             frozen=(),
             flops_per_token=lambda width: training_flops_per_token(
                 [*sizes.values()] * len(plan.seeds) * plan.num_passes,
@@ -69,7 +73,11 @@ def main(run: Run, plan: StagePlan) -> None:
 
 
 def _make_member(
-    run: Run, plan: StagePlan, sizes: ModelConfig, start: str | Path | None
+    run: Run,
+    plan: StagePlan,
+    sizes: ModelConfig,
+    start: str | Path | None,
+    batches: StageBatches,
 ) -> tuple[Member, TaskEvaluator]:
     """(member, its evaluator); `start`: a folder or hub id, None for random weights."""
     section, task = plan.section, run.required_task
@@ -77,6 +85,14 @@ def _make_member(
         run, with_dropout(sizes, section), **trained_options(run.compute, plan)
     )
     evaluator = make_task_evaluator(run, apply, section)
+
+    def init_params(key: jax.Array, seed: int) -> Params:
+        names = task.data.label_names
+        params = start_params(start, init, key, label_names=names, is_quiet=seed > 0)
+        if section.head_start == "fitted":
+            return fitted_head(run, apply, params, batches)
+        return params
+
     member = Member(
         make_supervised(
             apply,
@@ -85,9 +101,7 @@ def _make_member(
             class_weights=_class_weights(run, section),
             r_drop=section.r_drop,
         ),
-        lambda key, seed: start_params(
-            start, init, key, label_names=task.data.label_names, is_quiet=seed > 0
-        ),
+        init_params,
         evaluator.as_evaluator(),
     )
     return member, evaluator

@@ -14,7 +14,7 @@ from tinybert_jax.config.models import Student
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.huggingface.folder import start_params
 from tinybert_jax.models.heads import make_encoder
-from tinybert_jax.models.params import Params
+from tinybert_jax.models.params import Apply, Params
 from tinybert_jax.objectives.alignment import (
     init_projection,
     start_from_teacher_embeddings,
@@ -26,6 +26,7 @@ from tinybert_jax.objectives.reduction import (
     refit_norms,
     start_from_reduced_teacher,
 )
+from tinybert_jax.runs.head_start import fitted_head
 from tinybert_jax.runs.run import Run
 from tinybert_jax.runs.stage_batches import StageBatches
 from tinybert_jax.settings.layer_maps import make_layer_pairs
@@ -39,15 +40,17 @@ def make_init(
     run: Run,
     plan: StagePlan,
     student: Student,
-    init: Callable[[jax.Array], Params],
+    model: tuple[Apply, Callable[[jax.Array], Params]],
     teacher_encoder: Callable[[], Mapping[str, Any]],
     batches: StageBatches,
 ) -> Callable[[jax.Array, int], dict[str, Any]]:
     """init_params(key, index of the seed): initial {student} or {student, projection}.
 
     They come from an earlier stage that is done, else from the student's folder, else from `init`
-    and the teacher. `batches`: text for the starts that read the teacher's states.
+    and the teacher. `model`: (apply, init). `batches`: text for the starts that read the teacher's
+    states or fit the head.
     """
+    apply, init = model
 
     def init_params(key: jax.Array, seed: int) -> Params:
         earlier = plan.stage.starts_from
@@ -56,10 +59,13 @@ def make_init(
         start = functools.partial(
             _start, run, student, folders[0], init, teacher_encoder, batches, is_quiet=seed > 0
         )
-        if not reads_of(plan.terms).projection:
-            return {"student": start(key)[0]}
-        student_key, projection_key = jax.random.split(key)
+        has_projection = reads_of(plan.terms).projection
+        student_key, projection_key = jax.random.split(key) if has_projection else (key, key)
         params, directions = start(student_key)
+        if getattr(plan.section, "head_start", "random") == "fitted":
+            params = fitted_head(run, apply, params, batches)
+        if not has_projection:
+            return {"student": params}
         projection = _start_projection(run, student, folders, projection_key, directions)
         return {"student": params, "projection": projection}
 
