@@ -101,7 +101,8 @@ def plan(
         config = given.get("config", comparison.get("config"))
         settings = given.get("settings", [])
         if "cell" in given:
-            config, cell = cell_settings(*given["cell"], place)
+            name, num_rows = given["cell"]
+            config, cell = cell_settings(name, num_rows, place)
             settings = [*cell, *settings]
         if "teacher" in comparison:
             own = [*settings, *comparison["teacher"], *further]

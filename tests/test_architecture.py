@@ -28,7 +28,8 @@ ROOMS = {
     "tokens": "store instances transform ray prepare inspect",
     "huggingface": "tensors hub weights bert distilbert families head folder rewrite",
     "tasks": "task classification regression multi_label tagging linear table",
-    "objectives": "alignment linear_probe reduction objective masking masked_lm supervised distillation",
+    "objectives": "alignment linear_probe reduction objective masking masked_lm supervised "
+    "distillation",
     "inference": "scorer pretrained predict",
     "training": "members optimizer early_stopping loop step checkpoint metric_log throughput",
     "runs": "inputs run corpus_checks checks preflight stage_batches teacher_logits workload "

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -48,15 +49,13 @@ def fitted_head(run: Run, apply: Apply, params: Params, batches: StageBatches) -
         targets.append(np.asarray(wanted)[is_unit])
         num_units, number = num_units + len(targets[-1]), number + 1
     form = FORMS[task.form]
-    return {
-        **params,
-        "classifier": fit_head(
-            jax.tree.map(jnp.asarray, params["classifier"]),
-            np.concatenate(features),
-            _mean(form.teacher_loss if is_taught else form.label_loss, np.concatenate(targets)),
-            _OF_LOGITS if is_taught else _OF_LABELS,
-        ),
-    }
+    head = fit_head(
+        jax.tree.map(jnp.asarray, params["classifier"]),
+        np.concatenate(features),
+        _mean(form.teacher_loss if is_taught else form.label_loss, np.concatenate(targets)),
+        _OF_LOGITS if is_taught else _OF_LABELS,
+    )
+    return cast(Params, {**params, "classifier": head})
 
 
 def _mean(loss: Callable[..., jax.Array], targets: np.ndarray) -> Callable[[jax.Array], jax.Array]:
