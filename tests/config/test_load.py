@@ -9,6 +9,7 @@ import yaml
 
 from tinybert_jax import cli
 from tinybert_jax.config import load as config_files
+from tinybert_jax.config.by_rows import TYPICAL
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.config.load import ConfigError
 from tinybert_jax.config.stages import FINETUNE
@@ -42,13 +43,21 @@ def test_shipped_configs_are_valid_and_say_how_to_run_them(path, monkeypatch):
 
 
 def test_arms_are_valid(monkeypatch):
-    for name in ("TEACHER", "TINYBERT_DATA"):
+    """Those of cells get settings like those of benchmarks/cells.py."""
+    for name in ("TEACHER", "TINYBERT_DATA", "TEXT"):
         monkeypatch.setenv(name, "somewhere")
     root = Path(__file__).parents[2]
+    cell = ["task.dev=dev.tsv", "task.dev_share=null", "num_seeds=3"]
+    cell.append("students={3l-384d: {hidden_size: 384}, 3l-192d: {hidden_size: 192}}")
     for comparison in yaml.safe_load((root / "benchmarks" / "arms.yaml").read_text()).values():
-        for settings in comparison["arms"].values():
-            given = [*comparison.get("settings", []), *settings]
-            assert config_files.load(root / comparison["config"], given).stages
+        for data in comparison.get("data", {"": {}}).values():
+            own = [*(cell if "cell" in data else []), *data.get("settings", [])]
+            config = data.get("config", comparison.get("config", "configs/own-text.yaml"))
+            settings = [*own, *comparison.get("settings", [])]
+            arms = [[*settings, *arm] for arm in comparison["arms"].values()]
+            teacher = [[*own, *comparison["teacher"]]] if "teacher" in comparison else []
+            for given in [*arms, *teacher]:
+                assert config_files.load(root / config, given, lambda draft: TYPICAL).stages
 
 
 def test_dump_loads_back_to_the_same_config(tmp_path):
