@@ -166,7 +166,7 @@ def _rates(facts: Facts, students: list[dict[str, Any]]) -> dict[str, float]:
     return {
         "finetune": 1e-4 if facts.hidden_size <= _WIDE else 3e-5,
         "intermediate": 1e-3 if is_inherited else 5e-4,
-        "prediction": 2e-4 if is_inherited else 3e-4,
+        "prediction": 5e-5 if is_inherited else 3e-4,
         "baseline": 3e-4,
     }
 
