@@ -21,7 +21,7 @@ class Facts(NamedTuple):
     num_heads: int
 
 
-TYPICAL = Facts(3000, 0, 384, 6, 12)
+TYPICAL = Facts(10_000, 0, 384, 6, 12)
 
 
 class Length(NamedTuple):
@@ -31,10 +31,10 @@ class Length(NamedTuple):
     least: int
     most: int
 
-    def epochs(self, num_rows: int, batch: int) -> int:
+    def epochs(self, num_rows: int, global_batch_size: int) -> int:
         if num_rows >= _MANY_ROWS:
             return 1
-        wanted = self.steps * batch / max(num_rows, 1)
+        wanted = self.steps * global_batch_size / max(num_rows, 1)
         return min(max(math.ceil(wanted), self.least), self.most)
 
 
@@ -45,7 +45,7 @@ LENGTHS = {
     "baseline": Length(600, 3, 30),
 }
 _BATCH, _SMALL_BATCH = 32, 16
-_SMALL = 3000  # rows, below which batches are small
+_NUM_SMALL = 3000  # fewer rows than this have `_SMALL_BATCH`
 _FEW_ROWS = 2000  # too few to set rows apart that choose a checkpoint: the last one is kept
 _MANY_ROWS = 200_000  # an epoch is long enough
 _SELECT_SHARE = 0.1
@@ -65,7 +65,8 @@ def fill(tree: Mapping[str, Any], facts: Facts) -> tuple[dict[str, Any], list[st
     students = _students(filled, facts, lines)
     num_rows = round(facts.num_labelled * (1 - share))
     num_distilled = num_rows + facts.num_unlabelled
-    rates = _rates(facts, students)
+    is_inherited = all(student.get("init") in _INHERITED for student in students)
+    has_kept_logits = not _NOT_KEPT & set(_section("distillation", tree.get("distillation")))
     for name, length in LENGTHS.items():
         is_given = name in filled
         if is_given and filled[name] is None:  # `baseline: null` leaves the stage out
@@ -74,8 +75,12 @@ def fill(tree: Mapping[str, Any], facts: Facts) -> tuple[dict[str, Any], list[st
             continue
         rows = num_distilled if name in ("intermediate", "prediction") else num_rows
         given = _section(name, filled.get(name))
-        given = {"global_batch_size": _BATCH if rows >= _SMALL else _SMALL_BATCH, **given}
-        filled[name] = _stage(name, given, length, rows, rates[name], bool(share))
+        if given.get("global_batch_size") is None:
+            given["global_batch_size"] = _BATCH if rows >= _NUM_SMALL else _SMALL_BATCH
+        if name == "finetune" or name == "prediction" and has_kept_logits:
+            given = {"head_init": "linear_probe", **given}
+        given = {"learning_rate": _rate(name, given, facts, is_inherited), **given}
+        filled[name] = _stage(name, given, length, rows, bool(share))
         lines.append(_describe(name, filled[name], rows))
     return filled, lines
 
@@ -158,30 +163,31 @@ def _describe_student(origin: str, student: dict[str, Any], facts: Facts) -> str
     return f"{origin}: {sizes}; {_STARTS.get(student['init'], student['init'])}"
 
 
-def _rates(facts: Facts, students: list[dict[str, Any]]) -> dict[str, float]:
-    """The learning rate of each stage."""
-    is_inherited = all(
-        student.get("init") in ("teacher_layers", "teacher_reduced") for student in students
-    )
-    return {
-        "finetune": 1e-4 if facts.hidden_size <= _WIDE else 3e-5,
-        "intermediate": 1e-3 if is_inherited else 5e-4,
-        "prediction": 5e-5 if is_inherited else 3e-4,
-        "baseline": 3e-4,
-    }
+_INHERITED = ("teacher_layers", "teacher_reduced")
+# Settings of the section distillation with which a run may keep no logits for a linear probe.
+_NOT_KEPT = {"preset", "prediction", "keep_logits"}
+
+
+def _rate(name: str, given: dict[str, Any], facts: Facts, is_inherited: bool) -> float:
+    """The learning rate of a stage; a head that starts at random needs a higher one."""
+    if name == "finetune":
+        return 1e-4 if facts.hidden_size <= _WIDE else 3e-5
+    if name == "intermediate":
+        return 1e-3 if is_inherited else 5e-4
+    if name == "prediction" and is_inherited:
+        return 5e-5 if given.get("head_init") == "linear_probe" else 2e-4
+    return 3e-4
 
 
 def _stage(
-    name: str, given: dict[str, Any], length: Length, num_rows: int, rate: float, chooses: bool
+    name: str, given: dict[str, Any], length: Length, num_rows: int, chooses: bool
 ) -> dict[str, Any]:
     """The section of a stage; where rows choose, a stage with a head is evaluated five times."""
-    settings: dict[str, Any] = {"learning_rate": rate, "batching": "pack"}
+    settings: dict[str, Any] = {"batching": "pack"}
     if given.get("num_steps") is None and given.get("num_epochs") is None:
         settings["num_epochs"] = length.epochs(num_rows, _batch_of(given))
     if name == "intermediate":
         settings["dropout"] = 0.0
-    if name in ("finetune", "prediction"):
-        settings["head_start"] = "fitted"
     settings |= given
     if name != "intermediate" and "eval_every" not in given:
         steps = _num_steps(settings, num_rows)
@@ -193,7 +199,7 @@ def _stage(
 def _num_steps(settings: dict[str, Any], num_rows: int) -> int:
     """About how many steps a stage has; 1 for values that no config may have."""
     values = settings.get("num_steps"), settings.get("num_epochs")
-    if not all(isinstance(value, int | float | None) for value in values):
+    if not all(value is None or _is_finite(value) for value in values):
         return 1
     if values[0]:
         return max(int(values[0]), 1)
@@ -201,15 +207,19 @@ def _num_steps(settings: dict[str, Any], num_rows: int) -> int:
 
 
 def _batch_of(settings: dict[str, Any]) -> int:
-    """The examples of a batch; the recipe's own for values that no config may have."""
+    """The examples of a batch; 32 for values that no config may have."""
     given = settings["global_batch_size"]
-    return given if isinstance(given, int) and given > 0 else _BATCH
+    return int(given) if _is_finite(given) and given >= 1 else _BATCH
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _describe(name: str, settings: dict[str, Any], num_rows: int) -> str:
     length = f"{_num_steps(settings, num_rows):,} steps"
     if settings.get("num_epochs"):
         length = f"{settings['num_epochs']} epochs of {num_rows:,} rows, about {length}"
-    fitted = ", from a fitted head" if settings.get("head_start") == "fitted" else ""
+    probe = ", from a linear probe" if settings.get("head_init") == "linear_probe" else ""
     batch = f"{settings['global_batch_size']} examples each"
-    return f"{name}: {length} of {batch}{fitted}; learning rate {settings['learning_rate']}"
+    return f"{name}: {length} of {batch}{probe}; learning rate {settings['learning_rate']}"

@@ -158,11 +158,12 @@ def _needs_of_logits(config: Any) -> Iterator[str]:
                 f"{origin}: expected a prediction stage with a term logits, got none; add that "
                 f"term, or remove {origin.split('.')[1]}"
             )
-    is_fitted = config.prediction and config.prediction.head_start == "fitted"
-    if is_fitted and not any(config.keeps_logits(stage) for stage in config.stages):
+    is_probe = config.prediction and config.prediction.head_init == "linear_probe"
+    if is_probe and not any(config.keeps_logits(stage) for stage in config.stages):
         yield (
-            "prediction.head_start: fitted needs the teacher's logits before the first step: add a "
-            "term logits to distillation.prediction and remove keep_logits, or remove head_start"
+            "prediction.head_init: linear_probe fits the teacher's logits, which this run does not "
+            "keep: set prediction.head_init: random, or give distillation.prediction a term logits "
+            "and leave keep_logits out"
         )
     if config.finetune and config.finetune.teach == "mean" and config.finetune.num_seeds == 1:
         yield (

@@ -156,7 +156,7 @@ class RunConfig(Section):
             return False
         if self.has_several_teachers or chosen is not None:
             return chosen is not False
-        if section.head_start == "fitted":
+        if section.head_init == "linear_probe":
             return True
         return (section.num_epochs or 0) > 1 and not reads_of(others).teacher
 

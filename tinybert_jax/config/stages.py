@@ -242,10 +242,11 @@ class Masking(NamedTuple):
 class HeadSection(StageSection):
     """A stage that trains a task head."""
 
-    head_start: Literal["random", "fitted"] = Field(
+    head_init: Literal["random", "linear_probe"] = Field(
         "random",
-        description="fitted: before the first step the head is fitted to the features of the "
-        "starting encoder, with the labels or the teacher's logits as targets",
+        description="linear_probe: the head is first fitted to the features of the encoder, with "
+        "the plain loss of the labels or of the teacher's logits (which are then kept); it "
+        "replaces a trained head",
     )
 
 

@@ -1,56 +1,86 @@
 """A linear probe: the head that fits the features of an encoder, for training to start from.
 
-Fine-tuning from a random head first moves the encoder towards a head that means nothing yet, and
-a rate that is right for the encoder is far too low for the head; a head that is fitted beforehand
-spares both (Kumar et al. 2022, arXiv 2202.10054).
+With a random head, fine-tuning first moves the encoder towards random answers, at a rate that is
+far too low for the head; a head that is fitted beforehand spares both (linear probing, then
+fine-tuning: Kumar et al. 2022, arXiv 2202.10054).
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Float, Shaped
 
-_NUM_STEPS = 100
+_MAX_STEPS, _TOLERANCE = 100, 1e-5
 
 Linear = Mapping[str, jax.Array]  # kernel [dim, outputs], bias [outputs]
+# (logits [units, outputs], targets [units, …]) -> convex loss, a mean over the units
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def fit_head(
     start: Linear,
     features: Float[np.ndarray, "units dim"],
-    loss: Callable[[Float[Array, "units outputs"]], jax.Array],
-    strength: float,
+    targets: Shaped[np.ndarray, "units ..."],
+    loss: Loss,
+    inverse_regularization: float,
 ) -> dict[str, jax.Array]:
-    """The head with the least `loss(logits)` + penalty, near the head `start`.
+    """The head with the least loss + penalty, near the head `start`.
 
-    `loss`: convex, a mean over units. The penalty is the squared change of the kernel, times the
-    mean squared norm of the features, divided by 2 · `strength` · units: `strength` is the C of a
-    logistic regression whose features have the norm 1. 100 steps of L-BFGS.
+    The penalty is the squared change of kernel and bias, times the mean squared norm of the
+    features, divided by 2 · `inverse_regularization` · units. For the cross-entropy that is the C
+    of a logistic regression whose features have the norm 1. Up to 100 steps of L-BFGS. Raises
+    ValueError where the features are not finite.
     """
-    inputs = jnp.asarray(features, jnp.float32)
-    weight = jnp.mean(jnp.sum(inputs**2, axis=1)) / (2 * strength * len(features))
+    if not np.isfinite(features).all() or not len(features):
+        raise ValueError(
+            f"linear probe: expected finite features of one unit or more, got {len(features)} "
+            "units, some not finite; use another model, or head_init: random"
+        )
+    scale = float(np.square(features, dtype=np.float64).sum(axis=1).mean())
+    return _fit(
+        {name: jnp.asarray(leaf, jnp.float32) for name, leaf in start.items()},
+        jnp.asarray(features, jnp.float32),
+        jnp.asarray(targets),
+        jnp.float32(scale / (2 * inverse_regularization * len(features))),
+        loss,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="loss")
+def _fit(
+    start: Linear, features: jax.Array, targets: jax.Array, penalty: jax.Array, loss: Loss
+) -> dict[str, jax.Array]:
     solver = optax.lbfgs()
 
     def objective(head: Linear) -> jax.Array:
-        logits = inputs @ head["kernel"] + head["bias"][None]
-        change = head["kernel"] - start["kernel"]
-        return loss(logits) + weight * jnp.sum(change**2)
+        products = jnp.matmul(features, head["kernel"], precision=jax.lax.Precision.HIGHEST)
+        changes = optax.tree.norm(optax.tree.sub(head, start), squared=True)
+        return loss(products + head["bias"][None], targets) + penalty * changes
 
     value_and_grad = optax.value_and_grad_from_state(objective)
 
-    def step(_, carry):
-        head, state = carry
+    def is_going_on(carry) -> jax.Array:
+        _, state, _ = carry
+        number = optax.tree.get(state, "count")
+        slope = optax.tree.norm(optax.tree.get(state, "grad"))
+        return (number == 0) | ((number < _MAX_STEPS) & (slope > _TOLERANCE))
+
+    def step(carry):
+        head, state, best = carry
         value, grad = value_and_grad(head, state=state)
         updates, state = solver.update(
             grad, state, head, value=value, grad=grad, value_fn=objective
         )
-        return optax.apply_updates(head, updates), state
+        head = optax.apply_updates(head, updates)
+        # The line search may end higher than it began, and beyond fp32.
+        new = optax.tree.get(state, "value")
+        is_better = new < best[0]
+        best = jax.tree.map(lambda a, b: jnp.where(is_better, a, b), (new, head), best)
+        return head, state, best
 
-    @jax.jit
-    def fit(head: Linear) -> dict[str, jax.Array]:
-        return jax.lax.fori_loop(0, _NUM_STEPS, step, (head, solver.init(head)))[0]
-
-    return fit({name: jnp.asarray(leaf, jnp.float32) for name, leaf in start.items()})
+    first = (start, solver.init(start), (objective(start), start))
+    return dict(jax.lax.while_loop(is_going_on, step, first)[2][1])

@@ -12,7 +12,7 @@ from tinybert_jax.huggingface.folder import save_model, start_params
 from tinybert_jax.models.params import Params
 from tinybert_jax.objectives.supervised import make_supervised
 from tinybert_jax.performance.flops import training_flops_per_token
-from tinybert_jax.runs.head_start import fitted_head
+from tinybert_jax.runs.head_init import init_head
 from tinybert_jax.runs.run import (
     Run,
     TaskEvaluator,
@@ -89,8 +89,8 @@ def _make_member(
     def init_params(key: jax.Array, seed: int) -> Params:
         names = task.data.label_names
         params = start_params(start, init, key, label_names=names, is_quiet=seed > 0)
-        if section.head_start == "fitted":
-            return fitted_head(run, apply, params, batches)
+        if section.head_init == "linear_probe":
+            return init_head(run, plan.name, apply, params, batches, is_quiet=seed > 0)
         return params
 
     member = Member(

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from tinybert_jax.config.models import Student
 from tinybert_jax.config.run import StagePlan
+from tinybert_jax.config.stages import HeadSection
 from tinybert_jax.huggingface.folder import start_params
 from tinybert_jax.models.heads import make_encoder
 from tinybert_jax.models.params import Apply, Params
@@ -26,7 +27,7 @@ from tinybert_jax.objectives.reduction import (
     refit_norms,
     start_from_reduced_teacher,
 )
-from tinybert_jax.runs.head_start import fitted_head
+from tinybert_jax.runs.head_init import init_head
 from tinybert_jax.runs.run import Run
 from tinybert_jax.runs.stage_batches import StageBatches
 from tinybert_jax.settings.layer_maps import make_layer_pairs
@@ -62,8 +63,8 @@ def make_init(
         has_projection = reads_of(plan.terms).projection
         student_key, projection_key = jax.random.split(key) if has_projection else (key, key)
         params, directions = start(student_key)
-        if getattr(plan.section, "head_start", "random") == "fitted":
-            params = fitted_head(run, apply, params, batches)
+        if isinstance(plan.section, HeadSection) and plan.section.head_init == "linear_probe":
+            params = init_head(run, plan.name, apply, params, batches, is_quiet=seed > 0)
         if not has_projection:
             return {"student": params}
         projection = _start_projection(run, student, folders, projection_key, directions)
