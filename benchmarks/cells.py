@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/cells"))
     parser.add_argument("--tune", action="store_true", help="dev rows that no table reports")
     args = parser.parse_intermixed_args()
-    folder = args.runs / f"{args.data}-{args.rows}"
+    folder = args.runs / f"{args.data}-{args.rows}{'-tune' if args.tune else ''}"
     config, settings = cell_settings(args.data, args.rows, folder, is_tuning=args.tune)
     file = folder / "run" / "results.json"
     if not file.is_file():
@@ -75,8 +75,9 @@ def split(
         rows, dev = rows[:-num_dev], rows[-num_dev:]
     if is_tuning:
         dev = rows[num_rows : num_rows + NUM_DEV]
-    if len(rows) < num_rows or not dev:
-        raise SystemExit(f"{data}: expected {num_rows} rows beside the dev rows, got {len(rows)}")
+    wanted = num_rows + is_tuning  # one dev row at the least
+    if len(rows) < wanted:
+        raise SystemExit(f"{data}: expected {wanted} rows beside the dev rows, got {len(rows)}")
     return rows[:num_rows], dev
 
 

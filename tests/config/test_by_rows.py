@@ -34,7 +34,8 @@ def test_steps_fall_slowly_with_the_rows_and_never_below_what_a_stage_needs(tmp_
         section = getattr(config, stage.name)
         steps = section.num_epochs * rows / section.global_batch_size
         assert steps >= 150 and section.num_epochs == int(section.num_epochs)
-        assert section.num_epochs <= 60 and (rows > 150_000) == (section.num_epochs == 1)
+        assert section.num_epochs <= 30 and (rows > 150_000) == (section.num_epochs == 1)
+        assert section.global_batch_size == (16 if rows < 3000 else 32)
     assert (config.task.select_share is None) == (num_labelled < 2000)
 
 
@@ -45,6 +46,33 @@ def test_few_rows_are_evaluated_once_and_many_five_times(tmp_path):
             rows = num_labelled * (1 - (config.task.select_share or 0))
             steps = section.num_epochs * rows / section.global_batch_size
             assert steps // section.eval_every == times
+
+
+def test_rates_follow_from_what_the_models_start_from(tmp_path):
+    def settings(*overrides):
+        config, lines = _load(tmp_path, _facts(3000), "student.hidden_size=192", *overrides)
+        prediction = config.prediction
+        assert config.finetune.head_init == "linear_probe" and config.baseline.head_init == "random"
+        probe = prediction.head_init == "linear_probe"
+        assert probe == any("prediction" in line and "linear probe" in line for line in lines)
+        return probe, prediction.learning_rate, config.intermediate.learning_rate
+
+    random = "student.init=random"
+    assert settings() == (True, 5e-5, 1e-3)
+    assert settings("prediction.head_init=random") == (False, 2e-4, 1e-3)
+    assert settings(random) == (True, 3e-4, 5e-4)
+    assert settings(random, "prediction.head_init=random") == (False, 3e-4, 5e-4)
+    config, _ = _load(tmp_path, _facts(3000))
+    assert config.prediction.dropout is None and config.intermediate.dropout == 0
+
+
+@pytest.mark.parametrize("setting", ["prediction=[{term: label}]", "keep_logits=false"])
+def test_a_prediction_that_keeps_no_logits_starts_from_a_random_head(tmp_path, setting):
+    config, _ = _load(tmp_path, _facts(3000), f"distillation.{setting}")
+    assert config.prediction.head_init == "random" and config.prediction.learning_rate == 2e-4
+    given = f"distillation.{setting}", "prediction.head_init=linear_probe"
+    with pytest.raises(ConfigError, match="set prediction.head_init: random, or give"):
+        _load(tmp_path, _facts(3000), *given)
 
 
 def test_the_student_follows_the_teacher(tmp_path):
@@ -95,6 +123,8 @@ def test_the_student_fits_any_teacher(tmp_path, sizes):
         ({"task": {**TASK, "select_share": "a"}}, "select_share"),
         ({"finetune": {"num_epochs": "many"}}, "finetune.num_epochs"),
         ({"prediction": {"global_batch_size": "big"}}, "global_batch_size"),
+        ({"prediction": {"num_epochs": float("inf")}}, "prediction.num_epochs"),
+        ({"prediction": {"num_epochs": float("nan")}}, "prediction.num_epochs"),
         ({"student": {"hidden_size": "wide"}}, "student.hidden_size"),
     ],
 )
@@ -104,7 +134,9 @@ def test_wrong_values_are_told_as_in_any_config(tmp_path, change, message):
 
 
 def test_null_is_as_if_it_were_not_given(tmp_path):
-    config, _ = _load(tmp_path, _facts(3000), "student.hidden_size=null", "students=null")
+    given = "student.hidden_size=null", "students=null", "prediction.global_batch_size=null"
+    config, _ = _load(tmp_path, _facts(3000), *given)
+    assert config.prediction.global_batch_size == 16
     assert config.student.hidden_size == 384
 
 

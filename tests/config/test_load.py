@@ -1,3 +1,4 @@
+import importlib
 import os
 import signal
 import subprocess
@@ -42,22 +43,23 @@ def test_shipped_configs_are_valid_and_say_how_to_run_them(path, monkeypatch):
     assert "# Expected:" in path.read_text()
 
 
-def test_arms_are_valid(monkeypatch):
-    """Those of cells get settings like those of benchmarks/cells.py."""
+def test_arms_are_valid(monkeypatch, tmp_path):
     for name in ("TEACHER", "TINYBERT_DATA", "TEXT"):
         monkeypatch.setenv(name, "somewhere")
     root = Path(__file__).parents[2]
-    cell = ["task.dev=dev.tsv", "task.dev_share=null", "num_seeds=3"]
-    cell.append("students={3l-384d: {hidden_size: 384}, 3l-192d: {hidden_size: 192}}")
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    arms, cells = importlib.import_module("arms"), importlib.import_module("cells")
+    monkeypatch.setattr(cells, "split", lambda *args, **options: ([("a", "b")], [("c", "d")]))
     for comparison in yaml.safe_load((root / "benchmarks" / "arms.yaml").read_text()).values():
-        for data in comparison.get("data", {"": {}}).values():
-            own = [*(cell if "cell" in data else []), *data.get("settings", [])]
-            config = data.get("config", comparison.get("config", "configs/own-text.yaml"))
-            settings = [*own, *comparison.get("settings", [])]
-            arms = [[*settings, *arm] for arm in comparison["arms"].values()]
-            teacher = [[*own, *comparison["teacher"]]] if "teacher" in comparison else []
-            for given in [*arms, *teacher]:
-                assert config_files.load(root / config, given, lambda draft: TYPICAL).stages
+        further = ["seed=3"] if "config" in comparison else ["seed=3", "finetune.eval_every=7"]
+        teachers, others = arms.plan(comparison, tmp_path, further)
+        folders = {str(teacher.folder / "models" / "finetune") for teacher in teachers}
+        for arm in (*teachers, *others):
+            config = config_files.load(root / arm.config, arm.settings, lambda draft: TYPICAL)
+            assert config.stages and config.seed == 3
+            assert config.finetune is None or config.finetune.eval_every == 7
+            if arm in others and teachers:
+                assert config.teacher.finetuned in folders
 
 
 def test_dump_loads_back_to_the_same_config(tmp_path):

@@ -37,8 +37,8 @@ class DistillSection(Section):
     keep_logits: bool | None = Field(
         default=None,
         description="prediction: the teacher runs over the text once, before the first step, and "
-        "its logits are kept in the run folder; default: true where num_epochs is above 1 and no "
-        "term reads other outputs of the teacher",
+        "its logits are kept in the run folder; default: true with prediction.head_init: "
+        "linear_probe, and where num_epochs is above 1 and no term reads other outputs",
     )
     further_teachers: tuple[FurtherTeacherSection, ...] = Field(
         default=(),
