@@ -33,7 +33,7 @@ ROOMS = {
     "inference": "scorer pretrained predict",
     "training": "members optimizer early_stopping loop step checkpoint metric_log throughput",
     "runs": "inputs run corpus_checks checks preflight stage_batches teacher_logits workload "
-    "estimate scoring results head_init student_start stage",
+    "estimate scoring results head_init student_start stage used_words",
     "recipes": "pretrain finetune distill by_rows pipeline",
 }
 TOP = ("cli", "__main__", "__init__")

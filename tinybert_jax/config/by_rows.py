@@ -183,7 +183,7 @@ def _stage(
     name: str, given: dict[str, Any], length: Length, num_rows: int, chooses: bool
 ) -> dict[str, Any]:
     """The section of a stage; where rows choose, a stage with a head is evaluated five times."""
-    settings: dict[str, Any] = {"batching": "pack"}
+    settings: dict[str, Any] = {"batching": "pack", "trained_words": "used"}
     if given.get("num_steps") is None and given.get("num_epochs") is None:
         settings["num_epochs"] = length.epochs(num_rows, _batch_of(given))
     if name == "intermediate":

@@ -21,8 +21,8 @@ from tinybert_jax.config.stages import (
     Masking,
     PretrainSection,
     Stage,
-    StageSection,
     SupervisedSection,
+    TaskStageSection,
 )
 from tinybert_jax.config.tasks import AnyTask
 from tinybert_jax.settings.section import PositiveInt, Section
@@ -99,7 +99,7 @@ class RunConfig(Section):
     pretrain: PretrainSection | None = None
     finetune: FinetuneSection | None = None
     general: CorpusStageSection | None = None
-    intermediate: StageSection | None = None
+    intermediate: TaskStageSection | None = None
     prediction: HeadSection | None = None
     baseline: SupervisedSection | None = None
 

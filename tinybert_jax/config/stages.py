@@ -239,7 +239,17 @@ class Masking(NamedTuple):
     pair_weight: float = 0.0  # of the loss on sentence pairs
 
 
-class HeadSection(StageSection):
+class TaskStageSection(StageSection):
+    """A stage that reads the text of the task."""
+
+    trained_words: Literal["all", "used"] = Field(
+        "all",
+        description="used: rows of the word table that no text of the stage uses keep their start, "
+        "which saves the time and memory that the optimizer spends on them",
+    )
+
+
+class HeadSection(TaskStageSection):
     """A stage that trains a task head."""
 
     head_init: Literal["random", "linear_probe"] = Field(

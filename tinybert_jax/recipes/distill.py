@@ -27,9 +27,10 @@ from tinybert_jax.runs.run import (
     trained_options,
     with_dropout,
 )
-from tinybert_jax.runs.stage import Member, Training, run_stage
+from tinybert_jax.runs.stage import Member, Training
 from tinybert_jax.runs.stage_batches import make_stage_batches
 from tinybert_jax.runs.student_start import PROJECTION, encoder_of, make_init
+from tinybert_jax.runs.used_words import train_stage
 from tinybert_jax.runs.workload import count_last_layer_tokens
 from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.terms.table import reads_of
@@ -92,7 +93,7 @@ def main(run: Run, plan: StagePlan) -> None:
         members[student.name] = Member(objective, init_params, evaluator)
 
     # Train. A stage that trains a head saves the best parameters by score, others the last.
-    trained = run_stage(
+    trained = train_stage(
         run,
         Training(
             plan=plan,

@@ -23,8 +23,9 @@ from tinybert_jax.runs.run import (
     with_dropout,
 )
 from tinybert_jax.runs.scoring import best_index, score
-from tinybert_jax.runs.stage import Member, Training, run_stage
+from tinybert_jax.runs.stage import Member, Training
 from tinybert_jax.runs.stage_batches import StageBatches, make_stage_batches
+from tinybert_jax.runs.used_words import train_stage
 from tinybert_jax.runs.workload import count_last_layer_tokens
 from tinybert_jax.settings.sizes import ModelConfig
 
@@ -43,7 +44,7 @@ def main(run: Run, plan: StagePlan) -> None:
     # Train, and save the best parameters by score.
     batches = make_stage_batches(run, plan)
     made = {name: _make_member(run, plan, sizes[name], starts[name], batches) for name in sizes}
-    trained = run_stage(
+    trained = train_stage(
         run,
         Training(
             plan=plan,

@@ -1,0 +1,111 @@
+"""Trains a stage with those rows of the word tables that its text uses.
+
+Half of the parameters of a small BERT are rows of its word table, and a few thousand texts use a
+tenth of them. The optimizer reads and writes every row in every step, whether text uses it or not:
+on a CPU that is a large part of a step with short texts. Here teacher, students and optimizer hold
+the used rows alone, and token ids are places among these; evaluation and the saved models have the
+whole tables again.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from tinybert_jax.batches.batch import Batch
+from tinybert_jax.config.stages import TaskStageSection
+from tinybert_jax.runs.run import Run
+from tinybert_jax.runs.stage import Member, Training, run_stage
+
+_MULTIPLE = 128  # of the number of rows held, so that meshes can split them
+
+
+def train_stage(run: Run, training: Training) -> dict[str, list[Any]]:
+    """As `run_stage`; with `trained_words: used` rows that no text uses keep their start."""
+    section = training.section
+    if not (isinstance(section, TaskStageSection) and section.trained_words == "used"):
+        return run_stage(run, training)
+    ids = _used_ids(run, training)
+    run.log.say(
+        f"{training.name}: trains the {len(ids):,} rows of the word table that its text uses, of "
+        f"{run.teacher.vocab_size:,}"
+    )
+    num_held = min(-(-len(ids) // _MULTIPLE) * _MULTIPLE, run.teacher.vocab_size)
+    held = np.concatenate([ids, np.repeat(ids[:1], num_held - len(ids))])
+    starts: dict[tuple[str, int], np.ndarray] = {}  # the whole table of each member and seed
+
+    def member(name: str, own: Member) -> Member:
+        def init_params(key: jax.Array, seed: int) -> Any:
+            params = own.init_params(key, seed)
+            _change_tables(params, lambda table: starts.setdefault((name, seed), np.asarray(table)))
+            return _change_tables(params, lambda table: jnp.asarray(table)[held])
+
+        evaluator = own.evaluator
+        if evaluator is not None:
+            measure = evaluator.measure
+            evaluator = evaluator._replace(measure=lambda params: measure(_with_zeros(params)))
+        return own._replace(init_params=init_params, evaluator=evaluator)
+
+    def _with_zeros(params: Any) -> Any:
+        """Whole tables, with zeros for words that the text to evaluate does not use either."""
+
+        def whole(table: jax.Array) -> jax.Array:
+            zeros = jnp.zeros((run.teacher.vocab_size, table.shape[1]), table.dtype)
+            return zeros.at[ids].set(table[: len(ids)])
+
+        return _change_tables(params, whole)
+
+    places = np.zeros(run.teacher.vocab_size, np.int32)
+    places[ids] = np.arange(len(ids))
+
+    def batch_at(step: int) -> Batch:
+        batch = training.batches.batch_at(step)
+        text = batch.inputs._replace(input_ids=places[batch.inputs.input_ids])
+        return batch._replace(inputs=text)
+
+    def read_frozen(frozen: Any) -> Any:
+        return _change_tables(training.read_frozen(frozen), lambda table: jnp.asarray(table)[held])
+
+    trained = run_stage(
+        run,
+        training._replace(
+            members={name: member(name, own) for name, own in training.members.items()},
+            batches=training.batches._replace(batch_at=batch_at),
+            read_frozen=read_frozen,
+        ),
+    )
+
+    def whole(params: Any, start: np.ndarray) -> Any:
+        def filled(table: Any) -> np.ndarray:
+            rows = np.array(start)
+            rows[ids] = np.asarray(table)[: len(ids)]
+            return rows
+
+        return _change_tables(params, filled)
+
+    return {
+        name: [whole(params, starts[name, seed]) for seed, params in enumerate(models)]
+        for name, models in trained.items()
+    }
+
+
+def _used_ids(run: Run, training: Training) -> Int[np.ndarray, " used"]:
+    """The ids of the stage's text, of the text that evaluates it, and of the special tokens."""
+    task, section = run.required_task, training.section
+    text = task.data.train if training.plan.stage.text == "labelled" else task.data.distilled
+    parts = [text, task.data.selection] if training.evaluators else [text]
+    rows = [task.kind.encode(run.tokenizer, part, section.max_length).ids for part in parts]
+    return np.unique(np.concatenate([*rows, np.array(run.tokenizer.all_special_ids)]))
+
+
+def _change_tables(params: Any, change: Callable[[Any], Any]) -> Any:
+    """`params` with `change(table)` for every word table [vocab, dim]."""
+
+    def changed(path: tuple, leaf: Any) -> Any:
+        keys = tuple(getattr(part, "key", None) for part in path[-3:])
+        return change(leaf) if keys == ("embeddings", "word", "embedding") else leaf
+
+    return jax.tree_util.tree_map_with_path(changed, params)
