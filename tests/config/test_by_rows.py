@@ -64,6 +64,7 @@ def test_rates_follow_from_what_the_models_start_from(tmp_path):
     assert settings(random, "prediction.head_init=random") == (False, 3e-4, 5e-4)
     config, _ = _load(tmp_path, _facts(3000))
     assert config.prediction.dropout is None and config.intermediate.dropout == 0
+    assert {getattr(config, stage.name).trained_words for stage in config.stages} == {"used"}
 
 
 @pytest.mark.parametrize("setting", ["prediction=[{term: label}]", "keep_logits=false"])

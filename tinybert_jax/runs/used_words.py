@@ -8,12 +8,12 @@ whole tables again.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.stages import TaskStageSection
@@ -28,68 +28,80 @@ def train_stage(run: Run, training: Training) -> dict[str, list[Any]]:
     section = training.section
     if not (isinstance(section, TaskStageSection) and section.trained_words == "used"):
         return run_stage(run, training)
-    ids = _used_ids(run, training)
+    words = UsedWords(_used_ids(run, training), run.teacher.vocab_size)
     run.log.say(
-        f"{training.name}: trains the {len(ids):,} rows of the word table that its text uses, of "
-        f"{run.teacher.vocab_size:,}"
+        f"{training.name}: trains the {len(words.ids):,} rows of the word table that its text "
+        f"uses, of {words.vocab_size:,}"
     )
-    num_held = min(-(-len(ids) // _MULTIPLE) * _MULTIPLE, run.teacher.vocab_size)
-    held = np.concatenate([ids, np.repeat(ids[:1], num_held - len(ids))])
     starts: dict[tuple[str, int], np.ndarray] = {}  # the whole table of each member and seed
 
     def member(name: str, own: Member) -> Member:
         def init_params(key: jax.Array, seed: int) -> Any:
             params = own.init_params(key, seed)
             _change_tables(params, lambda table: starts.setdefault((name, seed), np.asarray(table)))
-            return _change_tables(params, lambda table: jnp.asarray(table)[held])
+            return words.cut(params)
 
         evaluator = own.evaluator
         if evaluator is not None:
             measure = evaluator.measure
-            evaluator = evaluator._replace(measure=lambda params: measure(_with_zeros(params)))
+            evaluator = evaluator._replace(measure=lambda params: measure(words.padded(params)))
         return own._replace(init_params=init_params, evaluator=evaluator)
 
-    def _with_zeros(params: Any) -> Any:
-        """Whole tables, with zeros for words that the text to evaluate does not use either."""
-
-        def whole(table: jax.Array) -> jax.Array:
-            zeros = jnp.zeros((run.teacher.vocab_size, table.shape[1]), table.dtype)
-            return zeros.at[ids].set(table[: len(ids)])
-
-        return _change_tables(params, whole)
-
-    places = np.zeros(run.teacher.vocab_size, np.int32)
-    places[ids] = np.arange(len(ids))
-
-    def batch_at(step: int) -> Batch:
-        batch = training.batches.batch_at(step)
-        text = batch.inputs._replace(input_ids=places[batch.inputs.input_ids])
-        return batch._replace(inputs=text)
-
-    def read_frozen(frozen: Any) -> Any:
-        return _change_tables(training.read_frozen(frozen), lambda table: jnp.asarray(table)[held])
-
+    batch_at, read_frozen = training.batches.batch_at, training.read_frozen
     trained = run_stage(
         run,
         training._replace(
             members={name: member(name, own) for name, own in training.members.items()},
-            batches=training.batches._replace(batch_at=batch_at),
-            read_frozen=read_frozen,
+            batches=training.batches._replace(batch_at=lambda step: words.renumber(batch_at(step))),
+            read_frozen=lambda frozen: words.cut(read_frozen(frozen)),
         ),
     )
-
-    def whole(params: Any, start: np.ndarray) -> Any:
-        def filled(table: Any) -> np.ndarray:
-            rows = np.array(start)
-            rows[ids] = np.asarray(table)[: len(ids)]
-            return rows
-
-        return _change_tables(params, filled)
-
     return {
-        name: [whole(params, starts[name, seed]) for seed, params in enumerate(models)]
+        name: [words.whole(params, starts[name, seed]) for seed, params in enumerate(models)]
         for name, models in trained.items()
     }
+
+
+class UsedWords(NamedTuple):
+    """The rows of word tables [vocab, dim] that a stage holds: those of `ids`, in that order.
+
+    Some rows follow them that nothing reads, up to a multiple of 128.
+    """
+
+    ids: Int[np.ndarray, " used"]  # in rising order
+    vocab_size: int
+
+    def cut(self, params: Any) -> Any:
+        """The parameters with tables of the held rows alone."""
+        num_held = min(-(-len(self.ids) // _MULTIPLE) * _MULTIPLE, self.vocab_size)
+        held = np.concatenate([self.ids, np.repeat(self.ids[:1], num_held - len(self.ids))])
+        return _change_tables(params, lambda table: jnp.asarray(table)[held])
+
+    def renumber(self, batch: Batch) -> Batch:
+        """The batch with token ids that are places among the held rows."""
+        places = np.zeros(self.vocab_size, np.int32)
+        places[self.ids] = np.arange(len(self.ids))
+        text = batch.inputs._replace(input_ids=places[batch.inputs.input_ids])
+        return batch._replace(inputs=text)
+
+    def padded(self, params: Any) -> Any:
+        """The parameters with whole tables; other rows, which no text to evaluate uses, are 0."""
+
+        def whole(table: jax.Array) -> jax.Array:
+            zeros = jnp.zeros((self.vocab_size, table.shape[1]), table.dtype)
+            return zeros.at[self.ids].set(table[: len(self.ids)])
+
+        return _change_tables(params, whole)
+
+    def whole(self, params: Any, start: Float[np.ndarray, "vocab dim"]) -> Any:
+        """The parameters with whole tables, whose other rows are those of `start`."""
+
+        def whole(table: Any) -> np.ndarray:
+            rows = np.array(start)
+            rows[self.ids] = np.asarray(table)[: len(self.ids)]
+            return rows
+
+        return _change_tables(params, whole)
 
 
 def _used_ids(run: Run, training: Training) -> Int[np.ndarray, " used"]:
