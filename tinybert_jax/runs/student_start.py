@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -52,13 +52,21 @@ def make_init(
     states or fit the head.
     """
     apply, init = model
+    reduced: list[tuple[dict[str, Any], np.ndarray]] = []
+
+    def reduce(encoder: Params, layers: Sequence[int]) -> tuple[dict[str, Any], np.ndarray]:
+        """(encoder, directions) in fewer dimensions; computed once, as seeds have it in common."""
+        if not reduced:
+            reduced.append(_reduce(run, student, encoder, teacher_encoder(), layers, batches))
+        ours, directions = reduced[0]
+        return {**encoder, "embeddings": ours["embeddings"], "layers": ours["layers"]}, directions
 
     def init_params(key: jax.Array, seed: int) -> Params:
         earlier = plan.stage.starts_from
         done = [run.find_model(name, member=student.name, seed=seed) for name in earlier]
         folders = [*(folder for folder in done if folder is not None), student.section.path]
         start = functools.partial(
-            _start, run, student, folders[0], init, teacher_encoder, batches, is_quiet=seed > 0
+            _start, run, student, folders[0], init, teacher_encoder, reduce, is_quiet=seed > 0
         )
         has_projection = reads_of(plan.terms).projection
         student_key, projection_key = jax.random.split(key) if has_projection else (key, key)
@@ -79,7 +87,7 @@ def _start(
     start: str | Path | None,
     init: Callable[[jax.Array], Params],
     teacher_encoder: Callable[[], Mapping[str, Any]],
-    batches: StageBatches,
+    reduce: Callable[[Params, Sequence[int]], tuple[dict[str, Any], np.ndarray]],
     key: jax.Array,
     *,
     is_quiet: bool,
@@ -106,7 +114,7 @@ def _start(
         if student.section.init == "teacher_layers":
             encoder = start_from_teacher_layers(encoder, teacher_encoder(), chosen)
         else:
-            encoder, directions = _reduce(run, student, encoder, teacher_encoder(), chosen, batches)
+            encoder, directions = reduce(cast(Params, encoder), chosen)
     return ({**params, "encoder": encoder} if "encoder" in params else encoder), directions
 
 
@@ -128,22 +136,25 @@ def _reduce(
         sample.append((*encoder_inputs(batch), np.asarray(batch.real)))
         num_tokens += int(sample[-1][-1].sum())
 
-    def states(sizes: ModelConfig, params: Any) -> list[np.ndarray]:
+    def states_of(sizes: ModelConfig) -> Callable[[Any], list[np.ndarray]]:
         apply, _ = make_encoder(sizes)
         hidden = jax.jit(lambda params, *inputs: apply(params, *inputs).hidden)
-        parts = [
-            [np.asarray(own)[real] for own in hidden(params, text, mask)]
-            for text, mask, real in sample
-        ]
-        return [np.concatenate(own) for own in zip(*parts, strict=True)]
 
-    theirs = states(run.teacher, teacher)
+        def states(params: Any) -> list[np.ndarray]:
+            parts = [
+                [np.asarray(own)[real] for own in hidden(params, text, mask)]
+                for text, mask, real in sample
+            ]
+            return [np.concatenate(own) for own in zip(*parts, strict=True)]
+
+        return states
+
+    theirs = states_of(run.teacher)(teacher)
     directions = reduction_directions(theirs, student.sizes.hidden_size)
     num_heads = student.sizes.num_attention_heads
     reduced = start_from_reduced_teacher(encoder, teacher, layers, theirs, directions, num_heads)
     targets = [theirs[entry] @ directions for entry in (0, *layers)]
-    encode = functools.partial(states, student.sizes)
-    return refit_norms(reduced, encode, targets), directions
+    return refit_norms(reduced, states_of(student.sizes), targets), directions
 
 
 def encoder_of(params: Mapping[str, Any]) -> Mapping[str, Any]:
