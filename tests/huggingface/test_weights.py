@@ -204,7 +204,7 @@ def test_missing_pooler_and_head_start_fresh_and_are_named(tmp_path, capsys):
     for path in fresh:
         assert np.array_equal(params[path], fresh[path]) == (path in absent)
     said = capsys.readouterr().out
-    assert "classifier/kernel" in said and "start at random" in said
+    assert "classifier/kernel" in said and "these start anew" in said
     with pytest.raises(ValueError, match="expected trained weights for .*classifier"):
         start_params(folder, init, whole=True)
 

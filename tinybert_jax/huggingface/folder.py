@@ -187,7 +187,7 @@ def start_params(
     loaded = _load_start(path, jax.eval_shape(init, key), lambda: fresh(key), whole, label_names)
     missing = _missing_weights(path, loaded, whole)
     if missing and not is_quiet:
-        print(f"{path}: no weights for {', '.join(missing)}; they start at random", flush=True)
+        print(f"{path}: no weights for {', '.join(missing)}: these start anew", flush=True)
     if loaded.surplus and not is_quiet:
         names = ", ".join(loaded.surplus)
         print(f"{path}: left out, as this model has no place for them: {names}", flush=True)

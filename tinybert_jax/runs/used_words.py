@@ -38,7 +38,7 @@ def train_stage(run: Run, training: Training) -> dict[str, list[Any]]:
     def member(name: str, own: Member) -> Member:
         def init_params(key: jax.Array, seed: int) -> Any:
             params = own.init_params(key, seed)
-            _change_tables(params, lambda table: starts.setdefault((name, seed), np.asarray(table)))
+            starts[name, seed] = _table(params)
             return words.cut(params)
 
         evaluator = own.evaluator
@@ -111,6 +111,14 @@ def _used_ids(run: Run, training: Training) -> Int[np.ndarray, " used"]:
     parts = [text, task.data.selection] if training.evaluators else [text]
     rows = [task.kind.encode(run.tokenizer, part, section.max_length).ids for part in parts]
     return np.unique(np.concatenate([*rows, np.array(run.tokenizer.all_special_ids)]))
+
+
+def _table(params: Any) -> Float[np.ndarray, "vocab dim"]:
+    """The only word table of `params`."""
+    found: list[np.ndarray] = []
+    _change_tables(params, lambda table: found.append(np.asarray(table)))
+    (table,) = found
+    return table
 
 
 def _change_tables(params: Any, change: Callable[[Any], Any]) -> Any:
