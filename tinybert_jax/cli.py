@@ -229,13 +229,13 @@ def _measure(draft):
 
 
 def _run(arguments, command: str) -> int:
+    host.keep_freed_memory()  # before `_measure`, which imports JAX
     settings = config_files.load(
         arguments.config, arguments.overrides, _measure, lambda line: print(line, file=sys.stderr)
     )
     if arguments.print_config:
         print(config_files.dump(settings), end="")
         return 0
-    host.keep_freed_memory()
     from tinybert_jax.recipes import pipeline
 
     if arguments.dry_run:

@@ -1,5 +1,7 @@
 """The recipe by_rows: what it fills in, what it leaves, and what it says."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -7,6 +9,8 @@ from tinybert_jax.config import by_rows
 from tinybert_jax.config import load as config_files
 from tinybert_jax.config.by_rows import Facts, fill
 from tinybert_jax.config.load import ConfigError
+from tinybert_jax.performance import host
+from tinybert_jax.recipes.by_rows import _fast_dtype
 from tinybert_jax.settings.layer_maps import make_layer_pairs
 
 TASK = {"train": "rows.tsv", "dev_share": 0.1}
@@ -192,3 +196,21 @@ def test_fill_changes_neither_its_input_nor_what_it_need_not():
     filled, _ = fill(tree, by_rows.TYPICAL)
     assert yaml.safe_dump(tree) == before
     assert filled["teacher"] == tree["teacher"] and "recipe" not in filled
+
+
+def test_the_dtype_is_the_machine_s_fastest_where_none_is_given(tmp_path):
+    config, lines = _load(tmp_path, _facts(3000))
+    assert config.compute.dtype == "float32" and not any("compute" in line for line in lines)
+    config, lines = _load(tmp_path, _facts(3000, fast_dtype="bfloat16_products"))
+    assert config.compute.dtype == "bfloat16_products"
+    assert "recipe: compute: bfloat16_products, which this machine computes fastest" in lines
+    config, lines = _load(tmp_path, _facts(3000, fast_dtype="bfloat16"), "compute.dtype=float32")
+    assert config.compute.dtype == "float32" and not any("compute" in line for line in lines)
+
+
+def test_the_machine_s_dtype_is_measured(monkeypatch):
+    has_flag = "avx512_bf16" in Path("/proc/cpuinfo").read_text().split()
+    assert host.multiplies_bfloat16() == has_flag
+    for has_bfloat16, dtype in ((True, "bfloat16_products"), (False, "float32")):
+        monkeypatch.setattr(host, "multiplies_bfloat16", lambda found=has_bfloat16: found)
+        assert _fast_dtype() == dtype

@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from tinybert_jax.settings.section import ComputeDtype
+
 NAME = "by_rows"
 
 
@@ -19,6 +21,7 @@ class Facts(NamedTuple):
     hidden_size: int  # of the teacher
     num_layers: int
     num_heads: int
+    fast_dtype: ComputeDtype = "float32"  # the fastest dtype that the machine trains well in
 
 
 TYPICAL = Facts(10_000, 0, 384, 6, 12)
@@ -62,6 +65,7 @@ def fill(tree: Mapping[str, Any], facts: Facts) -> tuple[dict[str, Any], list[st
     filled = {name: value for name, value in tree.items() if name != "recipe"}
     lines: list[str] = []
     filled["task"], share = _task(_section("task", tree.get("task")), facts, lines)
+    filled["compute"] = _compute(_section("compute", tree.get("compute")), facts, lines)
     students = _students(filled, facts, lines)
     num_rows = round(facts.num_labelled * (1 - share))
     num_distilled = num_rows + facts.num_unlabelled
@@ -105,6 +109,14 @@ def _task(given: dict[str, Any], facts: Facts, lines: list[str]) -> tuple[dict[s
     why = "as there are few" if is_few and "select_share" not in given else "as given"
     lines.append(f"task: no rows are set apart to choose checkpoints, {why}")
     return task, 0.0
+
+
+def _compute(given: dict[str, Any], facts: Facts, lines: list[str]) -> dict[str, Any]:
+    """The section, with the dtype that is fastest on the machine."""
+    if given.get("dtype") is None and facts.fast_dtype != "float32":
+        lines.append(f"compute: {facts.fast_dtype}, which this machine computes fastest")
+        return {**given, "dtype": facts.fast_dtype}
+    return given
 
 
 def _students(filled: dict[str, Any], facts: Facts, lines: list[str]) -> list[dict[str, Any]]:

@@ -1,11 +1,16 @@
-"""Memory settings of a `tinybert` process and locks on folders; importing it changes nothing."""
+"""Memory settings of a `tinybert` process, its processor, and locks on folders.
+
+Importing it changes nothing.
+"""
 
 import contextlib
 import ctypes
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}  # of /proc/cpuinfo
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
@@ -35,6 +40,15 @@ def _call_glibc(name: str, *arguments: int) -> None:
     function = getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
     if function is not None:  # musl lacks both functions
         function(*arguments)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether Linux says that the processor has products of bfloat16 (AVX-512 or AMX)."""
+    file = Path("/proc/cpuinfo")
+    if not file.is_file():
+        return False
+    flags = re.search(r"^flags\s*:(.*)$", file.read_text(), re.MULTILINE)
+    return flags is not None and not _BFLOAT16_FLAGS.isdisjoint(flags[1].split())
 
 
 @contextlib.contextmanager

@@ -1,9 +1,13 @@
 """Measures what the recipe `config.by_rows` has to know of a run's text and teacher."""
 
+import jax
+
 from tinybert_jax.config.by_rows import Facts
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.data.splits import read_task
 from tinybert_jax.huggingface.folder import read_model
+from tinybert_jax.performance import host
+from tinybert_jax.settings.section import ComputeDtype
 from tinybert_jax.tasks.table import TASKS
 
 
@@ -27,4 +31,11 @@ def measure(draft: RunConfig) -> Facts | None:
         hidden_size=teacher["hidden_size"],
         num_layers=teacher["num_hidden_layers"],
         num_heads=teacher["num_attention_heads"],
+        fast_dtype=_fast_dtype(),
     )
+
+
+def _fast_dtype() -> ComputeDtype:
+    if jax.default_backend() != "cpu":
+        return "bfloat16"
+    return "bfloat16_products" if host.multiplies_bfloat16() else "float32"

@@ -31,7 +31,7 @@ class LinearScores(NamedTuple):
 def missing_requirement(train: Examples) -> str | None:
     """What the model needs and does not have; None: it can be fitted."""
     if importlib.util.find_spec("sklearn") is None:
-        return "scikit-learn"
+        return "scikit-learn (pip install 'tinybert-jax[linear]')"
     if not any(re.search(r"\w", text) for text in train.text):
         return "texts with words"
     return None
