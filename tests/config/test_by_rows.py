@@ -102,8 +102,10 @@ def test_given_settings_stay_and_null_leaves_a_stage_out(tmp_path):
     assert config.task.select_share == 0.3
     config, _ = _load(tmp_path, _facts(3000), "teacher.finetuned=tuned")
     assert config.finetune is None
-    config, _ = _load(tmp_path, _facts(3000), student={"path": "mine"})
+    config, lines = _load(tmp_path, _facts(3000), student={"path": "mine"})
     assert config.student.path == "mine" and config.student.hidden_size is None
+    assert "recipe: student: it starts from the weights of mine" in lines
+    assert config.prediction.learning_rate == 5e-5  # as for layers of the teacher
     config, lines = _load(tmp_path, _facts(300), "finetune.num_epochs=100", "finetune.eval_every=5")
     assert config.finetune.eval_every == 5
     assert any(line.startswith("recipe: finetune: 100 epochs of 300 rows, ab") for line in lines)

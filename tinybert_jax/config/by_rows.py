@@ -69,7 +69,9 @@ def fill(tree: Mapping[str, Any], facts: Facts) -> tuple[dict[str, Any], list[st
     students = _students(filled, facts, lines)
     num_rows = round(facts.num_labelled * (1 - share))
     num_distilled = num_rows + facts.num_unlabelled
-    is_inherited = all(student.get("init") in _INHERITED for student in students)
+    is_inherited = all(
+        student.get("path") or student.get("init") in _INHERITED for student in students
+    )
     has_kept_logits = not _NOT_KEPT & set(_section("distillation", tree.get("distillation")))
     for name, length in LENGTHS.items():
         is_given = name in filled
@@ -169,6 +171,8 @@ _STARTS = {
 
 
 def _describe_student(origin: str, student: dict[str, Any], facts: Facts) -> str:
+    if student.get("path"):
+        return f"{origin}: it starts from the weights of {student['path']}"
     if "init" not in student:
         return f"{origin}: as given"
     sizes = f"{student['num_hidden_layers']} layers × {student['hidden_size']}"
