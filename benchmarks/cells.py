@@ -56,6 +56,7 @@ def cell_settings(
         f"task.train={folder / 'train.tsv'}",
         f"task.dev={folder / 'dev.tsv'}",
         "task.dev_share=null",
+        f"task.labels={json.dumps(sorted({label for _, label in [*train, *dev]}))}",
         "num_seeds=3",
         f"students={json.dumps(STUDENTS)}",
     ]
