@@ -20,6 +20,7 @@ from tinybert_jax import __version__
 from tinybert_jax.config import load as config_files
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.config.stages import STAGE_NAMES
+from tinybert_jax.data.errors import LostWorkerError
 from tinybert_jax.performance import host
 
 _STAGES = {
@@ -38,8 +39,9 @@ _SOURCES = "files, folders, globs, saved datasets folders or hub:… ids, as for
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status.
 
-    0: success. 2: wrong input, with one message on standard error. 128 + SIGPIPE: the reader of
-    standard output has closed the pipe, as `head` does; shells use the same number.
+    0: success. 2: wrong input. 4: lost a worker process. 2 and 4 come with one message on standard
+    error. 128 + SIGPIPE: the reader of standard output has closed the pipe, as `head` does; shells
+    use the same number.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parse(argv)
@@ -54,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 128 + signal.SIGPIPE
         print(f"tinybert: {error}", file=sys.stderr)
         return 2
+    except LostWorkerError as error:
+        print(f"tinybert: {error}", file=sys.stderr)
+        return 4
 
 
 def _is_output_closed() -> bool:

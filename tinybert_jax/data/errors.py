@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 
+class LostWorkerError(RuntimeError):
+    """A worker process has ended or stopped; the command line exits with status 4."""
+
+
 def fail(where: str, expected: str, got: str, fix: str) -> NoReturn:
     """Raises ValueError; `where` is the file, option or setting at fault."""
     raise ValueError(f"{where}: expected {expected}; got {got}; fix: {fix}")

@@ -140,14 +140,18 @@ def read_chunks(group: int, sources: Sequence[Source], options: Options) -> Iter
 def read_records(chunk: Chunk, options: Options) -> Iterator[Record]:
     """Yields the records of a chunk in order; skips blank lines."""
     for piece in chunk.pieces:
-        kind, path = piece.source.kind, piece.source.path
-        unit = "row" if kind in ("datasets", ".parquet") else "line"
+        path, unit = piece.source.path, unit_of(piece.source)
         for number, text in _texts(piece, options):
             decoded = _decode(text)
             if isinstance(decoded, Unreadable):
                 yield Record(path, f"{unit} {number}", None, decoded.reason)
             else:
                 yield Record(path, f"{unit} {number}", decoded)
+
+
+def unit_of(source: Source) -> str:
+    """What the records of a source are numbered by."""
+    return "row" if source.kind in ("datasets", ".parquet") else "line"
 
 
 def _is_saved_dataset(folder: Path) -> bool:
