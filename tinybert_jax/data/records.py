@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from tinybert_jax.data.corpus import COMPRESSED, corpus_files
 from tinybert_jax.data.errors import fail, fail_column, short
-from tinybert_jax.data.tables import load_dataset
+from tinybert_jax.data.tables import load_dataset, parse_json
 
 _KINDS = (".txt", ".jsonl", ".tsv", ".csv", ".parquet")
 _SUFFIXES = tuple(kind + end for kind in _KINDS for end in ("", *COMPRESSED))
@@ -354,13 +354,9 @@ def _text_documents(
 
 def _jsonl_text(line: bytes, column: str, _: tuple[int, int]) -> Any:
     try:
-        row = json.loads(line)
-    except UnicodeDecodeError as error:
-        return Unreadable(f"not UTF-8: {error.reason} at byte {error.start}")
+        row = parse_json(line)
     except ValueError as error:
         return Unreadable(f"not JSON: {error}")
-    except RecursionError:
-        return Unreadable("not JSON: nested too deeply")
     if not isinstance(row, dict):
         return Unreadable(f"expected an object, got {short(row)}")
     return row[column] if column in row else Unreadable(f"no key {column!r}: {short(list(row))}")
