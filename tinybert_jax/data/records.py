@@ -273,7 +273,10 @@ def _csv_texts(source: Source, options: Options) -> Iterator[tuple[int, Any]]:
             try:
                 row = next(reader, None)
             except csv.Error as error:
-                yield start, Unreadable(f"a broken CSV row: {error}")
+                # A stray quote takes lines with it: each of them counts, so that none is lost
+                # without a word.
+                for line in range(start, max(reader.line_num, start) + 1):
+                    yield line, Unreadable(f"a broken CSV row from line {start} on: {error}")
                 continue
             if row is None:
                 return

@@ -193,7 +193,7 @@ def read_jsonl(path: str, wanted: list[str]) -> Table:
         rows.append(row)
         if not isinstance(row, dict):
             broken.append((number, short(row)))
-        elif _HALF.search(line) and not all(_is_utf8(row.get(column)) for column in wanted):
+        elif _HALF.search(line) and not all(is_utf8(row.get(column)) for column in wanted):
             halves.append((number, short(line[:99])))
     table = Table(path, {}, range(1, len(lines) + 1))
     fix = "write one object a line, {...}; join an object that is spread over several lines"
@@ -226,7 +226,7 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _is_utf8(value: Any) -> bool:
+def is_utf8(value: Any) -> bool:
     """Whether all text in a value of JSON can be written as UTF-8."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
