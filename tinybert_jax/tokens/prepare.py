@@ -20,7 +20,7 @@ import numpy as np
 
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.data import records
-from tinybert_jax.data.errors import fail
+from tinybert_jax.data.errors import fail, listed
 from tinybert_jax.data.records import Source
 from tinybert_jax.data.wordpiece import backend_json
 from tinybert_jax.performance import host
@@ -109,7 +109,11 @@ def _write_identity(partial: Path, identity: dict[str, Any], config: PrepareConf
     recorded = next((p for p in (path, partial / store.MANIFEST) if p.is_file()), None)
     index = partial / store.INDEX
     if recorded and index.is_file() and index.stat().st_size:
-        _refuse_changes(partial, json.loads(recorded.read_text(encoding="utf-8")), identity, config)
+        fix = f"remove {partial} and prepare again"
+        before = store.read_object(recorded, fix)
+        if not set(identity) <= set(before):
+            fail(str(recorded), f"the keys {listed(list(identity))}", listed(list(before)), fix)
+        _refuse_changes(partial, before, identity, config)
         return
     new = partial / f"{_IDENTITY}.new"
     new.write_text(json.dumps(identity, ensure_ascii=False), encoding="utf-8")
@@ -130,8 +134,8 @@ def _refuse_changes(
             got = "a changed one" if first and second else "a new one" if second else "none"
             fail(path, f"the source that {folder} was started with", got, fix)
     for name, value in now["settings"].items():
-        if before["settings"][name] != value:
-            expected = f"{before['settings'][name]!r}, with which {folder} was started"
+        if before["settings"].get(name) != value:
+            expected = f"{before['settings'].get(name)!r}, with which {folder} was started"
             fail(name, expected, repr(value), fix)
     if list(before["sources"]) != list(now["sources"]):
         fail("sources", f"the order that {folder} was started with", "another order", fix)
