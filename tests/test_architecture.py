@@ -25,7 +25,7 @@ ROOMS = {
     "models": "inputs activations dropout linear params norm attention encoder bert distilbert "
     "families heads",
     "batches": "batch tokenize bucketing packing loader",
-    "tokens": "store instances transform ray prepare inspect",
+    "tokens": "store instances transform ray workers prepare inspect",
     "huggingface": "tensors hub weights bert distilbert families head folder rewrite",
     "tasks": "task classification regression multi_label tagging linear table",
     "objectives": "alignment linear_probe reduction objective masking masked_lm supervised "

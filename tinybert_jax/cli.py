@@ -5,6 +5,7 @@ fast.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -20,7 +21,9 @@ from tinybert_jax import __version__
 from tinybert_jax.config import load as config_files
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.config.stages import STAGE_NAMES
+from tinybert_jax.data.errors import LostWorkerError
 from tinybert_jax.performance import host
+from tinybert_jax.report.console import json_line, printable
 
 _STAGES = {
     "run": (STAGE_NAMES, "run all stages of a config, then export and report"),
@@ -38,8 +41,8 @@ _SOURCES = "files, folders, globs, saved datasets folders or hub:… ids, as for
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status.
 
-    0: success. 2: wrong input, with one message on standard error. 128 + SIGPIPE: the reader of
-    standard output has closed the pipe, as `head` does; shells use the same number.
+    0: success. 2: wrong input. 4: lost a worker process; both with one message on standard error.
+    128 + SIGPIPE: the reader of standard output has closed the pipe, as `head` does.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parse(argv)
@@ -52,8 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FloatingPointError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _is_output_closed():
             return 128 + signal.SIGPIPE
-        print(f"tinybert: {error}", file=sys.stderr)
+        _tell(f"tinybert: {error}")
         return 2
+    except LostWorkerError as error:
+        _tell(f"tinybert: {error}")
+    return 4
+
+
+def _tell(text: str) -> None:
+    print(printable(text), file=sys.stderr)
 
 
 def _is_output_closed() -> bool:
@@ -231,7 +241,10 @@ def _measure(draft):
 def _run(arguments, command: str) -> int:
     host.keep_freed_memory()  # before `_measure`, which imports JAX
     settings = config_files.load(
-        arguments.config, arguments.overrides, _measure, lambda line: print(line, file=sys.stderr)
+        arguments.config,
+        arguments.overrides,
+        _measure,
+        lambda line: print(printable(line), file=sys.stderr),
     )
     if arguments.print_config:
         print(config_files.dump(settings), end="")
@@ -239,7 +252,7 @@ def _run(arguments, command: str) -> int:
     from tinybert_jax.recipes import pipeline
 
     if arguments.dry_run:
-        print(pipeline.describe_costs(settings, _STAGES[arguments.command][0]))
+        print(printable(pipeline.describe_costs(settings, _STAGES[arguments.command][0])))
         return 0
     stages = _STAGES[arguments.command][0]
     pipeline.main(settings, stages, command, is_profiled=arguments.profile)
@@ -263,14 +276,15 @@ def _evaluate(arguments, command: str) -> int:
         raise ValueError(
             f"expected each column once, got {twice} as an option and as a task setting; remove one"
         )
-    scores = predict.evaluate_file(
-        arguments.model,
-        arguments.data,
-        split=arguments.split,
-        max_length=arguments.max_length,
-        settings={**columns, **settings},
-    )
-    print(json.dumps(scores, indent=2))
+    with contextlib.redirect_stdout(sys.stderr):  # nothing but JSON on standard output
+        scores = predict.evaluate_file(
+            arguments.model,
+            arguments.data,
+            split=arguments.split,
+            max_length=arguments.max_length,
+            settings={**columns, **settings},
+        )
+    print(json.dumps(scores, indent=2, allow_nan=False))
     return 0
 
 
@@ -293,15 +307,16 @@ def _predict(arguments, command: str) -> int:
             f"--output: expected another file than the data, got {output} for both; choose "
             "another name"
         )
-    rows = predict.predict(
-        arguments.model,
-        arguments.data or arguments.sentence,
-        text=arguments.text,
-        text_pair=arguments.text_pair,
-        split=arguments.split,
-        max_length=arguments.max_length,
-    )
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with contextlib.redirect_stdout(sys.stderr):  # nothing but JSON on standard output
+        rows = predict.predict(
+            arguments.model,
+            arguments.data or arguments.sentence,
+            text=arguments.text,
+            text_pair=arguments.text_pair,
+            split=arguments.split,
+            max_length=arguments.max_length,
+        )
+    lines = "".join(json_line(row) + "\n" for row in rows)
     if output:
         output.write_text(lines, encoding="utf-8")
     else:
@@ -312,7 +327,7 @@ def _predict(arguments, command: str) -> int:
 def _convert(arguments, command: str) -> int:
     from tinybert_jax.huggingface import rewrite
 
-    print(rewrite.convert(arguments.source, arguments.target))
+    print(printable(rewrite.convert(arguments.source, arguments.target)))
     return 0
 
 
@@ -326,7 +341,7 @@ def _prepare(arguments, command: str) -> int:
 
     tokenizer = load_tokenizer(settings.tokenizer)
     folder = prepare.prepare(settings, tokenizer, _make_progress_printer(seconds=5.0))
-    print(inspect.counts(folder))
+    print(printable(inspect.counts(folder)))
     return 0
 
 
@@ -338,7 +353,7 @@ def _make_progress_printer(seconds: float) -> Callable[[str], None]:
         nonlocal due
         if time.monotonic() >= due:
             due = time.monotonic() + seconds
-            print(line, flush=True)
+            print(printable(line), flush=True)
 
     return print_line
 
@@ -346,7 +361,8 @@ def _make_progress_printer(seconds: float) -> Callable[[str], None]:
 def _inspect(arguments, command: str) -> int:
     from tinybert_jax.tokens import inspect
 
-    print(inspect.describe(arguments.store, num_rows=arguments.rows, verify=arguments.verify))
+    shown = inspect.describe(arguments.store, num_rows=arguments.rows, verify=arguments.verify)
+    print(printable(shown))
     return 0
 
 
@@ -364,22 +380,21 @@ def _extend(arguments, command: str) -> int:
     )
     shown = ", ".join(words[:8]) + (" …" if len(words) > 8 else "")
     skipped = f"; {len(bad)} records could not be read" if bad else ""
-    print(f"{arguments.output}: {len(words):,} new words, {shown}{skipped}")
+    print(printable(f"{arguments.output}: {len(words):,} new words, {shown}{skipped}"))
     return 0
 
 
 def _vocab(arguments, command: str) -> int:
     from tinybert_jax.data.wordpiece import write_vocab
 
-    print(
-        write_vocab(
-            arguments.sources,
-            arguments.output,
-            vocab_size=arguments.size,
-            lowercase=not arguments.cased,
-            text=arguments.text,
-            split=arguments.split,
-            max_length=arguments.max_length,
-        )
+    written = write_vocab(
+        arguments.sources,
+        arguments.output,
+        vocab_size=arguments.size,
+        lowercase=not arguments.cased,
+        text=arguments.text,
+        split=arguments.split,
+        max_length=arguments.max_length,
     )
+    print(printable(written))
     return 0

@@ -130,6 +130,8 @@ BAD = {
     "lone.jsonl": (b'{"text": "\\ud800"}\n{"text": "good"}\n', "line 1", "surrogate"),
     "tsv": (b"n\ttext\n1\tgood\n2\n", "line 3", "1 columns, expected 2"),
     "csv": (b'n,text\n1,good\n2,b\xffd\n3,"good"\n', "line 3", "surrogate"),
+    "digits.jsonl": (b'{"text": "good"}\n{"text": %s}\n' % (b"9" * 5000), "line 2", "digits"),
+    "nul.jsonl": (b'{"text": "good"}\n\x00\x00\x00\n', "line 2", "not JSON"),
     "quote.csv": (b'n,text\n1,good\n2,"bad"ly\n3,"good"\n', "line 3", "a broken CSV row"),
     "ragged.csv": (b"n,text\n1,good\n2\n\n3,good\n", "line 3", "1 columns, expected 2"),
 }
@@ -145,6 +147,23 @@ def test_a_bad_record_is_reported_and_the_others_are_read(tmp_path, name):
     assert (bad.path, bad.place) == (str(path), place)
     assert reason in bad.reason
     assert {record.text for record in found if record is not bad} == {"good"}
+
+
+def test_every_line_that_a_stray_quote_takes_with_it_counts(tmp_path):
+    lines = [f"{n},good" for n in range(2, 12)]
+    lines[3] = '5,"bad'
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(["n,text", *lines]) + "\n")
+    found = _flat(_read([path], chunk_bytes=10**6))
+    assert [record.text for record in found] == ["good"] * 3 + [None] * 7
+    assert [record.place for record in found[3:]] == [f"line {n}" for n in range(5, 12)]
+    lines[6] = '8,"bad"'  # its quote closes the field that line 5 opens
+    path.write_text("\n".join(["n,text", *lines]) + "\n")
+    found = _flat(_read([path], chunk_bytes=10**6))
+    assert [record.place for record in found if record.text is None] == [
+        f"line {n}" for n in range(5, 9)
+    ]
+    assert sum(record.text == "good" for record in found) == 6
 
 
 def test_null_and_number_in_parquet_are_reported(tmp_path):

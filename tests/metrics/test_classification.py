@@ -1,5 +1,7 @@
 """Classification and regression metrics against SciPy, closed forms and cases counted by hand."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -7,6 +9,7 @@ from scipy import stats
 from tinybert_jax.metrics.classification import (
     classification_metrics,
     confusion_matrix,
+    frequent_mistakes,
     predicted_classes,
 )
 from tinybert_jax.metrics.regression import regression_metrics
@@ -120,7 +123,39 @@ def test_bad_inputs_raise_an_error_that_names_the_mistake():
         classification_metrics(np.zeros(2, int), np.array([0, -1]), 2)
     with pytest.raises(ValueError, match="regression_metrics"):
         predicted_classes(np.zeros((2, 1)))
-    with pytest.raises(ValueError, match="2 NaN of 4"):
+    with pytest.raises(ValueError, match="2 NaN and 0 infinite of 4"):
         predicted_classes(np.array([[np.nan, 0], [np.nan, 1]]))
-    with pytest.raises(ValueError, match="NaN"):
-        regression_metrics(np.array([np.nan, 1.0]), np.array([0.0, 1.0]))
+    with pytest.raises(ValueError, match="1 NaN and 1 infinite of 3"):
+        regression_metrics(np.array([np.nan, 1.0, np.inf]), np.array([0.0, 1.0, 2.0]))
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 40])
+def test_the_scores_are_those_of_the_confusion_matrix(rng, num_classes):
+    labels, predictions = rng.integers(0, num_classes, (2, 500))
+    predictions = np.where(rng.random(500) < 0.6, labels, predictions)
+    counts = confusion_matrix(predictions, labels, num_classes)
+    got = classification_metrics(predictions, labels, num_classes)
+    f1 = 2 * np.diag(counts) / (counts.sum(0) + counts.sum(1))
+    assert got["accuracy"] == np.trace(counts) / counts.sum()
+    assert got["f1"] == (f1[1] if num_classes == 2 else f1.mean())
+    wrong = counts - np.diag(np.diag(counts))
+    pairs = sorted(
+        ((-wrong[i, j], i, j) for i, j in zip(*np.nonzero(wrong), strict=True)),
+    )
+    expected = [(i, j, -count) for count, i, j in pairs[:7]]
+    assert frequent_mistakes(predictions, labels, 7) == expected
+    assert frequent_mistakes(labels, labels, 7) == []
+
+
+def test_scores_of_many_classes_take_little_memory(rng):
+    num_classes = 100_000
+    labels = rng.integers(0, num_classes, 300)
+    predictions = np.where(np.arange(300) < 200, labels, 0)
+    tracemalloc.start()
+    got = classification_metrics(predictions, labels, num_classes)
+    pairs = frequent_mistakes(predictions, labels, 15)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert got["accuracy"] == pytest.approx(np.mean(predictions == labels))
+    assert len(pairs) == 15 and all(predicted == 0 for _, predicted, _ in pairs)
+    assert peak < 20e6  # a matrix would take 80 GB

@@ -1,11 +1,14 @@
 """prepare: the same text gives the same bytes with any workers, after kills and on full disks."""
 
 import json
+import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,8 +24,12 @@ from tests.prepare_world import (
     same,
     unfinish,
 )
+from tests.sleeper import make_sleeper
 from tinybert_jax import cli
+from tinybert_jax.data.errors import LostWorkerError
+from tinybert_jax.data.records import Chunk, Piece, Source
 from tinybert_jax.huggingface.hub import load_tokenizer
+from tinybert_jax.tokens import workers
 from tinybert_jax.tokens.store import INDEX, open_store, partial_of
 
 ROOT = Path(__file__).parents[2]
@@ -171,7 +178,7 @@ def test_a_run_killed_at_ten_random_moments_resumes_with_the_same_bytes(world, m
     assert _kill_and_finish(world, golden, 10, moments, workers=2, mode=mode) > 0
 
 
-def test_a_killed_worker_is_reported_and_the_next_run_resumes(world):
+def test_a_killed_worker_is_named_and_the_next_run_resumes(world):
     world.text.write_text(make_text(1500))
     output = world.folder / "store"
     command = world.command(output, workers=2)
@@ -179,12 +186,85 @@ def test_a_killed_worker_is_reported_and_the_next_run_resumes(world):
     while count_entries(output) < 2:
         assert process.poll() is None
         time.sleep(0.002)
-    os.kill(_children(process.pid)[-1], signal.SIGKILL)
+    worker = _children(process.pid)[-1]
+    os.kill(worker, signal.SIGKILL)
     _, message = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "workers: expected running processes; got a killed process" in message
+    assert process.returncode == 4
+    assert message.count("\n") == 1
+    found = re.fullmatch(
+        rf"tinybert: data worker {worker}: expected a running process; got one killed by SIGKILL"
+        rf"(, at work on {world.text} from line \d+ on)?; fix: run the same command again, which "
+        "resumes; with fewer workers or a smaller chunk_bytes if memory ran out\n",
+        message,
+    )
+    assert found, message
     world.prepare()
     same(output, world.prepare(output=str(world.folder / "golden")))
+
+
+def test_a_stopped_worker_is_named_within_the_patience_and_the_next_run_resumes(
+    world, monkeypatch, capfd
+):
+    monkeypatch.setattr(workers, "PATIENCE", 3.0)
+    world.text.write_text(make_text(1500))
+    output, stopped = world.folder / "store", []
+
+    def stop_a_worker():
+        while count_entries(output) < 2:
+            time.sleep(0.002)
+        stopped.append((multiprocessing.active_children()[0].pid, time.monotonic()))
+        os.kill(stopped[0][0], signal.SIGSTOP)
+
+    thread = threading.Thread(target=stop_a_worker, daemon=True)
+    thread.start()
+    status = cli.main(["data", "prepare", str(world.config), f"output={output}", "workers=2"])
+    seconds = time.monotonic() - stopped[0][1]
+    message = capfd.readouterr().err
+    assert status == 4
+    assert seconds < 60
+    assert message.count("\n") == 1
+    assert message.startswith(
+        f"tinybert: data worker {stopped[0][0]}: expected a running process; got one stopped by a "
+        f"signal (SIGSTOP), without progress for 3 s, at work on {world.text} from line "
+    )
+    thread.join()
+    assert not multiprocessing.active_children()
+    world.prepare()
+    same(output, world.prepare(output=str(world.folder / "golden")))
+
+
+def test_workers_that_go_on_within_the_patience_change_no_byte(world, monkeypatch):
+    monkeypatch.setattr(workers, "PATIENCE", 20.0)
+    world.text.write_text(make_text(1500))
+    golden = world.prepare(output=str(world.folder / "golden"))
+    stopped = []
+
+    def stop_and_continue():
+        while not count_entries(world.folder / "store"):
+            time.sleep(0.002)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGSTOP)
+            stopped.append(worker.pid)
+        time.sleep(1.5)
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=stop_and_continue, daemon=True)
+    thread.start()
+    same(golden, world.prepare(workers=2))
+    thread.join()
+    assert len(stopped) == 2
+
+
+def test_a_worker_that_hangs_and_one_that_raises_are_reported(monkeypatch):
+    """Workers that sleep in a call: they are not stopped, and use no processor time."""
+    monkeypatch.setattr(workers, "PATIENCE", 3.0)
+    chunks = [Chunk(0, 0, [Piece(Source("a.txt", ".txt", 9, 0), 7, b"")])]
+    with pytest.raises(LostWorkerError, match="one that hangs, .*at work on a.txt from line 7"):
+        list(workers.run_in_processes(make_sleeper, 1000.0, chunks, 1))
+    with pytest.raises(OverflowError, match="out of range"):
+        list(workers.run_in_processes(make_sleeper, 1e300, chunks, 1))
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.slow

@@ -144,3 +144,50 @@ def test_a_shard_with_fewer_rows_than_the_index_lists_is_named(tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match="shard-00000.ids: expected a file; got none"):
         StoreWriter(tmp_path, 16, np.dtype("<u2"), 10)
+
+
+DEEP, DIGITS = "[" * 100_000, "9" * 5000
+
+
+@pytest.mark.parametrize(
+    "change, naming",
+    [
+        ("", "manifest.json: expected JSON; got Expecting value"),
+        (DEEP, "manifest.json: expected JSON; got nested too deeply"),
+        (DIGITS, "manifest.json: expected JSON; got a number with too many digits"),
+        ("[1]", "manifest.json: expected a JSON object; got [1]"),
+        ({"format": ["x"]}, "expected format 'tinybert token store 1'; got ['x']"),
+        ({"width": "20"}, "manifest.json: width: expected a whole number from 1 on; got '20'"),
+        ({"width": 21}, "manifest.json: files: shard-00000.ids: expected 420 bytes; got 400"),
+        ({"num_rows": 10**30}, "num_rows: expected a whole number from 1 on; got 1000"),
+        ({"num_rows": 10**15}, "num_rows: expected rows of 4 shards; got 1000000000000000"),
+        ({"shard_rows": 0}, "shard_rows: expected a whole number from 1 on; got 0"),
+        ({"ids_dtype": "|O"}, "ids_dtype: expected <u2 or <u4; got '|O'"),
+        ({"files": []}, "files: expected an object; got []"),
+        ({"files": {"../../x": {"num_bytes": 1, "sha256": ""}}}, "expected names without folders"),
+        ({"files": {"x": 1}}, "files: 'x': expected num_bytes and sha256; got 1"),
+        ({"num_tokens": None}, "num_tokens: expected a whole number from 1 on; got None"),
+    ],
+)
+def test_a_manifest_that_is_torn_or_does_not_fit_is_refused(written, change, naming):
+    folder, *_ = written()
+    path = folder / "manifest.json"
+    if isinstance(change, dict):
+        change = json.dumps(json.loads(path.read_text()) | change)
+    path.write_text(change)
+    with pytest.raises(ValueError) as caught:
+        open_store(folder)
+    assert naming in str(caught.value) and "; fix: " in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ["{", DEEP, "[]", "{}", '{"rows": "7"}', "\x00\x00"])
+def test_a_garbled_line_of_the_index_is_named(tmp_path, line):
+    writer = StoreWriter(tmp_path, 16, np.dtype("<u2"), 10)
+    rows = _rows(np.random.default_rng(0), 12, 16, np.dtype("<u2"))[0]
+    writer.append(rows, _entry(rows))
+    before = (tmp_path / INDEX).read_text()
+    (tmp_path / INDEX).write_text(before + line + "\n")
+    with pytest.raises(ValueError, match="index.jsonl, line 2: expected the entry of a chunk; got"):
+        StoreWriter(tmp_path, 16, np.dtype("<u2"), 10)
+    (tmp_path / INDEX).write_text(before + line)  # cut off: the last line is left out
+    assert StoreWriter(tmp_path, 16, np.dtype("<u2"), 10).num_rows == 12

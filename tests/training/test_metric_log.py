@@ -41,6 +41,36 @@ def test_a_broken_line_in_the_middle_is_refused(path, line, got):
             read(path)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe{",
+        b"\x00" * 4096,
+        b"[" * 100_000,
+        b"9" * 5000,
+        b'{"kind": "train", "stage": "general"}',
+        b'{"kind": "train", "step": 4}',
+        b'{"kind": ["train"], "stage": "general", "step": 4}',
+        b'{"kind": "train", "stage": "general", "step": "4"}',
+        LINES[0][:20].encode() + LINES[1].strip().encode(),
+    ],
+)
+def test_a_garbled_line_is_refused_in_the_middle_and_dropped_at_the_end(path, line):
+    path.write_bytes(LINES[0].encode() + line + b"\n" + LINES[1].encode())
+    for read in (read_rows, lambda path: MetricLog(path).rewind("pretrain", 0)):
+        with pytest.raises(ValueError, match="metrics.jsonl, line 2: expected a JSON object, got "):
+            read(path)
+    path.write_bytes("".join(LINES).encode() + line)
+    assert read_rows(path) == ROWS
+    MetricLog(path).rewind("finetune", 4)
+    assert read_rows(path) == ROWS[:2]
+
+
+def test_names_reach_the_console_without_control_characters(path, capsys):
+    MetricLog(path).say("\x1b[2Ja \x9b name\nline")
+    assert capsys.readouterr().out == "\\x1b[2Ja \\x9b name\nline\n"
+
+
 @pytest.mark.parametrize("end", ["", LINES[0][:20], LINES[2][:-1]])
 def test_a_row_starts_on_a_new_line(path, end):
     path.write_text("".join(LINES[:2]) + end)

@@ -1,5 +1,6 @@
 """The settings of a task: its kind, its files of labelled text and its labels."""
 
+from collections import Counter
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -120,7 +121,7 @@ def _raw_labels(labels: Any) -> Any:
 
 
 def _without_repetition(names: tuple[str, ...]) -> tuple[str, ...]:
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
         raise ValueError(f"expected every label once, got {repeated} more than once; remove one")
     return names

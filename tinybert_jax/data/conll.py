@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tinybert_jax.data.errors import fail, fail_missing, nearest, short
+from tinybert_jax.data.errors import fail, fail_missing, listed, nearest, short
 from tinybert_jax.data.tables import Table, fail_rows, read_jsonl, read_utf8, split_lines
 from tinybert_jax.metrics.tagging import SCHEME_RULES, Scheme, is_tag, scheme_mistakes
 
@@ -247,9 +247,8 @@ def _check_tags(
     if known_tags is not None:
         known = set(known_tags)
         unknown = [(n, short(tag)) for n, tag in pairs if tag not in known]
-        shown = ", ".join(map(repr, list(known_tags)[:20])) + ", …" * (len(known_tags) > 20)
         fix = "correct these tags or complete the list of tags"
-        _fail_words(found, f"one of the tags {shown}", unknown, fix)
+        _fail_words(found, f"one of the tags {listed(known_tags)}", unknown, fix)
     if scheme is not None:
         wrong = [
             (numbers[position], got)

@@ -3,6 +3,7 @@
 import glob
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -38,8 +39,8 @@ def corpus_files(paths: Sequence[str], suffixes: tuple[str, ...], file_types: st
     Raises ValueError for a path without such files and for a file that is listed twice.
     """
     files = [file for path in paths for file in _expand_path(os.fspath(path), suffixes, file_types)]
-    if len(set(files)) < len(files):
-        twice = next(file for file in files if files.count(file) > 1)
+    twice = next((file for file, count in Counter(files).items() if count > 1), None)
+    if twice is not None:
         fail("corpus", "every file once", f"{twice} more than once", "narrow the list of paths")
     return files
 

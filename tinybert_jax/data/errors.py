@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 
+class LostWorkerError(RuntimeError):
+    """A worker process has ended or stopped; the command line exits with status 4."""
+
+
 def fail(where: str, expected: str, got: str, fix: str) -> NoReturn:
     """Raises ValueError; `where` is the file, option or setting at fault."""
     raise ValueError(f"{where}: expected {expected}; got {got}; fix: {fix}")
@@ -15,10 +19,9 @@ def fail(where: str, expected: str, got: str, fix: str) -> NoReturn:
 def fail_column(path: str, column: str, available: list[str], hint: str = "") -> NoReturn:
     if column in available:
         fail(path, f"one column {column!r}", f"{available.count(column)}", "rename the others")
-    columns = ", ".join(map(short, available))
     where = " (--text, --text-pair or --label; in a config text, text_pair or label)"
     fix = nearest(column, available) + where + _separator_hint(available) + hint
-    fail(path, f"a column {column!r}", f"columns {columns}", fix)
+    fail(path, f"a column {column!r}", f"columns {listed(available)}", fix)
 
 
 def fail_missing(path: str) -> NoReturn:
@@ -42,11 +45,23 @@ def _separator_hint(names: Sequence[str]) -> str:
 
 def nearest(name: str, names: Sequence[str]) -> str:
     """A fix for a misspelt name."""
-    close = difflib.get_close_matches(name, names, 1, 0.7)  # 0.7: more than a shared suffix
+    # 0.7: more than a shared suffix. Among many names the search would take minutes.
+    close = difflib.get_close_matches(name, names[:_MOST_COMPARED], 1, 0.7)
     return f"did you mean {close[0]!r}?" if close else "check the name"
+
+
+_MOST_COMPARED = 1000
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names, or of many the first 20."""
+    return ", ".join(map(short, names[:20])) + ", …" * (len(names) > 20)
 
 
 def short(value: Any) -> str:
     """`repr` of a value, cut at 60 characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} that is nested too deeply"
     return text if len(text) <= 60 else text[:59] + "…"

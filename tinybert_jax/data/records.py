@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from tinybert_jax.data.corpus import COMPRESSED, corpus_files
 from tinybert_jax.data.errors import fail, fail_column, short
-from tinybert_jax.data.tables import load_dataset
+from tinybert_jax.data.tables import load_dataset, parse_json
 
 _KINDS = (".txt", ".jsonl", ".tsv", ".csv", ".parquet")
 _SUFFIXES = tuple(kind + end for kind in _KINDS for end in ("", *COMPRESSED))
@@ -140,14 +140,18 @@ def read_chunks(group: int, sources: Sequence[Source], options: Options) -> Iter
 def read_records(chunk: Chunk, options: Options) -> Iterator[Record]:
     """Yields the records of a chunk in order; skips blank lines."""
     for piece in chunk.pieces:
-        kind, path = piece.source.kind, piece.source.path
-        unit = "row" if kind in ("datasets", ".parquet") else "line"
+        path, unit = piece.source.path, unit_of(piece.source)
         for number, text in _texts(piece, options):
             decoded = _decode(text)
             if isinstance(decoded, Unreadable):
                 yield Record(path, f"{unit} {number}", None, decoded.reason)
             else:
                 yield Record(path, f"{unit} {number}", decoded)
+
+
+def unit_of(source: Source) -> str:
+    """What the records of a source are numbered by."""
+    return "row" if source.kind in ("datasets", ".parquet") else "line"
 
 
 def _is_saved_dataset(folder: Path) -> bool:
@@ -269,7 +273,10 @@ def _csv_texts(source: Source, options: Options) -> Iterator[tuple[int, Any]]:
             try:
                 row = next(reader, None)
             except csv.Error as error:
-                yield start, Unreadable(f"a broken CSV row: {error}")
+                # A stray quote takes lines with it: each of them counts, so that none is lost
+                # without a word.
+                for line in range(start, max(reader.line_num, start) + 1):
+                    yield line, Unreadable(f"a broken CSV row from line {start} on: {error}")
                 continue
             if row is None:
                 return
@@ -350,13 +357,9 @@ def _text_documents(
 
 def _jsonl_text(line: bytes, column: str, _: tuple[int, int]) -> Any:
     try:
-        row = json.loads(line)
-    except UnicodeDecodeError as error:
-        return Unreadable(f"not UTF-8: {error.reason} at byte {error.start}")
+        row = parse_json(line)
     except ValueError as error:
         return Unreadable(f"not JSON: {error}")
-    except RecursionError:
-        return Unreadable("not JSON: nested too deeply")
     if not isinstance(row, dict):
         return Unreadable(f"expected an object, got {short(row)}")
     return row[column] if column in row else Unreadable(f"no key {column!r}: {short(list(row))}")

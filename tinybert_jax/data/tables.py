@@ -10,13 +10,14 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinybert_jax.data.errors import fail, fail_column, fail_missing, nearest, short
+from tinybert_jax.data.errors import fail, fail_column, fail_missing, listed, nearest, short
 from tinybert_jax.data.examples import Examples
 
 
@@ -162,10 +163,12 @@ def _by_column(
         amount, allowed = f"at least {max(places) + 1}", range(max(places) + 1, sys.maxsize)
     else:
         header, rows, numbers = rows[0], rows[1:], numbers[1:]
+        counts = Counter(header)
         for column in wanted:
-            if header.count(column) != 1:
+            if counts[column] != 1:
                 fail_column(path, column, header, "; without a header give '0', '1' …")
-        places = [header.index(column) for column in wanted]
+        place_of = {column: place for place, column in enumerate(header)}
+        places = [place_of[column] for column in wanted]
         amount, allowed = f"{len(header)}", range(len(header), len(header) + 1)
     if not rows:
         fail(path, "rows", "no rows, only a header", "check how the file was written")
@@ -180,19 +183,23 @@ def _by_column(
 
 def read_jsonl(path: str, wanted: list[str]) -> Table:
     lines = split_lines(read_utf8(path))
-    rows, broken = [], []
+    rows, broken, halves = [], [], []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            broken.append((number, f"{error.msg} at column {error.colno} of {short(line)}"))
+            row = parse_json(line)
+        except ValueError as error:
+            broken.append((number, f"{error} in {short(line[:99])}"))
             continue
         rows.append(row)
         if not isinstance(row, dict):
             broken.append((number, short(row)))
+        elif _HALF.search(line) and not all(is_utf8(row.get(column)) for column in wanted):
+            halves.append((number, short(line[:99])))
     table = Table(path, {}, range(1, len(lines) + 1))
     fix = "write one object a line, {...}; join an object that is spread over several lines"
     fail_rows(table, "one JSON object on every line", broken, fix)
+    fix = "remove or replace the escapes from \\ud800 to \\udfff that do not stand in pairs"
+    fail_rows(table, "text without halves of characters (lone surrogates)", halves, fix)
     for column in wanted:
         missing = [(n, short(list(row))) for n, row in enumerate(rows, 1) if column not in row]
         if len(missing) == len(rows):
@@ -200,6 +207,32 @@ def read_jsonl(path: str, wanted: list[str]) -> Table:
         fail_rows(table, f"a key {column!r}", missing, "complete or remove these rows")
         table.columns[column] = [row[column] for row in rows]
     return table
+
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a character, as JSON may escape it
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value; raises ValueError with a short reason for all that is wrong with the text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
+    except ValueError:  # of int()
+        raise ValueError("a number with too many digits") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def is_utf8(value: Any) -> bool:
+    """Whether all text in a value of JSON can be written as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        return False
+    return True
 
 
 def _read_dataset(path: str, split: str | None, wanted: list[str]) -> Table:
@@ -312,6 +345,13 @@ def _numbers(table: Table, column: str) -> np.ndarray:
 def _class_ids(
     table: Table, column: str, known: dict[str, str] | None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
+    several = [
+        (n, short(value))
+        for n, value in zip(table.numbers, table.columns[column], strict=True)
+        if isinstance(value, list | dict)
+    ]
+    fix = "write text or a number; for several labels a row set task.kind=multi_label"
+    fail_rows(table, f"one label a row in column {column!r}", several, fix)
     raw = ["" if value is None else str(value) for value in table.columns[column]]
     missing = [(n, "none") for n, value in zip(table.numbers, raw, strict=True) if not value]
     fix = "fill in or remove these rows; give no label column to read unlabelled text"
@@ -320,15 +360,15 @@ def _class_ids(
         known = {str(i): name for i, name in enumerate(table.class_names)}
     if known is None:
         found = set(raw)
-        integers = all(re.fullmatch(r"-?\d+", value) for value in found)
+        integers = all(re.fullmatch(r"-?\d{1,999}", value) for value in found)
         known = {v: v for v in sorted(found, key=lambda v: (int(v) if integers else 0, v))}
     unknown = [(n, short(v)) for n, v in zip(table.numbers, raw, strict=True) if v not in known]
-    shown = ", ".join(map(repr, list(known)[:20])) + ", …" * (len(known) > 20)
     fix = "correct these rows or complete `labels`"
-    fail_rows(table, f"one of the labels {shown} in column {column!r}", unknown, fix)
+    expected = f"one of the labels {listed(list(known))} in column {column!r}"
+    fail_rows(table, expected, unknown, fix)
     names = tuple(dict.fromkeys(known.values()))
-    ids = {value: names.index(name) for value, name in known.items()}
-    return np.array([ids[value] for value in raw], np.int32), names
+    places = {name: place for place, name in enumerate(names)}
+    return np.array([places[known[value]] for value in raw], np.int32), names
 
 
 def fail_rows(table: Table, expected: str, wrong: list[tuple[int, str]], fix: str) -> None:

@@ -3,11 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from tinybert_jax.batches.tokenize import MIN_TOKENS
 from tinybert_jax.config.load import validate
 from tinybert_jax.config.tasks import TaskSection
+from tinybert_jax.data.errors import short
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.splits import Reading
+from tinybert_jax.data.tables import is_utf8
 from tinybert_jax.huggingface.folder import HfModel, read_model, start_params
 from tinybert_jax.huggingface.head import Head
 from tinybert_jax.huggingface.hub import check_table, load_tokenizer
@@ -39,7 +43,8 @@ def predict(
     """One object per text, in order: `row` from 1, `text`, and the prediction of the model's task.
 
     `data` is a file or a list of texts. `columns`: settings of the task that name the columns of
-    the file. A blank text has `problem` instead of a prediction. Texts longer than `max_length`
+    the file. A blank text has `problem` instead of a prediction; where the model's outputs are not
+    finite, every entry of the prediction is None beside a `problem`. Texts longer than `max_length`
     (default: the model's positions) are cut, but a tagging model refuses a text that does not fit
     its positions. Raises ValueError for a model without a task head.
     """
@@ -49,14 +54,19 @@ def predict(
         how = Reading(split, is_labelled=False, keep_blank=True)
         examples = loaded.task.read(data, section, how)
     else:
+        wrong = [number for number, text in enumerate(data, 1) if not is_utf8(text)]
+        if wrong:
+            raise ValueError(
+                f"text {wrong[0]}: expected UTF-8, got {short(data[wrong[0] - 1])}; convert the "
+                "text, or read it from a file"
+            )
         examples = Examples(list(data), None, None, None)
     examples = examples._replace(label_names=loaded.head.label_names)
     filled = [place for place, text in enumerate(examples.text) if _has_text(text)]
     answers: dict[int, dict[str, Any]] = {}
     if filled:
         scored = _score(loaded, examples.take(filled), max_length)
-        found = loaded.task.answers(scored, loaded.head.settings)
-        answers = dict(zip(filled, found, strict=True))
+        answers = dict(zip(filled, _answers(loaded, scored), strict=True))
     return [
         {"row": place + 1, "text": _plain(text), **answers.get(place, {"problem": "no text"})}
         for place, text in enumerate(examples.text)
@@ -85,6 +95,13 @@ def evaluate_file(
         known = ids if raw <= set(ids) and not raw <= set(names) else names
         examples = loaded.task.read(data, section, Reading(split, known, is_dev=True))
     scored = _score(loaded, examples, max_length)
+    bad = np.flatnonzero(~_is_finite(scored))
+    if len(bad):
+        raise ValueError(
+            f"{model}: expected finite outputs, got NaN or infinite ones for {len(bad)} of "
+            f"{len(examples.text)} rows, the first row {bad[0] + 1}; the weights have diverged or "
+            "are too large: take another checkpoint"
+        )
     metrics = loaded.task.measure(scored, loaded.head.settings)
     return {**metrics, "num_examples": len(examples.text)}
 
@@ -115,6 +132,26 @@ def _section(task: Task, data: str, settings: Mapping[str, Any]) -> TaskSection:
             "remove them"
         )
     return validate(task.section, {"train": data, "dev": data, **given}, f"task of {task.kind}")
+
+
+def _answers(loaded: _Loaded, scored: Scored) -> list[dict[str, Any]]:
+    """The predictions; None for each entry of those whose logits are not finite."""
+    is_finite, logits = _is_finite(scored), np.nan_to_num(scored.logits, posinf=0.0, neginf=0.0)
+    with np.errstate(over="ignore"):  # exp of a large logit: the probability is 0 or 1
+        found = loaded.task.answers(scored._replace(logits=logits), loaded.head.settings)
+    problem = {"problem": "the model's outputs are not finite"}
+    return [
+        answer if fine else {**dict.fromkeys(answer), **problem}
+        for answer, fine in zip(found, is_finite, strict=True)
+    ]
+
+
+def _is_finite(scored: Scored) -> np.ndarray:
+    """bool [examples]: whether all logits of the example are finite."""
+    is_finite, rows = np.isfinite(scored.logits).all(axis=-1), scored.rows
+    if rows.is_unit is None:
+        return is_finite
+    return np.logical_and.reduceat(is_finite, rows.offsets[:-1])
 
 
 def _plain(text: str | Sequence[str]) -> str:

@@ -1,5 +1,7 @@
 """Scores of predicted classes: accuracy, F1, Matthews correlation, confusion matrix."""
 
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -13,24 +15,24 @@ def classification_metrics(
     over the classes that occur in labels or predictions. A score with denominator 0 is 0.0, as in
     scikit-learn. Raises ValueError for an empty set or a class outside of `num_classes`.
     """
-    counts = confusion_matrix(predictions, labels, num_classes)
+    counts = _class_counts(predictions, labels, num_classes)
     f1 = _f1_per_class(counts)
-    occurs = counts.sum(0) + counts.sum(1) > 0
+    occurs = counts.true + counts.predicted > 0
     return {
-        "accuracy": float(np.trace(counts) / counts.sum()),
+        "accuracy": float(counts.right.sum() / counts.true.sum()),
         "f1": float(f1[1] if len(f1) == 2 else f1[occurs].mean()),
         "matthews": _matthews(counts),
     }
 
 
 def predicted_classes(logits: Float[np.ndarray, "n classes"]) -> Int[np.ndarray, " n"]:
-    """The class with the highest logit; ValueError for a single class or NaN."""
+    """The class with the highest logit; ValueError for a single class, NaN or Inf."""
     if logits.shape[1] < 2:
         raise ValueError(
             f"expected logits of at least 2 classes, got {logits.shape[1]}; for a single output "
             "use regression_metrics"
         )
-    require_no_nan("logits", logits)
+    require_finite("logits", logits)
     return logits.argmax(-1)
 
 
@@ -41,6 +43,28 @@ def confusion_matrix(
 
     Raises ValueError for an empty set or a class outside 0..num_labels-1.
     """
+    _require_classes(predictions, labels, num_labels)
+    cell = labels.astype(np.int64) * num_labels + predictions
+    return np.bincount(cell, minlength=num_labels**2).reshape(num_labels, num_labels)
+
+
+def frequent_mistakes(
+    predictions: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], num_shown: int
+) -> list[tuple[int, int, int]]:
+    """The most frequent (true class, predicted class, examples) of wrong predictions, most first.
+
+    Pairs of equal frequency come in the order of their classes. Needs no confusion matrix.
+    """
+    require_aligned(predictions, labels)
+    wrong = labels != predictions
+    pairs, counts = np.unique(
+        np.stack([labels[wrong], predictions[wrong]], axis=1), axis=0, return_counts=True
+    )
+    order = np.argsort(-counts, kind="stable")[:num_shown]
+    return [(*map(int, pairs[i]), int(counts[i])) for i in order]
+
+
+def _require_classes(predictions: np.ndarray, labels: np.ndarray, num_labels: int) -> None:
     require_aligned(predictions, labels)
     for name, classes in (("labels", labels), ("predictions", predictions)):
         low, high = int(classes.min()), int(classes.max())
@@ -49,20 +73,32 @@ def confusion_matrix(
                 f"expected {name} in 0..{num_labels - 1}, got {low}..{high}; "
                 "check num_labels and that the split has labels"
             )
-    cell = labels.astype(np.int64) * num_labels + predictions
-    return np.bincount(cell, minlength=num_labels**2).reshape(num_labels, num_labels)
 
 
-def _f1_per_class(counts: np.ndarray) -> np.ndarray:
-    """2·tp / (2·tp + fp + fn); the denominator is the row sum plus the column sum of a class."""
-    return 2 * np.diag(counts) / np.maximum(counts.sum(0) + counts.sum(1), 1)
+class _ClassCounts(NamedTuple):
+    """Numbers of examples by class, int64 [classes]; a matrix of classes² would fill memory."""
+
+    right: np.ndarray
+    true: np.ndarray
+    predicted: np.ndarray
 
 
-def _matthews(counts: np.ndarray) -> float:
+def _class_counts(predictions: np.ndarray, labels: np.ndarray, num_classes: int) -> _ClassCounts:
+    _require_classes(predictions, labels, num_classes)
+    parts = labels[labels == predictions], labels, predictions
+    return _ClassCounts(*(np.bincount(part, minlength=num_classes) for part in parts))
+
+
+def _f1_per_class(counts: _ClassCounts) -> np.ndarray:
+    """2·tp / (2·tp + fp + fn); the denominator is the sum of true and predicted examples."""
+    return 2 * counts.right / np.maximum(counts.true + counts.predicted, 1)
+
+
+def _matthews(counts: _ClassCounts) -> float:
     """Matthews correlation for any number of classes (Gorodkin 2004); 0.0 where undefined."""
-    true, predicted = counts.sum(1).astype(np.float64), counts.sum(0).astype(np.float64)
+    true, predicted = counts.true.astype(np.float64), counts.predicted.astype(np.float64)
     total = true.sum()
-    covariance = np.trace(counts) * total - true @ predicted
+    covariance = counts.right.sum() * total - true @ predicted
     spread = (total**2 - true @ true) * (total**2 - predicted @ predicted)
     return float(covariance / np.sqrt(spread)) if spread > 0 else 0.0
 
@@ -75,10 +111,11 @@ def require_aligned(predictions: np.ndarray, labels: np.ndarray) -> None:
         raise ValueError("expected at least one example, got none; check the evaluation split")
 
 
-def require_no_nan(name: str, values: np.ndarray) -> None:
-    """Raises ValueError, with `name` in the message, where a value is NaN."""
-    num_bad = int(np.isnan(values).sum())
+def require_finite(name: str, values: np.ndarray) -> None:
+    """Raises ValueError, with `name` in the message, where a value is NaN or infinite."""
+    num_bad, num_nan = int((~np.isfinite(values)).sum()), int(np.isnan(values).sum())
     if num_bad:
         raise ValueError(
-            f"expected finite {name}, got {num_bad} NaN of {values.size}; the model has diverged"
+            f"expected finite {name}, got {num_nan} NaN and {num_bad - num_nan} infinite of "
+            f"{values.size}; the model has diverged"
         )

@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Real
 
-from tinybert_jax.metrics.classification import require_aligned, require_no_nan
+from tinybert_jax.metrics.classification import require_aligned, require_finite
 
 
 def regression_metrics(
@@ -12,11 +12,11 @@ def regression_metrics(
     """Pearson and Spearman correlation and mean squared error.
 
     The correlation with a constant is undefined and reported as 0.0 (nothing learnt), so that the
-    best checkpoint can still be chosen. Raises ValueError for an empty set or NaN.
+    best checkpoint can still be chosen. Raises ValueError for an empty set, NaN or Inf.
     """
     require_aligned(predictions, labels)
-    require_no_nan("predictions", predictions)
-    require_no_nan("labels", labels)
+    require_finite("predictions", predictions)
+    require_finite("labels", labels)
     predictions, labels = predictions.astype(np.float64), labels.astype(np.float64)
     return {
         "pearson": _pearson(predictions, labels),

@@ -38,7 +38,8 @@ def advice(results: dict[str, Any]) -> list[str]:
 def advice_list(results: dict[str, Any]) -> str:
     """The lines that results.json holds as an HTML list; empty without any."""
     held = results.get("advice")
-    lines = "".join(f"<li>{html.escape(str(line))}</li>" for line in held or ())
+    held = held if isinstance(held, list) else []
+    lines = "".join(f"<li>{html.escape(str(line))}</li>" for line in held)
     return f"<ul>{lines}</ul>" if lines else ""
 
 

@@ -1,11 +1,13 @@
 """The confusion matrix of a report: a heat map, or a list of the worst pairs of many classes.
 
-Takes the parsed `results.json` and returns escaped HTML.
+Takes the parsed `results.json` and returns escaped HTML. A model holds `confusion`, or of very many
+classes `mistakes`: a list of {"true", "predicted", "count", "support"} with class ids.
 """
 
 import html
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from tinybert_jax.report.tables import (
     Model,
@@ -32,6 +34,12 @@ def confusion_section(results: dict[str, Any]) -> tuple[str, str]:
 
 def _matrix(model: Model, subject: str, results: dict[str, Any]) -> str:
     """A heat map, or above 20 classes a list of the worst pairs."""
+    mistakes = _mistakes(model.get("mistakes"))
+    if mistakes is not None:
+        names = results.get("label_names")
+        known = list(names) if isinstance(names, list) else []
+        note = f"results.json has no matrix of so many classes ({len(known):,})"
+        return _confused_pairs(mistakes, known, note)
     counts = _square(model.get("confusion"))
     if counts is None:
         note = f"No confusion matrix: results.json holds none for the {subject}."
@@ -39,10 +47,9 @@ def _matrix(model: Model, subject: str, results: dict[str, Any]) -> str:
     names = results.get("label_names")
     if not isinstance(names, list) or len(names) != len(counts):
         names = list(range(len(counts)))
-    labels = [html.escape(str(name)) for name in names]
     if len(counts) > MAX_MATRIX_CLASSES:
-        return _confused_pairs(counts, labels)
-    return _heat_map(counts, labels)
+        return _confused_pairs(_worst_pairs(counts), names, "")
+    return _heat_map(counts, [html.escape(str(name)) for name in names])
 
 
 def _heat_map(counts: list[list[float]], labels: list[str]) -> str:
@@ -67,29 +74,57 @@ def _heat_map(counts: list[list[float]], labels: list[str]) -> str:
     )
 
 
-def _confused_pairs(counts: list[list[float]], labels: list[str]) -> str:
+class _Pair(NamedTuple):
+    true: int
+    predicted: int
+    count: float
+    support: float  # examples of the true class
+
+
+def _worst_pairs(counts: list[list[float]]) -> list[_Pair]:
     pairs = [
-        (count, i, j)
+        _Pair(i, j, count, sum(row))
         for i, row in enumerate(counts)
         for j, count in enumerate(row)
         if i != j and count > 0
     ]
-    pairs = sorted(pairs, key=lambda p: -p[0])[:MAX_CONFUSED_PAIRS]
+    return sorted(pairs, key=lambda pair: -pair.count)[:MAX_CONFUSED_PAIRS]
+
+
+def _mistakes(held: Any) -> list[_Pair] | None:
+    """The pairs that results.json holds in place of a matrix; None without such a list."""
+    if not isinstance(held, list):
+        return None
+    rows = [
+        [finite_number(row.get(name)) for name in _Pair._fields]
+        for row in held
+        if isinstance(row, dict)
+    ]
+    known = [row for row in rows if all(value is not None and value >= 0 for value in row)]
+    pairs = [_Pair(int(t), int(p), count, support) for t, p, count, support in known]  # type: ignore
+    return [pair for pair in pairs if pair.count and pair.support][:MAX_CONFUSED_PAIRS]
+
+
+def _confused_pairs(pairs: list[_Pair], names: Sequence[Any], remark: str) -> str:
+    def name_of(place: int) -> str:
+        return html.escape(str(names[place] if place < len(names) else place))
+
     if not pairs:
-        return f'<p class="note">No mistakes in {len(labels)} classes.</p>'
+        return f'<p class="note">No mistakes in {len(names)} classes.</p>'
     rows = "".join(
-        f'<tr><th scope="row">{labels[i]}</th><td>{labels[j]}</td>'
-        f'<td class="num"><b>{count:,.0f}</b>'
-        f'<i class="bar miss" style="width:{100 * count / pairs[0][0]:.1f}%"></i></td>'
-        f'<td class="num">{percent(count / sum(counts[i]))}</td></tr>'
-        for count, i, j in pairs
+        f'<tr><th scope="row">{name_of(pair.true)}</th><td>{name_of(pair.predicted)}</td>'
+        f'<td class="num"><b>{pair.count:,.0f}</b>'
+        f'<i class="bar miss" style="width:{100 * pair.count / pairs[0].count:.1f}%"></i></td>'
+        f'<td class="num">{percent(pair.count / pair.support)}</td></tr>'
+        for pair in pairs
     )
     return (
         '<div class="scroll"><table class="pairs"><thead><tr><th>True class</th>'
         "<th>Predicted class</th><th>Examples</th><th>Share of the true class</th></tr></thead>"
         f"<tbody>{rows}</tbody>"
         "</table></div>"
-        f'<p class="note">The most frequent mistakes among {len(labels)} classes.</p>'
+        f'<p class="note">The most frequent mistakes among {len(names)} classes'
+        f"{'; ' + remark if remark else ''}.</p>"
     )
 
 

@@ -1,6 +1,28 @@
-"""The results of a run as lines for the console, from `results.json`."""
+"""The results of a run as lines for the console, from `results.json`; text that is safe to show."""
 
+import json
+import re
 from typing import Any
+
+# Control characters but tab and line break, characters that turn the direction of writing, and
+# halves of characters (lone surrogates), which no file holds.
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """The text with such characters as `\\x1b`, so that no name in it steers a terminal."""
+    return _HIDDEN.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def json_line(value: Any) -> str:
+    """The value as one line of JSON, with such characters as `\\u001b`; ValueError for NaN."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return _HIDDEN_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+_HIDDEN_IN_JSON = re.compile(f"{_HIDDEN.pattern[:-1]}\u2028\u2029]")
 
 
 def console_summary(summary: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from tinybert_jax.report.charts import (
     wants_log,
 )
 from tinybert_jax.report.confusion import confusion_section
+from tinybert_jax.report.console import printable
 from tinybert_jax.report.differences import differences_section
 from tinybert_jax.report.headline import (
     baseline_sentence,
@@ -67,7 +68,7 @@ def write_report(run_dir: Path) -> Path:
     provenance = _provenance(run_dir, results, environment)
     page = _page(run_dir.name, results, _stages(rows), num_unreadable, provenance)
     path = run_dir / REPORT_NAME
-    path.write_text(page, encoding="utf-8")
+    path.write_text(printable(page), encoding="utf-8")
     return path
 
 

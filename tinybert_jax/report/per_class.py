@@ -35,13 +35,37 @@ def per_class_section(results: dict[str, Any]) -> tuple[str, str] | None:
     head = "".join(_head(r, "F1") for r in by_role)
     head += _head(role, "precision") + _head(role, "recall")
     names = dict.fromkeys(name for scores in (by_role[role], *by_role.values()) for name in scores)
-    rows = "".join(_row(name, role, by_role) for name in names)
+    shown = _most_frequent(list(names), by_role[role])
+    rows = "".join(_row(name, role, by_role) for name in shown)
     title = html.escape(str(models[role].get("per_class_title") or "Scores per class"))
     return title, (
         '<div class="scroll"><table class="classes"><thead><tr><th scope="col">Class</th>'
         f'<th scope="col" class="num">Support</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
         '</div><p class="note">Support is the number of true cases of the class in the dev set.'
-        f"{_which(results, models)}</p>"
+        f"{_which(results, models)}{_left_out(len(shown), len(names))}</p>"
+    )
+
+
+MAX_CLASSES = 100  # rows of the table
+
+
+def _most_frequent(names: list[str], scores: Scores) -> list[str]:
+    """The names in their order; of too many the classes with the most true cases, most first."""
+    if len(names) <= MAX_CLASSES:
+        return names
+
+    def support(name: str) -> float:
+        return finite_number(scores.get(name, {}).get("support")) or 0.0
+
+    return sorted(names, key=lambda name: -support(name))[:MAX_CLASSES]
+
+
+def _left_out(num_shown: int, num_classes: int) -> str:
+    if num_shown == num_classes:
+        return ""
+    return (
+        f" Shown are the {num_shown:,} classes with the most true cases; results.json holds all "
+        f"{num_classes:,}."
     )
 
 

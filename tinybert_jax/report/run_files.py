@@ -13,18 +13,40 @@ def read_results(run_dir: Path) -> dict[str, Any]:
             f"{run_dir}: expected a run folder with results.json, found no such file; "
             "give the folder of a finished run"
         )
-    results = _read_json(path)
+    try:
+        results = json.loads(read_text(path) or "")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: expected a JSON object, got text that is not JSON ({error}); run the command "
+            "again, which writes it anew"
+        ) from None
     if not isinstance(results, dict):
         raise ValueError(
-            f"{path}: expected a JSON object, got something else; run the command again"
+            f"{path}: expected a JSON object, got {type(results).__name__}; run the command again, "
+            "which writes it anew"
         )
+    return _with_plain_names(results)
+
+
+def _with_plain_names(results: dict[str, Any]) -> dict[str, Any]:
+    """The results with text, or nothing, as the names of the metric, the models and their roles."""
+    results = dict(results)
+    if not isinstance(results.get("metric"), str):
+        results.pop("metric", None)
+    models = results.get("models")
+    if isinstance(models, list):
+        results["models"] = [
+            {k: str(v) if k in ("name", "role") else v for k, v in model.items()}
+            for model in models
+            if isinstance(model, dict)
+        ]
     return results
 
 
 def read_rows(path: Path) -> tuple[list[dict], int]:
     """The JSON objects of a JSONL file, and the number of other lines (left by a killed run)."""
     rows, num_unreadable = [], 0
-    for line in (read_text(path) or "").splitlines():
+    for line in (read_text(path) or "").split("\n"):
         row = _parse(line) if line.strip() else {}
         if isinstance(row, dict):
             rows.append(row)
@@ -35,18 +57,15 @@ def read_rows(path: Path) -> tuple[list[dict], int]:
 
 def read_environment(run_dir: Path) -> dict[str, Any]:
     """env.json; empty where it is missing or unreadable."""
-    environment = _read_json(run_dir / "env.json")
+    environment = _parse(read_text(run_dir / "env.json") or "")
     return environment if isinstance(environment, dict) else {}
 
 
-def _read_json(path: Path) -> Any:
-    return _parse(read_text(path) or "")
-
-
 def _parse(text: str) -> Any:
+    """The value; None for text that is not JSON, nested too deeply, or has too many digits."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
 
 

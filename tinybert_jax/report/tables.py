@@ -264,10 +264,15 @@ def metric_name(metric: Any) -> str:
 
 
 def finite_number(value: Any) -> float | None:
-    """The value as a float, or None for anything that is not a finite number."""
+    """The value as a float that can be drawn: None for all but numbers up to 1e100; 0 below 1e-100.
+
+    Sums and differences of such numbers stay finite.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    if not abs(value) <= 1e100:
+        return None
+    return float(value) if abs(value) >= 1e-100 else 0.0
 
 
 def format_si(value: float, unit: str = "") -> str:

@@ -14,6 +14,7 @@ from tinybert_jax.metrics.calibration import calibration
 from tinybert_jax.metrics.classification import (
     classification_metrics,
     confusion_matrix,
+    frequent_mistakes,
     predicted_classes,
 )
 from tinybert_jax.models.heads import make_classifier
@@ -89,15 +90,27 @@ def answers(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
     ]
 
 
+MAX_CONFUSION = 200  # classes: a matrix of 10,000 would have 100 million counts
+_NUM_MISTAKES = 15
+
+
 def details(scored: Scored, settings: Settings) -> dict[str, Any]:
-    """The confusion matrix, true class by predicted class, and the calibration."""
+    """The confusion matrix, true class by predicted class, and the calibration.
+
+    Of more than `MAX_CONFUSION` classes the most frequent `mistakes` take the place of the matrix.
+    """
     labels, predicted = outcomes(scored, settings).T
-    counts = confusion_matrix(predicted, labels, scored.examples.num_outputs)
+    num_classes = scored.examples.num_outputs
+    if num_classes <= MAX_CONFUSION:
+        shown = {"confusion": confusion_matrix(predicted, labels, num_classes).tolist()}
+    else:
+        support = np.bincount(labels, minlength=num_classes)
+        found = frequent_mistakes(predicted, labels, _NUM_MISTAKES)
+        pairs = [(true, guess, count, int(support[true])) for true, guess, count in found]
+        names = ("true", "predicted", "count", "support")
+        shown = {"mistakes": [dict(zip(names, pair, strict=True)) for pair in pairs]}
     confidence = softmax(scored.logits.astype(np.float64)).max(-1)
-    return {
-        "confusion": counts.tolist(),
-        "calibration": calibration(confidence, predicted == labels)._asdict(),
-    }
+    return {**shown, "calibration": calibration(confidence, predicted == labels)._asdict()}
 
 
 def truth(examples: Examples) -> list[str]:

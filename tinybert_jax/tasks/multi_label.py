@@ -13,7 +13,7 @@ import numpy as np
 
 from tinybert_jax.batches.tokenize import tokenize_texts
 from tinybert_jax.config.tasks import MultiLabelTask
-from tinybert_jax.data.errors import fail, short
+from tinybert_jax.data.errors import fail, listed, short
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.splits import Reading
 from tinybert_jax.data.tables import (
@@ -48,16 +48,21 @@ def read(path: str, section: MultiLabelTask, how: Reading) -> Examples:
     if section.label_columns:
         names = tuple(how.label_names or section.label_columns)
         if set(names) != set(section.label_columns):
-            expected = f"label_columns for the labels {', '.join(map(repr, names))}"
-            got = ", ".join(map(repr, section.label_columns))
-            fail(path, expected, got, "name the columns of these labels, in any order")
+            expected = f"label_columns for the labels {listed(names)}"
+            fail(
+                path,
+                expected,
+                listed(section.label_columns),
+                "name the columns of these labels, in any order",
+            )
         columns = [_indicators(table, column) for column in names]
         return Examples(texts, pairs, np.stack(columns, axis=1), names)
     sets = _label_lists(table, lists[0], section.separator)
     labels, names = _known(table, lists[0], sets, section.labels or how.label_names)
+    places = {name: place for place, name in enumerate(names)}
     indicators = np.zeros((len(sets), len(names)), np.int32)
     for row, found in enumerate(sets):
-        indicators[row, [names.index(labels[value]) for value in found]] = 1
+        indicators[row, [places[labels[value]] for value in found]] = 1
     return Examples(texts, pairs, indicators, names)
 
 
@@ -108,9 +113,9 @@ def _known(
         for number, labels in zip(table.numbers, sets, strict=True)
         if not set(labels) <= set(known)
     ]
-    shown = ", ".join(map(repr, list(known)[:20])) + ", …" * (len(known) > 20)
     fix = "correct these rows or complete `labels`"
-    fail_rows(table, f"some of the labels {shown} in column {column!r}", unknown, fix)
+    expected = f"some of the labels {listed(list(known))} in column {column!r}"
+    fail_rows(table, expected, unknown, fix)
     if not known:
         fail_rows(table, f"labels in column {column!r}", [(table.numbers[0], "none")], "add them")
     return known, tuple(dict.fromkeys(known.values()))

@@ -16,6 +16,7 @@ import numpy as np
 from tinybert_jax.batches.batch import TokenRows
 from tinybert_jax.config.tasks import TaggingTask
 from tinybert_jax.data.conll import TaggedText, read_tagged
+from tinybert_jax.data.errors import listed
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.splits import Reading
 from tinybert_jax.data.wordpiece import plain_backend
@@ -93,7 +94,7 @@ def _check_classes(path: str, names: Sequence[str]) -> None:
     if missing or not all(is_tag(name) for name in names):
         raise ValueError(
             f"{path}: expected a model whose classes are O, and B- and I- of each kind of entity, "
-            f"got {list(names)}; use a model that was trained on IOB2 tags, or task.scheme plain"
+            f"got {listed(names)}; use a model that was trained on IOB2 tags, or task.scheme plain"
         )
 
 

@@ -35,9 +35,9 @@ class Scored(NamedTuple):
 class Task(NamedTuple):
     """A kind of task.
 
-    `details` is what the report shows beside the metrics: `confusion` (counts [classes, classes]),
-    or `per_class` (rows with name, precision, recall, f1, support) under `per_class_title`, and
-    `calibration`.
+    `details` is what the report shows beside the metrics: `confusion` (counts [classes, classes])
+    or `mistakes` (rows with true, predicted, count, support), or `per_class` (rows with name,
+    precision, recall, f1, support) under `per_class_title`, and `calibration`.
     """
 
     section: type[TaskSection]  # the settings; the default of its field `kind` names the task

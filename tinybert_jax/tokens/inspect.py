@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinybert_jax.data.errors import fail
+from tinybert_jax.data.errors import fail, listed
 from tinybert_jax.tokens.store import MANIFEST, TOKENIZER, Store, open_store
 
 _BAR_LENGTH = 40  # characters of the longest bar
@@ -25,10 +25,22 @@ def describe(folder: str | Path, *, num_rows: int = 3, verify: bool = False) -> 
     return "\n\n".join(part for part in parts if part)
 
 
+_COUNTS = (
+    *("num_unknown_tokens", "num_documents", "num_segments"),
+    *("num_records", "num_bad_records"),
+)
+
+
 def counts(folder: str | Path) -> str:
     """The counts of the manifest, one per line."""
     store = open_store(folder)
     manifest = store.manifest
+    wrong = [name for name in _COUNTS if not isinstance(manifest.get(name), int)]
+    if wrong or not isinstance(manifest.get("labels"), dict):
+        path, fix = str(store.folder / MANIFEST), "copy or prepare the store again"
+        fail(
+            path, "all counts of a store", f"others, or none, for {listed([*wrong, 'labels'])}", fix
+        )
     num_slots, num_tokens = store.num_rows * store.width, store.num_tokens
     lines = {
         "store": str(folder),
@@ -67,7 +79,10 @@ def _decoded(store: Store, num_rows: int) -> str:
     path = store.folder / TOKENIZER
     if not path.is_file():
         fail(str(path), f"the tokenizer listed in {MANIFEST}", "none", "copy the folder again")
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower one
+        fail(str(path), "a tokenizer.json", str(error), "copy the folder again")
     numbers = np.unique(np.linspace(0, store.num_rows - 1, num_rows).astype(np.int64))
     rows = store.gather(numbers)
     blocks = []

@@ -5,17 +5,14 @@ compute them; they are appended in the order of the chunks. The store is written
 a stopped run resumes after the last chunk in the index of that folder.
 """
 
+import contextlib
 import errno
 import hashlib
 import itertools
 import json
 import os
-import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection, get_context, parent_process
+from collections import Counter
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +20,8 @@ import numpy as np
 
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.data import records
-from tinybert_jax.data.errors import fail
-from tinybert_jax.data.records import Chunk, Source
+from tinybert_jax.data.errors import fail, listed
+from tinybert_jax.data.records import Source
 from tinybert_jax.data.wordpiece import backend_json
 from tinybert_jax.performance import host
 from tinybert_jax.tokens import store
@@ -37,6 +34,7 @@ from tinybert_jax.tokens.transform import (
     read_options,
     remaining_chunks,
 )
+from tinybert_jax.tokens.workers import run_in_processes
 
 _IDENTITY, _BAD_RECORDS = "identity.json", "bad_records.jsonl"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -49,7 +47,8 @@ def prepare(
     """Writes or resumes the store of a config; returns the folder.
 
     `say` receives a line of progress after every chunk. Raises ValueError if a source cannot be
-    read or changed, if the output is no store, and if the disk is full.
+    read or changed, if the output is no store, and if the disk is full; LostWorkerError if a worker
+    process ends or stops.
     """
     sources = tuple(map(os.path.expanduser, config.sources))
     output = Path(os.path.expanduser(config.output))
@@ -110,7 +109,11 @@ def _write_identity(partial: Path, identity: dict[str, Any], config: PrepareConf
     recorded = next((p for p in (path, partial / store.MANIFEST) if p.is_file()), None)
     index = partial / store.INDEX
     if recorded and index.is_file() and index.stat().st_size:
-        _refuse_changes(partial, json.loads(recorded.read_text(encoding="utf-8")), identity, config)
+        fix = f"remove {partial} and prepare again"
+        before = store.read_object(recorded, fix)
+        if not set(identity) <= set(before):
+            fail(str(recorded), f"the keys {listed(list(identity))}", listed(list(before)), fix)
+        _refuse_changes(partial, before, identity, config)
         return
     new = partial / f"{_IDENTITY}.new"
     new.write_text(json.dumps(identity, ensure_ascii=False), encoding="utf-8")
@@ -131,8 +134,8 @@ def _refuse_changes(
             got = "a changed one" if first and second else "a new one" if second else "none"
             fail(path, f"the source that {folder} was started with", got, fix)
     for name, value in now["settings"].items():
-        if before["settings"][name] != value:
-            expected = f"{before['settings'][name]!r}, with which {folder} was started"
+        if before["settings"].get(name) != value:
+            expected = f"{before['settings'].get(name)!r}, with which {folder} was started"
             fail(name, expected, repr(value), fix)
     if list(before["sources"]) != list(now["sources"]):
         fail("sources", f"the order that {folder} was started with", "another order", fix)
@@ -171,65 +174,32 @@ def _append_chunks(
     bad = sum(len(entry["bad"]) for entry in writer.entries)
     if writer.entries:
         say(f"{writer.folder}: resumes after {num:,} records, {writer.num_rows:,} rows")
-    for rows, entry in _ENGINES[config.engine](spec, groups, done, workers):
-        writer.append(rows, entry)
-        num, bad = num + entry["records"], bad + len(entry["bad"])
-        say(f"{num:,} records, {writer.num_rows:,} rows so far, now in {entry['source']}")
-        _check_bad_share(config, writer, bad, max(num, _MIN_RECORDS))
+    with contextlib.closing(_ENGINES[config.engine](spec, groups, done, workers)) as results:
+        for rows, entry in results:
+            writer.append(rows, entry)
+            num, bad = num + entry["records"], bad + len(entry["bad"])
+            say(f"{num:,} records, {writer.num_rows:,} rows so far, now in {entry['source']}")
+            _check_bad_share(config, writer, bad, max(num, _MIN_RECORDS))
     _check_bad_share(config, writer, bad, num)
 
 
 def _run_processes(
     spec: TransformSpec, groups: list[tuple[int, list[Source]]], done: tuple[int, int], workers: int
-) -> Iterator[ChunkResult]:
-    """Yields results in the order of the chunks, with about 2·`workers` chunks in memory."""
+) -> Generator[ChunkResult, None, None]:
+    """Yields results in the order of the chunks; one worker is this process itself."""
     options = read_options(spec.settings)
     chunks = itertools.chain.from_iterable(
         remaining_chunks(group, done, options) for group in groups
     )
     if workers == 1:
         yield from map(make_transform(spec), chunks)
-        return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (spec,))
-    waiting: deque[Future[ChunkResult]] = deque()
-    try:
-        for chunk in chunks:
-            waiting.append(pool.submit(_transform_in_worker, chunk))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        fix = "run again to resume; with fewer workers or smaller chunk_bytes if memory ran out"
-        fail("workers", "running processes", "a killed process", fix)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker_state: dict[str, Callable[[Chunk], ChunkResult]] = {}  # of this worker process
-
-
-def _start_worker(spec: TransformSpec) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _worker_state["transform"] = make_transform(spec)
-
-
-def _exit_with_parent() -> None:
-    """Ends the worker when the parent is killed; else the worker would wait for chunks for ever."""
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _transform_in_worker(chunk: Chunk) -> ChunkResult:
-    return _worker_state["transform"](chunk)
+    else:
+        yield from run_in_processes(make_transform, spec, chunks, workers)
 
 
 def _run_ray(
     spec: TransformSpec, groups: list[tuple[int, list[Source]]], done: tuple[int, int], workers: int
-) -> Iterator[ChunkResult]:
+) -> Generator[ChunkResult, None, None]:
     from tinybert_jax.tokens import ray
 
     return ray.run(spec, groups, done, workers)

@@ -12,7 +12,7 @@ Every machine needs the sources under the same path. RAY_ADDRESS names a running
 import importlib
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from tinybert_jax.data.errors import fail
@@ -31,7 +31,7 @@ _COLUMN = "pickle"
 
 def run(
     spec: TransformSpec, groups: list[tuple[int, list[Source]]], done: tuple[int, int], workers: int
-) -> Iterator[ChunkResult]:
+) -> Generator[ChunkResult, None, None]:
     """Yields the results of the chunks after the chunk `done`, in the order of the chunks."""
     try:
         ray: Any = importlib.import_module("ray")  # optional, so pyright may not find it

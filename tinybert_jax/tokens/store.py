@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinybert_jax.data.errors import fail
+from tinybert_jax.data.errors import fail, short
+from tinybert_jax.data.tables import parse_json
 
 FORMAT = "tinybert token store 1"
 INDEX, MANIFEST, TOKENIZER = "index.jsonl", "manifest.json", "tokenizer.json"
@@ -69,8 +70,9 @@ def open_store(folder: str | Path, *, verify: bool = False) -> "Store":
     folder = Path(os.path.expanduser(folder))
     manifest = read_manifest(folder)
     if manifest.get("format") != FORMAT:
-        got = repr(manifest.get("format"))
+        got = short(manifest.get("format"))
         fail(str(folder / MANIFEST), f"format {FORMAT!r}", got, "prepare the text again")
+    _check_manifest(folder / MANIFEST, manifest)
     for name, entry in manifest["files"].items():
         path = folder / name
         if not path.is_file():
@@ -93,10 +95,51 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             fix = "run `tinybert data prepare` again to finish it"
             got = f"only {partial}, unfinished"
         fail(str(folder), f"a folder with {MANIFEST}", got, fix)
+    return read_object(path, "copy the whole folder again")
+
+
+def read_object(path: Path, fix: str) -> dict[str, Any]:
+    """A file that holds a JSON object; ValueError with `fix` for any other."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes())
     except ValueError as error:
-        fail(str(path), "JSON", str(error), "copy the whole folder again")
+        fail(str(path), "JSON", str(error), fix)
+    if not isinstance(value, dict):
+        fail(str(path), "a JSON object", short(value), fix)
+    return value
+
+
+_LEAST = {"width": 1, "shard_rows": 1, "num_rows": 1, "num_tokens": 1}
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Raises ValueError for entries of other kinds, and for shards that do not fit the rows."""
+
+    def check(name: str, is_right: bool, expected: str, got: Any) -> None:
+        if not is_right:
+            fail(f"{path}: {name}", expected, short(got), "copy or prepare the store again")
+
+    for name, low in _LEAST.items():
+        value = manifest.get(name)
+        is_right = isinstance(value, int) and low <= value < (2**16 if name == "width" else 2**63)
+        check(name, is_right, f"a whole number from {low} on", value)
+    dtype, files = manifest.get("ids_dtype"), manifest.get("files")
+    check("ids_dtype", dtype in ("<u2", "<u4"), "<u2 or <u4", dtype)
+    check("files", isinstance(files, dict), "an object", files)
+    for name, entry in manifest["files"].items():
+        known = entry if isinstance(entry, dict) else {}
+        is_right = isinstance(known.get("num_bytes"), int) and isinstance(known.get("sha256"), str)
+        check(f"files: {short(name)}", is_right, "num_bytes and sha256", entry)
+        check("files", Path(name).name == name, "names without folders", name)
+    num_rows, width, most = manifest["num_rows"], manifest["width"], manifest["shard_rows"]
+    sizes = (width * np.dtype(dtype).itemsize, row_dtype(width).itemsize)
+    num_shards = sum(name.endswith(".ids") for name in manifest["files"])
+    check("num_rows", -(-num_rows // most) == num_shards, f"rows of {num_shards} shards", num_rows)
+    for shard in range(num_shards):
+        rows = min(most, num_rows - shard * most)
+        for name, size in zip(shard_names(shard), sizes, strict=True):
+            got = manifest["files"].get(name, {}).get("num_bytes")
+            check(f"files: {name}", got == rows * size, f"{rows * size} bytes", got)
 
 
 def partial_of(folder: Path) -> Path:
@@ -270,8 +313,17 @@ class StoreWriter:
 
 def _read_index(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the entries of an index, without a last line that was cut off."""
-    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
-        yield json.loads(line)
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.is_file() else (), 1):
+        try:
+            entry = parse_json(line)
+            is_entry = isinstance(entry, dict) and isinstance(entry.get("rows"), int)
+            got = short(entry)
+        except ValueError as error:
+            is_entry, got = False, str(error)
+        if not is_entry:
+            fix = f"remove {path.parent} and prepare again"
+            fail(f"{path}, line {number}", "the entry of a chunk", got, fix)
+        yield entry
 
 
 def _append(path: Path, content: bytes | memoryview) -> None:

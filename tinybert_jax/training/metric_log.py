@@ -9,6 +9,9 @@ from typing import Any
 
 import jax
 
+from tinybert_jax.data.tables import parse_json
+from tinybert_jax.report.console import printable
+
 
 class MetricLog:
     """Appends to `metrics.jsonl` and prints progress; process 0 only.
@@ -45,7 +48,7 @@ class MetricLog:
 
     def say(self, text: str) -> None:
         if self.is_writer:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def progress(self, stage: str, step: int, num_steps: int, values: dict[str, Any]) -> None:
         """Prints the progress of a stage as one line."""
@@ -66,30 +69,35 @@ class MetricLog:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file, without a last line that a kill cut short.
 
-    Raises ValueError for any other line that is not a JSON object.
+    Raises ValueError for any other line that is not a JSON object with a kind, a stage and a step.
     """
     return [row for _, row in _read_lines(path)]
 
 
 def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """(line without the line break, row); see `read_rows`."""
-    *lines, end = path.read_text(encoding="utf-8").split("\n")
+    *lines, end = path.read_bytes().split(b"\n")
     parsed = [(line, _parse(line)) for line in lines]
     for number, (line, row) in enumerate(parsed, 1):
         if row is None:
+            got = line[:60].decode(errors="backslashreplace")
             raise ValueError(
-                f"{path}, line {number}: expected a JSON object, got {line[:60]!r}; remove the line"
+                f"{path}, line {number}: expected a JSON object, got {got!r}; remove the line"
             )
     parsed.append((end, _parse(end)))  # without a line break: complete, cut short or empty
-    return [(line, row) for line, row in parsed if row is not None]
+    return [(line.decode(), row) for line, row in parsed if row is not None]
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The row; None for a line that is no object with a kind, a stage and a step."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
+        row = parse_json(line)
+        line.decode()  # JSON may also be UTF-16
+    except ValueError:
         return None
-    return row if isinstance(row, dict) else None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return None
+    return row if isinstance(row.get("kind"), str) and isinstance(row.get("stage"), str) else None
 
 
 def _replace_lines(path: Path, lines: list[str]) -> None:
