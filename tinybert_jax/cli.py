@@ -20,6 +20,7 @@ from tinybert_jax import __version__
 from tinybert_jax.config import load as config_files
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.config.stages import STAGE_NAMES
+from tinybert_jax.launch import command as launch
 from tinybert_jax.performance import host
 
 _STAGES = {
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_convert(commands)
     _add_data(commands)
+    launch.add_to(commands)
     return parser
 
 
