@@ -22,6 +22,7 @@ from tinybert_jax.config import load as config_files
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.config.stages import STAGE_NAMES
 from tinybert_jax.data.errors import LostWorkerError
+from tinybert_jax.launch import command as launch
 from tinybert_jax.performance import host
 from tinybert_jax.report.console import json_line, printable
 
@@ -115,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_convert(commands)
     _add_data(commands)
+    launch.add_to(commands)
     return parser
 
 

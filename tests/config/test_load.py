@@ -179,6 +179,14 @@ def test_overrides_set_remove_and_create(tmp_path):
     assert loaded.student.preset == "bert-mini"
 
 
+def test_variables_are_those_of_the_file_after_its_overrides(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("# ${NOT_THIS}\nteacher: {path: '${A}'}\ntask: {train: '${B}/${A}'}\n")
+    assert config_files.variables(path) == ["A", "B"]
+    assert config_files.variables(path, ["teacher.path=x", "task.train=['${C}']"]) == ["C"]
+    assert config_files.variables(tmp_path / "none.yaml") == []
+
+
 def test_overrides_may_stand_on_both_sides_of_an_option(tmp_path, capsys):
     file = str(_written(tmp_path))
     assert cli.main(["run", file, "seed=3", "--print-config", "run_dir=x", "name=y"]) == 0

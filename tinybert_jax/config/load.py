@@ -80,6 +80,15 @@ def _load_tree(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     return _with_overrides(_read(path), overrides, path)
 
 
+def variables(path: str | Path, overrides: Sequence[str] = ()) -> list[str]:
+    """Names of the environment variables that a config file, with its overrides, refers to."""
+    tree = _read(Path(path)) if Path(path).is_file() else {}
+    for override in overrides:
+        _apply_override(tree, override)
+    found = [name for _, text in _texts(tree) for name in _VARIABLE.findall(text)]
+    return list(dict.fromkeys(found))
+
+
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """The tree of `key.path=value` settings alone; raises `ConfigError`."""
     return _with_overrides({}, overrides, "command line")

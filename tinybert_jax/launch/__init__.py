@@ -1,0 +1,1 @@
+"""Job files for clusters: SLURM, Kubernetes, Google Cloud and SkyPilot."""
