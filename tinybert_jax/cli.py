@@ -5,8 +5,6 @@ fast.
 """
 
 import argparse
-import contextlib
-import json
 import math
 import os
 import select
@@ -15,16 +13,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from tinybert_jax import __version__
 from tinybert_jax.config import load as config_files
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.config.stages import STAGE_NAMES
 from tinybert_jax.data.errors import LostWorkerError
+from tinybert_jax.inference import command as inference
 from tinybert_jax.launch import command as launch
 from tinybert_jax.performance import host
-from tinybert_jax.report.console import json_line, printable
+from tinybert_jax.report.console import printable
 
 _STAGES = {
     "run": (STAGE_NAMES, "run all stages of a config, then export and report"),
@@ -112,17 +110,11 @@ def _parser() -> argparse.ArgumentParser:
             help="trace a few steps of each stage; write a table of operations to run_dir/profile",
         )
         command.set_defaults(act=_run)
-    _add_evaluate(commands)
-    _add_predict(commands)
+    inference.add_to(commands)
     _add_convert(commands)
     _add_data(commands)
     launch.add_to(commands)
     return parser
-
-
-def _path(text: str) -> str:
-    """Expands ~, because shells do not expand it in `--output=~/file`."""
-    return os.path.expanduser(text)
 
 
 def _add_config(command, example: str) -> None:
@@ -135,48 +127,6 @@ def _add_config(command, example: str) -> None:
     )
 
 
-def _add_evaluate(commands) -> None:
-    text = "score a Hugging Face classifier folder on labelled text"
-    command = commands.add_parser("evaluate", help=text, description=text)
-    command.add_argument("model", help="a model folder or hub id")
-    command.add_argument("data", help=".tsv, .csv or .jsonl, a saved datasets folder, hub:…")
-    command.add_argument("--label", help="column of the labels; default: label")
-    _add_columns(command)
-    command.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="task.key=value",
-        help="how the file is read, as in a config: task.separator, task.scheme, …",
-    )
-    command.set_defaults(act=_evaluate)
-
-
-def _add_predict(commands) -> None:
-    text = "label text with a Hugging Face classifier folder; writes one JSON object per line"
-    command = commands.add_parser("predict", help=text, description=text)
-    command.add_argument("model", help="a model folder or hub id")
-    command.add_argument("data", nargs="?", type=_path, help=".tsv, .csv or .jsonl")
-    command.add_argument(
-        "-t", "--sentence", action="append", help="a text to label, instead of a data file"
-    )
-    command.add_argument(
-        "-o", "--output", type=_path, help="write to this file; default: standard output"
-    )
-    _add_columns(command)
-    command.set_defaults(act=_predict)
-
-
-def _add_columns(command) -> None:
-    command.add_argument("--text", help="column of the text; default: text")
-    command.add_argument("--text-pair", help="column of a second text")
-    command.add_argument("--split", help="split of a datasets folder or hub data set")
-    command.add_argument(
-        "--max-length",
-        type=int,
-        help="tokens per row; default: the model's max_position_embeddings",
-    )
-
-
 def _add_convert(commands) -> None:
     text = (
         "rewrite a model folder with old weight names, shards or a missing prefix in the current "
@@ -184,7 +134,9 @@ def _add_convert(commands) -> None:
     )
     command = commands.add_parser("convert", help=text, description=text)
     command.add_argument("source", help="a model folder or hub id")
-    command.add_argument("target", type=_path, help="the folder to write; it must not exist yet")
+    command.add_argument(
+        "target", type=os.path.expanduser, help="the folder to write; it must not exist yet"
+    )
     command.set_defaults(act=_convert)
 
 
@@ -208,7 +160,9 @@ def _add_data(commands) -> None:
     text = "train a WordPiece vocabulary and write its tokenizer folder"
     action = actions.add_parser("vocab", help=text, description=text)
     action.add_argument("sources", nargs="+", help=_SOURCES)
-    action.add_argument("-o", "--output", type=_path, required=True, help="the folder to write")
+    action.add_argument(
+        "-o", "--output", type=os.path.expanduser, required=True, help="the folder to write"
+    )
     action.add_argument("--size", type=int, default=30522, help="number of pieces; default: 30522")
     action.add_argument("--cased", action="store_true", help="keep capitals and accents")
     action.add_argument("--text", default="text", help="column of the text; default: text")
@@ -223,7 +177,7 @@ def _add_data(commands) -> None:
     action.add_argument("model", help="a model folder or hub id; it is not changed")
     action.add_argument("sources", nargs="+", help=_SOURCES)
     action.add_argument(
-        "-o", "--output", type=_path, required=True, help="the model folder to write"
+        "-o", "--output", type=os.path.expanduser, required=True, help="the model folder to write"
     )
     action.add_argument("--words", type=int, default=1000, help="most words to add; default: 1000")
     action.add_argument(
@@ -258,71 +212,6 @@ def _run(arguments, command: str) -> int:
         return 0
     stages = _STAGES[arguments.command][0]
     pipeline.main(settings, stages, command, is_profiled=arguments.profile)
-    return 0
-
-
-def _evaluate(arguments, command: str) -> int:
-    from tinybert_jax.inference import predict
-
-    given = config_files.read_overrides(arguments.overrides)
-    settings = given.pop("task", {})
-    if given or not isinstance(settings, dict):
-        raise ValueError(
-            f"expected settings of the task, such as task.scheme=iob1, got {arguments.overrides}; "
-            "put task. before the key"
-        )
-    columns = {name: getattr(arguments, name) for name in ("text", "text_pair", "label")}
-    columns = {name: column for name, column in columns.items() if column is not None}
-    twice = sorted(set(columns) & set(settings))
-    if twice:
-        raise ValueError(
-            f"expected each column once, got {twice} as an option and as a task setting; remove one"
-        )
-    with contextlib.redirect_stdout(sys.stderr):  # nothing but JSON on standard output
-        scores = predict.evaluate_file(
-            arguments.model,
-            arguments.data,
-            split=arguments.split,
-            max_length=arguments.max_length,
-            settings={**columns, **settings},
-        )
-    print(json.dumps(scores, indent=2, allow_nan=False))
-    return 0
-
-
-def _predict(arguments, command: str) -> int:
-    from tinybert_jax.inference import predict
-
-    if bool(arguments.data) == bool(arguments.sentence):
-        got = "both" if arguments.data else "neither"
-        raise ValueError(
-            f"predict: expected a data file or --sentence, got {got}; give exactly one"
-        )
-    output = Path(arguments.output) if arguments.output else None
-    if output and (output.is_dir() or not output.parent.is_dir()):
-        raise ValueError(
-            f"--output: expected the name of a file in a folder that exists, got {output}; "
-            "correct it, or create the folder"
-        )
-    if output and arguments.data and output.exists() and output.samefile(arguments.data):
-        raise ValueError(
-            f"--output: expected another file than the data, got {output} for both; choose "
-            "another name"
-        )
-    with contextlib.redirect_stdout(sys.stderr):  # nothing but JSON on standard output
-        rows = predict.predict(
-            arguments.model,
-            arguments.data or arguments.sentence,
-            text=arguments.text,
-            text_pair=arguments.text_pair,
-            split=arguments.split,
-            max_length=arguments.max_length,
-        )
-    lines = "".join(json_line(row) + "\n" for row in rows)
-    if output:
-        output.write_text(lines, encoding="utf-8")
-    else:
-        print(lines, end="")
     return 0
 
 

@@ -1,0 +1,126 @@
+"""`tinybert evaluate` and `tinybert predict`: their arguments, and what they do with them."""
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from tinybert_jax.config import load as config_files
+from tinybert_jax.report.console import json_line
+
+
+def add_to(commands) -> None:
+    """Adds the commands to those of the parser; a command imports JAX only when it runs."""
+    _add_evaluate(commands)
+    _add_predict(commands)
+
+
+def _add_evaluate(commands) -> None:
+    text = "score a Hugging Face classifier folder on labelled text"
+    command = commands.add_parser("evaluate", help=text, description=text)
+    command.add_argument("model", help="a model folder or hub id")
+    command.add_argument("data", help=".tsv, .csv or .jsonl, a saved datasets folder, hub:…")
+    command.add_argument("--label", help="column of the labels; default: label")
+    _add_columns(command)
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="task.key=value",
+        help="how the file is read, as in a config: task.separator, task.scheme, …",
+    )
+    command.set_defaults(act=_evaluate)
+
+
+def _add_predict(commands) -> None:
+    text = "label text with a Hugging Face classifier folder; writes one JSON object per line"
+    command = commands.add_parser("predict", help=text, description=text)
+    command.add_argument("model", help="a model folder or hub id")
+    command.add_argument("data", nargs="?", type=os.path.expanduser, help=".tsv, .csv or .jsonl")
+    command.add_argument(
+        "-t", "--sentence", action="append", help="a text to label, instead of a data file"
+    )
+    command.add_argument(
+        "-o",
+        "--output",
+        type=os.path.expanduser,
+        help="write to this file; default: standard output",
+    )
+    _add_columns(command)
+    command.set_defaults(act=_predict)
+
+
+def _add_columns(command) -> None:
+    command.add_argument("--text", help="column of the text; default: text")
+    command.add_argument("--text-pair", help="column of a second text")
+    command.add_argument("--split", help="split of a datasets folder or hub data set")
+    command.add_argument(
+        "--max-length",
+        type=int,
+        help="tokens per row; default: the model's max_position_embeddings",
+    )
+
+
+def _evaluate(arguments, command: str) -> int:
+    from tinybert_jax.inference import predict
+
+    given = config_files.read_overrides(arguments.overrides)
+    settings = given.pop("task", {})
+    if given or not isinstance(settings, dict):
+        raise ValueError(
+            f"expected settings of the task, such as task.scheme=iob1, got {arguments.overrides}; "
+            "put task. before the key"
+        )
+    columns = {name: getattr(arguments, name) for name in ("text", "text_pair", "label")}
+    columns = {name: column for name, column in columns.items() if column is not None}
+    twice = sorted(set(columns) & set(settings))
+    if twice:
+        raise ValueError(
+            f"expected each column once, got {twice} as an option and as a task setting; remove one"
+        )
+    with contextlib.redirect_stdout(sys.stderr):  # nothing but JSON on standard output
+        scores = predict.evaluate_file(
+            arguments.model,
+            arguments.data,
+            split=arguments.split,
+            max_length=arguments.max_length,
+            settings={**columns, **settings},
+        )
+    print(json.dumps(scores, indent=2, allow_nan=False))
+    return 0
+
+
+def _predict(arguments, command: str) -> int:
+    from tinybert_jax.inference import predict
+
+    if bool(arguments.data) == bool(arguments.sentence):
+        got = "both" if arguments.data else "neither"
+        raise ValueError(
+            f"predict: expected a data file or --sentence, got {got}; give exactly one"
+        )
+    output = Path(arguments.output) if arguments.output else None
+    if output and (output.is_dir() or not output.parent.is_dir()):
+        raise ValueError(
+            f"--output: expected the name of a file in a folder that exists, got {output}; "
+            "correct it, or create the folder"
+        )
+    if output and arguments.data and output.exists() and output.samefile(arguments.data):
+        raise ValueError(
+            f"--output: expected another file than the data, got {output} for both; choose "
+            "another name"
+        )
+    with contextlib.redirect_stdout(sys.stderr):  # nothing but JSON on standard output
+        rows = predict.predict(
+            arguments.model,
+            arguments.data or arguments.sentence,
+            text=arguments.text,
+            text_pair=arguments.text_pair,
+            split=arguments.split,
+            max_length=arguments.max_length,
+        )
+    lines = "".join(json_line(row) + "\n" for row in rows)
+    if output:
+        output.write_text(lines, encoding="utf-8")
+    else:
+        print(lines, end="")
+    return 0
