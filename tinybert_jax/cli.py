@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(act=_run)
     _add_evaluate(commands)
     _add_predict(commands)
+    _add_ask(commands)
     _add_convert(commands)
     _add_data(commands)
     return parser
@@ -152,6 +153,16 @@ def _add_predict(commands) -> None:
     )
     _add_columns(command)
     command.set_defaults(act=_predict)
+
+
+def _add_ask(commands) -> None:
+    text = "answer questions about a text file; writes one JSON object per question"
+    command = commands.add_parser("ask", help=text, description=text)
+    command.add_argument("model", help="a folder or hub id of a question-answering model")
+    command.add_argument("text", type=_path, help="a file of plain text (UTF-8)")
+    command.add_argument("-q", "--question", action="append", required=True)
+    command.add_argument("--max-length", type=int, help="tokens of a window; default: all")
+    command.set_defaults(act=_ask)
 
 
 def _add_columns(command) -> None:
@@ -306,6 +317,18 @@ def _predict(arguments, command: str) -> int:
         output.write_text(lines, encoding="utf-8")
     else:
         print(lines, end="")
+    return 0
+
+
+def _ask(arguments, command: str) -> int:
+    from tinybert_jax.data.tables import read_utf8
+    from tinybert_jax.inference import predict
+
+    text = read_utf8(arguments.text)
+    for answer in predict.ask(
+        arguments.model, text, arguments.question, max_length=arguments.max_length
+    ):
+        print(json.dumps(answer, ensure_ascii=False))
     return 0
 
 

@@ -390,3 +390,11 @@ def test_a_whole_run_predicts_as_it_was_evaluated(tmp_path, capsys, cheap_progra
         for line, row in zip(lines, rows, strict=True)
     ]
     assert np.mean(f1) == pytest.approx(measured["f1"])
+
+    (tmp_path / "text.txt").write_text(TEXT)
+    asked = [part for row in rows[:2] for part in ("-q", row["question"])]
+    assert cli.main(["ask", str(tmp_path / "run/hf"), str(tmp_path / "text.txt"), *asked]) == 0
+    again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [own["answer"] for own in again] == [line["answer"] for line in lines[:2]]
+    assert cli.main(["ask", str(tmp_path / "teacher"), str(tmp_path / "text.txt"), *asked]) == 2
+    assert "expected a model with a head for a task" in capsys.readouterr().err
