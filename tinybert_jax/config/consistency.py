@@ -60,6 +60,12 @@ def consistency_errors(config: Any) -> Iterator[str]:
             yield f"{stage.name}: decay_towards: start without weight_decay does nothing: set it"
         if getattr(section, "r_drop", 0) and section.dropout == 0:
             yield f"{stage.name}: r_drop compares two draws of dropout: remove dropout: 0"
+    for stage in stages if config.task and config.task.kind == "question_answering" else ():
+        section = getattr(config, stage.name)
+        if getattr(section, "head_init", "random") != "random":
+            yield f"{stage.name}.head_init: starts and ends of answers have no probe: set random"
+        if getattr(section, "class_weights", None):
+            yield f"{stage.name}.class_weights: answers have no classes: remove it"
     for stage in stages if config.task and config.task.form != "softmax" else ():
         section = getattr(config, stage.name)
         for name in ("class_weights", "r_drop"):
