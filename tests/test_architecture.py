@@ -16,18 +16,18 @@ ROOMS = {
     "losses": "pointwise forms attention relations vocabulary",
     "terms": "term attention hidden relation cls cosine pooled logits label words table",
     "config": "models data tasks stages distillation compute consistency run by_rows load",
-    "metrics": "classification regression multi_label tagging intervals calibration",
+    "metrics": "classification regression multi_label tagging spans intervals calibration",
     "report": "charts style run_files tables headline confusion per_class pareto advice "
     "calibration differences console page",
     "performance": "flops device_peaks latency trace host",
     "parallel": "mesh sharding",
-    "data": "errors examples tables conll corpus records builtin wordpiece splits",
+    "data": "errors examples tables conll squad corpus records builtin wordpiece splits",
     "models": "inputs activations dropout linear params norm attention encoder bert distilbert "
     "families heads",
     "batches": "batch tokenize bucketing packing loader",
     "tokens": "store instances transform ray workers prepare inspect",
     "huggingface": "tensors hub weights bert distilbert families head folder rewrite",
-    "tasks": "task classification regression multi_label tagging linear table",
+    "tasks": "task classification regression multi_label tagging question_answering linear table",
     "objectives": "alignment linear_probe reduction objective masking masked_lm supervised "
     "distillation",
     "inference": "scorer pretrained predict command",

@@ -140,6 +140,16 @@ def test_wrong_values_are_told_as_in_any_config(tmp_path, change, message):
         _load(tmp_path, _facts(3000), **change)
 
 
+def test_answers_are_looked_for_in_wide_windows_from_a_random_head(tmp_path):
+    task = {"train": "squad.json", "dev_share": 0.1, "kind": "question_answering"}
+    config, _ = _load(tmp_path, _facts(3000), "finetune.max_length=256", task=task)
+    assert config.finetune.max_length == 256 and config.prediction.max_length == 384
+    assert config.finetune.head_init == config.prediction.head_init == "random"
+    for setting in ("finetune.head_init=linear_probe", "baseline.class_weights=balanced"):
+        with pytest.raises(ConfigError, match=setting.split("=")[0]):
+            _load(tmp_path, _facts(3000), setting, task=task)
+
+
 def test_null_is_as_if_it_were_not_given(tmp_path):
     given = "student.hidden_size=null", "students=null", "prediction.global_batch_size=null"
     config, _ = _load(tmp_path, _facts(3000), *given)

@@ -12,11 +12,20 @@ import numpy as np
 from tinybert_jax.models.inputs import Text
 
 
+class Windows(NamedTuple):
+    """Rows that are windows of longer texts, in which answers are looked for."""
+
+    examples: np.ndarray  # int64 [rows]: the example that each row is a window of
+    chars: np.ndarray  # int32 [tokens, 2]: start and end of each token in the text; (0, 0): none
+
+
 class TokenRows(NamedTuple):
     """Examples of any length in one array: row i is `ids[offsets[i]:offsets[i + 1]]`.
 
     A unit of a task is a row or, with `is_unit`, a token. `labels` and `teacher_logits` have one
-    entry per row, or with `is_unit` one entry per token.
+    entry per row, or with `is_unit` one entry per token. With `windows` a unit is the start or the
+    end of the answer in a row: its classes are the tokens of `is_unit`, and `labels` [tokens, 2]
+    are 1 at the first and at the last token of the answer.
     """
 
     ids: np.ndarray  # int32 [tokens], special tokens included
@@ -26,6 +35,7 @@ class TokenRows(NamedTuple):
     num_truncated: int  # number of rows cut at max_length
     teacher_logits: np.ndarray | None = None  # fp32 [rows or tokens, outputs], if kept
     is_unit: np.ndarray | None = None  # bool [tokens]: tokens that have a label; None: rows have
+    windows: Windows | None = None  # None: every row is an example
 
     @property
     def lengths(self) -> np.ndarray:
@@ -40,6 +50,9 @@ class TokenRows(NamedTuple):
     def part(self, start: int, stop: int) -> "TokenRows":
         """The rows from `start` to `stop` (exclusive)."""
         begin, end = self.offsets[start], self.offsets[stop]
+        windows = self.windows
+        if windows is not None:
+            windows = Windows(windows.examples[start:stop], windows.chars[begin:end])
         scored = slice(start, stop) if self.is_unit is None else slice(begin, end)
 
         def cut(values: np.ndarray | None, part: slice) -> np.ndarray | None:
@@ -53,6 +66,7 @@ class TokenRows(NamedTuple):
             0,
             cut(self.teacher_logits, scored),
             cut(self.is_unit, slice(begin, end)),
+            windows,
         )
 
     def fingerprint(self) -> str:
@@ -76,7 +90,8 @@ class Batch(NamedTuple):
     inputs: Text
     attention_mask: jax.Array  # bool [batch, seq]; packed: int32, segment ids
     # `labels` [batch, …], packed [batch, segments, …]; if units are tokens, `labels` and `units`
-    # (fp32, 1 for a unit) [batch, seq]; after masking, the targets of `masked_lm.make_mask`.
+    # (fp32, 1 for a unit) [batch, seq]; of windows, `labels` [batch, seq, 2] and `answerable`
+    # (bool) [batch, seq]; after masking, the targets of `masked_lm.make_mask`.
     targets: dict[str, jax.Array]
     weights: jax.Array  # fp32 [batch], 1 or 0; packed: [batch, segments]
     teacher_logits: jax.Array | None = None  # fp32, the shape of labels with [outputs] added
@@ -168,7 +183,12 @@ def make_batch(rows: TokenRows, plan: Plan, pad_token_id: int) -> Batch:
 
     labels, targets = of_units(rows.labels), {}
     targets["labels"] = np.full(plan.rows.shape, -1, np.int32) if labels is None else labels
-    if rows.is_unit is not None:
+    if rows.windows is not None:
+        assert rows.is_unit is not None
+        targets["answerable"] = of_tokens(rows.is_unit)
+        if labels is None:
+            targets["labels"] = np.zeros((*shape, 2), np.float32)
+    elif rows.is_unit is not None:
         targets["units"] = of_tokens(rows.is_unit.astype(np.float32))
     fields: Any = {  # Any, because these are NumPy arrays and the annotations are of JAX arrays
         "inputs": Text(*cast(Any, (of_tokens(rows.ids, pad_token_id), types))),

@@ -52,6 +52,7 @@ _NUM_SMALL = 3000  # fewer rows than this have `_SMALL_BATCH`
 _FEW_ROWS = 2000  # too few to set rows apart that choose a checkpoint: the last one is kept
 _MANY_ROWS = 200_000  # an epoch is long enough
 _SELECT_SHARE = 0.1
+_ANSWER_WIDTH = 384  # tokens of a window in which answers are looked for
 _WIDE = 512  # teachers above it have students of their own width no more, and lower rates
 _NARROW, _DEEPEST = 312, 4  # of the students of wide teachers
 
@@ -72,6 +73,7 @@ def fill(tree: Mapping[str, Any], facts: Facts) -> tuple[dict[str, Any], list[st
     is_inherited = all(
         student.get("path") or student.get("init") in _INHERITED for student in students
     )
+    finds_answers = filled["task"].get("kind") == "question_answering"
     has_kept_logits = not _NOT_KEPT & set(_section("distillation", tree.get("distillation")))
     for name, length in LENGTHS.items():
         is_given = name in filled
@@ -83,7 +85,9 @@ def fill(tree: Mapping[str, Any], facts: Facts) -> tuple[dict[str, Any], list[st
         given = _section(name, filled.get(name))
         if given.get("global_batch_size") is None:
             given["global_batch_size"] = _BATCH if rows >= _NUM_SMALL else _SMALL_BATCH
-        if name == "finetune" or name == "prediction" and has_kept_logits:
+        if finds_answers:
+            given = {"max_length": _ANSWER_WIDTH, **given}
+        elif name == "finetune" or name == "prediction" and has_kept_logits:
             given = {"head_init": "linear_probe", **given}
         given = {"learning_rate": _rate(name, given, facts, is_inherited), **given}
         filled[name] = _stage(name, given, length, rows, bool(share))

@@ -51,23 +51,31 @@ def consistency_errors(config: Any) -> Iterator[str]:
     yield from _needs_of_teachers(config)
     yield from _needs_of_tokenizer(config)
     yield from _needs_of_attention(config)
-    for stage in stages if config.task and config.task.form == "square" else ():
-        if getattr(getattr(config, stage.name), "label_smoothing", 0) > 0:
-            yield f"{stage.name}: a regression has no label_smoothing: remove it"
     for stage in stages:
         section = getattr(config, stage.name)
         if section.decay_towards == "start" and not section.weight_decay:
             yield f"{stage.name}: decay_towards: start without weight_decay does nothing: set it"
         if getattr(section, "r_drop", 0) and section.dropout == 0:
             yield f"{stage.name}: r_drop compares two draws of dropout: remove dropout: 0"
-    for stage in stages if config.task and config.task.form != "softmax" else ():
-        section = getattr(config, stage.name)
-        for name in ("class_weights", "r_drop"):
-            if getattr(section, name, None):
-                yield (
-                    f"{stage.name}.{name} is for tasks with one class per unit (classification, "
-                    "tagging): remove it"
-                )
+        if config.task:
+            yield from _needs_of_task(config.task, stage.name, section)
+
+
+def _needs_of_task(task: Any, stage: str, section: Any) -> Iterator[str]:
+    """What a stage may not have with a task of this kind."""
+    if task.form == "square" and getattr(section, "label_smoothing", 0) > 0:
+        yield f"{stage}: a regression has no label_smoothing: remove it"
+    for name in ("class_weights", "r_drop") if task.form != "softmax" else ():
+        if getattr(section, name, None):
+            yield (
+                f"{stage}.{name} is for tasks with one class per unit (classification, "
+                "tagging): remove it"
+            )
+    if task.kind == "question_answering":
+        if getattr(section, "head_init", "random") != "random":
+            yield f"{stage}.head_init: starts and ends of answers have no probe: set random"
+        if getattr(section, "class_weights", None):
+            yield f"{stage}.class_weights: answers have no classes: remove it"
 
 
 def _needs_of_evaluation(config: Any) -> Iterator[str]:

@@ -227,6 +227,28 @@ class TaggingTask(TaskSection):
         return self
 
 
+class QuestionAnsweringTask(TaskSection):
+    """A question about a text; the answer is a part of the text, or there is none."""
+
+    form: ClassVar[Form] = "softmax"
+    default_metric: ClassVar[str] = "f1"
+
+    kind: Literal["question_answering"] = "question_answering"
+    format: Literal["auto", "squad", "jsonl"] = Field(
+        "auto",
+        description="squad: the JSON of SQuAD 1.1 and 2.0; jsonl: objects with question, context "
+        "and answers; auto: by suffix",
+    )
+    labels: None = None
+    metric: Literal["f1", "exact_match"] | None = None
+
+    @model_validator(mode="after")
+    def _has_files(self) -> "QuestionAnsweringTask":
+        if self.builtin:
+            raise ValueError("builtin: true has classes as labels, not answers: set train instead")
+        return self
+
+
 def _with_kind(tree: Any) -> Any:
     """Adds `kind`; `regression: true` is the older form of `kind: regression`."""
     if not isinstance(tree, dict):
@@ -245,7 +267,7 @@ def _with_kind(tree: Any) -> Any:
 
 AnyTask = Annotated[
     Annotated[
-        ClassificationTask | RegressionTask | MultiLabelTask | TaggingTask,
+        ClassificationTask | RegressionTask | MultiLabelTask | TaggingTask | QuestionAnsweringTask,
         Field(discriminator="kind"),
     ],
     BeforeValidator(_with_kind),

@@ -9,11 +9,17 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-from tinybert_jax.data.errors import fail, fail_missing, listed, nearest, short
-from tinybert_jax.data.tables import Table, fail_rows, read_jsonl, read_utf8, split_lines
+from tinybert_jax.data.errors import fail, listed, short
+from tinybert_jax.data.tables import (
+    Table,
+    fail_rows,
+    format_by_suffix,
+    read_jsonl,
+    read_utf8,
+    split_lines,
+)
 from tinybert_jax.metrics.tagging import SCHEME_RULES, Scheme, is_tag, scheme_mistakes
 
 SUFFIXES = {
@@ -65,7 +71,7 @@ def read_tagged(
         fail("known_tags", "a list of tags", repr(known_tags), "as in ['O', 'B-PER', 'I-PER']")
     if max_rows is not None and max_rows < 1:
         fail("max_rows", "1 or more", str(max_rows), "leave it out to read all sentences")
-    if _format_of(path, format) == "jsonl":
+    if format_by_suffix(path, format, SUFFIXES) == "jsonl":
         found = _read_objects(path, tokens, tags)
     else:
         found = _read_columns(path, tokens, tags)
@@ -87,21 +93,6 @@ class _Sentences(NamedTuple):
     tags: list[list[str]] | None
     places: list[int]  # each sentence's first line
     lines: list[list[int]]  # each word's line
-
-
-def _format_of(path: str, format: str) -> str:
-    formats = ["conll", "jsonl"]
-    if format not in ("auto", *formats):
-        fail(path, f"format auto, {', '.join(formats)}", repr(format), nearest(format, formats))
-    if not os.path.exists(path):
-        fail_missing(path)
-    if os.path.isdir(path):
-        fail(path, "a file", "a folder", "name one of the files in it")
-    suffix = Path(path).suffix
-    if format == "auto" and suffix.lower() not in SUFFIXES:
-        got = f"the suffix {suffix!r}" if suffix else "no suffix"
-        fail(path, f"a suffix of {', '.join(SUFFIXES)}", got, "rename the file or give format")
-    return SUFFIXES[suffix.lower()] if format == "auto" else format
 
 
 def _read_objects(path: str, tokens: str, tags: str | None) -> _Sentences:

@@ -11,8 +11,11 @@ class Examples(NamedTuple):
 
     text: Sequence[Any]  # n texts, or n lists of words
     text_pair: list[str] | None
-    labels: Any  # [n] class ids or numbers; [n, labels] 0 or 1; n arrays [words]; None: unlabelled
+    # [n] class ids or numbers; [n, labels] 0 or 1; n arrays [words]; n tuples of answers; None:
+    # unlabelled
+    labels: Any
     label_names: tuple[str, ...] | None  # of the outputs of a head; None where labels are numbers
+    groups: list[str] | None = None  # n names: examples of one group are on one side of a split
 
     @property
     def num_outputs(self) -> int:
@@ -29,4 +32,4 @@ class Examples(NamedTuple):
             return None if values is None else [values[place] for place in places]
 
         text, pairs, labels = chosen(self.text), chosen(self.text_pair), chosen(self.labels)
-        return Examples(text, pairs, labels, self.label_names)
+        return Examples(text, pairs, labels, self.label_names, chosen(self.groups))

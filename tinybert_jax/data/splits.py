@@ -124,6 +124,8 @@ def describe_labels(
     if names is None:
         return f"{told}, labelled with numbers"
     trained = count(data.train)
+    if unit == "span":
+        return f"{told}: {trained[0]:,} have an answer, {trained[1]:,} have none"
     order = np.argsort(-trained, kind="stable")
     counts = [f"{short(names[i])} {trained[i]:,}" for i in order]
     lines = [f"{told}, of {len(names)} labels: {_first(counts)}"]
@@ -133,9 +135,9 @@ def describe_labels(
 def label_notes(
     data: TaskData, count: Callable[[Examples], np.ndarray], unit: str = "row"
 ) -> list[str]:
-    """What may be a mistake in the labels; empty for labels that are numbers."""
+    """What may be a mistake in the labels; empty for labels that are numbers or answers."""
     names = data.label_names
-    if names is None:
+    if names is None or unit == "span":
         return []
     trained, judged = count(data.train), count(data.dev)
     order, notes = np.argsort(-trained, kind="stable"), []
@@ -187,10 +189,15 @@ def _first(items: Sequence[str], num_shown: int = 8) -> str:
 def _split_share(
     section: TaskSection, setting: str, examples: Examples
 ) -> tuple[Examples, Examples]:
-    """(rest, part): the part is the share of rows of least hash; equal texts are on one side."""
+    """(rest, part): the part is the share of rows of least hash.
+
+    Rows of one group, or else equal texts, are on one side.
+    """
     share = getattr(section, setting)
     pairs = examples.text_pair or [""] * len(examples.text)
-    keys = [f"{one}\n{two}" for one, two in zip(examples.text, pairs, strict=True)]
+    keys = examples.groups or [
+        f"{one}\n{two}" for one, two in zip(examples.text, pairs, strict=True)
+    ]
     digests = np.array([_digest(key) for key in keys], np.uint64)
     num_chosen = max(round(share * len(keys)), 1)
     is_chosen = digests <= np.sort(digests)[num_chosen - 1]

@@ -119,6 +119,25 @@ def format_of(path: str, format: str) -> str:
     return format
 
 
+def format_by_suffix(path: str, format: str, suffixes: Mapping[str, str]) -> str:
+    """The format of a single file: the one given, or with `auto` the one of its suffix.
+
+    `suffixes`: suffix -> format. Raises ValueError for another format or suffix, or no file.
+    """
+    formats = sorted(set(suffixes.values()))
+    if format not in ("auto", *formats):
+        fail(path, f"format auto, {', '.join(formats)}", repr(format), nearest(format, formats))
+    if not os.path.exists(path):
+        fail_missing(path)
+    if os.path.isdir(path):
+        fail(path, "a file", "a folder", "name one of the files in it")
+    suffix = Path(path).suffix
+    if format == "auto" and suffix.lower() not in suffixes:
+        got = f"the suffix {suffix!r}" if suffix else "no suffix"
+        fail(path, f"a suffix of {', '.join(suffixes)}", got, "rename the file or give format")
+    return suffixes[suffix.lower()] if format == "auto" else format
+
+
 def read_table(path: str, format: str, split: str | None, wanted: list[str]) -> Table:
     """The wanted columns of a file of one of the formats that `format_of` tells."""
     if format in ("hub", "datasets"):

@@ -24,6 +24,7 @@ _TABLE = (
     *norm("encoder/layers/output_norm", f"{_LAYER}.output.LayerNorm"),
     *linear("encoder/pooler", "bert.pooler.dense"),
     *linear("classifier", "classifier"),
+    *linear("spans", "qa_outputs"),
     *linear("transform", "cls.predictions.transform.dense"),
     *norm("norm", "cls.predictions.transform.LayerNorm"),
     Entry("decoder/bias", "cls.predictions.bias"),

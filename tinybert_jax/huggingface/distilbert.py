@@ -23,6 +23,7 @@ _TABLE = (
     *norm("encoder/layers/output_norm", f"{_LAYER}.output_layer_norm"),
     *linear("encoder/pooler", "pre_classifier"),
     *linear("classifier", "classifier"),
+    *linear("spans", "qa_outputs"),
     *linear("transform", "vocab_transform"),
     *norm("norm", "vocab_layer_norm"),
     Entry("decoder/bias", "vocab_projector.bias"),

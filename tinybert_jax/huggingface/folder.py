@@ -16,6 +16,8 @@ from pydantic import ValidationError
 from tinybert_jax.huggingface.families import format_of
 from tinybert_jax.huggingface.head import (
     Head,
+    head_part,
+    head_tensor,
     is_unnamed,
     read_head,
     read_label_names,
@@ -65,13 +67,11 @@ def read_model(path: str | Path) -> HfModel:
     config, names = _model_config(raw, folder), read_label_names(raw, folder)
     tensors = open_tensors(folder)
     model = HfModel(folder, config, names, None, tensors)
-    if _HEAD not in tensors:
+    kernel = head_tensor(tensors)
+    if kernel is None:
         return model
-    head = read_head(raw, folder, tensors.shape(_HEAD)[0])
+    head = read_head(raw, folder, tensors.shape(kernel)[0])
     return model._replace(head=head, label_names=head.label_names)
-
-
-_HEAD = "classifier.weight"
 
 
 def has_pooler(path: str | Path) -> bool:
@@ -102,7 +102,7 @@ def load_params(
             )
         raise ValueError(
             f"{model.folder}: expected a head with {shapes['classifier/kernel'][1]} labels, "
-            f"got one with {len(model.tensors[_HEAD])}: "
+            f"got one with {len(model.head.label_names)}: "
             f"{list(model.label_names or ())}; set task.labels to the labels that it was trained "
             "with, or use a folder without a head"
         )
@@ -136,11 +136,12 @@ def load_params(
 
 def _head_fits(model: HfModel, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether the folder's head has the kind and size of `shapes`; True if either has no head."""
-    head, wanted = model.tensors.get(_HEAD), shapes.get("classifier/kernel")
-    if head is None or wanted is None:
+    wanted = head_part(shapes)
+    if model.head is None or wanted is None:
         return True
-    assert model.head is not None
-    return wanted[-1] == len(head) and model.head.kind == wanted_head(shapes)
+    num_outputs = shapes[f"{wanted}/kernel"][-1]
+    fits = num_outputs == len(model.head.label_names)
+    return fits and model.head.kind == wanted_head(shapes)
 
 
 def convert_params(model: HfModel, shapes: Mapping[str, tuple[int, ...]]) -> Conversion:
@@ -207,7 +208,9 @@ def _load_start(
     is_any = trained is None or label_names is None or is_unnamed(trained)
     if whole or _head_fits(model, shapes) and (is_any or trained == label_names):
         return load_params(model, abstract, init)
-    head = [name for name in model.tensors if name.startswith("classifier.")]
+    kernel = head_tensor(model.tensors) or ""
+    prefix = kernel.removesuffix("weight")
+    head = [name for name in model.tensors if kernel and name.startswith(prefix)]
     rest = {name: array for name, array in model.tensors.items() if name not in head}
     loaded = load_params(model._replace(tensors=rest), abstract, init)
     return loaded._replace(surplus=(*loaded.surplus, *head))
@@ -215,11 +218,12 @@ def _load_start(
 
 def _missing_weights(path: str | Path, loaded: Loaded, whole: bool) -> list[str]:
     """Paths without weights, except a pooler that no head reads; with `whole` raises ValueError."""
-    optional = () if "classifier" in loaded.params else ("encoder/pooler", "pooler")
+    has_head = head_part(flatten(loaded.params)) is not None
+    optional = () if has_head else ("encoder/pooler", "pooler")
     missing = [name for name in loaded.missing if not name.startswith(optional)]
     if whole and missing:
         fix = "that is fine-tuned on the task (finetune section)"
-        if "classifier" not in loaded.params:
+        if not has_head:
             fix = (
                 "that was saved with its masked-LM head, or add a pretrain section (it trains the "
                 "head), or set another objective (distillation.general)"
@@ -316,16 +320,15 @@ def _model_config(raw: Mapping[str, Any], folder: Path) -> ModelConfig:
 def _config_json(
     form: Format, flat: Mapping[str, Any], config: ModelConfig, head: Head | None
 ) -> dict[str, Any]:
-    assert (head is not None) == ("classifier/kernel" in flat), (
-        "a head needs its weights, and the weights their head"
-    )
+    part = head_part(flat)
+    assert (head is None) == (part is None), "a head needs its weights, and the weights their head"
     settings = {
         "architectures": [f"{form.class_prefix}{_class_suffix(flat, head)}"],
         **form.write_config(config),
     }
     settings |= {"dtype": "float32", "tie_word_embeddings": True}
     if head is not None:
-        settings |= write_head(head, flat["classifier/kernel"].shape[1])
+        settings |= write_head(head, flat[f"{part}/kernel"].shape[1])
     return settings
 
 

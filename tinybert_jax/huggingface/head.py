@@ -1,12 +1,13 @@
 """Reads and writes the task head in config.json: its kind, labels and problem type."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Heads that are a linear map named `classifier`, of the pooled token or of every token.
-_KINDS = ("SequenceClassification", "TokenClassification")
+# Heads that are a linear map, of the pooled token or of every token.
+_KINDS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+_PARTS = {"classifier": "classifier", "spans": "qa_outputs"}  # our name -> that in transformers
 _SETTINGS = "tinybert_answers"  # the key of config.json for a head's settings
 _TASK = "tinybert_task"  # the key of config.json for the kind of task
 
@@ -19,6 +20,18 @@ class Head(NamedTuple):
     label_names: tuple[str, ...]  # one per output, in id order; LABEL_0 … for unnamed outputs
     settings: Mapping[str, float] = {}  # for predictions, such as a threshold
     task: str | None = None  # the kind of task; None in folders of other programs
+
+
+def head_part(paths: Iterable[str]) -> str | None:
+    """The name of the task head among parameters; None without one."""
+    found = set(paths)
+    return next((part for part in _PARTS if f"{part}/kernel" in found), None)
+
+
+def head_tensor(names: Iterable[str]) -> str | None:
+    """The name of the kernel of the task head among tensors of transformers; None without one."""
+    found = set(names)
+    return next((f"{part}.weight" for part in _PARTS.values() if f"{part}.weight" in found), None)
 
 
 def is_unnamed(label_names: Sequence[str]) -> bool:
@@ -36,8 +49,10 @@ def inferred_problem_type(head_kind: str, num_outputs: int) -> str | None:
 def wanted_head(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """The kind of head of parameters with these shapes; None without a task head.
 
-    A head over tokens is the only head without a pooler.
+    A head over tokens is the only `classifier` without a pooler.
     """
+    if "spans/kernel" in shapes:
+        return "QuestionAnswering"
     if "classifier/kernel" not in shapes:
         return None
     return "SequenceClassification" if "encoder/pooler/kernel" in shapes else "TokenClassification"

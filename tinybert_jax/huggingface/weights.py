@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tinybert_jax.models.heads import make_classifier, make_masked_lm
+from tinybert_jax.models.heads import make_classifier, make_masked_lm, make_span_scorer
 from tinybert_jax.models.params import flatten
 from tinybert_jax.settings.sizes import ModelConfig
 
@@ -149,6 +149,7 @@ _PARTS = (
     ("transform/", "norm/", "decoder/"),
     ("pair/",),
     ("classifier/",),
+    ("spans/",),
 )
 
 
@@ -158,7 +159,8 @@ def config_shapes(
     """Path -> shape, as the config implies, of the encoder and of the optional parts in `held`."""
     absent = [part for part in _PARTS if not any(path.startswith(part) for path in held)]
     unwanted = tuple(prefix for part in absent for prefix in part)
-    models = [make_classifier(config, held.get("classifier/kernel", (1,))[-1])]
+    num_classes = held.get("classifier/kernel", (1,))[-1]
+    models = [make_classifier(config, num_classes), make_span_scorer(config)]
     if not {"decoder/", "pair/"} <= set(unwanted):
         models.append(make_masked_lm(config, pair_head=form.pair_head is not None))
     shapes = {}

@@ -1,4 +1,4 @@
-"""`tinybert evaluate` and `tinybert predict`: their arguments, and what they do with them."""
+"""`tinybert evaluate`, `predict` and `ask`: their arguments, and what they do with them."""
 
 import contextlib
 import json
@@ -14,6 +14,7 @@ def add_to(commands) -> None:
     """Adds the commands to those of the parser; a command imports JAX only when it runs."""
     _add_evaluate(commands)
     _add_predict(commands)
+    _add_ask(commands)
 
 
 def _add_evaluate(commands) -> None:
@@ -48,6 +49,16 @@ def _add_predict(commands) -> None:
     )
     _add_columns(command)
     command.set_defaults(act=_predict)
+
+
+def _add_ask(commands) -> None:
+    text = "answer questions about a text file; writes one JSON object per question"
+    command = commands.add_parser("ask", help=text, description=text)
+    command.add_argument("model", help="a folder or hub id of a question-answering model")
+    command.add_argument("text", type=os.path.expanduser, help="a file of plain text (UTF-8)")
+    command.add_argument("-q", "--question", action="append", required=True)
+    command.add_argument("--max-length", type=int, help="tokens of a window; default: all")
+    command.set_defaults(act=_ask)
 
 
 def _add_columns(command) -> None:
@@ -123,4 +134,18 @@ def _predict(arguments, command: str) -> int:
         output.write_text(lines, encoding="utf-8")
     else:
         print(lines, end="")
+    return 0
+
+
+def _ask(arguments, command: str) -> int:
+    from tinybert_jax.data.tables import read_utf8
+    from tinybert_jax.inference import predict
+
+    with contextlib.redirect_stdout(sys.stderr):  # nothing but JSON on standard output
+        text = read_utf8(arguments.text)
+        answers = predict.ask(
+            arguments.model, text, arguments.question, max_length=arguments.max_length
+        )
+    for answer in answers:
+        print(json_line(answer))
     return 0

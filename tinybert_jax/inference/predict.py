@@ -73,6 +73,33 @@ def predict(
     ]
 
 
+def ask(
+    model: str, text: str, questions: Sequence[str], *, max_length: int | None = None
+) -> list[dict[str, Any]]:
+    """One object per question about `text`: `question`, and what the task answers.
+
+    Texts longer than `max_length` are read in windows that overlap. Raises ValueError for a model
+    of another task, and for a blank text or question.
+    """
+    loaded = _load(model)
+    if loaded.task.unit != "span":
+        raise ValueError(
+            f"{model}: expected a model that answers questions, got one for {loaded.task.kind}; "
+            "fine-tune one with task.kind=question_answering, or use tinybert predict"
+        )
+    if not text.strip():
+        raise ValueError("expected a text with answers in it, got only white space; give another")
+    blank = [place for place, question in enumerate(questions, 1) if not question.strip()]
+    if blank or not questions:
+        raise ValueError(
+            f"expected questions, got {f'a blank one in place {blank[0]}' if blank else 'none'}; "
+            "write one"
+        )
+    examples = Examples(list(questions), [text] * len(questions), None, loaded.head.label_names)
+    found = _answers(loaded, _score(loaded, examples, max_length))
+    return [{"question": q, **answer} for q, answer in zip(questions, found, strict=True)]
+
+
 def evaluate_file(
     model: str,
     data: str,
@@ -149,9 +176,12 @@ def _answers(loaded: _Loaded, scored: Scored) -> list[dict[str, Any]]:
 def _is_finite(scored: Scored) -> np.ndarray:
     """bool [examples]: whether all logits of the example are finite."""
     is_finite, rows = np.isfinite(scored.logits).all(axis=-1), scored.rows
-    if rows.is_unit is None:
+    if rows.is_unit is not None:
+        is_finite = np.logical_and.reduceat(is_finite, rows.offsets[:-1])
+    if rows.windows is None:
         return is_finite
-    return np.logical_and.reduceat(is_finite, rows.offsets[:-1])
+    wrong = np.bincount(rows.windows.examples[~is_finite], minlength=len(scored.examples.text))
+    return wrong == 0
 
 
 def _plain(text: str | Sequence[str]) -> str:

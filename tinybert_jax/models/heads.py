@@ -94,6 +94,32 @@ class Classifier(nnx.Module):
         return ClassifierOutput(logits, encoder=encoded if taps else None)
 
 
+class SpanScorer(nnx.Module):
+    """A linear map of every token to two scores: that an answer starts and that it ends there.
+
+    Without dropout before the map, as BertForQuestionAnswering in transformers.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, **options: Any):
+        self.encoder = make_family_encoder(config, has_pooler=False, rngs=rngs, **options)
+        self.spans = make_linear(config.hidden_size, 2, config, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(
+        self,
+        inputs: Text,
+        attention_mask: Array,
+        key: Array | None = None,
+        num_segments: int | None = None,
+        *,
+        taps: bool = False,
+    ) -> ClassifierOutput:
+        """`taps` hands out what the encoder computes."""
+        encoded = self.encoder(inputs, attention_mask, key, num_segments)
+        with jax.named_scope("~head"):
+            logits = self.spans(encoded.hidden[-1].astype(jnp.float32))
+        return ClassifierOutput(logits, encoder=encoded if taps else None)
+
+
 class MaskedLM(nnx.Module):
     """BERT's masked-LM head. The decoder is the word table itself, passed as an argument.
 
@@ -203,6 +229,12 @@ def make_classifier(config: ModelConfig, num_classes: int, **options: Any) -> Mo
 def make_token_classifier(config: ModelConfig, num_classes: int, **options: Any) -> Model:
     """A classifier of tokens; options: those of `Encoder`."""
     return _functional(Classifier, config, num_classes, of_tokens=True, **options)
+
+
+def make_span_scorer(config: ModelConfig, num_classes: int = 2, **options: Any) -> Model:
+    """A model of starts and ends of answers: two outputs a token; options: those of `Encoder`."""
+    assert num_classes == 2, num_classes
+    return _functional(SpanScorer, config, **options)
 
 
 def make_masked_lm(config: ModelConfig, **options: Any) -> Model:

@@ -16,7 +16,14 @@ from tinybert_jax.models.heads import MaskedLMOutput
 from tinybert_jax.models.params import Apply, Params
 from tinybert_jax.objectives.alignment import project
 from tinybert_jax.objectives.masked_lm import Mask
-from tinybert_jax.objectives.objective import Counts, Objective, count_units, encoder_inputs, units
+from tinybert_jax.objectives.objective import (
+    Counts,
+    Objective,
+    count_units,
+    encoder_inputs,
+    unit_logits,
+    units,
+)
 from tinybert_jax.terms.table import Terms, reads_every_word, reads_of, without_task_logits
 from tinybert_jax.terms.term import Ramp, Reads
 
@@ -113,7 +120,7 @@ def make_distill(
     def targets(batch: Batch, frozen: Any) -> Outputs:
         kept = batch.teacher_logits
         if kept is not None:
-            kept = kept.reshape(-1, kept.shape[-1])
+            kept = unit_logits(kept, batch)
         read = reads_of(terms if kept is None else without_task_logits(terms))
         if not read.teacher:
             return Outputs(None, kept)
@@ -157,7 +164,7 @@ def _run(
         return Outputs(words.encoder, words=words)
     if role.reads.task_logits:
         output = role.apply(*arguments, num_segments=batch.num_segments, taps=taps)
-        return Outputs(output.encoder, output.logits.reshape(-1, output.logits.shape[-1]))
+        return Outputs(output.encoder, unit_logits(output.logits, batch))
     return Outputs(role.apply(*arguments, num_segments=batch.num_segments))
 
 

@@ -62,7 +62,7 @@ def count_units(batch: Batch, normalisation: str = "valid_only") -> Counts:
         pairs = attention_losses.num_pairs(batch.attention_mask)
     return Counts(
         examples=batch.weights.sum(),
-        units=batch.targets.get("units", batch.weights).sum(),
+        units=_num_units(batch),
         tokens=jnp.asarray(tokens, jnp.float32),
         pairs=jnp.asarray(pairs, jnp.float32),
         predictions=jnp.zeros(()),
@@ -71,10 +71,40 @@ def count_units(batch: Batch, normalisation: str = "valid_only") -> Counts:
     )
 
 
+def _num_units(batch: Batch) -> jax.Array:
+    if "answerable" in batch.targets:
+        return 2 * batch.weights.sum()
+    return batch.targets.get("units", batch.weights).sum()
+
+
 def units(batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(labels [units, …], weights [units]); the weight is 0 for filler, padding, other tokens."""
+    if "answerable" in batch.targets:
+        marks = _by_window(batch.targets["labels"], batch, 0.0)
+        weights = jnp.repeat(batch.weights.reshape(-1), 2)
+        return jnp.argmax(marks, axis=-1), weights
     labels, weights = batch.targets["labels"], batch.targets.get("units", batch.weights)
     return labels.reshape(-1, *labels.shape[weights.ndim :]), weights.reshape(-1)
+
+
+def unit_logits(logits: jax.Array, batch: Batch) -> jax.Array:
+    """Logits [units, classes] of all units of a batch: rows, segments, tokens, starts and ends."""
+    if "answerable" in batch.targets:
+        return _by_window(logits, batch, _IMPOSSIBLE)
+    return logits.reshape(-1, logits.shape[-1])
+
+
+_IMPOSSIBLE = -1e9  # the logit of a token that cannot be where an answer starts or ends
+
+
+def _by_window(values: jax.Array, batch: Batch, fill: float) -> jax.Array:
+    """[windows · 2, seq]: values [batch, seq, 2] of starts and ends; `fill` at other tokens."""
+    segments = batch.attention_mask.astype(jnp.int32)
+    numbers = jnp.arange(1, (batch.num_segments or 1) + 1)
+    is_own = segments[:, None] == numbers[None, :, None]  # [batch, segments, seq]
+    is_own &= batch.targets["answerable"][:, None]
+    by_side = jnp.moveaxis(values, -1, 1)[:, None]  # [batch, 1, 2, seq]
+    return jnp.where(is_own[:, :, None], by_side, fill).reshape(-1, values.shape[1])
 
 
 def encoder_inputs(batch: Batch) -> tuple[Text, jax.Array]:

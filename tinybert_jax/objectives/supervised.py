@@ -14,6 +14,7 @@ from tinybert_jax.objectives.objective import (
     Objective,
     count_units,
     encoder_inputs,
+    unit_logits,
     units,
 )
 
@@ -39,6 +40,10 @@ def make_supervised(
             batch = _weighted(batch, jnp.asarray(class_weights, jnp.float32))
         return batch, count_units(batch)
 
+    def run(params, batch: Batch, key) -> jax.Array:
+        output = apply(params, *encoder_inputs(batch), key, num_segments=batch.num_segments)
+        return unit_logits(output.logits, batch)
+
     def label_loss(logits, batch: Batch, counts: Counts) -> jax.Array:
         with jax.named_scope("~loss label"):
             return FORMS[form].label_loss(
@@ -47,9 +52,9 @@ def make_supervised(
 
     def loss(params, batch: Batch, counts, key, targets):
         if not r_drop:
-            value = label_loss(unit_logits(apply, params, batch, key), batch, counts)
+            value = label_loss(run(params, batch, key), batch, counts)
             return value, {"loss/label": value}
-        one, two = (unit_logits(apply, params, batch, own) for own in jax.random.split(key))
+        one, two = (run(params, batch, own) for own in jax.random.split(key))
         value = (label_loss(one, batch, counts) + label_loss(two, batch, counts)) / 2
         weights = units(batch)[1]
         distance = (
@@ -68,9 +73,3 @@ def _weighted(batch: Batch, class_weights: jax.Array) -> Batch:
     if "units" in batch.targets:
         return batch._replace(targets={**batch.targets, "units": batch.targets["units"] * weights})
     return batch._replace(weights=batch.weights * weights)
-
-
-def unit_logits(apply: Apply, params, batch: Batch, key) -> jax.Array:
-    """Logits [units, classes] of all units of a batch: rows, segments or tokens."""
-    logits = apply(params, *encoder_inputs(batch), key, num_segments=batch.num_segments).logits
-    return logits.reshape(-1, logits.shape[-1])

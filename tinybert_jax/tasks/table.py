@@ -3,12 +3,14 @@
 from tinybert_jax.huggingface.folder import HfModel
 from tinybert_jax.tasks.classification import CLASSIFICATION
 from tinybert_jax.tasks.multi_label import MULTI_LABEL
+from tinybert_jax.tasks.question_answering import QUESTION_ANSWERING
 from tinybert_jax.tasks.regression import REGRESSION
 from tinybert_jax.tasks.tagging import TAGGING
 from tinybert_jax.tasks.task import Task
 
 TASKS: dict[str, Task] = {
-    task.kind: task for task in (CLASSIFICATION, REGRESSION, MULTI_LABEL, TAGGING)
+    task.kind: task
+    for task in (CLASSIFICATION, REGRESSION, MULTI_LABEL, TAGGING, QUESTION_ANSWERING)
 }
 
 

@@ -43,7 +43,8 @@ class Task(NamedTuple):
     section: type[TaskSection]  # the settings; the default of its field `kind` names the task
     form: Form  # which losses fit the logits
     make_head: MakeHead  # (sizes, number of classes, options) -> (apply, init)
-    unit: Literal["row", "word"]  # what has one label; of a word its first token is scored
+    # What has one label: of a word its first token is scored; of a span, its start and its end.
+    unit: Literal["row", "word", "span"]
     read: Reader
     encode: Callable[[Any, Examples, int], TokenRows]  # (tokenizer, examples, max_length)
     count_labels: Callable[[Examples], np.ndarray]  # -> units per label name, [outputs]

@@ -145,9 +145,12 @@ def _decay_to_start(weight_decay: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+_NEW_PARTS = ("classifier", "spans", "projection")
+
+
 def _is_new(path: tuple) -> bool:
     """Whether a leaf is of a task's head or of a projection, which start at random."""
-    return any(getattr(part, "key", None) in ("classifier", "projection") for part in path)
+    return any(getattr(part, "key", None) in _NEW_PARTS for part in path)
 
 
 def _scale_by_depth(decay: float) -> optax.GradientTransformation:
