@@ -2,12 +2,12 @@ import jax
 import numpy as np
 import pytest
 
-from tinybert_jax.batches import loader
+from tinybert_jax.batches import loader, tokenize
 from tinybert_jax.batches.batch import Plan, make_batch
 from tinybert_jax.batches.bucketing import bucketed_epochs, num_batches, plan_epoch
 from tinybert_jax.batches.tokenize import MIN_TOKENS, tokenize_corpus, tokenize_texts
 from tinybert_jax.data.examples import Examples
-from tinybert_jax.data.wordpiece import is_continuation, train_wordpiece
+from tinybert_jax.data.wordpiece import is_continuation, plain_backend, train_wordpiece
 
 SENTENCES = [
     "a cat sat on the mat .",
@@ -44,6 +44,36 @@ def test_pairs_have_token_types_and_truncate_the_longer_part(tokenizer):
     assert ids[0, :12].tolist() == expected["input_ids"]
     assert types[0, :12].tolist() == expected["token_type_ids"]
     assert not types[0, 12:].any() and not batch.attention_mask[0, 12:].any()
+
+
+def test_the_beginning_of_a_very_long_text_gives_the_same_rows(tokenizer, monkeypatch):
+    """Texts are cut before they are tokenised, where their rows are full by then."""
+    texts = [
+        " ".join(SENTENCES),
+        "cat" * 90 + " dog " + SENTENCES[2],  # a first word that is longer than the beginning
+        " \n\t" * 40 + SENTENCES[2] * 3,
+        "中文。" * 60,
+        "e\u0301 " * 80 + "\x00" * 80,
+        "short .",
+    ]
+    pairs = [None, ["dogs bark ."] * len(texts), texts[::-1]]
+    for pair in pairs:
+        examples = Examples(texts, pair, None, None)
+        expected = tokenize_texts(tokenizer, examples, 16)
+        monkeypatch.setattr(tokenize, "_LONG", 64)
+        rows = tokenize_texts(tokenizer, examples, 16)
+        monkeypatch.undo()
+        for field in ("ids", "offsets", "second", "num_truncated"):
+            assert np.array_equal(getattr(rows, field), getattr(expected, field))
+
+
+def test_a_text_of_20_mb_is_cut_to_a_beginning_that_fills_a_row(tokenizer):
+    backend = plain_backend(tokenizer)
+    backend.enable_truncation(16)
+    text = "a cat sat . " * 2_000_000
+    head = tokenize._head(backend, text)
+    assert tokenize._LONG / 2 < len(head) <= tokenize._LONG
+    assert text.startswith(head) and text[len(head)] == " "
 
 
 def test_truncation_does_not_leak_into_the_tokenizer(tokenizer):

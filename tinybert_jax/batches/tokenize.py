@@ -16,13 +16,32 @@ def tokenize_texts(tokenizer: Any, text: Examples, max_length: int) -> TokenRows
     """Rows [CLS] text [SEP] or [CLS] text [SEP] text_pair [SEP]; the longer text is cut first."""
     backend = plain_backend(tokenizer)
     backend.enable_truncation(max_length, strategy="longest_first")
-    pairs = (
-        text.text if text.text_pair is None else list(zip(text.text, text.text_pair, strict=True))
-    )
+    first = [_head(backend, one) for one in text.text]
+    pairs: list = first
+    if text.text_pair is not None:
+        second_texts = [_head(backend, one) for one in text.text_pair]
+        pairs = list(zip(first, second_texts, strict=True))
     encoded = backend.encode_batch(pairs)
     second = [len(e.ids) if 1 not in e.type_ids else e.type_ids.index(1) for e in encoded]
     num_truncated = sum(bool(e.overflowing) for e in encoded)
     return _rows([e.ids for e in encoded], second, text.labels, num_truncated)
+
+
+_LONG = 2**20  # characters; the encoding of a text takes some 180 bytes for each
+
+
+def _head(backend: Any, text: str) -> str:
+    """The text; of a very long one a beginning, up to a blank, that fills a row to be cut.
+
+    The tokens that the row keeps are the same: words are tokenised one by one.
+    """
+    room = _LONG
+    while len(text) > room:
+        end = max(text.rfind(blank, 0, room) for blank in " \n\t")
+        if end > 0 and backend.encode(text[:end]).overflowing:
+            return text[:end]
+        room *= 2
+    return text
 
 
 def tokenize_corpus(tokenizer: Any, documents: Sequence[str], max_length: int) -> TokenRows:

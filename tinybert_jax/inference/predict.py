@@ -175,7 +175,7 @@ def _answers(loaded: _Loaded, scored: Scored) -> list[dict[str, Any]]:
 
 def _is_finite(scored: Scored) -> np.ndarray:
     """bool [examples]: whether all logits of the example are finite."""
-    is_finite, rows = np.isfinite(scored.logits).all(axis=-1), scored.rows
+    is_finite, rows = np.asarray(np.isfinite(scored.logits).all(axis=-1)), scored.rows
     if rows.is_unit is not None:
         is_finite = np.logical_and.reduceat(is_finite, rows.offsets[:-1])
     if rows.windows is None:

@@ -61,7 +61,7 @@ def frequent_mistakes(
         np.stack([labels[wrong], predictions[wrong]], axis=1), axis=0, return_counts=True
     )
     order = np.argsort(-counts, kind="stable")[:num_shown]
-    return [(*map(int, pairs[i]), int(counts[i])) for i in order]
+    return [(int(pairs[i, 0]), int(pairs[i, 1]), int(counts[i])) for i in order]
 
 
 def _require_classes(predictions: np.ndarray, labels: np.ndarray, num_labels: int) -> None:

@@ -124,7 +124,9 @@ def encode(tokenizer: Any, examples: Examples, max_length: int) -> TokenRows:
     """Rows [CLS] pieces [SEP]; the first piece of a word is a unit with the label of the word."""
     backend = plain_backend(tokenizer)
     backend.enable_truncation(max_length)
-    encoded = _encode_words(backend, tokenizer, [words for words, _ in _split_all(examples)])
+    # Each word has a piece, so that later words are cut anyway.
+    sentences = [words[:max_length] for words, _ in _split_all(examples)]
+    encoded = _encode_words(backend, tokenizer, sentences)
     ids = [np.asarray(e.ids, np.int32) for e in encoded]
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     is_unit = np.concatenate([_first_pieces(e.word_ids) for e in encoded])
@@ -166,10 +168,13 @@ def _num_words(encoding: Any) -> int:
     return int(_first_pieces(encoding.word_ids).sum())
 
 
+_FAR_TOO_LONG = 16  # times the positions: further words are not counted
+
+
 def check_lengths(tokenizer: Any, examples: Examples, positions: int) -> None:
     """Raises ValueError for a sentence with more pieces than `positions`."""
     backend = plain_backend(tokenizer)
-    sentences = [list(words) for words, _ in _split_all(examples)]
+    sentences = [words[: _FAR_TOO_LONG * positions] for words, _ in _split_all(examples)]
     encoded = _encode_words(backend, tokenizer, sentences)
     long = [(place, len(e.ids)) for place, e in enumerate(encoded, 1) if len(e.ids) > positions]
     if long:
