@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FloatingPointError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _is_output_closed():
             return 128 + signal.SIGPIPE
-        print(f"tinybert: {error}", file=sys.stderr)
+        from tinybert_jax.huggingface.untrusted import printable
+
+        print(f"tinybert: {printable(str(error))}", file=sys.stderr)
         return 2
 
 
