@@ -24,7 +24,8 @@ _FILES = ("tokenizer.json", "vocab.txt")
 def find_folder(path: str | Path) -> Path:
     """The local folder `path`, or the cached download of a hub id (safetensors and text only).
 
-    Raises ValueError where there is no such folder or the hub cannot be read.
+    `owner/name` is the newest revision, `owner/name@hash` the one of that commit. Raises ValueError
+    where there is no such folder or the hub cannot be read.
     """
     folder = Path(os.path.expanduser(path))
     if folder.is_dir():
@@ -36,10 +37,10 @@ def find_folder(path: str | Path) -> Path:
         raise ValueError(f"{path}: expected {wanted}, found none; check the path")
     from huggingface_hub import snapshot_download
 
+    name, _, revision = str(path).partition("@")
+    wanted_files = ["*.safetensors", "*.json", "vocab.txt"]
     try:
-        return Path(
-            snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json", "vocab.txt"])
-        )
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted_files))
     except Exception as error:  # the hub client raises many kinds of errors
         raise ValueError(
             f"'{path}': expected a local model folder or a hub id; no such folder, and the hub "
@@ -48,7 +49,8 @@ def find_folder(path: str | Path) -> Path:
         ) from error
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_NAME = r"[A-Za-z0-9][\w.-]{0,95}"
+_HUB_ID = re.compile(rf"{_NAME}(/{_NAME})?(@[0-9a-f]{{40}})?", re.ASCII)
 
 
 def _is_hub_id(path: str) -> bool:
@@ -61,6 +63,23 @@ def _is_hub_id(path: str) -> bool:
     is_file = path.endswith((".safetensors", ".json", ".bin", ".pt", ".txt", ".yaml"))
     is_local = is_file or ".." in path or ("/" in path and Path(first).exists())
     return _HUB_ID.fullmatch(path) is not None and not is_local
+
+
+def pin_revision(path: str, pins: dict[str, str]) -> str:
+    """`path` with the hash of a revision if it is a hub id; a local path stays as it is.
+
+    The hash is that of `pins`, a mapping from hub ids; else the newest, which is added to `pins`.
+    A hub id that cannot be read stays too: whoever reads it raises.
+    """
+    is_local = Path(os.path.expanduser(path)).exists() or not _is_hub_id(path)
+    if is_local or "@" in path:
+        return path
+    if path not in pins:
+        try:
+            pins[path] = find_folder(path).name  # snapshots/<hash>
+        except ValueError:
+            return path
+    return f"{path}@{pins[path]}"
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -102,13 +121,21 @@ def check_table(tokenizer: Any, config: ModelConfig, owner: str) -> None:
 
     `owner`: the model in the message.
     """
-    highest = max([*tokenizer.get_vocab().values(), *tokenizer("a", "b")["input_ids"]])
+    highest = max([*tokenizer.get_vocab().values(), *_ids_of_templates(tokenizer)])
     if highest >= config.vocab_size:
         raise ValueError(
             f"vocabulary: expected a tokenizer with pieces up to the id {config.vocab_size - 1} "
             f"({owner}'s table has {config.vocab_size} rows), got the id {highest} in "
             f"{len(tokenizer)} pieces; use the tokenizer that belongs to {owner}"
         )
+
+
+def _ids_of_templates(tokenizer: Any) -> list[int]:
+    """Ids of a pair of texts: some come from templates of tokenizer.json, not from pieces.
+
+    The Rust tokenizer does not change by this; a call of `tokenizer` would reset its padding.
+    """
+    return tokenizer.backend_tokenizer.encode("a", "b").ids
 
 
 def check_same_pieces(tokenizer: Any, path: str | Path, role: str) -> None:
@@ -161,6 +188,7 @@ def _read(folder: Path) -> Any:
     most = tokenizer.model_max_length
     if not isinstance(most, int | float) or not most > 0:
         raise ValueError(f"expected a number above 0 as model_max_length, got {shorten(most)}")
+    _ids_of_templates(tokenizer)  # raises where the file's parts do not fit each other
     tokenizer.name_or_path = str(folder)
     return tokenizer
 
