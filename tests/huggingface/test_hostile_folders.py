@@ -193,7 +193,17 @@ def test_the_cache_of_the_hub_may_use_links(tmp_path, models):
 
 @pytest.mark.parametrize(
     "path",
-    ["models/gone", "gone.safetensors", "a/../b", "./gone", "-gone", "a b", "a/b/c", "~/gone"],
+    [
+        "models/gone",
+        "gone.safetensors",
+        "a/../b",
+        "./gone",
+        "-gone",
+        "a b",
+        "owner/name@main",
+        "a/b/c",
+        "~/gone",
+    ],
 )
 def test_a_local_path_is_never_asked_of_the_hub(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

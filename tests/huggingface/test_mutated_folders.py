@@ -23,7 +23,7 @@ from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.models.params import flatten
 from tinybert_jax.tasks.table import task_of
 
-EACH = int(os.environ.get("TINYBERT_MUTATIONS", "1500")) // 3
+EACH = -(-int(os.environ.get("TINYBERT_MUTATIONS", "1500")) // 3)
 STOPS = settings(max_examples=EACH)
 
 # JSON values that a reader may not expect, among those it knows.
