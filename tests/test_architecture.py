@@ -26,7 +26,8 @@ ROOMS = {
     "families heads",
     "batches": "batch tokenize bucketing packing loader",
     "tokens": "store instances transform ray workers prepare inspect",
-    "huggingface": "tensors hub weights bert distilbert families head folder rewrite",
+    "huggingface": "untrusted header tensors hub weights bert distilbert families head config_json "
+    "folder rewrite",
     "tasks": "task classification regression multi_label tagging question_answering linear table",
     "objectives": "alignment linear_probe reduction objective masking masked_lm supervised "
     "distillation",

@@ -203,7 +203,7 @@ def test_a_look_at_a_folder_reads_no_tensor(params, tokenizer, tmp_path, monkeyp
     monkeypatch.setattr(Tensors, "__getitem__", lambda self, n: read.append(n) or whole(self, n))
     model = read_model(folder)
     assert (model.config, model.head) == (CONFIG, HEAD) and "classifier.weight" in model.tensors
-    assert len(read) <= 1, "the checker of types looks at one value of a mapping"
+    assert len(set(read)) <= 1, "the checker of types looks at one value of a mapping"
     assert model.tensors["classifier.weight"].shape == model.tensors.shape("classifier.weight")
     assert read[-1] == "classifier.weight"
 

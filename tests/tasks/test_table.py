@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tinybert_jax.config.tasks import TaggingTask
 from tinybert_jax.huggingface.folder import HfModel
 from tinybert_jax.huggingface.head import read_head
+from tinybert_jax.huggingface.tensors import Tensors
 from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.tasks.table import TASKS, task_of
 
@@ -16,9 +16,8 @@ FOLDER = Path("somewhere")
 
 def _model(num_outputs: int, **config) -> HfModel:
     """As read from a folder whose config.json has these fields."""
-    head = read_head(config, FOLDER, num_outputs)
-    tensors = {"classifier.weight": np.zeros((num_outputs, 8), np.float32)}
-    return HfModel(FOLDER, ModelConfig(), head.label_names, head, tensors)
+    head = read_head(config, FOLDER, (num_outputs, 8))
+    return HfModel(FOLDER, ModelConfig(), head.label_names, head, Tensors({}, {}))
 
 
 TAGS = {"id2label": {"0": "O", "1": "B-PER", "2": "I-PER"}}

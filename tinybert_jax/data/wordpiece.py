@@ -112,7 +112,7 @@ def with_words(tokenizer: Any, new_ids: Mapping[str, int]) -> Any:
         state["model"]["vocab"] |= added | dict(new_ids)
         file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
         (Path(folder) / "vocab.txt").unlink(missing_ok=True)
-        extended = AutoTokenizer.from_pretrained(folder, use_fast=True)
+        extended = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     different = extended.get_vocab().items() ^ (tokenizer.get_vocab() | dict(new_ids)).items()
     if different:
         raise ValueError(

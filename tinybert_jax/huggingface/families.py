@@ -12,5 +12,5 @@ def format_of(model_type: str | None) -> Format:
     """The format of a family (None: BERT); raises ValueError for an unknown family."""
     name = model_type or DEFAULT  # the released TinyBERT folders have no model_type
     if name not in FORMATS:
-        raise ValueError(f"expected model_type {' or '.join(map(repr, FORMATS))}, got '{name}'")
+        raise ValueError(f"expected model_type {' or '.join(map(repr, FORMATS))}, got {name!r}")
     return FORMATS[name]

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import ValidationError
 
+from tinybert_jax.huggingface.config_json import read_config, write_config
 from tinybert_jax.huggingface.families import format_of
 from tinybert_jax.huggingface.head import (
     Head,
@@ -22,13 +22,12 @@ from tinybert_jax.huggingface.head import (
     read_head,
     read_label_names,
     wanted_head,
-    write_head,
 )
 from tinybert_jax.huggingface.hub import find_folder, save_tokenizer
-from tinybert_jax.huggingface.tensors import WEIGHTS, open_tensors, read_json
+from tinybert_jax.huggingface.tensors import WEIGHTS, Tensors, open_tensors
+from tinybert_jax.huggingface.untrusted import CONFIG, check_folder, read_json
 from tinybert_jax.huggingface.weights import (
     Conversion,
-    Format,
     config_shapes,
     from_hf,
     has_tensor,
@@ -45,7 +44,7 @@ class HfModel(NamedTuple):
     config: ModelConfig
     label_names: tuple[str, ...] | None  # from config.json, also without a head
     head: Head | None
-    tensors: Mapping[str, np.ndarray]
+    tensors: Tensors
 
 
 class Loaded(NamedTuple):
@@ -63,14 +62,15 @@ def read_model(path: str | Path) -> HfModel:
     folder that cannot be read or is not supported.
     """
     folder = find_folder(path)
-    raw = read_json(folder / "config.json")
-    config, names = _model_config(raw, folder), read_label_names(raw, folder)
+    check_folder(folder)
+    raw = read_json(folder / CONFIG)
+    config, names = read_config(raw, folder), read_label_names(raw, folder)
     tensors = open_tensors(folder)
     model = HfModel(folder, config, names, None, tensors)
     kernel = head_tensor(tensors)
     if kernel is None:
         return model
-    head = read_head(raw, folder, tensors.shape(kernel)[0])
+    head = read_head(raw, folder, tensors.shape(kernel))
     return model._replace(head=head, label_names=head.label_names)
 
 
@@ -190,7 +190,7 @@ def start_params(
     if missing and not is_quiet:
         print(f"{path}: no weights for {', '.join(missing)}: these start anew", flush=True)
     if loaded.surplus and not is_quiet:
-        names = ", ".join(loaded.surplus)
+        names = ", ".join(loaded.surplus)  # `header` refuses names that a terminal would obey
         print(f"{path}: left out, as this model has no place for them: {names}", flush=True)
     return loaded.params
 
@@ -208,11 +208,10 @@ def _load_start(
     is_any = trained is None or label_names is None or is_unnamed(trained)
     if whole or _head_fits(model, shapes) and (is_any or trained == label_names):
         return load_params(model, abstract, init)
-    kernel = head_tensor(model.tensors) or ""
-    prefix = kernel.removesuffix("weight")
-    head = [name for name in model.tensors if kernel and name.startswith(prefix)]
-    rest = {name: array for name, array in model.tensors.items() if name not in head}
-    loaded = load_params(model._replace(tensors=rest), abstract, init)
+    kernel = head_tensor(model.tensors)
+    prefix = kernel.removesuffix("weight") if kernel else None
+    head = [name for name in model.tensors if prefix and name.startswith(prefix)]
+    loaded = load_params(model._replace(tensors=model.tensors.without(head)), abstract, init)
     return loaded._replace(surplus=(*loaded.surplus, *head))
 
 
@@ -260,85 +259,23 @@ def save_model(
     form = format_of(config.model_type)
     if not form.holds_pooler(head.kind if head else None):
         flat = {path: leaf for path, leaf in flat.items() if "/pooler/" not in path}
-    settings = _config_json(form, flat, config, head)
+    settings = write_config(form, flat, config, head)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         partial = Path(scratch) / "new"
         partial.mkdir()
         save_tokenizer(tokenizer, partial, config)
         text = json.dumps(settings, indent=2) + "\n"
-        (partial / "config.json").write_text(text, encoding="utf-8")
+        (partial / CONFIG).write_text(text, encoding="utf-8")
         save_file(to_hf(form, flat), str(partial / WEIGHTS), metadata={"format": "pt"})
         for name, write in (extra or {}).items():
             write(partial / name)
         # safetensors writes files that only the owner can read.
-        mode = (partial / "config.json").stat().st_mode
+        mode = (partial / CONFIG).stat().st_mode
         for file in partial.iterdir():
             file.chmod(mode)
         _compare(partial, flat, config)
         _replace(folder, partial)
     return folder
-
-
-# Keys of config.json that change the outputs, with the only supported value.
-_FIXED = {
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "is_encoder_decoder": False,
-    "add_cross_attention": False,
-}
-
-
-def _model_config(raw: Mapping[str, Any], folder: Path) -> ModelConfig:
-    """The sizes in config.json; raises ValueError for a model that is not supported."""
-    try:
-        form = format_of(raw.get("model_type"))
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    for name, expected in _FIXED.items():
-        if raw.get(name) not in (None, expected):
-            raise ValueError(
-                f"{folder}: expected {name} {expected!r}, got {raw[name]!r}; use another model"
-            )
-    if raw.get("auto_map") or raw.get("quantization_config"):
-        raise ValueError(f"{folder}: expected no auto_map or quantization_config in config.json")
-    known = form.read_config(raw)
-    if known.get("pad_token_id", 0) is None:  # transformers allows null here
-        del known["pad_token_id"]
-    try:
-        return ModelConfig(**known)
-    except ValidationError as error:
-        details = [
-            f"{e['loc'][0]}: {e['msg']}, got {e['input']!r}" if e["loc"] else e["msg"]
-            for e in error.errors()
-        ]
-        raise ValueError(
-            f"{folder / 'config.json'}: expected a supported {form.class_prefix}; "
-            f"{'; '.join(details)}"
-        ) from None
-
-
-def _config_json(
-    form: Format, flat: Mapping[str, Any], config: ModelConfig, head: Head | None
-) -> dict[str, Any]:
-    part = head_part(flat)
-    assert (head is None) == (part is None), "a head needs its weights, and the weights their head"
-    settings = {
-        "architectures": [f"{form.class_prefix}{_class_suffix(flat, head)}"],
-        **form.write_config(config),
-    }
-    settings |= {"dtype": "float32", "tie_word_embeddings": True}
-    if head is not None:
-        settings |= write_head(head, flat[f"{part}/kernel"].shape[1])
-    return settings
-
-
-def _class_suffix(flat: Mapping[str, Any], head: Head | None) -> str:
-    """The end of the class name in transformers for these parameters; a task head goes first."""
-    if head is not None:
-        return f"For{head.kind}"
-    if "pair/kernel" in flat:
-        return "ForPreTraining" if "decoder/bias" in flat else "ForNextSentencePrediction"
-    return "ForMaskedLM" if "decoder/bias" in flat else "Model"
 
 
 def _make_parent(folder: Path) -> None:

@@ -1,9 +1,13 @@
 """Reads and writes the task head in config.json: its kind, labels and problem type."""
 
-import math
+import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import category
+
+from tinybert_jax.huggingface.untrusted import CONFIG, shorten
 
 # Heads that are a linear map, of the pooled token or of every token.
 _KINDS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
@@ -59,44 +63,88 @@ def wanted_head(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 
 
 def read_label_names(raw: Mapping[str, Any], folder: Path) -> tuple[str, ...] | None:
-    """The label names in id order; None without names; raises ValueError for ids with a gap."""
+    """The label names in id order; None without names.
+
+    Raises ValueError for ids with a gap, and for names that are missing, twice there or not text.
+    """
     names = raw.get("id2label")
     if not names:
         return None
-    by_id = {str(key): str(name) for key, name in names.items()} if isinstance(names, dict) else {}
-    ids = [str(i) for i in range(len(by_id))]
-    if not ids or set(ids) != set(by_id):
+    place = f"{folder}: expected id2label with"
+    if not isinstance(names, dict) or set(names) != {str(i) for i in range(len(names))}:
+        raise ValueError(f"{place} the ids from 0 on, got {shorten(names)}; correct {CONFIG}")
+    by_id = [names[str(i)] for i in range(len(names))]
+    wrong = [i for i, name in enumerate(by_id) if not _is_name(name)]
+    if wrong:
         raise ValueError(
-            f"{folder}: expected id2label with the ids from 0 on, got {names}; correct config.json"
+            f"{place} a name for each id, got {shorten(by_id[wrong[0]])} for {wrong[0]}; "
+            f"correct {CONFIG}"
         )
-    return tuple(by_id[i] for i in ids)
+    found = tuple(str(name) for name in by_id)
+    twice = [name for name, count in Counter(found).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{place} another name for each id, got {shorten(twice)} for several; correct {CONFIG}"
+        )
+    return found
 
 
-def read_head(raw: Mapping[str, Any], folder: Path, num_outputs: int) -> Head:
-    """The head of the classifier weights in a folder.
+def _is_name(value: Any) -> bool:
+    """Whether a value can name a label: text that UTF-8 can encode and a screen show, or a number.
+
+    Surrogates and control characters are in the Unicode categories Cs and Cc.
+    """
+    if not isinstance(value, str):
+        return isinstance(value, int | float)
+    return value != "" and not {category(char) for char in value} & {"Cs", "Cc"}
+
+
+def read_head(raw: Mapping[str, Any], folder: Path, shape: tuple[int, ...]) -> Head:
+    """The head of the classifier weights in a folder; `shape`: [num_outputs, dim].
 
     Old folders without `architectures` have a SequenceClassification head. Raises ValueError for
     other kinds of heads, and where the numbers of names and outputs differ.
     """
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(
+            f"{folder}: expected a head's weight of the shape [outputs, hidden_size], got "
+            f"{list(shape)}; use another model"
+        )
+    num_outputs = shape[0]
     architectures = raw.get("architectures") or [f"For{_KINDS[0]}"]
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise ValueError(
+            f"{folder}: expected a list of class names as architectures, got "
+            f"{shorten(architectures)}; correct {CONFIG}"
+        )
     kinds = [kind for kind in _KINDS if any(kind in name for name in architectures)]
     if not kinds:
         raise ValueError(
             f"{folder}: expected a head of one of the kinds {list(_KINDS)}, got one of "
-            f"{architectures}; use another model"
+            f"{shorten(architectures)}; use another model"
+        )
+    if kinds[0] == "QuestionAnswering" and num_outputs != 2:
+        raise ValueError(
+            f"{folder}: expected qa_outputs of two outputs, start and end, got {num_outputs}; use "
+            "another model"
         )
     names = read_label_names(raw, folder) or _placeholders(num_outputs)
     if len(names) != num_outputs:
         raise ValueError(
             f"{folder}: expected {num_outputs} label names, one per output of the head, got "
-            f"{len(names)} in config.json: {list(names)}; correct config.json"
+            f"{len(names)} in config.json: {shorten(list(names))}; correct config.json"
         )
     problem_type = raw.get("problem_type") or inferred_problem_type(kinds[0], num_outputs)
+    if not isinstance(problem_type, str | None):
+        raise ValueError(
+            f"{folder}: expected text as problem_type, got {shorten(problem_type)}; correct "
+            f"{CONFIG}"
+        )
     task = raw.get(_TASK)
     if not isinstance(task, str | None):
         raise ValueError(
-            f"{folder}: expected the name of a kind of task as {_TASK}, got {task!r}; remove that "
-            "key from config.json"
+            f"{folder}: expected the name of a kind of task as {_TASK}, got {shorten(task)}; "
+            "remove that key from config.json"
         )
     return Head(kinds[0], problem_type, names, _read_settings(raw, folder), task)
 
@@ -106,14 +154,14 @@ def _read_settings(raw: Mapping[str, Any], folder: Path) -> Mapping[str, float]:
     settings = raw.get(_SETTINGS) or {}
     if not isinstance(settings, dict) or not all(map(_is_number, settings.values())):
         raise ValueError(
-            f"{folder}: expected finite numbers by name as {_SETTINGS}, got {settings!r}; remove "
-            "that key from config.json"
+            f"{folder}: expected finite numbers by name as {_SETTINGS}, got {shorten(settings)}; "
+            "remove that key from config.json"
         )
-    return settings
+    return {name: float(value) for name, value in settings.items()}
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def write_head(head: Head, num_outputs: int) -> dict[str, Any]:

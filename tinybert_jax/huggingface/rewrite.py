@@ -10,6 +10,7 @@ from tinybert_jax.data.wordpiece import check_extendable, split_words, with_word
 from tinybert_jax.huggingface.families import format_of
 from tinybert_jax.huggingface.folder import HfModel, convert_params, read_model, save_model
 from tinybert_jax.huggingface.hub import check_table, load_tokenizer
+from tinybert_jax.huggingface.untrusted import check_convertible
 from tinybert_jax.huggingface.weights import config_shapes, our_shapes
 from tinybert_jax.models.params import unflatten
 
@@ -19,8 +20,9 @@ _WORD_TABLE, _WORD_BIAS = "encoder/embeddings/word/embedding", "decoder/bias"
 def convert(source: str | Path, target: str | Path) -> Path:
     """Writes the model folder or hub id `source` under current names, with the same weights.
 
-    Raises ValueError where a weight would be lost or is missing (except the pooler), where weights
-    and config.json do not fit, or where the target exists.
+    Raises ValueError where a weight would be lost or is missing (except the pooler), where weights,
+    tokenizer and config.json do not fit, where the source has files that could run code, or where
+    the target exists.
     """
     model, flat, tokenizer = _read_whole(source, target)
     return _save(target, model, flat, tokenizer)
@@ -47,7 +49,6 @@ def extend_vocabulary(
         if value < 1:
             raise ValueError(f"{name}: expected 1 or more, got {value}; raise it")
     model, flat, tokenizer = _read_whole(source, target)
-    check_table(tokenizer, model.config, f"the model in {source}")
     check_extendable(tokenizer)
     words = split_words(tokenizer, texts, num_words=num_words, min_count=min_count)
     if not words:
@@ -81,8 +82,9 @@ def _read_whole(
             "another folder"
         )
     model = read_model(source)
-    model = model._replace(tensors=dict(model.tensors))  # each is read once
+    check_convertible(model.folder)
     tokenizer, form = load_tokenizer(source), format_of(model.config.model_type)
+    check_table(tokenizer, model.config, f"the model in {source}")
     held = our_shapes(form, model.tensors, model.config.num_hidden_layers)
     if not form.holds_pooler(model.head.kind if model.head else None):  # it would not be written
         held = {path: shape for path, shape in held.items() if "/pooler/" not in path}

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from tinybert_jax.huggingface.tensors import shape_of
 from tinybert_jax.models.heads import make_classifier, make_masked_lm, make_span_scorer
 from tinybert_jax.models.params import flatten
 from tinybert_jax.settings.sizes import ModelConfig
@@ -97,13 +98,11 @@ def from_hf(
     """Tensors of transformers as flat fp32 parameters of the given shapes, bit for bit.
 
     Accepts names with or without the `bert.` prefix, and the old `LayerNorm.gamma/beta`. Raises
-    ValueError for a tensor of another shape, a tensor that is not finite or not floating-point, and
-    a masked-LM decoder that differs from the word table.
+    ValueError for a tensor of another shape, before any is read; for a tensor that is not finite,
+    too large or not floating-point; and for a masked-LM decoder that differs from the word table.
     """
     named = _named(form, tensors)
-    if "decoder/bias" in shapes:
-        _check_tied(form, named)
-    flat, missing, used = {}, [], set()
+    places, missing = {}, []
     for entry in form.table:
         if entry.path not in shapes:
             continue
@@ -118,8 +117,16 @@ def from_hf(
                 )
             missing.append(entry.path)
             continue
-        used.update(names)
-        flat[entry.path] = _stack(entry, [named[name] for name in names], names, shape)
+        for name in names:
+            _check_shape(entry, name, shape_of(tensors, named[name]), shape)
+        places[entry] = names
+    if "decoder/bias" in shapes:
+        _check_tied(form, tensors, named)
+    flat = {
+        entry.path: _stack(entry, {name: tensors[named[name]] for name in names})
+        for entry, names in places.items()
+    }
+    used = {name for names in places.values() for name in names}
     surplus = [n for n in named if n not in used and not form.is_unused(n)]
     return Conversion(flat, tuple(missing), tuple(sorted(surplus)))
 
@@ -131,9 +138,10 @@ def our_shapes(
     named = _named(form, tensors)
     shapes = {}
     for entry in form.table:
-        array = named.get(entry.name.format(i=0))
-        if array is not None:
-            shape = array.shape[::-1] if entry.is_kernel else array.shape
+        name = named.get(entry.name.format(i=0))
+        if name is not None:
+            held = shape_of(tensors, name)
+            shape = held[::-1] if entry.is_kernel else held
             shapes[entry.path] = (num_layers, *shape) if "{i}" in entry.name else shape
     return shapes
 
@@ -170,9 +178,9 @@ def config_shapes(
     return {path: shape for path, shape in shapes.items() if not path.startswith(unwanted)}
 
 
-def _named(form: Format, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors under their current names."""
-    named = {_modern_name(form, name): array for name, array in tensors.items()}
+def _named(form: Format, tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Current name -> name in `tensors`; reads no tensor."""
+    named = {_modern_name(form, name): name for name in tensors}
     if len(named) != len(tensors):
         twice = sorted(name for name in tensors if _modern_name(form, name) != name)[:4]
         raise ValueError(f"expected every tensor once, got an old and a new name of {twice}")
@@ -183,9 +191,12 @@ def _named(form: Format, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndar
     return named
 
 
-def _check_tied(form: Format, named: Mapping[str, np.ndarray]) -> None:
+def _check_tied(form: Format, tensors: Mapping[str, np.ndarray], named: Mapping[str, str]) -> None:
     for name, twin in form.aliases.items():
-        if name in named and not np.array_equal(named[name], named.get(twin, np.empty(0))):
+        if name not in named or named[name] == named.get(twin):
+            continue
+        same = twin in named and np.array_equal(tensors[named[name]], tensors[named[twin]])
+        if not same:
             raise ValueError(
                 f"expected {name} to equal {twin}, got a masked-LM decoder that is not the word "
                 "table; use a model whose decoder is the word table"
@@ -197,29 +208,43 @@ def _layer_names(entry: Entry, shape: tuple[int, ...]) -> list[str]:
     return [entry.name.format(i=i) for i in range(shape[0])] if is_stacked else [entry.name]
 
 
-def _stack(
-    entry: Entry, arrays: list[np.ndarray], names: Iterable[str], shape: tuple[int, ...]
-) -> np.ndarray:
-    layer_shape = shape[1:] if "{i}" in entry.name else shape
+def _check_shape(entry: Entry, name: str, held: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    layer_shape = wanted[1:] if "{i}" in entry.name else wanted
     expected = layer_shape[::-1] if entry.is_kernel else layer_shape
-    for name, array in zip(names, arrays, strict=True):
-        if array.shape != expected:
-            raise ValueError(
-                f"{name}: expected shape {list(expected)} from config.json, "
-                f"got {list(array.shape)}: the weights belong to another config.json; "
-                "copy the folder again"
-            )
+    if held != expected:
+        raise ValueError(
+            f"{name}: expected shape {list(expected)} from config.json, "
+            f"got {list(held)}: the weights belong to another config.json; "
+            "copy the folder again"
+        )
+
+
+# No trained weight comes near; sums and squares of larger ones are soon beyond fp32.
+_LARGEST = 1e10
+
+
+def _stack(entry: Entry, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    for name, array in arrays.items():
         if not np.issubdtype(array.dtype, np.floating):
             raise ValueError(
                 f"{name}: expected floating-point weights, got {array.dtype}; "
                 "use a model that is not quantised"
             )
-        if not np.isfinite(array).all():
+        lowest, highest = array.min(initial=0), array.max(initial=0)  # NaN where there is a NaN
+        if not np.isfinite(lowest) or not np.isfinite(highest):
             raise ValueError(
-                f"{name}: expected finite weights, got NaN or infinity: the training diverged or "
-                "the file is damaged; use an earlier checkpoint"
+                f"{name}: expected finite weights, got NaN, infinity or numbers beyond fp32: the "
+                "training diverged or the file is damaged; use an earlier checkpoint"
             )
-    kernels = [np.ascontiguousarray(a.T if entry.is_kernel else a, np.float32) for a in arrays]
+        if (largest := max(highest, -lowest)) > _LARGEST:
+            raise ValueError(
+                f"{name}: expected weights of at most {_LARGEST:g}, got {largest:g}, from which "
+                "outputs overflow: the training diverged or the file is damaged; use an earlier "
+                "checkpoint"
+            )
+    kernels = [
+        np.ascontiguousarray(a.T if entry.is_kernel else a, np.float32) for a in arrays.values()
+    ]
     return np.stack(kernels) if "{i}" in entry.name else kernels[0]
 
 

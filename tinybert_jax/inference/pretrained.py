@@ -13,7 +13,7 @@ import numpy as np
 from tinybert_jax.huggingface.families import format_of
 from tinybert_jax.huggingface.folder import read_model, save_model, start_params
 from tinybert_jax.huggingface.head import Head, inferred_problem_type, is_unnamed
-from tinybert_jax.huggingface.hub import load_tokenizer
+from tinybert_jax.huggingface.hub import check_table, has_tokenizer, load_tokenizer
 from tinybert_jax.models.heads import (
     Model,
     make_classifier,
@@ -82,10 +82,10 @@ class TinyBertModel:
             )
         _, init = cls._make(source.config, len(names or ()) or 1)
         params = start_params(path, init)
-        try:
-            tokenizer = load_tokenizer(path)
-        except ValueError:
-            tokenizer = None  # only save_pretrained needs it, and raises without it
+        tokenizer = None  # only save_pretrained needs it, and raises without it
+        if has_tokenizer(source.folder):
+            tokenizer = load_tokenizer(source.folder)
+            check_table(tokenizer, source.config, f"the model in {path}")
         return cls(source.config, params, names, tokenizer, head)
 
     def __call__(

@@ -21,6 +21,8 @@ from jax.sharding import Mesh
 from tinybert_jax.config import load as config_files
 from tinybert_jax.config.run import RunConfig, StagePlan
 from tinybert_jax.config.stages import FINETUNE, PRETRAIN, Stage
+from tinybert_jax.huggingface.hub import pin_revision
+from tinybert_jax.huggingface.untrusted import read_json
 from tinybert_jax.parallel.mesh import make_mesh
 from tinybert_jax.performance import host
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
@@ -42,7 +44,8 @@ def open_run(config: RunConfig, stages: Sequence[Stage]) -> Iterator[Run]:
     Raises ValueError, before anything is written, where an input is wrong, where the folder belongs
     to another config, or where another process uses the folder.
     """
-    run = read_run(config, stages)
+    pins: dict[str, str] = {}
+    run = read_run(config, stages, pins)
     if _reads_existing_task_teacher(run, stages):
         for teacher in run.own_teachers or [run.task_teacher]:
             check_teacher(run, teacher, run.teacher)
@@ -53,18 +56,26 @@ def open_run(config: RunConfig, stages: Sequence[Stage]) -> Iterator[Run]:
     with host.locked_folder(run.folder, "run_dir"):
         check_folder(run.folder, config)  # again: another run may have begun meanwhile
         _write_identity(run.folder, config, run.mesh)
+        _write_pins(run.folder, pins)
         _save_tokenizer(run.folder, run.tokenizer)
         yield run._replace(peak_flops=_peak_flops(config.compute.dtype, run.mesh.size))
 
 
-def read_run(config: RunConfig, stages: Sequence[Stage]) -> Run:
-    """Reads and checks all inputs of the given stages; runs no model and writes nothing."""
+def read_run(config: RunConfig, stages: Sequence[Stage], pins: dict[str, str] | None = None) -> Run:
+    """Reads and checks all inputs of the given stages; runs no model and writes nothing.
+
+    Models of the hub are read in the revisions that the run folder names; `pins` gets the hash of
+    each, also of new ones.
+    """
     if jax.process_count() > 1:
         raise ValueError(
             f"expected one process, got {jax.process_count()}; start one process with all devices"
         )
     folder = Path(config.run_dir).expanduser().resolve()
     check_folder(folder, config)
+    pins = {} if pins is None else pins
+    pins |= _read_pins(folder)
+    config = _pinned(config, pins)
     inputs = read_inputs(
         teacher=config.teacher,
         further=config.distillation.further_teachers,
@@ -129,6 +140,42 @@ def check_folder(folder: Path, config: RunConfig) -> None:
             f"run_dir: {folder} holds a run of another config; choose another run_dir, or undo "
             "these changes:\n  " + "\n  ".join(changes)
         )
+
+
+_PINS = "hub.json"  # hub id -> hash of the revision that the run began with
+
+
+def _read_pins(folder: Path) -> dict[str, str]:
+    file = folder / _PINS
+    return read_json(file) if file.is_file() else {}
+
+
+def _write_pins(folder: Path, pins: dict[str, str]) -> None:
+    if pins:
+        partial = folder / ".hub-partial"
+        partial.write_text(json.dumps(pins, indent=2) + "\n", encoding="utf-8")
+        partial.rename(folder / _PINS)
+
+
+def _pinned(config: RunConfig, pins: dict[str, str]) -> RunConfig:
+    """The config with a hash in every hub id of a model or tokenizer; see `pin_revision`."""
+
+    def pinned(section: Any) -> Any:
+        paths = {name: getattr(section, name, None) for name in ("path", "finetuned")}
+        return section and section.model_copy(
+            update={name: pin_revision(path, pins) for name, path in paths.items() if path}
+        )
+
+    further = tuple(pinned(section) for section in config.distillation.further_teachers)
+    students = {name: pinned(section) for name, section in (config.students or {}).items()}
+    sections = {
+        "teacher": pinned(config.teacher),
+        "student": pinned(config.student),
+        "students": students or None,
+        "tokenizer": pinned(config.tokenizer),
+        "distillation": config.distillation.model_copy(update={"further_teachers": further}),
+    }
+    return config.model_copy(update=sections) if pins else config
 
 
 def reads_task_teacher(plans: Sequence[StagePlan]) -> bool:
