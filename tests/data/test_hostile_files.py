@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import hypothesis
 import pytest
@@ -172,3 +173,43 @@ def test_short_shows_a_value_of_any_depth():
     assert short(value) == "a list that is nested too deeply"
     while value:  # freeing it at once would recurse too
         value = value.pop()
+
+
+GARBAGE = [b"", b"[]", b"1", b"\xff", b"[" * 100_000, b'{"_data_files": 1}', b"\x00" * 999, None]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path_factory.mktemp("saved") / "set"
+    data = datasets.Dataset.from_dict({"text": ["tea and jam"] * 50, "label": [0, 1] * 25})
+    data.save_to_disk(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("content", GARBAGE, ids=lambda content: repr(content)[:20])
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
+def test_a_garbled_datasets_folder_is_refused_with_its_path(saved, tmp_path, name, content):
+    folder = tmp_path / "set"
+    shutil.copytree(saved, folder)
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    if (name, content) == ("dataset_info.json", b'{"_data_files": 1}'):
+        return  # unknown keys are ignored
+    with pytest.raises(ValueError, match=f"{folder}: expected a folder written by save_to_disk; "):
+        read_labelled(folder, text="text", label="label")
+
+
+def test_a_flipped_bit_in_the_text_of_a_datasets_folder_is_refused_or_read(saved, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(saved, folder)
+    path = folder / "data-00000-of-00001.arrow"
+    content = bytearray(path.read_bytes())
+    content[content.index(b"tea and jam")] ^= 0x80  # no UTF-8
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{folder}: expected UTF-8; got "):
+        read_labelled(folder, text="text", label="label")
+    options = Options("text", None, "line", 256)
+    with pytest.raises(ValueError, match=f"{folder}: expected a file that can be read to its end"):
+        list(records.read_chunks(0, records.find_sources([str(folder)]), options))

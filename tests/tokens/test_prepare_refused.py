@@ -114,6 +114,42 @@ def test_bad_records_are_listed_and_too_many_end_the_run(world):
     assert 0 < entries < 10  # the run ended before it had read all text
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
+def test_bad_records_are_named_and_change_no_row_of_the_others(world, kind):
+    """In one chunk, the rows of a file with bad lines are those of the good lines alone."""
+    good = [f"Sentence number {n} of the text." for n in range(400)]
+    write = {
+        "jsonl": lambda text: json.dumps({"text": text, "n": "x"}).encode(),
+        "csv": lambda text: f'"{text}",x'.encode(),
+        "tsv": lambda text: f"{text}\tx".encode(),
+    }[kind]
+    bad = {
+        "jsonl": [
+            *(b'{"text": "b\xff"}', b'{"text": " "}', b'{"text": "\\ud800"}', b"\x00\x00"),
+            *(b"[" * 5000, b'{"text": ' + b"9" * 5000 + b"}", b'{"text": 1}', b'{"text": "cut'),
+        ],
+        "csv": [b"b\xff,x", b" ,x", b"one column", b'"stray" quote,x'],
+        "tsv": [b"b\xff\tx", b" \tx", b"one column"],
+    }[kind]
+    lines, places = [write(text) for text in good], []
+    for number, line in enumerate(bad):
+        places.append(number * 40 + 7)
+        lines.insert(places[-1], line)
+    header = [] if kind == "jsonl" else [b"text\tn" if kind == "tsv" else b"text,n"]
+    stores = []
+    for name, content in (("bad", lines), ("good", [write(text) for text in good])):
+        path = world.folder / f"{name}.{kind}"
+        path.write_bytes(b"\n".join([*header, *content]) + b"\n")
+        settings = {"sources": [str(path)], "chunk_bytes": 10**6, "max_bad_share": 0.05}
+        stores.append(world.prepare(output=str(world.folder / name), **settings))
+    for shard in stores[1].glob("shard-*"):
+        assert (stores[0] / shard.name).read_bytes() == shard.read_bytes()
+    listed = read_jsonl(stores[0] / "bad_records.jsonl")
+    first = 1 + len(header)
+    assert [record["place"] for record in listed] == [f"line {place + first}" for place in places]
+    assert all(record["reason"] for record in listed)
+
+
 def test_no_text_and_no_pairs_are_refused(world):
     world.text.write_text("\n\n")
     world.refused("sources: expected text; got none")

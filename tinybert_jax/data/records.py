@@ -174,7 +174,7 @@ def _pieces(source: Source, options: Options) -> Iterator[tuple[Piece, int]]:
             yield from _row_pieces(source, _dataset_texts(source, options), options)
         else:
             yield from _line_pieces(source, options)
-    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
         fix = "get the file again; decompressing it by hand shows where it ends"
         fail(source.path, "a file that can be read to its end", f"{error}", fix)
 

@@ -257,8 +257,15 @@ def is_utf8(value: Any) -> bool:
 def _read_dataset(path: str, split: str | None, wanted: list[str]) -> Table:
     data = load_dataset(path, split, wanted)
     class_names = getattr(data.features[wanted[-1]], "names", None)  # the label comes last
-    columns = data.with_format(None).select_columns(list(dict.fromkeys(wanted)))[:]
+    try:
+        columns = data.with_format(None).select_columns(list(dict.fromkeys(wanted)))[:]
+    except UnicodeDecodeError as error:
+        fail(path, "UTF-8", f"{error}", "save the data set again")
     return Table(path, columns, range(1, len(data) + 1), "row", class_names)
+
+
+# What `datasets` raises for files of JSON with other values, or values nested too deeply.
+_LIBRARY_ERRORS = (TypeError, KeyError, AttributeError, RecursionError)
 
 
 def load_dataset(path: str, split: str | None, wanted: list[str]) -> Any:
@@ -275,7 +282,7 @@ def load_dataset(path: str, split: str | None, wanted: list[str]) -> Any:
             data = datasets.load_dataset(*hub_id.groups(), **options)
         else:
             data = datasets.load_from_disk(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, *_LIBRARY_ERRORS) as error:
         source = "a data set on the hub" if hub_id else "a folder written by save_to_disk"
         fix = "check name, split and connection" if hub_id else "save it with save_to_disk"
         fail(path, source, f"{type(error).__name__}: {error}", fix)
