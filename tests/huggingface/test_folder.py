@@ -1,5 +1,7 @@
 """What we write: transformers loads it, and it is there whole or not at all."""
 
+import itertools
+import threading
 from pathlib import Path
 
 import jax
@@ -206,6 +208,47 @@ def test_a_look_at_a_folder_reads_no_tensor(params, tokenizer, tmp_path, monkeyp
     assert len(set(read)) <= 1, "the checker of types looks at one value of a mapping"
     assert model.tensors["classifier.weight"].shape == model.tensors.shape("classifier.weight")
     assert read[-1] == "classifier.weight"
+
+
+def test_a_reader_sees_one_save_while_others_replace_it(params, tokenizer, tmp_path):
+    """Weights and label names of one save belong together, whenever the reader comes."""
+    saves = []
+    for number, names in enumerate((("a", "b", "c"), ("c", "b", "a"))):
+        flat = {path: np.full_like(leaf, number) for path, leaf in flatten(params).items()}
+        saves.append((unflatten(flat), HEAD._replace(label_names=names)))
+    folder, is_over = tmp_path / "model", threading.Event()
+
+    def save(number: int) -> None:
+        save_model(folder, saves[number][0], CONFIG, tokenizer, head=saves[number][1])
+
+    save(0)
+    early = read_model(folder)
+
+    def replace() -> None:
+        for number in itertools.cycle((1, 0)):
+            save(number)
+            if is_over.is_set():
+                return
+
+    saver = threading.Thread(target=replace)
+    saver.start()
+    seen = set()
+    try:
+        for turn in range(5000):
+            if turn >= 60 and len(seen) == 2:
+                break
+            try:
+                model = read_model(folder)
+            except (ValueError, FileNotFoundError):  # in the moment of the replacement
+                continue
+            number = int(model.tensors["classifier.bias"][0])
+            assert model.label_names == saves[number][1].label_names
+            seen.add(number)
+    finally:
+        is_over.set()
+        saver.join()
+    assert seen == {0, 1}
+    assert not early.tensors["classifier.bias"].any(), "the save that it opened"
 
 
 def test_truncation_leaves_no_more_than_the_positions(params, tokenizer, tmp_path):

@@ -102,6 +102,16 @@ def test_each_payload_would_leave_its_canary(tmp_path):
     assert (tmp_path / CANARY).exists()
 
 
+def test_keys_are_read_before_the_weights(models, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(models / "classifier", folder)
+    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "tokenizer.json").write_bytes(b"")
+    named("tokenizer auto_map").spoil(folder)
+    with pytest.raises(ValueError, match="auto_map"):
+        read_model(folder)
+
+
 # The commands as a whole
 
 

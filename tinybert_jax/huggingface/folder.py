@@ -58,20 +58,36 @@ class Loaded(NamedTuple):
 def read_model(path: str | Path) -> HfModel:
     """Reads and checks config.json and the headers of the weights of a local folder or a hub id.
 
-    No JAX device is used, and no tensor is read before it is asked for. Raises ValueError for a
-    folder that cannot be read or is not supported.
+    No JAX device is used, and no tensor is read before it is asked for. A save that replaces the
+    folder later changes nothing: the files stay open. Raises ValueError for a folder that cannot be
+    read or is not supported, and for one that is replaced in this moment.
     """
     folder = find_folder(path)
+    before = _identity(folder)
     check_folder(folder)
     raw = read_json(folder / CONFIG)
     config, names = read_config(raw, folder), read_label_names(raw, folder)
     tensors = open_tensors(folder)
+    if _identity(folder) != before:
+        raise ValueError(
+            f"{folder}: expected a folder that stays, got one that was replaced while it was read; "
+            "run the command again"
+        )
     model = HfModel(folder, config, names, None, tensors)
     kernel = head_tensor(tensors)
     if kernel is None:
         return model
     head = read_head(raw, folder, tensors.shape(kernel))
     return model._replace(head=head, label_names=head.label_names)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from one that replaces it; None where there is none."""
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def has_pooler(path: str | Path) -> bool:
