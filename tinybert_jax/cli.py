@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except LostWorkerError as error:
         _tell(f"tinybert: {error}")
-    return 4
+        return 4
 
 
 def _tell(text: str) -> None:
@@ -218,7 +218,7 @@ def _run(arguments, command: str) -> int:
 def _convert(arguments, command: str) -> int:
     from tinybert_jax.huggingface import rewrite
 
-    print(printable(rewrite.convert(arguments.source, arguments.target)))
+    print(printable(str(rewrite.convert(arguments.source, arguments.target))))
     return 0
 
 

@@ -153,8 +153,9 @@ def load_params(
 def _head_fits(model: HfModel, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether the folder's head has the kind and size of `shapes`; True if either has no head."""
     wanted = head_part(shapes)
-    if model.head is None or wanted is None:
+    if head_tensor(model.tensors) is None or wanted is None:
         return True
+    assert model.head is not None
     num_outputs = shapes[f"{wanted}/kernel"][-1]
     fits = num_outputs == len(model.head.label_names)
     return fits and model.head.kind == wanted_head(shapes)
