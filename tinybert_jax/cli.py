@@ -327,7 +327,7 @@ def _predict(arguments, command: str) -> int:
 def _convert(arguments, command: str) -> int:
     from tinybert_jax.huggingface import rewrite
 
-    print(printable(rewrite.convert(arguments.source, arguments.target)))
+    print(printable(str(rewrite.convert(arguments.source, arguments.target))))
     return 0
 
 
