@@ -16,9 +16,9 @@ ROOMS = {
     "losses": "pointwise forms attention relations vocabulary",
     "terms": "term attention hidden relation cls cosine pooled logits label words table",
     "config": "models data tasks stages distillation compute consistency run by_rows load",
-    "metrics": "classification regression multi_label tagging spans intervals calibration",
+    "metrics": "classification regression multi_label tagging spans intervals paired calibration",
     "report": "charts style run_files tables headline confusion per_class pareto advice "
-    "calibration differences console page",
+    "calibration differences console page comparison",
     "performance": "flops device_peaks latency trace host",
     "parallel": "mesh sharding",
     "data": "errors examples tables conll squad corpus records builtin wordpiece splits",
@@ -31,7 +31,7 @@ ROOMS = {
     "tasks": "task classification regression multi_label tagging question_answering linear table",
     "objectives": "alignment linear_probe reduction objective masking masked_lm supervised "
     "distillation",
-    "inference": "scorer pretrained predict command",
+    "inference": "scorer pretrained predict compare command",
     "training": "members optimizer early_stopping loop step checkpoint metric_log throughput",
     "runs": "inputs run corpus_checks checks preflight stage_batches teacher_logits workload "
     "estimate scoring results head_init student_start stage used_words",

@@ -1,13 +1,16 @@
-"""`tinybert evaluate`, `predict` and `ask`: their arguments, and what they do with them."""
+"""`tinybert evaluate`, `predict`, `ask` and `compare`: their arguments, and what they do with them."""
 
+import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from tinybert_jax.config import load as config_files
-from tinybert_jax.report.console import json_line
+from tinybert_jax.report.console import json_line, printable
 
 
 def add_to(commands) -> None:
@@ -15,6 +18,7 @@ def add_to(commands) -> None:
     _add_evaluate(commands)
     _add_predict(commands)
     _add_ask(commands)
+    _add_compare(commands)
 
 
 def _add_evaluate(commands) -> None:
@@ -61,6 +65,46 @@ def _add_ask(commands) -> None:
     command.set_defaults(act=_ask)
 
 
+def _add_compare(commands) -> None:
+    text = "compare two model folders on labelled text: what the new one mends and breaks"
+    command = commands.add_parser("compare", help=text, description=text)
+    command.add_argument("old", help="a model folder or hub id")
+    command.add_argument("new", help="another one for the same task")
+    command.add_argument("data", help=".tsv, .csv or .jsonl, a saved datasets folder, hub:…")
+    command.add_argument("--label", help="column of the labels; default: label")
+    _add_columns(command)
+    command.add_argument("--by", metavar="COLUMN", help="group the examples by this column")
+    command.add_argument(
+        "--max-regressions",
+        type=_share,
+        metavar="SHARE",
+        help="status 3 where more may be broken, as 0.5%% (the upper bound of 95 %% confidence)",
+    )
+    command.add_argument(
+        "-o", "--output", type=os.path.expanduser, help="also write a .json or .html file"
+    )
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="task.key=value",
+        help="how the file is read, as in a config: task.separator, task.scheme, …",
+    )
+    command.set_defaults(act=_compare)
+
+
+def _share(text: str) -> float:
+    """A share such as 0.5% or 0.005."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected a share between 0 and 1, as 0.5% or 0.005, got {text!r}"
+        )
+    return value
+
+
 def _add_columns(command) -> None:
     command.add_argument("--text", help="column of the text; default: text")
     command.add_argument("--text-pair", help="column of a second text")
@@ -75,6 +119,51 @@ def _add_columns(command) -> None:
 def _evaluate(arguments, command: str) -> int:
     from tinybert_jax.inference import predict
 
+    settings = _reading(arguments)
+    with contextlib.redirect_stdout(sys.stderr):  # nothing but JSON on standard output
+        scores = predict.evaluate_file(
+            arguments.model,
+            arguments.data,
+            split=arguments.split,
+            max_length=arguments.max_length,
+            settings=settings,
+        )
+    print(json.dumps(scores, indent=2, allow_nan=False))
+    return 0
+
+
+def _compare(arguments, command: str) -> int:
+    from tinybert_jax.inference import compare
+    from tinybert_jax.report import comparison
+
+    output = Path(arguments.output) if arguments.output else None
+    if output and (output.suffix not in (".json", ".html") or not output.parent.is_dir()):
+        raise ValueError(
+            f"--output: expected a .json or .html file in a folder that exists, got {output}; "
+            "correct it"
+        )
+    with contextlib.redirect_stdout(sys.stderr):
+        found = compare.compare(
+            arguments.old,
+            arguments.new,
+            arguments.data,
+            split=arguments.split,
+            max_length=arguments.max_length,
+            settings=_reading(arguments),
+            by=arguments.by,
+            max_regressions=arguments.max_regressions,
+        )
+    if output:
+        is_page = output.suffix == ".html"
+        text = comparison.page(found) if is_page else json.dumps(found, indent=2) + "\n"
+        output.write_text(printable(text), encoding="utf-8")
+    for line in comparison.lines(found):
+        print(printable(line))
+    return 0 if found.get("is_allowed", True) else 3
+
+
+def _reading(arguments) -> dict[str, Any]:
+    """The settings of how a file is read, from options and `task.key=value`."""
     given = config_files.read_overrides(arguments.overrides)
     settings = given.pop("task", {})
     if given or not isinstance(settings, dict):
@@ -89,16 +178,7 @@ def _evaluate(arguments, command: str) -> int:
         raise ValueError(
             f"expected each column once, got {twice} as an option and as a task setting; remove one"
         )
-    with contextlib.redirect_stdout(sys.stderr):  # nothing but JSON on standard output
-        scores = predict.evaluate_file(
-            arguments.model,
-            arguments.data,
-            split=arguments.split,
-            max_length=arguments.max_length,
-            settings={**columns, **settings},
-        )
-    print(json.dumps(scores, indent=2, allow_nan=False))
-    return 0
+    return {**columns, **settings}
 
 
 def _predict(arguments, command: str) -> int:

@@ -17,7 +17,7 @@ from tinybert_jax.huggingface.head import Head
 from tinybert_jax.huggingface.hub import check_table, load_tokenizer
 from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.tasks.table import task_of
-from tinybert_jax.tasks.task import Scored, Task
+from tinybert_jax.tasks.task import Scored, Settings, Task
 
 # The settings of a task in a config that `evaluate_file` takes.
 READING_SETTINGS = (
@@ -113,6 +113,30 @@ def evaluate_file(
     `settings`: those of `task` in a config that say how the file is read (`READING_SETTINGS`).
     Raises ValueError for a wrong setting or file.
     """
+    scored_file = score_file(model, data, split, max_length, settings)
+    metrics = scored_file.task.measure(scored_file.scored, scored_file.settings)
+    return {**metrics, "num_examples": len(scored_file.scored.examples.text)}
+
+
+class ScoredFile(NamedTuple):
+    """Labelled text with the logits of a model, and what makes answers of them."""
+
+    task: Task
+    scored: Scored
+    settings: Settings  # of the model's head
+
+
+def score_file(
+    model: str,
+    data: str,
+    split: str | None = None,
+    max_length: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> ScoredFile:
+    """The logits of a model folder for labelled text; see `evaluate_file`.
+
+    Raises ValueError for a wrong setting or file, and for logits that are not finite.
+    """
     loaded = _load(model)
     section = _section(loaded.task, data, settings or {})
     examples = loaded.task.read(data, section, Reading(split, is_dev=True))
@@ -129,8 +153,7 @@ def evaluate_file(
             f"{len(examples.text)} rows, the first row {bad[0] + 1}; the weights have diverged or "
             "are too large: take another checkpoint"
         )
-    metrics = loaded.task.measure(scored, loaded.head.settings)
-    return {**metrics, "num_examples": len(examples.text)}
+    return ScoredFile(loaded.task, scored, loaded.head.settings)
 
 
 class _Loaded(NamedTuple):

@@ -296,5 +296,6 @@ QUESTION_ANSWERING = Task(
     truth=lambda examples: [own[0].text if own else "no answer" for own in examples.labels],
     hf_head="QuestionAnswering",
     problem_type=None,
+    rights=lambda scored, settings: outcomes(scored, settings)[:, 0] > 0,
     tune=tune,
 )

@@ -43,6 +43,12 @@ def answers(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
     return [{"value": float(row[0])} for row in scored.logits]
 
 
+def rights(scored: Scored, settings: Settings) -> np.ndarray:
+    """bool [n]: predictions within half a standard deviation of the labels of their label."""
+    labels, predicted = outcomes(scored, settings).T
+    return np.abs(labels - predicted) <= labels.std() / 2
+
+
 REGRESSION = Task(
     section=RegressionTask,
     form=RegressionTask.form,
@@ -61,4 +67,5 @@ REGRESSION = Task(
     truth=lambda examples: [f"{label:.3g}" for label in examples.labels],
     hf_head="SequenceClassification",
     problem_type="regression",
+    rights=rights,
 )

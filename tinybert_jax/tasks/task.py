@@ -60,6 +60,8 @@ class Task(NamedTuple):
     truth: Callable[[Examples], list[str]]  # -> the labels of each example, in such words
     hf_head: str  # end of the class name in transformers, such as SequenceClassification
     problem_type: str | None  # in config.json; kinds may share it: see `table.task_of`
+    # -> bool [n]: the examples whose answer is right; None: the words of answer and truth are equal
+    rights: Callable[[Scored, Settings], np.ndarray] | None = None
     tune: Callable[[Scored], Settings] | None = None  # -> settings with the best score
     # (tokenizer, examples, positions): raises ValueError where an example is too long for a model
     check_lengths: Callable[[Any, Examples, int], None] | None = None
@@ -72,6 +74,14 @@ class Task(NamedTuple):
     def measure(self, scored: Scored, settings: Settings) -> dict[str, float]:
         """The metrics of a data set by name."""
         return self.metrics(self.outcomes(scored, settings), scored.label_names)
+
+    def is_right(self, scored: Scored, settings: Settings) -> np.ndarray:
+        """bool [n]: the examples whose answer is right."""
+        if self.rights is not None:
+            return self.rights(scored, settings)
+        said = map(self.in_words, self.answers(scored, settings))
+        pairs = zip(said, self.truth(scored.examples), strict=True)
+        return np.array([answer == true for answer, true in pairs])
 
     def best_settings(self, scored: Scored) -> Settings:
         """The settings with the best score on `scored`; empty for a task without settings."""
