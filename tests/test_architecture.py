@@ -21,7 +21,7 @@ ROOMS = {
     "calibration differences console page comparison",
     "performance": "flops device_peaks latency trace host",
     "parallel": "mesh sharding",
-    "data": "errors examples tables conll squad corpus records builtin wordpiece splits",
+    "data": "errors examples json_text tables conll squad corpus records builtin wordpiece splits",
     "models": "inputs activations dropout linear params norm attention encoder bert distilbert "
     "families heads",
     "batches": "batch tokenize bucketing packing loader",

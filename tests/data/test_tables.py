@@ -168,7 +168,9 @@ def test_max_rows_cuts_rows_but_not_classes(write):
 
 def test_no_label_column_reads_unlabelled_text(write):
     path = write("a.tsv", "text\nhello there\n")
-    assert read_labelled(path, text="text", label=None) == (["hello there"], None, None, None)
+    assert read_labelled(path, text="text", label=None) == Examples(
+        ["hello there"], None, None, None
+    )
     named = read_labelled(path, text="text", label=None, labels=["neg", "pos"])
     assert (named.labels, named.label_names) == (None, ("neg", "pos"))
 

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 from tinybert_jax.data.corpus import COMPRESSED, corpus_files
 from tinybert_jax.data.errors import fail, fail_column, short
-from tinybert_jax.data.tables import load_dataset, parse_json
+from tinybert_jax.data.json_text import parse_json
+from tinybert_jax.data.tables import load_dataset
 
 _KINDS = (".txt", ".jsonl", ".tsv", ".csv", ".parquet")
 _SUFFIXES = tuple(kind + end for kind in _KINDS for end in ("", *COMPRESSED))

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from tinybert_jax.data.errors import fail, short
+from tinybert_jax.data.json_text import is_utf8, parse_json
 from tinybert_jax.data.tables import (
     Table,
     fail_rows,
     format_by_suffix,
-    is_utf8,
-    parse_json,
     read_jsonl,
     read_utf8,
 )

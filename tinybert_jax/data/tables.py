@@ -6,7 +6,6 @@ was expected, what was got and where (file, line, the first five places) and how
 
 import csv
 import io
-import json
 import os
 import re
 import sys
@@ -19,6 +18,7 @@ import numpy as np
 
 from tinybert_jax.data.errors import fail, fail_column, fail_missing, listed, nearest, short
 from tinybert_jax.data.examples import Examples
+from tinybert_jax.data.json_text import is_utf8, parse_json
 
 
 def read_labelled(
@@ -71,6 +71,9 @@ def read_labelled(
         labels=None if values is None else values[:max_rows],
         label_names=names,
     )
+
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a character, as JSON may escape it
 
 
 class Table(NamedTuple):
@@ -226,32 +229,6 @@ def read_jsonl(path: str, wanted: list[str]) -> Table:
         fail_rows(table, f"a key {column!r}", missing, "complete or remove these rows")
         table.columns[column] = [row[column] for row in rows]
     return table
-
-
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a character, as JSON may escape it
-
-
-def parse_json(text: str | bytes) -> Any:
-    """The value; raises ValueError with a short reason for all that is wrong with the text."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg} at column {error.colno}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
-    except ValueError:  # of int()
-        raise ValueError("a number with too many digits") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def is_utf8(value: Any) -> bool:
-    """Whether all text in a value of JSON can be written as UTF-8."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except (UnicodeEncodeError, RecursionError):
-        return False
-    return True
 
 
 def _read_dataset(path: str, split: str | None, wanted: list[str]) -> Table:

@@ -10,8 +10,8 @@ from tinybert_jax.config.load import validate
 from tinybert_jax.config.tasks import TaskSection
 from tinybert_jax.data.errors import short
 from tinybert_jax.data.examples import Examples
+from tinybert_jax.data.json_text import is_utf8
 from tinybert_jax.data.splits import Reading
-from tinybert_jax.data.tables import is_utf8
 from tinybert_jax.huggingface.folder import HfModel, read_model, start_params
 from tinybert_jax.huggingface.head import Head
 from tinybert_jax.huggingface.hub import check_table, load_tokenizer

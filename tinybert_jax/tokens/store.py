@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinybert_jax.data.errors import fail, short
-from tinybert_jax.data.tables import parse_json
+from tinybert_jax.data.json_text import parse_json
 
 FORMAT = "tinybert token store 1"
 INDEX, MANIFEST, TOKENIZER = "index.jsonl", "manifest.json", "tokenizer.json"

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from tinybert_jax.data.tables import parse_json
+from tinybert_jax.data.json_text import parse_json
 from tinybert_jax.report.console import printable
 
 
