@@ -1,4 +1,4 @@
-"""`tinybert evaluate`, `predict`, `ask` and `compare`: their arguments, and what they do with them."""
+"""The commands on model folders: `evaluate`, `predict`, `ask` and `compare`."""
 
 import argparse
 import contextlib

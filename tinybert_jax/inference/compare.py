@@ -39,14 +39,13 @@ def compare(
         raise ValueError(f"{new}: expected a model for {kinds[0]}, as {old} is, got {kinds[1]}")
     right = [side.task.is_right(side.scored, side.settings) for side in sides]
     said = [_said(side) for side in sides]
-    examples, task = sides[0].scored.examples, sides[0].task
     pairs = count_pairs(*right)
     bound = upper_bound(pairs.broken, pairs.total)
     found: dict[str, Any] = {
         "old": old,
         "new": new,
         "data": data,
-        "task": task.kind,
+        "task": sides[0].task.kind,
         "num_examples": pairs.total,
         "metrics": _metrics(sides),
         "pairs": pairs._asdict(),
@@ -63,19 +62,24 @@ def compare(
             "is_allowed": bound <= max_regressions,
             "needed_examples": needed_examples(max_regressions),
         }
-    truth = task.truth(examples)
-    broken = np.flatnonzero(right[0] & ~right[1])
-    found["broken"] = [
+    return found | {"broken": _broken(sides[0], right, said)}
+
+
+def _broken(
+    old: ScoredFile, right: Sequence[np.ndarray], said: Sequence[Sequence[str]]
+) -> list[dict[str, Any]]:
+    """The first examples that only the old model has right."""
+    truth = old.task.truth(old.scored.examples)
+    return [
         {
-            "row": int(i) + 1,
-            "text": _text(examples, int(i)),
-            "label": truth[i],
-            "old": said[0][i],
-            "new": said[1][i],
+            "row": place + 1,
+            "text": _text(old.scored.examples, place),
+            "label": truth[place],
+            "old": said[0][place],
+            "new": said[1][place],
         }
-        for i in broken[:_NUM_SHOWN]
+        for place in np.flatnonzero(right[0] & ~right[1])[:_NUM_SHOWN].tolist()
     ]
-    return found
 
 
 def _said(side: ScoredFile) -> list[str]:
