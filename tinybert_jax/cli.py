@@ -6,14 +6,11 @@ fast.
 
 import argparse
 import json
-import math
 import os
-import select
 import shlex
 import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tinybert_jax import __version__
@@ -21,6 +18,7 @@ from tinybert_jax.config import load as config_files
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.config.stages import STAGE_NAMES
 from tinybert_jax.performance import host
+from tinybert_jax.training import preemption
 
 _STAGES = {
     "run": (STAGE_NAMES, "run all stages of a config, then export and report"),
@@ -32,14 +30,14 @@ _STAGES = {
     ),
 }
 
+_path = os.path.expanduser  # shells do not expand ~ in `--output=~/file`
 _SOURCES = "files, folders, globs, saved datasets folders or hub:… ids, as for `data prepare`"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit status.
+    """Runs a command and returns the exit status, one of `preemption.STATUSES`.
 
-    0: success. 2: wrong input, with one message on standard error. 128 + SIGPIPE: the reader of
-    standard output has closed the pipe, as `head` does; shells use the same number.
+    128 + SIGPIPE: the reader of standard output has closed the pipe, as `head` does.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parse(argv)
@@ -49,23 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = arguments.act(arguments, shlex.join(["tinybert", *argv])) or 0
         sys.stdout.flush()
         return status
-    except (ValueError, FloatingPointError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and _is_output_closed():
+    except KeyboardInterrupt:
+        print("tinybert: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except (ValueError, FloatingPointError, OSError, preemption.Stopped) as error:
+        if isinstance(error, BrokenPipeError) and host.is_output_closed():
             return 128 + signal.SIGPIPE
-        print(f"tinybert: {error}", file=sys.stderr)
-        return 2
+        return _report(error)
 
 
-def _is_output_closed() -> bool:
-    """Whether the reader of standard output has closed the pipe; then redirects it to /dev/null."""
-    poll = select.poll()
-    poll.register(sys.stdout, select.POLLOUT)
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
-        return False
-    # Otherwise Python reports the same error again when it flushes standard output at exit.
-    with open(os.devnull, "w") as devnull:
-        os.dup2(devnull.fileno(), sys.stdout.fileno())
-    return True
+def _report(error: Exception) -> int:
+    """Prints the message of an error and returns the exit status."""
+    preemption.say(error)
+    return preemption.STOPPED if isinstance(error, preemption.Stopped) else 2
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -83,7 +77,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tinybert", description="Compact Transformers on JAX.")
+    parser = argparse.ArgumentParser(
+        prog="tinybert",
+        description="Compact Transformers on JAX.",
+        epilog=preemption.STATUSES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"tinybert_jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (_, text) in _STAGES.items():
@@ -104,13 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_predict(commands)
     _add_convert(commands)
+    _add_ckpt(commands)
     _add_data(commands)
     return parser
-
-
-def _path(text: str) -> str:
-    """Expands ~, because shells do not expand it in `--output=~/file`."""
-    return os.path.expanduser(text)
 
 
 def _add_config(command, example: str) -> None:
@@ -176,6 +171,28 @@ def _add_convert(commands) -> None:
     command.set_defaults(act=_convert)
 
 
+def _add_ckpt(commands) -> None:
+    text = "list, verify, remove and export the checkpoints of a run folder"
+    actions = commands.add_parser("ckpt", help=text, description=text).add_subparsers(
+        dest="action", required=True, metavar="action"
+    )
+    texts = {
+        "ls": "print the place, size and time of each checkpoint",
+        "verify": "compare the SHA-256 of every file; status 3 where one differs",
+        "prune": "remove all but the newest states of each stage and those of the best scores",
+        "export": "write the trained arrays of a state to a safetensors file",
+    }
+    for name, text in texts.items():
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("run_dir", type=_path, help="the folder of a run")
+        action.set_defaults(act=_ckpt)
+        if name == "prune":
+            action.add_argument("--keep", type=int, default=1, help="default: 1")
+    action.add_argument("stage", choices=STAGE_NAMES, help="a stage of the run")
+    action.add_argument("--step", type=int, help="default: the newest")
+    action.add_argument("-o", "--output", type=_path, required=True, help="a new file")
+
+
 def _add_data(commands) -> None:
     text = "write and inspect token stores; train and extend vocabularies"
     actions = commands.add_parser("data", help=text, description=text).add_subparsers(
@@ -233,16 +250,17 @@ def _run(arguments, command: str) -> int:
     settings = config_files.load(
         arguments.config, arguments.overrides, _measure, lambda line: print(line, file=sys.stderr)
     )
+    stages = _STAGES[arguments.command][0]
     if arguments.print_config:
         print(config_files.dump(settings), end="")
         return 0
-    from tinybert_jax.recipes import pipeline
+    with preemption.handled(command, _report) as stop:
+        from tinybert_jax.recipes import pipeline
 
-    if arguments.dry_run:
-        print(pipeline.describe_costs(settings, _STAGES[arguments.command][0]))
-        return 0
-    stages = _STAGES[arguments.command][0]
-    pipeline.main(settings, stages, command, is_profiled=arguments.profile)
+        if arguments.dry_run:
+            print(pipeline.describe_costs(settings, stages))
+        else:
+            pipeline.main(settings, stages, command, is_profiled=arguments.profile, stop=stop)
     return 0
 
 
@@ -316,6 +334,13 @@ def _convert(arguments, command: str) -> int:
     return 0
 
 
+def _ckpt(arguments, command: str) -> int:
+    from tinybert_jax.runs import saved_states
+
+    options = {key: v for key, v in vars(arguments).items() if key not in ("command", "act")}
+    return saved_states.act(**options)
+
+
 def _prepare(arguments, command: str) -> int:
     settings = config_files.load_as(PrepareConfig, arguments.config, arguments.overrides)
     if arguments.print_config:
@@ -325,22 +350,9 @@ def _prepare(arguments, command: str) -> int:
     from tinybert_jax.tokens import inspect, prepare
 
     tokenizer = load_tokenizer(settings.tokenizer)
-    folder = prepare.prepare(settings, tokenizer, _make_progress_printer(seconds=5.0))
+    folder = prepare.prepare(settings, tokenizer, host.make_progress_printer(seconds=5.0))
     print(inspect.counts(folder))
     return 0
-
-
-def _make_progress_printer(seconds: float) -> Callable[[str], None]:
-    """print_line(line): prints the first line, and later at most one line every `seconds`."""
-    due = -math.inf
-
-    def print_line(line: str) -> None:
-        nonlocal due
-        if time.monotonic() >= due:
-            due = time.monotonic() + seconds
-            print(line, flush=True)
-
-    return print_line
 
 
 def _inspect(arguments, command: str) -> int:
