@@ -1,5 +1,6 @@
 """The library of faulty_files.c, and what its record of synced files says of a loss of power."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -37,3 +38,16 @@ def _copy(inode: str, is_folder: bool, shadow: Path, target: Path) -> None:
         inner, is_inner_folder, name = line.split("/", 2)
         if name not in (".", ".."):
             _copy(inner, is_inner_folder == "1", shadow, target / name)
+
+
+def keep_all(root: Path, shadow: Path) -> None:
+    """Begins a record in which all of `root` is on the disk, as after a start of the machine."""
+    shadow.mkdir()
+    for folder, inner, files in os.walk(root):
+        entries = [(name, 1) for name in inner] + [(name, 0) for name in files]
+        inodes = [os.stat(os.path.join(folder, name)).st_ino for name, _ in entries]
+        lines = [f"{i}/{kind}/{name}\n" for i, (name, kind) in zip(inodes, entries, strict=True)]
+        (shadow / str(os.stat(folder).st_ino)).write_text("".join(lines))
+        for name in files:
+            path = os.path.join(folder, name)
+            shutil.copyfile(path, shadow / str(os.stat(path).st_ino))

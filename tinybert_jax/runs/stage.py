@@ -18,6 +18,7 @@ from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.stages import StageSection
 from tinybert_jax.models.params import restack_layers, sha256, unstack_layers
 from tinybert_jax.parallel import sharding
+from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance import trace
 from tinybert_jax.runs.run import Run
 from tinybert_jax.runs.stage_state import Member, StageCheckpoints, Training, models_of
@@ -39,6 +40,7 @@ from tinybert_jax.training.step import (
 )
 from tinybert_jax.training.throughput import Meter
 
+_PLAN = "packs for any number of devices"  # in the progress of a stage that this version began
 EVALUATION_DUE = "evaluation_due"  # in the progress of a state that a stop saved: evaluate it first
 
 
@@ -138,12 +140,18 @@ def _open_state(
     progress = checkpoints.progress
     if state is None:
         state = init_state(params, optimizer, step_key, run.mesh, averaged=averaged)
-        progress["data"] = fingerprint
+        progress |= {"data": fingerprint, "plan": _PLAN}
     elif progress["data"] != fingerprint:
         raise ValueError(
             f"{training.name}: expected the data that this run began with "
             f"({progress['data'][:12]}), got other data ({fingerprint[:12]}): rows or teacher "
             "changed; restore the files or the package versions, or choose another run_dir"
+        )
+    elif progress.get("plan") != _PLAN and _packs_for_devices(run, training):
+        raise ValueError(
+            f"{training.name}: expected a stage that this version began, got one whose packed "
+            f"batches depend on the number of devices; delete {checkpoints.folder} to train the "
+            "stage again, or go on with the version that began it"
         )
     step, unwritten = int(state.step), []
     if progress.get(EVALUATION_DUE):
@@ -151,6 +159,11 @@ def _open_state(
     run.log.rewind(training.name, step, unwritten)
     checkpoints.discard_after(step)
     return state, target
+
+
+def _packs_for_devices(run: Run, training: Training) -> bool:
+    """Whether version 0.1 made other batches than this one."""
+    return training.section.batching == "pack" and num_batch_shards(run.mesh) > 1
 
 
 def _fingerprint(training: Training) -> str:

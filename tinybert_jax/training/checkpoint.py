@@ -191,7 +191,8 @@ def restore(folder: Path, step: int, abstract: Any) -> Restored | None:
             ) from error
         expected = read_manifest(checkpoint)["arrays"]
         hashes = _array_hashes(raw) if expected else {}
-        different = [name for name, own in hashes.items() if own != expected[name]]
+        names = sorted(expected.keys() | hashes.keys())
+        different = [name for name in names if expected.get(name) != hashes.get(name)]
         meta = read_meta(checkpoint)
     if different:
         _set_aside(checkpoint, f"arrays differ from {_MANIFEST}: {different[:3]}")
@@ -267,7 +268,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     found = json.loads(_try_again((checkpoint / _MANIFEST).read_text))
     if not isinstance(found, dict):
         raise ValueError(f"expected an object in {_MANIFEST}, got {type(found).__name__}")
-    return found if isinstance(found.get("files"), dict) else {"files": found, "arrays": {}}
+    if not isinstance(found.get("files"), dict):
+        return {"files": found, "arrays": {}}
+    if found.keys() != {"files", "arrays"}:
+        raise ValueError(f"expected files and arrays in {_MANIFEST}, got {sorted(found)}")
+    return found
 
 
 def _hashes(checkpoint: Path) -> dict[str, str]:

@@ -124,8 +124,12 @@ def handled(command: str, report: Callable[[Exception], int]) -> Iterator[Stop]:
 
     `report` prints an exception and returns the exit status. A second signal ends the process at
     once with status 128 + its number; checkpoints and models are only ever renamed into place, so
-    it does no harm.
+    it does no harm. In another thread than the main one nothing is handled, as Python allows it
+    only there.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield NEVER
+        return
     stop, numbers = Stop(command), []
     reader, writer = socket.socketpair()
     writer.setblocking(False)
