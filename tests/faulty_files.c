@@ -39,7 +39,7 @@ static int refused(const char *path) {
     static double first;
     static char before[PATH_MAX];
     const char *part = getenv("FAULTY_PATH"), *seconds = getenv("FAULTY_SECONDS");
-    if (!part || !path || !strstr(path, part)) return 0;
+    if (!part || !*part || !path || !strstr(path, part)) return 0;
     if (strcmp(before, part)) {
         first = seconds_now();
         snprintf(before, sizeof before, "%s", part);

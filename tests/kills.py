@@ -23,6 +23,7 @@ from pathlib import Path
 
 import faulty
 import forked
+import jax
 import tiny_inputs
 
 STAGES = ("pretrain", "finetune", "general", "intermediate", "prediction", "baseline")
@@ -34,7 +35,7 @@ def write_inputs(folder: Path) -> None:
     """Writes a config of all stages on tiny inputs."""
     tiny_inputs.write_inputs(folder, **tiny_inputs.TEACHER)
     stage = {**tiny_inputs.STAGE, "num_steps": 12, "log_every": 3, "save_every": 4}
-    judged = {**stage, "eval_every": 5}
+    judged = {**stage, "eval_every": 5, "gradient_accumulation_steps": 2}
     sections = {name: judged if name in JUDGED else stage for name in STAGES}
     tiny_inputs.write_config(
         folder / "run.yaml",
@@ -191,8 +192,8 @@ def _hurt(runner: Runner, kills: int, flips: int, power: int) -> int:
         code = f"import pathlib, kills; kills.write_inputs(pathlib.Path({str(folder)!r}))"
         tests = Path(__file__).parent
         subprocess.run([sys.executable, "-c", code], cwd=tests, check=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", str(folder / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     forked.import_all()
     runner.finish("golden")  # compiles
     shutil.rmtree(folder / "golden")

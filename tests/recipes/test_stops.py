@@ -1,7 +1,10 @@
 """A run that a signal stops saves its work, says so in a line, and goes on to the same bits."""
 
+import errno
 import json
+import os
 
+import faulty
 import forked
 import pytest
 import tiny_inputs
@@ -42,17 +45,24 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answers(world):
-    """Of the golden run, of every stop of another run, of its end, and of a run stopped twice."""
+    """Of the golden run, of every stop of another run, of its end, of a run that is stopped twice,
+
+    and of one whose checkpoints the storage refuses, with its end after that.
+    """
     stopped = {"words": ["run", "run.yaml", "run_dir=stopped"]}
     names = ("place", "call", "seconds", "signals")
     stops = [dict(zip(names, stop, strict=False)) for stop in STOPS]
     twice = {"place": "training.saver:Saver.check", "call": 2, "seconds": SECONDS}
     twice |= {"signals": ["TERM", "INT"], "words": ["run", "run.yaml", "run_dir=twice"]}
+    full = {"FAULTY_PATH": "/finetune/last/partial-4", "FAULTY_ERRNO": str(errno.ENOSPC)}
+    refused = {"words": ["run", "run.yaml", "run_dir=refused"]}
     cases = [
         {"words": ["run", "run.yaml", "run_dir=golden"]},
         *(stop | stopped for stop in stops),
         stopped,
         twice,
+        refused | {"environment": full},
+        refused,
     ]
     for case in cases:
         if "place" in case:
@@ -60,6 +70,7 @@ def answers(world):
     return forked.run_all(
         cases,
         world,
+        LD_PRELOAD=faulty.build(world) or "",
         JAX_COMPILATION_CACHE_DIR=str(world / "cache"),
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     )
@@ -73,7 +84,7 @@ def _metrics(run):
 
 
 def test_stopped_everywhere_it_ends_with_the_same_bits(world, answers):
-    golden, *_, last, _ = answers
+    golden, last = answers[0], answers[1 + len(STOPS)]
     assert (golden["status"], last["status"]) == (0, 0), golden["error"] + last["error"]
     assert _metrics(world / "stopped") == _metrics(world / "golden")
     for stage in STAGES:
@@ -96,6 +107,18 @@ def test_a_stop_ends_the_run_soon_and_says_how_to_go_on(answers, number):
 
 def test_a_second_signal_ends_the_run_at_once(world, answers):
     """While the first waits for a step that does not end."""
-    answer = answers[-1]
+    answer = answers[-3]
     assert answer["status"] == 128 + 2 and answer["seconds"] < SECONDS
     assert "Traceback" not in answer["error"]
+
+
+def test_a_storage_that_refuses_a_checkpoint_ends_the_run_with_one_line(world, answers):
+    if not (world / "faulty_files.so").exists():
+        pytest.skip("needs a C compiler")
+    refused, last = answers[-2:]
+    assert refused["status"] == 2 and last["status"] == 0, refused["error"] + last["error"]
+    (line,) = refused["error"].splitlines()
+    assert line.startswith("tinybert: finetune: saving step 4 was refused 4 times")
+    assert os.strerror(errno.ENOSPC) in line and "repeat the command" in line
+    assert "finetune: resumes at step 3 of 7" in last["output"]
+    assert _metrics(world / "refused") == _metrics(world / "golden")

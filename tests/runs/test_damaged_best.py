@@ -3,7 +3,9 @@
 import shutil
 
 import bad_world
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from tinybert_jax import cli
 from tinybert_jax.runs.run import IDENTITIES
@@ -76,3 +78,28 @@ def test_without_that_state_the_stage_begins_again_and_says_so(trained, folder, 
             shutil.rmtree(checkpoints / "last" / str(step))
     _ends_as(trained, folder)
     assert "no checkpoint can be used; the stage begins again" in capfd.readouterr().out
+
+
+def test_the_commands_on_checkpoints(folder, capfd):
+    run = str(folder / "run")
+    states = checkpoint.steps(folder / "run" / "checkpoints" / "finetune" / "last")
+    assert cli.main(["ckpt", "ls", run]) == 0
+    assert "finetune/last/8" in capfd.readouterr().out
+    assert cli.main(["ckpt", "verify", run]) == 0
+    assert "MB/s" in capfd.readouterr().out
+    output = folder / "state.safetensors"
+    assert cli.main(["ckpt", "export", run, "finetune", "-o", str(output)]) == 0
+    arrays = load_file(output)
+    assert (
+        arrays["classifier.kernel"].shape == (16, 2)
+        and np.isfinite(arrays["classifier.bias"]).all()
+    )
+    assert cli.main(["ckpt", "prune", run, "--keep", "1"]) == 0
+    left = checkpoint.steps(folder / "run" / "checkpoints" / "finetune" / "last")
+    best = checkpoint.steps(folder / "run" / "checkpoints" / "finetune" / "best")
+    assert left == [step for step in states if step == 8 or step in best]
+    _flip(folder / "run" / "checkpoints" / "finetune" / "last" / "8")
+    assert cli.main(["ckpt", "verify", run]) == 3
+    assert "finetune/last/8" in capfd.readouterr().out
+    assert cli.main(["ckpt", "export", run, "finetune", "-o", str(output)]) == 2
+    assert cli.main(["ckpt", "ls", str(folder / "nowhere")]) == 2

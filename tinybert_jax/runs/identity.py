@@ -22,9 +22,9 @@ _MODEL_FILES = (".json", ".safetensors", ".txt", ".model")  # those that a model
 
 
 def check_run(run: Run) -> None:
-    """Checks the inputs and the finished stages of a run that begins or goes on.
+    """Checks the inputs of a run that goes on; the first process of a run records them.
 
-    The first process of a run records them. Raises ValueError that names what has changed.
+    Raises ValueError that names what has changed.
     """
     file, now = run.folder / INPUTS, _hash_inputs(run)
     if not file.is_file():  # a new run, or one that version 0.1 began
@@ -39,12 +39,16 @@ def check_run(run: Run) -> None:
     _verify_stores(run, before.get("stores", {}))
     if before != now:  # stores that were copied: the same bytes with other times
         disk.replace_text(file, json.dumps(now, indent=1) + "\n")
-    check_finished(run)
 
 
 def check_finished(run: Run) -> None:
-    """Raises ValueError where a finished stage's files, or given models, are not as they were."""
+    """Raises ValueError where a finished stage's files, or given models, are not as they were.
+
+    Nothing is known yet of a run that begins, or that version 0.1 began.
+    """
     file = run.folder / INPUTS
+    if not file.is_file():
+        return
     before = json.loads(file.read_text(encoding="utf-8"))
     _check_same(run, {"models": before["models"]}, {"models": _hash_models(run)})
     for name in run.plans:
@@ -109,8 +113,8 @@ def _hash_inputs(run: Run) -> dict[str, Any]:
         parts = zip(TaskData._fields, run.task.data, strict=True)
         data |= {f"task.{name}": _hash_examples(part) for name, part in parts if part is not None}
     if run.corpus:
-        data["corpus"] = _hash_texts(run.corpus)
-        data["corpus.heldout_share"] = _hash_texts(run.heldout)
+        data["corpus"] = _hash_values(run.corpus)
+        data["corpus.heldout_share"] = _hash_values(run.heldout)
     for store in _stores(run):
         data[f"store {store.folder.name}"] = _hash_json(store.manifest["files"])
     stores = {store.folder.name: _times(store) for store in _stores(run)}
@@ -165,13 +169,13 @@ def _hash_examples(examples: Examples) -> str:
     labels = [] if examples.labels is None else examples.labels
     plain = [own.tolist() if hasattr(own, "tolist") else own for own in labels]
     parts = [examples.text, examples.text_pair or [], plain, examples.label_names or []]
-    return _hash_json([_hash_texts(part) for part in parts])
+    return _hash_json([_hash_values(part) for part in parts])
 
 
-def _hash_texts(texts: Iterable[str]) -> str:
+def _hash_values(values: Iterable[Any]) -> str:
     digest = hashlib.sha256()
-    for text in texts:
-        digest.update(json.dumps(text).encode() + b"\n")
+    for value in values:
+        digest.update(json.dumps(value).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -117,6 +117,7 @@ def read_run(config: RunConfig, stages: Sequence[Stage]) -> Run:
         heldout_store=inputs.corpus.heldout_store,
         peak_flops=np.nan,  # `open_run` measures it
     )
+    identity.check_finished(run)  # before a check reads a model of them
     _check_order(config, stages, run)
     _check(run, [run.plans[stage.name] for stage in stages])
     return run

@@ -15,6 +15,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -67,9 +68,10 @@ def write(folder: Path, step: int, tree: Any, meta: str) -> Path:
     partial.mkdir()
     (partial / _META).write_text(meta, encoding="utf-8")
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)  # it takes the step's processors
-    with ocp.Checkpointer(handler) as checkpointer:
+    with ThreadPoolExecutor(1) as pool, ocp.Checkpointer(handler) as checkpointer:
+        arrays = pool.submit(_array_hashes, tree)
         checkpointer.save(partial / _STATE, args=ocp.args.PyTreeSave(tree))
-    manifest = {"files": _hashes(partial), "arrays": _array_hashes(tree)}
+    manifest = {"files": _hashes(partial), "arrays": arrays.result()}
     (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     disk.sync_tree(partial)
     if final.exists():
