@@ -29,7 +29,7 @@ def after_power_loss(root: Path, shadow: Path, target: Path) -> None:
 
 
 def _copy(inode: str, is_folder: bool, shadow: Path, target: Path) -> None:
-    kept = shadow / inode
+    kept = shadow / (f"{inode}.folder" if is_folder else inode)
     if not is_folder:
         target.write_bytes(kept.read_bytes() if kept.exists() else b"")
         return
@@ -47,7 +47,7 @@ def keep_all(root: Path, shadow: Path) -> None:
         entries = [(name, 1) for name in inner] + [(name, 0) for name in files]
         inodes = [os.stat(os.path.join(folder, name)).st_ino for name, _ in entries]
         lines = [f"{i}/{kind}/{name}\n" for i, (name, kind) in zip(inodes, entries, strict=True)]
-        (shadow / str(os.stat(folder).st_ino)).write_text("".join(lines))
+        (shadow / f"{os.stat(folder).st_ino}.folder").write_text("".join(lines))
         for name in files:
             path = os.path.join(folder, name)
             shutil.copyfile(path, shadow / str(os.stat(path).st_ino))

@@ -98,27 +98,19 @@ ssize_t pread64(int fd, void *data, size_t size, off64_t at) {
     return refused_read(fd) ? -1 : real(fd, data, size, at);
 }
 
-#define OPENS(name) \
-    int name(const char *path, int flags, ...) { \
-        REAL(int, name, const char *, int, ...); \
-        va_list rest; \
-        va_start(rest, flags); \
-        int mode = va_arg(rest, int); \
-        va_end(rest); \
-        if ((flags & (O_WRONLY | O_RDWR | O_CREAT)) && refused(path)) return -1; \
-        return real(path, flags, mode); \
-    }
-OPENS(open)
-OPENS(open64)
-
-int mkdir(const char *path, mode_t mode) {
-    REAL(int, mkdir, const char *, mode_t);
-    return refused(path) ? -1 : real(path, mode);
+/* The name of what is kept of a file or folder. */
+static void name_kept(char *name, const struct stat *found) {
+    snprintf(name, PATH_MAX, "%s/%lu%s", getenv("FAULTY_SHADOW"), (unsigned long)found->st_ino,
+             S_ISDIR(found->st_mode) ? ".folder" : "");
 }
 
-int rename(const char *old, const char *new) {
-    REAL(int, rename, const char *, const char *);
-    return refused(old) || refused(new) ? -1 : real(old, new);
+/* Forgets what an earlier file or folder of the same inode number, gone since, has left. */
+static void forget(const char *path) {
+    char name[PATH_MAX];
+    struct stat found;
+    if (!getenv("FAULTY_SHADOW") || !is_below_root(path) || stat(path, &found)) return;
+    name_kept(name, &found);
+    unlink(name);
 }
 
 /* Keeps what the file or folder holds now; under another name first, as a kill may come. */
@@ -127,7 +119,7 @@ static void keep(int fd) {
     char path[PATH_MAX], name[PATH_MAX], partial[PATH_MAX + 8], block[65536];
     struct stat found;
     if (!shadow || !is_below_root(path_of(fd, path)) || fstat(fd, &found)) return;
-    snprintf(name, sizeof name, "%s/%lu", shadow, (unsigned long)found.st_ino);
+    name_kept(name, &found);
     snprintf(partial, sizeof partial, "%s.%d", name, fd);
     FILE *copy = fopen(partial, "w");
     if (!copy) abort();
@@ -145,6 +137,35 @@ static void keep(int fd) {
     }
     fclose(copy);
     if (renameat(AT_FDCWD, partial, AT_FDCWD, name)) abort();
+}
+
+#define OPENS(name) \
+    int name(const char *path, int flags, ...) { \
+        REAL(int, name, const char *, int, ...); \
+        va_list rest; \
+        va_start(rest, flags); \
+        int mode = va_arg(rest, int); \
+        va_end(rest); \
+        if ((flags & (O_WRONLY | O_RDWR | O_CREAT)) && refused(path)) return -1; \
+        int is_new = flags & O_CREAT && access(path, F_OK); \
+        int result = real(path, flags, mode); \
+        if (is_new && result >= 0) forget(path); \
+        return result; \
+    }
+OPENS(open)
+OPENS(open64)
+
+int mkdir(const char *path, mode_t mode) {
+    REAL(int, mkdir, const char *, mode_t);
+    if (refused(path)) return -1;
+    int result = real(path, mode);
+    if (!result) forget(path);
+    return result;
+}
+
+int rename(const char *old, const char *new) {
+    REAL(int, rename, const char *, const char *);
+    return refused(old) || refused(new) ? -1 : real(old, new);
 }
 
 int fsync(int fd) {
