@@ -160,6 +160,8 @@ class Runner:
             file = f"models/{stage}/model.safetensors"
             if (golden / file).read_bytes() != (run / file).read_bytes():
                 self.differences.append(f"{name}: {file}")
+        partial = [*run.glob("models/.*"), *run.glob(".*-partial"), *run.glob("**/partial-*")]
+        self.differences += [f"{name}: {path} is left" for path in partial]
         if _metrics(golden) != _metrics(run):
             self.differences.append(f"{name}: metrics.jsonl")
 

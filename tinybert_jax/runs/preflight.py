@@ -63,6 +63,7 @@ def open_run(config: RunConfig, stages: Sequence[Stage]) -> Iterator[Run]:
                 check_teacher(run, teacher.section.path, teacher.sizes)
     with host.locked_folder(run.folder, "run_dir"):
         check_folder(run.folder, config)  # again: another run may have begun meanwhile
+        _remove_leftovers(run.folder)
         _write_identity(run.folder, config, run.mesh)
         _save_tokenizer(run.folder, run.tokenizer)
         identity.check_run(run)
@@ -194,6 +195,12 @@ def _reads_existing_task_teacher(run: Run, stages: Sequence[Stage]) -> bool:
     """Whether a stage that is not done reads a fine-tuned teacher that exists already."""
     pending = [run.plans[stage.name] for stage in stages if not run.is_done(stage.name)]
     return reads_task_teacher(pending) and all(plan.stage is not FINETUNE for plan in pending)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what a kill has left of files and folders that were being written."""
+    for path in [*folder.glob(".*-partial"), *folder.glob("models/.*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _save_tokenizer(folder: Path, tokenizer: Any) -> None:

@@ -87,6 +87,8 @@ class StageCheckpoints:
         """
         folder, name = self.folder / "last", self.training.name
         found = checkpoint.steps(folder)
+        for own in (folder, self.folder / "best"):
+            checkpoint.remove_partial(own)
         for step in checkpoint.intact_steps(folder):
             progress = checkpoint.read_meta(folder / str(step))
             if not self._has_best(progress, target):

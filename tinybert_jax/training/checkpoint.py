@@ -62,8 +62,7 @@ def write(folder: Path, step: int, tree: Any, meta: str) -> Path:
 
     partial, final = folder / f"{_PARTIAL}{step}", folder / str(step)
     disk.make_folder(folder)
-    for leftover in folder.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(leftover)
+    remove_partial(folder)
     _check_room(folder, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
     partial.mkdir()
     (partial / _META).write_text(meta, encoding="utf-8")
@@ -79,6 +78,12 @@ def write(folder: Path, step: int, tree: Any, meta: str) -> Path:
     partial.rename(final)
     disk.sync(folder)
     return final
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what a kill has left of a checkpoint that was being written or removed."""
+    for leftover in folder.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(leftover)
 
 
 def prune(
