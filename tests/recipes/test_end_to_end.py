@@ -229,7 +229,7 @@ def test_data_changed_under_a_resume_is_refused(golden, tmp_path, stage, name, p
 
 
 def _run_until_killed(folder, run, stage, config="run.yaml"):
-    """Starts or resumes the run and SIGKILLs it as soon as `stage` has logged step 12."""
+    """Starts or resumes the run and SIGKILLs it after `stage` has logged step 12 and saved one."""
     process = subprocess.Popen(
         _command(run.name, config),
         cwd=folder,
@@ -241,7 +241,8 @@ def _run_until_killed(folder, run, stage, config="run.yaml"):
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         metrics = run / "metrics.jsonl"
-        if metrics.exists() and wanted in metrics.read_text():
+        is_saved = any((run / "checkpoints" / stage / "last").glob("[0-9]*"))
+        if is_saved and metrics.exists() and wanted in metrics.read_text():
             process.send_signal(signal.SIGKILL)
             break
         time.sleep(0.005)

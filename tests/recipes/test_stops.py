@@ -67,13 +67,15 @@ def answers(world):
     for case in cases:
         if "place" in case:
             case["place"] = f"tinybert_jax.{case['place']}"
-    return forked.run_all(
-        cases,
-        world,
-        LD_PRELOAD=faulty.build(world) or "",
-        JAX_COMPILATION_CACHE_DIR=str(world / "cache"),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-    )
+    return forked.run_all(cases, world, LD_PRELOAD=faulty.build(world) or "", **_cache(world))
+
+
+def _cache(world):
+    folder = str(world / "cache")
+    return {
+        "JAX_COMPILATION_CACHE_DIR": folder,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
 
 def _metrics(run):
@@ -122,3 +124,19 @@ def test_a_storage_that_refuses_a_checkpoint_ends_the_run_with_one_line(world, a
     assert os.strerror(errno.ENOSPC) in line and "repeat the command" in line
     assert "finetune: resumes at step 3 of 7" in last["output"]
     assert _metrics(world / "refused") == _metrics(world / "golden")
+
+
+def test_a_corrupt_cache_of_programs_is_compiled_again(world, answers):
+    assert answers[0]["status"] == 0
+    programs = [path for path in (world / "cache").iterdir() if path.stat().st_size > 100]
+    for path in programs:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert programs
+    words = ["finetune", "run.yaml", "run_dir=recompiled"]
+    (answer,) = forked.run_all([{"words": words}], world, **_cache(world))
+    assert answer["status"] == 0, answer["error"]
+    recompiled, golden = (
+        (world / name / "models" / "finetune" / "model.safetensors").read_bytes()
+        for name in ("recompiled", "golden")
+    )
+    assert recompiled == golden
