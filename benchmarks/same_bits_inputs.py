@@ -16,7 +16,7 @@ RUNS = {
     "regression": "regression",
 }
 KILLED_IN = {"six": "finetune", "family": "prediction"}  # the stage of each run that is resumed
-KILLED_AT = 12  # the step logged, and one saved, before the kill
+KILLED_AT = 12  # the step logged before the kill, between two checkpoints
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
