@@ -137,7 +137,8 @@ def begin_once(side: Side, name: str) -> None:
     metrics, is_time = run / "metrics.jsonl", False
     while process.poll() is None and not is_time:
         time.sleep(0.005)
-        is_time = metrics.exists() and wanted in metrics.read_text()
+        is_saved = any(run.glob(f"checkpoints/{stage}/last/[0-9]*"))
+        is_time = is_saved and metrics.exists() and wanted in metrics.read_text()
     process.kill()
     output, _ = process.communicate()
     is_killed = is_time and process.returncode == -signal.SIGKILL

@@ -19,7 +19,7 @@ ROOMS = {
     "metrics": "classification regression multi_label tagging spans intervals paired calibration",
     "report": "charts style run_files tables headline confusion per_class pareto advice "
     "calibration differences console page comparison",
-    "performance": "flops device_peaks latency trace host",
+    "performance": "flops device_peaks latency trace disk host",
     "parallel": "mesh sharding",
     "data": "errors examples json_text tables conll squad corpus records builtin wordpiece splits",
     "models": "inputs activations dropout linear params norm attention encoder bert distilbert "
@@ -32,9 +32,11 @@ ROOMS = {
     "objectives": "alignment linear_probe reduction objective masking masked_lm supervised "
     "distillation",
     "inference": "scorer pretrained predict compare command",
-    "training": "members optimizer early_stopping loop step checkpoint metric_log throughput",
-    "runs": "inputs run corpus_checks checks preflight stage_batches teacher_logits workload "
-    "estimate scoring results head_init student_start stage used_words",
+    "training": "members optimizer early_stopping loop step checkpoint metric_log throughput "
+    "preemption saver",
+    "runs": "inputs run identity corpus_checks checks preflight stage_batches teacher_logits "
+    "workload estimate scoring results head_init student_start stage_state stage "
+    "used_words saved_states",
     "recipes": "pretrain finetune distill by_rows pipeline",
     "launch": "accelerators job slurm jobset gcluster tpu_vm sky command",
 }

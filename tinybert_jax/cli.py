@@ -5,14 +5,11 @@ fast.
 """
 
 import argparse
-import math
 import os
-import select
 import shlex
 import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from tinybert_jax import __version__
 from tinybert_jax.config import load as config_files
@@ -23,6 +20,7 @@ from tinybert_jax.inference import command as inference
 from tinybert_jax.launch import command as launch
 from tinybert_jax.performance import host
 from tinybert_jax.report.console import printable
+from tinybert_jax.training import preemption
 
 _STAGES = {
     "run": (STAGE_NAMES, "run all stages of a config, then export and report"),
@@ -34,13 +32,16 @@ _STAGES = {
     ),
 }
 
+_path = os.path.expanduser  # shells do not expand ~ in `--output=~/file`
 _SOURCES = "files, folders, globs, saved datasets folders or hub:… ids, as for `data prepare`"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit status.
+_TOLD = (ValueError, FloatingPointError, OSError, LostWorkerError, preemption.Stopped)
 
-    0: success. 2: wrong input. 4: lost a worker process; both with one message on standard error.
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the exit status, one of `preemption.STATUSES`.
+
     128 + SIGPIPE: the reader of standard output has closed the pipe, as `head` does.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -51,30 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = arguments.act(arguments, shlex.join(["tinybert", *argv])) or 0
         sys.stdout.flush()
         return status
-    except (ValueError, FloatingPointError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and _is_output_closed():
+    except KeyboardInterrupt:
+        print("tinybert: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except _TOLD as error:
+        if isinstance(error, BrokenPipeError) and host.is_output_closed():
             return 128 + signal.SIGPIPE
-        _tell(f"tinybert: {error}")
-        return 2
-    except LostWorkerError as error:
-        _tell(f"tinybert: {error}")
-        return 4
+        return _report(error)
 
 
-def _tell(text: str) -> None:
-    print(printable(text), file=sys.stderr)
-
-
-def _is_output_closed() -> bool:
-    """Whether the reader of standard output has closed the pipe; then redirects it to /dev/null."""
-    poll = select.poll()
-    poll.register(sys.stdout, select.POLLOUT)
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
-        return False
-    # Otherwise Python reports the same error again when it flushes standard output at exit.
-    with open(os.devnull, "w") as devnull:
-        os.dup2(devnull.fileno(), sys.stdout.fileno())
-    return True
+def _report(error: Exception) -> int:
+    """Prints the message of an error and returns the exit status."""
+    preemption.say(error)
+    statuses = {preemption.Stopped: preemption.STOPPED, LostWorkerError: 4, FloatingPointError: 5}
+    return statuses.get(type(error), 2)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -92,7 +83,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tinybert", description="Compact Transformers on JAX.")
+    parser = argparse.ArgumentParser(
+        prog="tinybert",
+        description="Compact Transformers on JAX.",
+        epilog=preemption.STATUSES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"tinybert_jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (_, text) in _STAGES.items():
@@ -112,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(act=_run)
     inference.add_to(commands)
     _add_convert(commands)
+    _add_ckpt(commands)
     _add_data(commands)
     launch.add_to(commands)
     return parser
@@ -138,6 +135,28 @@ def _add_convert(commands) -> None:
         "target", type=os.path.expanduser, help="the folder to write; it must not exist yet"
     )
     command.set_defaults(act=_convert)
+
+
+def _add_ckpt(commands) -> None:
+    text = "list, verify, remove and export the checkpoints of a run folder"
+    actions = commands.add_parser("ckpt", help=text, description=text).add_subparsers(
+        dest="action", required=True, metavar="action"
+    )
+    texts = {
+        "ls": "print the place, size and time of each checkpoint",
+        "verify": "compare the SHA-256 of every file; status 3 where one differs",
+        "prune": "remove all but the newest states of each stage and those of the best scores",
+        "export": "write the trained arrays of a state to a safetensors file",
+    }
+    for name, text in texts.items():
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("run_dir", type=_path, help="the folder of a run")
+        action.set_defaults(act=_ckpt)
+        if name == "prune":
+            action.add_argument("--keep", type=int, default=1, help="default: 1")
+    action.add_argument("stage", choices=STAGE_NAMES, help="a stage of the run")
+    action.add_argument("--step", type=int, help="default: the newest")
+    action.add_argument("-o", "--output", type=_path, required=True, help="a new file")
 
 
 def _add_data(commands) -> None:
@@ -202,16 +221,17 @@ def _run(arguments, command: str) -> int:
         _measure,
         lambda line: print(printable(line), file=sys.stderr),
     )
+    stages = _STAGES[arguments.command][0]
     if arguments.print_config:
         print(config_files.dump(settings), end="")
         return 0
-    from tinybert_jax.recipes import pipeline
+    with preemption.handled(command, _report) as stop:
+        from tinybert_jax.recipes import pipeline
 
-    if arguments.dry_run:
-        print(printable(pipeline.describe_costs(settings, _STAGES[arguments.command][0])))
-        return 0
-    stages = _STAGES[arguments.command][0]
-    pipeline.main(settings, stages, command, is_profiled=arguments.profile)
+        if arguments.dry_run:
+            print(printable(pipeline.describe_costs(settings, stages)))
+        else:
+            pipeline.main(settings, stages, command, is_profiled=arguments.profile, stop=stop)
     return 0
 
 
@@ -220,6 +240,13 @@ def _convert(arguments, command: str) -> int:
 
     print(printable(str(rewrite.convert(arguments.source, arguments.target))))
     return 0
+
+
+def _ckpt(arguments, command: str) -> int:
+    from tinybert_jax.runs import saved_states
+
+    options = {key: v for key, v in vars(arguments).items() if key not in ("command", "act")}
+    return saved_states.act(**options)
 
 
 def _prepare(arguments, command: str) -> int:
@@ -231,22 +258,9 @@ def _prepare(arguments, command: str) -> int:
     from tinybert_jax.tokens import inspect, prepare
 
     tokenizer = load_tokenizer(settings.tokenizer)
-    folder = prepare.prepare(settings, tokenizer, _make_progress_printer(seconds=5.0))
+    folder = prepare.prepare(settings, tokenizer, host.make_progress_printer(seconds=5.0))
     print(printable(inspect.counts(folder)))
     return 0
-
-
-def _make_progress_printer(seconds: float) -> Callable[[str], None]:
-    """print_line(line): prints the first line, and later at most one line every `seconds`."""
-    due = -math.inf
-
-    def print_line(line: str) -> None:
-        nonlocal due
-        if time.monotonic() >= due:
-            due = time.monotonic() + seconds
-            print(printable(line), flush=True)
-
-    return print_line
 
 
 def _inspect(arguments, command: str) -> int:

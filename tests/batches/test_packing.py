@@ -116,6 +116,27 @@ def test_any_packed_epoch_holds_every_example_once(lengths, global_batch_size, m
     assert all(np.array_equal(a, b) for a, b in zip(rows, plans(3), strict=True))
 
 
+@pytest.mark.parametrize("multiple", [1, 2])
+def test_batches_of_packed_rows_do_not_depend_on_the_number_of_devices(multiple):
+    lengths = np.random.default_rng(2).integers(3, 16, 500)
+
+    def plans(num_shards):
+        epochs = packed_epochs(
+            lengths,
+            width=32,
+            global_batch_size=23,
+            seed=(1,),
+            multiple=multiple,
+            num_shards=num_shards,
+        )
+        return epochs.plan(3)
+
+    for one, eight in zip(plans(1), plans(8), strict=True):
+        assert len(eight.rows) % (8 * multiple) == 0
+        assert np.array_equal(eight.rows[: len(one.rows)], one.rows)
+        assert (eight.rows[len(one.rows) :] == -1).all()
+
+
 def test_packed_epochs_hold_every_example_once_in_batches_of_one_shape():
     lengths = np.random.default_rng(2).integers(3, 16, 500)
     epochs = packed_epochs(lengths, width=32, global_batch_size=24, seed=(1,), multiple=2)

@@ -204,13 +204,13 @@ def test_seeds_share_a_run_and_the_best_is_exported_also_when_killed(golden):
 
 
 @pytest.mark.parametrize(
-    ("stage", "name", "more"),
+    ("stage", "name", "part", "more"),
     [
-        ("pretrain", "corpus.txt", "\n\none more document about the sea and the wave"),
-        ("finetune", "dev.tsv", None),
+        ("pretrain", "corpus.txt", "corpus", "\n\none more document about the sea and the wave"),
+        ("finetune", "dev.tsv", "task.dev", None),
     ],
 )
-def test_data_changed_under_a_resume_is_refused(golden, tmp_path, stage, name, more):
+def test_data_changed_under_a_resume_is_refused(golden, tmp_path, stage, name, part, more):
     folder, _ = golden
     for copied in ("run.yaml", "train.tsv", "dev.tsv", "corpus.txt"):
         text = (folder / copied).read_text().replace(str(folder), str(tmp_path))
@@ -224,12 +224,12 @@ def test_data_changed_under_a_resume_is_refused(golden, tmp_path, stage, name, m
     }
     done = subprocess.run(_command("run"), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert f"{stage}: expected the data that this run began with" in done.stderr
+    assert f"{part}: expected the content that this run began with" in done.stderr
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
 def _run_until_killed(folder, run, stage, config="run.yaml"):
-    """Starts or resumes the run and SIGKILLs it as soon as `stage` has logged step 12."""
+    """Starts or resumes the run and SIGKILLs it after `stage` has logged step 12 and saved one."""
     process = subprocess.Popen(
         _command(run.name, config),
         cwd=folder,
@@ -241,7 +241,8 @@ def _run_until_killed(folder, run, stage, config="run.yaml"):
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         metrics = run / "metrics.jsonl"
-        if metrics.exists() and wanted in metrics.read_text():
+        is_saved = any((run / "checkpoints" / stage / "last").glob("[0-9]*"))
+        if is_saved and metrics.exists() and wanted in metrics.read_text():
             process.send_signal(signal.SIGKILL)
             break
         time.sleep(0.005)

@@ -1,5 +1,7 @@
 """Checkpoints are restored bit-exactly; damaged checkpoints are renamed and skipped."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,3 +103,38 @@ def test_files_are_hashed_in_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
     checkpoint.save(tmp_path / "c", 1, _tree(), {})
     assert checkpoint.restore_newest(tmp_path / "c", _abstract(_tree())).step == 1
+
+
+def test_a_checkpoint_that_is_read_is_not_removed(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, _tree(step), {}, keep=9)
+    with checkpoint.pinned(tmp_path / "1"):
+        assert checkpoint.prune(tmp_path, last=1) == [2]
+    assert checkpoint.prune(tmp_path, last=1) == [1]
+    with pytest.raises(FileNotFoundError), checkpoint.pinned(tmp_path / "1"):
+        pass
+
+
+def test_multiples_and_named_steps_are_kept(tmp_path):
+    for step in range(1, 9):
+        (tmp_path / str(step)).mkdir()
+    assert checkpoint.prune(tmp_path, last=2, every=3, also=[1]) == [2, 4, 5]
+    assert checkpoint.steps(tmp_path) == [1, 3, 6, 7, 8]
+
+
+def test_a_checkpoint_of_version_0_1_is_restored(tmp_path):
+    """Its manifest holds the hashes of files alone."""
+    checkpoint.save(tmp_path, 1, _tree(1), {})
+    manifest = tmp_path / "1" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text())["files"]))
+    assert checkpoint.restore_newest(tmp_path, _abstract(_tree())).step == 1
+
+
+def test_arrays_that_were_wrong_before_they_were_written_are_found(tmp_path):
+    checkpoint.save(tmp_path, 1, _tree(1), {})
+    manifest = tmp_path / "1" / "manifest.json"
+    found = json.loads(manifest.read_text())
+    found["arrays"]["w"] = "0" * 64
+    manifest.write_text(json.dumps(found))
+    with pytest.warns(UserWarning, match="arrays differ from manifest.json: .'w'"):
+        assert checkpoint.restore_newest(tmp_path, _abstract(_tree())) is None

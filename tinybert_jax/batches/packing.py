@@ -61,10 +61,13 @@ def packed_epochs(
     global_batch_size: int,
     seed: Sequence[int],
     multiple: int = 1,
+    num_shards: int = 1,
 ) -> Epochs:
     """Batches of packed rows with `global_batch_size` examples on average.
 
-    All batches have the same number of rows, a multiple of `multiple`.
+    All batches have the same number of rows, a multiple of `multiple`. Rows without examples then
+    fill each batch up to a multiple of `num_shards` × `multiple`, so that the examples of a batch
+    do not depend on the number of devices.
     """
     bins = pack(lengths, width, seed=tuple(seed))
     size = rows_per_batch(len(bins), len(lengths), global_batch_size, multiple)
@@ -74,6 +77,7 @@ def packed_epochs(
         order = np.random.default_rng([*seed, epoch]).permutation(len(bins))
         filled = np.full((num * size, bins.shape[1]), -1, np.int64)
         filled[: len(bins)] = bins[order]
-        return [Plan(rows, width) for rows in np.split(filled, num)]
+        filler = np.full((-size % (num_shards * multiple), bins.shape[1]), -1, np.int64)
+        return [Plan(np.concatenate([rows, filler]), width) for rows in np.split(filled, num)]
 
     return Epochs(num, plan)

@@ -66,7 +66,15 @@ class StageSection(Section):
         None, description="overrides all dropout rates of the model"
     )
     log_every: PositiveInt = 50
-    save_every: PositiveInt = 500
+    save_every: PositiveInt = Field(500, description="steps; see also save_minutes")
+    save_minutes: Positive = Field(
+        5.0, description="a state is saved at the latest so long after the one before"
+    )
+    keep_every: PositiveInt | None = Field(
+        None,
+        description="steps whose multiples stay among the checkpoints, beside the last two and "
+        "that of the best score",
+    )
     eval_every: PositiveInt | None = Field(None, description="steps; default: once an epoch")
     patience: PositiveInt | None = Field(
         None, description="stop after this many evaluations in a row without a better score"

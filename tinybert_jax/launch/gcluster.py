@@ -3,7 +3,8 @@
 import shlex
 
 from tinybert_jax.launch import job as jobs
-from tinybert_jax.launch.job import STOPPED_AND_SAVED, Job
+from tinybert_jax.launch.job import Job
+from tinybert_jax.training.preemption import STOPPED
 
 _RESTARTS = 100
 _KILLED = (137, 143)  # 128 + SIGKILL and 128 + SIGTERM
@@ -41,7 +42,7 @@ def render(
         "num-nodes": None if machines.is_tpu else str(machines.num_hosts),
         "grace-period": f"{grace}s",
         "restarts": str(job.restarts(_RESTARTS)),
-        "restart-on-exit-codes": ",".join(map(str, (STOPPED_AND_SAVED, *_KILLED))),
+        "restart-on-exit-codes": ",".join(map(str, (STOPPED, *_KILLED))),
         "gke-nap-provisioning": "spot" if job.is_spot else None,
         "command": shlex.join(
             ["env", *(f"{name}={value}" for name, value in job.environment.items()), *job.words]

@@ -12,9 +12,6 @@ from typing import NamedTuple
 from tinybert_jax.config.compute import MeshSection
 from tinybert_jax.launch.accelerators import Machines
 
-# The exit code of a run that was told to stop and has saved its state: the same command goes on
-# with it. It is EX_TEMPFAIL of sysexits.h.
-STOPPED_AND_SAVED = 75
 WRONG_INPUT = 2  # the exit code for which running again is of no use
 # The working folder in the images of launch/Dockerfile, which have configs/ there.
 IMAGE_FOLDER = "/workspace"

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from tinybert_jax.launch import job as jobs
-from tinybert_jax.launch.job import STOPPED_AND_SAVED, Job
+from tinybert_jax.launch.job import Job
+from tinybert_jax.training.preemption import STOPPED
 
 _CONTAINER = "tinybert"
 _RESTARTS = 3
@@ -84,7 +85,7 @@ def _job_spec(job: Job, grace: int) -> dict[str, Any]:
             "onExitCodes": {
                 "containerName": _CONTAINER,
                 "operator": "In",
-                "values": [STOPPED_AND_SAVED],
+                "values": [STOPPED],
             },
         },
     ]

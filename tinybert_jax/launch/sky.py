@@ -7,7 +7,8 @@ import yaml
 
 from tinybert_jax.launch import job as jobs
 from tinybert_jax.launch.accelerators import Gpu
-from tinybert_jax.launch.job import IMAGE_FOLDER, STOPPED_AND_SAVED, Job
+from tinybert_jax.launch.job import IMAGE_FOLDER, Job
+from tinybert_jax.training.preemption import STOPPED
 
 _RESTARTS = 3
 
@@ -28,7 +29,7 @@ def render(job: Job, *, infra: str | None = None) -> str:
         "image_id": f"docker:{job.container}",
         "job_recovery": {
             "max_restarts_on_errors": job.restarts(_RESTARTS),
-            "recover_on_exit_codes": [STOPPED_AND_SAVED],
+            "recover_on_exit_codes": [STOPPED],
         },
     }
     buckets = {

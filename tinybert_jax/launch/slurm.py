@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from tinybert_jax.launch import job as jobs
-from tinybert_jax.launch.job import IMAGE_FOLDER, STOPPED_AND_SAVED, Job
+from tinybert_jax.launch.job import IMAGE_FOLDER, Job
+from tinybert_jax.training.preemption import STOPPED
 
 Form = Literal["bare", "apptainer", "pyxis"]
 _SECONDS_TO_STOP = 120  # between the signal and the time limit
@@ -35,7 +36,7 @@ def render(
         *_directives(job, tasks_per, time, options),
         "",
         *jobs.exports(values),
-        _BODY.format(srun=" \\\n  ".join(command), stopped=STOPPED_AND_SAVED),
+        _BODY.format(srun=" \\\n  ".join(command), stopped=STOPPED),
     ]
     return "\n".join(lines)
 

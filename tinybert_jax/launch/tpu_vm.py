@@ -10,7 +10,8 @@ import shlex
 
 from tinybert_jax.launch import job as jobs
 from tinybert_jax.launch.accelerators import Tpu
-from tinybert_jax.launch.job import STOPPED_AND_SAVED, WRONG_INPUT, Job
+from tinybert_jax.launch.job import WRONG_INPUT, Job
+from tinybert_jax.training.preemption import STOPPED
 
 _RESTARTS = 3
 _SECONDS_TO_STOP = 120
@@ -139,7 +140,7 @@ def _startup(job: Job) -> str:
             [*map(shlex.quote, command), job.container, shlex.join(job.words)]
         ),
         wrong=WRONG_INPUT,
-        stopped=STOPPED_AND_SAVED,
+        stopped=STOPPED,
         restarts=job.restarts(_RESTARTS),
     )
     return "\n".join([*lines, loop])

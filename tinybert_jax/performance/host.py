@@ -1,14 +1,21 @@
-"""Memory settings of a `tinybert` process, its processor, and locks on folders.
+"""Memory settings of a `tinybert` process, its processor, its output, and locks on folders.
 
 Importing it changes nothing.
 """
 
 import contextlib
 import ctypes
+import math
+import os
 import re
+import select
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from tinybert_jax.performance import disk
+from tinybert_jax.report.console import printable
 
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}  # of /proc/cpuinfo
 # From glibc's malloc.h.
@@ -53,16 +60,47 @@ def multiplies_bfloat16() -> bool:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path, setting: str) -> Iterator[None]:
-    """Makes the folder and locks it; raises ValueError where another process holds the lock."""
+    """Makes the folder and locks it; raises ValueError where another process holds the lock.
+
+    Both `.lock` and the folder are locked: whoever deletes the file does not open the folder.
+    """
     import fcntl  # Unix only; prediction, which needs no lock, runs without it
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    disk.make_folder(folder)
+    with (folder / ".lock").open("w") as lock, contextlib.ExitStack() as stack:
+        descriptor = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, descriptor)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
                 f"{setting}: {folder} is in use by another process; wait for it or choose "
                 f"another {setting}"
             ) from None
         yield
+
+
+def is_output_closed() -> bool:
+    """Whether the reader of standard output has closed the pipe; then redirects it to /dev/null."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    # Otherwise Python reports the same error again when it flushes standard output at exit.
+    with open(os.devnull, "w") as devnull:
+        os.dup2(devnull.fileno(), sys.stdout.fileno())
+    return True
+
+
+def make_progress_printer(seconds: float) -> Callable[[str], None]:
+    """print_line(line): prints the first line, and later at most one line every `seconds`."""
+    due = -math.inf
+
+    def print_line(line: str) -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            due = time.monotonic() + seconds
+            print(printable(line), flush=True)
+
+    return print_line

@@ -21,11 +21,12 @@ from tinybert_jax.data.splits import describe_labels
 from tinybert_jax.recipes import distill, finetune, pretrain
 from tinybert_jax.report.console import console_summary
 from tinybert_jax.report.page import write_report
-from tinybert_jax.runs import estimate
+from tinybert_jax.runs import estimate, identity
 from tinybert_jax.runs.preflight import open_run, read_run, reads_task_teacher
 from tinybert_jax.runs.results import best_seed, collect_results
 from tinybert_jax.runs.run import Run, RunTask, check_teacher, export_models
 from tinybert_jax.training.metric_log import read_rows
+from tinybert_jax.training.preemption import NEVER, Stop
 
 _RECIPES = {
     PRETRAIN: pretrain.main,
@@ -45,15 +46,16 @@ def main(
     command: str = "",
     *,
     is_profiled: bool = False,
+    stop: Stop = NEVER,
 ) -> Path:
     """Runs the given stages that the config has and that are not done; returns the run folder.
 
-    `command`: the command line, for `results.json`. Raises ValueError where the config has none of
-    the stages or an input is wrong.
+    `command`: the command line, for `results.json`. `stop`: a request to stop; Stopped is raised
+    then. Raises ValueError where the config has none of the stages or an input is wrong.
     """
     chosen = _choose_stages(config, stages)
     with open_run(config, chosen) as run:
-        run = run._replace(is_profiled=is_profiled)
+        run = run._replace(is_profiled=is_profiled, stop=stop)
         if run.task:
             run.log.say(_describe_task(run.task))
         plans = [run.plans[stage.name] for stage in chosen]
@@ -62,6 +64,7 @@ def main(
             if is_new and plan.stage is FINETUNE and reads_task_teacher(plans):
                 for teacher in run.own_teachers or [run.task_teacher]:
                     check_teacher(run, teacher, run.teacher)
+        stop.place = "after its last stage"
         lines = read_rows(run.folder / "metrics.jsonl")
         summary = collect_results(run, lines, command, config.export)
         exported = _exported(run, summary, is_best=config.export == "best")
@@ -123,8 +126,13 @@ def _run_once(run: Run, plan: StagePlan) -> bool:
         profile = "; no profile of it" if run.is_profiled else ""
         run.log.say(f"{name}: done before, kept{profile}")
         return False
+    run.stop.place = f"at the start of {name}"
+    identity.check_finished(run)
+    if identity.has_finished(run, plan):
+        run.log.say(f"{name}: has finished before, but lacks a model folder; runs again")
     start = time.perf_counter()
     _RECIPES[plan.stage](run, plan)
+    identity.finish(run, plan)
     seconds = time.perf_counter() - start
     run.log.write("stage", name, 0, {"seconds": seconds})
     run.log.say(f"{name}: finished in {seconds:.0f} s")

@@ -20,20 +20,31 @@ from jax.sharding import Mesh
 
 from tinybert_jax.config import load as config_files
 from tinybert_jax.config.run import RunConfig, StagePlan
-from tinybert_jax.config.stages import FINETUNE, PRETRAIN, Stage
+from tinybert_jax.config.stages import FINETUNE, PRETRAIN, STAGE_NAMES, Stage
 from tinybert_jax.huggingface.hub import pin_revision
 from tinybert_jax.huggingface.untrusted import read_json
 from tinybert_jax.parallel.mesh import make_mesh
-from tinybert_jax.performance import host
+from tinybert_jax.performance import disk, host
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
-from tinybert_jax.runs import checks, corpus_checks
+from tinybert_jax.runs import checks, corpus_checks, identity
 from tinybert_jax.runs.inputs import read_inputs
 from tinybert_jax.runs.run import Run, RunTask, check_teacher
 from tinybert_jax.tasks.table import TASKS
 from tinybert_jax.training.metric_log import MetricLog
+from tinybert_jax.training.saver import Saver
 
 # Settings that may differ when a run resumes, because no array depends on them.
-_MAY_CHANGE = ("distillation.teacher_margin", "export")
+_MAY_CHANGE = (
+    "run_dir",  # the folder may be moved, or named by another path
+    "distillation.teacher_margin",
+    "export",
+    *(
+        f"{stage}.{name}"
+        for stage in STAGE_NAMES
+        for name in ("save_every", "save_minutes", "keep_every")
+    ),
+)
+_LAST_SAVE_SECONDS = 60.0  # for which a run that fails waits for a save under way
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 
 
@@ -55,10 +66,15 @@ def open_run(config: RunConfig, stages: Sequence[Stage]) -> Iterator[Run]:
                 check_teacher(run, teacher.section.path, teacher.sizes)
     with host.locked_folder(run.folder, "run_dir"):
         check_folder(run.folder, config)  # again: another run may have begun meanwhile
+        _remove_leftovers(run.folder)
         _write_identity(run.folder, config, run.mesh)
         _write_pins(run.folder, pins)
         _save_tokenizer(run.folder, run.tokenizer)
-        yield run._replace(peak_flops=_peak_flops(config.compute.dtype, run.mesh.size))
+        identity.check_run(run)
+        try:
+            yield run._replace(peak_flops=_peak_flops(config.compute.dtype, run.mesh.size))
+        finally:
+            run.saver.finish(_LAST_SAVE_SECONDS)
 
 
 def read_run(config: RunConfig, stages: Sequence[Stage], pins: dict[str, str] | None = None) -> Run:
@@ -89,11 +105,13 @@ def read_run(config: RunConfig, stages: Sequence[Stage], pins: dict[str, str] | 
     if config.task and inputs.task:
         kind = TASKS[config.task.kind]
         task = RunTask(kind, config.task.name, config.task.chosen_metric, inputs.task)
+    log = MetricLog(folder / "metrics.jsonl")
     run = Run(
         name=config.name,
         folder=folder,
         mesh=make_mesh(config.mesh),
-        log=MetricLog(folder / "metrics.jsonl"),
+        log=log,
+        saver=Saver(log.say),
         seed=config.seed,
         plans=config.plans,
         compute=config.compute,
@@ -111,6 +129,7 @@ def read_run(config: RunConfig, stages: Sequence[Stage], pins: dict[str, str] | 
         heldout_store=inputs.corpus.heldout_store,
         peak_flops=np.nan,  # `open_run` measures it
     )
+    identity.check_finished(run)  # before a check reads a model of them
     _check_order(config, stages, run)
     _check(run, [run.plans[stage.name] for stage in stages])
     return run
@@ -225,21 +244,27 @@ def _reads_existing_task_teacher(run: Run, stages: Sequence[Stage]) -> bool:
     return reads_task_teacher(pending) and all(plan.stage is not FINETUNE for plan in pending)
 
 
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what a kill has left of files and folders that were being written."""
+    for path in [*folder.glob(".*-partial"), *folder.glob("models/.*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
     """Saves the tokenizer, complete or not at all, because a resumed run reads it."""
     if not (folder / "tokenizer").is_dir():
         partial = folder / ".tokenizer-partial"
         shutil.rmtree(partial, ignore_errors=True)
         tokenizer.save_pretrained(str(partial))
+        disk.sync_tree(partial)
         partial.rename(folder / "tokenizer")
+        disk.sync(folder)
 
 
 def _write_identity(folder: Path, config: RunConfig, mesh: Mesh) -> None:
     """Writes `config.yaml` and `env.json`: versions, devices, commit and start time."""
     earlier = _earlier_environments(folder / "env.json")
-    partial = folder / ".config-partial"
-    partial.write_text(config_files.dump(config), encoding="utf-8")
-    partial.rename(folder / "config.yaml")
+    disk.replace_text(folder / "config.yaml", config_files.dump(config))
     environment: dict[str, Any] = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "tinybert-jax": _package_version(),
@@ -252,9 +277,7 @@ def _write_identity(folder: Path, config: RunConfig, mesh: Mesh) -> None:
         "git_commit": _git_commit(),
         "earlier": earlier,
     }
-    partial = folder / ".env-partial"
-    partial.write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
-    partial.rename(folder / "env.json")
+    disk.replace_text(folder / "env.json", json.dumps(environment, indent=2) + "\n")
 
 
 def _earlier_environments(file: Path) -> list[dict[str, Any]]:

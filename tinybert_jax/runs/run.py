@@ -24,6 +24,10 @@ from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.tasks.task import Scored, Settings, Task
 from tinybert_jax.tokens.store import Store
 from tinybert_jax.training.metric_log import MetricLog
+from tinybert_jax.training.preemption import NEVER, Stop
+from tinybert_jax.training.saver import Saver
+
+INPUTS, IDENTITIES = "inputs.json", "stages"  # what `runs.identity` writes to the run folder
 
 
 class RunTask(NamedTuple):
@@ -60,8 +64,10 @@ class Run(NamedTuple):
     heldout: tuple[str, ...]  # documents of the corpus that no stage trains on
     stores: tuple[tuple[Store, float], ...]  # the corpus as (token store, share of a batch)
     heldout_store: Store | None
+    saver: Saver  # writes checkpoints
     peak_flops: float  # FLOP/s of all devices together; NaN where unknown
     is_profiled: bool = False  # write a trace of each stage to `folder/profile`
+    stop: Stop = NEVER  # a request to stop the run
 
     @property
     def required_task(self) -> RunTask:
@@ -98,17 +104,26 @@ class Run(NamedTuple):
         folders = [first.with_name(f"{first.name}-seed-{seed}") for seed in plan.seeds]
         return folders if plan.stage.role == "teacher" else [first, *folders[1:]]
 
-    def is_done(self, stage: str) -> bool:
-        """Whether every model folder of the stage is complete."""
-        plan = self.plans.get(stage)
-        if plan is None:
-            return False
+    def output_folders(self, plan: StagePlan) -> list[Path]:
+        """Every model folder that the stage writes."""
         folders = [
             folder
             for name in plan.members
-            for folder in (*self.seed_folders(plan, name), self.model_folder(stage, name))
+            for folder in (*self.seed_folders(plan, name), self.model_folder(plan.name, name))
         ]
-        return bool(folders) and all((path / "config.json").is_file() for path in folders)
+        return list(dict.fromkeys(folders))
+
+    def is_done(self, stage: str) -> bool:
+        """Whether the stage has finished and its model folders exist."""
+        plan = self.plans.get(stage)
+        if plan is None:
+            return False
+        folders = self.output_folders(plan)
+        if not folders or not all((path / "config.json").is_file() for path in folders):
+            return False
+        is_recorded = (self.folder / IDENTITIES / f"{stage}.json").is_file()
+        # Version 0.1 wrote neither file.
+        return is_recorded or not (self.folder / INPUTS).is_file()
 
     def find_model(self, *stages: str, member: str = SOLE, seed: int | None = None) -> Path | None:
         """The model folder of the first of `stages` that is done; None where none is done.

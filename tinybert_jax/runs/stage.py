@@ -3,9 +3,9 @@
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,16 @@ import numpy as np
 import optax
 
 from tinybert_jax.batches import loader
+from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.models import SOLE
-from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import StageSection
-from tinybert_jax.inference.scorer import Evaluator
 from tinybert_jax.models.params import restack_layers, sha256, unstack_layers
-from tinybert_jax.objectives.objective import Objective
 from tinybert_jax.parallel import sharding
+from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance import trace
 from tinybert_jax.runs.run import Run
-from tinybert_jax.runs.stage_batches import StageBatches
-from tinybert_jax.training import checkpoint, loop
+from tinybert_jax.runs.stage_state import Member, StageCheckpoints, Training, models_of
+from tinybert_jax.training import loop
 from tinybert_jax.training.early_stopping import compare_with_best
 from tinybert_jax.training.members import (
     join_objectives,
@@ -41,43 +40,8 @@ from tinybert_jax.training.step import (
 )
 from tinybert_jax.training.throughput import Meter
 
-
-class Member(NamedTuple):
-    """One trained model of a stage (or one model per seed): objective, start and evaluator."""
-
-    objective: Objective
-    init_params: Callable[[jax.Array, int], Any]  # (key, index of the seed) -> parameters
-    evaluator: Evaluator | None = None  # None: the stage is not evaluated
-
-
-class Training(NamedTuple):
-    """The models, batches and frozen teacher of one stage."""
-
-    plan: StagePlan
-    members: Mapping[str, Member]  # by name; all have an evaluator of the same rows, or none has
-    batches: StageBatches
-    frozen: Any  # a tree of arrays that the objective reads and training does not change
-    # (padded width) -> FLOPs of a step per token; a packed row counts as one example at the heads.
-    flops_per_token: Callable[[int], float]
-    read_frozen: Callable[[Any], Any] = lambda frozen: frozen  # (frozen) -> the step's arrays
-    metric: str = ""  # chooses the best parameters; "": the last parameters are kept
-
-    @property
-    def name(self) -> str:
-        return self.plan.name
-
-    @property
-    def section(self) -> StageSection:
-        return self.plan.section
-
-    @property
-    def num_steps(self) -> int:
-        return self.batches.num_steps(self.section)
-
-    @property
-    def evaluators(self) -> dict[str, Evaluator]:
-        members = self.members.items()
-        return {name: m.evaluator for name, m in members if m.evaluator is not None}
+_PLAN = "packs for any number of devices"  # in the progress of a stage that this version began
+EVALUATION_DUE = "evaluation_due"  # in the progress of a state that a stop saved: evaluate it first
 
 
 def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
@@ -85,32 +49,24 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
 
     Returns the best (or last) parameters by member name, in a list with one entry per seed.
     """
-    section, folder = training.section, run.folder / "checkpoints" / training.name
-    num_steps = training.num_steps
+    section, num_steps = training.section, training.num_steps
     schedule, optimizer = _make_optimizer(section, num_steps)
     optimizer = join_optimizer(optimizer, training.members)
-    state, target, progress = _open_state(run, training, optimizer, folder)
+    checkpoints = StageCheckpoints(run, training)
+    state, target = _open_state(run, training, optimizer, checkpoints)
     start_step = int(state.step)
     if start_step:
         run.log.say(f"{training.name}: resumes at step {start_step} of {num_steps}")
 
     placement = sharding.batch_sharding(run.mesh)
-    pending = progress.get("pending", [])
-    meter = _make_meter(run, training, start_step, pending)
-    evaluate = _EvaluationHook(run, training, folder, progress, meter)
+    meter = _make_meter(run, training, start_step, checkpoints.progress.get("pending", []))
+    saves = _SaveHook(run, training, checkpoints, meter)
+    saves.set_place(start_step)
+    evaluate = _EvaluationHook(saves)
+    if checkpoints.progress.pop(EVALUATION_DUE, False):  # a stop came before it
+        evaluate(start_step, state)
 
-    def is_due(step: int) -> bool:
-        return step % section.save_every == 0 or step == num_steps or evaluate.is_due(step)
-
-    def save(step: int, state: TrainState) -> bool:
-        # A save follows every evaluation: after a kill, `best` is at most one save ahead of `last`.
-        if is_due(step):
-            with meter.paused(state):
-                progress["pending"] = meter.snapshot()
-                checkpoint.save(folder / "last", step, state, progress)
-        return False
-
-    if not progress.get("stopped"):
+    if not checkpoints.progress.get("stopped"):
         step_fn = make_train_step(
             join_objectives({name: m.objective for name, m in training.members.items()}),
             optimizer,
@@ -121,7 +77,12 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
             gradient_accumulation_steps=section.gradient_accumulation_steps,
             average_decay=section.average_decay or 0.0,
         )
-        with _step(run, training, step_fn, meter) as step:
+        frozen = sharding.place_params(training.read_frozen(training.frozen), run.mesh)
+        compile_step = _CompileStep(step_fn, frozen, saves)
+        with (
+            run.stop.between_steps(),
+            _step(run, training, step_fn, frozen, meter) as step,
+        ):
             state = loop.fit(
                 state,
                 step,
@@ -131,21 +92,24 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
                 start_step=start_step,
                 num_steps=num_steps,
                 record=meter.record,
-                is_due=is_due,
-                hooks=(evaluate, save),
+                is_new=compile_step.is_new,
+                compile_step=compile_step,
+                is_due=saves.is_due,
+                hooks=(evaluate, saves),
             )
+            run.saver.wait()
     chosen = state.evaluated
     if training.metric:
-        chosen = _restore_best(run, training, folder / "best", target.params, progress)
-    models = _models(jax.device_get(chosen), training.members, state.key)
+        chosen = checkpoints.best(target.params)
+        run.log.say(checkpoints.describe_best())
+    models = models_of(jax.device_get(chosen), training.members, state.key)
     return {name: [restack_layers(params) for params in models[name]] for name in models}
 
 
 def _step(
-    run: Run, training: Training, step_fn: TrainStep, meter: Meter
+    run: Run, training: Training, step_fn: TrainStep, frozen: Any, meter: Meter
 ) -> contextlib.AbstractContextManager[trace.Step]:
     """Yields step(state, batch); with `run.is_profiled` it traces some of its calls."""
-    frozen = sharding.place_params(training.read_frozen(training.frozen), run.mesh)
 
     def step(state, batch):
         return step_fn(state, batch, frozen)
@@ -161,38 +125,45 @@ def _step(
     )
 
 
-def _models(params: Any, names: Iterable[str], key: jax.Array) -> dict[str, list[Any]]:
-    """The parameters of each seed, by member name.
-
-    A vector of keys [seeds] means that the leaves of `params` are [seeds, …].
-    """
-
-    def by_seed(stacked: Any) -> list[Any]:
-        if not key.ndim:
-            return [stacked]
-        return [jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(len(key))]  # noqa: B023
-
-    return {name: by_seed(stacked) for name, stacked in split_members(params, names).items()}
-
-
 def _open_state(
-    run: Run, training: Training, optimizer: optax.GradientTransformation, folder: Path
-) -> tuple[TrainState, TrainState, dict[str, Any]]:
-    """The state to start or resume from, its abstract form, and the progress saved with it."""
+    run: Run,
+    training: Training,
+    optimizer: optax.GradientTransformation,
+    checkpoints: StageCheckpoints,
+) -> tuple[TrainState, TrainState]:
+    """The state to start or resume from, and its abstract form."""
     params, step_key = _start(run, training)
     averaged = training.section.average_decay is not None
     target = abstract_state(params, optimizer, step_key, run.mesh, averaged=averaged)
     fingerprint = _fingerprint(training)
-    restored = checkpoint.restore_newest(folder / "last", target)
-    if restored is None:
+    state = checkpoints.restore(target)
+    progress = checkpoints.progress
+    if state is None:
         state = init_state(params, optimizer, step_key, run.mesh, averaged=averaged)
-        progress: dict[str, Any] = {"data": fingerprint}
-    else:
-        state, progress = restored.tree, restored.meta
-        _check_same_data(training.name, progress["data"], fingerprint)
-    run.log.rewind(training.name, int(state.step))
-    checkpoint.discard_after(folder / "best", int(state.step))
-    return state, target, progress
+        progress |= {"data": fingerprint, "plan": _PLAN}
+    elif progress["data"] != fingerprint:
+        raise ValueError(
+            f"{training.name}: expected the data that this run began with "
+            f"({progress['data'][:12]}), got other data ({fingerprint[:12]}): rows or teacher "
+            "changed; restore the files or the package versions, or choose another run_dir"
+        )
+    elif progress.get("plan") != _PLAN and _packs_for_devices(run, training):
+        raise ValueError(
+            f"{training.name}: expected a stage that this version began, got one whose packed "
+            f"batches depend on the number of devices; delete {checkpoints.folder} to train the "
+            "stage again, or go on with the version that began it"
+        )
+    step, unwritten = int(state.step), []
+    if progress.get(EVALUATION_DUE):
+        unwritten = ["eval", "train"] if progress["pending"] else ["eval"]
+    run.log.rewind(training.name, step, unwritten)
+    checkpoints.discard_after(step)
+    return state, target
+
+
+def _packs_for_devices(run: Run, training: Training) -> bool:
+    """Whether version 0.1 made other batches than this one."""
+    return training.section.batching == "pack" and num_batch_shards(run.mesh) > 1
 
 
 def _fingerprint(training: Training) -> str:
@@ -223,62 +194,96 @@ def _start(run: Run, training: Training) -> tuple[Any, jax.Array]:
     return stacked, jnp.stack([step_key for _, step_key in keys])
 
 
-def _restore_best(run: Run, training: Training, folder: Path, target: Any, progress: dict) -> Any:
-    best = _best(training.name, folder, target, progress)
-    by_name = split_members(progress["best_scores"], training.members)
-    shown = "; ".join(
-        f"{name} {', '.join(f'{score:.4f}' for score in scores)}".lstrip()
-        for name, scores in by_name.items()
-    )
-    run.log.say(f"{training.name}: best {training.metric} {shown} by step {progress['best_step']}")
-    return best
+class _SaveHook:
+    """A hook of the training loop: saves the state, and ends the loop where a stop is asked."""
 
-
-def _best(stage: str, folder: Path, target: Any, progress: dict) -> Any:
-    best = checkpoint.restore_newest(folder, target)
-    if best is None or best.step != progress["best_step"]:
-        raise ValueError(
-            f"{stage}: expected an intact checkpoint of step {progress['best_step']} in {folder}, "
-            f"got {'none' if best is None else f'step {best.step}'}; delete {folder.parent} to "
-            "train this stage again"
-        )
-    return best.tree
-
-
-def _check_same_data(stage: str, before: str, now: str) -> None:
-    if before != now:
-        raise ValueError(
-            f"{stage}: expected the data that this run began with ({before[:12]}), got other data "
-            f"({now[:12]}): rows or teacher changed; restore the files or the package versions, "
-            "or choose another run_dir"
-        )
-
-
-class _EvaluationHook:
-    """A hook of the training loop: evaluates, saves the best parameters, and stops early.
-
-    `folder`: checkpoints of the stage. `progress`: a JSON object that the hook updates and the
-    caller saves with each checkpoint.
-    """
-
-    def __init__(self, run, training, folder, progress, meter):
-        self.run, self.training, self.folder = run, training, folder
+    def __init__(
+        self, run: Run, training: Training, checkpoints: StageCheckpoints, meter: Meter
+    ) -> None:
+        self.run, self.training, self.meter = run, training, meter
+        self.checkpoints, self.progress = checkpoints, checkpoints.progress
+        self.num_steps = training.num_steps
         self.every = training.section.eval_every or training.batches.num_batches
-        self.num_steps, self.progress, self.meter = training.num_steps, progress, meter
+        self.is_stopping = self.is_saving = False
+        self.saved_at = time.monotonic()  # a clock that nobody sets
 
-    def is_due(self, step: int) -> bool:
+    def set_place(self, step: int) -> None:
+        """Says where a stop would find the run."""
+        if step:
+            name = self.training.name
+            self.run.stop.place = f"after step {step} of {self.num_steps} of {name}"
+
+    def evaluates(self, step: int) -> bool:
         is_time = step % self.every == 0 or step == self.num_steps
         return bool(self.training.evaluators) and is_time
 
+    def is_due(self, step: int) -> bool:
+        """Whether to save; a stop that is asked later counts from the next step on.
+
+        Raises SaveError where an earlier save has failed.
+        """
+        self.run.saver.check()
+        self.is_stopping = self.run.stop.is_asked
+        self.set_place(step)
+        # A save follows every evaluation: after a kill, `best` is at most one save ahead of `last`.
+        section = self.training.section
+        is_time = time.monotonic() - self.saved_at >= 60 * section.save_minutes
+        is_step = step % section.save_every == 0 or step == self.num_steps
+        self.is_saving = is_time or is_step or self.evaluates(step) or self.is_stopping
+        return self.is_saving
+
     def __call__(self, step: int, state: TrainState) -> bool:
-        if not self.is_due(step):
+        if self.is_saving:
+            with self.meter.paused(state):
+                self.save(step, state, is_evaluated=not self.is_stopping)
+        return self.is_stopping
+
+    def save(self, step: int, state: TrainState, *, is_evaluated: bool) -> None:
+        """Saves the state of a step, unless it is the one that was saved last."""
+        if step > self.checkpoints.saved_step:
+            changes = {EVALUATION_DUE: True} if self.evaluates(step) and not is_evaluated else {}
+            self.checkpoints.save(step, state, self.meter.snapshot(), **changes)
+            self.saved_at = time.monotonic()
+        if self.run.stop.is_asked:
+            self.run.saver.wait()
+
+
+class _CompileStep:
+    """Compiles the step for each new shape of a batch; a stop need not wait until it is done."""
+
+    def __init__(self, step_fn: TrainStep, frozen: Any, saves: _SaveHook):
+        self.step_fn, self.frozen, self.saves = step_fn, frozen, saves
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def is_new(self, batch: Batch) -> bool:
+        return batch.shape not in self.shapes
+
+    def __call__(self, step: int, state: TrainState, batch: Batch) -> None:
+        self.shapes.add(batch.shape)
+        save = functools.partial(self.saves.save, step, state, is_evaluated=True)
+        with self.saves.meter.paused(state), self.saves.run.stop.saving_with(save):
+            self.step_fn.compile(state, batch, self.frozen)
+
+
+class _EvaluationHook:
+    """A hook of the training loop: evaluates, saves the best parameters, and stops early."""
+
+    def __init__(self, saves: _SaveHook):
+        self.saves, self.run, self.training = saves, saves.run, saves.training
+        self.checkpoints, self.progress = saves.checkpoints, saves.progress
+        self.meter, self.num_steps = saves.meter, saves.num_steps
+
+    def __call__(self, step: int, state: TrainState) -> bool:
+        if not self.saves.evaluates(step) or self.saves.is_stopping:
             return False
         with self.meter.paused(state):
-            models = _models(state.evaluated, self.training.members, state.key)
-            metrics = {
-                name: [evaluator.measure(params) for params in models[name]]
-                for name, evaluator in self.training.evaluators.items()
-            }
+            models = models_of(state.evaluated, self.training.members, state.key)
+            save = functools.partial(self.saves.save, step, state, is_evaluated=False)
+            with self.run.stop.saving_with(save):
+                metrics = {
+                    name: [evaluator.measure(params) for params in models[name]]
+                    for name, evaluator in self.training.evaluators.items()
+                }
             self._log(step, metrics)
             metric = self.training.metric
             scores = {name: [m[metric] for m in seeds] for name, seeds in metrics.items() if metric}
@@ -317,8 +322,7 @@ class _EvaluationHook:
         if any(is_better.any() for is_better in flags.values()):
             is_all = all(is_better.all() for is_better in flags.values())
             kept = state.evaluated if is_all else self._merged(state, flags)
-            checkpoint.save(self.folder / "best", step, kept, {}, keep=3)
-            self.progress["best_step"] = step
+            self.checkpoints.save_best(step, kept, is_whole=is_all)
         self.progress |= {name: merge_members(getattr(standing, name)) for name in names}
         if standing.is_over:
             self.progress["stopped"] = True
@@ -330,7 +334,7 @@ class _EvaluationHook:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
             state.evaluated,
         )
-        kept = _best(self.training.name, self.folder / "best", target, self.progress)
+        kept = self.checkpoints.best(target)
         new, old = (split_members(params, is_better) for params in (state.evaluated, kept))
 
         def choose(flags: np.ndarray, new: jax.Array, old: jax.Array) -> jax.Array:

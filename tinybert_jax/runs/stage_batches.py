@@ -114,13 +114,13 @@ def _make_row_batches(
     run: Run, section: StageSection, rows: TokenRows, seed: tuple[int, ...]
 ) -> StageBatches:
     if section.batching == "pack":
-        shards = num_batch_shards(run.mesh)
         epochs = packed_epochs(
             rows.lengths,
             width=section.max_length,
             global_batch_size=section.global_batch_size,
             seed=seed,
-            multiple=shards * section.gradient_accumulation_steps,
+            multiple=section.gradient_accumulation_steps,
+            num_shards=num_batch_shards(run.mesh),
         )
     else:
         epochs = bucketed_epochs(

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from tinybert_jax.batches.batch import TokenRows
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.models.params import sha256
+from tinybert_jax.performance import disk
 from tinybert_jax.runs.run import Run, load_frozen, make_stage_scorer, place_frozen_params
 from tinybert_jax.settings.sizes import ModelConfig
 
@@ -54,7 +55,7 @@ def _read_teacher(
     }
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     folder = run.folder / "teacher_logits" / key
-    folder.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(folder)
     score = make_stage_scorer(run, apply, section)
     parts, placed = [], place_frozen_params(run, params)
     for start in range(0, num_rows, ROWS_PER_FILE):
@@ -73,7 +74,9 @@ def _save(logits: np.ndarray, file: Path) -> None:
     partial = file.with_suffix(".partial")
     content = hashlib.sha256(logits.tobytes()).hexdigest()
     save_file({"logits": logits}, partial, metadata={"sha256": content})
+    disk.sync(partial)
     partial.rename(file)
+    disk.sync(file.parent)
 
 
 def _load(file: Path, shape: tuple[int, int]) -> np.ndarray:

@@ -1,21 +1,35 @@
-"""Saves and restores training state. The only file that imports Orbax.
+"""Writes and reads checkpoints of training state. The only file that imports Orbax.
 
-A checkpoint is a folder `<step>`, written under another name and renamed when complete. It holds
-the SHA-256 of every file, because Orbax restores flipped bits without an error.
+A checkpoint is a folder `<step>`, written under another name, synced to the disk and renamed when
+complete. It holds the SHA-256 of every file and of every array, because Orbax restores flipped bits
+without an error. Whoever reads a checkpoint locks its manifest, and nobody removes it meanwhile.
 """
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import shutil
+import time
 import warnings
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from tinybert_jax.performance import disk
 
 _STATE, _META, _MANIFEST = "state", "meta.json", "manifest.json"
 _PARTIAL, _DAMAGED = "partial-", "damaged-"
+_READ_WAITS = (0.25, 1.0)  # seconds before a refused read is tried again
+_SPARE_BYTES, _SPARE_FILES = 2**16, 40  # what a checkpoint needs beside its arrays
+_T = TypeVar("_T")
 
 
 class Restored(NamedTuple):
@@ -29,65 +43,191 @@ def save(folder: Path, step: int, tree: Any, meta: dict[str, Any], *, keep: int 
 
     `meta`: a JSON object stored beside the arrays. An existing checkpoint of `step` is replaced.
     """
+    written = write(folder, step, fetch(tree), json.dumps(meta))
+    prune(folder, last=keep)
+    return written
+
+
+def fetch(tree: Any) -> Any:
+    """A copy of all arrays in the host's memory, which a step that donates them leaves alone."""
+    return jax.tree.map(lambda leaf: np.array(_raw_key(leaf)), tree)
+
+
+def write(folder: Path, step: int, tree: Any, meta: str) -> Path:
+    """Writes the checkpoint `folder/<step>` of a tree that `fetch` gave; returns when it is safe.
+
+    `meta`: JSON. Raises OSError, or an error of Orbax, where the file system refuses something.
+    """
     import orbax.checkpoint as ocp
 
     partial, final = folder / f"{_PARTIAL}{step}", folder / str(step)
-    folder.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(folder)
+    remove_partial(folder)
+    _check_room(folder, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
+    partial.mkdir()
+    (partial / _META).write_text(meta, encoding="utf-8")
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)  # it takes the step's processors
+    with ThreadPoolExecutor(1) as pool, ocp.Checkpointer(handler) as checkpointer:
+        arrays = pool.submit(_array_hashes, tree)
+        checkpointer.save(partial / _STATE, args=ocp.args.PyTreeSave(tree))
+    manifest = {"files": _hashes(partial), "arrays": arrays.result()}
+    (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    disk.sync_tree(partial)
+    if final.exists():
+        _remove(final)
+    partial.rename(final)
+    disk.sync(folder)
+    return final
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what a kill has left of a checkpoint that was being written or removed."""
     for leftover in folder.glob(f"{_PARTIAL}*"):
         shutil.rmtree(leftover)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial / _STATE, jax.tree.map(_raw_key, tree))
-    (partial / _META).write_text(json.dumps(meta), encoding="utf-8")
-    (partial / _MANIFEST).write_text(json.dumps(_hashes(partial), indent=1), encoding="utf-8")
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    for old in steps(folder)[:-keep]:
-        shutil.rmtree(folder / str(old))
-    return final
+
+
+def prune(
+    folder: Path, *, last: int, every: int | None = None, also: Collection[int] = ()
+) -> list[int]:
+    """Removes checkpoints; returns their steps.
+
+    Kept are the newest `last`, those of multiples of `every`, the steps `also`, and every
+    checkpoint that somebody reads.
+    """
+    old = [step for step in steps(folder)[:-last] if step not in also]
+    unwanted = [step for step in old if not every or step % every]
+    return [step for step in unwanted if _remove(folder / str(step))]
+
+
+def _check_room(folder: Path, num_bytes: int) -> None:
+    """Raises OSError where the file system has too little room: Orbax would find that too late."""
+    stats = os.statvfs(folder)
+    free, needed = stats.f_bavail * stats.f_frsize, num_bytes + _SPARE_BYTES
+    if free < needed:
+        found = f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {found}", str(folder))
+    if stats.f_files and stats.f_favail < _SPARE_FILES:
+        found = f"{_SPARE_FILES} files needed, room for {stats.f_favail}"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {found}", str(folder))
+
+
+def _remove(checkpoint: Path) -> bool:
+    """Removes a checkpoint; returns False where somebody reads it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            manifest = stack.enter_context((checkpoint / _MANIFEST).open("rb"))
+            fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            pass  # damaged: nobody reads it
+        except BlockingIOError:
+            return False
+        # Under another name first: a kill does not leave half a checkpoint.
+        removed = checkpoint.with_name(f"{_PARTIAL}removed-{checkpoint.name}")
+        shutil.rmtree(removed, ignore_errors=True)
+        checkpoint.rename(removed)
+        shutil.rmtree(removed)
+    return True
+
+
+@contextlib.contextmanager
+def pinned(checkpoint: Path) -> Iterator[None]:
+    """Nobody removes the checkpoint inside the block; raises FileNotFoundError if it is gone."""
+    with (checkpoint / _MANIFEST).open("rb") as manifest:
+        fcntl.flock(manifest, fcntl.LOCK_SH)
+        if not os.fstat(manifest.fileno()).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "removed meanwhile", str(checkpoint))
+        yield
 
 
 def discard_after(folder: Path, step: int) -> None:
     """Removes the checkpoints after `step`, which a run that resumes at `step` may not repeat."""
     for later in steps(folder):
         if later > step:
-            shutil.rmtree(folder / str(later))
+            _remove(folder / str(later))
 
 
 def restore_newest(folder: Path, abstract: Any) -> Restored | None:
     """Restores the newest intact checkpoint; returns None if there is none.
 
-    `abstract` is a tree of ShapeDtypeStructs with shardings. A damaged checkpoint is renamed to
-    `damaged-<step>` with a warning, and the previous checkpoint is tried. Raises ValueError for an
-    intact checkpoint with other arrays than `abstract`.
+    `abstract` is a tree of ShapeDtypeStructs with shardings. Damaged checkpoints are set aside as
+    `intact_steps` does. Raises ValueError for an intact checkpoint with other arrays.
+    """
+    for step in intact_steps(folder):
+        restored = restore(folder, step, abstract)
+        if restored is not None:
+            return restored
+    return None
+
+
+def intact_steps(folder: Path, among: Collection[int] | None = None) -> Iterator[int]:
+    """The steps of intact checkpoints, newest first; `among`: only these are looked at.
+
+    A damaged checkpoint is renamed to `damaged-<step>` with a warning. Raises OSError where the
+    storage cannot be read, which is no damage.
+    """
+    for step in reversed(steps(folder)):
+        if among is not None and step not in among:
+            continue
+        damage = find_damage(folder / str(step))
+        if damage is None:
+            yield step
+        else:
+            _set_aside(folder / str(step), damage)
+
+
+def restore(folder: Path, step: int, abstract: Any) -> Restored | None:
+    """Restores an intact checkpoint.
+
+    Where its arrays differ from their hashes, it is set aside, and None is returned.
     """
     import orbax.checkpoint as ocp
 
-    for step in reversed(steps(folder)):
-        damage = _find_damage(folder / str(step))
-        if damage is None:
-            meta = json.loads((folder / str(step) / _META).read_text(encoding="utf-8"))
-            try:
-                with ocp.StandardCheckpointer() as checkpointer:
-                    raw_abstract = jax.tree.map(_raw_abstract, abstract)
-                    saved = checkpointer.metadata(folder / str(step) / _STATE).item_metadata
-                    _check_shapes(saved.tree, raw_abstract)
-                    raw = checkpointer.restore(folder / str(step) / _STATE, raw_abstract)
-            except ValueError as error:
-                raise ValueError(
-                    f"{folder / str(step)}: expected the arrays that this version trains, got "
-                    f"others ({str(error).splitlines()[0][:200]}); delete {folder.parent} to train "
-                    "this stage again, or resume with the version that started it"
-                ) from error
-            return Restored(step, jax.tree.map(_typed_key, abstract, raw), meta)
-        damaged = folder / f"{_DAMAGED}{step}"
-        shutil.rmtree(damaged, ignore_errors=True)
-        (folder / str(step)).rename(damaged)
-        warnings.warn(
-            f"{folder / str(step)}: {damage}; renamed to {damaged.name}, trying the previous step",
-            stacklevel=2,
-        )
-    return None
+    checkpoint = folder / str(step)
+    with pinned(checkpoint):
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                raw_abstract = jax.tree.map(_raw_abstract, abstract)
+                saved = checkpointer.metadata(checkpoint / _STATE).item_metadata
+                _check_shapes(saved.tree, raw_abstract)
+                raw = checkpointer.restore(checkpoint / _STATE, raw_abstract)
+        except ValueError as error:
+            raise ValueError(
+                f"{checkpoint}: expected the arrays that this version trains, got others "
+                f"({str(error).splitlines()[0][:200]}); delete {folder.parent} to train this stage "
+                "again, or resume with the version that started it"
+            ) from error
+        expected = read_manifest(checkpoint)["arrays"]
+        hashes = _array_hashes(raw) if expected else {}
+        names = sorted(expected.keys() | hashes.keys())
+        different = [name for name in names if expected.get(name) != hashes.get(name)]
+        meta = read_meta(checkpoint)
+    if different:
+        _set_aside(checkpoint, f"arrays differ from {_MANIFEST}: {different[:3]}")
+        return None
+    return Restored(step, jax.tree.map(_typed_key, abstract, raw), meta)
+
+
+def read_arrays(checkpoint: Path) -> dict[str, np.ndarray]:
+    """All arrays of a checkpoint by name, such as `params.encoder.pooler.bias`."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        raw = checkpointer.restore(checkpoint / _STATE)
+    return {name: np.ascontiguousarray(leaf) for name, leaf in _leaves(raw)}
+
+
+def read_meta(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / _META).read_text(encoding="utf-8"))
+
+
+def _set_aside(checkpoint: Path, damage: str) -> None:
+    damaged = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}")
+    shutil.rmtree(damaged, ignore_errors=True)
+    checkpoint.rename(damaged)
+    warnings.warn(
+        f"{checkpoint}: {damage}; renamed to {damaged.name}, trying the previous step",
+        stacklevel=3,
+    )
 
 
 def _check_shapes(saved: Any, expected: Any) -> None:
@@ -114,14 +254,15 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
-def _find_damage(checkpoint: Path) -> str | None:
-    """Describes the difference between the files of a checkpoint and the manifest, if any."""
+def find_damage(checkpoint: Path) -> str | None:
+    """Describes the difference between the files of a checkpoint and the manifest, if any.
+
+    Raises OSError where the storage cannot be read.
+    """
     try:
-        expected = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        expected = read_manifest(checkpoint)["files"]
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         return f"expected a readable {_MANIFEST}, got {type(error).__name__}"
-    if not isinstance(expected, dict):
-        return f"expected an object in {_MANIFEST}, got {type(expected).__name__}"
     actual = _hashes(checkpoint)
     different = sorted(
         name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name)
@@ -129,15 +270,50 @@ def _find_damage(checkpoint: Path) -> str | None:
     return f"files differ from {_MANIFEST}: {different[:3]}" if different else None
 
 
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """{files, arrays}: the hashes by name; a checkpoint of version 0.1 has none of arrays."""
+    found = json.loads(_try_again((checkpoint / _MANIFEST).read_text))
+    if not isinstance(found, dict):
+        raise ValueError(f"expected an object in {_MANIFEST}, got {type(found).__name__}")
+    if not isinstance(found.get("files"), dict):
+        return {"files": found, "arrays": {}}
+    if found.keys() != {"files", "arrays"}:
+        raise ValueError(f"expected files and arrays in {_MANIFEST}, got {sorted(found)}")
+    return found
+
+
 def _hashes(checkpoint: Path) -> dict[str, str]:
     """File -> SHA-256, without the manifest."""
     files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != _MANIFEST)
-    return {str(path.relative_to(checkpoint)): _sha256(path) for path in files}
+    return {
+        str(path.relative_to(checkpoint)): _try_again(lambda path=path: file_sha256(path))
+        for path in files
+    }
 
 
-def _sha256(path: Path) -> str:
+def _array_hashes(tree: Any) -> dict[str, str]:
+    """Array -> SHA-256 of its bytes."""
+    return {
+        name: hashlib.sha256(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)).hexdigest()
+        for name, leaf in _leaves(tree)
+    }
+
+
+def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _try_again(read: Callable[[], _T]) -> _T:
+    """`read()`, again after a while where the storage refuses; a missing file is no refusal."""
+    for wait in _READ_WAITS:
+        try:
+            return read()
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError:
+            time.sleep(wait)
+    return read()
 
 
 def _is_key(leaf: Any) -> bool:

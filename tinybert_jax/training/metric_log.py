@@ -4,12 +4,14 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from tinybert_jax.data.json_text import parse_json
+from tinybert_jax.performance import disk
 from tinybert_jax.report.console import printable
 
 
@@ -24,14 +26,17 @@ class MetricLog:
         self.path = path
         self.is_writer = jax.process_index() == 0
 
-    def rewind(self, stage: str, step: int) -> None:
-        """Drops the rows of a stage after `step`, and a last line that a kill cut short."""
+    def rewind(self, stage: str, step: int, unwritten: Sequence[str] = ()) -> None:
+        """Drops the rows of a stage after `step`, and a last line that a kill cut short.
+
+        `unwritten`: kinds of rows that the run has yet to write for `step` itself.
+        """
         if not self.is_writer or not self.path.exists():
             return
         kept = [
             line
             for line, row in _read_lines(self.path)
-            if not (row["stage"] == stage and row["step"] > step)
+            if row["stage"] != stage or row["step"] < step + (row["kind"] not in unwritten)
         ]
         _replace_lines(self.path, kept)
 
@@ -45,6 +50,11 @@ class MetricLog:
         row |= {name: _plain(value) for name, value in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def sync(self) -> None:
+        """Returns when all rows are on the disk."""
+        if self.is_writer and self.path.exists():
+            disk.sync(self.path)
 
     def say(self, text: str) -> None:
         if self.is_writer:

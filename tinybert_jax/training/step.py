@@ -158,10 +158,14 @@ class TrainStep(NamedTuple):
         with jax.set_mesh(self.mesh):
             return self.jitted(state, batch, frozen)
 
+    def compile(self, state: TrainState, batch: Batch, frozen: Any) -> Any:
+        """The program for these arguments; a later call with such arguments does not compile."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted.lower(state, batch, frozen).compile()
+
     def program(self, state: TrainState, batch: Batch, frozen: Any) -> str:
         """The text of the program that is compiled for these arguments."""
-        with jax.set_mesh(self.mesh):
-            return self.jitted.lower(state, batch, frozen).compile().as_text()
+        return self.compile(state, batch, frozen).as_text()
 
 
 def _make_gradients(objective: Objective, num_parts: int, mesh: Mesh) -> Callable:

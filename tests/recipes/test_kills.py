@@ -1,0 +1,15 @@
+"""Kills, flipped bits and losses of power leave a run's bits as they are; see tests/kills.py."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import forked
+
+
+def test_a_run_that_is_killed_spoilt_and_cut_off_ends_with_the_same_bits(tmp_path):
+    script = Path(forked.__file__).with_name("kills.py")
+    words = ["--kills", "5", "--flips", "3", "--power", "1", "--keep", str(tmp_path)]
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the golden run's weights and metrics, bit for bit" in done.stdout

@@ -1,0 +1,105 @@
+"""Damage in `best` is found when a run goes on, and nothing is trained for nothing."""
+
+import shutil
+
+import bad_world
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tinybert_jax import cli
+from tinybert_jax.runs.run import IDENTITIES
+from tinybert_jax.training import checkpoint
+
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, models):
+    """A run whose only stage is done; its last states are those of the steps 2, 6 and 8."""
+    folder = tmp_path_factory.mktemp("trained")
+    stage = {"num_steps": 8, "save_every": 2, "eval_every": 2}
+    path = bad_world.World(folder, models, None).config("finetune", finetune=stage)
+    assert cli.main(["run", path]) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    """A copy of it, in which the models are gone: the stage ends again from its checkpoints."""
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    for file in (copy / "config.yaml", copy / "run" / "config.yaml"):
+        file.write_text(file.read_text().replace(str(trained), str(copy)))
+    shutil.rmtree(copy / "run" / "models")
+    shutil.rmtree(copy / "run" / IDENTITIES)
+    return copy
+
+
+def _flip(folder):
+    file = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def _best_step(checkpoints):
+    newest = checkpoint.steps(checkpoints / "last")[-1]
+    return checkpoint.read_meta(checkpoints / "last" / str(newest))["best_step"]
+
+
+def _ends_as(trained, folder):
+    with pytest.warns(UserWarning, match="renamed to damaged-"):
+        assert cli.main(["run", str(folder / "config.yaml")]) == 0
+    file = "run/models/finetune/model.safetensors"
+    assert (folder / file).read_bytes() == (trained / file).read_bytes()
+    ours, theirs = ((p / "run/metrics.jsonl").read_text().count("\n") for p in (folder, trained))
+    assert ours == theirs + 1  # the line of the whole stage
+
+
+def test_the_best_parameters_are_taken_from_the_state_of_their_step(trained, folder, capfd):
+    checkpoints = folder / "run" / "checkpoints" / "finetune"
+    best = _best_step(checkpoints)
+    assert best in checkpoint.steps(checkpoints / "last"), "the state of the best score is kept"
+    _flip(checkpoints / "best" / str(best))
+    _ends_as(trained, folder)
+    output = capfd.readouterr().out
+    assert f"took the best parameters from the state of step {best}" in output
+    assert "resumes at step 8 of 8" in output
+
+
+def test_without_that_state_the_stage_begins_again_and_says_so(trained, folder, capfd):
+    checkpoints = folder / "run" / "checkpoints" / "finetune"
+    best = _best_step(checkpoints)
+    _flip(checkpoints / "best" / str(best))
+    _flip(checkpoints / "last" / str(best))
+    for step in checkpoint.steps(checkpoints / "last"):
+        if step != best:
+            shutil.rmtree(checkpoints / "last" / str(step))
+    _ends_as(trained, folder)
+    assert "no checkpoint can be used; the stage begins again" in capfd.readouterr().out
+
+
+def test_the_commands_on_checkpoints(folder, capfd):
+    run = str(folder / "run")
+    states = checkpoint.steps(folder / "run" / "checkpoints" / "finetune" / "last")
+    assert cli.main(["ckpt", "ls", run]) == 0
+    assert "finetune/last/8" in capfd.readouterr().out
+    assert cli.main(["ckpt", "verify", run]) == 0
+    assert "MB/s" in capfd.readouterr().out
+    output = folder / "state.safetensors"
+    assert cli.main(["ckpt", "export", run, "finetune", "-o", str(output)]) == 0
+    arrays = load_file(output)
+    assert (
+        arrays["classifier.kernel"].shape == (16, 2)
+        and np.isfinite(arrays["classifier.bias"]).all()
+    )
+    assert cli.main(["ckpt", "prune", run, "--keep", "1"]) == 0
+    left = checkpoint.steps(folder / "run" / "checkpoints" / "finetune" / "last")
+    best = checkpoint.steps(folder / "run" / "checkpoints" / "finetune" / "best")
+    assert left == [step for step in states if step == 8 or step in best]
+    _flip(folder / "run" / "checkpoints" / "finetune" / "last" / "8")
+    assert cli.main(["ckpt", "verify", run]) == 3
+    assert "finetune/last/8" in capfd.readouterr().out
+    assert cli.main(["ckpt", "export", run, "finetune", "-o", str(output)]) == 2
+    assert cli.main(["ckpt", "ls", str(folder / "nowhere")]) == 2

@@ -1,0 +1,102 @@
+"""Lists, verifies, removes and exports the checkpoints of a run folder; see `tinybert ckpt`."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tinybert_jax.performance import host
+from tinybert_jax.report.console import printable
+from tinybert_jax.training import checkpoint
+
+
+def act(action: str, run_dir: str, **options: Any) -> int:
+    """Prints what an action says and returns the exit status; options as in the functions below."""
+    is_intact = True
+    if action == "verify":
+        text, is_intact = verify(run_dir)
+    else:
+        text = {"ls": describe, "prune": prune, "export": export}[action](run_dir, **options)
+    print(printable(text))
+    return 0 if is_intact else 3
+
+
+def describe(run_dir: str | Path) -> str:
+    """A line for each checkpoint: its place, size and time."""
+    lines = []
+    for path in _checkpoints(Path(run_dir)):
+        saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+        lines.append(f"{_name(path):<32} {_num_bytes(path) / 1e6:>10,.1f} MB  {saved}")
+    return "\n".join(lines)
+
+
+def verify(run_dir: str | Path) -> tuple[str, bool]:
+    """(a line for each checkpoint and the rate, whether all are intact); changes nothing.
+
+    Raises OSError where the storage cannot be read, which is no damage.
+    """
+    lines, num_bytes, start, is_intact = [], 0, time.monotonic(), True
+    for path in _checkpoints(Path(run_dir)):
+        with checkpoint.pinned(path):
+            damage = checkpoint.find_damage(path)
+            num_bytes += _num_bytes(path)
+        is_intact &= damage is None
+        lines.append(f"{_name(path):<32} {damage or 'intact'}")
+    rate = num_bytes / max(time.monotonic() - start, 1e-9)
+    return "\n".join([*lines, f"{num_bytes / 1e6:,.1f} MB at {rate / 1e6:,.0f} MB/s"]), is_intact
+
+
+def prune(run_dir: str | Path, keep: int) -> str:
+    """Removes all but the newest `keep` states of each stage, and those of the best scores."""
+    if keep < 1:
+        raise ValueError(f"--keep: expected at least 1, got {keep}")
+    removed = []
+    with host.locked_folder(Path(run_dir), "run_dir"):
+        for folder in {path.parent for path in _checkpoints(Path(run_dir))}:
+            best = checkpoint.steps(folder.with_name("best"))
+            gone = checkpoint.prune(folder, last=keep, also=best)
+            removed += [_name(folder / str(step)) for step in gone]
+    return "\n".join(["removed:", *sorted(removed)]) if removed else "nothing to remove"
+
+
+def export(run_dir: str | Path, stage: str, step: int | None, output: str) -> str:
+    """Writes the trained arrays of a state to a safetensors file; `step`: None for the newest.
+
+    The state is not removed meanwhile, also where the run goes on. The arrays are the moving
+    average where the stage has one.
+    """
+    from safetensors.numpy import save_file
+
+    folder = Path(run_dir) / "checkpoints" / stage / "last"
+    found = checkpoint.steps(folder)
+    chosen = step if step is not None else (found or [None])[-1]
+    if chosen not in found:
+        raise ValueError(f"--step: expected one of the steps {found} in {folder}, got {chosen}")
+    path = folder / str(chosen)
+    with checkpoint.pinned(path):
+        damage = checkpoint.find_damage(path)
+        if damage:
+            raise ValueError(f"{path}: expected an intact checkpoint, got one whose {damage}")
+        arrays = checkpoint.read_arrays(path)
+    for field in ("average.", "params."):
+        trained = {n.removeprefix(field): own for n, own in arrays.items() if n.startswith(field)}
+        if trained:
+            break
+    save_file(trained, output, metadata={"stage": stage, "step": str(chosen)})
+    return f"{output}: {len(trained)} arrays of step {chosen} of {stage}"
+
+
+def _checkpoints(run_dir: Path) -> Iterator[Path]:
+    folders = sorted(run_dir.glob("checkpoints/*/*/"))
+    found = [folder / str(step) for folder in folders for step in checkpoint.steps(folder)]
+    if not found:
+        raise ValueError(f"run_dir: expected a run folder with checkpoints, got {run_dir}")
+    yield from found
+
+
+def _name(path: Path) -> str:
+    return "/".join(path.parts[-3:])
+
+
+def _num_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -1,0 +1,179 @@
+"""Stops a run on SIGTERM, SIGINT or SIGUSR1, so that the same command goes on with it.
+
+Imports no JAX. Python calls its signal handlers between two instructions of the main thread, so not
+while XLA compiles or a device computes. Therefore a thread reads the signals, and where the main
+thread cannot end a step soon, that thread saves the work and ends the process.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+
+from tinybert_jax.report.console import printable
+
+STOPPED = 75  # exit status, EX_TEMPFAIL of sysexits.h: stopped and saved, run again
+STATUSES = """\
+exit status:
+  0    done
+  2    wrong input, or a file system that does not work: the message says which
+  3    refused by a gate
+  4    lost a process or a worker
+  5    diverged
+  75   stopped by SIGTERM, SIGINT or SIGUSR1, and saved: repeat the command to go on
+  128 + n  ended at once by the second signal n; the command goes on from the last checkpoint"""
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SAME_SECONDS = 0.5  # a terminal and a launcher may both send the same signal: that is one request
+
+Act = Callable[[], None]
+
+
+def _nothing() -> None:
+    """Nothing is to be saved."""
+
+
+class Stopped(Exception):
+    """The run has stopped as a signal asked; the message says where, and how to go on."""
+
+
+class Stop:
+    """A request to stop a run, and what has to be saved then.
+
+    Nobody asks unless `handled` gave this object, so library use never stops.
+    """
+
+    def __init__(self, command: str = ""):
+        self.command = command
+        self.place = "before its first stage"  # where the run is
+        self._signal = ""
+        self._lock = threading.Lock()
+        self._act: Act | None = _nothing  # None: the main thread looks at `is_asked` after the step
+
+    @property
+    def is_asked(self) -> bool:
+        return bool(self._signal)
+
+    @contextlib.contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """A request waits until the main thread asks for it; it raises Stopped at the end."""
+        with self._during(None):
+            yield
+
+    @contextlib.contextmanager
+    def saving_with(self, save: Act) -> Iterator[None]:
+        """At a request inside the block another thread calls `save` and ends the process.
+
+        Only for blocks that do not change what `save` reads. Raises Stopped, after `save`, where
+        the request came before.
+        """
+        with self._during(save):
+            yield
+
+    @contextlib.contextmanager
+    def _during(self, act: Act | None) -> Iterator[None]:
+        before = self._change(act)
+        try:
+            yield
+        except BaseException:
+            with self._lock:
+                self._act = before
+            raise
+        self._change(before)
+
+    def _change(self, act: Act | None) -> Act | None:
+        with self._lock:  # while the other thread saves, the main thread waits here for the end
+            before, self._act = self._act, act
+            if self.is_asked and act is not None:
+                act()
+                raise Stopped(self.describe())
+        return before
+
+    def describe(self) -> str:
+        """The line that tells where the run stopped and how to go on."""
+        return (
+            f"stopped by {self._signal} {self.place}; everything until then is saved. To go on, "
+            f"repeat the command: {self.command}"
+        )
+
+    def ask(self, name: str, report: Callable[[Exception], int]) -> None:
+        """Asks the run to stop; ends the process at once where the main thread need not save."""
+        with self._lock:
+            self._signal = name
+            if self._act is None:
+                return
+            try:
+                self._act()
+                status = report(Stopped(self.describe()))
+            except (ValueError, OSError, ArithmeticError) as error:
+                status = report(error)
+            except Exception:
+                traceback.print_exc()
+                status = 1
+            os._exit(status)
+
+
+NEVER = Stop()  # nobody asks
+
+
+@contextlib.contextmanager
+def handled(command: str, report: Callable[[Exception], int]) -> Iterator[Stop]:
+    """Handles the signals until the block ends, and gives what they ask.
+
+    `report` prints an exception and returns the exit status. A second signal ends the process at
+    once with status 128 + its number; checkpoints and models are only ever renamed into place, so
+    it does no harm. In another thread than the main one nothing is handled, as Python allows it
+    only there.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield NEVER
+        return
+    stop, numbers = Stop(command), []
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def read() -> None:
+        asked = -float("inf")
+        while received := reader.recv(1):
+            number = received[0]
+            if number not in _SIGNALS or (
+                number in numbers and time.monotonic() - asked < _SAME_SECONDS
+            ):
+                continue
+            if numbers:
+                os._exit(128 + number)
+            numbers.append(number)
+            asked = time.monotonic()
+            name = signal.Signals(number).name
+            threading.Thread(target=stop.ask, args=(name, report), daemon=True).start()
+
+    thread = threading.Thread(target=read, name="signals", daemon=True)
+    thread.start()
+    descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    # Python writes to the descriptor only for signals that have a handler of Python.
+    earlier = {number: signal.signal(number, _handle) for number in _SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(descriptor)
+        reader.shutdown(socket.SHUT_RD)
+        thread.join()
+        reader.close()
+        writer.close()
+
+
+def say(error: Exception) -> None:
+    """Prints a message as one line on standard error, also where another thread prints."""
+    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # nobody reads standard error any more
+        os.write(2, f"tinybert: {printable(str(error))}\n".encode(errors="replace"))
+
+
+def _handle(number: int, frame: object) -> None:
+    """Does nothing: the thread reads the signal from the descriptor."""

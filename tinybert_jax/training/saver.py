@@ -1,0 +1,124 @@
+"""Writes checkpoints in a thread of its own, so that the step does not wait for the storage."""
+
+import contextlib
+import logging
+import os
+import queue
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+_WAITS = (0.5, 1.0, 2.0)  # seconds before a refused write is tried again
+
+
+class SaveError(OSError):
+    """A checkpoint that the storage refused for good."""
+
+
+class Saver:
+    """Writes what is submitted, one after the other; an error is raised in the main thread.
+
+    `say(text)` prints a line.
+    """
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say = say
+        # One job is written and one waits: a job holds a copy of the state.
+        self._jobs: queue.Queue[tuple[str, Callable[[], None]]] = queue.Queue(maxsize=1)
+        self._error: SaveError | None = None
+        self._is_started = False
+
+    def submit(self, name: str, write: Callable[[], None]) -> None:
+        """Has `write()` called soon; waits only while an earlier write keeps another one waiting.
+
+        `name`: what is written, for messages. Raises SaveError for an earlier write.
+        """
+        if not self._is_started:
+            threading.Thread(target=self._work, name="saver", daemon=True).start()
+            self._is_started = True
+        self._jobs.put((name, write))
+        self.check()
+
+    def check(self) -> None:
+        """Raises the SaveError of an earlier write, if there is one."""
+        if self._error is not None:
+            raise self._error
+
+    def wait(self) -> None:
+        """Returns when all is written; raises SaveError otherwise."""
+        self._jobs.join()
+        self.check()
+
+    def finish(self, seconds: float) -> None:
+        """Waits for what is being written, but not longer than that; raises nothing."""
+        end = time.monotonic() + seconds
+        while self._jobs.unfinished_tasks and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def _work(self) -> None:
+        while True:
+            name, write = self._jobs.get()
+            try:
+                if self._error is None:
+                    self._write(name, write)
+            except SaveError as error:
+                self._error = error
+            finally:
+                self._jobs.task_done()
+
+    def _write(self, name: str, write: Callable[[], None]) -> None:
+        with _without_echoes():
+            for number, wait in enumerate(_WAITS):
+                try:
+                    return write()
+                # Orbax turns errors of the file system into these two.
+                except (OSError, ValueError, RuntimeError) as error:
+                    if not number:
+                        self._say(f"{name} was refused ({_reason(error)}); it is tried again")
+                    time.sleep(wait)
+            try:
+                write()
+            except (OSError, ValueError, RuntimeError) as error:
+                time.sleep(_WAITS[0])  # for the last echoes
+                raise SaveError(
+                    f"{name} was refused {len(_WAITS) + 1} times: {_reason(error)}; the "
+                    "checkpoints before it are kept. Make room or mend the storage, then repeat "
+                    "the command"
+                ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The error of the system, also where Orbax has wrapped it."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else str(error).split("\n")[0][:200]
+
+
+@contextlib.contextmanager
+def _without_echoes() -> Iterator[None]:
+    """Silences what Orbax prints of a refused write before it raises the error.
+
+    At the first refusal it closes an event loop while other writes of the checkpoint go on: every
+    one of them then finds the loop closed, besides the tracebacks that two loggers print.
+    """
+
+    def is_no_error(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            before(unraisable)
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before, sys.unraisablehook = sys.unraisablehook, hook
+    for logger in loggers:
+        logger.addFilter(is_no_error)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_no_error)
+        sys.unraisablehook = before
