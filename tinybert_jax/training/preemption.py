@@ -170,9 +170,13 @@ def handled(command: str, report: Callable[[Exception], int]) -> Iterator[Stop]:
 
 def say(error: Exception) -> None:
     """Prints a message as one line on standard error, also where another thread prints."""
-    sys.stderr.flush()
+    text = f"tinybert: {printable(str(error))}\n"
     with contextlib.suppress(OSError):  # nobody reads standard error any more
-        os.write(2, f"tinybert: {printable(str(error))}\n".encode(errors="replace"))
+        if threading.current_thread() is threading.main_thread():
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        else:  # the main thread may hold the lock of `sys.stderr`
+            os.write(2, text.encode(errors="replace"))
 
 
 def _handle(number: int, frame: object) -> None:
