@@ -294,7 +294,7 @@ def _hashes(checkpoint: Path) -> dict[str, str]:
 def _array_hashes(tree: Any) -> dict[str, str]:
     """Array -> SHA-256 of its bytes."""
     return {
-        name: hashlib.sha256(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)).hexdigest()
+        name: hashlib.sha256(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data).hexdigest()
         for name, leaf in _leaves(tree)
     }
 
