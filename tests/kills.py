@@ -149,6 +149,8 @@ class Runner:
 
     def lose_power(self, name: str) -> None:
         """Drops from the run folder what no fsync has written."""
+        if not (self.folder / name).exists():
+            return  # killed before it made the folder
         left = self.folder / "left"
         faulty.after_power_loss(self.folder / name, self.shadow, left)
         shutil.rmtree(self.folder / name)

@@ -10,6 +10,7 @@ import pytest
 from faulty import after_power_loss
 
 from tinybert_jax.training import checkpoint
+from tinybert_jax.training.metric_log import MetricLog, read_rows
 from tinybert_jax.training.saver import SaveError, Saver
 
 SOON = 30.0  # seconds; a save that hangs takes 300
@@ -131,6 +132,24 @@ def test_a_committed_checkpoint_outlasts_a_loss_of_power(tmp_path, said, monkeyp
         after_power_loss(root, shadow, left)
         assert not (left / lost).exists()
     assert found == [1, 2, 3]
+
+
+def test_rows_of_metrics_outlast_a_loss_of_power(tmp_path, said, monkeypatch):
+    """Those of steps before a state, also where a resumed run has rewritten the file."""
+    root, shadow = tmp_path / "root", tmp_path / "shadow"
+    root.mkdir()
+    shadow.mkdir()
+    monkeypatch.setenv("FAULTY_ROOT", str(root))
+    monkeypatch.setenv("FAULTY_SHADOW", str(shadow))
+    log = MetricLog(root / "metrics.jsonl")
+    for step in (1, 2):
+        log.write("train", "finetune", step, {"loss": 1.0})
+    log.sync()
+    after_power_loss(root, shadow, tmp_path / "left")
+    assert len(read_rows(tmp_path / "left" / "metrics.jsonl")) == 2
+    log.rewind("finetune", 1)
+    after_power_loss(root, shadow, tmp_path / "left")
+    assert [row["step"] for row in read_rows(tmp_path / "left" / "metrics.jsonl")] == [1]
 
 
 def test_the_clock_may_be_wrong(folder, said, monkeypatch):

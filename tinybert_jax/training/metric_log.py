@@ -55,6 +55,7 @@ class MetricLog:
         """Returns when all rows are on the disk."""
         if self.is_writer and self.path.exists():
             disk.sync(self.path)
+            disk.sync(self.path.parent)
 
     def say(self, text: str) -> None:
         if self.is_writer:
@@ -111,9 +112,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _replace_lines(path: Path, lines: list[str]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    partial.replace(path)
+    disk.replace_text(path, "".join(line + "\n" for line in lines))
 
 
 def _ends_in_line_break(path: Path) -> bool:
