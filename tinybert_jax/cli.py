@@ -154,9 +154,10 @@ def _add_ckpt(commands) -> None:
         action.set_defaults(act=_ckpt)
         if name == "prune":
             action.add_argument("--keep", type=int, default=1, help="default: 1")
-    action.add_argument("stage", choices=STAGE_NAMES, help="a stage of the run")
-    action.add_argument("--step", type=int, help="default: the newest")
-    action.add_argument("-o", "--output", type=_path, required=True, help="a new file")
+        if name == "export":
+            action.add_argument("stage", choices=STAGE_NAMES, help="a stage of the run")
+            action.add_argument("--step", type=int, help="default: the newest")
+            action.add_argument("-o", "--output", type=_path, required=True, help="a new file")
 
 
 def _add_data(commands) -> None:

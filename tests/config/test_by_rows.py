@@ -145,7 +145,8 @@ def test_answers_are_looked_for_in_wide_windows_from_a_random_head(tmp_path):
     config, _ = _load(tmp_path, _facts(3000), "finetune.max_length=256", task=task)
     assert config.finetune.max_length == 256 and config.prediction.max_length == 384
     assert config.finetune.head_init == config.prediction.head_init == "random"
-    for setting in ("finetune.head_init=linear_probe", "baseline.class_weights=balanced"):
+    refused = "finetune.head_init=linear_probe", "baseline.class_weights=balanced"
+    for setting in (*refused, "finetune.label_smoothing=0.1"):
         with pytest.raises(ConfigError, match=setting.split("=")[0]):
             _load(tmp_path, _facts(3000), setting, task=task)
 

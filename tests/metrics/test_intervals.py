@@ -91,3 +91,17 @@ def test_an_interval_leaves_out_values_that_are_not_finite():
     values = np.append(np.linspace(0, 1, 1001), [np.nan, np.inf])
     assert interval(values) == pytest.approx((0.025, 0.975))
     assert interval(values, 0.5) == pytest.approx((0.25, 0.75))
+
+
+def test_a_score_that_some_draws_lack_has_an_interval_of_the_others():
+    """As that of the questions without an answer, of which a draw may have none."""
+
+    def metrics(rows):
+        own = rows[rows[:, 1] > 0, 0]
+        return {"all": float(rows[:, 0].mean())} | ({"own": float(own.mean())} if len(own) else {})
+
+    outcomes = np.stack([np.arange(100) % 2, np.arange(100) < 2], axis=1).astype(float)
+    scores = resampled_scores(metrics, outcomes)
+    assert 0.05 < np.isnan(scores["own"]).mean() < 0.25  # exp(-2) of the draws
+    low, high = interval(scores["own"])
+    assert 0 <= low <= high <= 1 and not np.isnan(scores["all"]).any()

@@ -105,6 +105,9 @@ def test_a_long_question_is_cut_at_half_and_counted(tokenizer):
     rows = QUESTION_ANSWERING.encode(tokenizer, examples, 16)
     assert rows.num_truncated == 1 and rows.labels is None
     assert rows.second[0] == 8 + 2 and len(rows.ids) <= 16
+    assert len(QUESTION_ANSWERING.encode(tokenizer, examples, 8).lengths) >= 1
+    with pytest.raises(ValueError, match="expected at least 8 tokens for a question and a part"):
+        QUESTION_ANSWERING.encode(tokenizer, examples, 7)
 
 
 @pytest.mark.skipif("TINYBERT_DATA" not in os.environ, reason="needs TINYBERT_DATA")
@@ -149,6 +152,12 @@ def test_questions_about_one_article_are_on_one_side(tmp_path):
     sides = [set(part.groups) for part in (found.train, found.dev, found.select)]
     assert not sides[0] & sides[1] and not sides[0] & sides[2] and not sides[1] & sides[2]
     assert sum(map(len, sides)) == 20
+
+    section = QuestionAnsweringTask(train=str(file), dev_share=0.01)
+    one = json.dumps({"data": data[:1]})
+    file.write_text(one)
+    with pytest.raises(ValueError, match="several articles or texts, .*, got 3 about 1; give more"):
+        read_task(section, QUESTION_ANSWERING.read)
 
 
 # The model and its loss

@@ -52,6 +52,7 @@ _NUM_SMALL = 3000  # fewer rows than this have `_SMALL_BATCH`
 _FEW_ROWS = 2000  # too few to set rows apart that choose a checkpoint: the last one is kept
 _MANY_ROWS = 200_000  # an epoch is long enough
 _SELECT_SHARE = 0.1
+_NEVER = 100  # times the steps of a stage
 _ANSWER_WIDTH = 384  # tokens of a window in which answers are looked for
 _WIDE = 512  # teachers above it have students of their own width no more, and lower rates
 _NARROW, _DEEPEST = 312, 4  # of the students of wide teachers
@@ -211,8 +212,8 @@ def _stage(
     settings |= given
     if name != "intermediate" and "eval_every" not in given:
         steps = _num_steps(settings, num_rows)
-        # More steps than there are: only the end of the stage is evaluated.
-        settings["eval_every"] = max(steps // 5, 1) if chooses else 2 * steps
+        # More steps than there are, also where a row has many windows: only the end is evaluated.
+        settings["eval_every"] = max(steps // 5, 1) if chooses else _NEVER * steps
     return settings
 
 

@@ -72,6 +72,8 @@ def _needs_of_task(task: Any, stage: str, section: Any) -> Iterator[str]:
                 "tagging): remove it"
             )
     if task.kind == "question_answering":
+        if getattr(section, "label_smoothing", 0) > 0:
+            yield f"{stage}.label_smoothing: answers have no classes to smooth over: remove it"
         if getattr(section, "head_init", "random") != "random":
             yield f"{stage}.head_init: starts and ends of answers have no probe: set random"
         if getattr(section, "class_weights", None):

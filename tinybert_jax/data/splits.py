@@ -201,6 +201,11 @@ def _split_share(
     digests = np.array([_digest(key) for key in keys], np.uint64)
     num_chosen = max(round(share * len(keys)), 1)
     is_chosen = digests <= np.sort(digests)[num_chosen - 1]
+    if is_chosen.all() and examples.groups:
+        raise ValueError(
+            f"task.{setting}: expected questions about several articles or texts, which stay "
+            f"together, got {len(keys)} about {len(set(keys))}; give more texts, or a file as dev"
+        )
     if is_chosen.all():
         raise ValueError(
             f"task.{setting}: expected rows on both sides of the split, got {is_chosen.sum()} of "

@@ -55,7 +55,10 @@ def compare(
         "broken_bound": bound,
     }
     if by is not None:
-        found["by"] = {"column": by, "groups": _groups(_column(data, split, by), *right)}
+        found["by"] = {
+            "column": by,
+            "groups": _groups(_column(data, split, by, settings or {}), *right),
+        }
     if max_regressions is not None:
         found |= {
             "max_regressions": max_regressions,
@@ -109,8 +112,8 @@ def _metrics(sides: Sequence[ScoredFile]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _column(data: str, split: str | None, by: str) -> list[str]:
-    form = format_of(data, "auto")
+def _column(data: str, split: str | None, by: str, settings: Mapping[str, Any]) -> list[str]:
+    form = format_of(data, settings.get("format", "auto"))
     return [str(value) for value in read_table(data, form, split, [by]).columns[by]]
 
 

@@ -2,8 +2,8 @@
 
 Compute Engine makes slices of v5p and v6e: a managed instance group whose workload policy has the
 topology. v4 and v5e exist only in the Cloud TPU API, whose queued resources are legacy: Google
-mends it and adds nothing to it (docs.cloud.google.com/tpu/docs/create-tpu-vm). No machine was at
-hand to try either way.
+mends it and adds nothing to it (docs.cloud.google.com/tpu/docs/create-tpu-vm). Neither way
+has been run yet.
 """
 
 import shlex
@@ -137,7 +137,7 @@ def _startup(job: Job) -> str:
     command += [f"--env={name}={value}" for name, value in job.environment.items()]
     loop = _LOOP.format(
         command=" \\\n    ".join(
-            [*map(shlex.quote, command), job.container, shlex.join(job.words)]
+            [*map(shlex.quote, [*command, job.container]), shlex.join(job.words)]
         ),
         wrong=WRONG_INPUT,
         stopped=STOPPED,
@@ -153,7 +153,7 @@ while :; do
     {command}
   status=$?
   case "$status" in
-  0 | {wrong}) break ;; # finished; wrong input
+  0 | {wrong} | 3 | 5) break ;; # finished; wrong input, a gate, diverged
   {stopped}) ;;         # stopped and saved
   *)
     failures=$((failures + 1))

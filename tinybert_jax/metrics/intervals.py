@@ -21,7 +21,7 @@ def resampled_scores(
     """Each score on `num_resamples` draws of the examples with replacement, by name.
 
     The draws depend on the number of examples alone: two models that were scored on the same
-    examples have the same draws.
+    examples have the same draws. A score that a draw has not is NaN there.
     """
     draws = np.random.default_rng(_SEED)
     num_examples = len(outcomes)
@@ -29,7 +29,8 @@ def resampled_scores(
         metrics(outcomes[draws.integers(0, num_examples, num_examples)])
         for _ in range(num_resamples)
     ]
-    return {name: np.array([score[name] for score in scores]) for name in scores[0]}
+    names = metrics(outcomes)
+    return {name: np.array([score.get(name, np.nan) for score in scores]) for name in names}
 
 
 def mean_over_seeds(by_seed: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

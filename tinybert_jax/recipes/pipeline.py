@@ -18,6 +18,7 @@ from tinybert_jax.config.stages import (
     Stage,
 )
 from tinybert_jax.data.splits import describe_labels
+from tinybert_jax.performance import disk
 from tinybert_jax.recipes import distill, finetune, pretrain
 from tinybert_jax.report.console import console_summary
 from tinybert_jax.report.page import write_report
@@ -70,9 +71,7 @@ def main(
         exported = _exported(run, summary, is_best=config.export == "best")
         summary["exported"] = {member: folder.name for member, folder in exported.items()}
         export_models(run, exported)
-        (run.folder / "results.json").write_text(
-            json.dumps(summary, indent=2) + "\n", encoding="utf-8"
-        )
+        disk.replace_text(run.folder / "results.json", json.dumps(summary, indent=2) + "\n")
         report = write_report(run.folder)
         run.log.say(console_summary(summary))
         run.log.say(f"model:  {run.folder / 'hf'}\nreport: {report}")

@@ -57,7 +57,7 @@ def check_finished(run: Run) -> None:
             continue
         outputs = json.loads(identity.read_text(encoding="utf-8"))["outputs"]
         now = _hash_files(run, {Path(path).parts[0] for path in outputs})
-        changed = sorted(p for p in {*outputs, *now} if outputs.get(p) != now.get(p))
+        changed = sorted(path for path in outputs if outputs[path] != now.get(path))
         if changed:
             folder = run.folder / "models" / Path(changed[0]).parts[0]
             raise ValueError(
@@ -79,12 +79,8 @@ def finish(run: Run, plan: StagePlan) -> None:
         disk.sync_tree(run.folder / "models" / name)
     disk.sync(run.folder / "models")
     disk.sync(run.folder)
-    settings = plan.section.model_dump_json().encode()
-    before = {path.stem: _sha256(path) for path in sorted((run.folder / IDENTITIES).glob("*.json"))}
     identity = {
         "stage": plan.name,
-        "settings": hashlib.sha256(settings).hexdigest(),
-        "after": {name: own for name, own in before.items() if name != plan.name},
         "outputs": _hash_files(run, folders),
     }
     disk.make_folder(run.folder / IDENTITIES)

@@ -171,9 +171,7 @@ def _read_pins(folder: Path) -> dict[str, str]:
 
 def _write_pins(folder: Path, pins: dict[str, str]) -> None:
     if pins:
-        partial = folder / ".hub-partial"
-        partial.write_text(json.dumps(pins, indent=2) + "\n", encoding="utf-8")
-        partial.rename(folder / _PINS)
+        disk.replace_text(folder / _PINS, json.dumps(pins, indent=2) + "\n")
 
 
 def _pinned(config: RunConfig, pins: dict[str, str]) -> RunConfig:

@@ -160,7 +160,7 @@ def _differing(task: Task, teacher: SeedScores, student: SeedScores) -> dict[str
     said = [[task.in_words(answer) for answer in side] for side in sides]
     examples = teacher.scored.examples
     true = task.truth(examples)
-    right = [np.array([a == b for a, b in zip(side, true, strict=True)]) for side in said]
+    right = [task.is_right(own.scored, own.settings) for own in (teacher, student)]
     is_other = np.array([a != b for a, b in zip(*said, strict=True)])
     order = np.argsort(~(right[0] & ~right[1]), kind="stable")
     if task.form == "square":

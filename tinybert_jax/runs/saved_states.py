@@ -37,9 +37,14 @@ def verify(run_dir: str | Path) -> tuple[str, bool]:
     """
     lines, num_bytes, start, is_intact = [], 0, time.monotonic(), True
     for path in _checkpoints(Path(run_dir)):
-        with checkpoint.pinned(path):
+        try:
+            with checkpoint.pinned(path):
+                damage = checkpoint.find_damage(path)
+                num_bytes += _num_bytes(path)
+        except FileNotFoundError:
+            if not path.exists():  # the run has removed it meanwhile
+                continue
             damage = checkpoint.find_damage(path)
-            num_bytes += _num_bytes(path)
         is_intact &= damage is None
         lines.append(f"{_name(path):<32} {damage or 'intact'}")
     rate = num_bytes / max(time.monotonic() - start, 1e-9)
@@ -50,9 +55,9 @@ def prune(run_dir: str | Path, keep: int) -> str:
     """Removes all but the newest `keep` states of each stage, and those of the best scores."""
     if keep < 1:
         raise ValueError(f"--keep: expected at least 1, got {keep}")
-    removed = []
+    removed, found = [], list(_checkpoints(Path(run_dir)))  # before the lock makes a folder
     with host.locked_folder(Path(run_dir), "run_dir"):
-        for folder in {path.parent for path in _checkpoints(Path(run_dir))}:
+        for folder in {path.parent for path in found}:
             best = checkpoint.steps(folder.with_name("best"))
             gone = checkpoint.prune(folder, last=keep, also=best)
             removed += [_name(folder / str(step)) for step in gone]
@@ -67,6 +72,8 @@ def export(run_dir: str | Path, stage: str, step: int | None, output: str) -> st
     """
     from safetensors.numpy import save_file
 
+    if Path(output).exists():
+        raise ValueError(f"--output: expected a new file, got {output}, which exists; remove it")
     folder = Path(run_dir) / "checkpoints" / stage / "last"
     found = checkpoint.steps(folder)
     chosen = step if step is not None else (found or [None])[-1]

@@ -23,6 +23,7 @@ from tinybert_jax.tasks.task import Scored, Settings, Task, softmax
 
 LABEL_NAMES = ("start", "end")  # of the two outputs of a token
 _OVERLAP = 3  # two windows have a third of `max_length` in common
+_LEAST_LENGTH = 8
 _MAX_ANSWER = 30  # tokens
 _NUM_BEST = 20  # answers that share the probability
 _NUM_SHOWN = 3
@@ -51,6 +52,11 @@ def encode(tokenizer: Any, examples: Examples, max_length: int) -> TokenRows:
     texts = examples.text_pair
     if texts is None:
         raise ValueError("expected a text for every question, got none; give question and context")
+    if max_length < _LEAST_LENGTH:
+        raise ValueError(
+            f"max_length: expected at least {_LEAST_LENGTH} tokens for a question and a part of a "
+            f"text, got {max_length}; raise it"
+        )
     backend = plain_backend(tokenizer)
     asked = [e.ids for e in backend.encode_batch(list(examples.text), add_special_tokens=False)]
     distinct = list(dict.fromkeys(texts))

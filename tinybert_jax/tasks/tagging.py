@@ -360,6 +360,12 @@ def floor(examples: Examples) -> float:
     return float(2 * share / (1 + share) / (counts > 0).sum())
 
 
+def rights(scored: Scored, settings: Settings) -> np.ndarray:
+    """bool [n]: the sentences whose words all have the right tag."""
+    pairs = zip(_gold(scored), _predicted(scored), strict=True)
+    return np.array([gold == tags for gold, (tags, _) in pairs])
+
+
 TAGGING = Task(
     section=TaggingTask,
     form=TaggingTask.form,
@@ -378,5 +384,6 @@ TAGGING = Task(
     truth=truth,
     hf_head="TokenClassification",
     problem_type=None,
+    rights=rights,
     check_lengths=check_lengths,
 )

@@ -170,11 +170,11 @@ def _work(pipe: connection.Connection, used: Any, interval: float) -> None:
             received = pipe.recv()
         except EOFError:
             return
-        if function is None:
-            make, argument = received
-            function = make(argument)
-            continue
         try:
+            if function is None:
+                make, argument = received
+                function = make(argument)
+                continue
             answer = function(received), None
         except Exception as error:
             answer = None, error

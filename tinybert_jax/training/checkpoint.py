@@ -29,6 +29,8 @@ _STATE, _META, _MANIFEST = "state", "meta.json", "manifest.json"
 _PARTIAL, _DAMAGED = "partial-", "damaged-"
 _READ_WAITS = (0.25, 1.0)  # seconds before a refused read is tried again
 _SPARE_BYTES, _SPARE_FILES = 2**16, 40  # what a checkpoint needs beside its arrays
+# What a file system without locks answers: readers are then not waited for.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _T = TypeVar("_T")
 
 
@@ -115,12 +117,16 @@ def _remove(checkpoint: Path) -> bool:
     """Removes a checkpoint; returns False where somebody reads it."""
     with contextlib.ExitStack() as stack:
         try:
-            manifest = stack.enter_context((checkpoint / _MANIFEST).open("rb"))
+            # "r+b": NFS grants an exclusive lock only on a file that is open for writing.
+            manifest = stack.enter_context((checkpoint / _MANIFEST).open("r+b"))
             fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except FileNotFoundError:
             pass  # damaged: nobody reads it
         except BlockingIOError:
             return False
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         # Under another name first: a kill does not leave half a checkpoint.
         removed = checkpoint.with_name(f"{_PARTIAL}removed-{checkpoint.name}")
         shutil.rmtree(removed, ignore_errors=True)

@@ -27,7 +27,7 @@ class Saver:
         self._say = say
         # One job is written and one waits: a job holds a copy of the state.
         self._jobs: queue.Queue[tuple[str, Callable[[], None]]] = queue.Queue(maxsize=1)
-        self._error: SaveError | None = None
+        self._error: BaseException | None = None
         self._is_started = False
 
     def submit(self, name: str, write: Callable[[], None]) -> None:
@@ -42,7 +42,7 @@ class Saver:
         self.check()
 
     def check(self) -> None:
-        """Raises the SaveError of an earlier write, if there is one."""
+        """Raises the error of an earlier write, if there is one: a SaveError, or a bug's."""
         if self._error is not None:
             raise self._error
 
@@ -63,7 +63,7 @@ class Saver:
             try:
                 if self._error is None:
                     self._write(name, write)
-            except SaveError as error:
+            except BaseException as error:  # raised in the main thread, by `check`
                 self._error = error
             finally:
                 self._jobs.task_done()
