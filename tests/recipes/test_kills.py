@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import forked
+import pytest
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_spoilt_and_cut_off_ends_with_the_same_bits(tmp_path):
     script = Path(forked.__file__).with_name("kills.py")
     words = ["--kills", "5", "--flips", "3", "--power", "1", "--keep", str(tmp_path)]
