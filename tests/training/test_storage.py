@@ -9,6 +9,7 @@ import faulty
 import pytest
 
 
+@pytest.mark.slow
 def test_saves_on_a_storage_that_fails(tmp_path):
     """The cases in a process whose calls of the C library fail as the cases ask for."""
     library = faulty.build(tmp_path)
