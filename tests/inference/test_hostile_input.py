@@ -9,9 +9,11 @@ from bad_world import LABELS, TEXTS, change
 from safetensors.numpy import load_file
 
 from tinybert_jax import cli
+from tinybert_jax.huggingface import weights
 from tinybert_jax.huggingface.hub import load_tokenizer
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J </script>\u202e\x9b31m \u2028 tea"
+MARKED = '</script>\u3000tea, "quoted"'  # no control character: a label may have it
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\ud800-\udfff]")
 
 
@@ -25,6 +27,12 @@ def _json_lines(text):
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
+def _labelled(world, name):
+    names = {"0": name, "1": "pos"}
+    ids = {name: int(place) for place, name in names.items()}
+    return world.model("classifier", id2label=names, label2id=ids)
+
+
 def _run(world, *argv):
     """(status, standard output, standard error)."""
     world.capfd.readouterr()
@@ -33,8 +41,12 @@ def _run(world, *argv):
 
 
 @pytest.fixture
-def overflowing(world):
-    """A model that computes no finite number for a text with the word toast."""
+def overflowing(world, monkeypatch):
+    """A model that computes no finite number for a text with the word toast.
+
+    Its weights are larger than a folder may have.
+    """
+    monkeypatch.setattr(weights, "_LARGEST", np.inf)
     folder = world.model("classifier")
     table = load_file(folder / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
     ids = load_tokenizer(str(folder))("toast", add_special_tokens=False)["input_ids"]
@@ -68,21 +80,22 @@ def test_outputs_that_are_not_finite_are_null_and_named(world, overflowing):
 
 
 def test_hostile_text_and_labels_come_out_escaped_and_the_same(world):
-    names = {"0": HOSTILE, "1": "pos"}
-    ids = {name: int(place) for place, name in names.items()}
-    model = world.model("classifier", id2label=names, label2id=ids)
+    model = _labelled(world, HOSTILE)
+    message = world.fails("predict", str(model), "-t", "tea", naming=("\\x1b]0;owned",))
+    assert not CONTROL.search(message)
+    model = _labelled(world, MARKED)
     texts = [HOSTILE, "nul \x00 in it", "a \\ud800 in words", "e\u0301 中文 \U0001f600"]
     data = world.file("a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
     status, out, _ = _run(world, "predict", model, data)
     assert status == 0
     rows = _json_lines(out)
     assert [row["text"] for row in rows] == texts
-    assert {row["label"] for row in rows} == {HOSTILE}
+    assert {row["label"] for row in rows} == {MARKED}
     assert "中文" in out  # letters stay as they are
     output = world.folder / "out.jsonl"
     assert _run(world, "predict", model, data, "-o", output)[1] == ""
     assert output.read_text(encoding="utf-8") == out
-    labels = [{"neg": HOSTILE}.get(label, label) for label in LABELS]
+    labels = [{"neg": MARKED}.get(label, label) for label in LABELS]
     rows = [{"text": text, "label": label} for text, label in zip(TEXTS, labels, strict=True)]
     data = world.file("dev.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     status, out, _ = _run(world, "evaluate", model, data)

@@ -8,7 +8,8 @@ import pytest
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.models.inputs import Text
-from tinybert_jax.objectives.supervised import make_supervised, unit_logits
+from tinybert_jax.objectives.objective import encoder_inputs, unit_logits
+from tinybert_jax.objectives.supervised import make_supervised
 from tinybert_jax.settings.sizes import ModelConfig
 
 torch = pytest.importorskip("torch")
@@ -45,7 +46,8 @@ def _loss(objective, batch, key=KEY):
 
 
 def _logits(key):
-    return torch.tensor(np.asarray(unit_logits(APPLY, PARAMS, _batch(), key)))[:-1]
+    logits = APPLY(PARAMS, *encoder_inputs(_batch()), key).logits
+    return torch.tensor(np.asarray(unit_logits(logits, _batch())))[:-1]
 
 
 def test_class_weights_are_those_of_torch():

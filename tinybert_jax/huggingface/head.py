@@ -107,8 +107,8 @@ def read_head(raw: Mapping[str, Any], folder: Path, shape: tuple[int, ...]) -> H
     """
     if len(shape) != 2 or 0 in shape:
         raise ValueError(
-            f"{folder}: expected a head's weight of the shape [outputs, hidden_size], got "
-            f"{list(shape)}; use another model"
+            f"{folder}: expected classifier.weight, or qa_outputs.weight, of the shape [outputs, "
+            f"hidden_size], got {list(shape)}; use another model"
         )
     num_outputs = shape[0]
     architectures = raw.get("architectures") or [f"For{_KINDS[0]}"]
