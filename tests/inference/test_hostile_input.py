@@ -79,10 +79,13 @@ def test_outputs_that_are_not_finite_are_null_and_named(world, overflowing):
     assert message.startswith(f"tinybert: {overflowing}: expected finite outputs, got NaN or inf")
 
 
-def test_hostile_text_and_labels_come_out_escaped_and_the_same(world):
+def test_a_label_that_steers_a_terminal_is_refused(world):
     model = _labelled(world, HOSTILE)
     message = world.fails("predict", str(model), "-t", "tea", naming=("\\x1b]0;owned",))
     assert not CONTROL.search(message)
+
+
+def test_hostile_text_and_labels_come_out_escaped_and_the_same(world):
     model = _labelled(world, MARKED)
     texts = [HOSTILE, "nul \x00 in it", "a \\ud800 in words", "e\u0301 中文 \U0001f600"]
     data = world.file("a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
