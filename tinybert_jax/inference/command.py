@@ -25,15 +25,7 @@ def _add_evaluate(commands) -> None:
     text = "score a Hugging Face classifier folder on labelled text"
     command = commands.add_parser("evaluate", help=text, description=text)
     command.add_argument("model", help="a model folder or hub id")
-    command.add_argument("data", help=".tsv, .csv or .jsonl, a saved datasets folder, hub:…")
-    command.add_argument("--label", help="column of the labels; default: label")
-    _add_columns(command)
-    command.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="task.key=value",
-        help="how the file is read, as in a config: task.separator, task.scheme, …",
-    )
+    _add_labelled_text(command)
     command.set_defaults(act=_evaluate)
 
 
@@ -70,9 +62,7 @@ def _add_compare(commands) -> None:
     command = commands.add_parser("compare", help=text, description=text)
     command.add_argument("old", help="a model folder or hub id")
     command.add_argument("new", help="another one for the same task")
-    command.add_argument("data", help=".tsv, .csv or .jsonl, a saved datasets folder, hub:…")
-    command.add_argument("--label", help="column of the labels; default: label")
-    _add_columns(command)
+    _add_labelled_text(command)
     command.add_argument("--by", metavar="COLUMN", help="group the examples by this column")
     command.add_argument(
         "--max-regressions",
@@ -83,13 +73,20 @@ def _add_compare(commands) -> None:
     command.add_argument(
         "-o", "--output", type=os.path.expanduser, help="also write a .json or .html file"
     )
+    command.set_defaults(act=_compare)
+
+
+def _add_labelled_text(command) -> None:
+    """The file of labelled text and how it is read; after the models, which come first."""
+    command.add_argument("data", help=".tsv, .csv or .jsonl, a saved datasets folder, hub:…")
+    command.add_argument("--label", help="column of the labels; default: label")
+    _add_columns(command)
     command.add_argument(
         "overrides",
         nargs="*",
         metavar="task.key=value",
         help="how the file is read, as in a config: task.separator, task.scheme, …",
     )
-    command.set_defaults(act=_compare)
 
 
 def _share(text: str) -> float:
