@@ -33,9 +33,9 @@ ROOMS = {
     "distillation",
     "inference": "scorer pretrained predict compare command",
     "training": "members optimizer early_stopping loop step checkpoint metric_log throughput "
-    "preemption saver",
-    "runs": "inputs run identity corpus_checks checks preflight stage_batches teacher_logits "
-    "workload estimate scoring results head_init student_start stage_state stage "
+    "preemption saver generations",
+    "runs": "inputs run identity run_store corpus_checks checks preflight stage_batches "
+    "teacher_logits workload estimate scoring results head_init student_start stage_state stage "
     "used_words saved_states",
     "recipes": "pretrain finetune distill by_rows pipeline",
     "launch": "accelerators job slurm jobset gcluster tpu_vm sky command",
@@ -133,15 +133,20 @@ def test_recipes_do_not_import_each_other_except_the_pipeline():
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
 def test_heavy_imports_stay_in_their_rooms(path):
-    """transformers and datasets only where text is read, and late; Orbax only in checkpoint."""
+    """transformers and datasets only where text is read, and late; Orbax only in checkpoint, fsspec
+
+    only in generations.
+    """
     module, tree = MODULES[path], ast.parse(path.read_text())
-    assert not _roots(tree.body) & {"transformers", "datasets", "torch", "orbax"}
+    assert not _roots(tree.body) & {"transformers", "datasets", "torch", "orbax", "fsspec"}
     late = _roots(tree)
     assert "torch" not in late
     if late & {"transformers", "datasets"}:
         assert _room(module) in ("huggingface", "data", "batches")
     if "orbax" in late:
         assert module == "training.checkpoint"
+    if "fsspec" in late:
+        assert module == "training.generations"
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)

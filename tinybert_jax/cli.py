@@ -33,6 +33,8 @@ _STAGES = {
 }
 
 _path = os.path.expanduser  # shells do not expand ~ in `--output=~/file`
+_RUN_DIR = dict.fromkeys(("prune", "export"), "the folder of a run")
+_RUN_DIR |= dict.fromkeys(("ls", "verify"), "the folder of a run, or the URL of a run_store")
 _SOURCES = "files, folders, globs, saved datasets folders or hub:… ids, as for `data prepare`"
 
 
@@ -150,7 +152,7 @@ def _add_ckpt(commands) -> None:
     }
     for name, text in texts.items():
         action = actions.add_parser(name, help=text, description=text)
-        action.add_argument("run_dir", type=_path, help="the folder of a run")
+        action.add_argument("run_dir", type=_path, help=_RUN_DIR[name])
         action.set_defaults(act=_ckpt)
         if name == "prune":
             action.add_argument("--keep", type=int, default=1, help="default: 1")

@@ -71,6 +71,11 @@ class RunConfig(Section):
 
     name: str = "run"
     run_dir: str
+    run_store: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="URL of fsspec, such as gs://bucket/run or s3://bucket/run, to which the run "
+        "folder is copied after every save; a run whose folder is gone or older is fetched from it",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     num_seeds: PositiveInt = Field(
         1,

@@ -55,7 +55,7 @@ def main(
     then. Raises ValueError where the config has none of the stages or an input is wrong.
     """
     chosen = _choose_stages(config, stages)
-    with open_run(config, chosen) as run:
+    with open_run(config, chosen) as run, stop.saving_with(run.saver.drain):
         run = run._replace(is_profiled=is_profiled, stop=stop)
         if run.task:
             run.log.say(_describe_task(run.task))
@@ -75,6 +75,8 @@ def main(
         report = write_report(run.folder)
         run.log.say(console_summary(summary))
         run.log.say(f"model:  {run.folder / 'hf'}\nreport: {report}")
+        run.saver.copy_soon()
+        run.saver.drain()
         return run.folder
 
 
@@ -135,4 +137,5 @@ def _run_once(run: Run, plan: StagePlan) -> bool:
     seconds = time.perf_counter() - start
     run.log.write("stage", name, 0, {"seconds": seconds})
     run.log.say(f"{name}: finished in {seconds:.0f} s")
+    run.saver.copy_soon()
     return True

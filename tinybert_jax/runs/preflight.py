@@ -29,6 +29,7 @@ from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
 from tinybert_jax.runs import checks, corpus_checks, identity
 from tinybert_jax.runs.inputs import read_inputs
 from tinybert_jax.runs.run import Run, RunTask, check_teacher
+from tinybert_jax.runs.run_store import RunStore, open_store
 from tinybert_jax.tasks.table import TASKS
 from tinybert_jax.training.metric_log import MetricLog
 from tinybert_jax.training.saver import Saver
@@ -36,6 +37,7 @@ from tinybert_jax.training.saver import Saver
 # Settings that may differ when a run resumes, because no array depends on them.
 _MAY_CHANGE = (
     "run_dir",  # the folder may be moved, or named by another path
+    "run_store",
     "distillation.teacher_margin",
     "export",
     *(
@@ -56,6 +58,7 @@ def open_run(config: RunConfig, stages: Sequence[Stage]) -> Iterator[Run]:
     to another config, or where another process uses the folder.
     """
     pins: dict[str, str] = {}
+    store = _open_store(config) if config.run_store else None
     run = read_run(config, stages, pins)
     if _reads_existing_task_teacher(run, stages):
         for teacher in run.own_teachers or [run.task_teacher]:
@@ -71,6 +74,8 @@ def open_run(config: RunConfig, stages: Sequence[Stage]) -> Iterator[Run]:
         _write_pins(run.folder, pins)
         _save_tokenizer(run.folder, run.tokenizer)
         identity.check_run(run)
+        if store is not None:
+            run.saver.copy_with(f"copying to {config.run_store}", store.copy)
         try:
             yield run._replace(peak_flops=_peak_flops(config.compute.dtype, run.mesh.size))
         finally:
@@ -87,7 +92,7 @@ def read_run(config: RunConfig, stages: Sequence[Stage], pins: dict[str, str] | 
         raise ValueError(
             f"expected one process, got {jax.process_count()}; start one process with all devices"
         )
-    folder = Path(config.run_dir).expanduser().resolve()
+    folder = _folder(config)
     check_folder(folder, config)
     pins = {} if pins is None else pins
     pins |= _read_pins(folder)
@@ -153,12 +158,32 @@ def check_folder(folder: Path, config: RunConfig) -> None:
                 "run_dir"
             )
         return
+    _check_config(file, config, "run_dir", folder)
+
+
+def _check_config(file: Path, config: RunConfig, setting: str, place: str | Path) -> None:
     changes = config_files.differences(file, config, ignored=_MAY_CHANGE)
     if changes:
         raise ValueError(
-            f"run_dir: {folder} holds a run of another config; choose another run_dir, or undo "
+            f"{setting}: {place} holds a run of another config; choose another {setting}, or undo "
             "these changes:\n  " + "\n  ".join(changes)
         )
+
+
+def _folder(config: RunConfig) -> Path:
+    return Path(config.run_dir).expanduser().resolve()
+
+
+def _open_store(config: RunConfig) -> RunStore:
+    """The store of the run, from which the run folder is fetched if it is gone or older."""
+    folder, url = _folder(config), str(config.run_store)
+    check_folder(folder, config)
+    return open_store(
+        url,
+        folder,
+        lambda file: _check_config(file, config, "run_store", url),
+        MetricLog(folder / "metrics.jsonl").say,
+    )
 
 
 _PINS = "hub.json"  # hub id -> hash of the revision that the run began with

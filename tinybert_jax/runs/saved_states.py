@@ -7,14 +7,19 @@ from typing import Any
 
 from tinybert_jax.performance import host
 from tinybert_jax.report.console import printable
+from tinybert_jax.runs import run_store
 from tinybert_jax.training import checkpoint
 
 
 def act(action: str, run_dir: str, **options: Any) -> int:
     """Prints what an action says and returns the exit status; options as in the functions below."""
-    is_intact = True
+    is_intact, is_url = True, "://" in run_dir
+    if is_url and action not in ("ls", "verify"):
+        raise ValueError(f"ckpt {action}: expected the folder of a run, got {run_dir}")
     if action == "verify":
-        text, is_intact = verify(run_dir)
+        text, is_intact = (run_store.verify if is_url else verify)(run_dir)
+    elif is_url:
+        text = run_store.describe(run_dir)
     else:
         text = {"ls": describe, "prune": prune, "export": export}[action](run_dir, **options)
     print(printable(text))

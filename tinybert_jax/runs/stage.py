@@ -245,7 +245,7 @@ class _SaveHook:
             self.checkpoints.save(step, state, self.meter.snapshot(), **changes)
             self.saved_at = time.monotonic()
         if self.run.stop.is_asked:
-            self.run.saver.wait()
+            self.run.saver.drain()
 
 
 class _CompileStep:
