@@ -34,7 +34,8 @@ _STAGES = {
 
 _path = os.path.expanduser  # shells do not expand ~ in `--output=~/file`
 _RUN_DIR = dict.fromkeys(("prune", "export"), "the folder of a run")
-_RUN_DIR |= dict.fromkeys(("ls", "verify"), "the folder of a run, or the URL of a run_store")
+_RUN_DIR |= dict.fromkeys(("ls", "verify"), "the folder of a run, or the URL of its run_store")
+_RUN_DIR |= {"fetch": "the run_store of a run"}
 _SOURCES = "files, folders, globs, saved datasets folders or hub:… ids, as for `data prepare`"
 
 
@@ -149,6 +150,7 @@ def _add_ckpt(commands) -> None:
         "verify": "compare the SHA-256 of every file; status 3 where one differs",
         "prune": "remove all but the newest states of each stage and those of the best scores",
         "export": "write the trained arrays of a state to a safetensors file",
+        "fetch": "write the newest complete copy in a run_store to a new folder",
     }
     for name, text in texts.items():
         action = actions.add_parser(name, help=text, description=text)
@@ -156,6 +158,8 @@ def _add_ckpt(commands) -> None:
         action.set_defaults(act=_ckpt)
         if name == "prune":
             action.add_argument("--keep", type=int, default=1, help="default: 1")
+        if name == "fetch":
+            action.add_argument("-o", "--output", type=_path, required=True, help="a new folder")
         if name == "export":
             action.add_argument("stage", choices=STAGE_NAMES, help="a stage of the run")
             action.add_argument("--step", type=int, help="default: the newest")

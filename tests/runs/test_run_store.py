@@ -286,6 +286,11 @@ def test_the_newer_of_folder_and_store_wins(url, tmp_path):
     _copy(url, tmp_path / "run")
     (_, said) = _open(url, tmp_path / "stale")  # the disk of an earlier machine
     assert _files(tmp_path / "stale") == newest and "fetched generation 2" in said[0]
+    # A folder of which only the hidden files are left is fetched again.
+    for path in (tmp_path / "stale").glob("[!.]*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _open(url, tmp_path / "stale")
+    assert _files(tmp_path / "stale") == newest
     # What a user removes from a folder that was copied stays removed.
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "prediction")
     assert _open(url, tmp_path / "run")[1] == []
@@ -346,6 +351,16 @@ def test_a_checkpoint_that_is_damaged_here_is_not_copied(url, tmp_path):
 
 
 @local_only
+def test_a_store_that_vanishes_is_a_refusal(url, tmp_path, monkeypatch):
+    """Not a file of the run that was removed meanwhile."""
+    _write_run(tmp_path / "run")
+    store, _ = _open(url, tmp_path / "run")
+    monkeypatch.setattr(store.generations._files, "auto_mkdir", False)
+    with pytest.raises(OSError, match="FileNotFoundError"):
+        store.copy()
+
+
+@local_only
 def test_a_store_that_cannot_be_read_is_not_empty(url, tmp_path):
     _write_run(tmp_path / "run")
     _copy(url, tmp_path / "run")
@@ -397,6 +412,9 @@ def test_ckpt_takes_the_url(url, tmp_path, capsys):
     assert cli.main(["ckpt", "ls", url]) == 0
     assert "checkpoints/prediction/last/8 " in capsys.readouterr().out
     assert cli.main(["ckpt", "verify", url]) == 0
+    assert cli.main(["ckpt", "fetch", url, "-o", str(tmp_path / "new")]) == 0
+    assert _files(tmp_path / "new") == _files(tmp_path / "run")
+    assert cli.main(["ckpt", "fetch", url, "-o", str(tmp_path / "new")]) == 2
     assert cli.main(["ckpt", "prune", url]) == 2
     assert "expected the folder of a run" in capsys.readouterr().err
     record = json.loads((tmp_path / "run" / run_store._RECORD).read_text())

@@ -77,6 +77,8 @@ def main(
         run.log.say(f"model:  {run.folder / 'hf'}\nreport: {report}")
         run.saver.copy_soon()
         run.saver.drain()
+        if config.run_store:
+            run.log.say(f"copy:   {config.run_store}")
         return run.folder
 
 

@@ -121,7 +121,7 @@ class RunStore:
         return file
 
     def _record(self, name: str) -> None:
-        names = [*_recorded(self.folder, self.generations.url)[-1:], name]
+        names = [*_recorded(self.folder, self.generations.url)[-3:], name]
         content = {"url": self.generations.url, "generations": names}
         disk.replace_text(self.folder / _RECORD, json.dumps(content) + "\n")
 
@@ -144,10 +144,12 @@ def open_store(url: str, folder: Path, check_config: Callable[[Path], None], say
     with host.locked_folder(folder, "run_dir"):
         _move_fetched(folder)
         newest = generations.kept[0] if generations.kept else None
-        is_own = newest is not None and newest.name in _recorded(folder, url)
+        here = _names(folder)
+        # The folder has what it was copied from, except for what a user has removed since.
+        is_own = bool(here) and newest is not None and newest.name in _recorded(folder, url)
         if newest is not None and not is_own:
             _check_identity(store, newest, check_config)
-            if _progress(newest.files) > _progress(_names(folder)):
+            if _progress(newest.files) > _progress(here):
                 _fetch_newest(store)
     return store
 
@@ -167,7 +169,10 @@ def _check_identity(
     store: RunStore, newest: Generation, check_config: Callable[[Path], None]
 ) -> None:
     """Raises ValueError where the store holds a run of another config or of other inputs."""
+    url = store.generations.url
     aside = store.folder / ".store-config-partial"
+    if "config.yaml" not in newest.files:
+        raise ValueError(f"run_store: expected the copy of a run, got others in {url}")
     try:
         _fetch_file(store, newest.files["config.yaml"], aside)
         check_config(aside)
@@ -183,7 +188,7 @@ def _check_identity(
         changed = [name for name in here[kind] if here[kind][name] != there[kind].get(name)]
         if changed:
             raise ValueError(
-                f"run_store: {store.generations.url} holds a run with other content of "
+                f"run_store: {url} holds a run with other content of "
                 f"{', '.join(changed[:3])} than {store.folder}; choose another run_store"
             )
 
@@ -216,12 +221,13 @@ def _fetch_newest(store: RunStore) -> None:
             )
             return
     shutil.rmtree(folder / _PARTIAL, ignore_errors=True)
-    if not any(_names(folder)):
+    if not _names(folder):
         raise ValueError(
             f"run_store: expected an intact generation in {url}, got damage in "
             f"{' and in '.join(problems)}; put the objects back, or begin the run again with "
             "another run_store"
         )
+    store.say(f"run_store: the newer generations of {url} are damaged; {folder} is used")
 
 
 def _fetch(store: RunStore, generation: Generation, target: Path) -> dict[str, str]:
@@ -356,6 +362,17 @@ def verify(url: str) -> tuple[str, bool]:
     lines += [f"generation {name[:8]:<29} no intact manifest" for name in generations.damaged]
     lines.append(f"{num_bytes / 1e6:,.1f} MB at {rate / 1e6:,.0f} MB/s")
     return "\n".join(lines), not any(damage.values()) and not generations.damaged
+
+
+def fetch(url: str, output: str) -> str:
+    """Writes the newest intact generation to a new folder, which a run may go on with."""
+    folder = Path(output).resolve()
+    if folder.exists():
+        raise ValueError(f"--output: expected a new folder, got {output}, which exists; remove it")
+    generations = _written(url)
+    with host.locked_folder(folder, "--output"):
+        _fetch_newest(RunStore(generations, folder, print))
+    return f"wrote {folder}"
 
 
 def _written(url: str) -> Generations:

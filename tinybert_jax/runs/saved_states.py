@@ -14,10 +14,12 @@ from tinybert_jax.training import checkpoint
 def act(action: str, run_dir: str, **options: Any) -> int:
     """Prints what an action says and returns the exit status; options as in the functions below."""
     is_intact, is_url = True, "://" in run_dir
-    if is_url and action not in ("ls", "verify"):
+    if is_url and action in ("prune", "export"):
         raise ValueError(f"ckpt {action}: expected the folder of a run, got {run_dir}")
     if action == "verify":
         text, is_intact = (run_store.verify if is_url else verify)(run_dir)
+    elif action == "fetch":
+        text = run_store.fetch(run_dir, **options)
     elif is_url:
         text = run_store.describe(run_dir)
     else:

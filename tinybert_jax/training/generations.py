@@ -107,10 +107,12 @@ class Generations:
         """The bytes of an object in blocks; raises DamagedError, at the end, where they differ."""
         digest = hashlib.sha256()
         try:
-            with _refusals(), self._files.open(self._object(file), "rb", block_size=_BLOCK) as own:
-                while block := own.read(_BLOCK):
-                    digest.update(block)
-                    yield block
+            with _refusals(tells_missing=True):
+                opened = self._files.open(self._object(file), "rb", block_size=_BLOCK)
+                with opened:
+                    while block := opened.read(_BLOCK):
+                        digest.update(block)
+                        yield block
         except FileNotFoundError:
             raise DamagedError(f"objects/{file.sha256} is missing") from None
         if digest.hexdigest() != file.sha256:
@@ -150,7 +152,7 @@ class Generations:
     def _list(self, folder: str) -> dict[str, int]:
         """Name -> size of what is in a folder; `find` would take a refusal for an empty folder."""
         try:
-            with _refusals():
+            with _refusals(tells_missing=True):
                 self._files.invalidate_cache()
                 found = self._files.ls(self._path(folder), detail=True)
         except FileNotFoundError:
@@ -159,7 +161,7 @@ class Generations:
         return {name: size for name, size in sizes.items() if _NAMES[folder].fullmatch(name)}
 
     def _remove(self, *parts: str) -> None:
-        with contextlib.suppress(FileNotFoundError), _refusals():
+        with contextlib.suppress(FileNotFoundError), _refusals(tells_missing=True):
             self._files.rm_file(self._path(*parts))
 
     def _object(self, file: File) -> str:
@@ -187,11 +189,15 @@ def _open(url: str) -> tuple[Any, str, bool]:
 
 
 @contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """Turns the exceptions that clients of object stores define into OSError."""
+def _refusals(*, tells_missing: bool = False) -> Iterator[None]:
+    """Turns the exceptions that clients of object stores define into OSError.
+
+    FileNotFoundError too, which is a refusal where something is written, as of a missing bucket.
+    """
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
+        is_missing = isinstance(error, FileNotFoundError)
+        if isinstance(error, OSError) and (tells_missing or not is_missing):
+            raise
         raise OSError(f"{type(error).__name__}: {error}") from error
