@@ -32,11 +32,11 @@ ROOMS = {
     "objectives": "alignment linear_probe reduction objective masking masked_lm supervised "
     "distillation",
     "inference": "scorer pretrained predict compare command",
-    "training": "members optimizer early_stopping loop step checkpoint metric_log throughput "
-    "preemption saver generations",
-    "runs": "inputs run identity run_store corpus_checks checks preflight stage_batches "
-    "teacher_logits workload estimate scoring results head_init student_start stage_state stage "
-    "used_words saved_states",
+    "training": "members optimizer early_stopping loop step replicas skipping checkpoint "
+    "metric_log throughput preemption saver generations",
+    "runs": "inputs run identity run_store from_step corpus_checks checks preflight stage_batches "
+    "teacher_logits workload estimate scoring results head_init student_start stage_state "
+    "divergence stage used_words saved_states",
     "recipes": "pretrain finetune distill by_rows pipeline",
     "launch": "accelerators job slurm jobset gcluster tpu_vm sky command",
 }

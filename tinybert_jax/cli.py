@@ -108,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
             action="store_true",
             help="trace a few steps of each stage; write a table of operations to run_dir/profile",
         )
+        either.add_argument(
+            "--from-step",
+            metavar="STAGE:STEP",
+            help="train a stage again from an older step, as after it has diverged; its settings "
+            "may differ, such as finetune.learning_rate=1e-5",
+        )
         command.set_defaults(act=_run)
     inference.add_to(commands)
     _add_convert(commands)
@@ -238,7 +244,8 @@ def _run(arguments, command: str) -> int:
         if arguments.dry_run:
             print(printable(pipeline.describe_costs(settings, stages)))
         else:
-            pipeline.main(settings, stages, command, is_profiled=arguments.profile, stop=stop)
+            options = {"is_profiled": arguments.profile, "from_step": arguments.from_step}
+            pipeline.main(settings, stages, command, **options, stop=stop)
     return 0
 
 

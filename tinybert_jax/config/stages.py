@@ -79,6 +79,22 @@ class StageSection(Section):
     patience: PositiveInt | None = Field(
         None, description="stop after this many evaluations in a row without a better score"
     )
+    stop_after_skipped: PositiveInt = Field(
+        10,
+        description="stop after this many steps in a row that a model skips, because its loss or "
+        "gradient is not finite or a spike; 1 makes every step wait for the one before it",
+    )
+    spikes: Literal["report", "skip"] | None = Field(
+        None,
+        description="what becomes of a step whose loss is above spike_factor times the median of "
+        "the last 100: a line, or a line and no change of the weights",
+    )
+    spike_factor: Annotated[float, Field(gt=1.0)] = 5.0
+    check_replicas_every: PositiveInt | None = Field(
+        None,
+        description="steps after which the copies of the weights on several devices are compared; "
+        "a copy that differs stops the run and names its device",
+    )
 
     @model_validator(mode="after")
     def _length_is_given_once(self) -> "StageSection":

@@ -220,7 +220,7 @@ def _check_shape(entry: Entry, name: str, held: tuple[int, ...], wanted: tuple[i
 
 
 # No trained weight comes near; sums and squares of larger ones are soon beyond fp32.
-_LARGEST = 1e10
+LARGEST_WEIGHT = 1e10
 
 
 def _stack(entry: Entry, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -236,11 +236,11 @@ def _stack(entry: Entry, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
                 f"{name}: expected finite weights, got NaN, infinity or numbers beyond fp32: the "
                 "training diverged or the file is damaged; use an earlier checkpoint"
             )
-        if (largest := max(highest, -lowest)) > _LARGEST:
+        if (largest := max(highest, -lowest)) > LARGEST_WEIGHT:
             raise ValueError(
-                f"{name}: expected weights of at most {_LARGEST:g}, got {largest:g}, from which "
-                "outputs overflow: the training diverged or the file is damaged; use an earlier "
-                "checkpoint"
+                f"{name}: expected weights of at most {LARGEST_WEIGHT:g}, got {largest:g}, from "
+                "which outputs overflow: the training diverged or the file is damaged; use an "
+                "earlier checkpoint"
             )
     kernels = [
         np.ascontiguousarray(a.T if entry.is_kernel else a, np.float32) for a in arrays.values()

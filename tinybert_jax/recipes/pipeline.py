@@ -23,6 +23,7 @@ from tinybert_jax.recipes import distill, finetune, pretrain
 from tinybert_jax.report.console import console_summary
 from tinybert_jax.report.page import write_report
 from tinybert_jax.runs import estimate, identity
+from tinybert_jax.runs.from_step import parse
 from tinybert_jax.runs.preflight import open_run, read_run, reads_task_teacher
 from tinybert_jax.runs.results import best_seed, collect_results
 from tinybert_jax.runs.run import Run, RunTask, check_teacher, export_models
@@ -47,15 +48,20 @@ def main(
     command: str = "",
     *,
     is_profiled: bool = False,
+    from_step: str | None = None,
     stop: Stop = NEVER,
 ) -> Path:
     """Runs the given stages that the config has and that are not done; returns the run folder.
 
-    `command`: the command line, for `results.json`. `stop`: a request to stop; Stopped is raised
-    then. Raises ValueError where the config has none of the stages or an input is wrong.
+    `command`: the command line, for `results.json`. `from_step`: STAGE:STEP to go on from, as after
+    a stage has diverged. `stop`: a request to stop; Stopped is raised then. Raises ValueError where
+    the config has none of the stages or an input is wrong, and FloatingPointError where a stage
+    diverges.
     """
     chosen = _choose_stages(config, stages)
-    with open_run(config, chosen) as run, stop.saving_with(run.saver.drain):
+    step = None if from_step is None else parse(from_step)
+    opened = open_run(config, chosen, step, command)
+    with opened as run, stop.saving_with(run.saver.drain):
         run = run._replace(is_profiled=is_profiled, stop=stop)
         if run.task:
             run.log.say(_describe_task(run.task))

@@ -27,6 +27,7 @@ from tinybert_jax.parallel.mesh import make_mesh
 from tinybert_jax.performance import disk, host
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
 from tinybert_jax.runs import checks, corpus_checks, identity
+from tinybert_jax.runs.from_step import FromStep, check_from_step, go_back
 from tinybert_jax.runs.inputs import read_inputs
 from tinybert_jax.runs.run import Run, RunTask, check_teacher
 from tinybert_jax.runs.run_store import RunStore, open_store
@@ -51,15 +52,19 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers
 
 
 @contextlib.contextmanager
-def open_run(config: RunConfig, stages: Sequence[Stage]) -> Iterator[Run]:
+def open_run(
+    config: RunConfig, stages: Sequence[Stage], from_step: FromStep | None = None, command: str = ""
+) -> Iterator[Run]:
     """Reads and checks all inputs of the given stages, then locks and fills the run folder.
 
     Raises ValueError, before anything is written, where an input is wrong, where the folder belongs
-    to another config, or where another process uses the folder.
+    to another config, or where another process uses the folder; FloatingPointError where a stage
+    has diverged. `from_step`: the stage of which other settings are taken.
     """
     pins: dict[str, str] = {}
-    store = _open_store(config) if config.run_store else None
-    run = read_run(config, stages, pins)
+    store = _open_store(config, from_step) if config.run_store else None
+    run = read_run(config, stages, pins, from_step)
+    check_from_step(run, [run.plans[stage.name] for stage in stages], from_step)
     if _reads_existing_task_teacher(run, stages):
         for teacher in run.own_teachers or [run.task_teacher]:
             check_teacher(run, teacher, run.teacher)
@@ -68,8 +73,11 @@ def open_run(config: RunConfig, stages: Sequence[Stage]) -> Iterator[Run]:
             for teacher in run.further_teachers:
                 check_teacher(run, teacher.section.path, teacher.sizes)
     with host.locked_folder(run.folder, "run_dir"):
-        check_folder(run.folder, config)  # again: another run may have begun meanwhile
+        # Again, because another run may have begun meanwhile.
+        changes = check_folder(run.folder, config, from_step)
         _remove_leftovers(run.folder)
+        if from_step is not None:
+            go_back(run, from_step, changes, command)
         _write_identity(run.folder, config, run.mesh)
         _write_pins(run.folder, pins)
         _save_tokenizer(run.folder, run.tokenizer)
@@ -82,21 +90,25 @@ def open_run(config: RunConfig, stages: Sequence[Stage]) -> Iterator[Run]:
             run.saver.finish(_LAST_SAVE_SECONDS)
 
 
-def read_run(config: RunConfig, stages: Sequence[Stage], pins: dict[str, str] | None = None) -> Run:
+def read_run(
+    config: RunConfig,
+    stages: Sequence[Stage],
+    pins: dict[str, str] | None = None,
+    from_step: FromStep | None = None,
+) -> Run:
     """Reads and checks all inputs of the given stages; runs no model and writes nothing.
 
     Models of the hub are read in the revisions that the run folder names; `pins` gets the hash of
-    each, also of new ones.
+    each, also of new ones. `from_step` is as in `open_run`.
     """
     if jax.process_count() > 1:
         raise ValueError(
             f"expected one process, got {jax.process_count()}; start one process with all devices"
         )
     folder = _folder(config)
-    check_folder(folder, config)
+    check_folder(folder, config, from_step)
     pins = {} if pins is None else pins
-    pins |= _read_pins(folder)
-    config = _pinned(config, pins)
+    config = _pinned(config, folder, pins)
     inputs = read_inputs(
         teacher=config.teacher,
         further=config.distillation.further_teachers,
@@ -140,8 +152,11 @@ def read_run(config: RunConfig, stages: Sequence[Stage], pins: dict[str, str] | 
     return run
 
 
-def check_folder(folder: Path, config: RunConfig) -> None:
-    """Raises ValueError where the run folder is a file, or holds another run or other files."""
+def check_folder(folder: Path, config: RunConfig, from_step: FromStep | None = None) -> list[str]:
+    """Raises ValueError where the run folder is a file, or holds another run or other files.
+
+    Returns the settings of the stage of `from_step` that differ, which is allowed.
+    """
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise ValueError(
@@ -157,31 +172,34 @@ def check_folder(folder: Path, config: RunConfig) -> None:
                 f"with {', '.join(others[:3])}{', …' if len(others) > 3 else ''}; choose another "
                 "run_dir"
             )
-        return
-    _check_config(file, config, "run_dir", folder)
+        return []
+    return _check_config(file, config, "run_dir", folder, from_step)
 
 
-def _check_config(file: Path, config: RunConfig, setting: str, place: str | Path) -> None:
+def _check_config(
+    file: Path, config: RunConfig, setting: str, place: str | Path, from_step: FromStep | None
+) -> list[str]:
     changes = config_files.differences(file, config, ignored=_MAY_CHANGE)
-    if changes:
+    if not all(from_step and change.startswith(f"{from_step.stage}.") for change in changes):
         raise ValueError(
             f"{setting}: {place} holds a run of another config; choose another {setting}, or undo "
             "these changes:\n  " + "\n  ".join(changes)
         )
+    return changes
 
 
 def _folder(config: RunConfig) -> Path:
     return Path(config.run_dir).expanduser().resolve()
 
 
-def _open_store(config: RunConfig) -> RunStore:
+def _open_store(config: RunConfig, from_step: FromStep | None) -> RunStore:
     """The store of the run, from which the run folder is fetched if it is gone or older."""
     folder, url = _folder(config), str(config.run_store)
-    check_folder(folder, config)
+    check_folder(folder, config, from_step)
     return open_store(
         url,
         folder,
-        lambda file: _check_config(file, config, "run_store", url),
+        lambda file: _check_config(file, config, "run_store", url, from_step),
         MetricLog(folder / "metrics.jsonl").say,
     )
 
@@ -199,8 +217,9 @@ def _write_pins(folder: Path, pins: dict[str, str]) -> None:
         disk.replace_text(folder / _PINS, json.dumps(pins, indent=2) + "\n")
 
 
-def _pinned(config: RunConfig, pins: dict[str, str]) -> RunConfig:
+def _pinned(config: RunConfig, folder: Path, pins: dict[str, str]) -> RunConfig:
     """The config with a hash in every hub id of a model or tokenizer; see `pin_revision`."""
+    pins |= _read_pins(folder)
 
     def pinned(section: Any) -> Any:
         paths = {name: getattr(section, name, None) for name in ("path", "finetuned")}

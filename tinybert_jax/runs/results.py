@@ -100,6 +100,7 @@ def _learning(run: Run, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         last = max(scores)
         before = [step for step in scores if step <= (1 - _TAIL) * last]
         losses = [row["loss"] for row in of_stage if row["kind"] == "train"]
+        losses = [loss for loss in losses if isinstance(loss, float)]  # text where not finite
         found[name] = {
             "num_epochs": plan.section.num_epochs,
             "num_steps": plan.section.num_steps,

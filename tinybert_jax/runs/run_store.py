@@ -126,7 +126,9 @@ class RunStore:
         disk.replace_text(self.folder / _RECORD, json.dumps(content) + "\n")
 
 
-def open_store(url: str, folder: Path, check_config: Callable[[Path], None], say: Say) -> RunStore:
+def open_store(
+    url: str, folder: Path, check_config: Callable[[Path], object], say: Say
+) -> RunStore:
     """The store of a run folder, which is first fetched from it unless it has the newer state.
 
     `check_config(file)` raises ValueError for the config file of another run. Raises ValueError
@@ -166,7 +168,7 @@ def _unreadable(url: str, error: OSError) -> OSError:
 
 
 def _check_identity(
-    store: RunStore, newest: Generation, check_config: Callable[[Path], None]
+    store: RunStore, newest: Generation, check_config: Callable[[Path], object]
 ) -> None:
     """Raises ValueError where the store holds a run of another config or of other inputs."""
     url = store.generations.url

@@ -20,16 +20,18 @@ from tinybert_jax.models.params import restack_layers, sha256, unstack_layers
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance import trace
+from tinybert_jax.runs.divergence import Watch
 from tinybert_jax.runs.run import Run
-from tinybert_jax.runs.stage_state import Member, StageCheckpoints, Training, models_of
+from tinybert_jax.runs.stage_state import (
+    EVALUATION_DUE,
+    Member,
+    StageCheckpoints,
+    Training,
+    models_of,
+)
 from tinybert_jax.training import loop
 from tinybert_jax.training.early_stopping import compare_with_best
-from tinybert_jax.training.members import (
-    join_objectives,
-    join_optimizer,
-    merge_members,
-    split_members,
-)
+from tinybert_jax.training.members import join_optimizer, merge_members, split_members
 from tinybert_jax.training.optimizer import make_optimizer, make_schedule
 from tinybert_jax.training.step import (
     TrainState,
@@ -41,7 +43,6 @@ from tinybert_jax.training.step import (
 from tinybert_jax.training.throughput import Meter
 
 _PLAN = "packs for any number of devices"  # in the progress of a stage that this version began
-EVALUATION_DUE = "evaluation_due"  # in the progress of a state that a stop saved: evaluate it first
 
 
 def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
@@ -68,7 +69,7 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
 
     if not checkpoints.progress.get("stopped"):
         step_fn = make_train_step(
-            join_objectives({name: m.objective for name, m in training.members.items()}),
+            training.objective,
             optimizer,
             schedule,
             run.mesh,
@@ -78,11 +79,9 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
             average_decay=section.average_decay or 0.0,
         )
         frozen = sharding.place_params(training.read_frozen(training.frozen), run.mesh)
-        compile_step = _CompileStep(step_fn, frozen, saves)
-        with (
-            run.stop.between_steps(),
-            _step(run, training, step_fn, frozen, meter) as step,
-        ):
+        watch = Watch(run, training, frozen, checkpoints.progress, meter)
+        compile_step = _CompileStep(step_fn, frozen, saves, watch)
+        with run.stop.between_steps(), _step(run, training, step_fn, frozen, watch) as step:
             state = loop.fit(
                 state,
                 step,
@@ -91,11 +90,11 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
                 ),
                 start_step=start_step,
                 num_steps=num_steps,
-                record=meter.record,
+                record=watch.record,
                 is_new=compile_step.is_new,
                 compile_step=compile_step,
-                is_due=saves.is_due,
-                hooks=(evaluate, saves),
+                is_due=lambda step: saves.is_due(step) or watch.is_alert,
+                hooks=(watch, evaluate, saves),
             )
             run.saver.wait()
     chosen = state.evaluated
@@ -107,21 +106,21 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
 
 
 def _step(
-    run: Run, training: Training, step_fn: TrainStep, frozen: Any, meter: Meter
+    run: Run, training: Training, step_fn: TrainStep, frozen: Any, watch: Watch
 ) -> contextlib.AbstractContextManager[trace.Step]:
     """Yields step(state, batch); with `run.is_profiled` it traces some of its calls."""
 
     def step(state, batch):
-        return step_fn(state, batch, frozen)
+        return step_fn(state, batch, frozen, watch.limit)
 
     if not run.is_profiled:
         return contextlib.nullcontext(step)
     return trace.traced_step(
         step,
-        lambda state, batch: step_fn.program(state, batch, frozen),
+        lambda state, batch: step_fn.program(state, batch, frozen, watch.limit),
         run.folder / "profile" / training.name,
         run.log.say,
-        meter.paused,
+        watch.meter.paused,
     )
 
 
@@ -251,8 +250,8 @@ class _SaveHook:
 class _CompileStep:
     """Compiles the step for each new shape of a batch; a stop need not wait until it is done."""
 
-    def __init__(self, step_fn: TrainStep, frozen: Any, saves: _SaveHook):
-        self.step_fn, self.frozen, self.saves = step_fn, frozen, saves
+    def __init__(self, step_fn: TrainStep, frozen: Any, saves: _SaveHook, watch: Watch):
+        self.step_fn, self.frozen, self.saves, self.watch = step_fn, frozen, saves, watch
         self.shapes: set[tuple[int, ...]] = set()
 
     def is_new(self, batch: Batch) -> bool:
@@ -260,9 +259,10 @@ class _CompileStep:
 
     def __call__(self, step: int, state: TrainState, batch: Batch) -> None:
         self.shapes.add(batch.shape)
+        self.watch(step, state)  # the last step may be saved
         save = functools.partial(self.saves.save, step, state, is_evaluated=True)
         with self.saves.meter.paused(state), self.saves.run.stop.saving_with(save):
-            self.step_fn.compile(state, batch, self.frozen)
+            self.step_fn.compile(state, batch, self.frozen, self.watch.limit)
 
 
 class _EvaluationHook:

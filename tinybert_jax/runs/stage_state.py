@@ -13,7 +13,9 @@ from tinybert_jax.objectives.objective import Objective
 from tinybert_jax.runs.run import Run
 from tinybert_jax.runs.stage_batches import StageBatches
 from tinybert_jax.training import checkpoint
-from tinybert_jax.training.members import split_members
+from tinybert_jax.training.members import join_objectives, split_members
+
+EVALUATION_DUE = "evaluation_due"  # in the progress of a state that a stop saved: evaluate it first
 
 
 class Member(NamedTuple):
@@ -47,6 +49,11 @@ class Training(NamedTuple):
     @property
     def num_steps(self) -> int:
         return self.batches.num_steps(self.section)
+
+    @property
+    def objective(self) -> Objective:
+        """The objective of all members together."""
+        return join_objectives({name: m.objective for name, m in self.members.items()})
 
     @property
     def evaluators(self) -> dict[str, Evaluator]:
@@ -131,11 +138,12 @@ class StageCheckpoints:
         meta, tree = json.dumps(self.progress | changes), checkpoint.fetch(state)
         folder, every = self.folder / "last", self.training.section.keep_every
         best = [self.progress["best_step"]] if "best_step" in self.progress else []
+        last = 2 + max(self.progress["skips"]["in_row"])  # two from before any step was skipped
 
         def write() -> None:
             self.run.log.sync()  # a state is never newer than the rows of its steps
             checkpoint.write(folder, step, tree, meta)
-            checkpoint.prune(folder, last=2, every=every, also=best)
+            checkpoint.prune(folder, last=last, every=every, also=best)
 
         self.run.saver.submit(f"{self.training.name}: saving step {step}", write)
         self.saved_step = step

@@ -26,6 +26,12 @@ def split_members(tree: Any, names: Iterable[str]) -> dict[str, Any]:
     return {name: tree if name == SOLE else tree[name] for name in names}
 
 
+def losses_of(loss: jax.Array, metrics: Mapping[str, jax.Array], names: Iterable[str]) -> jax.Array:
+    """The loss of each member, [..., members], from what the objective of all of them returns."""
+    by_name = {name: loss if name == SOLE else metrics[f"loss/{name}"] for name in names}
+    return jnp.stack(list(by_name.values()), axis=-1)
+
+
 def join_objectives(members: Mapping[str, Objective]) -> Objective:
     """The objective with the sum of the members' losses.
 
@@ -55,19 +61,26 @@ def join_objectives(members: Mapping[str, Objective]) -> Objective:
 def join_optimizer(
     optimizer: optax.GradientTransformation, names: Iterable[str]
 ) -> optax.GradientTransformation:
-    """Applies `optimizer` to every member separately, so that clipping is per member."""
+    """Applies `optimizer` to every member separately, so that clipping is per member.
+
+    `is_applied` of its update is a dict of flags by name.
+    """
     names = tuple(names)
     if SOLE in names:
         return optimizer
+    update_one = optax.with_extra_args_support(optimizer).update
 
     def init(params):
         return {name: optimizer.init(params[name]) for name in names}
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, *, is_applied=None, **_):
         assert params is not None
         changes, states = {}, {}
         for name in names:
-            changes[name], states[name] = optimizer.update(updates[name], state[name], params[name])
+            flag = None if is_applied is None else is_applied[name]
+            changes[name], states[name] = update_one(
+                updates[name], state[name], params[name], is_applied=flag
+            )
         return changes, states
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

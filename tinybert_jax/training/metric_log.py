@@ -68,6 +68,8 @@ class MetricLog:
             for name, value in values.items()
             if name == "loss" or name.startswith("loss/")
         ]
+        if "skipped" in values:
+            parts.append(f"skipped {values['skipped']}")
         remaining = _duration(values["seconds_left"])
         self.say(
             f"{stage:<12} {step:>6}/{num_steps}  {'  '.join(parts)}  "

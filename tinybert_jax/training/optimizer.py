@@ -1,8 +1,10 @@
 """Learning-rate schedules and the optimizer, made from plain values.
 
 This module owns the shapes of the schedules, weight decay by parameter, and the order of the optax
-chain. It does not own the train state, gradient accumulation or skipping of bad steps.
+chain. It does not own the train state, gradient accumulation or which steps are skipped.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,18 +106,60 @@ def make_optimizer(
     The decay is decoupled and follows the schedule (Loshchilov and Hutter 2019, as in
     `torch.optim.AdamW`). `clip_norm=None` does not clip; the state has the same structure.
     `decays_to_start`: weights decay towards those of the first step instead of 0, except those of
-    the task's head and of a projection. `layer_decay`: see `_scale_by_depth`.
+    the task's head and of a projection. `layer_decay`: see `_scale_by_depth`. Where its update gets
+    `is_applied`, bool [], the moments stay as they are if it is false.
     """
     decay = optax.add_decayed_weights(weight_decay, mask=decay_mask)
     if decays_to_start:
         decay = _decay_to_start(weight_decay)
     return optax.chain(
         optax.identity() if clip_norm is None else _clip_by_global_norm(clip_norm),
-        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        _scale_by_adam(b1, b2, eps),
         decay,
         optax.scale_by_learning_rate(schedule),
         *([] if layer_decay is None else [_scale_by_depth(layer_decay)]),
     )
+
+
+def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` whose moments stay as they are in a step that is skipped.
+
+    The update is computed from the moments that are kept: computed from the new ones it would make
+    XLA copy the old ones, which it then reads twice.
+    """
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None, **given: Any):
+        flag = given.get("is_applied", True)
+        new = optax.ScaleByAdamState(
+            jnp.where(flag, optax.safe_increment(state.count), state.count),
+            _moments(flag, updates, state.mu, b1, 1),
+            _moments(flag, updates, state.nu, b2, 2),
+        )
+        mu = optax.tree.bias_correction(new.mu, b1, new.count)
+        nu = optax.tree.bias_correction(new.nu, b2, new.count)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v + 0.0) + eps), mu, nu), new
+
+    init = optax.scale_by_adam(b1=b1, b2=b2, eps=eps).init
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _moments(
+    is_applied: jax.typing.ArrayLike, updates: PyTree, moments: PyTree, decay: float, order: int
+) -> PyTree:
+    """(1 - decay) · update^order + decay · moment; in a step that is skipped the old moments.
+
+    Of the two forms the one is used with which XLA's CPU compiler rounds as without a skip: it
+    chooses which product it fuses with the sum, and chooses otherwise for unrolled layers.
+    """
+
+    def moment(path: tuple, update: jax.Array, old: jax.Array) -> jax.Array:
+        if not any(isinstance(part, jax.tree_util.SequenceKey) for part in path):
+            new = (1 - decay) * update**order + decay * old
+            return jnp.where(is_applied, new, old)  # `new` first
+        new, kept = (jnp.where(is_applied, *p) for p in ((1 - decay, 0.0), (decay, 1.0)))
+        return new * jnp.where(is_applied, update, 0.0) ** order + kept * old
+
+    return jax.tree_util.tree_map_with_path(moment, updates, moments)
 
 
 def _decay_to_start(weight_decay: float) -> optax.GradientTransformation:

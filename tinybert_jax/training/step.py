@@ -1,7 +1,7 @@
 """The train step: one jitted function of (state, batch, frozen) for all stages."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from tinybert_jax.models.params import Params
 from tinybert_jax.objectives.objective import Objective
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import runs_seeds_sequentially
-from tinybert_jax.training.members import split_members
+from tinybert_jax.training.members import losses_of, merge_members, split_members
 
 Metrics = dict[str, jax.Array]
 
@@ -112,60 +112,68 @@ def make_train_step(
     With gradient accumulation, a microbatch takes every n-th example. Every loss is divided by the
     unit counts of the whole batch, so that the sum over microbatches is the loss of the batch,
     whatever its padding.
-    """
 
+    A model whose loss or gradient is not finite, or whose loss is above `limit`, skips the step:
+    its parameters, moments and average stay as they are, its learning rate goes on with the step.
+    The metric `skipped` tells which models did, bool [] or [seeds × members].
+    """
     gradients = _make_gradients(objective, gradient_accumulation_steps, mesh)
     update = _make_update(optimizer, objective.members)
 
-    def train_step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, frozen: Any, limit: jax.Array | None
+    ) -> tuple[TrainState, Metrics]:
         num_tokens = jnp.count_nonzero(batch.attention_mask)
         share = jnp.minimum(state.step / max(num_steps - 1, 1), 1.0)
         (loss, metrics), grads = gradients(state, batch, share, frozen)
-        update_all = _map_over_seeds(update, state.key)
-        with jax.named_scope("~optimizer"):
-            params, opt_state, grad_norm = update_all(grads, state.opt_state, state.params)
+        losses = losses_of(loss, metrics, objective.members)
+        limits = jnp.full_like(losses, jnp.inf) if limit is None else limit.reshape(losses.shape)
+        decay = jnp.minimum(average_decay, (1 + state.step) / (10 + state.step))
+        update_all = _map_over_seeds(functools.partial(update, decay), state.key)
+        old = state.params, state.opt_state, state.average
+        new, grad_norm, is_applied = update_all(grads, old, losses, limits)
         metrics = {"loss": loss} | metrics | {"grad_norm": grad_norm}
         metrics = jax.tree.map(jnp.mean, metrics) | {
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "num_tokens": num_tokens,
+            "skipped": ~is_applied.reshape(-1).squeeze(),
         }
-        decay = jnp.minimum(average_decay, (1 + state.step) / (10 + state.step))
-        with jax.named_scope("~average"):
-            average = jax.tree.map(
-                lambda old, new: old + (1 - decay) * (new - old),
-                state.average,
-                params if state.average else (),
-            )
-        return TrainState(state.step + 1, params, opt_state, state.key, average), metrics
+        metrics |= {} if limit is None else {"losses": losses.reshape(limit.shape)}
+        return TrainState(state.step + 1, *new[:2], state.key, new[2]), metrics
 
     compiled = jax.jit(
         train_step,
         donate_argnums=0,
-        in_shardings=(state_sharding, sharding.batch_sharding(mesh), None),
+        in_shardings=(state_sharding, sharding.batch_sharding(mesh), None, None),
         out_shardings=(state_sharding, sharding.replicated_sharding(mesh)),
     )
-
     return TrainStep(compiled, mesh)
 
 
 class TrainStep(NamedTuple):
-    """step(state, batch, frozen): (state, metrics), compiled for `mesh`; it donates the state."""
+    """step(state, batch, frozen, limit): (state, metrics), compiled for `mesh`.
+
+    It donates the state. `limit`: highest loss of each model that does not skip the step, fp32
+    [seeds × members]; None: no limit.
+    """
 
     jitted: Any
     mesh: Mesh
 
-    def __call__(self, state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
+    def __call__(
+        self, state: TrainState, batch: Batch, frozen: Any, limit: Any = None
+    ) -> tuple[TrainState, Metrics]:
         with jax.set_mesh(self.mesh):
-            return self.jitted(state, batch, frozen)
+            return self.jitted(state, batch, frozen, limit)
 
-    def compile(self, state: TrainState, batch: Batch, frozen: Any) -> Any:
+    def compile(self, state: TrainState, batch: Batch, frozen: Any, limit: Any = None) -> Any:
         """The program for these arguments; a later call with such arguments does not compile."""
         with jax.set_mesh(self.mesh):
-            return self.jitted.lower(state, batch, frozen).compile()
+            return self.jitted.lower(state, batch, frozen, limit).compile()
 
-    def program(self, state: TrainState, batch: Batch, frozen: Any) -> str:
+    def program(self, state: TrainState, batch: Batch, frozen: Any, limit: Any = None) -> str:
         """The text of the program that is compiled for these arguments."""
-        return self.compile(state, batch, frozen).as_text()
+        return self.compile(state, batch, frozen, limit).as_text()
 
 
 def _make_gradients(objective: Objective, num_parts: int, mesh: Mesh) -> Callable:
@@ -202,7 +210,7 @@ def _make_gradients(objective: Objective, num_parts: int, mesh: Mesh) -> Callabl
             return jax.tree.map(jnp.add, total, micro(*part)), None
 
         split = _map_over_seeds(lambda key: jax.random.split(key, num_parts), state.key)
-        parts = (jax.tree.map(_make_split(num_parts), batch), jnp.moveaxis(split(keys), -1, 0))
+        parts = (jax.tree.map(make_split(num_parts), batch), jnp.moveaxis(split(keys), -1, 0))
         shapes = jax.eval_shape(micro, *jax.tree.map(lambda leaf: leaf[0], parts))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return jax.lax.scan(accumulate, zeros, parts)[0]
@@ -211,14 +219,47 @@ def _make_gradients(objective: Objective, num_parts: int, mesh: Mesh) -> Callabl
 
 
 def _make_update(optimizer: optax.GradientTransformation, members: Sequence[str]) -> Callable:
-    """update(gradients, opt_state, params): (params, opt_state, gradient norms [members])."""
+    """update(decay, gradients, (params, opt_state, average), losses [members], limits [members]).
 
-    def update(grads, opt_state, params):
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        norms = [optax.tree.norm(grad) for grad in split_members(grads, members).values()]
-        return optax.apply_updates(params, updates), opt_state, jnp.stack(norms)
+    Returns ((params, opt_state, average), gradient norms [members], is_applied [members]). The
+    optimizer is told `is_applied`, and keeps its moments itself.
+    """
+    update_members = optax.with_extra_args_support(optimizer).update
+
+    def update(decay, grads, old, losses, limits):
+        params, opt_state, average = old
+        with jax.named_scope("~optimizer"):
+            norms = [optax.tree.norm(grad) for grad in split_members(grads, members).values()]
+            norms = jnp.stack(norms)
+            is_applied = jnp.isfinite(losses) & jnp.isfinite(norms) & (losses <= limits)
+            flags = dict(zip(members, is_applied, strict=True))
+            updates, opt_state = update_members(
+                grads, opt_state, params, is_applied=merge_members(flags)
+            )
+            params = _keep(flags, params, optax.apply_updates(params, updates))
+        with jax.named_scope("~average"):
+            moved = jax.tree.map(
+                lambda old, new: old + (1 - decay) * (new - old),
+                average,
+                params if average else (),
+            )
+            average = _keep(flags, average, moved) if average else ()
+        return (params, opt_state, average), norms, is_applied
 
     return update
+
+
+def _keep(is_applied: Mapping[str, jax.Array], old: Any, new: Any) -> Any:
+    """`new` for the members that apply the step, `old` for those that skip it.
+
+    `new` stands first: XLA's CPU compiler rounds `where(is_skipped, old, new)` in another order.
+    """
+    olds, news = split_members(old, is_applied), split_members(new, is_applied)
+    kept = {
+        name: jax.tree.map(functools.partial(jnp.where, flag), news[name], olds[name])
+        for name, flag in is_applied.items()
+    }
+    return merge_members(kept)
 
 
 def _map_over_seeds(function: Callable, key: jax.Array, *, is_sequential: bool = False) -> Callable:
@@ -240,7 +281,7 @@ def _new_state(
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, average)
 
 
-def _make_split(num_parts: int) -> Callable[[jax.Array], jax.Array]:
+def make_split(num_parts: int) -> Callable[[jax.Array], jax.Array]:
     """split(leaf): [batch, …] to [num_parts, batch / num_parts, …], every num_parts-th example."""
 
     def split(leaf: jax.Array) -> jax.Array:

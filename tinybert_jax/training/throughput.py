@@ -13,6 +13,8 @@ from tinybert_jax.performance import host
 from tinybert_jax.training.metric_log import MetricLog
 from tinybert_jax.training.step import TrainState
 
+_NO_MEANS = ("num_tokens", "learning_rate", "skipped", "losses")  # metrics of a step
+
 _TRIM_SECONDS = 30  # seconds between malloc_trim calls; each costs about one step
 
 
@@ -70,21 +72,13 @@ class Meter:
             self.last_trim = self.start
         self.pending.clear()
 
-    def snapshot(self) -> list[tuple[dict[str, float], int, int]]:
-        """The steps that are not logged yet, as plain numbers.
-
-        Raises FloatingPointError for a loss or gradient that is not finite.
-        """
+    def snapshot(self) -> list[tuple[dict[str, Any], int, int]]:
+        """The steps that are not logged yet, as plain numbers."""
         fetched = jax.device_get(self.pending)
-        plain = [({n: float(v) for n, v in m.items()}, rows, width) for m, rows, width in fetched]
-        for values, _, _ in plain:
-            if not np.isfinite([values["loss"], values["grad_norm"]]).all():
-                raise FloatingPointError(
-                    f"{self.stage}: expected a finite loss and gradient, got "
-                    f"{values['loss']} and {values['grad_norm']} after step {self.last_step}; "
-                    f"lower {self.stage}.learning_rate. The last checkpoint is kept"
-                )
-        return plain
+        return [
+            ({name: np.asarray(v).tolist() for name, v in m.items()}, rows, width)
+            for m, rows, width in fetched
+        ]
 
     def _average(self, num_left: int) -> dict[str, float]:
         steps = self.snapshot()
@@ -93,19 +87,24 @@ class Meter:
         tokens = sum(metrics["num_tokens"] for metrics, _, _ in timed)
         flops = sum(m["num_tokens"] * self.flops_per_token(width) for m, _, width in timed)
         all_tokens = sum(metrics["num_tokens"] for metrics, _, _ in steps)
+        num_skipped = sum(int(np.sum(metrics.get("skipped", 0))) for metrics, _, _ in steps)
         means = {
-            name: float(np.mean([metrics[name] for metrics, _, _ in steps]))
+            name: _mean_of_finite([metrics[name] for metrics, _, _ in steps])
             for name in steps[0][0]
-            if name not in ("num_tokens", "learning_rate")
+            if name not in _NO_MEANS
         }
-        return means | {
-            "learning_rate": steps[-1][0]["learning_rate"],
-            "tokens_per_second": tokens / seconds,
-            "padding_share": 1 - all_tokens / sum(rows * width for _, rows, width in steps),
-            "mfu": flops / seconds / self.peak_flops,
-            "seconds": seconds,
-            "seconds_left": seconds / max(len(timed), 1) * num_left,
-        }
+        return (
+            means
+            | ({"skipped": num_skipped} if num_skipped else {})
+            | {
+                "learning_rate": steps[-1][0]["learning_rate"],
+                "tokens_per_second": tokens / seconds,
+                "padding_share": 1 - all_tokens / sum(rows * width for _, rows, width in steps),
+                "mfu": flops / seconds / self.peak_flops,
+                "seconds": seconds,
+                "seconds_left": seconds / max(len(timed), 1) * num_left,
+            }
+        )
 
     @contextlib.contextmanager
     def paused(self, state: TrainState) -> Iterator[None]:
@@ -114,3 +113,9 @@ class Meter:
         start = time.perf_counter()
         yield
         self.pause += time.perf_counter() - start
+
+
+def _mean_of_finite(values: Sequence[float]) -> float:
+    """The mean without the steps that were skipped because a value was not finite."""
+    finite = [value for value in values if np.isfinite(value)]
+    return float(np.mean(finite)) if finite else np.nan
