@@ -1,4 +1,7 @@
-"""Damage in `best` is found when a run goes on, and nothing is trained for nothing."""
+"""What a run finds that goes on: damage in `best`, or another number of devices.
+
+Nothing is trained for nothing.
+"""
 
 import shutil
 
@@ -8,8 +11,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from tinybert_jax import cli
+from tinybert_jax.parallel.mesh import make_mesh
+from tinybert_jax.runs import preflight
 from tinybert_jax.runs.run import IDENTITIES
 from tinybert_jax.training import checkpoint
+from tinybert_jax.training.metric_log import read_rows
 
 pytestmark = pytest.mark.usefixtures("cheap_programs")
 
@@ -103,3 +109,20 @@ def test_the_commands_on_checkpoints(folder, capfd):
     assert "finetune/last/8" in capfd.readouterr().out
     assert cli.main(["ckpt", "export", run, "finetune", "-o", str(output)]) == 2
     assert cli.main(["ckpt", "ls", str(folder / "nowhere")]) == 2
+
+
+def test_another_number_of_devices_goes_on_with_the_same_batches(trained, folder, monkeypatch):
+    """One device until step 6, then eight: sums have another order, so losses differ a little."""
+    shutil.rmtree(folder / "run" / "checkpoints" / "finetune" / "last" / "8")
+    monkeypatch.setattr(preflight, "make_mesh", make_mesh)
+    assert cli.main(["run", str(folder / "config.yaml")]) == 0
+    assert '"num_devices": 8' in (folder / "run" / "env.json").read_text()
+    by_run = [read_rows(path / "run" / "metrics.jsonl") for path in (folder, trained)]
+    for kind in ("train", "eval"):
+        ours, theirs = ([row for row in rows if row["kind"] == kind] for rows in by_run)
+        assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+        same = ("padding_share", "learning_rate", "accuracy")
+        for name in set(same) & ours[-1].keys():
+            assert ours[-1][name] == theirs[-1][name]
+        for name in {"loss", "grad_norm"} & ours[-1].keys():
+            np.testing.assert_allclose(ours[-1][name], theirs[-1][name], rtol=1e-4)

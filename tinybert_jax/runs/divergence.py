@@ -136,20 +136,21 @@ class Watch:
         if different:
             more = f", and {len(different) - 1} more arrays" if len(different) > 1 else ""
             raise FloatingPointError(
-                f"{self.training.name}: expected equal copies of the weights on all devices after "
+                f"{self.training.name}: expected equal copies of the arrays on all devices after "
                 f"step {step}, got another copy of {different[0]}{more}: the device computes or "
-                "remembers wrong bits; run again without it, and the run goes on from the last "
-                "checkpoint"
+                "remembers wrong bits; repeat the command without it, and the run goes on from its "
+                "last checkpoint"
             )
 
     def _check_weights(self, step: int, state: TrainState) -> None:
         with self.meter.paused(state):
             flags = _are_sound(state, tuple(self.training.members)).tolist()
-        models = [model for model, flag in zip(self.models, flags, strict=True) if not flag]
-        if models:
+        bad = [number for number, flag in enumerate(flags) if not flag]
+        if bad:
             # A step from such weights is skipped: the step before those that were made them.
-            index = step - max(self.skips.in_row) - 1
+            index = step - max(self.skips.in_row[number] for number in bad) - 1
             why = f"step {index + 1} made weights that are not finite or above {LARGEST_WEIGHT:g}"
+            models = [self.models[number] for number in bad]
             self._stop(step, index, models, why, state, is_finite=False)
 
     def _stop(

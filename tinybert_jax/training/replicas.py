@@ -4,8 +4,9 @@ A device that returns a wrong bit changes the copy that it holds of the weights.
 train on, each with a copy of its own, and no loss tells.
 """
 
+import functools
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -25,22 +26,22 @@ def different_replicas(tree: Any, mesh: Mesh) -> list[str]:
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     ]
     leaves = [leaf for _, leaf in named]
-    specs = tuple(leaf.sharding.spec for leaf in leaves)
+    per_device = _make_sums(mesh, tuple(leaf.sharding.spec for leaf in leaves))(*leaves)
+    by_device = dict(zip(mesh.devices.flat, np.asarray(per_device), strict=True))
+    return list(_differences(named, by_device))
+
+
+@functools.cache
+def _make_sums(mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> Callable[..., jax.Array]:
+    """sums(*arrays): uint32 [devices, arrays], the sum of the bits of each device's shards."""
 
     def sums(*shards: jax.Array) -> jax.Array:
         return jnp.stack([_sum_bits(shard) for shard in shards]).reshape(1, -1)
 
-    per_device = jax.jit(
-        jax.shard_map(
-            sums,
-            mesh=mesh,
-            in_specs=specs,
-            out_specs=PartitionSpec(mesh.axis_names),
-            check_vma=False,
-        )
-    )(*leaves)
-    by_device = dict(zip(mesh.devices.flat, np.asarray(per_device), strict=True))
-    return list(_differences(named, by_device))
+    everywhere = PartitionSpec(mesh.axis_names)
+    return jax.jit(
+        jax.shard_map(sums, mesh=mesh, in_specs=specs, out_specs=everywhere, check_vma=False)
+    )
 
 
 def _differences(
