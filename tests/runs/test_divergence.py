@@ -223,14 +223,14 @@ def tuned_teacher(inputs):
 
 @pytest.mark.parametrize("name", ["general", "intermediate", "prediction"])
 def test_a_teacher_whose_outputs_are_not_finite_is_named(inputs, tuned_teacher, name, capfd):
-    """Its weights are finite."""
+    """Its weights are finite, but its attention scores overflow."""
     source = inputs / "teacher" if name == "general" else tuned_teacher
     teacher = shutil.copytree(source, inputs / f"teacher-{name}")
     tensors = load_file(teacher / "model.safetensors")
-    kernel = next(n for n in tensors if "layer.1.intermediate.dense.weight" in n)
-    tensors[kernel] = np.full_like(tensors[kernel], 1e10)
-    values = next(n for n in tensors if "layer.1.output.dense.weight" in n)
-    tensors[values] = np.full_like(tensors[values], 1e10)
+    for part in ("embeddings.LayerNorm.weight", "layer.0.attention.self.query.weight"):
+        (large,) = (tensor for tensor in tensors if tensor.endswith(part))
+        tensors[large] = 1e10 * np.sign(tensors[large])
+    tensors[large.replace("query", "key")] = tensors[large]
     save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
     path = _config(
         inputs,
