@@ -263,7 +263,7 @@ def _are_sound(state: TrainState, members: tuple[str, ...]) -> jax.Array:
     return jnp.stack(flags, axis=-1).ravel()
 
 
-def _arrays(batch: Batch) -> dict[str, np.ndarray]:
+def _arrays(batch: Batch) -> dict[str, Any]:
     """The arrays of a batch by dotted name."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
     return {

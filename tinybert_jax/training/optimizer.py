@@ -173,7 +173,7 @@ def _decay_to_start(weight_decay: float) -> optax.GradientTransformation:
             lambda path, leaf: jnp.zeros_like(leaf) if _is_new(path) else jnp.copy(leaf), params
         )
 
-    def update(updates: PyTree, start: PyTree, params: PyTree | None = None):
+    def update(updates: PyTree, state: PyTree, params: PyTree | None = None):
         assert params is not None
         decayed = jax.tree.map(
             lambda decays, update, leaf, first: (
@@ -182,9 +182,9 @@ def _decay_to_start(weight_decay: float) -> optax.GradientTransformation:
             decay_mask(params),
             updates,
             params,
-            start,
+            state,  # the start
         )
-        return decayed, start
+        return decayed, state
 
     return optax.GradientTransformation(init, update)
 

@@ -25,7 +25,7 @@ def different_replicas(tree: Any, mesh: Mesh) -> list[str]:
         (jax.tree_util.keystr(path, simple=True, separator="."), _raw(leaf))
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     ]
-    leaves = [leaf for _, leaf in named]
+    leaves: list[Any] = [leaf for _, leaf in named]  # their sharding has a spec
     per_device = _make_sums(mesh, tuple(leaf.sharding.spec for leaf in leaves))(*leaves)
     by_device = dict(zip(mesh.devices.flat, np.asarray(per_device), strict=True))
     return list(_differences(named, by_device))

@@ -32,7 +32,7 @@ class Found(NamedTuple):
         """Whether a loss is above its limit, and all are finite."""
         if self.limits is None or not self.is_finite:
             return False
-        return bool(np.greater(self.losses, np.float32(self.limits)).any())
+        return bool(np.greater(self.losses, np.asarray(self.limits, np.float32)).any())
 
 
 class Skips:

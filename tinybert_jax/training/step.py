@@ -131,7 +131,7 @@ def make_train_step(
         decay = jnp.minimum(average_decay, (1 + state.step) / (10 + state.step))
         update_all = _map_over_seeds(functools.partial(update, decay), state.key)
         old = state.params, state.opt_state, state.average
-        new, grad_norm, is_applied = update_all(grads, old, losses, limits)
+        (params, opt_state, average), grad_norm, is_applied = update_all(grads, old, losses, limits)
         metrics = {"loss": loss} | metrics | {"grad_norm": grad_norm}
         metrics = jax.tree.map(jnp.mean, metrics) | {
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
@@ -139,7 +139,7 @@ def make_train_step(
             "skipped": ~is_applied.reshape(-1).squeeze(),
         }
         metrics |= {} if limit is None else {"losses": losses.reshape(limit.shape)}
-        return TrainState(state.step + 1, *new[:2], state.key, new[2]), metrics
+        return TrainState(state.step + 1, params, opt_state, state.key, average), metrics
 
     compiled = jax.jit(
         train_step,
