@@ -8,6 +8,9 @@ call number `call` of that function, and then waits `seconds` in it, as if its w
 `environment` is set before the command starts. The answers go to standard output as JSON:
 `status` (negative: ended by that signal), `output`, `error`, and `seconds`, counted from the signal
 if there is one.
+
+A case with `num_processes` starts that many processes that train together; `place` is then one of
+process number `process`, or of "all", and the answer has a list `processes` of such answers.
 """
 
 import functools
@@ -16,6 +19,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +27,8 @@ import time
 import warnings
 from pathlib import Path
 from typing import Any
+
+LONGEST_SECONDS = 900.0  # of a case on a busy machine; its processes are then killed
 
 
 def run_all(cases: list[dict[str, Any]], folder: Path, **environment: str) -> list[dict[str, Any]]:
@@ -92,20 +98,62 @@ def _signal_at(place: str, call: int, seconds: float, signals: list[str], begin:
     setattr(owner, name, signalled)
 
 
-def _answer(case: dict[str, Any]) -> dict[str, Any]:
+def _answers(case: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a case, whose processes run at the same time."""
+    count = case.pop("num_processes", 0)
+    if not count:
+        return _answer_all([case])[0]
+    fault = {n: case.pop(n) for n in ("place", "call", "seconds", "signals") if n in case}
+    hurt, words = case.pop("process", 0), case["words"]
+    for _ in range(3):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        where = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count)]
+        answers = _answer_all(
+            [
+                {**case, **(fault if hurt in (number, "all") else {})}
+                | {"words": [*words, *where, "--process-id", str(number)]}
+                for number in range(count)
+            ]
+        )
+        if not any("address already in use" in answer["error"].lower() for answer in answers):
+            break
+    return {"processes": answers}
+
+
+def _answer_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
-        files = [Path(scratch) / name for name in ("output", "error", "begin")]
-        begin = time.monotonic()
-        with files[0].open("wb") as output, files[1].open("wb") as error:
-            pid = fork(case | {"begin": str(files[2])}, output.fileno(), error.fileno())
-            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if files[2].exists():
-            begin = float(files[2].read_text())
-        told = [path.read_text() for path in files[:2]]
-        seconds = time.monotonic() - begin
-    return {"status": status, "output": told[0], "error": told[1], "seconds": seconds}
+        files = [
+            {name: Path(scratch) / f"{name}-{number}" for name in ("output", "error", "begin")}
+            for number in range(len(cases))
+        ]
+        start, begun = time.monotonic(), {}
+        for number, (case, own) in enumerate(zip(cases, files, strict=True)):
+            with own["output"].open("wb") as output, own["error"].open("wb") as error:
+                case = case | {"begin": str(own["begin"])}
+                begun[fork(case, output.fileno(), error.fileno())] = number
+        ended: dict[int, tuple[int, float]] = {}
+        while begun:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid:
+                ended[begun.pop(pid)] = os.waitstatus_to_exitcode(status), time.monotonic()
+            elif time.monotonic() - start > LONGEST_SECONDS:
+                for pid in begun:
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.002)
+        begins = [float(own["begin"].read_text()) for own in files if own["begin"].exists()]
+        return [
+            {
+                "status": ended[number][0],
+                "output": own["output"].read_text(),
+                "error": own["error"].read_text(),
+                "seconds": ended[number][1] - (begins[0] if begins else start),
+            }
+            for number, own in enumerate(files)
+        ]
 
 
 if __name__ == "__main__":
     import_all()
-    print(json.dumps([_answer(case) for case in json.load(sys.stdin)]))
+    print(json.dumps([_answers(case) for case in json.load(sys.stdin)]))

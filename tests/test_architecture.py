@@ -20,7 +20,7 @@ ROOMS = {
     "report": "charts style run_files tables headline confusion per_class pareto advice "
     "calibration differences console page comparison",
     "performance": "flops device_peaks latency trace disk host",
-    "parallel": "mesh sharding",
+    "parallel": "mesh group processes replicas sharding",
     "data": "errors examples json_text tables conll squad corpus records builtin wordpiece splits",
     "models": "inputs activations dropout linear params norm attention encoder bert distilbert "
     "families heads",
@@ -32,11 +32,11 @@ ROOMS = {
     "objectives": "alignment linear_probe reduction objective masking masked_lm supervised "
     "distillation",
     "inference": "scorer pretrained predict compare command",
-    "training": "members optimizer early_stopping loop step replicas skipping checkpoint "
+    "training": "members optimizer early_stopping loop step replicas skipping shards checkpoint "
     "metric_log throughput preemption saver generations",
-    "runs": "inputs run identity run_store from_step corpus_checks checks preflight stage_batches "
-    "teacher_logits workload estimate scoring results head_init student_start stage_state "
-    "divergence stage used_words saved_states",
+    "runs": "shared_folder inputs run identity run_store from_step corpus_checks checks preflight "
+    "stage_batches teacher_logits workload estimate scoring results head_init student_start "
+    "stage_state divergence stage used_words saved_states",
     "recipes": "pretrain finetune distill by_rows pipeline",
     "launch": "accelerators job slurm jobset gcluster tpu_vm sky command",
 }

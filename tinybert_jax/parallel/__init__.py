@@ -1,1 +1,1 @@
-"""The device mesh, and which device holds which part of an array."""
+"""The processes of a run, the device mesh, and which device holds which part of an array."""

@@ -18,8 +18,12 @@ BATCH_AXES = ("data", "fsdp")  # the axes that split the examples of a batch
 
 
 def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices; ValueError where the axis sizes do not multiply to their number."""
-    devices = jax.devices() if devices is None else devices
+    """A mesh over all devices; ValueError where the axis sizes do not multiply to their number.
+
+    The devices of a process are neighbours, and so are those of a slice of a TPU: `data`, the first
+    axis, runs over slices and processes, and the last axes run within them as far as they reach.
+    """
+    devices = sorted(jax.devices(), key=_place) if devices is None else devices
     sizes = [section.data, section.fsdp, section.tensor]
     if sizes[0] == -1:
         sizes[0] = len(devices) // (section.fsdp * section.tensor)
@@ -30,6 +34,10 @@ def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mes
             "remaining devices"
         )
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _place(device: Any) -> tuple[int, int]:
+    return getattr(device, "slice_index", None) or 0, device.process_index
 
 
 def runs_seeds_sequentially(mesh: Mesh) -> bool:

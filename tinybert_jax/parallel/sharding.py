@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tinybert_jax.parallel.mesh import BATCH_AXES
+from tinybert_jax.parallel import processes
+from tinybert_jax.parallel.mesh import BATCH_AXES, num_batch_shards
 
 # The dim (counted from the end) that the `tensor` axis splits, by path.
 _TENSOR_DIM = (
@@ -47,12 +48,74 @@ def named_shardings(specs: Any, mesh: Mesh) -> Any:
 
 def place_params(params: Any, mesh: Mesh) -> Any:
     """Parameters, sent to the devices by their `param_specs`."""
-    return jax.device_put(params, named_shardings(param_specs(params, mesh), mesh))
+    return place(params, named_shardings(param_specs(params, mesh), mesh))
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Sends a tree that every process holds whole to the devices.
+
+    `shardings`: a tree like it, or one sharding for all leaves. Each process sends its own shards.
+    """
+    if processes.count() == 1:
+        return jax.device_put(tree, shardings)
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda leaf: shardings, tree)
+
+    def send(leaf: Any, own: NamedSharding) -> jax.Array:
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, own, lambda index: whole[index])
+
+    return jax.tree.map(send, tree, shardings)
+
+
+def fetch(tree: Any) -> Any:
+    """The whole arrays of a tree, in the host's memory of every process; all have to call it."""
+    leaves, structure = jax.tree.flatten(tree)
+    far = [number for number, leaf in enumerate(leaves) if _is_far(leaf)]
+    if far:
+        parts = [leaves[number] for number in far]
+        whole = jax.tree.map(lambda leaf: replicated_sharding(leaf.sharding.mesh), parts)
+        for number, leaf in zip(far, jax.jit(_same, out_shardings=whole)(parts), strict=True):
+            leaves[number] = leaf
+    return jax.device_get(jax.tree.unflatten(structure, leaves))
+
+
+def _is_far(leaf: Any) -> bool:
+    """Whether other processes hold parts of an array that this one lacks."""
+    return isinstance(leaf, jax.Array) and not (
+        leaf.is_fully_addressable or leaf.is_fully_replicated
+    )
+
+
+def _same(tree: Any) -> Any:
+    return tree
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Splits the examples over `data` and `fsdp`; an example stays whole on one device."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+    """(number of this process's part of a batch, number of parts).
+
+    Processes that differ along `tensor` alone hold the same part. Raises ValueError where the
+    devices of a process hold no such part.
+    """
+    shards = num_batch_shards(mesh)
+    if processes.count() == 1:
+        return 0, 1
+    places = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
+    held = sorted({index[0].start or 0 for index in places if index is not None})
+    size = len(held)
+    if held != list(range(held[0], held[0] + size)) or held[0] % size or shards % size:
+        shown = " × ".join(f"{axis} {number}" for axis, number in mesh.shape.items())
+        raise ValueError(
+            f"mesh: expected axes that give each process an equal part of a batch, got {shown} "
+            f"with {len(mesh.local_devices)} devices in {processes.describe(processes.index())}; "
+            "make the product of fsdp and tensor a divisor or a multiple of that number"
+        )
+    return held[0] // size, shards // size
 
 
 def shard_by_example(hidden: jax.Array) -> jax.Array:
