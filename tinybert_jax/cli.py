@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 
 from tinybert_jax import __version__
@@ -18,6 +19,8 @@ from tinybert_jax.config.stages import STAGE_NAMES
 from tinybert_jax.data.errors import LostWorkerError
 from tinybert_jax.inference import command as inference
 from tinybert_jax.launch import command as launch
+from tinybert_jax.parallel import processes
+from tinybert_jax.parallel.group import LOST, LostProcessError
 from tinybert_jax.performance import host
 from tinybert_jax.report.console import printable
 from tinybert_jax.training import preemption
@@ -39,7 +42,14 @@ _RUN_DIR |= {"fetch": "the run_store of a run"}
 _SOURCES = "files, folders, globs, saved datasets folders or hub:… ids, as for `data prepare`"
 
 
-_TOLD = (ValueError, FloatingPointError, OSError, LostWorkerError, preemption.Stopped)
+_TOLD = (
+    ValueError,
+    FloatingPointError,
+    OSError,
+    LostWorkerError,
+    LostProcessError,
+    preemption.Stopped,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,25 +59,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parse(argv)
+    try:
+        return processes.leave(*_act(arguments, shlex.join(["tinybert", *argv])))
+    except Exception as error:
+        if processes.count() > 1:  # Python itself would wait for the other processes
+            traceback.print_exc()
+            processes.leave(1, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _act(arguments: argparse.Namespace, typed: str) -> tuple[int, str]:
+    """Runs a command; returns the exit status, and the message of an error."""
     # Without this, transformers warns that PyTorch is missing. No command needs PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        status = arguments.act(arguments, shlex.join(["tinybert", *argv])) or 0
+        status = arguments.act(arguments, typed) or 0
         sys.stdout.flush()
-        return status
+        return status, ""
     except KeyboardInterrupt:
         print("tinybert: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except _TOLD as error:
-        if isinstance(error, BrokenPipeError) and host.is_output_closed():
-            return 128 + signal.SIGPIPE
-        return _report(error)
+        return 128 + signal.SIGINT, "interrupted"
+    except Exception as raised:
+        if isinstance(raised, BrokenPipeError) and host.is_output_closed():
+            return 128 + signal.SIGPIPE, str(raised)
+        error = processes.explained(raised)
+        if not isinstance(error, _TOLD):
+            raise
+        return _report(error), str(error)
 
 
 def _report(error: Exception) -> int:
-    """Prints the message of an error and returns the exit status."""
-    preemption.say(error)
-    statuses = {preemption.Stopped: preemption.STOPPED, LostWorkerError: 4, FloatingPointError: 5}
+    """Prints the message of an error and returns the exit status.
+
+    Of several processes that have stopped as they agreed, one says so.
+    """
+    if processes.is_main() or not isinstance(error, preemption.Stopped):
+        preemption.say(error)
+    statuses = {
+        preemption.Stopped: preemption.STOPPED,
+        LostWorkerError: 4,
+        LostProcessError: LOST,
+        FloatingPointError: 5,
+    }
     return statuses.get(type(error), 2)
 
 
@@ -114,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
             help="train a stage again from an older step, as after it has diverged; its settings "
             "may differ, such as finetune.learning_rate=1e-5",
         )
+        _add_processes(command)
         command.set_defaults(act=_run)
     inference.add_to(commands)
     _add_convert(commands)
@@ -131,6 +165,16 @@ def _add_config(command, example: str) -> None:
     command.add_argument(
         "--print-config", action="store_true", help="print the resolved config and stop"
     )
+
+
+def _add_processes(command) -> None:
+    group = command.add_argument_group(
+        "several processes",
+        "found in the environment under SLURM, Kubernetes, Cloud TPU and Open MPI",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--num-processes", type=int, metavar="N", help="number of processes")
+    group.add_argument("--process-id", type=int, metavar="I", help="of this process, from 0")
 
 
 def _add_convert(commands) -> None:
@@ -226,13 +270,20 @@ def _measure(draft):
     return by_rows.measure(draft)
 
 
+def _tell(line: str) -> None:
+    if processes.is_main():
+        print(printable(line), file=sys.stderr)
+
+
 def _run(arguments, command: str) -> int:
     host.keep_freed_memory()  # before `_measure`, which imports JAX
+    if not arguments.print_config:
+        processes.start(arguments.coordinator, arguments.num_processes, arguments.process_id)
     settings = config_files.load(
         arguments.config,
         arguments.overrides,
         _measure,
-        lambda line: print(printable(line), file=sys.stderr),
+        _tell,
     )
     stages = _STAGES[arguments.command][0]
     if arguments.print_config:
@@ -242,7 +293,9 @@ def _run(arguments, command: str) -> int:
         from tinybert_jax.recipes import pipeline
 
         if arguments.dry_run:
-            print(printable(pipeline.describe_costs(settings, stages)))
+            costs = pipeline.describe_costs(settings, stages)
+            if processes.is_main():
+                print(printable(costs))
         else:
             options = {"is_profiled": arguments.profile, "from_step": arguments.from_step}
             pipeline.main(settings, stages, command, **options, stop=stop)

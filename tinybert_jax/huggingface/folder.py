@@ -34,6 +34,7 @@ from tinybert_jax.huggingface.weights import (
     to_hf,
 )
 from tinybert_jax.models.params import Params, flatten, unflatten
+from tinybert_jax.parallel import processes
 from tinybert_jax.settings.sizes import ModelConfig
 
 
@@ -204,6 +205,7 @@ def start_params(
         return fresh(key)
     loaded = _load_start(path, jax.eval_shape(init, key), lambda: fresh(key), whole, label_names)
     missing = _missing_weights(path, loaded, whole)
+    is_quiet = is_quiet or not processes.is_main()
     if missing and not is_quiet:
         print(f"{path}: no weights for {', '.join(missing)}: these start anew", flush=True)
     if loaded.surplus and not is_quiet:

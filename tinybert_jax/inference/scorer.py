@@ -59,7 +59,7 @@ def make_scorer(
                 pending.append((plan, forward(params, batch)))
         logits = np.zeros((rows.num_scored, pending[0][1].shape[-1]), np.float32)
         for plan, values in pending:
-            _put(logits, rows, plan, np.asarray(values))
+            _put(logits, rows, plan, sharding.fetch(values))
         return logits
 
     return score
@@ -113,7 +113,7 @@ def make_masked_lm_scorer(
             batch = _place_batch(make_batch(rows, plan, pad_token_id), mesh)
             with _context(mesh):
                 pending.append(sums(params, jnp.int32(number), batch))
-        nll, hits, count, *pairs = np.asarray(jax.device_get(pending), np.float64).sum(0)
+        nll, hits, count, *pairs = np.asarray(sharding.fetch(pending), np.float64).sum(0)
         if not count:
             raise ValueError(
                 f"held-out text: expected masked tokens, got none in {len(rows.lengths)} rows; "
@@ -157,7 +157,7 @@ def _plans(
 
 
 def _place_batch(batch: Batch, mesh: Mesh | None) -> Batch:
-    return jax.device_put(batch, sharding.batch_sharding(mesh)) if mesh else batch
+    return sharding.place(batch, sharding.batch_sharding(mesh)) if mesh else batch
 
 
 def _context(mesh: Mesh | None) -> contextlib.AbstractContextManager:

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -49,12 +48,6 @@ def launch(arguments: argparse.Namespace, typed: str) -> int:
     """Renders the file of a job; prints it, writes it (-o) and submits it (--submit)."""
     launcher = LAUNCHERS[arguments.launcher]
     job = _job(arguments, typed)
-    if job.machines.num_hosts > 1:
-        print(
-            f"tinybert: the job starts a process on each of {job.machines.num_hosts} hosts; this "
-            "version of tinybert runs one process alone and refuses such a job when it starts",
-            file=sys.stderr,
-        )
     text = launcher.render(job, arguments)
     output = Path(arguments.output).expanduser() if arguments.output else None
     if output and (output.is_dir() or not output.parent.is_dir()):

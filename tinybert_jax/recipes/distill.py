@@ -13,6 +13,7 @@ from tinybert_jax.huggingface.head import Head
 from tinybert_jax.models.heads import make_encoder
 from tinybert_jax.objectives.distillation import Options, Role, make_distill
 from tinybert_jax.objectives.masked_lm import Mask, make_mask
+from tinybert_jax.parallel import processes
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance.flops import training_flops_per_token
 from tinybert_jax.runs import teacher_logits
@@ -117,7 +118,8 @@ def main(run: Run, plan: StagePlan) -> None:
             head = None
             if student.name in evaluators:
                 head = head_of(run, evaluators[student.name].tune(params["student"]))
-            _save(run, folder, params, student.sizes, head)
+            if processes.is_main():
+                _save(run, folder, params, student.sizes, head)
 
 
 def _without_projection(measure: Callable[[Any], Any]) -> Callable[[Any], Any]:

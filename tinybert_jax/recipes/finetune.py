@@ -11,6 +11,7 @@ from tinybert_jax.config.stages import SupervisedSection
 from tinybert_jax.huggingface.folder import save_model, start_params
 from tinybert_jax.models.params import Params
 from tinybert_jax.objectives.supervised import make_supervised
+from tinybert_jax.parallel import processes
 from tinybert_jax.performance.flops import training_flops_per_token
 from tinybert_jax.runs.head_init import init_head
 from tinybert_jax.runs.run import (
@@ -70,7 +71,8 @@ def main(run: Run, plan: StagePlan) -> None:
         _, evaluator = made[name]
         for folder, params in to_save:
             head = head_of(run, evaluator.tune(params))
-            save_model(folder, params, sizes[name], run.tokenizer, head=head)
+            if processes.is_main():
+                save_model(folder, params, sizes[name], run.tokenizer, head=head)
 
 
 def _make_member(

@@ -18,11 +18,12 @@ from tinybert_jax.config.stages import (
     Stage,
 )
 from tinybert_jax.data.splits import describe_labels
+from tinybert_jax.parallel import processes
 from tinybert_jax.performance import disk
 from tinybert_jax.recipes import distill, finetune, pretrain
 from tinybert_jax.report.console import console_summary
 from tinybert_jax.report.page import write_report
-from tinybert_jax.runs import estimate, identity
+from tinybert_jax.runs import estimate, identity, shared_folder
 from tinybert_jax.runs.from_step import parse
 from tinybert_jax.runs.preflight import open_run, read_run, reads_task_teacher
 from tinybert_jax.runs.results import best_seed, collect_results
@@ -72,20 +73,25 @@ def main(
                 for teacher in run.own_teachers or [run.task_teacher]:
                     check_teacher(run, teacher, run.teacher)
         stop.place = "after its last stage"
-        lines = read_rows(run.folder / "metrics.jsonl")
-        summary = collect_results(run, lines, command, config.export)
-        exported = _exported(run, summary, is_best=config.export == "best")
-        summary["exported"] = {member: folder.name for member, folder in exported.items()}
-        export_models(run, exported)
-        disk.replace_text(run.folder / "results.json", json.dumps(summary, indent=2) + "\n")
-        report = write_report(run.folder)
-        run.log.say(console_summary(summary))
-        run.log.say(f"model:  {run.folder / 'hf'}\nreport: {report}")
+        processes.on_main("results", lambda: _write_results(run, command, config.export))
         run.saver.copy_soon()
         run.saver.drain()
         if config.run_store:
             run.log.say(f"copy:   {config.run_store}")
         return run.folder
+
+
+def _write_results(run: Run, command: str, export: str) -> None:
+    """Compares the models, exports one and writes `results.json` and the report."""
+    lines = read_rows(run.folder / "metrics.jsonl")
+    summary = collect_results(run, lines, command, export)
+    exported = _exported(run, summary, is_best=export == "best")
+    summary["exported"] = {member: folder.name for member, folder in exported.items()}
+    export_models(run, exported)
+    disk.replace_text(run.folder / "results.json", json.dumps(summary, indent=2) + "\n")
+    report = write_report(run.folder)
+    run.log.say(console_summary(summary))
+    run.log.say(f"model:  {run.folder / 'hf'}\nreport: {report}")
 
 
 def _exported(run: Run, summary: dict[str, Any], *, is_best: bool) -> dict[str, Path]:
@@ -141,7 +147,8 @@ def _run_once(run: Run, plan: StagePlan) -> bool:
         run.log.say(f"{name}: has finished before, but lacks a model folder; runs again")
     start = time.perf_counter()
     _RECIPES[plan.stage](run, plan)
-    identity.finish(run, plan)
+    processes.on_main(f"end of {name}", lambda: identity.finish(run, plan))
+    shared_folder.wait_until(lambda: run.is_done(name), name)
     seconds = time.perf_counter() - start
     run.log.write("stage", name, 0, {"seconds": seconds})
     run.log.say(f"{name}: finished in {seconds:.0f} s")

@@ -13,6 +13,7 @@ from tinybert_jax.inference.scorer import Evaluator, make_masked_lm_scorer
 from tinybert_jax.models.heads import make_masked_lm
 from tinybert_jax.models.params import Apply
 from tinybert_jax.objectives.masked_lm import make_mlm
+from tinybert_jax.parallel import processes
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance import flops
 from tinybert_jax.runs.run import Run, trained_options, with_dropout
@@ -64,7 +65,8 @@ def main(run: Run, plan: StagePlan) -> None:
             ),
         ),
     )
-    save_model(run.model_folder(plan.name), trained[SOLE][0], run.teacher, tokenizer)
+    if processes.is_main():
+        save_model(run.model_folder(plan.name), trained[SOLE][0], run.teacher, tokenizer)
 
 
 def _make_heldout_evaluator(run: Run, plan: StagePlan, apply: Apply) -> Evaluator | None:

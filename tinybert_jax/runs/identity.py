@@ -14,6 +14,7 @@ from tinybert_jax.config.run import StagePlan
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.splits import TaskData
 from tinybert_jax.huggingface.hub import find_folder
+from tinybert_jax.parallel import processes
 from tinybert_jax.performance import disk
 from tinybert_jax.runs.run import IDENTITIES, INPUTS, Run
 from tinybert_jax.tokens.store import Store, open_store
@@ -39,6 +40,14 @@ def check_run(run: Run) -> None:
     _verify_stores(run, before.get("stores", {}))
     if before != now:  # stores that were copied: the same bytes with other times
         disk.replace_text(file, json.dumps(now, indent=1) + "\n")
+
+
+def check_same_inputs(run: Run) -> None:
+    """Raises ValueError where the processes of a run read other data or models."""
+    if processes.count() > 1:
+        inputs = _hash_inputs(run)
+        for kind in ("data", "models"):
+            processes.check_same(f"{kind} (of the config)", _hash_json(inputs[kind]))
 
 
 def check_finished(run: Run) -> None:

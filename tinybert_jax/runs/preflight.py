@@ -23,10 +23,11 @@ from tinybert_jax.config.run import RunConfig, StagePlan
 from tinybert_jax.config.stages import FINETUNE, PRETRAIN, STAGE_NAMES, Stage
 from tinybert_jax.huggingface.hub import pin_revision
 from tinybert_jax.huggingface.untrusted import read_json
+from tinybert_jax.parallel import processes
 from tinybert_jax.parallel.mesh import make_mesh
 from tinybert_jax.performance import disk, host
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
-from tinybert_jax.runs import checks, corpus_checks, identity
+from tinybert_jax.runs import checks, corpus_checks, identity, shared_folder
 from tinybert_jax.runs.from_step import FromStep, check_from_step, go_back
 from tinybert_jax.runs.inputs import read_inputs
 from tinybert_jax.runs.run import Run, RunTask, check_teacher
@@ -35,12 +36,16 @@ from tinybert_jax.tasks.table import TASKS
 from tinybert_jax.training.metric_log import MetricLog
 from tinybert_jax.training.saver import Saver
 
-# Settings that may differ when a run resumes, because no array depends on them.
+# Settings that may differ when a run resumes, because no array depends on them, or, with another
+# mesh, on nothing but the rounding of sums.
 _MAY_CHANGE = (
     "run_dir",  # the folder may be moved, or named by another path
     "run_store",
     "distillation.teacher_margin",
     "export",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
     *(
         f"{stage}.{name}"
         for stage in STAGE_NAMES
@@ -62,9 +67,14 @@ def open_run(
     has diverged. `from_step`: the stage of which other settings are taken.
     """
     pins: dict[str, str] = {}
-    store = _open_store(config, from_step) if config.run_store else None
+    shared_folder.check(_folder(config))
+    store = None
+    if config.run_store:
+        store = processes.on_main("run store", lambda: _open_store(config, from_step))
     run = read_run(config, stages, pins, from_step)
     check_from_step(run, [run.plans[stage.name] for stage in stages], from_step)
+    processes.check_same("settings", config_files.dump(config))
+    identity.check_same_inputs(run)
     if _reads_existing_task_teacher(run, stages):
         for teacher in run.own_teachers or [run.task_teacher]:
             check_teacher(run, teacher, run.teacher)
@@ -72,7 +82,8 @@ def open_run(
         if plan.keeps_logits and not run.is_done(plan.name):
             for teacher in run.further_teachers:
                 check_teacher(run, teacher.section.path, teacher.sizes)
-    with host.locked_folder(run.folder, "run_dir"):
+
+    def begin() -> None:
         # Again, because another run may have begun meanwhile.
         changes = check_folder(run.folder, config, from_step)
         _remove_leftovers(run.folder)
@@ -82,10 +93,16 @@ def open_run(
         _write_pins(run.folder, pins)
         _save_tokenizer(run.folder, run.tokenizer)
         identity.check_run(run)
+
+    with contextlib.ExitStack() as stack:
+        lock = host.locked_folder(run.folder, "run_dir")
+        processes.on_main("lock", lambda: stack.enter_context(lock))
+        processes.on_main("run folder", begin)
         if store is not None:
             run.saver.copy_with(f"copying to {config.run_store}", store.copy)
+        peak = _peak_flops(config.compute.dtype, run.mesh.size) if processes.is_main() else np.nan
         try:
-            yield run._replace(peak_flops=_peak_flops(config.compute.dtype, run.mesh.size))
+            yield run._replace(peak_flops=peak)
         finally:
             run.saver.finish(_LAST_SAVE_SECONDS)
 
@@ -101,14 +118,16 @@ def read_run(
     Models of the hub are read in the revisions that the run folder names; `pins` gets the hash of
     each, also of new ones. `from_step` is as in `open_run`.
     """
-    if jax.process_count() > 1:
+    if jax.process_count() != processes.count():
         raise ValueError(
-            f"expected one process, got {jax.process_count()}; start one process with all devices"
+            f"expected processes that parallel.processes.start has joined, got "
+            f"{jax.process_count()} that JAX alone knows; call it instead of jax.distributed"
         )
     folder = _folder(config)
     check_folder(folder, config, from_step)
     pins = {} if pins is None else pins
-    config = _pinned(config, folder, pins)
+    pins |= processes.from_main("pins", lambda: _find_pins(folder, config))
+    config = _pinned(config, pins)
     inputs = read_inputs(
         teacher=config.teacher,
         further=config.distillation.further_teachers,
@@ -212,14 +231,20 @@ def _read_pins(folder: Path) -> dict[str, str]:
     return read_json(file) if file.is_file() else {}
 
 
+def _find_pins(folder: Path, config: RunConfig) -> dict[str, str]:
+    """The revisions that the run folder names, and those of models that are new to it."""
+    pins = _read_pins(folder)
+    _pinned(config, pins)
+    return pins
+
+
 def _write_pins(folder: Path, pins: dict[str, str]) -> None:
     if pins:
         disk.replace_text(folder / _PINS, json.dumps(pins, indent=2) + "\n")
 
 
-def _pinned(config: RunConfig, folder: Path, pins: dict[str, str]) -> RunConfig:
+def _pinned(config: RunConfig, pins: dict[str, str]) -> RunConfig:
     """The config with a hash in every hub id of a model or tokenizer; see `pin_revision`."""
-    pins |= _read_pins(folder)
 
     def pinned(section: Any) -> Any:
         paths = {name: getattr(section, name, None) for name in ("path", "finetuned")}
@@ -315,6 +340,7 @@ def _write_identity(folder: Path, config: RunConfig, mesh: Mesh) -> None:
         "platform": platform.platform(),
         "device": jax.devices()[0].device_kind,
         "num_devices": jax.device_count(),
+        "num_processes": processes.count(),
         "mesh": " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
         "git_commit": _git_commit(),
         "earlier": earlier,

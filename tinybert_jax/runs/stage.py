@@ -17,7 +17,7 @@ from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.stages import StageSection
 from tinybert_jax.models.params import restack_layers, sha256, unstack_layers
-from tinybert_jax.parallel import sharding
+from tinybert_jax.parallel import processes, sharding
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance import trace
 from tinybert_jax.runs.divergence import Watch
@@ -86,7 +86,7 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
                 state,
                 step,
                 loader.prefetched(
-                    training.batches.batch_at, start_step=start_step, placement=placement
+                    training.batches.part_at, start_step=start_step, placement=placement
                 ),
                 start_step=start_step,
                 num_steps=num_steps,
@@ -101,7 +101,7 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
     if training.metric:
         chosen = checkpoints.best(target.params)
         run.log.say(checkpoints.describe_best())
-    models = models_of(jax.device_get(chosen), training.members, state.key)
+    models = models_of(sharding.fetch(chosen), training.members, state.key)
     return {name: [restack_layers(params) for params in models[name]] for name in models}
 
 
@@ -113,7 +113,7 @@ def _step(
     def step(state, batch):
         return step_fn(state, batch, frozen, watch.limit)
 
-    if not run.is_profiled:
+    if not run.is_profiled or not processes.is_main():
         return contextlib.nullcontext(step)
     return trace.traced_step(
         step,
@@ -135,6 +135,9 @@ def _open_state(
     averaged = training.section.average_decay is not None
     target = abstract_state(params, optimizer, step_key, run.mesh, averaged=averaged)
     fingerprint = _fingerprint(training)
+    processes.check_same(f"data of {training.name}", fingerprint)
+    if processes.count() > 1:
+        processes.check_same(f"first weights of {training.name}", sha256(params))
     state = checkpoints.restore(target)
     progress = checkpoints.progress
     if state is None:
@@ -222,11 +225,11 @@ class _SaveHook:
         Raises SaveError where an earlier save has failed.
         """
         self.run.saver.check()
-        self.is_stopping = self.run.stop.is_asked
         self.set_place(step)
         # A save follows every evaluation: after a kill, `best` is at most one save ahead of `last`.
         section = self.training.section
         is_time = time.monotonic() - self.saved_at >= 60 * section.save_minutes
+        self.is_stopping, is_time = self.run.stop.at_step(is_save_due=is_time)
         is_step = step % section.save_every == 0 or step == self.num_steps
         self.is_saving = is_time or is_step or self.evaluates(step) or self.is_stopping
         return self.is_saving

@@ -18,13 +18,15 @@ from tinybert_jax.batches.tokenize import tokenize_corpus
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import StageSection
 from tinybert_jax.parallel.mesh import num_batch_shards
+from tinybert_jax.parallel.sharding import batch_part
 from tinybert_jax.runs.run import Run
 
 
 class StageBatches(NamedTuple):
     """The batches that a stage trains on."""
 
-    batch_at: BatchAt  # (step) -> Batch
+    batch_at: BatchAt  # (step) -> the global batch
+    part_at: BatchAt  # (step) -> the part of the global batch that this process trains on
     num_batches: int  # in an epoch
     # SHA-256 of the rows; with stores, of the hashes of their files; with phases, of the hashes of
     # the phases.
@@ -100,14 +102,27 @@ def _make_corpus_batches(run: Run, plan: StagePlan) -> StageBatches:
 def _join_phases(phases: Sequence[StageBatches], starts: Sequence[int]) -> StageBatches:
     """The batches of phase i from step `starts[i]` on."""
 
-    def batch_at(step: int) -> Batch:
-        number = bisect.bisect_right(starts, step) - 1
-        return phases[number].batch_at(step - starts[number])
+    def joined(functions: Sequence[BatchAt]) -> BatchAt:
+        def batch_at(step: int) -> Batch:
+            number = bisect.bisect_right(starts, step) - 1
+            return functions[number](step - starts[number])
+
+        return batch_at
 
     content = json.dumps([[phase.fingerprint for phase in phases], list(starts)])
     return StageBatches(
-        batch_at, phases[-1].num_batches, hashlib.sha256(content.encode()).hexdigest()
+        joined([phase.batch_at for phase in phases]),
+        joined([phase.part_at for phase in phases]),
+        phases[-1].num_batches,
+        hashlib.sha256(content.encode()).hexdigest(),
     )
+
+
+def _whole_and_part(run: Run, make: Callable[..., BatchAt]) -> tuple[BatchAt, BatchAt]:
+    """(global batches, this process's parts of them) from `make(process_index, process_count)`."""
+    index, count = batch_part(run.mesh)
+    whole = make()
+    return whole, make(process_index=index, process_count=count) if count > 1 else whole
 
 
 def _make_row_batches(
@@ -129,8 +144,10 @@ def _make_row_batches(
             global_batch_size=section.global_batch_size,
             seed=seed,
         )
-    batch_at = loader.planned_batches(rows, epochs, pad_token_id=run.tokenizer.pad_token_id)
-    return StageBatches(batch_at, epochs.num_batches, rows.fingerprint())
+    make = functools.partial(
+        loader.planned_batches, rows, epochs, pad_token_id=run.tokenizer.pad_token_id
+    )
+    return StageBatches(*_whole_and_part(run, make), epochs.num_batches, rows.fingerprint())
 
 
 def _make_store_batches(
@@ -144,12 +161,17 @@ def _make_store_batches(
         f"{stage}: {num_rows:,} rows of {section.max_length}, {num_tokens:,} tokens in "
         f"{len(stores)} stores"
     )
-    batch_at = loader.mixed_batches(
-        stores, weights, global_batch_size=section.global_batch_size, seed=seed
+    make = functools.partial(
+        loader.mixed_batches,
+        stores,
+        weights,
+        global_batch_size=section.global_batch_size,
+        seed=seed,
     )
     content = json.dumps([[store.manifest["files"] for store in stores], weights], sort_keys=True)
     num_epoch_batches = num_batches(num_rows, section.global_batch_size)
-    return StageBatches(batch_at, num_epoch_batches, hashlib.sha256(content.encode()).hexdigest())
+    fingerprint = hashlib.sha256(content.encode()).hexdigest()
+    return StageBatches(*_whole_and_part(run, make), num_epoch_batches, fingerprint)
 
 
 def _seed(run: Run, plan: StagePlan) -> tuple[int, int]:

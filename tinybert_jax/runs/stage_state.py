@@ -1,7 +1,9 @@
 """What a stage trains, and the checkpoints that it is resumed from."""
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +12,7 @@ from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import StageSection
 from tinybert_jax.inference.scorer import Evaluator
 from tinybert_jax.objectives.objective import Objective
+from tinybert_jax.parallel import processes
 from tinybert_jax.runs.run import Run
 from tinybert_jax.runs.stage_batches import StageBatches
 from tinybert_jax.training import checkpoint
@@ -75,6 +78,13 @@ def models_of(params: Any, names: Iterable[str], key: jax.Array) -> dict[str, li
     return {name: by_seed(stacked) for name, stacked in split_members(params, names).items()}
 
 
+def _is_intact(folder: Path, step: int) -> bool:
+    """Whether the folder has an intact checkpoint of the step; process 0 looks."""
+    return processes.from_main(
+        "intact", lambda: step in checkpoint.intact_steps(folder, among=[step])
+    )
+
+
 class StageCheckpoints:
     """The checkpoints of a stage: `last`, to resume from, and `best`, by score.
 
@@ -95,8 +105,9 @@ class StageCheckpoints:
         folder, name = self.folder / "last", self.training.name
         found = checkpoint.steps(folder)
         for own in (folder, self.folder / "best"):
-            checkpoint.remove_partial(own)
-        for step in checkpoint.intact_steps(folder):
+            processes.on_main("leftovers", functools.partial(checkpoint.remove_partial, own))
+        steps = checkpoint.intact_steps(folder)
+        while (step := processes.from_main("newest", lambda: next(steps, None))) is not None:
             progress = checkpoint.read_meta(folder / str(step))
             if not self._has_best(progress, target):
                 best_step = progress["best_step"]
@@ -113,10 +124,10 @@ class StageCheckpoints:
     def _has_best(self, progress: dict[str, Any], target: Any) -> bool:
         """Whether the best parameters of a state are intact, or can be taken from another state."""
         step, folder = progress.get("best_step"), self.folder / "best"
-        if step is None or step in checkpoint.intact_steps(folder, [step]):
+        if step is None or _is_intact(folder, step):
             return True
         states = self.folder / "last"
-        if progress.get("best_is_whole") and step in checkpoint.intact_steps(states, [step]):
+        if progress.get("best_is_whole") and _is_intact(states, step):
             restored = checkpoint.restore(states, step, target)
             if restored is not None:
                 checkpoint.write(folder, step, checkpoint.fetch(restored.tree.evaluated), "{}")
@@ -127,7 +138,8 @@ class StageCheckpoints:
 
     def discard_after(self, step: int) -> None:
         """Removes best parameters after `step`, which a resumed run may not find again."""
-        checkpoint.discard_after(self.folder / "best", step)
+        discard = functools.partial(checkpoint.discard_after, self.folder / "best", step)
+        processes.on_main("discard", discard)
 
     def save(self, step: int, state: Any, pending: list[Any], **changes: Any) -> None:
         """Saves the state, and `progress` with `changes`; `pending`: steps that no line logs.
@@ -141,9 +153,11 @@ class StageCheckpoints:
         last = 2 + max(self.progress["skips"]["in_row"])  # two from before any step was skipped
 
         def write() -> None:
-            self.run.log.sync()  # a state is never newer than the rows of its steps
+            # A state is never newer than the rows of its steps.
+            processes.on_main("log", self.run.log.sync)
             checkpoint.write(folder, step, tree, meta)
-            checkpoint.prune(folder, last=last, every=every, also=best)
+            prune = functools.partial(checkpoint.prune, folder, last=last, every=every, also=best)
+            processes.on_main("prune", prune)
 
         self.run.saver.submit(f"{self.training.name}: saving step {step}", write)
         self.saved_step = step
@@ -154,7 +168,7 @@ class StageCheckpoints:
 
         def write() -> None:
             checkpoint.write(folder, step, tree, "{}")
-            checkpoint.prune(folder, last=3)
+            processes.on_main("prune", functools.partial(checkpoint.prune, folder, last=3))
 
         self.run.saver.submit(f"{self.training.name}: saving the best step, {step},", write)
         self.progress |= {"best_step": step, "best_is_whole": is_whole}
@@ -163,7 +177,7 @@ class StageCheckpoints:
         """The best parameters so far."""
         self.run.saver.wait()
         folder, step = self.folder / "best", self.best_step
-        is_intact = step in checkpoint.intact_steps(folder, [step])
+        is_intact = _is_intact(folder, step)
         restored = checkpoint.restore(folder, step, target) if is_intact else None
         if restored is None:
             raise ValueError(

@@ -5,6 +5,7 @@ row number `row` on. The hash covers everything that the logits depend on: the r
 the teacher's weights and sizes. A killed run resumes after the last complete file.
 """
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -16,7 +17,9 @@ from safetensors.numpy import save_file
 from tinybert_jax.batches.batch import TokenRows
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.models.params import sha256
+from tinybert_jax.parallel import processes
 from tinybert_jax.performance import disk
+from tinybert_jax.runs import shared_folder
 from tinybert_jax.runs.run import Run, load_frozen, make_stage_scorer, place_frozen_params
 from tinybert_jax.settings.sizes import ModelConfig
 
@@ -55,16 +58,17 @@ def _read_teacher(
     }
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     folder = run.folder / "teacher_logits" / key
-    disk.make_folder(folder)
+    processes.on_main("logits", lambda: disk.make_folder(folder))
     score = make_stage_scorer(run, apply, section)
     parts, placed = [], place_frozen_params(run, params)
     for start in range(0, num_rows, ROWS_PER_FILE):
         stop, file = min(start + ROWS_PER_FILE, num_rows), folder / f"{start}.safetensors"
         part = rows.part(start, stop)
-        if not file.is_file():
+        if not processes.from_main("kept logits", file.is_file):
             logits = score(placed, part)
             _check_finite(logits, path, start)
-            _save(logits, file)
+            processes.on_main("logits", functools.partial(_save, logits, file))
+            shared_folder.wait_until(file.is_file, str(file))
             run.log.say(f"{plan.name}: {path} has scored {stop:,} of {num_rows:,} examples")
         parts.append(_load(file, (part.num_scored, run.required_task.data.num_outputs)))
     return np.concatenate(parts), key

@@ -47,12 +47,15 @@ def train_stage(run: Run, training: Training) -> dict[str, list[Any]]:
             evaluator = evaluator._replace(measure=lambda params: measure(words.padded(params)))
         return own._replace(init_params=init_params, evaluator=evaluator)
 
-    batch_at, read_frozen = training.batches.batch_at, training.read_frozen
+    batches, read_frozen = training.batches, training.read_frozen
     trained = run_stage(
         run,
         training._replace(
             members={name: member(name, own) for name, own in training.members.items()},
-            batches=training.batches._replace(batch_at=lambda step: words.renumber(batch_at(step))),
+            batches=batches._replace(
+                batch_at=lambda step: words.renumber(batches.batch_at(step)),
+                part_at=lambda step: words.renumber(batches.part_at(step)),
+            ),
             read_frozen=lambda frozen: words.cut(read_frozen(frozen)),
         ),
     )

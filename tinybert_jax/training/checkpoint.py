@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -23,7 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tinybert_jax.parallel import processes, replicas
 from tinybert_jax.performance import disk
+from tinybert_jax.training import shards
 
 _STATE, _META, _MANIFEST = "state", "meta.json", "manifest.json"
 _PARTIAL, _DAMAGED = "partial-", "damaged-"
@@ -51,35 +53,61 @@ def save(folder: Path, step: int, tree: Any, meta: dict[str, Any], *, keep: int 
 
 
 def fetch(tree: Any) -> Any:
-    """A copy of all arrays in the host's memory, which a step that donates them leaves alone."""
+    """A copy of all arrays in the host's memory, which a step that donates them leaves alone.
+
+    Of several processes each copies the parts that it writes. Raises LostProcessError where the
+    copies of an array on several devices differ.
+    """
+    if processes.count() > 1:
+        leaves = _leaves(jax.tree.map(_raw_key, tree))
+        replicas.check(leaves, "at a save")
+        return shards.copy_parts(leaves)
     return jax.tree.map(lambda leaf: np.array(_raw_key(leaf)), tree)
 
 
 def write(folder: Path, step: int, tree: Any, meta: str) -> Path:
     """Writes the checkpoint `folder/<step>` of a tree that `fetch` gave; returns when it is safe.
 
-    `meta`: JSON. Raises OSError, or an error of Orbax, where the file system refuses something.
+    `meta`: JSON. Raises OSError, or an error of Orbax, where the file system refuses something, in
+    all processes alike.
     """
+    partial, final = folder / f"{_PARTIAL}{step}", folder / str(step)
+
+    def begin() -> None:
+        disk.make_folder(folder)
+        remove_partial(folder)
+        leaves = jax.tree.leaves(tree)
+        _check_room(folder, getattr(tree, "num_bytes", 0) or sum(leaf.nbytes for leaf in leaves))
+        partial.mkdir()
+        (partial / _META).write_text(meta, encoding="utf-8")
+
+    def end() -> None:
+        manifest = {"files": _hashes(partial), "arrays": arrays}
+        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        disk.sync_tree(partial)
+        if final.exists():
+            _remove(final)
+        partial.rename(final)
+        disk.sync(folder)
+
+    processes.on_main("checkpoint begins", begin)
+    arrays = processes.together("checkpoint", lambda: _write_arrays(partial, tree))
+    processes.on_main("checkpoint ends", end)
+    return final
+
+
+def _write_arrays(partial: Path, tree: Any) -> dict[str, str]:
+    """Writes the arrays, or this process's parts of them; returns the hashes of whole arrays."""
     import orbax.checkpoint as ocp
 
-    partial, final = folder / f"{_PARTIAL}{step}", folder / str(step)
-    disk.make_folder(folder)
-    remove_partial(folder)
-    _check_room(folder, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
-    partial.mkdir()
-    (partial / _META).write_text(meta, encoding="utf-8")
+    if isinstance(tree, shards.Parts):
+        shards.write(partial, tree)
+        return {}
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)  # it takes the step's processors
     with ThreadPoolExecutor(1) as pool, ocp.Checkpointer(handler) as checkpointer:
         arrays = pool.submit(_array_hashes, tree)
         checkpointer.save(partial / _STATE, args=ocp.args.PyTreeSave(tree))
-    manifest = {"files": _hashes(partial), "arrays": arrays.result()}
-    (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    disk.sync_tree(partial)
-    if final.exists():
-        _remove(final)
-    partial.rename(final)
-    disk.sync(folder)
-    return final
+    return arrays.result()
 
 
 def remove_partial(folder: Path) -> None:
@@ -184,40 +212,71 @@ def intact_steps(folder: Path, among: Collection[int] | None = None) -> Iterator
 def restore(folder: Path, step: int, abstract: Any) -> Restored | None:
     """Restores an intact checkpoint.
 
-    Where its arrays differ from their hashes, it is set aside, and None is returned.
+    Where its arrays differ from their hashes, it is set aside, and None is returned. The arrays
+    may have been saved by another number of processes, with other shardings.
     """
-    import orbax.checkpoint as ocp
-
     checkpoint = folder / str(step)
+    is_whole = processes.count() == 1 and not (checkpoint / shards.FOLDER).is_dir()
+    read = _read_whole if is_whole else _read_parts
     with pinned(checkpoint):
+        expected = read_manifest(checkpoint)["arrays"]
         try:
-            with ocp.StandardCheckpointer() as checkpointer:
-                raw_abstract = jax.tree.map(_raw_abstract, abstract)
-                saved = checkpointer.metadata(checkpoint / _STATE).item_metadata
-                _check_shapes(saved.tree, raw_abstract)
-                raw = checkpointer.restore(checkpoint / _STATE, raw_abstract)
+            raw, hashes = read(checkpoint, jax.tree.map(_raw_abstract, abstract), bool(expected))
         except ValueError as error:
             raise ValueError(
                 f"{checkpoint}: expected the arrays that this version trains, got others "
                 f"({str(error).splitlines()[0][:200]}); delete {folder.parent} to train this stage "
                 "again, or resume with the version that started it"
             ) from error
-        expected = read_manifest(checkpoint)["arrays"]
-        hashes = _array_hashes(raw) if expected else {}
         names = sorted(expected.keys() | hashes.keys())
         different = [name for name in names if expected.get(name) != hashes.get(name)]
         meta = read_meta(checkpoint)
     if different:
-        _set_aside(checkpoint, f"arrays differ from {_MANIFEST}: {different[:3]}")
+        damage = f"arrays differ from {_MANIFEST}: {different[:3]}"
+        processes.on_main("set aside", lambda: _set_aside(checkpoint, damage))
         return None
     return Restored(step, jax.tree.map(_typed_key, abstract, raw), meta)
+
+
+def _read_whole(checkpoint: Path, abstract: Any, is_hashed: bool) -> tuple[Any, dict[str, str]]:
+    """(the arrays on the devices, their hashes) of a checkpoint that one process wrote."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(checkpoint / _STATE).item_metadata
+        _check_shapes({name: leaf.shape for name, leaf in _leaves(saved.tree)}, abstract)
+        raw = checkpointer.restore(checkpoint / _STATE, abstract)
+    return raw, _array_hashes(raw) if is_hashed else {}
+
+
+def _read_parts(checkpoint: Path, abstract: Any, is_hashed: bool) -> tuple[Any, dict[str, str]]:
+    """As `_read_whole`, of or by several processes: each reads what its devices hold."""
+    hashes: dict[str, str] = {}
+    if (checkpoint / shards.FOLDER).is_dir():
+        sources = shards.open_arrays(checkpoint)
+    else:
+        arrays = read_arrays(checkpoint)
+        sources = shards.of_whole(arrays)
+        hashes = _array_hashes(arrays) if is_hashed else {}
+    expected = _leaves(abstract)
+    if sources.keys() != (names := {name for name, _ in expected}):
+        raise ValueError(f"other names: {sorted(sources.keys() ^ names)[:3]}")
+    _check_shapes({name: own.shape for name, own in sources.items()}, abstract)
+    placed = [shards.place(sources[name], leaf) for name, leaf in expected]
+    return jax.tree.unflatten(jax.tree.structure(abstract), placed), hashes
 
 
 def read_arrays(checkpoint: Path) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint by name, such as `params.encoder.pooler.bias`."""
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
+    if (checkpoint / shards.FOLDER).is_dir():
+        sources = shards.open_arrays(checkpoint)
+        return {name: own.read((slice(None),) * len(own.shape)) for name, own in sources.items()}
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=processes.index(), active_processes={processes.index()}
+    )  # no process waits for another
+    with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
         raw = checkpointer.restore(checkpoint / _STATE)
     return {name: np.ascontiguousarray(leaf) for name, leaf in _leaves(raw)}
 
@@ -236,12 +295,11 @@ def _set_aside(checkpoint: Path, damage: str) -> None:
     )
 
 
-def _check_shapes(saved: Any, expected: Any) -> None:
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], expected: Any) -> None:
     """Raises ValueError for an array of another shape.
 
     Orbax finds that only while it reads other arrays, and then leaves futures that fail later.
     """
-    shapes = {name: leaf.shape for name, leaf in _leaves(saved)}
     for name, leaf in _leaves(expected):
         shape = shapes.get(name, leaf.shape)  # Orbax itself refuses missing arrays
         if tuple(shape) != leaf.shape:

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from tinybert_jax.data.json_text import parse_json
+from tinybert_jax.parallel import processes
 from tinybert_jax.performance import disk
 from tinybert_jax.report.console import printable
 
@@ -24,7 +23,7 @@ class MetricLog:
 
     def __init__(self, path: Path):
         self.path = path
-        self.is_writer = jax.process_index() == 0
+        self.is_writer = processes.is_main()
 
     def rewind(self, stage: str, step: int, unwritten: Sequence[str] = ()) -> None:
         """Drops the rows of a stage after `step`, and a last line that a kill cut short.

@@ -6,6 +6,7 @@ thread cannot end a step soon, that thread saves the work and ends the process.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 
+from tinybert_jax.parallel import processes
 from tinybert_jax.report.console import printable
 
 STOPPED = 75  # exit status, EX_TEMPFAIL of sysexits.h: stopped and saved, run again
@@ -29,6 +31,8 @@ exit status:
   128 + n  ended at once by the second signal n; the command goes on from the last checkpoint"""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SAME_SECONDS = 0.5  # a terminal and a launcher may both send the same signal: that is one request
+
+_SAVE = "save"  # what processes agree on, beside the names of signals
 
 Act = Callable[[], None]
 
@@ -51,12 +55,28 @@ class Stop:
         self.command = command
         self.place = "before its first stage"  # where the run is
         self._signal = ""
+        self._agreed = ""  # of several processes: the signal, until the step that they agreed on
         self._lock = threading.Lock()
         self._act: Act | None = _nothing  # None: the main thread looks at `is_asked` after the step
 
     @property
     def is_asked(self) -> bool:
         return bool(self._signal)
+
+    def at_step(self, *, is_save_due: bool) -> tuple[bool, bool]:
+        """(whether to stop, whether to save) after a step: the same in all processes.
+
+        Of several processes process 0 alone says when a save is due, and all of them stop some
+        steps after the request, after the same step.
+        """
+        if processes.count() == 1:
+            return self.is_asked, is_save_due
+        wanted = {_SAVE} if is_save_due and processes.is_main() else set()
+        agreed = processes.arrive(wanted)
+        stops = sorted(agreed - {_SAVE})
+        if stops:
+            self._signal = stops[0]
+        return bool(stops), _SAVE in agreed
 
     @contextlib.contextmanager
     def between_steps(self) -> Iterator[None]:
@@ -88,6 +108,8 @@ class Stop:
     def _change(self, act: Act | None) -> Act | None:
         with self._lock:  # while the other thread saves, the main thread waits here for the end
             before, self._act = self._act, act
+            if self._agreed and act is _nothing:  # the stage ended before the agreed step
+                self._signal = self._agreed
             if self.is_asked and act is not None:
                 act()
                 raise Stopped(self.describe())
@@ -95,13 +117,16 @@ class Stop:
 
     def describe(self) -> str:
         """The line that tells where the run stopped and how to go on."""
+        where = " in all processes" if processes.count() > 1 else ""
         return (
             f"stopped by {self._signal} {self.place}; everything until then is saved. To go on, "
-            f"repeat the command: {self.command}"
+            f"repeat the command{where}: {self.command}"
         )
 
     def ask(self, name: str, report: Callable[[Exception], int]) -> None:
         """Asks the run to stop; ends the process at once where the main thread need not save."""
+        if processes.count() > 1:
+            return processes.request(name)
         with self._lock:
             self._signal = name
             if self._act is None:
@@ -115,6 +140,19 @@ class Stop:
                 traceback.print_exc()
                 status = 1
             os._exit(status)
+
+    def agree(self, report: Callable[[Exception], int], what: set[str]) -> None:
+        """Ends the process at once, as all processes want to stop, where nothing is to be saved.
+
+        Elsewhere the main thread goes on to the step that they agreed on, also through compiling
+        and evaluations: no thread of one process could save what all have to save together.
+        """
+        with self._lock:
+            self._agreed = min(what - {_SAVE}, default=self._agreed)
+            if self._agreed and self._act is _nothing:
+                self._signal = self._agreed
+                stopped = Stopped(self.describe())
+                processes.leave(report(stopped), str(stopped))
 
 
 NEVER = Stop()  # nobody asks
@@ -133,6 +171,7 @@ def handled(command: str, report: Callable[[Exception], int]) -> Iterator[Stop]:
         yield NEVER
         return
     stop, numbers = Stop(command), []
+    processes.on_agreement(functools.partial(stop.agree, report))
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 
@@ -145,6 +184,7 @@ def handled(command: str, report: Callable[[Exception], int]) -> Iterator[Stop]:
             ):
                 continue
             if numbers:
+                processes.leave(128 + number, "ended by a second signal")
                 os._exit(128 + number)
             numbers.append(number)
             asked = time.monotonic()

@@ -72,7 +72,7 @@ def init_state(
     """
     abstract = abstract_state(params, optimizer, key, mesh, averaged=averaged)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    params = jax.device_put(params, shardings.params)
+    params = sharding.place(params, shardings.params)
     new = jax.jit(
         lambda params, key: _new_state(params, optimizer, key, averaged), out_shardings=shardings
     )
