@@ -46,6 +46,7 @@ class Group:
         self.wanted: set[str] = set()
         self.due: dict[int, set[str]] = {}  # by the number of the step to do it after
         self.on_agreement: Callable[[set[str]], None] = lambda what: None
+        self.ends_alone = False  # this process has stopped, and ends by itself
         self._calls: collections.Counter[str] = collections.Counter()
         self._patience = _LOST_SECONDS
         self._status: int | None = None  # that this process ends with, once it does
@@ -142,7 +143,8 @@ class Group:
             if f"ended/{other}" in entries:
                 status, message = json.loads(entries[f"ended/{other}"])
                 first = self._ends.setdefault(other, now)
-                if status and now - first > _GRACE_SECONDS:
+                is_expected = not status or (self.ends_alone and status == _STOPPED)
+                if not is_expected and now - first > _GRACE_SECONDS:
                     self._leave_with(status, f"{self.names[other]}: {message}")
                 continue
             sign = entries.get(f"alive/{other}")

@@ -206,6 +206,12 @@ def on_agreement(act: Callable[[set[str]], None]) -> None:
         _group.on_agreement = act
 
 
+def end_alone() -> None:
+    """Says that this process ends by itself, however long after the others."""
+    if _group is not None:
+        _group.ends_alone = True
+
+
 def explained(error: Exception) -> Exception:
     """The error; where a collective failed, the process ends with the name of the one it lost."""
     return error if _group is None else _group.explained(error)

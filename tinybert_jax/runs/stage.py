@@ -264,7 +264,7 @@ class _CompileStep:
         self.shapes.add(batch.shape)
         self.watch(step, state)  # the last step may be saved
         save = functools.partial(self.saves.save, step, state, is_evaluated=True)
-        with self.saves.meter.paused(state), self.saves.run.stop.saving_with(save):
+        with self.saves.meter.paused(state), self.saves.run.stop.saving_with(save, is_joint=True):
             self.step_fn.compile(state, batch, self.frozen, self.watch.limit)
 
 
@@ -282,7 +282,7 @@ class _EvaluationHook:
         with self.meter.paused(state):
             models = models_of(state.evaluated, self.training.members, state.key)
             save = functools.partial(self.saves.save, step, state, is_evaluated=False)
-            with self.run.stop.saving_with(save):
+            with self.run.stop.saving_with(save, is_joint=True):
                 metrics = {
                     name: [evaluator.measure(params) for params in models[name]]
                     for name, evaluator in self.training.evaluators.items()

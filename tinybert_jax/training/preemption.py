@@ -76,6 +76,7 @@ class Stop:
         stops = sorted(agreed - {_SAVE})
         if stops:
             self._signal = stops[0]
+            processes.end_alone()
         return bool(stops), _SAVE in agreed
 
     @contextlib.contextmanager
@@ -85,13 +86,14 @@ class Stop:
             yield
 
     @contextlib.contextmanager
-    def saving_with(self, save: Act) -> Iterator[None]:
+    def saving_with(self, save: Act, *, is_joint: bool = False) -> Iterator[None]:
         """At a request inside the block another thread calls `save` and ends the process.
 
         Only for blocks that do not change what `save` reads. Raises Stopped, after `save`, where
-        the request came before.
+        the request came before. `is_joint`: several processes can only save together; their main
+        threads then go on, through the block, to the step that they agree on.
         """
-        with self._during(save):
+        with self._during(None if is_joint and processes.count() > 1 else save):
             yield
 
     @contextlib.contextmanager
@@ -108,8 +110,9 @@ class Stop:
     def _change(self, act: Act | None) -> Act | None:
         with self._lock:  # while the other thread saves, the main thread waits here for the end
             before, self._act = self._act, act
-            if self._agreed and act is _nothing:  # the stage ended before the agreed step
+            if self._agreed and act is not None:  # the stage has ended before the agreed step
                 self._signal = self._agreed
+                processes.end_alone()
             if self.is_asked and act is not None:
                 act()
                 raise Stopped(self.describe())
@@ -129,30 +132,27 @@ class Stop:
             return processes.request(name)
         with self._lock:
             self._signal = name
-            if self._act is None:
-                return
-            try:
-                self._act()
-                status = report(Stopped(self.describe()))
-            except (ValueError, OSError, ArithmeticError) as error:
-                status = report(error)
-            except Exception:
-                traceback.print_exc()
-                status = 1
-            os._exit(status)
+            if self._act is not None:
+                os._exit(self._finish(self._act, report))
 
     def agree(self, report: Callable[[Exception], int], what: set[str]) -> None:
-        """Ends the process at once, as all processes want to stop, where nothing is to be saved.
-
-        Elsewhere the main thread goes on to the step that they agreed on, also through compiling
-        and evaluations: no thread of one process could save what all have to save together.
-        """
+        """Hears what all processes agreed on; ends this one where it saves nothing with others."""
         with self._lock:
             self._agreed = min(what - {_SAVE}, default=self._agreed)
-            if self._agreed and self._act is _nothing:
+            if self._agreed and self._act is not None:
                 self._signal = self._agreed
-                stopped = Stopped(self.describe())
-                processes.leave(report(stopped), str(stopped))
+                processes.leave(self._finish(self._act, report), self.describe())
+
+    def _finish(self, act: Act, report: Callable[[Exception], int]) -> int:
+        """Saves, tells where the run stopped, and returns the exit status."""
+        try:
+            act()
+            return report(Stopped(self.describe()))
+        except (ValueError, OSError, ArithmeticError) as error:
+            return report(error)
+        except Exception:
+            traceback.print_exc()
+            return 1
 
 
 NEVER = Stop()  # nobody asks
