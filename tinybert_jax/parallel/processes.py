@@ -5,6 +5,7 @@ Several processes talk through the key-value store of JAX's coordinator, which p
 every process watches the others. Imports JAX late, because the command line reads this file.
 """
 
+import importlib.util
 import os
 import socket
 import threading
@@ -19,6 +20,8 @@ from tinybert_jax.parallel.group import (
     handle_aborts,
 )
 
+# A variable of each launcher that JAX knows, besides those of TPUs.
+_SIGNS = {"SLURM_STEP_NODELIST", "KUBERNETES_SERVICE_HOST", "OMPI_MCA_orte_hnp_uri"}
 _JOIN_SECONDS = 300  # for which a process waits for the others at the start
 _group: Group | None = None  # None: this process is the only one
 _T = TypeVar("_T")
@@ -127,6 +130,8 @@ def _detected_count() -> int:
     """
     if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" not in os.environ:
         return 1  # a pod of its own; JAX would look for the job that it belongs to
+    if _SIGNS.isdisjoint(os.environ) and importlib.util.find_spec("libtpu") is None:
+        return 1  # the same answer as below, without a second for importing JAX
     from jax._src.clusters import ClusterEnv
 
     kinds = (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
