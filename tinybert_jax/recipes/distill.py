@@ -5,12 +5,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.numpy import save_file
 
+from tinybert_jax.batches.batch import TokenRows
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.huggingface.folder import save_model, start_params
 from tinybert_jax.huggingface.head import Head
 from tinybert_jax.models.heads import make_encoder
+from tinybert_jax.models.params import Params
 from tinybert_jax.objectives.distillation import Options, Role, make_distill
 from tinybert_jax.objectives.masked_lm import Mask, make_mask
 from tinybert_jax.parallel import processes
@@ -30,7 +33,8 @@ from tinybert_jax.runs.run import (
 )
 from tinybert_jax.runs.stage import Member, Training
 from tinybert_jax.runs.stage_batches import make_stage_batches
-from tinybert_jax.runs.student_start import PROJECTION, encoder_of, make_init
+from tinybert_jax.runs.stage_state import Frozen
+from tinybert_jax.runs.student_start import PROJECTION, encoder_of, make_init, make_random
 from tinybert_jax.runs.used_words import train_stage
 from tinybert_jax.runs.workload import count_last_layer_tokens
 from tinybert_jax.settings.sizes import ModelConfig
@@ -42,6 +46,28 @@ def main(run: Run, plan: StagePlan) -> None:
 
     The teacher is the pretrained one in `general` and the fine-tuned one in the other stages.
     """
+    training, evaluators = _make(run, plan, functools.partial(teacher_logits.read, run, plan))
+    # A stage that trains a head saves the best parameters by score, others the last.
+    trained = train_stage(run, training)
+    for student in run.students:
+        folders = run.seed_folders(plan, student.name)
+        for folder, params in zip(folders, trained[student.name], strict=True):
+            head = None
+            if student.name in evaluators:
+                head = head_of(run, evaluators[student.name].tune(params["student"]))
+            if processes.is_main():
+                _save(run, folder, params, student.sizes, head)
+
+
+def make_training(run: Run, plan: StagePlan) -> Training:
+    """The models and the batches of the stage; kept logits are zeros."""
+    return _make(run, plan, functools.partial(teacher_logits.zeros, run))[0]
+
+
+def _make(
+    run: Run, plan: StagePlan, read_logits: Callable[[TokenRows], tuple[np.ndarray, str]]
+) -> tuple[Training, dict[str, TaskEvaluator]]:
+    """(training, evaluators by student); `read_logits`: see `make_stage_batches`."""
     section, terms = plan.section, plan.terms
     teacher_reads, reads = reads_of(terms, of_teacher=True), reads_of(terms)
 
@@ -49,24 +75,20 @@ def main(run: Run, plan: StagePlan) -> None:
     make_teacher = make_model_factory(run, teacher_reads, **frozen_options(run.compute))
     teacher_apply, teacher_init = make_teacher(run.teacher)
     is_teacher_in_step = reads_of(plan.step_terms).teacher
-    teacher: Any = ()
-    read_frozen: Callable[[Any], Any] = lambda frozen: frozen  # noqa: E731
-    if is_teacher_in_step:
-        teacher = start_params(run.teacher_of(plan), teacher_init, whole=True)
-        read_frozen = functools.partial(freeze_params, run.compute)
+
+    @functools.cache
+    def load_teacher() -> Params:
+        return start_params(run.teacher_of(plan), teacher_init, whole=True)
 
     @functools.cache
     def teacher_encoder() -> Mapping[str, Any]:
         """The teacher's weights that students start from, also where no step reads the teacher."""
-        if teacher:
-            return encoder_of(teacher)
+        if is_teacher_in_step:
+            return encoder_of(load_teacher())
         return start_params(run.teacher_of(plan), make_encoder(run.teacher).init, whole=True)
 
     # The teachers' logits of all examples, if they are computed before the first step.
-    read_logits = None
-    if plan.keeps_logits:
-        read_logits = functools.partial(teacher_logits.read, run, plan)
-    batches = make_stage_batches(run, plan, read_logits)
+    batches = make_stage_batches(run, plan, read_logits if plan.keeps_logits else None)
 
     # The students. A student starts from an earlier stage's model if there is one.
     members: dict[str, Member] = {}
@@ -85,41 +107,32 @@ def main(run: Run, plan: StagePlan) -> None:
             ),
             _make_mask(run, plan),
         )
+        random_params = make_random(run, plan, student, init)
         init_params = make_init(run, plan, student, (apply, init), teacher_encoder, batches)
         evaluator = None
         if plan.stage.trains_head:
             evaluators[student.name] = make_task_evaluator(run, apply, section)
             evaluator = evaluators[student.name].as_evaluator()
             evaluator = evaluator._replace(measure=_without_projection(evaluator.measure))
-        members[student.name] = Member(objective, init_params, evaluator)
+        members[student.name] = Member(objective, random_params, init_params, evaluator)
 
-    # Train. A stage that trains a head saves the best parameters by score, others the last.
-    trained = train_stage(
-        run,
-        Training(
-            plan=plan,
-            members=members,
-            batches=batches,
-            frozen=teacher,
-            read_frozen=read_frozen,
-            flops_per_token=lambda width: training_flops_per_token(
-                [student.sizes for student in run.students] * len(plan.seeds),
-                width,
-                projection_dim=run.teacher.hidden_size if reads.projection else 0,
-                teacher=run.teacher if is_teacher_in_step else None,
-                num_last_layer_tokens=count_last_layer_tokens(run, plan, width),
-            ),
-            metric=run.required_task.metric if plan.stage.trains_head else "",
+    training = Training(
+        plan=plan,
+        members=members,
+        batches=batches,
+        flops_per_token=lambda width: training_flops_per_token(
+            [student.sizes for student in run.students] * len(plan.seeds),
+            width,
+            projection_dim=run.teacher.hidden_size if reads.projection else 0,
+            teacher=run.teacher if is_teacher_in_step else None,
+            num_last_layer_tokens=count_last_layer_tokens(run, plan, width),
         ),
+        metric=run.required_task.metric if plan.stage.trains_head else "",
     )
-    for student in run.students:
-        folders = run.seed_folders(plan, student.name)
-        for folder, params in zip(folders, trained[student.name], strict=True):
-            head = None
-            if student.name in evaluators:
-                head = head_of(run, evaluators[student.name].tune(params["student"]))
-            if processes.is_main():
-                _save(run, folder, params, student.sizes, head)
+    if is_teacher_in_step:
+        read = functools.partial(freeze_params, run.compute)
+        training = training._replace(frozen=Frozen(load_teacher, teacher_init, read))
+    return training, evaluators
 
 
 def _without_projection(measure: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -37,29 +37,8 @@ def main(run: Run, plan: StagePlan) -> None:
     The teacher starts from its pretrained weights, a student from its folder or at random. Of
     several teachers the one with the best score is saved again as the stage's model.
     """
-    sizes, starts = {SOLE: run.teacher}, {SOLE: run.pretrained_teacher}
-    if plan.stage.role == "student":
-        sizes = {student.name: student.sizes for student in run.students}
-        starts = {student.name: student.section.path for student in run.students}
-
-    # Train, and save the best parameters by score.
-    batches = make_stage_batches(run, plan)
-    made = {name: _make_member(run, plan, sizes[name], starts[name], batches) for name in sizes}
-    trained = train_stage(
-        run,
-        Training(
-            plan=plan,
-            members={name: member for name, (member, _) in made.items()},
-            batches=batches,
-            frozen=(),
-            flops_per_token=lambda width: training_flops_per_token(
-                [*sizes.values()] * len(plan.seeds) * plan.num_passes,
-                width,
-                num_last_layer_tokens=count_last_layer_tokens(run, plan, width),
-            ),
-            metric=run.required_task.metric,
-        ),
-    )
+    sizes, training, evaluators = _make(run, plan)
+    trained = train_stage(run, training)
     for name, models in trained.items():
         to_save = list(zip(run.seed_folders(plan, name), models, strict=True))
         if plan.stage.role == "teacher" and len(models) > 1:
@@ -68,11 +47,39 @@ def main(run: Run, plan: StagePlan) -> None:
             by_seed = [task.kind.measure(own, task.kind.best_settings(own)) for own in scored]
             best = models[best_index(by_seed, task.metric)]
             to_save.append((run.model_folder(plan.name), best))
-        _, evaluator = made[name]
         for folder, params in to_save:
-            head = head_of(run, evaluator.tune(params))
+            head = head_of(run, evaluators[name].tune(params))
             if processes.is_main():
                 save_model(folder, params, sizes[name], run.tokenizer, head=head)
+
+
+def make_training(run: Run, plan: StagePlan) -> Training:
+    """The models and the batches of the stage."""
+    return _make(run, plan)[1]
+
+
+def _make(
+    run: Run, plan: StagePlan
+) -> tuple[dict[str, ModelConfig], Training, dict[str, TaskEvaluator]]:
+    """(sizes, training, evaluators); sizes and evaluators by member."""
+    sizes, starts = {SOLE: run.teacher}, {SOLE: run.pretrained_teacher}
+    if plan.stage.role == "student":
+        sizes = {student.name: student.sizes for student in run.students}
+        starts = {student.name: student.section.path for student in run.students}
+    batches = make_stage_batches(run, plan)
+    made = {name: _make_member(run, plan, sizes[name], starts[name], batches) for name in sizes}
+    training = Training(
+        plan=plan,
+        members={name: member for name, (member, _) in made.items()},
+        batches=batches,
+        flops_per_token=lambda width: training_flops_per_token(
+            [*sizes.values()] * len(plan.seeds) * plan.num_passes,
+            width,
+            num_last_layer_tokens=count_last_layer_tokens(run, plan, width),
+        ),
+        metric=run.required_task.metric,
+    )
+    return sizes, training, {name: evaluator for name, (_, evaluator) in made.items()}
 
 
 def _make_member(
@@ -104,6 +111,7 @@ def _make_member(
             class_weights=_class_weights(run, section),
             r_drop=section.r_drop,
         ),
+        init,
         init_params,
         evaluator.as_evaluator(),
     )

@@ -24,6 +24,13 @@ from tinybert_jax.runs.workload import count_last_layer_tokens
 
 def main(run: Run, plan: StagePlan) -> None:
     """Trains the teacher, evaluates it on held-out text if there is any, and saves it."""
+    trained = run_stage(run, make_training(run, plan))
+    if processes.is_main():
+        save_model(run.model_folder(plan.name), trained[SOLE][0], run.teacher, run.tokenizer)
+
+
+def make_training(run: Run, plan: StagePlan) -> Training:
+    """The model and the batches of the stage."""
     section, tokenizer = plan.section, run.tokenizer
 
     # Model.
@@ -35,7 +42,6 @@ def main(run: Run, plan: StagePlan) -> None:
     )
     continuations = None if section.mask_unit == "token" else is_continuation(tokenizer)
 
-    # Train, and save the last parameters.
     teacher = Member(
         make_mlm(
             apply,
@@ -48,25 +54,20 @@ def main(run: Run, plan: StagePlan) -> None:
             **run.mask_ids,
             pair_weight=section.pair_weight,
         ),
+        init,
         lambda key, _: start_params(run.teacher_section.path, init, key),
         _make_heldout_evaluator(run, plan, apply),
     )
-    trained = run_stage(
-        run,
-        Training(
-            plan=plan,
-            members={SOLE: teacher},
-            batches=make_stage_batches(run, plan),
-            frozen=(),
-            flops_per_token=lambda width: flops.training_flops_per_token(
-                [run.teacher],
-                width,
-                num_last_layer_tokens=count_last_layer_tokens(run, plan, width),
-            ),
+    return Training(
+        plan=plan,
+        members={SOLE: teacher},
+        batches=make_stage_batches(run, plan),
+        flops_per_token=lambda width: flops.training_flops_per_token(
+            [run.teacher],
+            width,
+            num_last_layer_tokens=count_last_layer_tokens(run, plan, width),
         ),
     )
-    if processes.is_main():
-        save_model(run.model_folder(plan.name), trained[SOLE][0], run.teacher, tokenizer)
 
 
 def _make_heldout_evaluator(run: Run, plan: StagePlan, apply: Apply) -> Evaluator | None:

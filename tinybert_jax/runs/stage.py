@@ -15,7 +15,6 @@ import optax
 from tinybert_jax.batches import loader
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.models import SOLE
-from tinybert_jax.config.stages import StageSection
 from tinybert_jax.models.params import restack_layers, sha256, unstack_layers
 from tinybert_jax.parallel import processes, sharding
 from tinybert_jax.parallel.mesh import num_batch_shards
@@ -29,17 +28,11 @@ from tinybert_jax.runs.stage_state import (
     Training,
     models_of,
 )
+from tinybert_jax.runs.stage_step import make_optimizer, make_step
 from tinybert_jax.training import loop
 from tinybert_jax.training.early_stopping import compare_with_best
-from tinybert_jax.training.members import join_optimizer, merge_members, split_members
-from tinybert_jax.training.optimizer import make_optimizer, make_schedule
-from tinybert_jax.training.step import (
-    TrainState,
-    TrainStep,
-    abstract_state,
-    init_state,
-    make_train_step,
-)
+from tinybert_jax.training.members import merge_members, split_members
+from tinybert_jax.training.step import TrainState, TrainStep, abstract_state, init_state
 from tinybert_jax.training.throughput import Meter
 
 _PLAN = "packs for any number of devices"  # in the progress of a stage that this version began
@@ -50,9 +43,8 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
 
     Returns the best (or last) parameters by member name, in a list with one entry per seed.
     """
-    section, num_steps = training.section, training.num_steps
-    schedule, optimizer = _make_optimizer(section, num_steps)
-    optimizer = join_optimizer(optimizer, training.members)
+    num_steps = training.num_steps
+    schedule, optimizer = make_optimizer(training)
     checkpoints = StageCheckpoints(run, training)
     state, target = _open_state(run, training, optimizer, checkpoints)
     start_step = int(state.step)
@@ -68,17 +60,8 @@ def run_stage(run: Run, training: Training) -> dict[str, list[Any]]:
         evaluate(start_step, state)
 
     if not checkpoints.progress.get("stopped"):
-        step_fn = make_train_step(
-            training.objective,
-            optimizer,
-            schedule,
-            run.mesh,
-            jax.tree.map(lambda leaf: leaf.sharding, target),
-            num_steps=num_steps,
-            gradient_accumulation_steps=section.gradient_accumulation_steps,
-            average_decay=section.average_decay or 0.0,
-        )
-        frozen = sharding.place_params(training.read_frozen(training.frozen), run.mesh)
+        step_fn = make_step(training, schedule, optimizer, run.mesh, target)
+        frozen = sharding.place_params(training.frozen.read(training.frozen.load()), run.mesh)
         watch = Watch(run, training, frozen, checkpoints.progress, meter)
         compile_step = _CompileStep(step_fn, frozen, saves, watch)
         with run.stop.between_steps(), _step(run, training, step_fn, frozen, watch) as step:
@@ -173,7 +156,7 @@ def _fingerprint(training: Training) -> str:
     digest = hashlib.sha256(training.batches.fingerprint.encode())
     for evaluator in list(training.evaluators.values())[:1]:
         digest.update(evaluator.fingerprint.encode())
-    digest.update(sha256(training.frozen).encode())
+    digest.update(sha256(training.frozen.load()).encode())
     return digest.hexdigest()
 
 
@@ -362,31 +345,6 @@ def _make_meter(run: Run, training: Training, start_step: int, pending: list[Any
         log_every=training.section.log_every,
         peak_flops=run.peak_flops,
     )
-
-
-def _make_optimizer(
-    section: StageSection, num_steps: int
-) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    schedule = make_schedule(
-        section.schedule,
-        learning_rate=section.learning_rate,
-        num_steps=num_steps,
-        warmup_steps=round(section.warmup * num_steps),
-        end_factor=section.end_factor,
-        decay_steps=round(section.decay * num_steps),
-        power=section.power,
-    )
-    optimizer = make_optimizer(
-        schedule,
-        weight_decay=section.weight_decay,
-        b1=section.b1,
-        b2=section.b2,
-        eps=section.eps,
-        clip_norm=section.clip_norm,
-        decays_to_start=section.decay_towards == "start",
-        layer_decay=section.layer_decay,
-    )
-    return schedule, optimizer
 
 
 def _keys(seed: int, salt: int) -> tuple[jax.Array, jax.Array]:

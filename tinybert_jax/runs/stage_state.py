@@ -25,20 +25,28 @@ class Member(NamedTuple):
     """One trained model of a stage (or one model per seed): objective, start and evaluator."""
 
     objective: Objective
+    random_params: Callable[[jax.Array], Any]  # (key) -> random parameters; nothing is read
     init_params: Callable[[jax.Array, int], Any]  # (key, index of the seed) -> parameters
     evaluator: Evaluator | None = None  # None: the stage is not evaluated
 
 
+class Frozen(NamedTuple):
+    """A frozen teacher: a tree of arrays that the objective reads and training does not change."""
+
+    load: Callable[[], Any] = lambda: ()  # () -> its parameters
+    random: Callable[[jax.Array], Any] = lambda key: ()  # (key) -> random ones; nothing is read
+    read: Callable[[Any], Any] = lambda params: params  # (parameters) -> what the step reads
+
+
 class Training(NamedTuple):
-    """The models, batches and frozen teacher of one stage."""
+    """The models, batches and frozen teacher of one stage; no weights are read yet."""
 
     plan: StagePlan
     members: Mapping[str, Member]  # by name; all have an evaluator of the same rows, or none has
     batches: StageBatches
-    frozen: Any  # a tree of arrays that the objective reads and training does not change
     # (padded width) -> FLOPs of a step per token; a packed row counts as one example at the heads.
     flops_per_token: Callable[[int], float]
-    read_frozen: Callable[[Any], Any] = lambda frozen: frozen  # (frozen) -> the step's arrays
+    frozen: Frozen = Frozen()
     metric: str = ""  # chooses the best parameters; "": the last parameters are kept
 
     @property

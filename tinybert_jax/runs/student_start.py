@@ -118,6 +118,20 @@ def _start(
     return ({**params, "encoder": encoder} if "encoder" in params else encoder), directions
 
 
+def make_random(
+    run: Run, plan: StagePlan, student: Student, init: Callable[[jax.Array], Params]
+) -> Callable[[jax.Array], dict[str, Any]]:
+    """random_params(key): {student} or {student, projection} in the shapes of `make_init`'s."""
+
+    def random_params(key: jax.Array) -> dict[str, Any]:
+        params: dict[str, Any] = {"student": init(key)}
+        if reads_of(plan.terms).projection:
+            params["projection"] = _new_projection(run, student, key)
+        return params
+
+    return random_params
+
+
 _SAMPLE = 4096  # tokens whose states the reduction reads
 
 
@@ -170,19 +184,22 @@ def _start_projection(
     directions: np.ndarray | None,
 ) -> dict[str, Any]:
     """The projection file of the first folder that has one, else a new projection."""
-    num_projections = 1
-    if run.distillation.projection == "per_layer":
-        num_projections = student.sizes.num_hidden_layers + 1
-    projection: dict[str, Any] = init_projection(
-        key, student.sizes.hidden_size, run.teacher.hidden_size, num_projections
-    )
+    projection = _new_projection(run, student, key)
     files = (Path(folder).expanduser() / PROJECTION for folder in folders if folder is not None)
     saved = next((file for file in files if file.is_file()), None)
     if saved is not None:
         return _load_projection(saved, projection)
     if directions is not None:
+        num_projections = len(projection["kernel"])
         projection["kernel"] = jnp.tile(directions.T[None], (num_projections, 1, 1))
     return projection
+
+
+def _new_projection(run: Run, student: Student, key: jax.Array) -> dict[str, Any]:
+    num_projections = 1
+    if run.distillation.projection == "per_layer":
+        num_projections = student.sizes.num_hidden_layers + 1
+    return init_projection(key, student.sizes.hidden_size, run.teacher.hidden_size, num_projections)
 
 
 def _load_projection(file: Path, expected: dict[str, jax.Array]) -> dict[str, np.ndarray]:

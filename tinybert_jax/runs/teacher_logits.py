@@ -42,6 +42,11 @@ def read(run: Run, plan: StagePlan, rows: TokenRows) -> tuple[np.ndarray, str]:
     return mean.astype(np.float32), hashlib.sha256(content.encode()).hexdigest()
 
 
+def zeros(run: Run, rows: TokenRows) -> tuple[np.ndarray, str]:
+    """As `read`, with zeros for logits: for a program that is compiled and does not run."""
+    return np.zeros((rows.num_scored, run.required_task.data.num_outputs), np.float32), ""
+
+
 def _read_teacher(
     run: Run, plan: StagePlan, rows: TokenRows, path: str | Path, sizes: ModelConfig
 ) -> tuple[np.ndarray, str]:

@@ -25,9 +25,21 @@ _MULTIPLE = 128  # of the number of rows held, so that meshes can split them
 
 def train_stage(run: Run, training: Training) -> dict[str, list[Any]]:
     """As `run_stage`; with `trained_words: used` rows that no text uses keep their start."""
+    held, whole = with_used_words(run, training)
+    trained = run_stage(run, held)
+    return {
+        name: [whole(params, name, seed) for seed, params in enumerate(models)]
+        for name, models in trained.items()
+    }
+
+
+def with_used_words(
+    run: Run, training: Training
+) -> tuple[Training, Callable[[Any, str, int], Any]]:
+    """The stage as it trains, and whole(params, member, seed): the model that it has trained."""
     section = training.section
     if not (isinstance(section, TaskStageSection) and section.trained_words == "used"):
-        return run_stage(run, training)
+        return training, lambda params, name, seed: params
     words = UsedWords(_used_ids(run, training), run.teacher.vocab_size)
     run.log.say(
         f"{training.name}: trains the {len(words.ids):,} rows of the word table that its text "
@@ -45,24 +57,22 @@ def train_stage(run: Run, training: Training) -> dict[str, list[Any]]:
         if evaluator is not None:
             measure = evaluator.measure
             evaluator = evaluator._replace(measure=lambda params: measure(words.padded(params)))
-        return own._replace(init_params=init_params, evaluator=evaluator)
+        return own._replace(
+            random_params=lambda key: words.cut(own.random_params(key)),
+            init_params=init_params,
+            evaluator=evaluator,
+        )
 
-    batches, read_frozen = training.batches, training.read_frozen
-    trained = run_stage(
-        run,
-        training._replace(
-            members={name: member(name, own) for name, own in training.members.items()},
-            batches=batches._replace(
-                batch_at=lambda step: words.renumber(batches.batch_at(step)),
-                part_at=lambda step: words.renumber(batches.part_at(step)),
-            ),
-            read_frozen=lambda frozen: words.cut(read_frozen(frozen)),
+    batches, frozen = training.batches, training.frozen
+    held = training._replace(
+        members={name: member(name, own) for name, own in training.members.items()},
+        batches=batches._replace(
+            batch_at=lambda step: words.renumber(batches.batch_at(step)),
+            part_at=lambda step: words.renumber(batches.part_at(step)),
         ),
+        frozen=frozen._replace(read=lambda params: words.cut(frozen.read(params))),
     )
-    return {
-        name: [words.whole(params, starts[name, seed]) for seed, params in enumerate(models)]
-        for name, models in trained.items()
-    }
+    return held, lambda params, name, seed: words.whole(params, starts[name, seed])
 
 
 class UsedWords(NamedTuple):
