@@ -19,7 +19,7 @@ ROOMS = {
     "metrics": "classification regression multi_label tagging spans intervals paired calibration",
     "report": "charts style run_files tables headline confusion per_class pareto advice "
     "calibration differences console page comparison",
-    "performance": "flops device_peaks latency trace disk host",
+    "performance": "flops accelerators device_peaks hlo latency trace disk host",
     "parallel": "mesh group processes replicas sharding",
     "data": "errors examples json_text tables conll squad corpus records builtin wordpiece splits",
     "models": "inputs activations dropout linear params norm attention encoder bert distilbert "
@@ -36,9 +36,9 @@ ROOMS = {
     "metric_log throughput preemption saver generations",
     "runs": "shared_folder inputs run identity run_store from_step corpus_checks checks preflight "
     "stage_batches teacher_logits workload estimate scoring results head_init student_start "
-    "stage_state divergence stage used_words saved_states",
+    "stage_state stage_step divergence stage used_words compile saved_states",
     "recipes": "pretrain finetune distill by_rows pipeline",
-    "launch": "accelerators job slurm jobset gcluster tpu_vm sky command",
+    "launch": "job slurm jobset gcluster tpu_vm sky command",
 }
 TOP = ("cli", "__main__", "__init__")
 FILES = structure.FILES

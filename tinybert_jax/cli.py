@@ -5,6 +5,8 @@ fast.
 """
 
 import argparse
+import contextlib
+import json
 import os
 import shlex
 import signal
@@ -150,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_processes(command)
         command.set_defaults(act=_run)
     inference.add_to(commands)
+    _add_compile(commands)
     _add_convert(commands)
     _add_ckpt(commands)
     _add_data(commands)
@@ -175,6 +178,26 @@ def _add_processes(command) -> None:
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     group.add_argument("--num-processes", type=int, metavar="N", help="number of processes")
     group.add_argument("--process-id", type=int, metavar="I", help="of this process, from 0")
+
+
+def _add_compile(commands) -> None:
+    text = (
+        "compile the step of a stage for a TPU topology without a TPU: memory, collectives, FLOPs "
+        "and an estimate of the time; status 3 where it does not fit"
+    )
+    command = commands.add_parser("compile", help=text, description=text)
+    _add_config(command, "configs/quickstart.yaml")
+    command.add_argument(
+        "--topology", required=True, help="such as v5e:4x4 or v6e:16x16; local: the devices here"
+    )
+    command.add_argument(
+        "--stage", choices=STAGE_NAMES, help="default: the stage with the most FLOPs"
+    )
+    command.add_argument("--json", action="store_true", help="print a JSON object")
+    command.add_argument(
+        "--largest-batch", action="store_true", help="also find the largest batch that fits"
+    )
+    command.set_defaults(act=_compile)
 
 
 def _add_convert(commands) -> None:
@@ -275,16 +298,38 @@ def _tell(line: str) -> None:
         print(printable(line), file=sys.stderr)
 
 
+def _load(arguments, measure):
+    return config_files.load(arguments.config, arguments.overrides, measure, _tell)
+
+
+def _compile(arguments, command: str) -> int:
+    is_local = arguments.topology == "local"
+    if not is_local:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # the devices to compile for are not here
+    from tinybert_jax.recipes import by_rows, pipeline
+    from tinybert_jax.runs import compile
+
+    platform = None if is_local else "tpu"
+    settings = _load(arguments, lambda draft: by_rows.measure(draft, platform))
+    if arguments.print_config:
+        print(config_files.dump(settings), end="")
+        return 0
+    with contextlib.redirect_stdout(sys.stderr):  # JSON alone on standard output
+        compiled = pipeline.compile_step(
+            settings, arguments.topology, arguments.stage, is_searched=arguments.largest_batch
+        )
+    if arguments.json:
+        print(json.dumps(compile.to_json(compiled), indent=2))
+    else:
+        print(printable(compile.describe(compiled)))
+    return 3 if compiled.problems else 0
+
+
 def _run(arguments, command: str) -> int:
     host.keep_freed_memory()  # before `_measure`, which imports JAX
     if not arguments.print_config:
         processes.start(arguments.coordinator, arguments.num_processes, arguments.process_id)
-    settings = config_files.load(
-        arguments.config,
-        arguments.overrides,
-        _measure,
-        _tell,
-    )
+    settings = _load(arguments, _measure)
     stages = _STAGES[arguments.command][0]
     if arguments.print_config:
         print(config_files.dump(settings), end="")

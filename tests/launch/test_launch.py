@@ -15,8 +15,8 @@ from packaging.specifiers import SpecifierSet
 
 from tinybert_jax import cli
 from tinybert_jax.config import load as config_files
-from tinybert_jax.launch import accelerators
 from tinybert_jax.launch import job as jobs
+from tinybert_jax.performance import accelerators
 
 FILES = [*SCRIPTS, *MANIFESTS]
 JOBSETS = [path for path in MANIFESTS if "kind: JobSet" in path.read_text()]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tinybert_jax.launch import accelerators
+from tinybert_jax.performance import accelerators
 
 # (shape, hosts, machine type of GKE, accelerator type of the Cloud TPU API), from Google's tables.
 SLICES = [

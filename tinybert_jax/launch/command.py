@@ -15,9 +15,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from tinybert_jax.config import load as config_files
-from tinybert_jax.launch import accelerators, gcluster, jobset, sky, slurm, tpu_vm
+from tinybert_jax.launch import gcluster, jobset, sky, slurm, tpu_vm
 from tinybert_jax.launch import job as jobs
 from tinybert_jax.launch.job import Job
+from tinybert_jax.performance import accelerators
 
 
 class Launcher(NamedTuple):

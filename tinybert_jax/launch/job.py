@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from tinybert_jax.config.compute import MeshSection
-from tinybert_jax.launch.accelerators import Machines
+from tinybert_jax.performance.accelerators import Machines
 
 WRONG_INPUT = 2  # the exit code for which running again is of no use
 # The working folder in the images of launch/Dockerfile, which have configs/ there.

@@ -6,8 +6,8 @@ from typing import Any
 import yaml
 
 from tinybert_jax.launch import job as jobs
-from tinybert_jax.launch.accelerators import Gpu
 from tinybert_jax.launch.job import IMAGE_FOLDER, Job
+from tinybert_jax.performance.accelerators import Gpu
 from tinybert_jax.training.preemption import STOPPED
 
 _RESTARTS = 3

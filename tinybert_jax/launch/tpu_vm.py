@@ -9,8 +9,8 @@ has been run yet.
 import shlex
 
 from tinybert_jax.launch import job as jobs
-from tinybert_jax.launch.accelerators import Tpu
 from tinybert_jax.launch.job import WRONG_INPUT, Job
+from tinybert_jax.performance.accelerators import Tpu
 from tinybert_jax.training.preemption import STOPPED
 
 _RESTARTS = 3

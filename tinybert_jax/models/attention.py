@@ -162,7 +162,14 @@ def _missing_requirement(
 
 
 def missing_device(backend: AttentionBackend) -> str | None:
-    """The device that a fused backend expects and this process does not have; None: it has."""
+    """The device that a fused backend expects and the mesh does not have; None: it has.
+
+    The mesh is that of `jax.set_mesh`, whose devices may be those of another machine that a program
+    is compiled for; without one, this process has the devices.
+    """
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    if target is not None and target.platform == "tpu":
+        return None if backend == "splash" else f"an NVIDIA GPU, got {target.device_kind}"
     device = jax.local_devices()[0]
     if backend == "splash":
         return None if device.platform == "tpu" else f"a TPU, got {device.device_kind}"

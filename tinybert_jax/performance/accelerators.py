@@ -21,10 +21,14 @@ class Tpu(NamedTuple):
     small: dict[str, int]  # slices of one host: chips by topology
     flat: tuple[str, ...]  # all larger topologies, where there are few; empty for `num_cubes`
     num_cubes: int  # otherwise: the largest slice, in cubes of 4 × 4 × 4 chips
+    memory_rate: float  # bytes a second between memory and chip
+    link_rate: float  # bytes a second that a chip sends to its neighbours, all links together
+    tile: int  # width of a matrix unit
     runtime: str | None  # runtime version for queued resources; None: Compute Engine has this TPU
 
 
-# HBM, topologies and accelerator types: docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e.
+# Memory, rates (of links one way: half of what is told for both), topologies and accelerator types:
+# docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e.
 # Labels and machine types: docs.cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus.
 # TPUs of Compute Engine: docs.cloud.google.com/compute/docs/tpus/tpu-machines (v5p, v6e, TPU7x).
 # Runtime versions: docs.cloud.google.com/tpu/docs/runtimes.
@@ -34,15 +38,23 @@ _DEEP_SMALL = {"2x2x1": 4}
 TPUS = {
     "v4": Tpu(
         *(32, "tpu-v4-podslice", "ct4p-hightpu", "v4", 2, _DEEP_SMALL, (), 64),
+        *(1228e9, 300e9, 128),
         runtime="tpu-ubuntu2204-base",
     ),
     "v5e": Tpu(
         *(16, "tpu-v5-lite-podslice", "ct5lp-hightpu", "v5litepod", 1, _FLAT_SMALL, _FLAT, 0),
+        *(819e9, 200e9, 128),
         runtime="v2-alpha-tpuv5-lite",
     ),
-    "v5p": Tpu(*(95, "tpu-v5p-slice", "ct5p-hightpu", "v5p", 2, _DEEP_SMALL, (), 96), runtime=None),
+    "v5p": Tpu(
+        *(95, "tpu-v5p-slice", "ct5p-hightpu", "v5p", 2, _DEEP_SMALL, (), 96),
+        *(2765e9, 600e9, 128),
+        runtime=None,
+    ),
     "v6e": Tpu(
-        *(32, "tpu-v6e-slice", "ct6e-standard", "v6e", 1, _FLAT_SMALL, _FLAT, 0), runtime=None
+        *(32, "tpu-v6e-slice", "ct6e-standard", "v6e", 1, _FLAT_SMALL, _FLAT, 0),
+        *(1638e9, 400e9, 256),
+        runtime=None,
     ),
 }
 

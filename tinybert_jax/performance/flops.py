@@ -75,6 +75,22 @@ def forward_flops_per_token(
     return float(2 * (num_layers * layer - left_out) + projection)
 
 
+def useful_tile_share(config: BertShape, seq_len: int, tile: int) -> float:
+    """The share of a matrix unit's work that is no padding, 0 to 1, in one forward pass.
+
+    A unit multiplies by blocks of `tile` × `tile`: the dims of a weight, of a head and of a row are
+    filled up to a multiple of it.
+    """
+    d, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+
+    def up(size: int) -> int:
+        return -(-size // tile) * tile
+
+    useful = 4 * d * d + 2 * d * f + 2 * seq_len * d
+    done = 4 * up(d) ** 2 + 2 * up(d) * up(f) + 2 * heads * up(d // heads) * up(seq_len)
+    return useful / done
+
+
 def projection_flops_per_token(config: BertShape, projection_dim: int, num_entries: int) -> int:
     """Forward FLOPs per token of projecting `num_entries` hidden states to `projection_dim`."""
     return 2 * num_entries * config.hidden_size * projection_dim

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 
+from tinybert_jax.performance import hlo
+
 NUM_STEPS = 5
 
 _NUM_WARMUP = 2  # first calls, which compile and warm up; not traced
 _NUM_LISTED = 12  # rows of the table of operations
 _CONTAINERS = ("while", "conditional", "call")  # left out: the operations inside are counted
-_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*?[\])}] ([a-z][\w\-]*)\(")
 
 Step = Callable[[Any, Any], tuple[Any, Any]]  # (state, batch) -> (state, metrics)
@@ -94,13 +95,9 @@ def read_program(text: str) -> dict[str, Operation]:
 
 
 def _part(path: str, opcode: str) -> str:
-    """For the path jit(train_step)/vmap(transpose(jvp(~head)))/mul: "head, backward"."""
-    if opcode.startswith(_COLLECTIVES):
+    if opcode.startswith(hlo.COLLECTIVES):
         return "communication between devices"
-    scopes = re.findall(r"~([^/()]+)", path)
-    if not scopes:
-        return "rest"
-    return ": ".join(dict.fromkeys(scopes)) + (", backward" if "transpose(" in path else "")
+    return hlo.scope_of(path)
 
 
 def read_events(folder: Path, operations: Mapping[str, Operation]) -> list[Event]:

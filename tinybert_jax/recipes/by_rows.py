@@ -11,8 +11,8 @@ from tinybert_jax.settings.section import ComputeDtype
 from tinybert_jax.tasks.table import TASKS
 
 
-def measure(draft: RunConfig) -> Facts | None:
-    """The facts of a config that has all its sections.
+def measure(draft: RunConfig, platform: str | None = None) -> Facts | None:
+    """The facts of a config that has all its sections; `platform`: of JAX, None: that of this run.
 
     None where text or teacher cannot be read: the run itself then reports all inputs that cannot
     be read, together.
@@ -31,11 +31,11 @@ def measure(draft: RunConfig) -> Facts | None:
         hidden_size=teacher["hidden_size"],
         num_layers=teacher["num_hidden_layers"],
         num_heads=teacher["num_attention_heads"],
-        fast_dtype=_fast_dtype(),
+        fast_dtype=_fast_dtype(platform or jax.default_backend()),
     )
 
 
-def _fast_dtype() -> ComputeDtype:
-    if jax.default_backend() != "cpu":
+def _fast_dtype(platform: str) -> ComputeDtype:
+    if platform != "cpu":
         return "bfloat16"
     return "bfloat16_products" if host.multiplies_bfloat16() else "float32"

@@ -24,20 +24,22 @@ from tinybert_jax.recipes import distill, finetune, pretrain
 from tinybert_jax.report.console import console_summary
 from tinybert_jax.report.page import write_report
 from tinybert_jax.runs import estimate, identity, shared_folder
+from tinybert_jax.runs.compile import Compiled, compile_stage, devices_of, largest_batch
 from tinybert_jax.runs.from_step import parse
 from tinybert_jax.runs.preflight import open_run, read_run, reads_task_teacher
 from tinybert_jax.runs.results import best_seed, collect_results
 from tinybert_jax.runs.run import Run, RunTask, check_teacher, export_models
+from tinybert_jax.runs.used_words import with_used_words
 from tinybert_jax.training.metric_log import read_rows
 from tinybert_jax.training.preemption import NEVER, Stop
 
 _RECIPES = {
-    PRETRAIN: pretrain.main,
-    FINETUNE: finetune.main,
-    GENERAL: distill.main,
-    INTERMEDIATE: distill.main,
-    PREDICTION: distill.main,
-    BASELINE: finetune.main,
+    PRETRAIN: pretrain,
+    FINETUNE: finetune,
+    GENERAL: distill,
+    INTERMEDIATE: distill,
+    PREDICTION: distill,
+    BASELINE: finetune,
 }
 # The first of these stages that is done is exported to `hf`: students before teachers.
 _EXPORT_ORDER = (PREDICTION, INTERMEDIATE, GENERAL, FINETUNE, PRETRAIN, BASELINE)
@@ -119,6 +121,28 @@ def describe_costs(config: RunConfig, stages: Sequence[str] = STAGE_NAMES) -> st
     return "\n\n".join([*parts, estimate.describe(run, plans)])
 
 
+def compile_step(
+    config: RunConfig, topology: str, name: str | None = None, *, is_searched: bool = False
+) -> Compiled:
+    """Compiles the step of a stage for a topology (see `runs.compile`); writes nothing.
+
+    `name`: of the stage; None: the one with the most FLOPs. `is_searched`: also finds the largest
+    global batch that fits. Raises ValueError for a wrong input.
+    """
+    chosen = _choose_stages(config, STAGE_NAMES)
+    run = read_run(config, chosen, devices=devices_of(topology))
+    _choose_stages(config, [name] if name else STAGE_NAMES)
+    plans = [run.plans[stage.name] for stage in chosen if name in (None, stage.name)]
+    plan = plans[0]
+    if len(plans) > 1:
+        plan = max(plans, key=lambda plan: estimate.estimate_costs(run, plan).total_flops)
+    training, _ = with_used_words(run, _RECIPES[plan.stage].make_training(run, plan))
+    compiled = compile_stage(run, training, topology)
+    if is_searched:
+        compiled = compiled._replace(largest_rows=largest_batch(run, training, compiled))
+    return compiled
+
+
 def _choose_stages(config: RunConfig, stages: Sequence[str]) -> list[Stage]:
     chosen = [stage for stage in config.stages if stage.name in stages]
     if not chosen:
@@ -146,7 +170,7 @@ def _run_once(run: Run, plan: StagePlan) -> bool:
     if identity.has_finished(run, plan):
         run.log.say(f"{name}: has finished before, but lacks a model folder; runs again")
     start = time.perf_counter()
-    _RECIPES[plan.stage](run, plan)
+    _RECIPES[plan.stage].main(run, plan)
     processes.on_main(f"end of {name}", lambda: identity.finish(run, plan))
     shared_folder.wait_until(lambda: run.is_done(name), name)
     seconds = time.perf_counter() - start

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from tinybert_jax.config.models import Student
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import FINETUNE, PRETRAIN, StageSection
@@ -129,7 +131,8 @@ def _check_attention(run: Run, plan: StagePlan) -> None:
     if backend in ("auto", "xla"):
         return
     origin, fix = f"compute.attention {backend}", "or set compute.attention=auto"
-    missing = missing_device(backend)
+    with jax.set_mesh(run.mesh):
+        missing = missing_device(backend)
     if missing:
         raise ValueError(f"{origin}: expected {missing}; run it there, {fix}")
     trained = [run.teacher]

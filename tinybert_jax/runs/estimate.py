@@ -109,7 +109,7 @@ def estimate_costs(run: Run, plan: StagePlan) -> Costs:
         for step, batch in zip(steps, batches, strict=True)
     ]
     counts = [count_last_layer_tokens(run, plan, b.shape[1], b.num_segments) for b in batches]
-    flops = [_flops(work, *inputs) for inputs in zip(batches, words, counts, strict=True)]
+    flops = [batch_flops(work, *inputs) for inputs in zip(batches, words, counts, strict=True)]
     parts = {name: num_steps * float(np.mean([f[name] for f in flops])) for name in flops[0]}
     if work.logit_teachers:
         parts["teacher"] = parts.get("teacher", 0.0) + stage_batches.num_batches * float(
@@ -190,7 +190,7 @@ def _clock(seconds: float) -> str:
     return str(datetime.timedelta(seconds=math.ceil(seconds)))
 
 
-def _flops(
+def batch_flops(
     work: Work, batch: Batch, words: Words | None, num_last_layer_tokens: int | None
 ) -> dict[str, float]:
     """FLOPs of one batch by part; `estimate_costs` lists the parts."""

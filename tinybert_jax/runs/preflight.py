@@ -112,11 +112,12 @@ def read_run(
     stages: Sequence[Stage],
     pins: dict[str, str] | None = None,
     from_step: FromStep | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Run:
     """Reads and checks all inputs of the given stages; runs no model and writes nothing.
 
     Models of the hub are read in the revisions that the run folder names; `pins` gets the hash of
-    each, also of new ones. `from_step` is as in `open_run`.
+    each, also of new ones. `from_step`: see `open_run`. `devices`: of the mesh; None: all there are.
     """
     if jax.process_count() != processes.count():
         raise ValueError(
@@ -145,7 +146,7 @@ def read_run(
     run = Run(
         name=config.name,
         folder=folder,
-        mesh=make_mesh(config.mesh),
+        mesh=make_mesh(config.mesh, devices),
         log=log,
         saver=Saver(log.say),
         seed=config.seed,

@@ -1,0 +1,240 @@
+"""Reads the text of a compiled XLA program: what it sends between devices, and to and from memory.
+
+All figures are of one device and one run of the program; what a loop holds counts once a round.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+
+_ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "f8e4m3fn": 8, "f8e5m2": 8, "bf16": 16}
+_SHAPE = re.compile(r"\b(pred|bf16|f8e4m3fn|f8e5m2|[suf]\d+)\[([\d,]*)\](?:\{([^}]*)\})?")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
+_TRIPS = re.compile(r'known_trip_count"?:?=?\{"n":"(\d+)"')
+_NO_TRAFFIC = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
+    *("call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier", "domain"),
+}
+
+
+class Instruction(NamedTuple):
+    """One line of a computation."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    text: str  # opcode, operands and attributes
+
+    @property
+    def scope(self) -> str:
+        """The named scopes around it, "teacher: attention, backward"; "rest" outside all."""
+        path = re.search(r'op_name="([^"]*)"', self.text)
+        return scope_of(path[1] if path else "")
+
+
+class Collective(NamedTuple):
+    """What devices send each other for one instruction."""
+
+    kind: str  # one of COLLECTIVES
+    scope: str
+    num_calls: int
+    num_bytes: int  # of the results of all calls
+
+
+class Program(NamedTuple):
+    """The computations of a program, by name."""
+
+    computations: dict[str, tuple[Instruction, ...]]
+    entry: str
+
+    def collectives(self) -> list[Collective]:
+        """Every collective, also those inside fusions."""
+        found = []
+        for times, _, instruction in self._walk(self.entry, 1, into_fusions=True):
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                sizes = [num_bytes(part) for part in _parts(instruction.type)]
+                if kind != instruction.opcode and kind in ("all-gather", "collective-permute"):
+                    sizes = sizes[len(instruction.operands) :][: len(instruction.operands)]
+                found.append(Collective(kind, instruction.scope, times, times * sum(sizes)))
+        return found
+
+    def memory_traffic(self) -> int:
+        """Bytes read from and written to memory, without on-chip memory.
+
+        A slice counts as itself, not as the array that it is taken from, and an array that is
+        updated in place as the new part.
+        """
+        total = 0
+        for times, computation, instruction in self._walk(self.entry, 1, into_fusions=False):
+            total += times * self._traffic(computation, instruction)
+        return total
+
+    def estimated_cycles(self) -> int:
+        """The cycles that the compiler of TPUs expects; 0 in other programs.
+
+        It tells none for collectives, waits for memory and Pallas kernels.
+        """
+        total = 0
+        for times, _, instruction in self._walk(self.entry, 1, into_fusions=False):
+            cycles = re.search(r'estimated_cycles"?:"?(\d+)', instruction.text)
+            total += times * int(cycles[1]) if cycles else 0
+        return total
+
+    def _walk(
+        self, name: str, times: int, *, into_fusions: bool
+    ) -> Iterator[tuple[int, str, Instruction]]:
+        """(number of runs, computation, instruction) of all that run."""
+        for instruction in self.computations.get(name, ()):
+            yield times, name, instruction
+            opcode = instruction.opcode
+            rounds = self._rounds(instruction) if opcode == "while" else 1
+            if opcode in ("while", "call", "conditional") or (
+                into_fusions and (opcode in ("fusion", "async-start"))
+            ):
+                for called in self._called(instruction):
+                    yield from self._walk(called, times * rounds, into_fusions=into_fusions)
+
+    def _called(self, instruction: Instruction) -> list[str]:
+        names = _CALLED.findall(instruction.text)
+        for branches in _BRANCHES.findall(instruction.text):
+            names += [name.strip().lstrip("%") for name in branches.split(",")]
+        return [name for name in dict.fromkeys(names) if name in self.computations]
+
+    def _rounds(self, loop: Instruction) -> int:
+        """The number of rounds of a loop: the compiler's, else the bound that its condition has."""
+        known = _TRIPS.search(loop.text)
+        if known:
+            return int(known[1])
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.text)
+        bounds = [1]
+        if condition:
+            for _, _, instruction in self._walk(condition[1], 1, into_fusions=True):
+                bounds += map(int, re.findall(r"^constant\((\d+)\)", instruction.text))
+        return max(bounds)
+
+    def _types(self, computation: str) -> dict[str, str]:
+        return {own.name: own.type for own in self.computations[computation]}
+
+    def _traffic(self, computation: str, instruction: Instruction) -> int:
+        opcode = instruction.opcode
+        if opcode in _NO_TRAFFIC or opcode.endswith("-done"):
+            return 0
+        parts = _parts(instruction.type)
+        if opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
+            return num_bytes(parts[0])  # between memory and the chip
+        types = self._types(computation)
+        operands = [types.get(name, "") for name in instruction.operands]
+        if opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * num_bytes(instruction.type, in_memory=True)
+        if opcode == "dynamic-update-slice":
+            return 2 * num_bytes(operands[1], in_memory=True)
+        if opcode == "fusion":
+            return self._fusion_traffic(instruction, operands)
+        return sum(num_bytes(part, in_memory=True) for part in (instruction.type, *operands))
+
+    def _fusion_traffic(self, fusion: Instruction, operands: Sequence[str]) -> int:
+        called = self._called(fusion)
+        body = self.computations[called[0]] if called else ()
+        types = {own.name: own.type for own in body}
+        total = num_bytes(fusion.type, in_memory=True)
+        updates = [own for own in body if own.opcode == "dynamic-update-slice"]
+        in_place = {own.operands[0] for own in updates}
+        for own in updates:  # the result is the array itself, of which one part is written
+            whole, part = (num_bytes(types.get(name, "")) for name in own.operands[:2])
+            if whole and num_bytes(fusion.type, in_memory=True) >= whole:
+                total += part - whole
+        for parameter in (own for own in body if own.opcode == "parameter"):
+            index = int(re.findall(r"\((\d+)\)", parameter.text)[0])
+            if index >= len(operands) or parameter.name in in_place:
+                continue
+            users = [own for own in body if parameter.name in own.operands]
+            size = num_bytes(operands[index], in_memory=True)
+            if users and all(own.opcode in ("dynamic-slice", "slice", "gather") for own in users):
+                size = min(size, sum(num_bytes(own.type) for own in users))
+            total += size
+        return max(total, 0)
+
+
+def read(text: str) -> Program:
+    """The program whose text is `compiled.as_text()`."""
+    computations: dict[str, tuple[Instruction, ...]] = {}
+    entry, name, lines = "", "", []
+    for line in text.splitlines():
+        begins = _COMPUTATION.match(line)
+        if begins:
+            name, lines = begins[2], []
+            entry = name if begins[1] else entry
+        elif line.startswith("}"):
+            computations[name] = tuple(lines)
+        else:
+            found = _INSTRUCTION.match(line)
+            if found:
+                lines.append(_instruction(found[1], found[2]))
+    return Program(computations, entry)
+
+
+def scope_of(path: str) -> str:
+    """For the path jit(train_step)/vmap(transpose(jvp(~head)))/mul: "head, backward"."""
+    scopes = re.findall(r"~([^/()]+)", path)
+    if not scopes:
+        return "rest"
+    return ": ".join(dict.fromkeys(scopes)) + (", backward" if "transpose(" in path else "")
+
+
+def num_bytes(type_text: str, *, in_memory: bool = False) -> int:
+    """The size of all arrays of a type; `in_memory`: without those that lie on the chip."""
+    total = 0
+    for dtype, dims, layout in _SHAPE.findall(type_text):
+        if in_memory and re.search(r"S\([1-9]", layout):
+            continue
+        bits = _ITEM_BITS.get(dtype) or int(dtype[1:])
+        total += math.prod(map(int, dims.split(","))) * bits // 8 if dims else bits // 8
+    return total
+
+
+def _instruction(name: str, rest: str) -> Instruction:
+    end = _closing(rest) + 1 if rest.startswith("(") else rest.index(" ")
+    text = rest[end:].strip()
+    opcode = text.split("(", 1)[0]
+    arguments = text[len(opcode) :]
+    arguments = arguments[1 : _closing(arguments)] if arguments else ""
+    operands = () if opcode in ("parameter", "constant") else _names(arguments)
+    return Instruction(name, rest[:end], opcode, operands, text)
+
+
+def _names(arguments: str) -> tuple[str, ...]:
+    """The names in the operands of an instruction, with or without their types before them."""
+    if "%" in arguments:
+        return tuple(re.findall(r"%([\w.\-]+)", arguments))
+    return tuple(part.split()[-1] for part in arguments.split(",") if part.strip())
+
+
+def _closing(text: str) -> int:
+    """The index of the parenthesis that closes the first one."""
+    depth = 0
+    for i, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            return i
+    return len(text) - 1
+
+
+def _parts(type_text: str) -> list[str]:
+    """The elements of a tuple type; the type itself where it is none."""
+    if not type_text.startswith("("):
+        return [type_text]
+    parts, depth, begin = [], 0, 1
+    for i, letter in enumerate(type_text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if (letter == "," and depth == 1) or not depth:
+            parts.append(type_text[begin:i].strip())
+            begin = i + 1
+    return parts
