@@ -15,7 +15,7 @@ ROOMS = {
     "settings": "section sizes layer_maps",
     "losses": "pointwise forms attention relations vocabulary",
     "terms": "term attention hidden relation cls cosine pooled logits label words table",
-    "config": "models data tasks stages distillation compute consistency run by_rows load",
+    "config": "models data tasks stages distillation compute log consistency run by_rows load",
     "metrics": "classification regression multi_label tagging spans intervals paired calibration",
     "report": "charts style run_files tables headline confusion per_class pareto advice "
     "calibration differences console page comparison",
@@ -33,7 +33,7 @@ ROOMS = {
     "distillation",
     "inference": "scorer pretrained predict compare command",
     "training": "members optimizer early_stopping loop step replicas skipping shards checkpoint "
-    "metric_log throughput preemption saver generations",
+    "trackers metric_log throughput preemption saver generations",
     "runs": "shared_folder inputs run identity run_store from_step corpus_checks checks preflight "
     "stage_batches teacher_logits workload estimate scoring results head_init student_start "
     "stage_state stage_step divergence stage used_words compile saved_states",

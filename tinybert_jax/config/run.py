@@ -11,6 +11,7 @@ from tinybert_jax.config.compute import ComputeSection, MeshSection
 from tinybert_jax.config.consistency import consistency_errors
 from tinybert_jax.config.data import CorpusSection, TokenizerSection
 from tinybert_jax.config.distillation import DistillSection
+from tinybert_jax.config.log import LogSection
 from tinybert_jax.config.models import SOLE, StudentSection, TeacherSection
 from tinybert_jax.config.stages import (
     STAGE_NAMES,
@@ -101,6 +102,7 @@ class RunConfig(Section):
     distillation: DistillSection = Field(default_factory=lambda: DistillSection())
     mesh: MeshSection = MeshSection()
     compute: ComputeSection = ComputeSection()
+    log: LogSection = LogSection()
     pretrain: PretrainSection | None = None
     finetune: FinetuneSection | None = None
     general: CorpusStageSection | None = None

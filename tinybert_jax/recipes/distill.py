@@ -9,10 +9,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from tinybert_jax.batches.batch import TokenRows
+from tinybert_jax.config.models import Student
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.huggingface.folder import save_model, start_params
 from tinybert_jax.huggingface.head import Head
-from tinybert_jax.models.heads import make_encoder
+from tinybert_jax.models.heads import Model, make_encoder
 from tinybert_jax.models.params import Params
 from tinybert_jax.objectives.distillation import Options, Role, make_distill
 from tinybert_jax.objectives.masked_lm import Mask, make_mask
@@ -32,7 +33,7 @@ from tinybert_jax.runs.run import (
     with_dropout,
 )
 from tinybert_jax.runs.stage import Member, Training
-from tinybert_jax.runs.stage_batches import make_stage_batches
+from tinybert_jax.runs.stage_batches import StageBatches, make_stage_batches
 from tinybert_jax.runs.stage_state import Frozen
 from tinybert_jax.runs.student_start import PROJECTION, encoder_of, make_init, make_random
 from tinybert_jax.runs.used_words import train_stage
@@ -68,7 +69,7 @@ def _make(
     run: Run, plan: StagePlan, read_logits: Callable[[TokenRows], tuple[np.ndarray, str]]
 ) -> tuple[Training, dict[str, TaskEvaluator]]:
     """(training, evaluators by student); `read_logits`: see `make_stage_batches`."""
-    section, terms = plan.section, plan.terms
+    terms = plan.terms
     teacher_reads, reads = reads_of(terms, of_teacher=True), reads_of(terms)
 
     # The frozen teacher. Its weights are loaded only if a term reads them in the step.
@@ -91,34 +92,17 @@ def _make(
     batches = make_stage_batches(run, plan, read_logits if plan.keeps_logits else None)
 
     # The students. A student starts from an earlier stage's model if there is one.
-    members: dict[str, Member] = {}
-    evaluators: dict[str, TaskEvaluator] = {}
+    teacher = Role(teacher_apply, teacher_reads, run.teacher.num_hidden_layers)
     make_student = make_model_factory(run, reads, **trained_options(run.compute, plan))
-    for student in run.students:
-        apply, init = make_student(with_dropout(student.sizes, section))
-        objective = make_distill(
-            Role(apply, reads, student.sizes.num_hidden_layers),
-            Role(teacher_apply, teacher_reads, run.teacher.num_hidden_layers),
-            terms,
-            Options(
-                normalisation=run.distillation.normalisation,
-                form=run.task.kind.form if run.task else "softmax",
-                num_shards=num_batch_shards(run.mesh),
-            ),
-            _make_mask(run, plan),
+    made = {
+        student.name: _make_member(
+            run, plan, student, make_student, teacher, teacher_encoder, batches
         )
-        random_params = make_random(run, plan, student, init)
-        init_params = make_init(run, plan, student, (apply, init), teacher_encoder, batches)
-        evaluator = None
-        if plan.stage.trains_head:
-            evaluators[student.name] = make_task_evaluator(run, apply, section)
-            evaluator = evaluators[student.name].as_evaluator()
-            evaluator = evaluator._replace(measure=_without_projection(evaluator.measure))
-        members[student.name] = Member(objective, random_params, init_params, evaluator)
-
+        for student in run.students
+    }
     training = Training(
         plan=plan,
-        members=members,
+        members={name: member for name, (member, _) in made.items()},
         batches=batches,
         flops_per_token=lambda width: training_flops_per_token(
             [student.sizes for student in run.students] * len(plan.seeds),
@@ -132,7 +116,43 @@ def _make(
     if is_teacher_in_step:
         read = functools.partial(freeze_params, run.compute)
         training = training._replace(frozen=Frozen(load_teacher, teacher_init, read))
-    return training, evaluators
+    return training, {name: own for name, (_, own) in made.items() if own is not None}
+
+
+def _make_member(
+    run: Run,
+    plan: StagePlan,
+    student: Student,
+    make_student: Callable[[ModelConfig], Model],
+    teacher: Role,
+    teacher_encoder: Callable[[], Mapping[str, Any]],
+    batches: StageBatches,
+) -> tuple[Member, TaskEvaluator | None]:
+    """(member, its evaluator where the stage trains a head)."""
+    reads = reads_of(plan.terms)
+    apply, init = make_student(with_dropout(student.sizes, plan.section))
+    objective = make_distill(
+        Role(apply, reads, student.sizes.num_hidden_layers),
+        teacher,
+        plan.terms,
+        Options(
+            normalisation=run.distillation.normalisation,
+            form=run.task.kind.form if run.task else "softmax",
+            num_shards=num_batch_shards(run.mesh),
+        ),
+        _make_mask(run, plan),
+    )
+    member = Member(
+        objective,
+        make_random(run, plan, student, init),
+        make_init(run, plan, student, (apply, init), teacher_encoder, batches),
+    )
+    if not plan.stage.trains_head:
+        return member, None
+    task_evaluator = make_task_evaluator(run, apply, plan.section)
+    evaluator = task_evaluator.as_evaluator()
+    evaluator = evaluator._replace(measure=_without_projection(evaluator.measure))
+    return member._replace(evaluator=evaluator), task_evaluator
 
 
 def _without_projection(measure: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -33,6 +33,7 @@ from tinybert_jax.runs.inputs import read_inputs
 from tinybert_jax.runs.run import Run, RunTask, check_teacher
 from tinybert_jax.runs.run_store import RunStore, open_store
 from tinybert_jax.tasks.table import TASKS
+from tinybert_jax.training import trackers
 from tinybert_jax.training.metric_log import MetricLog
 from tinybert_jax.training.saver import Saver
 
@@ -46,6 +47,8 @@ _MAY_CHANGE = (
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
+    "log.trackers",
+    "log.project",
     *(
         f"{stage}.{name}"
         for stage in STAGE_NAMES
@@ -67,6 +70,7 @@ def open_run(
     has diverged. `from_step`: the stage of which other settings are taken.
     """
     pins: dict[str, str] = {}
+    trackers.check_installed(config.log.trackers)
     shared_folder.check(_folder(config))
     store = None
     if config.run_store:
@@ -100,11 +104,16 @@ def open_run(
         processes.on_main("run folder", begin)
         if store is not None:
             run.saver.copy_with(f"copying to {config.run_store}", store.copy)
+        if processes.is_main():
+            run.log.trackers = trackers.open_trackers(
+                config.log, run.name, run.folder, config.model_dump(mode="json"), run.log.say
+            )
         peak = _peak_flops(config.compute.dtype, run.mesh.size) if processes.is_main() else np.nan
         try:
             yield run._replace(peak_flops=peak)
         finally:
             run.saver.finish(_LAST_SAVE_SECONDS)
+            run.log.trackers.close()
 
 
 def read_run(

@@ -12,17 +12,18 @@ from tinybert_jax.data.json_text import parse_json
 from tinybert_jax.parallel import processes
 from tinybert_jax.performance import disk
 from tinybert_jax.report.console import printable
+from tinybert_jax.training import trackers
 
 
 class MetricLog:
-    """Appends to `metrics.jsonl` and prints progress; process 0 only.
+    """Appends to `metrics.jsonl`, tells `trackers` and prints progress; process 0 only.
 
     When a run resumes, `rewind` drops the rows that the run will write again, so that the file
     holds every step once.
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.trackers = path, trackers.NONE
         self.is_writer = processes.is_main()
 
     def rewind(self, stage: str, step: int, unwritten: Sequence[str] = ()) -> None:
@@ -49,6 +50,7 @@ class MetricLog:
         row |= {name: _plain(value) for name, value in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        self.trackers.write(kind, stage, step, values)
 
     def sync(self) -> None:
         """Returns when all rows are on the disk."""
