@@ -125,8 +125,8 @@ def read_run(
 ) -> Run:
     """Reads and checks all inputs of the given stages; runs no model and writes nothing.
 
-    Models of the hub are read in the revisions that the run folder names; `pins` gets the hash of
-    each, also of new ones. `from_step`: see `open_run`. `devices`: of the mesh; None: all there are.
+        Models of the hub are read in the revisions that the run folder names; `pins` gets the hash of
+    each, also of new ones. `from_step`: see `open_run`. `devices`: of the mesh; None: all of JAX.
     """
     if jax.process_count() != processes.count():
         raise ValueError(
@@ -147,10 +147,9 @@ def read_run(
         task=config.task,
         kept_tokenizer=folder / "tokenizer",
     )
-    task = None
-    if config.task and inputs.task:
-        kind = TASKS[config.task.kind]
-        task = RunTask(kind, config.task.name, config.task.chosen_metric, inputs.task)
+    task, own = None, config.task
+    if own and inputs.task:
+        task = RunTask(TASKS[own.kind], own.name, own.chosen_metric, inputs.task)
     log = MetricLog(folder / "metrics.jsonl")
     run = Run(
         name=config.name,
