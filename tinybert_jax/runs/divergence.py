@@ -30,14 +30,13 @@ import numpy as np
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.huggingface.weights import LARGEST_WEIGHT
 from tinybert_jax.models.inputs import Text
-from tinybert_jax.parallel import sharding
+from tinybert_jax.parallel import replicas, sharding
 from tinybert_jax.performance import disk
 from tinybert_jax.runs.from_step import mark_diverged
 from tinybert_jax.runs.run import Run
 from tinybert_jax.runs.stage_state import Training
 from tinybert_jax.training import checkpoint
 from tinybert_jax.training.members import split_members
-from tinybert_jax.training.replicas import different_replicas
 from tinybert_jax.training.skipping import Found, Skips
 from tinybert_jax.training.step import TrainState, make_split
 from tinybert_jax.training.throughput import Meter
@@ -132,7 +131,7 @@ class Watch:
 
     def _check_replicas(self, step: int, state: TrainState) -> None:
         with self.meter.paused(state):
-            different = different_replicas(state._asdict(), self.run.mesh)
+            different = replicas.differences(checkpoint.named_leaves(state._asdict()))
         if different:
             more = f", and {len(different) - 1} more arrays" if len(different) > 1 else ""
             raise FloatingPointError(

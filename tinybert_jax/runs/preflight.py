@@ -4,19 +4,14 @@ Of the files below the recipes, only this file reads a whole `RunConfig`.
 """
 
 import contextlib
-import datetime
-import importlib.metadata
 import json
-import platform
 import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from tinybert_jax.config import load as config_files
 from tinybert_jax.config.run import RunConfig, StagePlan
@@ -26,8 +21,7 @@ from tinybert_jax.huggingface.untrusted import read_json
 from tinybert_jax.parallel import processes
 from tinybert_jax.parallel.mesh import make_mesh
 from tinybert_jax.performance import disk, host
-from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
-from tinybert_jax.runs import checks, corpus_checks, identity, shared_folder
+from tinybert_jax.runs import checks, corpus_checks, environment, identity, shared_folder
 from tinybert_jax.runs.from_step import FromStep, check_from_step, go_back
 from tinybert_jax.runs.inputs import read_inputs
 from tinybert_jax.runs.run import Run, RunTask, check_teacher
@@ -56,7 +50,6 @@ _MAY_CHANGE = (
     ),
 )
 _LAST_SAVE_SECONDS = 60.0  # for which a run that fails waits for a save under way
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 
 
 @contextlib.contextmanager
@@ -93,7 +86,7 @@ def open_run(
         _remove_leftovers(run.folder)
         if from_step is not None:
             go_back(run, from_step, changes, command)
-        _write_identity(run.folder, config, run.mesh)
+        environment.write(run.folder, config_files.dump(config), run.mesh)
         _write_pins(run.folder, pins)
         _save_tokenizer(run.folder, run.tokenizer)
         identity.check_run(run)
@@ -108,9 +101,10 @@ def open_run(
             run.log.trackers = trackers.open_trackers(
                 config.log, run.name, run.folder, config.model_dump(mode="json"), run.log.say
             )
-        peak = _peak_flops(config.compute.dtype, run.mesh.size) if processes.is_main() else np.nan
+            peak = environment.all_peak_flops(config.compute.dtype, run.mesh.size)
+            run = run._replace(peak_flops=peak)
         try:
-            yield run._replace(peak_flops=peak)
+            yield run
         finally:
             run.saver.finish(_LAST_SAVE_SECONDS)
             run.log.trackers.close()
@@ -335,72 +329,3 @@ def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
         disk.sync_tree(partial)
         partial.rename(folder / "tokenizer")
         disk.sync(folder)
-
-
-def _write_identity(folder: Path, config: RunConfig, mesh: Mesh) -> None:
-    """Writes `config.yaml` and `env.json`: versions, devices, commit and start time."""
-    earlier = _earlier_environments(folder / "env.json")
-    disk.replace_text(folder / "config.yaml", config_files.dump(config))
-    environment: dict[str, Any] = {
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "tinybert-jax": _package_version(),
-        **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": jax.devices()[0].device_kind,
-        "num_devices": jax.device_count(),
-        "num_processes": processes.count(),
-        "mesh": " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
-        "git_commit": _git_commit(),
-        "earlier": earlier,
-    }
-    disk.replace_text(folder / "env.json", json.dumps(environment, indent=2) + "\n")
-
-
-def _earlier_environments(file: Path) -> list[dict[str, Any]]:
-    """The environment of every earlier process of this run, oldest first."""
-    if not file.is_file():
-        return []
-    try:
-        last = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        last = error
-    if not isinstance(last, dict):
-        raise ValueError(
-            f"{file}: expected the JSON object that an earlier process wrote, got {last}; delete "
-            "the file: it holds only a record of earlier machines"
-        )
-    return [*last.pop("earlier", []), last]
-
-
-def _package_version() -> str:
-    try:
-        return importlib.metadata.version("tinybert-jax")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"  # the package runs from a checkout
-
-
-def _git_commit() -> str:
-    """The commit of the checkout that holds this file; 'none' for an installed package."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        # Fails where this file lies inside the checkout of another project.
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("rev-parse", "HEAD")
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
-
-
-def _peak_flops(dtype: str, num_devices: int) -> float:
-    """Peak FLOP/s of all devices together; NaN for an unknown accelerator.
-
-    CPU devices share one processor, whose peak is measured.
-    """
-    device, dtype = jax.devices()[0], dtype.removesuffix("_products")
-    if device.platform == "cpu":
-        return measure_gemm_peak(dtype)
-    return (peak_flops(device.device_kind, dtype) or np.nan) * num_devices

@@ -59,9 +59,9 @@ def fetch(tree: Any) -> Any:
     copies of an array on several devices differ.
     """
     if processes.count() > 1:
-        leaves = _leaves(jax.tree.map(_raw_key, tree))
-        replicas.check(leaves, "at a save")
-        return shards.copy_parts(leaves)
+        named = named_leaves(jax.tree.map(_raw_key, tree))
+        replicas.check(named, "at a save")
+        return shards.copy_parts(named)
     return jax.tree.map(lambda leaf: np.array(_raw_key(leaf)), tree)
 
 
@@ -244,7 +244,7 @@ def _read_whole(checkpoint: Path, abstract: Any, is_hashed: bool) -> tuple[Any, 
 
     with ocp.StandardCheckpointer() as checkpointer:
         saved = checkpointer.metadata(checkpoint / _STATE).item_metadata
-        _check_shapes({name: leaf.shape for name, leaf in _leaves(saved.tree)}, abstract)
+        _check_shapes({name: leaf.shape for name, leaf in named_leaves(saved.tree)}, abstract)
         raw = checkpointer.restore(checkpoint / _STATE, abstract)
     return raw, _array_hashes(raw) if is_hashed else {}
 
@@ -258,7 +258,7 @@ def _read_parts(checkpoint: Path, abstract: Any, is_hashed: bool) -> tuple[Any, 
         arrays = read_arrays(checkpoint)
         sources = shards.of_whole(arrays)
         hashes = _array_hashes(arrays) if is_hashed else {}
-    expected = _leaves(abstract)
+    expected = named_leaves(abstract)
     if sources.keys() != (names := {name for name, _ in expected}):
         raise ValueError(f"other names: {sorted(sources.keys() ^ names)[:3]}")
     _check_shapes({name: own.shape for name, own in sources.items()}, abstract)
@@ -278,7 +278,7 @@ def read_arrays(checkpoint: Path) -> dict[str, np.ndarray]:
     )  # no process waits for another
     with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
         raw = checkpointer.restore(checkpoint / _STATE)
-    return {name: np.ascontiguousarray(leaf) for name, leaf in _leaves(raw)}
+    return {name: np.ascontiguousarray(leaf) for name, leaf in named_leaves(raw)}
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
@@ -300,15 +300,16 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], expected: Any) -> None:
 
     Orbax finds that only while it reads other arrays, and then leaves futures that fail later.
     """
-    for name, leaf in _leaves(expected):
+    for name, leaf in named_leaves(expected):
         shape = shapes.get(name, leaf.shape)  # Orbax itself refuses missing arrays
         if tuple(shape) != leaf.shape:
             raise ValueError(f"{name} has shape {tuple(shape)}, not {leaf.shape}")
 
 
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """(path, leaf) of all leaves, such as ("params.encoder.norm.scale", array)."""
+    found, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in found]
 
 
 def steps(folder: Path) -> list[int]:
@@ -359,7 +360,7 @@ def _array_hashes(tree: Any) -> dict[str, str]:
     """Array -> SHA-256 of its bytes."""
     return {
         name: hashlib.sha256(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data).hexdigest()
-        for name, leaf in _leaves(tree)
+        for name, leaf in named_leaves(tree)
     }
 
 

@@ -1,0 +1,88 @@
+"""What a run folder says of the run and its machine, and the peak of the machine."""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tinybert_jax.parallel import processes
+from tinybert_jax.performance import disk
+from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+
+
+def write(folder: Path, config: str, mesh: Mesh) -> None:
+    """Writes `config.yaml` and `env.json`: versions, devices, commit and start time."""
+    earlier = _earlier_environments(folder / "env.json")
+    disk.replace_text(folder / "config.yaml", config)
+    environment: dict[str, Any] = {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "tinybert-jax": _package_version(),
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+        "num_processes": processes.count(),
+        "mesh": " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+        "git_commit": _git_commit(),
+        "earlier": earlier,
+    }
+    disk.replace_text(folder / "env.json", json.dumps(environment, indent=2) + "\n")
+
+
+def _earlier_environments(file: Path) -> list[dict[str, Any]]:
+    """The environment of every earlier process of this run, oldest first."""
+    if not file.is_file():
+        return []
+    try:
+        last = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        last = error
+    if not isinstance(last, dict):
+        raise ValueError(
+            f"{file}: expected the JSON object that an earlier process wrote, got {last}; delete "
+            "the file: it holds only a record of earlier machines"
+        )
+    return [*last.pop("earlier", []), last]
+
+
+def _package_version() -> str:
+    try:
+        return importlib.metadata.version("tinybert-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # the package runs from a checkout
+
+
+def _git_commit() -> str:
+    """The commit of the checkout that holds this file; 'none' for an installed package."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # Fails where this file lies inside the checkout of another project.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+
+
+def all_peak_flops(dtype: str, num_devices: int) -> float:
+    """Peak FLOP/s of all devices together; NaN for an unknown accelerator.
+
+    CPU devices share one processor, whose peak is measured.
+    """
+    device, dtype = jax.devices()[0], dtype.removesuffix("_products")
+    if device.platform == "cpu":
+        return measure_gemm_peak(dtype)
+    return (peak_flops(device.device_kind, dtype) or np.nan) * num_devices
