@@ -25,7 +25,7 @@ ROOMS = {
     "models": "inputs activations dropout linear params norm attention encoder bert distilbert "
     "families heads",
     "batches": "batch tokenize bucketing packing loader",
-    "tokens": "store instances transform ray workers prepare inspect command",
+    "tokens": "store instances transform ray workers prepare inspect",
     "huggingface": "untrusted header tensors hub weights bert distilbert families head config_json "
     "folder rewrite",
     "tasks": "task classification regression multi_label tagging question_answering linear table",
@@ -34,10 +34,11 @@ ROOMS = {
     "inference": "scorer pretrained predict compare command",
     "training": "members optimizer early_stopping loop step skipping shards checkpoint "
     "trackers metric_log throughput preemption saver generations",
-    "runs": "shared_folder inputs run identity run_store from_step corpus_checks checks environment "
-    "preflight stage_batches teacher_logits workload estimate scoring results head_init "
-    "student_start stage_state stage_step divergence stage used_words compile saved_states",
-    "recipes": "pretrain finetune distill by_rows pipeline",
+    "runs": "shared_folder inputs run identity run_store from_step corpus_checks checks "
+    "environment preflight stage_batches teacher_logits workload estimate scoring results "
+    "head_init student_start stage_state stage_step divergence stage used_words compile "
+    "saved_states",
+    "recipes": "data pretrain finetune distill by_rows pipeline",
     "launch": "job slurm jobset gcluster tpu_vm sky command",
 }
 TOP = ("cli", "__main__", "__init__")

@@ -23,8 +23,8 @@ from tinybert_jax.launch import command as launch
 from tinybert_jax.parallel import processes
 from tinybert_jax.parallel.group import LOST, LostProcessError
 from tinybert_jax.performance import host
+from tinybert_jax.recipes import data
 from tinybert_jax.report.console import printable
-from tinybert_jax.tokens import command as tokens
 from tinybert_jax.training import preemption
 
 _STAGES = {
@@ -38,7 +38,7 @@ _STAGES = {
 }
 
 _path = os.path.expanduser  # shells do not expand ~ in `--output=~/file`
-_RUN_DIR = dict.fromkeys(("prune", "export"), "the folder of a run")
+_RUN_DIR: dict[str, str] = dict.fromkeys(("prune", "export"), "the folder of a run")
 _RUN_DIR |= dict.fromkeys(("ls", "verify"), "the folder of a run, or the URL of its run_store")
 _RUN_DIR |= {"fetch": "the run_store of a run"}
 
@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_compile(commands)
     _add_convert(commands)
     _add_ckpt(commands)
-    tokens.add_to(commands, _add_config)
+    data.add_to(commands, _add_config)
     launch.add_to(commands)
     return parser
 

@@ -119,14 +119,10 @@ def read_run(
 ) -> Run:
     """Reads and checks all inputs of the given stages; runs no model and writes nothing.
 
-        Models of the hub are read in the revisions that the run folder names; `pins` gets the hash of
+    Models of the hub are read in the revisions that the run folder names; `pins` gets the hash of
     each, also of new ones. `from_step`: see `open_run`. `devices`: of the mesh; None: all of JAX.
     """
-    if jax.process_count() != processes.count():
-        raise ValueError(
-            f"expected processes that parallel.processes.start has joined, got "
-            f"{jax.process_count()} that JAX alone knows; call it instead of jax.distributed"
-        )
+    _check_processes()
     folder = _folder(config)
     check_folder(folder, config, from_step)
     pins = {} if pins is None else pins
@@ -172,6 +168,14 @@ def read_run(
     _check_order(config, stages, run)
     _check(run, [run.plans[stage.name] for stage in stages])
     return run
+
+
+def _check_processes() -> None:
+    if jax.process_count() != processes.count():
+        raise ValueError(
+            f"expected processes that parallel.processes.start has joined, got "
+            f"{jax.process_count()} that JAX alone knows; call it instead of jax.distributed"
+        )
 
 
 def check_folder(folder: Path, config: RunConfig, from_step: FromStep | None = None) -> list[str]:

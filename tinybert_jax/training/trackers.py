@@ -1,5 +1,6 @@
 """Sends the rows of `metrics.jsonl` to experiment trackers as well; a tracker never stops a run."""
 
+import importlib
 import importlib.util
 import math
 import threading
@@ -97,9 +98,8 @@ def open_trackers(
 def _open_tensorboard(
     project: str, run_name: str, folder: Path, settings: Mapping[str, Any]
 ) -> Tracker:
-    from tensorboardX import SummaryWriter
-
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    package = importlib.import_module("tensorboardX")
+    writer = package.SummaryWriter(str(folder / "tensorboard"))
 
     def log(values: Mapping[str, float], stage: str, step: int) -> None:
         for name, value in values.items():
@@ -110,9 +110,8 @@ def _open_tensorboard(
 
 
 def _open_wandb(project: str, run_name: str, folder: Path, settings: Mapping[str, Any]) -> Tracker:
-    import wandb
-
-    run = wandb.init(project=project, name=run_name, dir=str(folder), config=dict(settings))
+    package = importlib.import_module("wandb")
+    run = package.init(project=project, name=run_name, dir=str(folder), config=dict(settings))
     known: set[str] = set()
 
     def log(values: Mapping[str, float], stage: str, step: int) -> None:
@@ -128,9 +127,8 @@ def _open_wandb(project: str, run_name: str, folder: Path, settings: Mapping[str
 def _open_trackio(
     project: str, run_name: str, folder: Path, settings: Mapping[str, Any]
 ) -> Tracker:
-    import trackio
-
-    run = trackio.init(project=project, name=run_name, config=dict(settings))
+    package = importlib.import_module("trackio")
+    run = package.init(project=project, name=run_name, config=dict(settings))
     return Tracker(lambda values, stage, step: run.log(dict(values), step=step), run.finish)
 
 
