@@ -13,10 +13,12 @@ ROOT = structure.ROOT
 # imports only from files before it. Late imports count too.
 ROOMS = {
     "settings": "section sizes layer_maps",
-    "losses": "pointwise forms attention relations vocabulary",
-    "terms": "term attention hidden relation cls cosine pooled logits label words table",
+    "losses": "pointwise forms attention relations vocabulary similarity",
+    "terms": "term attention hidden relation cls cosine pooled logits label words sentence "
+    "contrastive table",
     "config": "models data tasks stages distillation compute log consistency run by_rows load",
-    "metrics": "classification regression multi_label tagging spans intervals paired calibration",
+    "metrics": "classification regression multi_label tagging spans intervals paired calibration "
+    "cosines",
     "report": "charts style run_files tables headline confusion per_class pareto advice "
     "calibration differences console page comparison",
     "performance": "flops accelerators device_peaks hlo latency trace disk host",
@@ -26,18 +28,19 @@ ROOMS = {
     "families heads",
     "batches": "batch tokenize bucketing packing loader",
     "tokens": "store instances transform ray workers prepare inspect",
-    "huggingface": "untrusted header tensors hub weights bert distilbert families head config_json "
-    "folder rewrite",
-    "tasks": "task classification regression multi_label tagging question_answering linear table",
+    "huggingface": "untrusted sentence_folder header tensors hub weights bert distilbert families "
+    "head config_json folder rewrite",
+    "tasks": "task classification regression multi_label tagging question_answering embeddings "
+    "linear table",
     "objectives": "alignment linear_probe reduction objective masking masked_lm supervised "
-    "distillation",
-    "inference": "scorer pretrained predict compare command",
-    "training": "members optimizer early_stopping loop step skipping shards checkpoint "
-    "trackers metric_log throughput preemption saver generations",
+    "similarity distillation",
+    "inference": "scorer pretrained predict search compare command",
+    "training": "members optimizer early_stopping loop step skipping shards checkpoint trackers "
+    "metric_log throughput preemption saver generations",
     "runs": "shared_folder inputs run identity run_store from_step corpus_checks checks "
-    "environment preflight stage_batches teacher_logits workload estimate scoring results "
-    "head_init student_start stage_state stage_step divergence stage used_words compile "
-    "saved_states",
+    "environment preflight stage_batches teacher_logits workload estimate scoring "
+    "results head_init student_start stage_state stage_step divergence stage "
+    "used_words compile saved_states",
     "recipes": "data pretrain finetune distill by_rows pipeline",
     "launch": "job slurm jobset gcluster tpu_vm sky command",
 }

@@ -67,3 +67,16 @@ def _plan_batch(
     filled = np.full(global_batch_size, -1, np.int64)
     filled[: len(rows)] = rows
     return Plan(filled, buckets[bucket_of[rows].max()])
+
+
+def spread_texts(epochs: Epochs, num_texts: int) -> Epochs:
+    """Plans of rows, of plans of examples whose `num_texts` rows come one after the other."""
+    if num_texts == 1:
+        return epochs
+
+    def spread(plan: Plan) -> Plan:
+        rows = plan.rows[..., None] * num_texts + np.arange(num_texts)
+        rows = np.where(plan.rows[..., None] < 0, -1, rows)
+        return Plan(rows.reshape(*plan.rows.shape[:-1], -1), plan.width)
+
+    return Epochs(epochs.num_batches, lambda epoch: [spread(plan) for plan in epochs.plan(epoch)])

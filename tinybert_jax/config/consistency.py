@@ -59,6 +59,7 @@ def consistency_errors(config: Any) -> Iterator[str]:
             yield f"{stage.name}: r_drop compares two draws of dropout: remove dropout: 0"
         if config.task:
             yield from _needs_of_task(config.task, stage.name, section)
+    yield from _needs_of_embeddings(config)
 
 
 def _needs_of_task(task: Any, stage: str, section: Any) -> Iterator[str]:
@@ -71,6 +72,10 @@ def _needs_of_task(task: Any, stage: str, section: Any) -> Iterator[str]:
                 f"{stage}.{name} is for tasks with one class per unit (classification, "
                 "tagging): remove it"
             )
+    if task.kind == "embeddings":
+        for name, plain in (("label_smoothing", 0.0), ("head_init", "random")):
+            if getattr(section, name, plain) != plain:
+                yield f"{stage}.{name}: embeddings have no classes and no head: remove it"
     if task.kind == "question_answering":
         if getattr(section, "label_smoothing", 0) > 0:
             yield f"{stage}.label_smoothing: answers have no classes to smooth over: remove it"
@@ -78,6 +83,43 @@ def _needs_of_task(task: Any, stage: str, section: Any) -> Iterator[str]:
             yield f"{stage}.head_init: starts and ends of answers have no probe: set random"
         if getattr(section, "class_weights", None):
             yield f"{stage}.class_weights: answers have no classes: remove it"
+
+
+def _needs_of_embeddings(config: Any) -> Iterator[str]:
+    """The terms and stages of sentence vectors, and what they need of the task."""
+    task = config.task if config.task and config.task.kind == "embeddings" else None
+    trains = False  # whether a stage trains the widths
+    for stage in config.stages:
+        section, terms = getattr(config, stage.name), ()
+        is_supervised = not stage.distils and not stage.reads_corpus
+        if stage.distils:
+            terms = config.distillation.terms(stage.name)
+        for term in terms:
+            origin = f"distillation.{stage.name}, term {term.name}"
+            if term.needs_embeddings and not task:
+                yield f"{origin}: expected task.kind embeddings: set it, or remove the term"
+            if task and term.reads.task_logits and not term.needs_embeddings:
+                yield f"{origin}: embeddings have no classes: use sentence or similarity"
+            if task and term.needs_partners and task.rows not in ("pairs", "triplets"):
+                yield (
+                    f"{origin}: expected task.rows pairs or triplets, got {task.rows}: change one"
+                )
+        couples = any(term.couples_examples for term in terms) or bool(task and is_supervised)
+        trains = trains or couples
+        if couples and section.gradient_accumulation_steps > 1:
+            yield (
+                f"{stage.name}: texts are compared with the whole batch: remove "
+                "gradient_accumulation_steps"
+            )
+        if task and is_supervised and task.rows == "sentences":
+            yield (
+                f"{stage.name}: expected task.rows pairs, triplets or scored_pairs to train on, "
+                "got sentences: change it, or remove the stage"
+            )
+    if task and config.has_several_teachers:
+        yield "embeddings: vectors of several teachers have no common space: name one teacher"
+    if task and task.widths and not trains:
+        yield "task.widths: expected a term contrastive or similarity: add one, or remove widths"
 
 
 def _needs_of_evaluation(config: Any) -> Iterator[str]:

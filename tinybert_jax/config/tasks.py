@@ -5,9 +5,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from tinybert_jax.settings.section import PositiveInt, Probability, Section
+from tinybert_jax.settings.section import (
+    Pooling,
+    Positive,
+    PositiveInt,
+    Probability,
+    Section,
+)
 
-Form = Literal["softmax", "sigmoid", "square"]  # see losses.forms
+# See losses.forms; "similarity": vectors whose cosines are compared, see losses.similarity.
+Form = Literal["softmax", "sigmoid", "square", "similarity"]
 
 
 class TaskSection(Section):
@@ -75,6 +82,11 @@ class TaskSection(Section):
         }
         if given:
             raise ValueError(f"builtin: true has text and labels already; remove {sorted(given)}")
+
+    @property
+    def texts_per_example(self) -> int:
+        """Texts of an example that are rows of their own, in the same batch."""
+        return 1
 
     @property
     def chosen_metric(self) -> str:
@@ -249,6 +261,74 @@ class QuestionAnsweringTask(TaskSection):
         return self
 
 
+class EmbeddingsTask(TextTask):
+    """A vector per text, so that texts of like meaning have a high cosine.
+
+    `dev` has pairs of texts with scores; the metrics correlate them with the cosines.
+    """
+
+    form: ClassVar[Form] = "similarity"
+    default_metric: ClassVar[str] = "spearman"
+
+    kind: Literal["embeddings"] = "embeddings"
+    format: Literal["auto", "tsv", "csv", "jsonl", "datasets", "text"] = Field(
+        "auto", description="text: a sentence a line, as in .txt files"
+    )
+    rows: Literal["sentences", "pairs", "triplets", "scored_pairs"] = Field(
+        "sentences",
+        description="what train holds. sentences: text to distil on, in both columns if there is "
+        "a text_pair; pairs: text_pair is the partner of text; triplets: negative is no partner; "
+        "scored_pairs: label is their similarity",
+    )
+    negative: str | None = Field(None, description="column of the third text of triplets")
+    labels: None = None
+    unlabelled: str | tuple[str, ...] | None = Field(
+        None, description="more sentences: files of text, or with the same text columns; or 'rest'"
+    )
+    pooling: Pooling = "mean"
+    normalise: bool = Field(True, description="the exported model gives vectors of length 1")
+    widths: tuple[PositiveInt, ...] = Field(
+        (),
+        description="first columns that are trained to be vectors too (Matryoshka, arXiv "
+        "2205.13147), as [192, 96]; the terms contrastive and similarity and supervised stages",
+    )
+    temperature: Positive = Field(
+        0.05, description="what supervised stages divide cosines by before the softmax"
+    )
+    metric: Literal["spearman", "pearson"] | None = None
+
+    @model_validator(mode="after")
+    def _columns(self) -> "EmbeddingsTask":
+        """In place of that of `TextTask`: a text_pair may be one of dev alone."""
+        if self.builtin:
+            raise ValueError("builtin: true has classes, not pairs with scores: set train instead")
+        needed = {"sentences": (), "triplets": ("text_pair", "negative")}
+        for name in needed.get(self.rows, ("text_pair",)):
+            if not getattr(self, name):
+                raise ValueError(f"rows: {self.rows} need the column {name}: set it")
+        if self.negative and self.rows != "triplets":
+            raise ValueError(f"negative is a column of rows: triplets, got {self.rows}: remove it")
+        if self.unlabelled and self.rows != "sentences":
+            raise ValueError(f"unlabelled is for rows: sentences, got {self.rows}: remove it")
+        shares = [name for name in ("dev_share", "select_share") if getattr(self, name)]
+        if shares and self.rows not in ("sentences", "scored_pairs"):
+            raise ValueError(f"{shares[0]} needs pairs with scores in train, got {self.rows}")
+        if shares and not self.text_pair:
+            raise ValueError(f"{shares[0]} needs pairs with scores in train: set text_pair")
+        if self.dev_share and self.dev_columns:
+            raise ValueError("dev_share takes the dev rows from train: remove dev_columns")
+        return self
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether the scores in train are read."""
+        return self.rows == "scored_pairs" or bool(self.dev_share or self.select_share)
+
+    @property
+    def texts_per_example(self) -> int:
+        return {"sentences": 1, "triplets": 3}.get(self.rows, 2)
+
+
 def _with_kind(tree: Any) -> Any:
     """Adds `kind`; `regression: true` is the older form of `kind: regression`."""
     if not isinstance(tree, dict):
@@ -267,7 +347,12 @@ def _with_kind(tree: Any) -> Any:
 
 AnyTask = Annotated[
     Annotated[
-        ClassificationTask | RegressionTask | MultiLabelTask | TaggingTask | QuestionAnsweringTask,
+        ClassificationTask
+        | RegressionTask
+        | MultiLabelTask
+        | TaggingTask
+        | QuestionAnsweringTask
+        | EmbeddingsTask,
         Field(discriminator="kind"),
     ],
     BeforeValidator(_with_kind),

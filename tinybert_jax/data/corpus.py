@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tinybert_jax.data.errors import fail, fail_missing
-from tinybert_jax.data.tables import read_jsonl, read_utf8, texts_in
+from tinybert_jax.data.tables import read_jsonl, read_utf8, split_lines, texts_in
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
@@ -76,3 +76,17 @@ def _documents(path: str) -> list[str]:
         groups = itertools.groupby(lines, key=lambda line: not line.strip())
         blocks = [list(block) for is_blank, block in groups if not is_blank]
     return ["\n".join(line.strip() for line in block if line.strip()) for block in blocks]
+
+
+def is_plain_text(path: str, format: str) -> bool:
+    """Whether a file holds a text a line: by its format or, with `auto`, its suffix."""
+    return format == "text" or format == "auto" and Path(path).suffix.lower() == ".txt"
+
+
+def read_lines(path: str, *, keep_blank: bool = False) -> list[str]:
+    """The stripped lines of a file of plain text; blank ones are left out, or kept as ""."""
+    path = os.path.expanduser(path)
+    if not os.path.isfile(path):
+        fail_missing(path)
+    lines = [line.strip() for line in split_lines(read_utf8(path))]
+    return lines if keep_blank else [line for line in lines if line]

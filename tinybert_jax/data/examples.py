@@ -16,6 +16,7 @@ class Examples(NamedTuple):
     labels: Any
     label_names: tuple[str, ...] | None  # of the outputs of a head; None where labels are numbers
     groups: list[str] | None = None  # n names: examples of one group are on one side of a split
+    negatives: list[str] | None = None  # n third texts, which mean something else
 
     @property
     def num_outputs(self) -> int:
@@ -32,4 +33,5 @@ class Examples(NamedTuple):
             return None if values is None else [values[place] for place in places]
 
         text, pairs, labels = chosen(self.text), chosen(self.text_pair), chosen(self.labels)
-        return Examples(text, pairs, labels, self.label_names, chosen(self.groups))
+        more = chosen(self.groups), chosen(self.negatives)
+        return Examples(text, pairs, labels, self.label_names, *more)

@@ -50,10 +50,12 @@ class TaskData(NamedTuple):
         """All text that a teacher can label: the training text, then the unlabelled."""
         if self.unlabelled is None:
             return self.train
-        pairs = None
-        if self.train.text_pair is not None and self.unlabelled.text_pair is not None:
-            pairs = self.train.text_pair + self.unlabelled.text_pair
-        text = [*self.train.text, *self.unlabelled.text]
+        first, more = self.train.text_pair, self.unlabelled.text_pair
+        pairs, text = None, [*self.train.text, *self.unlabelled.text]
+        if first is not None and more is not None:
+            pairs = first + more
+        elif first is not None or more is not None:  # sentences of files with and without pairs
+            text += first or more or []
         return Examples(text, pairs, None, self.label_names)
 
     @property
@@ -103,7 +105,7 @@ def read_task(section: TaskSection, read: Reader) -> TaskData:
     train = read(section.train, section, Reading(section.train_split))
     unlabelled = None
     if section.unlabelled and section.unlabelled != "rest":
-        unlabelled = read(section.unlabelled, section, Reading(is_labelled=False))
+        unlabelled = _read_unlabelled(section, read)
     if section.dev_share:
         train, dev = _split_share(section, "dev_share", train)
         return _task_data(section, train, dev, unlabelled)
@@ -111,6 +113,15 @@ def read_task(section: TaskSection, read: Reader) -> TaskData:
     assert section.dev is not None  # or there is a dev_share
     dev = read(section.dev, section, Reading(section.dev_split, train.label_names, is_dev=True))
     return _task_data(section, train, dev, unlabelled)
+
+
+def _read_unlabelled(section: TaskSection, read: Reader) -> Examples:
+    paths = section.unlabelled or ()
+    paths = (paths,) if isinstance(paths, str) else paths
+    first, *others = (read(path, section, Reading(is_labelled=False)) for path in paths)
+    for more in others:
+        first = TaskData(first, first, more).distilled
+    return first
 
 
 def describe_labels(
@@ -121,6 +132,9 @@ def describe_labels(
     told = f"task: {len(data.train.text):,} rows to train on{chooses}"
     told += f", {len(data.dev.text):,} in dev"
     names = data.label_names
+    if unit == "text":
+        more = len(data.unlabelled.text) if data.unlabelled else 0
+        return told + (f"; {more:,} more without labels" if more else "")
     if names is None:
         return f"{told}, labelled with numbers"
     trained = count(data.train)

@@ -283,18 +283,23 @@ def save_model(
         partial = Path(scratch) / "new"
         partial.mkdir()
         save_tokenizer(tokenizer, partial, config)
-        text = json.dumps(settings, indent=2) + "\n"
-        (partial / CONFIG).write_text(text, encoding="utf-8")
+        write_json(partial / CONFIG, settings)
         save_file(to_hf(form, flat), str(partial / WEIGHTS), metadata={"format": "pt"})
         for name, write in (extra or {}).items():
+            (partial / name).parent.mkdir(exist_ok=True)
             write(partial / name)
         # safetensors writes files that only the owner can read.
         mode = (partial / CONFIG).stat().st_mode
-        for file in partial.iterdir():
+        for file in (path for path in partial.rglob("*") if path.is_file()):
             file.chmod(mode)
         _compare(partial, flat, config)
         _replace(folder, partial)
     return folder
+
+
+def write_json(file: Path, tree: Any) -> None:
+    """Writes a tree of plain values."""
+    file.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
 def _make_parent(folder: Path) -> None:

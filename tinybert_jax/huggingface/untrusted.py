@@ -51,6 +51,15 @@ def check_folder(folder: Path) -> None:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file; raises ValueError for anything else."""
+    return _read(file, dict)
+
+
+def read_json_list(file: Path) -> list[Any]:
+    """The JSON list in a file; raises ValueError for anything else."""
+    return _read(file, list)
+
+
+def _read(file: Path, kind: type) -> Any:
     if not file.is_file():
         raise ValueError(
             f"{file.parent}: expected {file.name}, found none; give a folder that save_pretrained "
@@ -61,19 +70,24 @@ def read_json(file: Path) -> dict[str, Any]:
             f"{file}: expected at most {_MOST_BYTES} bytes of JSON, got {size}; copy it again"
         )
     try:
-        return parse_object(file.read_bytes())
+        return _parse(file.read_bytes(), kind)
     except ValueError as error:
         raise ValueError(f"{file}: expected JSON, got: {error}; copy it again") from error
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
     """The JSON object in `data`; raises ValueError, also for a key that an object has twice."""
+    return _parse(data, dict)
+
+
+def _parse(data: bytes, kind: type) -> Any:
     try:
         tree = json.loads(data.decode("utf-8"), object_pairs_hook=_without_twins)
     except RecursionError:
         raise ValueError("brackets that are nested too deep") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{type(tree).__name__}, not a JSON object")
+    if not isinstance(tree, kind):
+        names = {dict: "object", list: "list"}
+        raise ValueError(f"{type(tree).__name__}, not a JSON {names[kind]}")
     level: list[Any] = [tree]
     for _ in range(_MOST_LEVELS):
         inner = [node.values() if isinstance(node, dict) else node for node in level]

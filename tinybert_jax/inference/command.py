@@ -1,4 +1,4 @@
-"""The commands on model folders: `evaluate`, `predict`, `ask` and `compare`."""
+"""The commands on model folders: `evaluate`, `predict`, `ask`, `embed`, `search`, `compare`."""
 
 import argparse
 import contextlib
@@ -18,6 +18,8 @@ def add_to(commands) -> None:
     _add_evaluate(commands)
     _add_predict(commands)
     _add_ask(commands)
+    _add_embed(commands)
+    _add_search(commands)
     _add_compare(commands)
 
 
@@ -55,6 +57,45 @@ def _add_ask(commands) -> None:
     command.add_argument("-q", "--question", action="append", required=True)
     command.add_argument("--max-length", type=int, help="tokens of a window; default: all")
     command.set_defaults(act=_ask)
+
+
+def _add_embed(commands) -> None:
+    text = "make a vector of each text of a file"
+    command = commands.add_parser("embed", help=text, description=text)
+    command.add_argument("model", help="a folder or hub id of a model of sentence vectors")
+    command.add_argument("data", type=os.path.expanduser, help=".tsv, .csv, .jsonl or .txt")
+    command.add_argument(
+        "-o",
+        "--output",
+        type=os.path.expanduser,
+        help="a .npy file to write, fp32 [texts, dim]; default: one JSON object per line to "
+        "standard output",
+    )
+    _add_vectors(command)
+    command.set_defaults(act=_embed)
+
+
+def _add_search(commands) -> None:
+    text = "find the texts of a file that are closest to a question, as in a list of frequent ones"
+    command = commands.add_parser("search", help=text, description=text)
+    command.add_argument("model", help="a folder or hub id of a model of sentence vectors")
+    command.add_argument("data", type=os.path.expanduser, help=".tsv, .csv, .jsonl or .txt")
+    command.add_argument("-q", "--question", action="append", required=True)
+    command.add_argument("-k", "--top", type=int, default=5, help="texts to give; default: 5")
+    command.add_argument("--label", help="column to give with each text, as its answer or intent")
+    _add_vectors(command)
+    command.set_defaults(act=_search)
+
+
+def _add_vectors(command) -> None:
+    command.add_argument("--text", help="column of the text; default: text")
+    command.add_argument("--split", help="split of a datasets folder or hub data set")
+    command.add_argument(
+        "--max-length", type=int, help="tokens of a text; default: as the model's folder says"
+    )
+    command.add_argument(
+        "--width", type=int, help="first columns of the vectors, of a model with task.widths"
+    )
 
 
 def _add_compare(commands) -> None:
@@ -224,5 +265,44 @@ def _ask(arguments, command: str) -> int:
             arguments.model, text, arguments.question, max_length=arguments.max_length
         )
     for answer in answers:
+        print(json_line(answer))
+    return 0
+
+
+def _embed(arguments, command: str) -> int:
+    import numpy as np
+
+    from tinybert_jax.inference import predict, search
+
+    output = Path(arguments.output) if arguments.output else None
+    if output and (output.suffix != ".npy" or not output.parent.is_dir()):
+        raise ValueError(
+            f"--output: expected a .npy file in a folder that exists, got {output}; correct it"
+        )
+    with contextlib.redirect_stdout(sys.stderr):  # nothing but JSON on standard output
+        texts = search.read_texts(arguments.data, arguments.text, split=arguments.split)
+        options = {"max_length": arguments.max_length, "width": arguments.width}
+        vectors = predict.embed(arguments.model, texts.texts, **options)
+    if output:
+        np.save(output, vectors)
+        print(f"{output}: {len(vectors):,} vectors of {vectors.shape[1]}", file=sys.stderr)
+        return 0
+    for row, text, vector in zip(texts.rows, texts.texts, vectors, strict=True):
+        print(json_line({"row": row, "text": text, "vector": vector.tolist()}))
+    return 0
+
+
+def _search(arguments, command: str) -> int:
+    from tinybert_jax.inference import search
+
+    names = ("top", "text", "label", "split", "max_length", "width")
+    with contextlib.redirect_stdout(sys.stderr):
+        found = search.search(
+            arguments.model,
+            arguments.data,
+            arguments.question,
+            **{name: getattr(arguments, name) for name in names},
+        )
+    for answer in found:
         print(json_line(answer))
     return 0

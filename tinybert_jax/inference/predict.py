@@ -1,4 +1,4 @@
-"""`tinybert predict` and `tinybert evaluate`: predictions and metrics of a model folder."""
+"""Predictions, metrics and sentence vectors of a model folder, as the commands give them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from tinybert_jax.huggingface.folder import HfModel, read_model, start_params
 from tinybert_jax.huggingface.head import Head
 from tinybert_jax.huggingface.hub import check_table, load_tokenizer
 from tinybert_jax.inference.scorer import make_scorer
+from tinybert_jax.metrics.cosines import unit_vectors
 from tinybert_jax.tasks.table import task_of
 from tinybert_jax.tasks.task import Scored, Settings, Task
 
@@ -100,6 +101,45 @@ def ask(
     return [{"question": q, **answer} for q, answer in zip(questions, found, strict=True)]
 
 
+def embed(
+    model: str,
+    texts: Sequence[str],
+    *,
+    max_length: int | None = None,
+    width: int | None = None,
+) -> np.ndarray:
+    """fp32 [texts, dim]: a vector per text, of length 1 if the model's folder says so.
+
+    `width`: only the first columns, of a model that was trained with them (task.widths). Raises
+    ValueError for a model of another task, a blank text and vectors that are not finite.
+    """
+    loaded = _load(model)
+    if loaded.task.unit != "text":
+        raise ValueError(
+            f"{model}: expected a model of sentence vectors (modules.json), got one for "
+            f"{loaded.task.kind}; train one with task.kind=embeddings, or use tinybert predict"
+        )
+    blank = [place for place, text in enumerate(texts, 1) if not text.strip()]
+    if blank or not texts:
+        raise ValueError(
+            f"expected texts, got {f'a blank one in place {blank[0]}' if blank else 'none'}; "
+            "fill it in, or remove it"
+        )
+    dim = loaded.source.config.hidden_size
+    if not 1 <= (width or dim) <= dim:
+        raise ValueError(
+            f"width: expected from 1 to {dim}, the width of the model, got {width}; change it"
+        )
+    vectors = _score(loaded, Examples(list(texts), None, None, None), max_length).logits
+    if not np.isfinite(vectors).all():
+        raise ValueError(
+            f"{model}: expected finite outputs, got NaN or infinite ones; the weights have "
+            "diverged: take another checkpoint"
+        )
+    vectors = vectors[:, :width]
+    return unit_vectors(vectors) if loaded.task.normalises else vectors
+
+
 def evaluate_file(
     model: str,
     data: str,
@@ -167,8 +207,7 @@ class _Loaded(NamedTuple):
 def _load(model: str) -> _Loaded:
     source = read_model(model)
     task = task_of(source)
-    assert source.head is not None  # `task_of` raises without a head
-    return _Loaded(source, source.head, task)
+    return _Loaded(source, source.head or Head("", None, ()), task)
 
 
 def _section(task: Task, data: str, settings: Mapping[str, Any]) -> TaskSection:
@@ -201,8 +240,8 @@ def _is_finite(scored: Scored) -> np.ndarray:
     is_finite, rows = np.asarray(np.isfinite(scored.logits).all(axis=-1)), scored.rows
     if rows.is_unit is not None:
         is_finite = np.logical_and.reduceat(is_finite, rows.offsets[:-1])
-    if rows.windows is None:
-        return is_finite
+    if rows.windows is None:  # an example may be several rows
+        return is_finite.reshape(len(scored.examples.text), -1).all(axis=1)
     wrong = np.bincount(rows.windows.examples[~is_finite], minlength=len(scored.examples.text))
     return wrong == 0
 
@@ -222,7 +261,8 @@ def _score(loaded: _Loaded, examples: Examples, max_length: int | None) -> Score
     tokenizer = load_tokenizer(source.folder)
     check_table(tokenizer, source.config, "the model")
     positions = source.config.max_position_embeddings
-    max_length = positions if max_length is None else max_length
+    if max_length is None:
+        max_length = min(task.max_length or positions, positions)
     if not MIN_TOKENS <= max_length <= positions:
         raise ValueError(
             f"max_length: expected at least {MIN_TOKENS} and at most {positions} (the model's "

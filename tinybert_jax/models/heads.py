@@ -11,23 +11,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from tinybert_jax.models.activations import ACTIVATIONS
 from tinybert_jax.models.attention import at
 from tinybert_jax.models.dropout import dropout
-from tinybert_jax.models.encoder import EncoderOutput, pick_first
+from tinybert_jax.models.encoder import EncoderOutput, first_tokens, pick_first
 from tinybert_jax.models.families import family_of, make_family_encoder
 from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.linear import dense, is_int8, make_linear
 from tinybert_jax.models.norm import layer_norm, make_layer_norm
 from tinybert_jax.models.params import Apply, Params, restack_layers
+from tinybert_jax.settings.section import Pooling
 from tinybert_jax.settings.sizes import ModelConfig
 
 
 class ClassifierOutput(NamedTuple):
     logits: jax.Array  # fp32 [batch, classes]; packed: [batch, segments, classes]; of tokens:
-    # [batch, seq, classes]
+    # [batch, seq, classes]; of a sentence encoder: the vectors [.., dim]
     encoder: EncoderOutput | None = None  # with taps
 
 
@@ -118,6 +119,46 @@ class SpanScorer(nnx.Module):
         with jax.named_scope("~head"):
             logits = self.spans(encoded.hidden[-1].astype(jnp.float32))
         return ClassifierOutput(logits, encoder=encoded if taps else None)
+
+
+class SentenceEncoder(nnx.Module):
+    """A vector per text: the mean of the states of its tokens, or the state of the first.
+
+    It has no weights beside those of the encoder. The vectors are not normalised.
+    """
+
+    def __init__(
+        self, config: ModelConfig, pooling: Pooling = "mean", *, rngs: nnx.Rngs, **options: Any
+    ):
+        self.pooling = pooling
+        self.encoder = make_family_encoder(config, has_pooler=False, rngs=rngs, **options)
+
+    def __call__(
+        self,
+        inputs: Text,
+        attention_mask: Array,
+        key: Array | None = None,
+        num_segments: int | None = None,
+        *,
+        taps: bool = False,
+    ) -> ClassifierOutput:
+        """`taps` hands out what the encoder computes."""
+        encoded = self.encoder(inputs, attention_mask, key, num_segments)
+        with jax.named_scope("~head"):
+            pool = mean_tokens if self.pooling == "mean" else first_tokens
+            vectors = pool(encoded.hidden[-1].astype(jnp.float32), attention_mask, num_segments)
+        return ClassifierOutput(vectors, encoder=encoded if taps else None)
+
+
+def mean_tokens(
+    hidden: Float[Array, "batch seq dim"], attention_mask: Array, num_segments: int | None
+) -> Float[Array, "batch dim"] | Float[Array, "batch segments dim"]:
+    """The mean state of the tokens of each row or, with `num_segments`, of each segment."""
+    numbers = jnp.arange(1, (num_segments or 1) + 1)[None, :, None]
+    is_own = attention_mask.astype(jnp.int32)[:, None] == numbers  # [batch, segments, seq]
+    sums = jnp.einsum("bgs,bsd->bgd", is_own.astype(hidden.dtype), hidden, precision="highest")
+    means = sums / jnp.maximum(is_own.sum(-1, keepdims=True), 1)
+    return means[:, 0] if num_segments is None else means
 
 
 class MaskedLM(nnx.Module):
@@ -235,6 +276,13 @@ def make_span_scorer(config: ModelConfig, num_classes: int = 2, **options: Any) 
     """A model of starts and ends of answers: two outputs a token; options: those of `Encoder`."""
     assert num_classes == 2, num_classes
     return _functional(SpanScorer, config, **options)
+
+
+def make_sentence_encoder(
+    config: ModelConfig, num_classes: int = 0, *, pooling: Pooling = "mean", **options: Any
+) -> Model:
+    """A model of sentence vectors as wide as its states; options: those of `Encoder`."""
+    return _functional(SentenceEncoder, config, pooling, **options)
 
 
 def make_masked_lm(config: ModelConfig, **options: Any) -> Model:

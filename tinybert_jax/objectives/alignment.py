@@ -39,7 +39,10 @@ def init_projection(
 
 
 def project(projection: Mapping[str, jax.Array], entry: int, hidden: jax.Array) -> jax.Array:
-    """H·W + c of hidden state number `entry`: [batch, seq, student_dim] to [.., teacher_dim]."""
+    """H·W + c of hidden state number `entry`: [batch, seq, student_dim] to [.., teacher_dim].
+
+    Entry -1 is the last.
+    """
     index = entry if projection["kernel"].shape[0] > 1 else 0
     kernel, bias = (projection[name][index].astype(hidden.dtype) for name in ("kernel", "bias"))
     return affine(hidden, kernel, bias)

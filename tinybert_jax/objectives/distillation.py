@@ -51,6 +51,8 @@ class Options(NamedTuple):
     form: Form = "softmax"  # which losses fit the logits of the task
     chunk_size: int = 256  # masked tokens whose logits exist at one time on a batch shard
     num_shards: int = 1  # number of batch shards
+    num_texts: int = 1  # texts of an example, each in a row of its own
+    widths: tuple[int, ...] = ()  # of sentence vectors, beside the whole width
     all_words: bool = False  # whether the masked-LM head runs at every token, not only masked ones
 
 
@@ -71,6 +73,10 @@ class Context(NamedTuple):
     def projected(self, entry: int) -> jax.Array:
         """Hidden state `entry` of the student at the teacher's width, [batch, seq, teacher_dim]."""
         return project(self.projection, entry, self.student.encoder.hidden[entry])
+
+    def projected_vectors(self, vectors: jax.Array) -> jax.Array:
+        """Sentence vectors of the student at the teacher's width, [examples, teacher_dim]."""
+        return project(self.projection, -1, vectors[None])[0]
 
     def first_tokens(self, hidden: jax.Array) -> jax.Array:
         """The hidden state of the first token of each example, [examples, dim]."""

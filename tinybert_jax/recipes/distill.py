@@ -12,7 +12,6 @@ from tinybert_jax.batches.batch import TokenRows
 from tinybert_jax.config.models import Student
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.huggingface.folder import save_model, start_params
-from tinybert_jax.huggingface.head import Head
 from tinybert_jax.models.heads import Model, make_encoder
 from tinybert_jax.models.params import Params
 from tinybert_jax.objectives.distillation import Options, Role, make_distill
@@ -27,8 +26,8 @@ from tinybert_jax.runs.run import (
     TaskEvaluator,
     freeze_params,
     frozen_options,
-    head_of,
     make_task_evaluator,
+    save_task_model,
     trained_options,
     with_dropout,
 )
@@ -53,11 +52,7 @@ def main(run: Run, plan: StagePlan) -> None:
     for student in run.students:
         folders = run.seed_folders(plan, student.name)
         for folder, params in zip(folders, trained[student.name], strict=True):
-            head = None
-            if student.name in evaluators:
-                head = head_of(run, evaluators[student.name].tune(params["student"]))
-            if processes.is_main():
-                _save(run, folder, params, student.sizes, head)
+            _save(run, folder, params, student.sizes, evaluators.get(student.name))
 
 
 def make_training(run: Run, plan: StagePlan) -> Training:
@@ -139,6 +134,8 @@ def _make_member(
             normalisation=run.distillation.normalisation,
             form=run.task.kind.form if run.task else "softmax",
             num_shards=num_batch_shards(run.mesh),
+            num_texts=run.task.texts_per_example if run.task else 1,
+            widths=getattr(run.task.section, "widths", ()) if run.task else (),
         ),
         _make_mask(run, plan),
     )
@@ -161,12 +158,21 @@ def _without_projection(measure: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _save(
-    run: Run, folder: Path, params: dict[str, Any], sizes: ModelConfig, head: Head | None
+    run: Run,
+    folder: Path,
+    params: dict[str, Any],
+    sizes: ModelConfig,
+    evaluator: TaskEvaluator | None,
 ) -> None:
+    """Saves a student; `evaluator`: of a stage that trains the head of the task."""
     extra: dict[str, Callable[[Path], None]] = {}
     if "projection" in params:
         extra[PROJECTION] = functools.partial(save_file, params["projection"])
-    save_model(folder, params["student"], sizes, run.tokenizer, head=head, extra=extra)
+    student = params["student"]
+    if evaluator is None and processes.is_main():
+        save_model(folder, student, sizes, run.tokenizer, extra=extra)
+    elif evaluator is not None:
+        save_task_model(run, folder, student, sizes, evaluator.tune(student), extra)
 
 
 def _make_mask(run: Run, plan: StagePlan) -> Mask | None:

@@ -8,18 +8,20 @@ import numpy as np
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import SupervisedSection
-from tinybert_jax.huggingface.folder import save_model, start_params
-from tinybert_jax.models.params import Params
+from tinybert_jax.config.tasks import EmbeddingsTask
+from tinybert_jax.huggingface.folder import start_params
+from tinybert_jax.models.params import Apply, Params
+from tinybert_jax.objectives.objective import Objective
+from tinybert_jax.objectives.similarity import make_similarity
 from tinybert_jax.objectives.supervised import make_supervised
-from tinybert_jax.parallel import processes
 from tinybert_jax.performance.flops import training_flops_per_token
 from tinybert_jax.runs.head_init import init_head
 from tinybert_jax.runs.run import (
     Run,
     TaskEvaluator,
-    head_of,
     make_task_evaluator,
     make_task_model,
+    save_task_model,
     trained_options,
     with_dropout,
 )
@@ -48,9 +50,7 @@ def main(run: Run, plan: StagePlan) -> None:
             best = models[best_index(by_seed, task.metric)]
             to_save.append((run.model_folder(plan.name), best))
         for folder, params in to_save:
-            head = head_of(run, evaluators[name].tune(params))
-            if processes.is_main():
-                save_model(folder, params, sizes[name], run.tokenizer, head=head)
+            save_task_model(run, folder, params, sizes[name], evaluators[name].tune(params))
 
 
 def make_training(run: Run, plan: StagePlan) -> Training:
@@ -103,19 +103,28 @@ def _make_member(
             return init_head(run, plan.name, apply, params, batches, is_quiet=seed > 0)
         return params
 
-    member = Member(
-        make_supervised(
-            apply,
-            form=task.kind.form,
-            label_smoothing=section.label_smoothing,
-            class_weights=_class_weights(run, section),
-            r_drop=section.r_drop,
-        ),
-        init,
-        init_params,
-        evaluator.as_evaluator(),
-    )
+    objective = _make_objective(run, section, apply)
+    member = Member(objective, init, init_params, evaluator.as_evaluator())
     return member, evaluator
+
+
+def _make_objective(run: Run, section: SupervisedSection, apply: Apply) -> Objective:
+    task = run.required_task
+    if isinstance(task.section, EmbeddingsTask):
+        return make_similarity(
+            apply,
+            num_texts=task.texts_per_example,
+            has_scores=task.section.rows == "scored_pairs",
+            temperature=task.section.temperature,
+            widths=task.section.widths,
+        )
+    return make_supervised(
+        apply,
+        form=task.kind.form,
+        label_smoothing=section.label_smoothing,
+        class_weights=_class_weights(run, section),
+        r_drop=section.r_drop,
+    )
 
 
 def _class_weights(run: Run, section: SupervisedSection) -> np.ndarray | None:

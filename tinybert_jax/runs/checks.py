@@ -122,7 +122,9 @@ def _reads_pairs(run: Run, plan: StagePlan) -> bool:
     """Whether a row of the stage holds two texts."""
     if plan.stage.reads_corpus:
         return plan.masking is not None and plan.masking.pair_weight > 0
-    return run.task is not None and run.task.data.train.text_pair is not None
+    if run.task is None or run.task.kind.unit == "text":
+        return False
+    return run.task.data.train.text_pair is not None
 
 
 def _check_attention(run: Run, plan: StagePlan) -> None:
@@ -247,6 +249,8 @@ def check_further_teachers(run: Run) -> None:
 def check_teacher_labels(path: str | Path, task: RunTask) -> None:
     """Raises ValueError for a teacher with another kind of task, other labels or another order."""
     model, label_names = read_model(path), task.data.label_names
+    if task.kind.check_folder is not None:
+        task.kind.check_folder(model.folder)
     kind = task_of(model).kind if model.head else task.kind.kind
     if kind != task.kind.kind:
         raise ValueError(

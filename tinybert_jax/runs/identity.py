@@ -174,6 +174,7 @@ def _hash_examples(examples: Examples) -> str:
     labels = [] if examples.labels is None else examples.labels
     plain = [own.tolist() if hasattr(own, "tolist") else own for own in labels]
     parts = [examples.text, examples.text_pair or [], plain, examples.label_names or []]
+    parts += [examples.negatives] if examples.negatives else []
     return _hash_json([_hash_values(part) for part in parts])
 
 

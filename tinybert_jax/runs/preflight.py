@@ -139,7 +139,9 @@ def read_run(
     )
     task, own = None, config.task
     if own and inputs.task:
-        task = RunTask(TASKS[own.kind], own.name, own.chosen_metric, inputs.task)
+        kind = TASKS[own.kind]
+        kind = kind.configure(own) if kind.configure else kind
+        task = RunTask(kind, own.name, own.chosen_metric, inputs.task, own)
     log = MetricLog(folder / "metrics.jsonl")
     run = Run(
         name=config.name,

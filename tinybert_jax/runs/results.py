@@ -35,6 +35,7 @@ HELDOUT_METRICS = ("loss", "perplexity", "masked_accuracy", "pair_accuracy")
 LINEAR = "TF-IDF, linear"  # the name of the linear model
 _LATENCY_BATCH, _LATENCY_LENGTH = 1, 32
 _TAIL = 0.2  # of the steps
+_NUMBERS = {"square": "value", "similarity": "similarity"}  # form -> key of an answer's number
 _LONGEST = 240  # characters of such a text
 _NUM_SHOWN = 20  # texts on which student and teacher differ
 
@@ -164,8 +165,9 @@ def _differing(task: Task, teacher: SeedScores, student: SeedScores) -> dict[str
     right = [task.is_right(own.scored, own.settings) for own in (teacher, student)]
     is_other = np.array([a != b for a, b in zip(*said, strict=True)])
     order = np.argsort(~(right[0] & ~right[1]), kind="stable")
-    if task.form == "square":
-        one, other = (np.array([answer["value"] for answer in side]) for side in sides)
+    number = _NUMBERS.get(task.form)
+    if number:
+        one, other = (np.array([answer[number] for answer in side]) for side in sides)
         order = np.argsort(-np.abs(one - other), kind="stable")
     places = [int(place) for place in order if is_other[place]]
     texts = [
@@ -178,7 +180,7 @@ def _differing(task: Task, teacher: SeedScores, student: SeedScores) -> dict[str
         for place in places[:_NUM_SHOWN]
     ]
     numbers = {"num_texts": len(places)}
-    if task.form != "square":
+    if not number:
         numbers |= {
             "num_teacher_right": int(right[0][places].sum()),
             "num_student_right": int(right[1][places].sum()),

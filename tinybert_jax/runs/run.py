@@ -1,7 +1,8 @@
 """The `Run` that every stage gets: folder, devices, inputs, and the models of finished stages."""
 
+import functools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +14,14 @@ from tinybert_jax.config.distillation import DistillSection
 from tinybert_jax.config.models import SOLE, FurtherTeacher, Student, TeacherSection
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import FINETUNE, PRETRAIN, StageSection
+from tinybert_jax.config.tasks import TaskSection
 from tinybert_jax.data.splits import TaskData
-from tinybert_jax.huggingface.folder import start_params
+from tinybert_jax.huggingface.folder import save_model, start_params, write_json
 from tinybert_jax.huggingface.head import Head
 from tinybert_jax.inference.scorer import Evaluator, Scorer, make_scorer
 from tinybert_jax.models.heads import Model
 from tinybert_jax.models.params import Apply, Params, frozen_params
+from tinybert_jax.parallel import processes
 from tinybert_jax.parallel.sharding import place_params
 from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.tasks.task import Scored, Settings, Task
@@ -37,6 +40,12 @@ class RunTask(NamedTuple):
     name: str
     metric: str  # chooses the best checkpoint and the best seed, on `data.selection`
     data: TaskData
+    section: TaskSection
+
+    @property
+    def texts_per_example(self) -> int:
+        """Texts of an example to train on that are rows of their own, in the same batch."""
+        return self.section.texts_per_example
 
 
 class Run(NamedTuple):
@@ -269,11 +278,39 @@ def make_task_evaluator(run: Run, apply: Apply, section: StageSection) -> TaskEv
     )
 
 
-def head_of(run: Run, settings: Settings) -> Head:
+def num_outputs(run: Run, sizes: ModelConfig) -> int:
+    """Outputs of a model of the task for each unit."""
+    task = run.required_task
+    return sizes.hidden_size if task.kind.form == "similarity" else task.data.num_outputs
+
+
+def save_task_model(
+    run: Run,
+    folder: Path,
+    params: Params,
+    sizes: ModelConfig,
+    settings: Settings,
+    extra: Mapping[str, Callable[[Path], None]] | None = None,
+) -> None:
+    """Saves a trained model with the head of the task and what else its kind has in a folder.
+
+    Of several processes the main one does.
+    """
+    kind = run.required_task.kind
+    files = kind.more_files or (lambda width, length: {})
+    trees = files(sizes.hidden_size, sizes.max_position_embeddings)
+    more = {name: functools.partial(write_json, tree=tree) for name, tree in trees.items()}
+    head = _head_of(run, settings) if kind.hf_head else None
+    if processes.is_main():
+        save_model(folder, params, sizes, run.tokenizer, head=head, extra={**(extra or {}), **more})
+
+
+def _head_of(run: Run, settings: Settings) -> Head:
     """The head, with the labels of the task, that a trained model is saved with."""
     task = run.required_task
     names = task.data.label_names or ()
     kind = task.kind
+    assert kind.hf_head is not None
     return Head(kind.hf_head, kind.problem_type, names, dict(settings), kind.kind)
 
 

@@ -56,7 +56,9 @@ def evaluated_models(run: Run) -> list[EvaluatedModel]:
         for student in run.students:
             folders = _folders(run, stage, student.name)
             models.append(EvaluatedModel(role, stage, student.name, student.sizes, folders))
-    return [model for model in models if model.folders and read_model(model.folders[0]).head]
+    has_head = run.required_task.kind.hf_head is not None
+    found = (model for model in models if model.folders)
+    return [own for own in found if not has_head or read_model(own.folders[0]).head]
 
 
 def _folders(run: Run, stage: str, member: str) -> list[Path]:

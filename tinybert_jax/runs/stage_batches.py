@@ -11,7 +11,7 @@ import numpy as np
 
 from tinybert_jax.batches import loader
 from tinybert_jax.batches.batch import Batch, TokenRows
-from tinybert_jax.batches.bucketing import bucketed_epochs, num_batches
+from tinybert_jax.batches.bucketing import bucketed_epochs, num_batches, spread_texts
 from tinybert_jax.batches.loader import BatchAt
 from tinybert_jax.batches.packing import packed_epochs
 from tinybert_jax.batches.tokenize import tokenize_corpus
@@ -57,11 +57,12 @@ def make_stage_batches(
         f"{plan.name}: {len(rows.lengths):,} examples, {len(rows.ids):,} tokens, "
         f"{rows.num_truncated:,} cut at {section.max_length}; {len(task.data.dev.text):,} in dev"
     )
+    num_texts = task.texts_per_example
     if read_logits is None:
-        return _make_row_batches(run, section, rows, _seed(run, plan))
+        return _make_row_batches(run, section, rows, _seed(run, plan), num_texts)
     logits, fingerprint = read_logits(rows)
     rows = rows._replace(teacher_logits=logits)
-    batches = _make_row_batches(run, section, rows, _seed(run, plan))
+    batches = _make_row_batches(run, section, rows, _seed(run, plan), num_texts)
     content = (batches.fingerprint + fingerprint).encode()
     return batches._replace(fingerprint=hashlib.sha256(content).hexdigest())
 
@@ -126,11 +127,19 @@ def _whole_and_part(run: Run, make: Callable[..., BatchAt]) -> tuple[BatchAt, Ba
 
 
 def _make_row_batches(
-    run: Run, section: StageSection, rows: TokenRows, seed: tuple[int, ...]
+    run: Run,
+    section: StageSection,
+    rows: TokenRows,
+    seed: tuple[int, ...],
+    num_texts: int = 1,
 ) -> StageBatches:
+    """Batches of the rows; the `num_texts` rows of an example are in one batch, side by side."""
+    by_example = rows.lengths.reshape(-1, num_texts)
     if section.batching == "pack":
+        lengths = by_example.sum(1)
+        _check_fits(lengths, section.max_length, num_texts)
         epochs = packed_epochs(
-            rows.lengths,
+            lengths,
             width=section.max_length,
             global_batch_size=section.global_batch_size,
             seed=seed,
@@ -139,15 +148,26 @@ def _make_row_batches(
         )
     else:
         epochs = bucketed_epochs(
-            rows.lengths,
+            by_example.max(1),
             buckets=section.buckets(),
             global_batch_size=section.global_batch_size,
             seed=seed,
         )
+    epochs = spread_texts(epochs, num_texts)
     make = functools.partial(
         loader.planned_batches, rows, epochs, pad_token_id=run.tokenizer.pad_token_id
     )
     return StageBatches(*_whole_and_part(run, make), epochs.num_batches, rows.fingerprint())
+
+
+def _check_fits(lengths: np.ndarray, width: int, num_texts: int) -> None:
+    """Raises ValueError where the texts of an example do not fit one packed row."""
+    if lengths.max() > width:
+        raise ValueError(
+            f"batching: pack: expected the {num_texts} texts of an example in one row of "
+            f"max_length {width} tokens, got {np.count_nonzero(lengths > width)} examples of up to "
+            f"{lengths.max()}; raise max_length, or set batching: bucket"
+        )
 
 
 def _make_store_batches(

@@ -32,7 +32,7 @@ from tinybert_jax.runs.run import Run
 from tinybert_jax.runs.stage_batches import StageBatches
 from tinybert_jax.settings.layer_maps import make_layer_pairs
 from tinybert_jax.settings.sizes import ModelConfig
-from tinybert_jax.terms.table import reads_of
+from tinybert_jax.terms.table import needs_projection
 
 PROJECTION = "projection.safetensors"  # beside the student's weights in its folder
 
@@ -68,7 +68,7 @@ def make_init(
         start = functools.partial(
             _start, run, student, folders[0], init, teacher_encoder, reduce, is_quiet=seed > 0
         )
-        has_projection = reads_of(plan.terms).projection
+        has_projection = needs_projection(plan.terms, student.sizes, run.teacher)
         student_key, projection_key = jax.random.split(key) if has_projection else (key, key)
         params, directions = start(student_key)
         if isinstance(plan.section, HeadSection) and plan.section.head_init == "linear_probe":

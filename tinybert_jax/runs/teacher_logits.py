@@ -20,7 +20,13 @@ from tinybert_jax.models.params import sha256
 from tinybert_jax.parallel import processes
 from tinybert_jax.performance import disk
 from tinybert_jax.runs import shared_folder
-from tinybert_jax.runs.run import Run, load_frozen, make_stage_scorer, place_frozen_params
+from tinybert_jax.runs.run import (
+    Run,
+    load_frozen,
+    make_stage_scorer,
+    num_outputs,
+    place_frozen_params,
+)
 from tinybert_jax.settings.sizes import ModelConfig
 
 ROWS_PER_FILE = 2**14
@@ -44,7 +50,7 @@ def read(run: Run, plan: StagePlan, rows: TokenRows) -> tuple[np.ndarray, str]:
 
 def zeros(run: Run, rows: TokenRows) -> tuple[np.ndarray, str]:
     """As `read`, with zeros for logits: for a program that is compiled and does not run."""
-    return np.zeros((rows.num_scored, run.required_task.data.num_outputs), np.float32), ""
+    return np.zeros((rows.num_scored, num_outputs(run, run.teacher)), np.float32), ""
 
 
 def _read_teacher(
@@ -75,7 +81,7 @@ def _read_teacher(
             processes.on_main("logits", functools.partial(_save, logits, file))
             shared_folder.wait_until(file.is_file, str(file))
             run.log.say(f"{plan.name}: {path} has scored {stop:,} of {num_rows:,} examples")
-        parts.append(_load(file, (part.num_scored, run.required_task.data.num_outputs)))
+        parts.append(_load(file, (part.num_scored, num_outputs(run, sizes))))
     return np.concatenate(parts), key
 
 

@@ -12,6 +12,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositionInit = Literal["normal", "sinusoid"]
 ComputeDtype = Literal["float32", "bfloat16", "bfloat16_products"]
 FrozenDtype = Literal[ComputeDtype, "int8_products"]
+Pooling = Literal["mean", "first"]
 AttentionBackend = Literal["auto", "xla", "cudnn", "splash"]
 
 

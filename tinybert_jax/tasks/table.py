@@ -1,7 +1,9 @@
 """All kinds of tasks, and the kind that the head of a Hugging Face folder is for."""
 
 from tinybert_jax.huggingface.folder import HfModel
+from tinybert_jax.huggingface.sentence_folder import read_sentence_folder
 from tinybert_jax.tasks.classification import CLASSIFICATION
+from tinybert_jax.tasks.embeddings import EMBEDDINGS, make_embeddings
 from tinybert_jax.tasks.multi_label import MULTI_LABEL
 from tinybert_jax.tasks.question_answering import QUESTION_ANSWERING
 from tinybert_jax.tasks.regression import REGRESSION
@@ -10,17 +12,29 @@ from tinybert_jax.tasks.task import Task
 
 TASKS: dict[str, Task] = {
     task.kind: task
-    for task in (CLASSIFICATION, REGRESSION, MULTI_LABEL, TAGGING, QUESTION_ANSWERING)
+    for task in (
+        CLASSIFICATION,
+        REGRESSION,
+        MULTI_LABEL,
+        TAGGING,
+        QUESTION_ANSWERING,
+        EMBEDDINGS,
+    )
 }
 
 
 def task_of(model: HfModel) -> Task:
     """The task that the head of `model` is for; raises ValueError where it has no such head.
 
+    A model without a head whose folder is one of sentence-transformers is for embeddings.
+
     Of the tasks that have this head and problem type in transformers it is the one that
     config.json names. A folder that names none of them is for the first.
     """
     if model.head is None:
+        own = read_sentence_folder(model.folder)
+        if own is not None:
+            return make_embeddings(own.pooling, own.normalise, max_length=own.max_length)
         raise ValueError(
             f"{model.folder}: expected a model with a head for a task, found none; fine-tune it "
             "first (tinybert finetune)"

@@ -5,6 +5,7 @@ example or a token of an example. A new kind is one file with a `Task`, and a li
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -43,8 +44,9 @@ class Task(NamedTuple):
     section: type[TaskSection]  # the settings; the default of its field `kind` names the task
     form: Form  # which losses fit the logits
     make_head: MakeHead  # (sizes, number of classes, options) -> (apply, init)
-    # What has one label: of a word its first token is scored; of a span, its start and its end.
-    unit: Literal["row", "word", "span"]
+    # What is scored: of a word its first token; of a span its start and its end; a text that has
+    # no label of its own.
+    unit: Literal["row", "word", "span", "text"]
     read: Reader
     encode: Callable[[Any, Examples, int], TokenRows]  # (tokenizer, examples, max_length)
     count_labels: Callable[[Examples], np.ndarray]  # -> units per label name, [outputs]
@@ -58,13 +60,21 @@ class Task(NamedTuple):
     details: Callable[[Scored, Settings], dict[str, Any]]  # -> entries of results.json, see above
     in_words: Callable[[dict[str, Any]], str]  # one of the `answers` -> a few words
     truth: Callable[[Examples], list[str]]  # -> the labels of each example, in such words
-    hf_head: str  # end of the class name in transformers, such as SequenceClassification
+    # End of the class name in transformers, such as SequenceClassification; None: no head there.
+    hf_head: str | None
     problem_type: str | None  # in config.json; kinds may share it: see `table.task_of`
     # -> bool [n]: the examples whose answer is right; None: the words of answer and truth are equal
     rights: Callable[[Scored, Settings], np.ndarray] | None = None
     tune: Callable[[Scored], Settings] | None = None  # -> settings with the best score
     # (tokenizer, examples, positions): raises ValueError where an example is too long for a model
     check_lengths: Callable[[Any, Examples, int], None] | None = None
+    max_length: int | None = None  # most tokens of a text, where the folder of a model says it
+    normalises: bool = False  # whether vectors are given with the length 1
+    configure: Callable[[Any], "Task"] | None = None  # (section) -> the task with its settings
+    # (width, most tokens) -> JSON files of a model folder beside the usual ones, by name
+    more_files: Callable[[int, int], dict[str, Any]] | None = None
+    # (folder): raises ValueError where a model gives other outputs than the task reads
+    check_folder: Callable[[Path], None] | None = None
 
     @property
     def kind(self) -> str:

@@ -5,14 +5,17 @@ from typing import Annotated
 
 from pydantic import Field
 
+from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.terms.attention import AttentionTerm
 from tinybert_jax.terms.cls import ClsTerm
+from tinybert_jax.terms.contrastive import ContrastiveTerm, SimilarityTerm
 from tinybert_jax.terms.cosine import CosineTerm
 from tinybert_jax.terms.hidden import EmbeddingTerm, HiddenTerm
 from tinybert_jax.terms.label import LabelTerm
 from tinybert_jax.terms.logits import LogitsTerm
 from tinybert_jax.terms.pooled import PooledTerm
 from tinybert_jax.terms.relation import RelationTerm
+from tinybert_jax.terms.sentence import SentenceTerm
 from tinybert_jax.terms.term import Reads
 from tinybert_jax.terms.words import MaskedLMTerm, WordLogitsTerm
 
@@ -26,6 +29,9 @@ AnyTerm = Annotated[
     | PooledTerm
     | LogitsTerm
     | LabelTerm
+    | SentenceTerm
+    | ContrastiveTerm
+    | SimilarityTerm
     | MaskedLMTerm
     | WordLogitsTerm,
     Field(discriminator="term"),
@@ -41,6 +47,14 @@ def reads_of(terms: Terms, *, of_teacher: bool = False) -> Reads:
     """The outputs that any of the terms reads, of either model or of the teacher alone."""
     read = [term.reads for term in terms if term.reads.teacher or not of_teacher]
     return Reads(*(any(values) for values in zip(*read, strict=True))) if read else _NOTHING
+
+
+def needs_projection(terms: Terms, student: ModelConfig, teacher: ModelConfig) -> bool:
+    """Whether any of the terms compares the two models through a projection."""
+    is_other_width = student.hidden_size != teacher.hidden_size
+    return any(
+        term.reads.projection or (term.projects_vectors and is_other_width) for term in terms
+    )
 
 
 def without_task_logits(terms: Terms) -> Terms:

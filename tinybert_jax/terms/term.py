@@ -69,6 +69,10 @@ class Context(Protocol):
         """One hidden entry of the student at the teacher's width [batch, seq, teacher_dim]."""
         ...
 
+    def projected_vectors(self, vectors: Any) -> Any:
+        """Sentence vectors of the student at the teacher's width [examples, teacher_dim]."""
+        ...
+
     def first_tokens(self, hidden: Any) -> Any:
         """The hidden state of the first token of each example [examples, dim]."""
         ...
@@ -92,6 +96,10 @@ class Term(Section):
     metric: ClassVar[str | None] = None  # of its loss, where it is not the term's name
     needs_labels: ClassVar[bool] = False  # such a term is refused with task.unlabelled
     needs_examples: ClassVar[bool] = False  # such a term is refused with corpus.stores
+    needs_embeddings: ClassVar[bool] = False  # it reads sentence vectors as the task's logits
+    needs_partners: ClassVar[bool] = False  # it reads pairs or triplets of texts
+    couples_examples: ClassVar[bool] = False  # such a term is refused with gradient accumulation
+    projects_vectors: ClassVar[bool] = False  # it needs a projection where the widths differ
 
     weight: NonNegative | Ramp = 1.0
 
