@@ -271,7 +271,8 @@ def _score(loaded: _Loaded, examples: Examples, max_length: int | None) -> Score
     if task.check_lengths is not None:
         task.check_lengths(tokenizer, examples, positions)
     apply, init = task.make_head(source.config, len(loaded.head.label_names))
-    params = start_params(source.folder, init, whole=True)
+    is_quiet = task.unit == "text"  # such a folder may have a pooler, which nothing reads
+    params = start_params(source.folder, init, whole=True, is_quiet=is_quiet)
     rows = task.encode(tokenizer, examples, max_length)
     buckets = [width for width in (16, 32, 64, 128, 256) if width < max_length] + [max_length]
     score = make_scorer(apply, buckets=buckets, pad_token_id=tokenizer.pad_token_id)

@@ -150,8 +150,8 @@ def _reduce(
         sample.append((*encoder_inputs(batch), np.asarray(batch.real)))
         num_tokens += int(sample[-1][-1].sum())
 
-    def states_of(sizes: ModelConfig) -> Callable[[Any], list[np.ndarray]]:
-        apply, _ = make_encoder(sizes)
+    def states_of(sizes: ModelConfig, like: Any) -> Callable[[Any], list[np.ndarray]]:
+        apply, _ = make_encoder(sizes, has_pooler="pooler" in like)
         hidden = jax.jit(lambda params, *inputs: apply(params, *inputs).hidden)
 
         def states(params: Any) -> list[np.ndarray]:
@@ -163,12 +163,12 @@ def _reduce(
 
         return states
 
-    theirs = states_of(run.teacher)(teacher)
+    theirs = states_of(run.teacher, teacher)(teacher)
     directions = reduction_directions(theirs, student.sizes.hidden_size)
     num_heads = student.sizes.num_attention_heads
     reduced = start_from_reduced_teacher(encoder, teacher, layers, theirs, directions, num_heads)
     targets = [theirs[entry] @ directions for entry in (0, *layers)]
-    return refit_norms(reduced, states_of(student.sizes), targets), directions
+    return refit_norms(reduced, states_of(student.sizes, reduced), targets), directions
 
 
 def encoder_of(params: Mapping[str, Any]) -> Mapping[str, Any]:
