@@ -89,6 +89,15 @@ def test_folders_whose_vectors_would_differ(tmp_path, name, tree, named):
         read_sentence_folder(tmp_path)
 
 
+def test_links_that_leave_the_folder_are_refused(tmp_path):
+    folder = _write(tmp_path / "model", NEW)
+    (tmp_path / "secret.json").write_text('{"pooling_mode": "mean"}')
+    (folder / "1_Pooling/config.json").unlink()
+    (folder / "1_Pooling/config.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(ValueError, match="outside of the folder"):
+        read_sentence_folder(folder)
+
+
 def test_the_folder_decides_how_long_a_text_may_be(tmp_path):
     write_inputs(tmp_path, **TEACHER)
     folder = tmp_path / "teacher"

@@ -53,7 +53,7 @@ def _scored_table(folder, copies=1):
 
 def test_sentences_of_both_columns_and_of_more_files(tmp_path, tokenizer):
     scored = _scored_table(tmp_path, 4)
-    more = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    more = [tmp_path / "one.txt", tmp_path / "two.en"]
     more[0].write_text("tea and jam\n\nthe sea\n")
     more[1].write_text("a film\n")
     section = EmbeddingsTask(
@@ -61,6 +61,7 @@ def test_sentences_of_both_columns_and_of_more_files(tmp_path, tokenizer):
         dev=scored,
         text_pair="text_pair",
         select_share=0.25,
+        format="text",
         unlabelled=[str(file) for file in more],
     )
     data = read_task(section, EMBEDDINGS.read)

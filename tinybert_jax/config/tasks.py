@@ -272,7 +272,9 @@ class EmbeddingsTask(TextTask):
 
     kind: Literal["embeddings"] = "embeddings"
     format: Literal["auto", "tsv", "csv", "jsonl", "datasets", "text"] = Field(
-        "auto", description="text: a sentence a line, as in .txt files"
+        "auto",
+        description="a .txt file has a sentence a line; text: so have all files but .tsv, .csv, "
+        ".jsonl",
     )
     rows: Literal["sentences", "pairs", "triplets", "scored_pairs"] = Field(
         "sentences",

@@ -79,8 +79,11 @@ def _documents(path: str) -> list[str]:
 
 
 def is_plain_text(path: str, format: str) -> bool:
-    """Whether a file holds a text a line: by its format or, with `auto`, its suffix."""
-    return format == "text" or format == "auto" and Path(path).suffix.lower() == ".txt"
+    """Whether a file holds a text a line: .txt with `auto`; with `text` all that is no table."""
+    suffix = Path(path).suffix.lower()
+    if format == "text":
+        return suffix not in (".tsv", ".csv", ".jsonl")
+    return format == "auto" and suffix == ".txt"
 
 
 def read_lines(path: str, *, keep_blank: bool = False) -> list[str]:

@@ -8,7 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from tinybert_jax.huggingface.untrusted import TOKENIZER_CONFIG, read_json, read_json_list, shorten
+from tinybert_jax.huggingface.untrusted import (
+    TOKENIZER_CONFIG,
+    check_entries,
+    read_json,
+    read_json_list,
+    shorten,
+)
 from tinybert_jax.settings.section import Pooling
 
 MODULES = "modules.json"
@@ -52,6 +58,8 @@ def read_sentence_folder(folder: Path) -> SentenceFolder | None:
             f"{MODULES}; give that folder, with a copy of the other files"
         )
     _check_prompts(folder)
+    if (folder / modules[1][1]).is_dir():
+        check_entries(folder / modules[1][1], folder)
     pooling = _read_pooling(folder / modules[1][1] / "config.json", folder)
     return SentenceFolder(pooling, len(names) == 3, _read_length(folder))
 

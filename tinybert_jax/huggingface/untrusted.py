@@ -34,7 +34,7 @@ _ATTENTION = re.compile(r"[a-z0-9_]+")
 
 def check_folder(folder: Path) -> None:
     """Raises ValueError for a folder with foreign links, special files or keys that name code."""
-    _check_entries(folder, folder)
+    check_entries(folder, folder)
     for name in (CONFIG, TOKENIZER_CONFIG, SPECIAL_TOKENS):
         file = folder / name
         if file.is_file():
@@ -113,7 +113,7 @@ def shorten(value: Any, most: int = 120) -> str:
     return text if len(text) <= most else f"{text[:most]} …"
 
 
-def _check_entries(folder: Path, root: Path) -> None:
+def check_entries(folder: Path, root: Path) -> None:
     """Raises ValueError for an entry of `folder` that is no folder or plain file within `root`."""
     home = root.resolve()
     # The hub's cache holds the files of a snapshot as links to its folder `blobs`.
@@ -249,7 +249,7 @@ def check_convertible(folder: Path) -> None:
     """
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        _check_entries(Path(place), folder)
+        check_entries(Path(place), folder)
         for name in sorted(files):
             path = Path(place) / name
             kind = _FOREIGN_ENDINGS.get(path.suffix.lower())

@@ -34,8 +34,8 @@ def compare(
     for models of different tasks and for text that cannot be read.
     """
     sides = [score_file(model, data, split, max_length, settings) for model in (old, new)]
-    if sides[0].task != sides[1].task:
-        kinds = [side.task.kind for side in sides]
+    kinds = [side.task.kind for side in sides]
+    if kinds[0] != kinds[1]:
         raise ValueError(f"{new}: expected a model for {kinds[0]}, as {old} is, got {kinds[1]}")
     right = [side.task.is_right(side.scored, side.settings) for side in sides]
     said = [_said(side) for side in sides]

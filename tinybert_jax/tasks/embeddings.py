@@ -41,6 +41,7 @@ def read(path: str, section: EmbeddingsTask, how: Reading) -> Examples:
             what = "scores" if is_scored else section.rows
             raise ValueError(f"{path}: expected {what}, got plain text; give a table with columns")
         return Examples(read_lines(path, keep_blank=how.keep_blank), None, None, None)
+    columns |= {"format": "auto"} if section.format == "text" else {}
     options: dict[str, Any] = {"split": how.split, "keep_blank": how.keep_blank}
     examples = read_labelled(path, **columns, numbers=is_scored, **options)
     if section.rows == "triplets" and not how.is_dev and how.is_labelled:
