@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("what", choices=["intents", "speed", "ours", "theirs"])
     parser.add_argument("data")
     parser.add_argument("models", nargs="+", metavar="MODEL")
-    parser.add_argument("--rows", type=int, help="only so many; default: all, or 100,000 sentences")
+    parser.add_argument("--rows", type=int, help="about so many; default: all, or 100,000 sentences")
     parser.add_argument("--text", default="text", help="column of the questions")
     parser.add_argument("--label", default="category", help="column of their intents")
     args = parser.parse_args()
@@ -51,7 +51,8 @@ def measure_intents(args: argparse.Namespace) -> None:
     from tinybert_jax.metrics.intervals import interval, resampled_scores
 
     found = read_texts(args.data, args.text, args.label)
-    texts, intents = found.texts[: args.rows], np.array((found.labels or [])[: args.rows])
+    every = slice(None, None, max(len(found.texts) // (args.rows or len(found.texts)), 1))
+    texts, intents = found.texts[every], np.array((found.labels or [])[every])
     is_asked = np.array([hashlib.sha256(text.encode()).digest()[0] < 256 / 5 for text in texts])
     print(f"{is_asked.sum():,} questions, {(~is_asked).sum():,} rows to search")
     first = None
