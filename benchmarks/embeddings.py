@@ -30,7 +30,9 @@ def main() -> None:
     parser.add_argument("what", choices=["intents", "speed", "ours", "theirs"])
     parser.add_argument("data")
     parser.add_argument("models", nargs="+", metavar="MODEL")
-    parser.add_argument("--rows", type=int, help="about so many; default: all, or 100,000 sentences")
+    parser.add_argument(
+        "--rows", type=int, help="about so many; default: all, or 100,000 sentences"
+    )
     parser.add_argument("--text", default="text", help="column of the questions")
     parser.add_argument("--label", default="category", help="column of their intents")
     args = parser.parse_args()
