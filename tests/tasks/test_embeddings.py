@@ -369,6 +369,7 @@ def test_pairs_train_a_teacher_and_a_student(tmp_path, capsys, cheap_programs):
         ({}, [{"term": "logits"}], (), "embeddings have no classes: use sentence"),
         ({}, [{"term": "contrastive"}], (), "expected task.rows pairs or triplets, got sentences"),
         ({"widths": [4]}, [{"term": "sentence"}], (), "task.widths: expected a term contrastive"),
+        ({"widths": [8]}, [{"term": "similarity"}], (), "widths below the student's hidden_size 8"),
         ({}, [{"term": "sentence"}], ("task.kind=regression",), "expected task.kind embeddings"),
         (
             {},

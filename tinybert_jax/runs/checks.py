@@ -104,6 +104,12 @@ def _check_model(run: Run, plan: StagePlan, role: str, model: ModelConfig) -> No
             f"{stage}.max_length: expected at most {positions} (the {role}'s positions), got "
             f"{max_length}; set {stage}.max_length={positions} or less"
         )
+    widths = getattr(run.task.section, "widths", ()) if run.task else ()
+    if any(width >= model.hidden_size for width in widths):
+        raise ValueError(
+            f"task.widths: expected widths below the {role}'s hidden_size {model.hidden_size}, got "
+            f"{list(widths)}; remove the others"
+        )
     pair_weight = plan.masking.pair_weight if plan.masking else 0
     if pair_weight > 0 and format_of(model.model_type).pair_head is None:
         raise ValueError(
