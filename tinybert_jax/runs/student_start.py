@@ -125,7 +125,7 @@ def make_random(
 
     def random_params(key: jax.Array) -> dict[str, Any]:
         params: dict[str, Any] = {"student": init(key)}
-        if reads_of(plan.terms).projection:
+        if needs_projection(plan.terms, student.sizes, run.teacher):
             params["projection"] = _new_projection(run, student, key)
         return params
 
