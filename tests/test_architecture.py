@@ -23,7 +23,8 @@ ROOMS = {
     "calibration differences console page comparison",
     "performance": "flops accelerators device_peaks hlo latency trace disk host",
     "parallel": "mesh group processes replicas sharding",
-    "data": "errors examples json_text tables conll squad corpus records builtin wordpiece splits",
+    "data": "errors encoding examples json_text tables conll squad corpus records builtin "
+    "wordpiece splits guess",
     "models": "inputs activations dropout linear params norm attention encoder bert distilbert "
     "families heads",
     "batches": "batch tokenize bucketing packing loader",
@@ -41,7 +42,7 @@ ROOMS = {
     "environment preflight stage_batches teacher_logits workload estimate scoring "
     "results head_init student_start stage_state stage_step divergence stage "
     "used_words compile saved_states",
-    "recipes": "data pretrain finetune distill by_rows pipeline",
+    "recipes": "data pretrain finetune distill by_rows from_table pipeline",
     "launch": "job slurm jobset gcluster tpu_vm sky command",
 }
 TOP = ("cli", "__main__", "__init__")

@@ -6,6 +6,7 @@ fast.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import shlex
@@ -42,7 +43,15 @@ _RUN_DIR: dict[str, str] = dict.fromkeys(("prune", "export"), "the folder of a r
 _RUN_DIR |= dict.fromkeys(("ls", "verify"), "the folder of a run, or the URL of its run_store")
 _RUN_DIR |= {"fetch": "the run_store of a run"}
 
-
+# The options of a run on a table, in place of a config.
+_TABLE = {
+    "data": "labelled text: a .csv, .tsv or .jsonl file, …, as task.train takes",
+    "teacher": "a BERT folder or hub id",
+    "text": "column of the text",
+    "text_pair": "column of a second text",
+    "label": "column of the labels",
+    "task": "classification, regression, multi_label, tagging or question_answering",
+}
 _TOLD = (
     ValueError,
     FloatingPointError,
@@ -130,7 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (_, text) in _STAGES.items():
         command = commands.add_parser(name, help=text, description=text)
-        _add_config(command, "configs/quickstart.yaml")
+        _add_config(command, "configs/quickstart.yaml", is_optional=name == "run")
+        if name == "run":
+            _add_table(command)
         either = command.add_mutually_exclusive_group()
         either.add_argument(
             "--dry-run",
@@ -159,8 +170,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_config(command, example: str) -> None:
-    command.add_argument("config", help=f"a YAML file, such as {example}")
+def _add_config(command, example: str, *, is_optional: bool = False) -> None:
+    command.add_argument(
+        "config", help=f"a YAML file, such as {example}", nargs="?" if is_optional else None
+    )
     command.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="change one setting"
     )
@@ -197,6 +210,14 @@ def _add_compile(commands) -> None:
         "--largest-batch", action="store_true", help="also find the largest batch that fits"
     )
     command.set_defaults(act=_compile)
+
+
+def _add_table(command) -> None:
+    table = command.add_argument_group(
+        "without a config", "the recipe of configs/own-text.yaml; what is not given is guessed"
+    )
+    for name, text in _TABLE.items():
+        table.add_argument(f"--{name.replace('_', '-')}", help=text)
 
 
 def _add_convert(commands) -> None:
@@ -249,10 +270,6 @@ def _tell(line: str) -> None:
         print(printable(line), file=sys.stderr)
 
 
-def _load(arguments, measure):
-    return config_files.load(arguments.config, arguments.overrides, measure, _tell)
-
-
 def _compile(arguments, command: str) -> int:
     is_local = arguments.topology == "local"
     if not is_local:
@@ -261,7 +278,8 @@ def _compile(arguments, command: str) -> int:
     from tinybert_jax.runs import compile
 
     platform = None if is_local else "tpu"
-    settings = _load(arguments, lambda draft: by_rows.measure(draft, platform))
+    measure = functools.partial(by_rows.measure, platform=platform)
+    settings = config_files.load(arguments.config, arguments.overrides, measure, _tell)
     if arguments.print_config:
         print(config_files.dump(settings), end="")
         return 0
@@ -280,7 +298,7 @@ def _run(arguments, command: str) -> int:
     host.keep_freed_memory()  # before `_measure`, which imports JAX
     if not arguments.print_config:
         processes.start(arguments.coordinator, arguments.num_processes, arguments.process_id)
-    settings = _load(arguments, _measure)
+    settings = _settings(arguments)
     stages = _STAGES[arguments.command][0]
     if arguments.print_config:
         print(config_files.dump(settings), end="")
@@ -296,6 +314,23 @@ def _run(arguments, command: str) -> int:
             options = {"is_profiled": arguments.profile, "from_step": arguments.from_step}
             pipeline.main(settings, stages, command, **options, stop=stop)
     return 0
+
+
+def _settings(arguments):
+    """The config of a run, from a YAML file or from a table."""
+    # argparse takes the first setting for the config, or a config after an option for a setting.
+    words = [word for word in (arguments.config, *arguments.overrides) if word is not None]
+    table = {name: getattr(arguments, name, None) for name in _TABLE}
+    if table["data"] is not None:
+        from tinybert_jax.recipes import from_table
+
+        tree = from_table.make_tree(**table, overrides=words, say=_tell)
+        return config_files.complete(tree, "command line", _measure, _tell)
+    given = [f"--{name.replace('_', '-')} alone" for name in table if table[name] is not None]
+    if given or not words:
+        got = (given or ["neither"])[0]
+        raise ValueError(f"expected a config, or --data with a table, got {got}; give one of them")
+    return config_files.load(words[0], words[1:], _measure, _tell)
 
 
 def _convert(arguments, command: str) -> int:

@@ -1,7 +1,8 @@
 """The recipe `by_rows`: settings that follow from the number of rows and the teacher's sizes.
 
 A config with `recipe: by_rows` may leave out the sections student, finetune, intermediate,
-prediction and baseline, or any settings in them; those that it gives stay as they are.
+prediction, baseline and compute, or any settings in them, and the dev set; those that it gives stay
+as they are. `configs/own-text.yaml` and `tinybert run --data` add nothing but text and teacher.
 """
 
 import math
@@ -51,7 +52,7 @@ _BATCH, _SMALL_BATCH = 32, 16
 _NUM_SMALL = 3000  # fewer rows than this have `_SMALL_BATCH`
 _FEW_ROWS = 2000  # too few to set rows apart that choose a checkpoint: the last one is kept
 _MANY_ROWS = 200_000  # an epoch is long enough
-_SELECT_SHARE = 0.1
+_DEV_SHARE = _SELECT_SHARE = 0.1
 _NEVER = 100  # times the steps of a stage
 _ANSWER_WIDTH = 384  # tokens of a window in which answers are looked for
 _WIDE = 512  # teachers above it have students of their own width no more, and lower rates
@@ -109,6 +110,9 @@ def _task(given: dict[str, Any], facts: Facts, lines: list[str]) -> tuple[dict[s
     """(the section, the share of the labelled rows that chooses)."""
     is_few = facts.num_labelled < _FEW_ROWS
     task = {"select_share": None if is_few else _SELECT_SHARE, **given}
+    if not any(task.get(name) for name in ("dev", "dev_share", "builtin")):
+        task["dev_share"] = _DEV_SHARE
+        lines.append(f"task: {_DEV_SHARE:.0%} of the rows are dev: they score the models alone")
     share = task["select_share"]
     if isinstance(share, float) and 0 < share < 1:
         lines.append(f"task: {share:.0%} of the labelled rows choose checkpoints, not dev")
@@ -119,7 +123,9 @@ def _task(given: dict[str, Any], facts: Facts, lines: list[str]) -> tuple[dict[s
 
 
 def _compute(given: dict[str, Any], facts: Facts, lines: list[str]) -> dict[str, Any]:
-    """The section, with the dtype that is fastest on the machine."""
+    """The section with unrolled layers, and with the dtype that is fastest on the machine."""
+    if given.get("unroll_layers") is None:
+        given = {**given, "unroll_layers": True}
     if given.get("dtype") is None and facts.fast_dtype != "float32":
         lines.append(f"compute: {facts.fast_dtype}, which this machine computes fastest")
         return {**given, "dtype": facts.fast_dtype}

@@ -38,26 +38,34 @@ def load(
     in the text and the teacher, and `say` is told a line for each choice. Without facts (None) they
     are those of a typical text, and `say` is told that too.
     """
-    path = Path(path)
-    tree = _load_tree(path, overrides)
+    return complete(_load_tree(Path(path), overrides), path, measure, say)
+
+
+def complete(
+    tree: dict[str, Any],
+    origin: str | Path,
+    measure: Callable[[RunConfig], by_rows.Facts | None],
+    say: Callable[[str], None],
+) -> RunConfig:
+    """The config of a run from its tree; see `load`. Errors begin with `origin`."""
     recipe = tree.get("recipe")
     if recipe is None:
         tree.pop("recipe", None)
-        return validate(RunConfig, tree, path)
+        return validate(RunConfig, tree, origin)
     if recipe != by_rows.NAME:
-        raise ConfigError(f"{path}: recipe: expected '{by_rows.NAME}' or none, got {recipe!r}")
-    draft = validate(RunConfig, _filled(tree, by_rows.TYPICAL, path)[0], path)
+        raise ConfigError(f"{origin}: recipe: expected '{by_rows.NAME}' or none, got {recipe!r}")
+    draft = validate(RunConfig, _filled(tree, by_rows.TYPICAL, origin)[0], origin)
     facts = measure(draft)
-    filled, lines = _filled(tree, facts or by_rows.TYPICAL, path)
+    filled, lines = _filled(tree, facts or by_rows.TYPICAL, origin)
     if facts is None:
         lines.insert(0, f"text or teacher not read: as for {by_rows.TYPICAL.num_labelled:,} rows")
     for line in lines:
         say(f"recipe: {line}")
-    return validate(RunConfig, filled, path)
+    return validate(RunConfig, filled, origin)
 
 
 def _filled(
-    tree: dict[str, Any], facts: by_rows.Facts, origin: Path
+    tree: dict[str, Any], facts: by_rows.Facts, origin: str | Path
 ) -> tuple[dict[str, Any], list[str]]:
     try:
         return by_rows.fill(tree, facts)
@@ -77,7 +85,7 @@ def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -
 def _load_tree(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: expected a YAML config file, found none{_nearest_file(path)}")
-    return _with_overrides(_read(path), overrides, path)
+    return with_overrides(_read(path), overrides, path)
 
 
 def variables(path: str | Path, overrides: Sequence[str] = ()) -> list[str]:
@@ -91,10 +99,10 @@ def variables(path: str | Path, overrides: Sequence[str] = ()) -> list[str]:
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """The tree of `key.path=value` settings alone; raises `ConfigError`."""
-    return _with_overrides({}, overrides, "command line")
+    return with_overrides({}, overrides, "command line")
 
 
-def _with_overrides(
+def with_overrides(
     tree: dict[str, Any], overrides: Sequence[str], origin: str | Path
 ) -> dict[str, Any]:
     """The tree after the overrides, with the values of environment variables."""

@@ -20,7 +20,7 @@ def fail_column(path: str, column: str, available: list[str], hint: str = "") ->
     if column in available:
         fail(path, f"one column {column!r}", f"{available.count(column)}", "rename the others")
     where = " (--text, --text-pair or --label; in a config text, text_pair or label)"
-    fix = nearest(column, available) + where + _separator_hint(available) + hint
+    fix = nearest(column, available) + where + separator_hint(available) + hint
     fail(path, f"a column {column!r}", f"columns {listed(available)}", fix)
 
 
@@ -30,7 +30,7 @@ def fail_missing(path: str) -> NoReturn:
     fail(path, "a file or folder", "nothing", nearest(Path(path).name, siblings))
 
 
-def _separator_hint(names: Sequence[str]) -> str:
+def separator_hint(names: Sequence[str]) -> str:
     """A hint if the header is a single column whose name contains another separator."""
     found = next((sep for sep in "\t;|," if len(names) == 1 and sep in names[0]), None)
     fixes = {

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinybert_jax.data.encoding import check_utf16, conversion_of_bytes
 from tinybert_jax.data.errors import fail, fail_column, fail_missing, listed, nearest, short
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.json_text import is_utf8, parse_json
@@ -149,10 +150,15 @@ def read_table(path: str, format: str, split: str | None, wanted: list[str]) -> 
         fail(path, f"no split: a {format} file has none", repr(split), "leave split out")
     if format == "jsonl":
         return read_jsonl(path, wanted)
+    return _by_column(path, *read_rows(path, format), wanted)
+
+
+def read_rows(path: str, format: str) -> tuple[list[list[str]], Sequence[int]]:
+    """(the fields of every row of a .csv or .tsv file, header included; the line of each row)."""
     if format == "csv":
-        return _by_column(path, *_csv_rows(path), wanted)
+        return _csv_rows(path)
     rows = [line.split("\t") for line in split_lines(read_utf8(path))]
-    return _by_column(path, rows, range(1, len(rows) + 1), wanted)
+    return rows, range(1, len(rows) + 1)
 
 
 def _csv_rows(path: str) -> tuple[list[list[str]], list[int]]:
@@ -203,7 +209,8 @@ def _by_column(
     return table
 
 
-def read_jsonl(path: str, wanted: list[str]) -> Table:
+def read_jsonl(path: str, wanted: list[str] | None) -> Table:
+    """The wanted keys of a file with an object on each line; None: those that every row has."""
     lines = split_lines(read_utf8(path))
     rows, broken, halves = [], [], []
     for number, line in enumerate(lines, 1):
@@ -215,13 +222,15 @@ def read_jsonl(path: str, wanted: list[str]) -> Table:
         rows.append(row)
         if not isinstance(row, dict):
             broken.append((number, short(row)))
-        elif _HALF.search(line) and not all(is_utf8(row.get(column)) for column in wanted):
+        elif _HALF.search(line) and not all(is_utf8(row.get(name)) for name in wanted or row):
             halves.append((number, short(line[:99])))
     table = Table(path, {}, range(1, len(lines) + 1))
     fix = "write one object a line, {...}; join an object that is spread over several lines"
     fail_rows(table, "one JSON object on every line", broken, fix)
     fix = "remove or replace the escapes from \\ud800 to \\udfff that do not stand in pairs"
     fail_rows(table, "text without halves of characters (lone surrogates)", halves, fix)
+    if wanted is None:
+        wanted = [key for key in rows[0] if all(key in row for row in rows)]
     for column in wanted:
         missing = [(n, short(list(row))) for n, row in enumerate(rows, 1) if column not in row]
         if len(missing) == len(rows):
@@ -279,6 +288,7 @@ def load_dataset(path: str, split: str | None, wanted: list[str]) -> Any:
 
 def read_utf8(path: str) -> str:
     content = Path(path).read_bytes()
+    check_utf16(path, content)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError:
@@ -299,9 +309,8 @@ def _fail_bytes(path: str, content: bytes) -> None:
         except UnicodeDecodeError as error:
             wrong.append((number, f"0x{line[error.start]:02x} at byte {offset + error.start}"))
         offset += len(line) + 1
-    encoding = "UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
-    fix = f"if it is {encoding}: iconv -f {encoding} -t UTF-8"
-    fail_rows(Table(path, {}, range(content.count(b"\n") + 1)), "UTF-8", wrong, fix)
+    table = Table(path, {}, range(content.count(b"\n") + 1))
+    fail_rows(table, "UTF-8", wrong, conversion_of_bytes(path, content))
 
 
 def split_lines(text: str) -> list[str]:

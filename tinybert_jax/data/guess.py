@@ -1,0 +1,323 @@
+"""Guesses the task of a labelled file, and its columns, from names and values; trains nothing.
+
+A guess is told in one line, and every part of it can be given instead. Where two columns are as
+likely, the error lists the columns.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from tinybert_jax.config.tasks import (
+    ClassificationTask,
+    MultiLabelTask,
+    QuestionAnsweringTask,
+    RegressionTask,
+    TaggingTask,
+)
+from tinybert_jax.data.conll import SUFFIXES as TAGGED_SUFFIXES
+from tinybert_jax.data.errors import fail, fail_column, listed, separator_hint
+from tinybert_jax.data.squad import SUFFIXES as QUESTION_SUFFIXES
+from tinybert_jax.data.tables import (
+    format_of,
+    load_dataset,
+    read_jsonl,
+    read_rows,
+    read_utf8,
+    split_lines,
+)
+
+_CLASSES, _LISTS, _NUMBERS, _TAGS, _ANSWERS = (
+    section.model_fields["kind"].default
+    for section in (
+        ClassificationTask,
+        MultiLabelTask,
+        RegressionTask,
+        TaggingTask,
+        QuestionAnsweringTask,
+    )
+)
+_OTHERWISE = "if not: --text, --label, --text-pair or --task"
+
+_TEXT_NAMES = frozenset(
+    "text sentence body content message mail email review comment utterance question query "
+    "description document article abstract tweet post title subject headline".split()
+)
+_LABEL_NAMES = frozenset(
+    "label labels category categories class classes intent folder topic topics sentiment target "
+    "tag tags genre type department stars rating score similarity relevance y".split()
+)
+_NUMBER_NAMES = frozenset("score similarity relevance price amount value".split())
+_PAIRS = (
+    ("premise", "hypothesis"),
+    ("text", "text_pair"),
+    ("query", "passage"),
+    ("query", "document"),
+    ("question", "answer"),
+    ("question", "sentence"),
+)
+_TAG = re.compile(r"O|[BIES]-\S+")
+_SEPARATORS = (",", ";", "|")
+_MOST_IDS = 30  # integers that are classes though they are not 0, 1, 2, …
+
+
+class Guess(NamedTuple):
+    settings: dict[str, Any]  # of the section `task`: its kind and columns
+    told: str  # the guess in a line
+
+
+class _Columns(NamedTuple):
+    """The columns of a file by name; by position where it has no line of names."""
+
+    path: str
+    values: dict[str, list[Any]]
+    class_names: dict[str, int] = {}  # column -> classes that a data set declares for it
+    settings: dict[str, Any] = {}  # how the file is read
+
+    def others(self, *names: str | None) -> list[str]:
+        return [name for name in self.values if name not in names]
+
+
+def guess_task(path: str, given: Mapping[str, Any]) -> Guess:
+    """The task of a file that `task.train` may name; settings of the task that are `given` stay.
+
+    Raises ValueError for a file that cannot be read, a column that is not there, and a choice
+    between columns that needs a person.
+    """
+    path = os.path.expanduser(path)
+    kind, sign = given.get("kind"), "as you say"
+    if kind is None:
+        kind, sign = _kind_of_form(path, given)
+    if kind in (_TAGS, _ANSWERS):
+        return Guess({"kind": kind}, f"{kind}, {sign}; if not: --task")
+    columns = _read_columns(path, given)
+    text, pair = _text_columns(columns, given)
+    indicators = _indicators(columns, given, kind, text, pair)
+    found = {"text": text} | ({"text_pair": pair} if pair else {})
+    read = f"text in column {text!r}" if not pair else f"texts in columns {text!r} and {pair!r}"
+    if indicators:
+        settings = {"kind": _LISTS, **found, "label_columns": indicators}
+        told = f"{_LISTS}, {read}, a column of 0 and 1 for each of {listed(indicators)}"
+        return Guess({**columns.settings, **settings}, f"{told}; {_OTHERWISE}")
+    label = _label_column(columns, given, kind, text, pair)
+    labels, amount = _kind_of_labels(columns, label)
+    if kind is not None:
+        labels = {name: value for name, value in labels.items() if labels["kind"] == kind}
+    settings = {**labels, "kind": kind or labels["kind"], **found, "label": label}
+    told = f"{settings['kind']}, {read}, {amount} in column {label!r}"
+    return Guess({**columns.settings, **settings}, f"{told}; {_OTHERWISE}")
+
+
+def _kind_of_form(path: str, given: Mapping[str, Any]) -> tuple[str | None, str]:
+    """(kind, sign of it) of files of questions and of tags; None for tables."""
+    if path.startswith("hub:") or os.path.isdir(path) or not os.path.exists(path):
+        return None, ""
+    suffix = Path(path).suffix.lower()
+    if suffix == ".jsonl":
+        return _kind_of_objects(path)
+    if suffix in QUESTION_SUFFIXES or given.get("format") == "squad":
+        return _ANSWERS, f"as {suffix} files hold SQuAD's questions"
+    if suffix == ".tsv" and "format" not in given and _holds_tags(path):
+        return _TAGS, "as it has a word and its tag on each line"
+    if suffix != ".tsv" and suffix in TAGGED_SUFFIXES or given.get("format") == "conll":
+        return _TAGS, f"as {suffix} files hold a word and its tag on each line"
+    return None, ""
+
+
+def _kind_of_objects(path: str) -> tuple[str | None, str]:
+    columns = read_jsonl(path, None).columns
+    if {"question", "context"} <= set(columns):
+        return _ANSWERS, "as its rows have question and context"
+    if {"tokens", "tags"} <= set(columns) and all(isinstance(v, list) for v in columns["tokens"]):
+        return _TAGS, "as its rows have lists of tokens and tags"
+    return None, ""
+
+
+def _holds_tags(path: str) -> bool:
+    """Whether the lines of a .tsv end in tags of entities, and blank lines part sentences."""
+    lines = split_lines(read_utf8(path))
+    words = [line for line in lines if line.strip() and not line.startswith("-DOCSTART-")]
+    num_tags = sum(bool(_TAG.fullmatch(line.split("\t")[-1].strip())) for line in words)
+    return len(words) < len(lines) and num_tags > 0.9 * len(words)
+
+
+def _read_columns(path: str, given: Mapping[str, Any]) -> _Columns:
+    form = format_of(path, given.get("format", "auto"))
+    if form in ("hub", "datasets"):
+        return _read_dataset(path, given)
+    if form == "jsonl":
+        return _Columns(path, read_jsonl(path, None).columns)
+    rows, _ = read_rows(path, form)
+    names = rows[0]
+    rows = [row for row in rows if len(row) == len(names)]  # the reader tells of the others
+    if _has_names(rows):
+        rows = rows[1:]
+    else:
+        names = [str(place) for place in range(len(names))]
+    if len(names) == 1 or not rows:
+        got = f"the only column {names[0]!r}" if rows else "no rows, only a header"
+        fix = separator_hint(names).removeprefix("; ") or "check how the file was written"
+        fail(path, "rows with a column of text and one of labels", got, fix)
+    values = map(list, zip(*rows, strict=True))
+    return _Columns(path, dict(zip(names, values, strict=True)))
+
+
+def _has_names(rows: list[list[str]]) -> bool:
+    """Whether the first row names the columns: then it is not like the rows below.
+
+    It is like them where a value of it is one of those that repeat in its column.
+    """
+    for name, *values in zip(*rows, strict=True):
+        is_known = name.strip().casefold() in _TEXT_NAMES | _LABEL_NAMES
+        if not is_known and name in values and len(set(values)) <= len(values) / 2:
+            return False
+    return True
+
+
+def _read_dataset(path: str, given: Mapping[str, Any]) -> _Columns:
+    settings: dict[str, Any] = {}
+    split = given.get("train_split")
+    splits = Path(path) / "dataset_dict.json"
+    if split is None and splits.is_file():
+        names = json.loads(splits.read_text(encoding="utf-8")).get("splits", [])
+        if "train" in names:
+            settings["train_split"] = split = "train"
+        if "validation" in names and not (given.get("dev") or given.get("dev_share")):
+            settings |= {"dev": path, "dev_split": "validation"}
+    elif split is None and path.startswith("hub:"):
+        settings["train_split"] = split = "train"
+    data = load_dataset(path, split, [])
+    declared = {n: getattr(f, "names", None) for n, f in data.features.items()}
+    class_names = {name: len(names) for name, names in declared.items() if names}
+    return _Columns(path, data.with_format(None)[:], class_names, settings)
+
+
+def _text_columns(columns: _Columns, given: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The columns of the text and of the second text, if there is one."""
+    text, pair = (_given_column(columns, given, name) for name in ("text", "text_pair"))
+    label = _given_column(columns, given, "label")
+    if text is not None:
+        return text, pair
+    free = [name for name in columns.others(pair, label) if _is_text(columns.values[name])]
+    by_name = {name.strip().casefold(): name for name in free}
+    for first, second in [*_PAIRS, *_numbered(by_name)] if pair is None else ():
+        if first in by_name and second in by_name:
+            return by_name[first], by_name[second]
+    named = [by_name[name] for name in by_name if name in _TEXT_NAMES]
+    lengths = {name: _mean_length(columns.values[name]) for name in named or free}
+    order = sorted(lengths, key=lambda name: -lengths[name])
+    if not order or not named and len(order) > 1 and lengths[order[0]] < 2 * lengths[order[1]]:
+        _fail_choice(columns, "text", order)
+    return order[0], pair
+
+
+def _numbered(names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Names that differ in their ends 1 and 2, or a and b."""
+    for name in names:
+        for first, second in ("12", "ab"):
+            if re.fullmatch(rf"(sentence|text|question|body|s|q).?{first}", name):
+                yield name, name[:-1] + second
+
+
+def _given_column(columns: _Columns, given: Mapping[str, Any], name: str) -> str | None:
+    column = given.get(name)
+    if column is not None and str(column) not in columns.values:
+        fail_column(columns.path, str(column), list(columns.values))
+    return None if column is None else str(column)
+
+
+def _indicators(
+    columns: _Columns, given: Mapping[str, Any], kind: str | None, text: str, pair: str | None
+) -> list[str]:
+    """The columns of 0 and 1 of a multi-label table; empty where a column holds the labels."""
+    if given.get("label_columns"):
+        return list(given["label_columns"])
+    free = columns.others(text, pair)
+    is_named = any(name.strip().casefold() in _LABEL_NAMES for name in free)
+    if given.get("label") or is_named or kind not in (None, _LISTS):
+        return []
+    found = [name for name in free if {str(v) for v in columns.values[name]} == {"0", "1"}]
+    return found if len(found) > 1 else []
+
+
+def _label_column(
+    columns: _Columns, given: Mapping[str, Any], kind: str | None, text: str, pair: str | None
+) -> str:
+    label = _given_column(columns, given, "label")
+    if label is not None:
+        return label
+    free = columns.others(text, pair)
+    named = [name for name in free if name.strip().casefold() in _LABEL_NAMES]
+    plain = [name for name in named if name.strip().casefold() in ("label", "labels")]
+    candidates = plain or named or free
+    if len(candidates) > 1 and not named:
+        candidates = [name for name in free if _is_label(columns.values[name], kind)] or free
+    if len(candidates) != 1:
+        _fail_choice(columns, "label", candidates)
+    return candidates[0]
+
+
+def _is_label(values: Sequence[Any], kind: str | None) -> bool:
+    if any(isinstance(value, list) for value in values):
+        return True
+    if kind == _NUMBERS:
+        return all(map(_is_number, values))
+    return 2 <= len(set(map(str, values))) <= len(values) / 2
+
+
+def _kind_of_labels(columns: _Columns, label: str) -> tuple[dict[str, Any], str]:
+    """(settings with the kind, what the column holds in words)."""
+    values = columns.values[label]
+    if any(isinstance(value, list) for value in values):
+        return {"kind": _LISTS}, "lists of labels"
+    raw = [str(value).strip() for value in values if value is not None]
+    distinct = set(raw)
+    classes = {"kind": _CLASSES}, f"one of {len(distinct):,} labels"
+    if label in columns.class_names:
+        return {"kind": _CLASSES}, f"one of {columns.class_names[label]:,} labels"
+    if all(map(_is_number, distinct)):
+        return ({"kind": _NUMBERS}, "numbers") if _are_amounts(label, distinct) else classes
+    for separator in _SEPARATORS:
+        parts = {part.strip() for value in distinct for part in value.split(separator)}
+        several = sum(separator in value for value in raw)
+        if several >= 0.1 * len(raw) and len(parts) < len(distinct):
+            told = f"lists of {len(parts):,} labels with {separator!r} between them"
+            return {"kind": _LISTS, "separator": separator}, told
+    return classes
+
+
+def _are_amounts(label: str, distinct: set[str]) -> bool:
+    """Whether numbers are amounts, not the numbers of classes."""
+    numbers = [float(value) for value in distinct]
+    if not all(number.is_integer() for number in numbers):
+        return True
+    if label.strip().casefold() in _NUMBER_NAMES and len(numbers) > 2:
+        return True
+    is_counted = min(numbers) in (0, 1) and max(numbers) - min(numbers) + 1 == len(numbers)
+    return len(numbers) > _MOST_IDS and not is_counted
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _is_text(values: Sequence[Any]) -> bool:
+    return all(isinstance(v, str | None) for v in values) and not all(map(_is_number, values))
+
+
+def _mean_length(values: Sequence[Any]) -> float:
+    return sum(len(value or "") for value in values) / max(len(values), 1)
+
+
+def _fail_choice(columns: _Columns, what: str, candidates: Sequence[str]) -> NoReturn:
+    got = f"columns {listed(list(columns.values))}"
+    if 1 < len(candidates) < len(columns.values):
+        got += f", of which it may be {listed(list(candidates))}"
+    fail(columns.path, f"one column that can be the {what}", got, f"give --{what} COLUMN")
