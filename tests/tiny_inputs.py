@@ -30,9 +30,8 @@ def write_inputs(folder: Path, **sizes: int) -> tuple[dict, ModelConfig, Any]:
     (folder / "rows.tsv").write_text("text\tlabel\n" + rows)
     (folder / "corpus.txt").write_text("\n\n".join(TEXTS))
     tokenizer = train_wordpiece(TEXTS, vocab_size=60)
-    config = ModelConfig(
-        vocab_size=len(tokenizer), num_attention_heads=2, max_position_embeddings=16, **sizes
-    )
+    sizes = {"max_position_embeddings": 16, **sizes}
+    config = ModelConfig(vocab_size=len(tokenizer), num_attention_heads=2, **sizes)
     params = make_masked_lm(config)[1](jax.random.key(0))
     save_model(folder / "teacher", params, config, tokenizer)
     return params, config, tokenizer

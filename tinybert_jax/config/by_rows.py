@@ -23,6 +23,7 @@ class Facts(NamedTuple):
     num_layers: int
     num_heads: int
     fast_dtype: ComputeDtype = "float32"  # the fastest dtype that the machine trains well in
+    intermediate_size: int | None = None  # of the teacher; None: four times its hidden size
 
 
 TYPICAL = Facts(10_000, 0, 384, 6, 12)
@@ -163,10 +164,11 @@ def _student(origin: str, given: dict[str, Any], facts: Facts) -> dict[str, Any]
         width = facts.num_heads * max(round(_NARROW / facts.num_heads), 1)
     width = given.get("hidden_size") or width
     is_equal = width == facts.hidden_size
+    inner = facts.intermediate_size if is_equal else None
     return {
         "num_hidden_layers": depth,
         "hidden_size": width,
-        "intermediate_size": 4 * width if isinstance(width, int) else None,
+        "intermediate_size": inner or (4 * width if isinstance(width, int) else None),
         "num_attention_heads": facts.num_heads,
         "init": "teacher_layers" if is_equal else "teacher_reduced",
         **{name: value for name, value in given.items() if value is not None},

@@ -77,6 +77,7 @@ class _Columns(NamedTuple):
     values: dict[str, list[Any]]
     class_names: dict[str, int] = {}  # column -> classes that a data set declares for it
     settings: dict[str, Any] = {}  # how the file is read
+    note: str = ""  # what else was seen
 
     def others(self, *names: str | None) -> list[str]:
         return [name for name in self.values if name not in names]
@@ -108,7 +109,7 @@ def guess_task(path: str, given: Mapping[str, Any]) -> Guess:
     if kind is not None:
         labels = {name: value for name, value in labels.items() if labels["kind"] == kind}
     settings = {**labels, "kind": kind or labels["kind"], **found, "label": label}
-    told = f"{settings['kind']}, {read}, {amount} in column {label!r}"
+    told = f"{settings['kind']}, {read}, {amount} in column {label!r}{columns.note}"
     return Guess({**columns.settings, **settings}, f"{told}; {_OTHERWISE}")
 
 
@@ -152,18 +153,19 @@ def _read_columns(path: str, given: Mapping[str, Any]) -> _Columns:
     if form == "jsonl":
         return _Columns(path, read_jsonl(path, None).columns)
     rows, _ = read_rows(path, form)
-    names = rows[0]
+    names, note = rows[0], ""
     rows = [row for row in rows if len(row) == len(names)]  # the reader tells of the others
     if _has_names(rows):
         rows = rows[1:]
     else:
         names = [str(place) for place in range(len(names))]
+        note = " (counted from 0, as the first line is like the others)"
     if len(names) == 1 or not rows:
         got = f"the only column {names[0]!r}" if rows else "no rows, only a header"
         fix = separator_hint(names).removeprefix("; ") or "check how the file was written"
         fail(path, "rows with a column of text and one of labels", got, fix)
     values = map(list, zip(*rows, strict=True))
-    return _Columns(path, dict(zip(names, values, strict=True)))
+    return _Columns(path, dict(zip(names, values, strict=True)), note=note)
 
 
 def _has_names(rows: list[list[str]]) -> bool:
@@ -208,7 +210,8 @@ def _text_columns(columns: _Columns, given: Mapping[str, Any]) -> tuple[str, str
         if first in by_name and second in by_name:
             return by_name[first], by_name[second]
     named = [by_name[name] for name in by_name if name in _TEXT_NAMES]
-    lengths = {name: _mean_length(columns.values[name]) for name in named or free}
+    likely = named or [name for name in free if _is_varied(name, columns.values[name])] or free
+    lengths = {name: _mean_length(columns.values[name]) for name in likely}
     order = sorted(lengths, key=lambda name: -lengths[name])
     if not order or not named and len(order) > 1 and lengths[order[0]] < 2 * lengths[order[1]]:
         _fail_choice(columns, "text", order)
@@ -310,6 +313,12 @@ def _is_number(value: Any) -> bool:
 
 def _is_text(values: Sequence[Any]) -> bool:
     return all(isinstance(v, str | None) for v in values) and not all(map(_is_number, values))
+
+
+def _is_varied(name: str, values: Sequence[Any]) -> bool:
+    """Whether most values differ, as those of text do, in a column that is not named a label."""
+    is_label = name.strip().casefold() in _LABEL_NAMES
+    return not is_label and len(set(values)) > len(values) / 2
 
 
 def _mean_length(values: Sequence[Any]) -> float:
