@@ -42,7 +42,7 @@ ROOMS = {
     "environment preflight stage_batches teacher_logits workload estimate scoring "
     "results head_init student_start stage_state stage_step divergence stage "
     "used_words compile saved_states",
-    "recipes": "data pretrain finetune distill by_rows from_table pipeline",
+    "recipes": "data pretrain finetune distill update by_rows from_table pipeline",
     "launch": "job slurm jobset gcluster tpu_vm sky command",
 }
 TOP = ("cli", "__main__", "__init__")

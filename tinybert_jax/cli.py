@@ -17,8 +17,9 @@ from collections.abc import Sequence
 
 from tinybert_jax import __version__
 from tinybert_jax.config import load as config_files
+from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import STAGE_NAMES
-from tinybert_jax.data.errors import LostWorkerError
+from tinybert_jax.data.errors import GateError, LostWorkerError
 from tinybert_jax.inference import command as inference
 from tinybert_jax.launch import command as launch
 from tinybert_jax.parallel import processes
@@ -107,6 +108,7 @@ def _report(error: Exception) -> int:
         preemption.say(error)
     statuses = {
         preemption.Stopped: preemption.STOPPED,
+        GateError: 3,
         LostWorkerError: 4,
         LostProcessError: LOST,
         FloatingPointError: 5,
@@ -163,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(act=_run)
     inference.add_to(commands)
     _add_compile(commands)
+    _add_update(commands)
     _add_convert(commands)
     _add_ckpt(commands)
     data.add_to(commands, _add_config)
@@ -218,6 +221,22 @@ def _add_table(command) -> None:
     )
     for name, text in _TABLE.items():
         table.add_argument(f"--{name.replace('_', '-')}", help=text)
+
+
+def _add_update(commands) -> None:
+    text = "train a classifier on new rows, with old ones; status 3 where it breaks too much"
+    command = commands.add_parser("update", help=text, description=text)
+    command.add_argument("model", help="a model folder or hub id; it is not changed")
+    command.add_argument("data", help="new labelled rows, maybe with new labels")
+    command.add_argument("--old", required=True, help="rows that the model was trained on")
+    for name in ("text", "text_pair", "label"):
+        command.add_argument(f"--{name.replace('_', '-')}", help=_TABLE[name])
+    inference.add_max_regressions(command)
+    command.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="change one setting"
+    )
+    command.add_argument("--print-config", action="store_true", help="print the config and stop")
+    command.set_defaults(act=_run, dry_run=False, profile=False)
 
 
 def _add_convert(commands) -> None:
@@ -299,7 +318,7 @@ def _run(arguments, command: str) -> int:
     if not arguments.print_config:
         processes.start(arguments.coordinator, arguments.num_processes, arguments.process_id)
     settings = _settings(arguments)
-    stages = _STAGES[arguments.command][0]
+    stages = _STAGES.get(arguments.command, (STAGE_NAMES,))[0]
     if arguments.print_config:
         print(config_files.dump(settings), end="")
         return 0
@@ -318,6 +337,13 @@ def _run(arguments, command: str) -> int:
 
 def _settings(arguments):
     """The config of a run, from a YAML file or from a table."""
+    if arguments.command == "update":
+        from tinybert_jax.recipes import from_table
+
+        names = ("model", "data", "old", "text", "text_pair", "label", "max_regressions")
+        given = {name: getattr(arguments, name) for name in names}
+        tree = from_table.make_update_tree(**given, overrides=arguments.overrides, say=_tell)
+        return config_files.validate(RunConfig, tree, "command line")
     # argparse takes the first setting for the config, or a config after an option for a setting.
     words = [word for word in (arguments.config, *arguments.overrides) if word is not None]
     table = {name: getattr(arguments, name, None) for name in _TABLE}

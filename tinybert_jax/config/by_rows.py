@@ -57,6 +57,7 @@ _DEV_SHARE = _SELECT_SHARE = 0.1
 _NEVER = 100  # times the steps of a stage
 _ANSWER_WIDTH = 384  # tokens of a window in which answers are looked for
 _WIDE = 512  # teachers above it have students of their own width no more, and lower rates
+_FAST, _SLOW = 1e-4, 3e-5  # learning rates of models that start from trained weights
 _NARROW, _DEEPEST = 312, 4  # of the students of wide teachers
 
 
@@ -96,6 +97,18 @@ def fill(tree: Mapping[str, Any], facts: Facts) -> tuple[dict[str, Any], list[st
         filled[name] = _stage(name, given, length, rows, bool(share))
         lines.append(_describe(name, filled[name], rows))
     return filled, lines
+
+
+def fill_update(num_rows: int, hidden_size: int) -> dict[str, Any]:
+    """The section update for so many rows, old and new, and a model of this width."""
+    batch = _BATCH if num_rows >= _NUM_SMALL else _SMALL_BATCH
+    return {
+        "learning_rate": _FAST if hidden_size <= _WIDE else _SLOW,
+        "num_epochs": LENGTHS["finetune"].epochs(num_rows, batch),
+        "global_batch_size": batch,
+        "batching": "pack",
+        "trained_words": "used",
+    }
 
 
 def _section(name: str, given: Any) -> dict[str, Any]:
@@ -200,7 +213,7 @@ _NOT_KEPT = {"preset", "prediction", "keep_logits"}
 def _rate(name: str, given: dict[str, Any], facts: Facts, is_inherited: bool) -> float:
     """The learning rate of a stage; a head that starts at random needs a higher one."""
     if name == "finetune":
-        return 1e-4 if facts.hidden_size <= _WIDE else 3e-5
+        return _FAST if facts.hidden_size <= _WIDE else _SLOW
     if name == "intermediate":
         return 1e-3 if is_inherited else 5e-4
     if name == "prediction" and is_inherited:

@@ -25,6 +25,7 @@ def consistency_errors(config: Any) -> Iterator[str]:
             "export: best compares the stages prediction and baseline: add both sections, or "
             "remove export"
         )
+    yield from _needs_of_update(config)
     yield from _needs_of_names(config)
     if config.finetune and config.teacher.finetuned:
         yield "expected a finetune section or teacher.finetuned, got both; remove one"
@@ -60,6 +61,20 @@ def consistency_errors(config: Any) -> Iterator[str]:
         if config.task:
             yield from _needs_of_task(config.task, stage.name, section)
     yield from _needs_of_embeddings(config)
+
+
+def _needs_of_update(config: Any) -> Iterator[str]:
+    task, update = config.task, config.update
+    if (update is None) != (task is None or task.old is None):
+        yield "expected a section update and task.old, got one of them: add or remove the other"
+    if update is None or task is None:
+        return
+    if task.kind != "classification":
+        yield f"update: expected task.kind classification, got {task.kind}: train a new model"
+    elif not isinstance(task.labels, tuple):
+        yield "update: expected task.labels as a list, those of the old model first: write it"
+    if not (config.student and config.student.path):
+        yield "update: expected student.path, the folder of the old model: set it"
 
 
 def _needs_of_task(task: Any, stage: str, section: Any) -> Iterator[str]:

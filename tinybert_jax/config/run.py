@@ -24,6 +24,7 @@ from tinybert_jax.config.stages import (
     Stage,
     SupervisedSection,
     TaskStageSection,
+    UpdateSection,
 )
 from tinybert_jax.config.tasks import AnyTask
 from tinybert_jax.settings.section import PositiveInt, Section
@@ -67,7 +68,7 @@ class RunConfig(Section):
 
     pretrain: masked-LM training of the teacher. finetune: supervised training of the teacher.
     general, intermediate, prediction: TinyBERT's three distillation steps. baseline: supervised
-    training of the same student without a teacher.
+    training of the same student without a teacher. update: further training of a model on new rows.
     """
 
     name: str = "run"
@@ -109,6 +110,7 @@ class RunConfig(Section):
     intermediate: TaskStageSection | None = None
     prediction: HeadSection | None = None
     baseline: SupervisedSection | None = None
+    update: UpdateSection | None = None
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -13,6 +13,9 @@ from tinybert_jax.settings.section import (
     Probability,
     Section,
 )
+from tinybert_jax.terms.label import LabelTerm
+from tinybert_jax.terms.logits import LogitsTerm
+from tinybert_jax.terms.table import Terms
 
 MaskUnit = Literal["token", "whole_word", "span"]
 
@@ -316,6 +319,41 @@ class FinetuneSection(SupervisedSection):
     )
 
 
+class UpdateSection(TaskStageSection):
+    """Training of a model on new rows, with rows and answers of its earlier state."""
+
+    old_weight: NonNegative = Field(
+        1.0,
+        description="weight of the old model's answers beside the labels; they count on the rows "
+        "that the old model has right",
+    )
+    temperature: Positive = 2.0
+    interpolations: Annotated[tuple[Fraction, ...], Field(min_length=1)] = Field(
+        tuple(step / 10 for step in range(11)),
+        description="shares of the way from the old weights to the trained ones; of those that "
+        "are no worse on new rows than the trained weights the one that breaks fewest old rows is "
+        "taken",
+    )
+    max_regressions: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None,
+        description="largest share of broken old rows that passes the gate (the upper bound of 95 "
+        "% confidence), beside McNemar's test; it may change when a run resumes",
+    )
+
+    @property
+    def terms(self) -> Terms:
+        """The labels, and the old model's logits where it is right."""
+        taught = LogitsTerm(
+            term="logits",
+            form="kl",
+            where="right",
+            weight=self.old_weight,
+            temperature=self.temperature,
+            times_squared_temperature=True,
+        )
+        return (LabelTerm(term="label"), *([taught] if self.old_weight else []))
+
+
 class Stage(NamedTuple):
     """One kind of stage; these fields alone decide what the stage does.
 
@@ -348,7 +386,9 @@ PREDICTION = Stage(
     "prediction", 4, "student", "distilled", "task", ("intermediate", "general"), trains_head=True
 )
 BASELINE = Stage("baseline", 5, "student", "labelled", trains_head=True)
-STAGES = (PRETRAIN, FINETUNE, GENERAL, INTERMEDIATE, PREDICTION, BASELINE)  # in running order
+UPDATE = Stage("update", 7, "student", "labelled", trains_head=True)
+# In running order.
+STAGES = (PRETRAIN, FINETUNE, GENERAL, INTERMEDIATE, PREDICTION, BASELINE, UPDATE)
 HELDOUT_SALT = 6  # for the masks on held-out text
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 DISTILL_STAGES = tuple(stage for stage in STAGES if stage.distils)

@@ -44,6 +44,12 @@ class TaskSection(Section):
         description="more text, without labels, for intermediate and prediction: a file with the "
         "same text columns, or 'rest': the training rows after the first max_train_rows",
     )
+    old: str | None = Field(
+        default=None,
+        description="for the stage update: rows that the model was trained on before, in a file "
+        "with the same columns; they are trained on too, and the gate is about them",
+    )
+    max_old_rows: PositiveInt | None = Field(None, description="of the old rows to train on")
     max_train_rows: PositiveInt | None = None
     max_dev_rows: PositiveInt | None = None
 
@@ -62,6 +68,12 @@ class TaskSection(Section):
             )
         if self.dev_share and self.dev_split:
             raise ValueError("dev_share takes the dev rows from train: remove dev_split")
+        if self.old and not self.dev_share:
+            raise ValueError("a share of old and of new rows is dev: set dev_share, not dev")
+        if self.old and self.unlabelled:
+            raise ValueError("old is for the stage update, which reads labels: remove unlabelled")
+        if self.max_old_rows and not self.old:
+            raise ValueError("max_old_rows is of the rows in old: set old, or remove max_old_rows")
         if self.unlabelled == "rest" and not self.max_train_rows:
             raise ValueError(
                 "unlabelled: 'rest' needs max_train_rows; set it, or set unlabelled to a file"

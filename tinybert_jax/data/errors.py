@@ -11,6 +11,10 @@ class LostWorkerError(RuntimeError):
     """A worker process has ended or stopped; the command line exits with status 4."""
 
 
+class GateError(ValueError):
+    """A gate refuses a model; the command line exits with status 3."""
+
+
 def fail(where: str, expected: str, got: str, fix: str) -> NoReturn:
     """Raises ValueError; `where` is the file, option or setting at fault."""
     raise ValueError(f"{where}: expected {expected}; got {got}; fix: {fix}")

@@ -17,6 +17,7 @@ class Examples(NamedTuple):
     label_names: tuple[str, ...] | None  # of the outputs of a head; None where labels are numbers
     groups: list[str] | None = None  # n names: examples of one group are on one side of a split
     negatives: list[str] | None = None  # n third texts, which mean something else
+    is_old: np.ndarray | None = None  # bool [n]: whether a model was trained on them before
 
     @property
     def num_outputs(self) -> int:
@@ -33,5 +34,15 @@ class Examples(NamedTuple):
             return None if values is None else [values[place] for place in places]
 
         text, pairs, labels = chosen(self.text), chosen(self.text_pair), chosen(self.labels)
-        more = chosen(self.groups), chosen(self.negatives)
-        return Examples(text, pairs, labels, self.label_names, *more)
+        groups, negatives, is_old = map(chosen, (self.groups, self.negatives, self.is_old))
+        return Examples(text, pairs, labels, self.label_names, groups, negatives, is_old)
+
+
+def join_old(new: Examples, old: Examples) -> Examples:
+    """The new examples, then the old ones, with marks; both have class ids of the same labels."""
+    pairs = None
+    if new.text_pair is not None and old.text_pair is not None:
+        pairs = [*new.text_pair, *old.text_pair]
+    is_old = np.repeat([False, True], [len(new.text), len(old.text)])
+    labels = np.concatenate([new.labels, old.labels])
+    return Examples([*new.text, *old.text], pairs, labels, new.label_names, is_old=is_old)

@@ -12,7 +12,7 @@ from tinybert_jax.config.tasks import TaskSection
 from tinybert_jax.data import builtin
 from tinybert_jax.data.corpus import read_corpus
 from tinybert_jax.data.errors import short
-from tinybert_jax.data.examples import Examples
+from tinybert_jax.data.examples import Examples, join_old
 
 
 class Reading(NamedTuple):
@@ -103,6 +103,9 @@ def read_task(section: TaskSection, read: Reader) -> TaskData:
         return _task_data(section, train, dev, None)
     assert section.train is not None  # or the section is builtin
     train = read(section.train, section, Reading(section.train_split))
+    if section.old:
+        old = read(section.old, section, Reading(section.train_split, train.label_names))
+        return _with_old(section, train, old)
     unlabelled = None
     if section.unlabelled and section.unlabelled != "rest":
         unlabelled = _read_unlabelled(section, read)
@@ -122,6 +125,18 @@ def _read_unlabelled(section: TaskSection, read: Reader) -> Examples:
     for more in others:
         first = TaskData(first, first, more).distilled
     return first
+
+
+def _with_old(section: TaskSection, new: Examples, old: Examples) -> TaskData:
+    """New and old rows, each with its share of dev and of those that choose."""
+    parts = []
+    for examples, most in ((new, section.max_train_rows), (old, section.max_old_rows)):
+        rest, dev = _split_share(section, "dev_share", examples)
+        limits = section.model_copy(update={"max_train_rows": most})
+        parts.append(_task_data(limits, rest, dev, None))
+    one, two = parts
+    select = join_old(one.select, two.select) if one.select and two.select else None
+    return TaskData(join_old(one.train, two.train), join_old(one.dev, two.dev), None, select)
 
 
 def describe_labels(

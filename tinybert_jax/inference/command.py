@@ -105,16 +105,20 @@ def _add_compare(commands) -> None:
     command.add_argument("new", help="another one for the same task")
     _add_labelled_text(command)
     command.add_argument("--by", metavar="COLUMN", help="group the examples by this column")
+    add_max_regressions(command)
+    command.add_argument(
+        "-o", "--output", type=os.path.expanduser, help="also write a .json or .html file"
+    )
+    command.set_defaults(act=_compare)
+
+
+def add_max_regressions(command) -> None:
     command.add_argument(
         "--max-regressions",
         type=_share,
         metavar="SHARE",
         help="status 3 where more may be broken, as 0.5%% (the upper bound of 95 %% confidence)",
     )
-    command.add_argument(
-        "-o", "--output", type=os.path.expanduser, help="also write a .json or .html file"
-    )
-    command.set_defaults(act=_compare)
 
 
 def _add_labelled_text(command) -> None:

@@ -7,7 +7,7 @@ A unit is the item that a task scores, such as an example or a word; logits are 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tinybert_jax.losses.pointwise import (
     Reduction,
@@ -28,6 +28,8 @@ class Form(NamedTuple):
     label_loss: Callable[..., Array]  # (logits, labels, weights, …)
     teacher_loss: Callable[..., Array]  # (student_logits, teacher_logits, weights, …)
     has_temperature: bool = True  # `teacher_loss` takes temperature, divergence and reduction
+    # (logits [units, classes], labels) -> bool [units]: whether a model's answers are right
+    is_right: Callable[[Array, Array], Array] | None = None
 
 
 def _square_label_loss(
@@ -63,8 +65,18 @@ def _softmax_teacher_loss(
     )
 
 
+def _is_highest(logits: Float[Array, "units classes"], labels: Int[Array, " units"]) -> Array:
+    return logits.argmax(-1) == labels
+
+
+def _are_signs(logits: Float[Array, "units classes"], labels: Int[Array, "units classes"]) -> Array:
+    return ((logits > 0) == (labels > 0)).all(-1)
+
+
 FORMS: dict[str, Form] = {
-    "softmax": Form(softmax_cross_entropy, _softmax_teacher_loss),  # one class per unit
-    "sigmoid": Form(sigmoid_cross_entropy, soft_sigmoid_cross_entropy),  # any classes
+    # one class per unit
+    "softmax": Form(softmax_cross_entropy, _softmax_teacher_loss, is_right=_is_highest),
+    # any classes
+    "sigmoid": Form(sigmoid_cross_entropy, soft_sigmoid_cross_entropy, is_right=_are_signs),
     "square": Form(_square_label_loss, logits_mse, has_temperature=False),  # one number per unit
 }

@@ -1,4 +1,4 @@
-"""The config of a run on a table, without a YAML file: text, teacher, a guessed task, `by_rows`."""
+"""The configs of `tinybert run --data` and `tinybert update`, which need no YAML file."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -7,10 +7,18 @@ from typing import Any
 
 from tinybert_jax.config import by_rows
 from tinybert_jax.config import load as config_files
-from tinybert_jax.data.errors import fail
+from tinybert_jax.data.errors import fail, listed
+from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.guess import guess_task
+from tinybert_jax.data.splits import Reading
+from tinybert_jax.huggingface.folder import HfModel, read_model
+from tinybert_jax.tasks.classification import CLASSIFICATION
+from tinybert_jax.tasks.table import task_of
 
 _ORIGIN = "command line"
+_SHARE = 0.1  # of the rows of an update that are dev, and of the others that choose
+_MAX_LENGTH = 128
+_OLD_FIX = "name the labels as the model does, or move these rows to the new ones"
 
 
 def make_tree(
@@ -57,6 +65,72 @@ def make_tree(
         "task": {"name": name, **options},
     }
     return config_files.with_overrides(tree, overrides, _ORIGIN)
+
+
+def make_update_tree(
+    *,
+    model: str,
+    data: str,
+    old: str,
+    text: str | None,
+    text_pair: str | None,
+    label: str | None,
+    max_regressions: float | None,
+    overrides: Sequence[str],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The tree of a config with the stage update: a model folder, new rows and old ones.
+
+    The labels of the model come first, those that only the new rows have follow. Raises ValueError
+    for files that cannot be read, and for old rows whose labels the model does not know.
+    """
+    settings = config_files.read_overrides(overrides).get("task") or {}
+    columns = {"text": text, "text_pair": text_pair, "label": label, **settings}
+    options = {name: value for name, value in columns.items() if value is not None}
+    source = _read_classifier(model)
+    options["kind"] = CLASSIFICATION.kind
+    if not {"text", "label"} <= set(options):
+        guess = guess_task(data, options)
+        say(f"task: {guess.told}")
+        options = {**guess.settings, **options}
+    rows = {path: _read_rows(path, options) for path in (data, old)}
+    names = source.label_names or ()
+    strange = sorted(set(rows[old].label_names or ()) - set(names))
+    if strange:
+        fail(old, f"labels of {model}: {listed(list(names))}", listed(strange), _OLD_FIX)
+    new = sorted(set(rows[data].label_names or ()) - set(names))
+    told = f"{len(new)} new labels, {listed(new)}," if new else "no new labels"
+    say(f"task: {told} beside the {len(names)} of {model}")
+    num_rows = sum(len(part.text) for part in rows.values())
+    sizes, name = source.config, _name_of(data)
+    update = by_rows.fill_update(num_rows, sizes.hidden_size)
+    update["max_length"] = min(_MAX_LENGTH, sizes.max_position_embeddings)
+    shares = {"dev_share": _SHARE, "select_share": _SHARE}
+    tree = {
+        "name": name,
+        "run_dir": os.path.join("runs", f"{name}-update"),
+        "teacher": {"path": model},
+        "student": {"path": model},
+        "task": {"name": name, "train": data, "old": old, **shares, **options},
+        "compute": {"unroll_layers": True},
+        "update": {**update, "max_regressions": max_regressions},
+    }
+    tree["task"].setdefault("labels", [*names, *new])
+    return config_files.with_overrides(tree, overrides, _ORIGIN)
+
+
+def _read_classifier(model: str) -> HfModel:
+    source = read_model(model)
+    kind = task_of(source).kind
+    if kind != CLASSIFICATION.kind:
+        fail(model, f"a model for {CLASSIFICATION.kind}", f"one for {kind}", "train a new model")
+    return source
+
+
+def _read_rows(path: str, options: dict[str, Any]) -> Examples:
+    given = {**options, "train": path, "dev_share": _SHARE}
+    section = config_files.validate(CLASSIFICATION.section, given, _ORIGIN)
+    return CLASSIFICATION.read(path, section, Reading(section.train_split, is_dev=True))
 
 
 def _name_of(data: str) -> str:

@@ -15,12 +15,14 @@ from tinybert_jax.config.stages import (
     PREDICTION,
     PRETRAIN,
     STAGE_NAMES,
+    UPDATE,
     Stage,
 )
+from tinybert_jax.data.errors import GateError
 from tinybert_jax.data.splits import describe_labels
 from tinybert_jax.parallel import processes
 from tinybert_jax.performance import disk
-from tinybert_jax.recipes import distill, finetune, pretrain
+from tinybert_jax.recipes import distill, finetune, pretrain, update
 from tinybert_jax.report.console import console_summary
 from tinybert_jax.report.page import write_report
 from tinybert_jax.runs import estimate, identity, shared_folder
@@ -40,9 +42,10 @@ _RECIPES = {
     INTERMEDIATE: distill,
     PREDICTION: distill,
     BASELINE: finetune,
+    UPDATE: update,
 }
 # The first of these stages that is done is exported to `hf`: students before teachers.
-_EXPORT_ORDER = (PREDICTION, INTERMEDIATE, GENERAL, FINETUNE, PRETRAIN, BASELINE)
+_EXPORT_ORDER = (UPDATE, PREDICTION, INTERMEDIATE, GENERAL, FINETUNE, PRETRAIN, BASELINE)
 
 
 def main(
@@ -75,7 +78,7 @@ def main(
                 for teacher in run.own_teachers or [run.task_teacher]:
                     check_teacher(run, teacher, run.teacher)
         stop.place = "after its last stage"
-        processes.on_main("results", lambda: _write_results(run, command, config.export))
+        processes.on_main("results", lambda: _write_results(run, command, config))
         run.saver.copy_soon()
         run.saver.drain()
         if config.run_store:
@@ -83,17 +86,36 @@ def main(
         return run.folder
 
 
-def _write_results(run: Run, command: str, export: str) -> None:
-    """Compares the models, exports one and writes `results.json` and the report."""
+def _write_results(run: Run, command: str, config: RunConfig) -> None:
+    """Compares the models, exports one and writes `results.json` and the report.
+
+    Raises GateError where the gate of the stage update refuses the model.
+    """
     lines = read_rows(run.folder / "metrics.jsonl")
-    summary = collect_results(run, lines, command, export)
-    exported = _exported(run, summary, is_best=export == "best")
-    summary["exported"] = {member: folder.name for member, folder in exported.items()}
-    export_models(run, exported)
+    summary = collect_results(run, lines, command, config.export)
+    exported = _exported(run, summary, is_best=config.export == "best")
+    reasons = _reasons_against(run, exported)
+    if not reasons:
+        summary["exported"] = {member: folder.name for member, folder in exported.items()}
+        export_models(run, exported, lineage=identity.lineage(run))
     disk.replace_text(run.folder / "results.json", json.dumps(summary, indent=2) + "\n")
     report = write_report(run.folder)
     run.log.say(console_summary(summary))
+    if reasons:
+        raise GateError(
+            f"gate: expected a model that keeps what {config.teacher.path} had right, got one "
+            f"that is refused: {'; '.join(reasons)}; it is not exported, see {report}; give "
+            "more old rows (task.old), train for shorter, or allow more (--max-regressions)"
+        )
     run.log.say(f"model:  {run.folder / 'hf'}\nreport: {report}")
+
+
+def _reasons_against(run: Run, exported: dict[str, Path]) -> list[str]:
+    """Why the gate of the stage update refuses the exported model; empty where it passes."""
+    if not run.is_done(UPDATE.name):
+        return []
+    (folder,) = exported.values()
+    return update.judge(run, run.plans[UPDATE.name], folder)
 
 
 def _exported(run: Run, summary: dict[str, Any], *, is_best: bool) -> dict[str, Path]:

@@ -279,6 +279,22 @@ def check_teacher_labels(path: str | Path, task: RunTask) -> None:
         )
 
 
+def check_old_labels(path: str, label_names: Sequence[str]) -> None:
+    """Raises ValueError where the task's labels do not begin with those of the old model."""
+    head = read_model(path).head
+    if head is None:
+        raise ValueError(
+            f"student.path: expected a model with a head for the task, got {path} without; "
+            "fine-tune it first (tinybert finetune)"
+        )
+    names = head.label_names
+    if tuple(label_names[: len(names)]) != names:
+        raise ValueError(
+            f"task.labels: expected those of {path} first, in its order {list(names)}, got "
+            f"{list(label_names[: len(names)])}; write them so, and new labels after them"
+        )
+
+
 def _check_pair(plans: Sequence[StagePlan], teacher: ModelConfig, student: ModelConfig) -> None:
     """Raises ValueError for two models whose outputs a term cannot compare."""
     check_same_vocabulary(student, teacher)

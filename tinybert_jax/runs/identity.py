@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tinybert_jax import __version__
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.splits import TaskData
@@ -95,6 +96,14 @@ def finish(run: Run, plan: StagePlan) -> None:
     disk.make_folder(run.folder / IDENTITIES)
     file = run.folder / IDENTITIES / f"{plan.name}.json"
     disk.replace_text(file, json.dumps(identity, indent=1) + "\n")
+
+
+def lineage(run: Run) -> dict[str, Any]:
+    """What the models of a run were made of: the version, and hashes of data and given models."""
+    recorded = json.loads((run.folder / INPUTS).read_text(encoding="utf-8"))
+    config = hashlib.sha256((run.folder / "config.yaml").read_bytes()).hexdigest()
+    inputs = {name: recorded[name] for name in ("data", "models")}
+    return {"run": run.name, "tinybert-jax": __version__, "config.yaml": config, **inputs}
 
 
 def _check_same(run: Run, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

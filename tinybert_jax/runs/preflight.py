@@ -15,7 +15,7 @@ import numpy as np
 
 from tinybert_jax.config import load as config_files
 from tinybert_jax.config.run import RunConfig, StagePlan
-from tinybert_jax.config.stages import FINETUNE, PRETRAIN, STAGE_NAMES, Stage
+from tinybert_jax.config.stages import FINETUNE, PRETRAIN, STAGE_NAMES, UPDATE, Stage
 from tinybert_jax.huggingface.hub import pin_revision
 from tinybert_jax.huggingface.untrusted import read_json
 from tinybert_jax.parallel import processes
@@ -43,6 +43,7 @@ _MAY_CHANGE = (
     "mesh.tensor",
     "log.trackers",
     "log.project",
+    "update.max_regressions",
     *(
         f"{stage}.{name}"
         for stage in STAGE_NAMES
@@ -311,6 +312,8 @@ def _check(run: Run, plans: Sequence[StagePlan]) -> None:
         checks.check_teacher_labels(run.task_teacher, run.required_task)
     if any(plan.keeps_logits for plan in plans):
         checks.check_further_teachers(run)
+    for student in run.students if any(plan.stage is UPDATE for plan in plans) else ():
+        checks.check_old_labels(student.section.path, run.required_task.data.label_names)
     checks.check_weights(run, plans)
 
 

@@ -1,6 +1,7 @@
 """The `Run` that every stage gets: folder, devices, inputs, and the models of finished stages."""
 
 import functools
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -340,9 +341,13 @@ def check_teacher(run: Run, path: str | Path, sizes: ModelConfig) -> None:
         )
 
 
-def export_models(run: Run, models: Mapping[str, Path]) -> Path:
+LINEAGE = "lineage.json"
+
+
+def export_models(run: Run, models: Mapping[str, Path], lineage: Mapping[str, Any]) -> Path:
     """Copies models of a finished stage to `folder/hf` and returns that folder.
 
+    `lineage`: what the models were made of, for a file in each of their folders.
     `models`: by subfolder of `folder/hf`; "" for the folder itself. An existing `folder/hf` is
     replaced.
     """
@@ -351,6 +356,8 @@ def export_models(run: Run, models: Mapping[str, Path]) -> Path:
     for name, model in models.items():
         ignored = shutil.ignore_patterns("projection.safetensors")
         shutil.copytree(model, partial / name, ignore=ignored)
+        made = {"stage": model.name, **lineage}
+        (partial / name / LINEAGE).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     target, before = run.folder / "hf", run.folder / ".hf-before"
     shutil.rmtree(before, ignore_errors=True)
     if target.exists():

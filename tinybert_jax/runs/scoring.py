@@ -8,7 +8,7 @@ import numpy as np
 
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.run import StagePlan
-from tinybert_jax.config.stages import BASELINE, FINETUNE, PREDICTION
+from tinybert_jax.config.stages import BASELINE, FINETUNE, PREDICTION, UPDATE
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.huggingface.folder import read_model, start_params
 from tinybert_jax.inference.scorer import make_scorer
@@ -52,7 +52,11 @@ def evaluated_models(run: Run) -> list[EvaluatedModel]:
     if given and not teachers:
         teachers = [Path(given)]
     models = [EvaluatedModel("teacher", FINETUNE.name, SOLE, run.teacher, teachers)]
-    for role, stage in (("student", PREDICTION.name), ("baseline", BASELINE.name)):
+    for role, stage in (
+        ("student", PREDICTION.name),
+        ("student", UPDATE.name),
+        ("baseline", BASELINE.name),
+    ):
         for student in run.students:
             folders = _folders(run, stage, student.name)
             models.append(EvaluatedModel(role, stage, student.name, student.sizes, folders))
@@ -118,11 +122,16 @@ def score(
     params: Sequence[Any],
     sizes: ModelConfig,
     examples: Examples,
+    num_outputs: int | None = None,
 ) -> list[Scored]:
-    """The examples with the fp32 logits of each model in `params`."""
+    """The examples with the fp32 logits of each model in `params`.
+
+    `num_outputs`: of the heads of these models; None: those of the run's task.
+    """
     section = plan.section
-    apply, _ = make_task_model(run, sizes)
-    rows = run.required_task.kind.encode(run.tokenizer, examples, section.max_length)
+    task = run.required_task
+    apply, _ = task.kind.make_head(sizes, num_outputs or task.data.num_outputs)
+    rows = task.kind.encode(run.tokenizer, examples, section.max_length)
     logits = make_scorer(apply, buckets=section.buckets(), pad_token_id=run.tokenizer.pad_token_id)
     return [Scored(logits(model, rows), rows, examples) for model in params]
 

@@ -20,14 +20,23 @@ class LogitsTerm(Term):
     times_squared_temperature: bool = Field(
         False, description="as Hinton et al. do, so that the gradient keeps its size"
     )
+    where: Literal["all", "right"] = Field(
+        "all", description="right: only units whose labels are the teacher's own answer"
+    )
     reduction: Literal["sum", "mean_classes"] = "sum"
+
+    @property
+    def needs_labels(self) -> bool:  # type: ignore[override]
+        return self.where == "right"
 
     def make_loss(self, num_student: int, num_teacher: int) -> Loss:
         from tinybert_jax.losses.forms import FORMS
 
         def loss(c: Context):
             form = FORMS[c.options.form]
-            _, weights = c.units()
+            labels, weights = c.units()
+            if self.where == "right" and form.is_right is not None:
+                weights = weights * form.is_right(c.teacher.logits, labels)
             if not form.has_temperature:
                 return form.teacher_loss(
                     c.student.logits, c.teacher.logits, weights, count=c.counts.units

@@ -1,0 +1,283 @@
+"""Further training of a classifier on new rows, so that it keeps what it had right.
+
+Old rows are trained on again beside the new ones; the old model teaches where it is right; and of
+the weights between the old and the trained ones those are taken that break fewest old rows
+(Wortsman et al. 2022, arXiv 2109.01903). A paired test of the old and the new model is the gate.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinybert_jax.batches.batch import TokenRows
+from tinybert_jax.config.models import Student
+from tinybert_jax.config.run import StagePlan
+from tinybert_jax.data.examples import Examples
+from tinybert_jax.huggingface.folder import read_model, start_params
+from tinybert_jax.losses.pointwise import softmax_cross_entropy
+from tinybert_jax.metrics.paired import count_pairs, mcnemar, upper_bound
+from tinybert_jax.models.params import Params, sha256
+from tinybert_jax.objectives.distillation import Options, Role, make_distill
+from tinybert_jax.objectives.linear_probe import fit_head
+from tinybert_jax.parallel.mesh import num_batch_shards
+from tinybert_jax.performance.flops import training_flops_per_token
+from tinybert_jax.runs import teacher_logits
+from tinybert_jax.runs.run import (
+    Run,
+    TaskEvaluator,
+    make_task_evaluator,
+    make_task_model,
+    save_task_model,
+    trained_options,
+    with_dropout,
+)
+from tinybert_jax.runs.scoring import score
+from tinybert_jax.runs.stage import Member, Training
+from tinybert_jax.runs.stage_batches import StageBatches, make_stage_batches
+from tinybert_jax.runs.used_words import train_stage
+from tinybert_jax.runs.workload import count_last_layer_tokens
+from tinybert_jax.terms.term import Reads
+
+RECORD = "update.json"  # in the model folder: the sweep, and the counts that the gate reads
+_ABSENT = -1e4  # the old model's logit of a label that it does not know
+_HEAD_C = 1.0  # of the fit of new labels; see `fit_head`
+_SURE = 0.05  # p-value of McNemar's test below which a model is worse
+
+
+def main(run: Run, plan: StagePlan) -> None:
+    """Trains the student of the run from its folder, the old model, and saves the best mixture."""
+    section, task = plan.section, run.required_task
+    (student,) = run.students
+    old = _read_old(run, student)
+
+    # The old model's answers, and a start that knows the new labels.
+    rows = task.kind.encode(run.tokenizer, task.data.train, section.max_length)
+    features = _features(run, plan, student, old)
+    start = {**old.params, "classifier": _grown_head(run, old, features, rows)}
+    teacher = {**old.params, "classifier": _padded_head(old, task.data.num_outputs)}
+    logits = features @ teacher["classifier"]["kernel"] + teacher["classifier"]["bias"]
+    batches = make_stage_batches(run, plan, lambda _: (logits, sha256(old.params)))
+
+    # Train.
+    training, evaluator = _make(run, plan, batches, start)
+    trained = train_stage(run, training)
+
+    # Choose how far to go from the old weights to the trained ones, and count what breaks.
+    right = functools.partial(_rights, run, plan, student)
+    for folder, params in zip(
+        run.seed_folders(plan, student.name), trained[student.name], strict=True
+    ):
+        data = task.data
+        points = _sweep(right, start, teacher, params["student"], section, data.selection)
+        chosen = _choose(points)
+        mixed = _between(start, params["student"], chosen["share"])
+        counts = _count(right(teacher, data.dev), right(mixed, data.dev), data.dev)
+        record = {"share": chosen["share"], "chosen_on": data.selection_name, "sweep": points}
+        record["dev"] = counts
+        run.log.say(f"{plan.name}: {_describe(points, chosen, data.selection_name)}")
+        extra = {RECORD: functools.partial(_write, record)}
+        save_task_model(run, folder, mixed, student.sizes, evaluator.tune(mixed), extra)
+
+
+def make_training(run: Run, plan: StagePlan) -> Training:
+    """The model and the batches of the stage; the old model's logits are zeros."""
+    read_logits = functools.partial(teacher_logits.zeros, run)
+    return _make(run, plan, make_stage_batches(run, plan, read_logits), {})[0]
+
+
+def _make(
+    run: Run, plan: StagePlan, batches: StageBatches, start: Params
+) -> tuple[Training, TaskEvaluator]:
+    """(training, evaluator); `start`: the initial parameters."""
+    section, task, (student,) = plan.section, run.required_task, run.students
+    apply, init = make_task_model(
+        run, with_dropout(student.sizes, section), **trained_options(run.compute, plan)
+    )
+    role = Role(apply, Reads(task_logits=True), student.sizes.num_hidden_layers)
+    options = Options(form=task.kind.form, num_shards=num_batch_shards(run.mesh))
+    evaluator = make_task_evaluator(run, apply, section)
+    measured = evaluator.as_evaluator()
+    measured = measured._replace(measure=lambda params: evaluator.measure(params["student"]))
+    member = Member(
+        make_distill(role, role, section.terms, options),
+        lambda key: {"student": init(key)},
+        lambda key, seed: {"student": start},
+        measured,
+    )
+    training = Training(
+        plan=plan,
+        members={student.name: member},
+        batches=batches,
+        flops_per_token=lambda width: training_flops_per_token(
+            [student.sizes] * len(plan.seeds),
+            width,
+            num_last_layer_tokens=count_last_layer_tokens(run, plan, width),
+        ),
+        metric=task.metric,
+    )
+    return training, evaluator
+
+
+class _Old(NamedTuple):
+    params: Params
+    label_names: tuple[str, ...]
+
+
+def _read_old(run: Run, student: Student) -> _Old:
+    path = student.section.path
+    assert path is not None  # the config check requires it
+    model = read_model(path)
+    assert model.head is not None  # the checks refuse a folder without
+    names = model.head.label_names
+    _, init = run.required_task.kind.make_head(student.sizes, len(names))
+    return _Old(start_params(path, init, whole=True), names)
+
+
+def _features(run: Run, plan: StagePlan, student: Student, old: _Old) -> np.ndarray:
+    """fp32 [rows, dim]: what the head of the old model reads of the training rows."""
+    size = student.sizes.hidden_size
+    identity = {"kernel": np.eye(size, dtype=np.float32), "bias": np.zeros(size, np.float32)}
+    params = {**old.params, "classifier": identity}
+    (scored,) = score(
+        run, plan, [params], student.sizes, run.required_task.data.train, num_outputs=size
+    )
+    return scored.logits
+
+
+def _padded_head(old: _Old, num_outputs: int) -> dict[str, np.ndarray]:
+    """The old head with outputs for all labels; it never answers one that it does not know."""
+    kernel, bias = (np.asarray(old.params["classifier"][name]) for name in ("kernel", "bias"))
+    num_new = num_outputs - len(old.label_names)
+    return {
+        "kernel": np.pad(kernel, ((0, 0), (0, num_new))),
+        "bias": np.pad(bias, (0, num_new), constant_values=_ABSENT),
+    }
+
+
+def _grown_head(run: Run, old: _Old, features: np.ndarray, rows: TokenRows) -> dict[str, Any]:
+    """The old head, and beside it outputs for new labels that are fitted to the old model."""
+    head, num_old = _padded_head(old, run.required_task.data.num_outputs), len(old.label_names)
+    num_new = head["bias"].size - num_old
+    if not num_new:
+        return head
+    assert rows.labels is not None
+    known = features @ head["kernel"][:, :num_old] + head["bias"][:num_old]
+    empty = {"kernel": np.zeros_like(head["kernel"][:, num_old:]), "bias": np.zeros(num_new)}
+    targets = np.concatenate([rows.labels[:, None].astype(np.float32), known], axis=1)
+    fitted = fit_head(empty, features, targets, _beside_old, _HEAD_C)
+    run.log.say(f"update: the head has {num_new} new labels, fitted beside the {num_old} old ones")
+    return {
+        "kernel": np.concatenate([head["kernel"][:, :num_old], fitted["kernel"]], axis=1),
+        "bias": np.concatenate([head["bias"][:num_old], fitted["bias"]]),
+    }
+
+
+def _beside_old(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross-entropy over old labels, whose logits are in `targets` after the gold, and new ones."""
+    whole = jnp.concatenate([targets[:, 1:], logits], axis=1)
+    return softmax_cross_entropy(whole, targets[:, 0].astype(jnp.int32), jnp.ones(len(logits)))
+
+
+def _between(start: Params, end: Params, share: float) -> Params:
+    """The weights at this share of the way from `start` to `end`, fp32 on the host."""
+
+    def mix(one: Any, two: Any) -> np.ndarray:
+        one, two = np.asarray(one, np.float32), np.asarray(two, np.float32)
+        return two if share == 1 else one + np.float32(share) * (two - one)
+
+    return jax.tree.map(mix, start, end)
+
+
+def _rights(
+    run: Run, plan: StagePlan, student: Student, params: Params, examples: Examples
+) -> np.ndarray:
+    """bool [n]: the examples that a model has right."""
+    (scored,) = score(run, plan, [params], student.sizes, examples)
+    return run.required_task.kind.is_right(scored, {})
+
+
+def _sweep(
+    right: Callable[[Params, Examples], np.ndarray],
+    start: Params,
+    teacher: Params,
+    end: Params,
+    section: Any,
+    examples: Examples,
+) -> list[dict[str, Any]]:
+    """What each interpolation has right and breaks among the examples that choose."""
+    before = right(teacher, examples)
+    return [
+        {"share": share, **_count(before, right(_between(start, end, share), examples), examples)}
+        for share in sorted({*section.interpolations, 1.0})
+    ]
+
+
+def _count(old: np.ndarray, new: np.ndarray, examples: Examples) -> dict[str, Any]:
+    """By old and new rows: the pairs, the share that broke with its bound, and McNemar's p."""
+    assert examples.is_old is not None
+    found = {}
+    for name, own in (("old", examples.is_old), ("new", ~examples.is_old)):
+        pairs = count_pairs(old[own], new[own])
+        found[name] = {
+            **pairs._asdict(),
+            "num_examples": pairs.total,
+            "broken_share": pairs.broken / pairs.total,
+            "broken_bound": upper_bound(pairs.broken, pairs.total),
+            "mcnemar_p": mcnemar(pairs.fixed, pairs.broken),
+        }
+    return found
+
+
+def _num_right(counts: dict[str, Any]) -> int:
+    return counts["both"] + counts["fixed"]
+
+
+def _choose(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The point that breaks fewest old rows, of those no worse on new rows than the last one.
+
+    Among equals it is the one with most rows right, then the one nearest to the old weights.
+    """
+    least = _num_right(points[-1]["new"])
+    good = [point for point in points if _num_right(point["new"]) >= least]
+    return min(
+        good,
+        key=lambda p: (p["old"]["broken"], -_num_right(p["new"]) - _num_right(p["old"])),
+    )
+
+
+def _describe(points: Sequence[dict[str, Any]], chosen: dict[str, Any], selection_name: str) -> str:
+    last, own = points[-1], chosen["old"]
+    return (
+        f"{chosen['share']:.0%} of the way from the old weights to the trained ones: on "
+        f"{selection_name} it breaks {own['broken']} of {own['num_examples']:,} old rows "
+        f"(trained: {last['old']['broken']}) and has {_num_right(chosen['new'])} of "
+        f"{chosen['new']['num_examples']:,} new rows right (trained: {_num_right(last['new'])})"
+    )
+
+
+def _write(record: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def judge(run: Run, plan: StagePlan, folder: Path) -> list[str]:
+    """Says what the exported model mends and breaks; returns the reasons against it."""
+    dev = json.loads((folder / RECORD).read_text(encoding="utf-8"))["dev"]
+    limit, reasons = plan.section.max_regressions, []
+    for name, own in dev.items():
+        run.log.say(
+            f"gate: {name} rows of dev: {own['fixed']} fixed, {own['broken']} broken of "
+            f"{own['num_examples']:,} ({own['broken_share']:.2%}, at most "
+            f"{own['broken_bound']:.2%} with 95 % confidence); McNemar p = {own['mcnemar_p']:.2g}"
+        )
+        if own["broken"] > own["fixed"] and own["mcnemar_p"] < _SURE:
+            reasons.append(f"it is worse on {name} rows, p = {own['mcnemar_p']:.2g}")
+    bound = dev["old"]["broken_bound"]
+    if limit is not None and bound > limit:
+        reasons.append(f"up to {bound:.2%} of the old rows may be broken, allowed are {limit:.2%}")
+    return reasons
