@@ -3,11 +3,12 @@
     TEACHER=<all-MiniLM-L6-v2 folder> TINYBERT_DATA=<data> python benchmarks/update.py \
         [--rows 20] [--seed 0] [--runs runs/update] [key.path=value …]
 
-The old model is the teacher, fine-tuned on `--rows` texts of each of 100 intents. It is updated with
-as many texts of 50 further intents in three ways: by `tinybert update` as it is; by plain continued
-training on the same rows, old and new (no old model as teacher, no interpolation); and by plain
-training on the new rows alone. All are compared with the old model on the 3,000 texts of clinc150's
-validation set, which nothing was trained on or chosen by. A finished run is only scored again.
+The old model is the teacher, fine-tuned on `--rows` texts of each of 100 intents. It is updated
+with as many texts of 50 further intents in three ways: by `tinybert update` as it is; by plain
+continued training on the same rows, old and new (no old model as teacher, no interpolation); by
+plain training on the new rows alone. All are compared with the old model on the 3,000 texts of
+clinc150's validation set, which nothing was trained on or chosen by. A finished run is only scored
+again.
 """
 
 import argparse

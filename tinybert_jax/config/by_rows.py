@@ -99,16 +99,17 @@ def fill(tree: Mapping[str, Any], facts: Facts) -> tuple[dict[str, Any], list[st
     return filled, lines
 
 
-def fill_update(num_rows: int, hidden_size: int) -> dict[str, Any]:
-    """The section update for so many rows, old and new, and a model of this width."""
+def fill_update(num_rows: int, hidden_size: int) -> tuple[dict[str, Any], str]:
+    """(the section update for so many rows and a model of this width, what was chosen)."""
     batch = _BATCH if num_rows >= _NUM_SMALL else _SMALL_BATCH
-    return {
+    section = {
         "learning_rate": _FAST if hidden_size <= _WIDE else _SLOW,
         "num_epochs": LENGTHS["finetune"].epochs(num_rows, batch),
         "global_batch_size": batch,
         "batching": "pack",
         "trained_words": "used",
     }
+    return section, _describe("update", section, num_rows)
 
 
 def _section(name: str, given: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from tinybert_jax.tasks.table import task_of
 _ORIGIN = "command line"
 _SHARE = 0.1  # of the rows of an update that are dev, and of the others that choose
 _MAX_LENGTH = 128
+_READING = ("text", "text_pair", "label", "format", "train_split")
 _OLD_FIX = "name the labels as the model does, or move these rows to the new ones"
 
 
@@ -103,7 +104,8 @@ def make_update_tree(
     say(f"task: {told} beside the {len(names)} of {model}")
     num_rows = sum(len(part.text) for part in rows.values())
     sizes, name = source.config, _name_of(data)
-    update = by_rows.fill_update(num_rows, sizes.hidden_size)
+    update, line = by_rows.fill_update(num_rows, sizes.hidden_size)
+    say(f"recipe: {line}")
     update["max_length"] = min(_MAX_LENGTH, sizes.max_position_embeddings)
     shares = {"dev_share": _SHARE, "select_share": _SHARE}
     tree = {
@@ -128,7 +130,8 @@ def _read_classifier(model: str) -> HfModel:
 
 
 def _read_rows(path: str, options: dict[str, Any]) -> Examples:
-    given = {**options, "train": path, "dev_share": _SHARE}
+    columns = {name: options[name] for name in _READING if name in options}
+    given = {**columns, "train": path, "dev_share": _SHARE}
     section = config_files.validate(CLASSIFICATION.section, given, _ORIGIN)
     return CLASSIFICATION.read(path, section, Reading(section.train_split, is_dev=True))
 

@@ -30,7 +30,7 @@ from tinybert_jax.runs.compile import Compiled, compile_stage, devices_of, large
 from tinybert_jax.runs.from_step import parse
 from tinybert_jax.runs.preflight import open_run, read_run, reads_task_teacher
 from tinybert_jax.runs.results import best_seed, collect_results
-from tinybert_jax.runs.run import Run, RunTask, check_teacher, export_models
+from tinybert_jax.runs.run import Run, RunTask, check_teacher, export_models, remove_export
 from tinybert_jax.runs.used_words import with_used_words
 from tinybert_jax.training.metric_log import read_rows
 from tinybert_jax.training.preemption import NEVER, Stop
@@ -95,7 +95,9 @@ def _write_results(run: Run, command: str, config: RunConfig) -> None:
     summary = collect_results(run, lines, command, config.export)
     exported = _exported(run, summary, is_best=config.export == "best")
     reasons = _reasons_against(run, exported)
-    if not reasons:
+    if reasons:
+        remove_export(run)  # of the same model, where the gate was wider before
+    else:
         summary["exported"] = {member: folder.name for member, folder in exported.items()}
         export_models(run, exported, lineage=identity.lineage(run))
     disk.replace_text(run.folder / "results.json", json.dumps(summary, indent=2) + "\n")
@@ -103,9 +105,10 @@ def _write_results(run: Run, command: str, config: RunConfig) -> None:
     run.log.say(console_summary(summary))
     if reasons:
         raise GateError(
-            f"gate: expected a model that keeps what {config.teacher.path} had right, got one "
-            f"that is refused: {'; '.join(reasons)}; it is not exported, see {report}; give "
-            "more old rows (task.old), train for shorter, or allow more (--max-regressions)"
+            f"gate: expected a model that keeps what {run.students[0].section.path} had "
+            f"right, got one that is refused: {'; '.join(reasons)}; it is not exported, see "
+            f"{report}; give more old rows (task.old), train for shorter, or allow more "
+            "(--max-regressions)"
         )
     run.log.say(f"model:  {run.folder / 'hf'}\nreport: {report}")
 

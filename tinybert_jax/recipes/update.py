@@ -20,6 +20,7 @@ from tinybert_jax.config.models import Student
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.huggingface.folder import read_model, start_params
+from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.losses.pointwise import softmax_cross_entropy
 from tinybert_jax.metrics.paired import count_pairs, mcnemar, upper_bound
 from tinybert_jax.models.params import Params, sha256
@@ -42,6 +43,7 @@ from tinybert_jax.runs.stage import Member, Training
 from tinybert_jax.runs.stage_batches import StageBatches, make_stage_batches
 from tinybert_jax.runs.used_words import train_stage
 from tinybert_jax.runs.workload import count_last_layer_tokens
+from tinybert_jax.tasks.task import Scored
 from tinybert_jax.terms.term import Reads
 
 RECORD = "update.json"  # in the model folder: the sweep, and the counts that the gate reads
@@ -69,7 +71,7 @@ def main(run: Run, plan: StagePlan) -> None:
     trained = train_stage(run, training)
 
     # Choose how far to go from the old weights to the trained ones, and count what breaks.
-    right = functools.partial(_rights, run, plan, student)
+    right = _make_right(run, plan, student)
     for folder, params in zip(
         run.seed_folders(plan, student.name), trained[student.name], strict=True
     ):
@@ -168,13 +170,13 @@ def _grown_head(run: Run, old: _Old, features: np.ndarray, rows: TokenRows) -> d
         return head
     assert rows.labels is not None
     known = features @ head["kernel"][:, :num_old] + head["bias"][:num_old]
-    empty = {"kernel": np.zeros_like(head["kernel"][:, num_old:]), "bias": np.zeros(num_new)}
+    empty = {"kernel": jnp.zeros((features.shape[1], num_new)), "bias": jnp.zeros(num_new)}
     targets = np.concatenate([rows.labels[:, None].astype(np.float32), known], axis=1)
     fitted = fit_head(empty, features, targets, _beside_old, _HEAD_C)
     run.log.say(f"update: the head has {num_new} new labels, fitted beside the {num_old} old ones")
     return {
-        "kernel": np.concatenate([head["kernel"][:, :num_old], fitted["kernel"]], axis=1),
-        "bias": np.concatenate([head["bias"][:num_old], fitted["bias"]]),
+        "kernel": np.concatenate([head["kernel"][:, :num_old], np.asarray(fitted["kernel"])], 1),
+        "bias": np.concatenate([head["bias"][:num_old], np.asarray(fitted["bias"])]),
     }
 
 
@@ -194,16 +196,26 @@ def _between(start: Params, end: Params, share: float) -> Params:
     return jax.tree.map(mix, start, end)
 
 
-def _rights(
-    run: Run, plan: StagePlan, student: Student, params: Params, examples: Examples
-) -> np.ndarray:
-    """bool [n]: the examples that a model has right."""
-    (scored,) = score(run, plan, [params], student.sizes, examples)
-    return run.required_task.kind.is_right(scored, {})
+Right = Callable[[Params, Examples], np.ndarray]
+
+
+def _make_right(run: Run, plan: StagePlan, student: Student) -> Right:
+    """right(params, examples): bool [n], the examples that a model has right."""
+    task, section = run.required_task.kind, plan.section
+    apply, _ = make_task_model(run, student.sizes)
+    score_rows = make_scorer(  # one for all models, so that it compiles once
+        apply, buckets=section.buckets(), pad_token_id=run.tokenizer.pad_token_id
+    )
+
+    def right(params: Params, examples: Examples) -> np.ndarray:
+        rows = task.encode(run.tokenizer, examples, section.max_length)
+        return task.is_right(Scored(score_rows(params, rows), rows, examples), {})
+
+    return right
 
 
 def _sweep(
-    right: Callable[[Params, Examples], np.ndarray],
+    right: Right,
     start: Params,
     teacher: Params,
     end: Params,

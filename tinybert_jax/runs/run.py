@@ -344,6 +344,11 @@ def check_teacher(run: Run, path: str | Path, sizes: ModelConfig) -> None:
 LINEAGE = "lineage.json"
 
 
+def remove_export(run: Run) -> None:
+    """Removes `folder/hf`, where an earlier process has exported models."""
+    shutil.rmtree(run.folder / "hf", ignore_errors=True)
+
+
 def export_models(run: Run, models: Mapping[str, Path], lineage: Mapping[str, Any]) -> Path:
     """Copies models of a finished stage to `folder/hf` and returns that folder.
 

@@ -1,0 +1,206 @@
+"""`tinybert update`: a grown head, the old model where it is right, the sweep, and the gate."""
+
+import hashlib
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_inputs
+import yaml
+
+from tinybert_jax import cli
+from tinybert_jax.config.stages import UpdateSection
+from tinybert_jax.huggingface.folder import read_model, save_model, start_params
+from tinybert_jax.huggingface.head import Head
+from tinybert_jax.huggingface.hub import load_tokenizer
+from tinybert_jax.models.heads import make_classifier
+from tinybert_jax.recipes.update import _between, _choose, _count, _grown_head, _Old
+from tinybert_jax.terms.logits import LogitsTerm
+
+OLD = list(zip(tiny_inputs.TEXTS, tiny_inputs.LABELS, strict=True))
+NEW = [(f"{text} {n}", "tea") for n, text in enumerate(["jam", "toast and tea", "a sea"] * 8)]
+SHORT = ["num_epochs=null", "num_steps=2", "max_length=16", "trained_words=all"]
+SHORT = [f"update.{setting}" for setting in [*SHORT, "interpolations=[0.0,0.5]"]]
+SHORT += ["compute.unroll_layers=false", "run_dir=out"]
+
+
+def _write_rows(path, rows):
+    path.write_text("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with a head for two labels, its rows, and new rows with a third label."""
+    folder = tmp_path_factory.mktemp("update")
+    _, config, tokenizer = tiny_inputs.write_inputs(folder, **tiny_inputs.TEACHER)
+    params = make_classifier(config, 2)[1](jax.random.key(3))
+    head = Head("SequenceClassification", "single_label_classification", ("pos", "neg"))
+    save_model(folder / "model", params, config, tokenizer, head=head)
+    _write_rows(folder / "new.tsv", [*NEW, *OLD[:4]])
+    _write_rows(folder / "old.tsv", OLD)
+    return folder
+
+
+def _update(folder, *settings):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return cli.main(["update", "model", "new.tsv", "--old", "old.tsv", *SHORT, *settings])
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """A run whose gate was wide, then one that no set of so few rows passes, then wide again."""
+    limits, statuses, has_model = ("99%", "0.1%", "99%"), [], []
+    for limit in limits:
+        statuses.append(_update(folder, "--max-regressions", limit))
+        has_model.append((folder / "out" / "hf").exists())
+    assert statuses == [0, 3, 0] and has_model == [True, False, True]
+    return folder / "out"
+
+
+def test_a_gate_that_refuses_leaves_a_report_and_no_model(folder, finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert results["exported"] == {"": "update"} and (finished / "report.html").is_file()
+    assert read_model(finished / "hf").label_names == ("pos", "neg", "tea")
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line["kind"] == "stage" for line in lines) == 1  # trained once
+
+
+def test_the_folder_names_what_it_was_made_of(folder, finished):
+    lineage = json.loads((finished / "hf" / "lineage.json").read_text())
+    weights = (folder / "model" / "model.safetensors").read_bytes()
+    files = lineage["models"]["student (model)"]
+    assert files["model.safetensors"] == hashlib.sha256(weights).hexdigest()
+    assert lineage["stage"] == "update" and set(lineage["data"]) >= {"task.train", "task.dev"}
+    config = (finished / "config.yaml").read_bytes()
+    assert lineage["config.yaml"] == hashlib.sha256(config).hexdigest()
+    tree = yaml.safe_load(config)
+    assert tree["task"]["old"] == "old.tsv" and tree["task"]["labels"] == ["pos", "neg", "tea"]
+
+
+def test_the_chosen_weights_lie_where_the_record_says(folder, finished):
+    record = json.loads((finished / "models" / "update" / "update.json").read_text())
+    assert [point["share"] for point in record["sweep"]] == [0.0, 0.5, 1.0]
+    assert record["chosen_on"] == "select" and record["share"] in (0.0, 0.5, 1.0)
+    for side in record["dev"].values():
+        assert side["num_examples"] == sum(side[n] for n in ("both", "fixed", "broken", "neither"))
+    model = read_model(finished / "models" / "update")
+    params = start_params(model.folder, make_classifier(model.config, 3)[1], whole=True)
+    old = read_model(folder / "model")
+    before = start_params(old.folder, make_classifier(old.config, 2)[1], whole=True)
+    if record["share"] == 0:  # the old weights, and an output more
+        for name in ("kernel", "bias"):
+            kept = np.asarray(params["classifier"][name])[..., :2]
+            np.testing.assert_array_equal(kept, np.asarray(before["classifier"][name]))
+    assert load_tokenizer(model.folder).get_vocab() == load_tokenizer(old.folder).get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("old", "words", "message"),
+    [
+        (
+            [("a sea", "wood")] * 4,
+            (),
+            "old.tsv: expected labels of model: 'pos', 'neg'; got 'wood'",
+        ),
+        (OLD, ["task.labels=[neg,pos,tea]"], "task.labels: expected those of model first"),
+        (OLD, ["update.num_steps=3"], "holds a run of another config"),
+        (OLD, ["task.dev=old.tsv", "task.dev_share=null"], "a share of old and of new rows is dev"),
+        (OLD, ["task.old=null"], "expected a section update and task.old, got one of them"),
+        (OLD, ["student=null"], "student.path, the folder of the old model"),
+    ],
+)
+def test_mistakes_are_told(folder, finished, capsys, old, words, message):
+    _write_rows(folder / "old.tsv", old)
+    try:
+        assert _update(folder, *words) == 2
+    finally:
+        _write_rows(folder / "old.tsv", OLD)
+    assert message in capsys.readouterr().err
+
+
+def test_only_classifiers_are_updated(folder, capsys):
+    model = read_model(folder / "model")
+    params = make_classifier(model.config, 1)[1](jax.random.key(0))
+    head = Head("SequenceClassification", "regression", ())
+    save_model(folder / "scores", params, model.config, load_tokenizer(folder / "model"), head=head)
+    words = [str(folder / "new.tsv"), "--old", str(folder / "old.tsv")]
+    assert cli.main(["update", str(folder / "scores"), *words]) == 2
+    assert "expected a model for classification; got one for regression" in capsys.readouterr().err
+    assert cli.main(["update", str(folder / "teacher"), *words]) == 2
+    assert "expected a model with a head for a task, found none" in capsys.readouterr().err
+
+
+def test_new_labels_are_fitted_beside_the_old_ones_which_stay():
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(3, 8)).astype(np.float32) * 3
+    labels = np.repeat([0, 1, 2], 20).astype(np.int32)
+    features = centres[labels] + rng.normal(size=(60, 8)).astype(np.float32) / 4
+    kernel = (centres[:2] - centres[:2].mean(0)).T
+    old = _Old({"classifier": {"kernel": kernel, "bias": np.zeros(2, np.float32)}}, ("a", "b"))
+    data = types.SimpleNamespace(num_outputs=3)
+    run = types.SimpleNamespace(
+        required_task=types.SimpleNamespace(data=data), log=types.SimpleNamespace(say=print)
+    )
+    head = _grown_head(run, old, features, types.SimpleNamespace(labels=labels))
+    np.testing.assert_array_equal(head["kernel"][:, :2], kernel)
+    logits = features @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
+    assert (logits.argmax(1) == labels).mean() == 1.0
+
+
+def test_the_old_model_counts_where_it_is_right():
+    """The term equals KL(old ‖ new)·t² over right rows alone, divided by all rows."""
+    (_, term) = UpdateSection(num_steps=1, learning_rate=1e-3, old_weight=0.5).terms
+    assert isinstance(term, LogitsTerm) and term.weight == 0.5 and term.needs_labels
+    rng = np.random.default_rng(1)
+    student, teacher = rng.normal(size=(2, 6, 4)).astype(np.float32)
+    labels = teacher.argmax(1)
+    labels[[1, 4]] = (labels[[1, 4]] + 1) % 4
+    weights = np.ones(6, np.float32)
+    context = types.SimpleNamespace(
+        student=types.SimpleNamespace(logits=jnp.asarray(student)),
+        teacher=types.SimpleNamespace(logits=jnp.asarray(teacher)),
+        options=types.SimpleNamespace(form="softmax"),
+        counts=types.SimpleNamespace(units=jnp.asarray(6.0)),
+        units=lambda: (jnp.asarray(labels), jnp.asarray(weights)),
+        number=lambda value: value,
+    )
+    t = term.temperature
+
+    def probabilities(logits):
+        shifted = np.exp(logits / t)
+        return shifted / shifted.sum(1, keepdims=True)
+
+    p, q = probabilities(teacher), probabilities(student)
+    rows = (p * np.log(p / q)).sum(1) * np.isin(np.arange(6), [1, 4], invert=True)
+    got = jax.jit(lambda: term.make_loss(1, 1)(context))()
+    np.testing.assert_allclose(got, t**2 * rows.sum() / 6, rtol=1e-5)
+
+
+def test_the_choice_is_no_worse_on_new_rows_and_breaks_fewest_old_ones():
+    rng = np.random.default_rng(2)
+    examples = types.SimpleNamespace(is_old=np.arange(60) < 40)
+    for _ in range(50):
+        before = rng.random(60) < 0.8
+        points = [
+            {"share": share, **_count(before, rng.random(60) < 0.7, examples)}
+            for share in (0.0, 0.5, 1.0)
+        ]
+        chosen = _choose(points)
+
+        def right(point):
+            return point["new"]["both"] + point["new"]["fixed"]
+
+        assert right(chosen) >= right(points[-1])
+        better = [p for p in points if right(p) >= right(points[-1])]
+        assert chosen["old"]["broken"] == min(p["old"]["broken"] for p in better)
+
+
+def test_the_ends_of_the_way_are_the_two_models():
+    start, end = {"a": np.float32([1.1, 2.2])}, {"a": np.float32([0.3, 7.7])}
+    np.testing.assert_array_equal(_between(start, end, 0.0)["a"], start["a"])
+    np.testing.assert_array_equal(_between(start, end, 1.0)["a"], end["a"])
+    np.testing.assert_allclose(_between(start, end, 0.5)["a"], [0.7, 4.95], rtol=1e-6)
