@@ -14,6 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from tinybert_jax import __version__
 from tinybert_jax.config import load as config_files
@@ -236,7 +237,7 @@ def _add_update(commands) -> None:
         "overrides", nargs="*", metavar="key.path=value", help="change one setting"
     )
     command.add_argument("--print-config", action="store_true", help="print the config and stop")
-    command.set_defaults(act=_run, dry_run=False, profile=False)
+    command.set_defaults(act=_run, dry_run=False, profile=False, from_step=None)
 
 
 def _add_convert(commands) -> None:
@@ -315,7 +316,7 @@ def _compile(arguments, command: str) -> int:
 
 def _run(arguments, command: str) -> int:
     host.keep_freed_memory()  # before `_measure`, which imports JAX
-    if not arguments.print_config:
+    if not arguments.print_config and arguments.command != "update":  # that has one process
         processes.start(arguments.coordinator, arguments.num_processes, arguments.process_id)
     settings = _settings(arguments)
     stages = _STAGES.get(arguments.command, (STAGE_NAMES,))[0]
@@ -346,7 +347,7 @@ def _settings(arguments):
         return config_files.validate(RunConfig, tree, "command line")
     # argparse takes the first setting for the config, or a config after an option for a setting.
     words = [word for word in (arguments.config, *arguments.overrides) if word is not None]
-    table = {name: getattr(arguments, name, None) for name in _TABLE}
+    table: dict[str, Any] = {name: getattr(arguments, name, None) for name in _TABLE}
     if table["data"] is not None:
         from tinybert_jax.recipes import from_table
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +11,16 @@ import tiny_inputs
 import yaml
 
 from tinybert_jax import cli
+from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.stages import UpdateSection
+from tinybert_jax.data.examples import Examples
 from tinybert_jax.huggingface.folder import read_model, save_model, start_params
 from tinybert_jax.huggingface.head import Head
 from tinybert_jax.huggingface.hub import load_tokenizer
 from tinybert_jax.models.heads import make_classifier
+from tinybert_jax.models.inputs import Text
+from tinybert_jax.objectives.distillation import Context, Options, Outputs
+from tinybert_jax.objectives.objective import count_units
 from tinybert_jax.recipes.update import _between, _choose, _count, _grown_head, _Old
 from tinybert_jax.terms.logits import LogitsTerm
 
@@ -106,7 +110,11 @@ def test_the_chosen_weights_lie_where_the_record_says(folder, finished):
             (),
             "old.tsv: expected labels of model: 'pos', 'neg'; got 'wood'",
         ),
-        (OLD, ["task.labels=[neg,pos,tea]"], "task.labels: expected those of model first"),
+        (
+            OLD,
+            ["task.labels=[neg,pos,tea]", "run_dir=other"],
+            "task.labels: expected those of model first",
+        ),
         (OLD, ["update.num_steps=3"], "holds a run of another config"),
         (OLD, ["task.dev=old.tsv", "task.dev_share=null"], "a share of old and of new rows is dev"),
         (OLD, ["task.old=null"], "expected a section update and task.old, got one of them"),
@@ -139,13 +147,9 @@ def test_new_labels_are_fitted_beside_the_old_ones_which_stay():
     centres = rng.normal(size=(3, 8)).astype(np.float32) * 3
     labels = np.repeat([0, 1, 2], 20).astype(np.int32)
     features = centres[labels] + rng.normal(size=(60, 8)).astype(np.float32) / 4
-    kernel = (centres[:2] - centres[:2].mean(0)).T
+    kernel = (centres[:2] - centres[:2].mean(0)).T / 8
     old = _Old({"classifier": {"kernel": kernel, "bias": np.zeros(2, np.float32)}}, ("a", "b"))
-    data = types.SimpleNamespace(num_outputs=3)
-    run = types.SimpleNamespace(
-        required_task=types.SimpleNamespace(data=data), log=types.SimpleNamespace(say=print)
-    )
-    head = _grown_head(run, old, features, types.SimpleNamespace(labels=labels))
+    head = _grown_head(old, features, labels, 3)
     np.testing.assert_array_equal(head["kernel"][:, :2], kernel)
     logits = features @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
     assert (logits.argmax(1) == labels).mean() == 1.0
@@ -159,15 +163,14 @@ def test_the_old_model_counts_where_it_is_right():
     student, teacher = rng.normal(size=(2, 6, 4)).astype(np.float32)
     labels = teacher.argmax(1)
     labels[[1, 4]] = (labels[[1, 4]] + 1) % 4
-    weights = np.ones(6, np.float32)
-    context = types.SimpleNamespace(
-        student=types.SimpleNamespace(logits=jnp.asarray(student)),
-        teacher=types.SimpleNamespace(logits=jnp.asarray(teacher)),
-        options=types.SimpleNamespace(form="softmax"),
-        counts=types.SimpleNamespace(units=jnp.asarray(6.0)),
-        units=lambda: (jnp.asarray(labels), jnp.asarray(weights)),
-        number=lambda value: value,
-    )
+    ids = jnp.ones((6, 2), jnp.int32)
+    batch = Batch(Text(ids, ids * 0), ids > 0, {"labels": jnp.asarray(labels)}, jnp.ones(6))
+
+    @jax.jit
+    def loss(batch, student, teacher):
+        outputs = (Outputs(None, logits) for logits in (student, teacher))
+        return term.make_loss(1, 1)(Context(*outputs, batch, count_units(batch), None, Options()))
+
     t = term.temperature
 
     def probabilities(logits):
@@ -176,13 +179,13 @@ def test_the_old_model_counts_where_it_is_right():
 
     p, q = probabilities(teacher), probabilities(student)
     rows = (p * np.log(p / q)).sum(1) * np.isin(np.arange(6), [1, 4], invert=True)
-    got = jax.jit(lambda: term.make_loss(1, 1)(context))()
+    got = loss(batch, jnp.asarray(student), jnp.asarray(teacher))
     np.testing.assert_allclose(got, t**2 * rows.sum() / 6, rtol=1e-5)
 
 
 def test_the_choice_is_no_worse_on_new_rows_and_breaks_fewest_old_ones():
     rng = np.random.default_rng(2)
-    examples = types.SimpleNamespace(is_old=np.arange(60) < 40)
+    examples = Examples(["x"] * 60, None, np.zeros(60, np.int32), ("a",), None, np.arange(60) < 40)
     for _ in range(50):
         before = rng.random(60) < 0.8
         points = [

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinybert_jax.batches.batch import TokenRows
 from tinybert_jax.config.models import Student
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.data.examples import Examples
@@ -61,8 +60,12 @@ def main(run: Run, plan: StagePlan) -> None:
     # The old model's answers, and a start that knows the new labels.
     rows = task.kind.encode(run.tokenizer, task.data.train, section.max_length)
     features = _features(run, plan, student, old)
-    start = {**old.params, "classifier": _grown_head(run, old, features, rows)}
-    teacher = {**old.params, "classifier": _padded_head(old, task.data.num_outputs)}
+    assert rows.labels is not None
+    num_labels = task.data.num_outputs
+    head = _grown_head(old, features, rows.labels, num_labels)
+    start = {**old.params, "classifier": head}
+    teacher = {**old.params, "classifier": _padded_head(old, num_labels)}
+    run.log.say(f"update: {num_labels - len(old.label_names)} new labels join the head")
     logits = features @ teacher["classifier"]["kernel"] + teacher["classifier"]["bias"]
     batches = make_stage_batches(run, plan, lambda _: (logits, sha256(old.params)))
 
@@ -154,7 +157,8 @@ def _features(run: Run, plan: StagePlan, student: Student, old: _Old) -> np.ndar
 
 def _padded_head(old: _Old, num_outputs: int) -> dict[str, np.ndarray]:
     """The old head with outputs for all labels; it never answers one that it does not know."""
-    kernel, bias = (np.asarray(old.params["classifier"][name]) for name in ("kernel", "bias"))
+    given: Any = old.params["classifier"]
+    kernel, bias = (np.asarray(given[name]) for name in ("kernel", "bias"))
     num_new = num_outputs - len(old.label_names)
     return {
         "kernel": np.pad(kernel, ((0, 0), (0, num_new))),
@@ -162,18 +166,21 @@ def _padded_head(old: _Old, num_outputs: int) -> dict[str, np.ndarray]:
     }
 
 
-def _grown_head(run: Run, old: _Old, features: np.ndarray, rows: TokenRows) -> dict[str, Any]:
-    """The old head, and beside it outputs for new labels that are fitted to the old model."""
-    head, num_old = _padded_head(old, run.required_task.data.num_outputs), len(old.label_names)
-    num_new = head["bias"].size - num_old
+def _grown_head(
+    old: _Old, features: np.ndarray, labels: np.ndarray, num_outputs: int
+) -> dict[str, np.ndarray]:
+    """The old head, and beside it outputs for new labels that are fitted to the old model.
+
+    `features` [rows, dim] and `labels` [rows]: of old and new rows.
+    """
+    head, num_old = _padded_head(old, num_outputs), len(old.label_names)
+    num_new = num_outputs - num_old
     if not num_new:
         return head
-    assert rows.labels is not None
     known = features @ head["kernel"][:, :num_old] + head["bias"][:num_old]
     empty = {"kernel": jnp.zeros((features.shape[1], num_new)), "bias": jnp.zeros(num_new)}
-    targets = np.concatenate([rows.labels[:, None].astype(np.float32), known], axis=1)
+    targets = np.concatenate([labels[:, None].astype(np.float32), known], axis=1)
     fitted = fit_head(empty, features, targets, _beside_old, _HEAD_C)
-    run.log.say(f"update: the head has {num_new} new labels, fitted beside the {num_old} old ones")
     return {
         "kernel": np.concatenate([head["kernel"][:, :num_old], np.asarray(fitted["kernel"])], 1),
         "bias": np.concatenate([head["bias"][:num_old], np.asarray(fitted["bias"])]),

@@ -279,8 +279,9 @@ def check_teacher_labels(path: str | Path, task: RunTask) -> None:
         )
 
 
-def check_old_labels(path: str, label_names: Sequence[str]) -> None:
+def check_old_labels(path: str | None, label_names: Sequence[str] | None) -> None:
     """Raises ValueError where the task's labels do not begin with those of the old model."""
+    assert path is not None and label_names is not None  # the config check requires both
     head = read_model(path).head
     if head is None:
         raise ValueError(
