@@ -47,7 +47,7 @@ from tinybert_jax.terms.term import Reads
 
 RECORD = "update.json"  # in the model folder: the sweep, and the counts that the gate reads
 _ABSENT = -1e4  # the old model's logit of a label that it does not know
-_HEAD_C = 1.0  # of the fit of new labels; see `fit_head`
+_HEAD_C = 10.0  # of the fit of new labels, see `fit_head`: with 1 hardly any row gets one of them
 _SURE = 0.05  # p-value of McNemar's test below which a model is worse
 
 
