@@ -55,8 +55,7 @@ def save(folder: Path, step: int, tree: Any, meta: dict[str, Any], *, keep: int 
 def fetch(tree: Any) -> Any:
     """A copy of all arrays in the host's memory, which a step that donates them leaves alone.
 
-    Of several processes each copies the parts that it writes. Raises LostProcessError where the
-    copies of an array on several devices differ.
+    Of several processes each copies the parts that it writes; LostProcessError: copies differ.
     """
     if processes.count() > 1:
         named = named_leaves(jax.tree.map(_raw_key, tree))
@@ -307,8 +306,8 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], expected: Any) -> None:
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """(path, leaf) of all leaves, such as ("params.encoder.norm.scale", array)."""
-    found, _ = jax.tree_util.tree_flatten_with_path(tree)
+    """(path, leaf), such as ("params.encoder.norm.scale", array)."""
+    found = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in found]
 
 
