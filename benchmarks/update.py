@@ -1,14 +1,15 @@
 """Updates a model of clinc150 from 100 intents to 150, and counts what breaks.
 
     TEACHER=<all-MiniLM-L6-v2 folder> TINYBERT_DATA=<data> python benchmarks/update.py \
-        [--rows 20] [--seed 0] [--runs runs/update] [key.path=value …]
+        [--rows 20] [--seed 1] [--runs runs/update] [key.path=value …]
 
 The old model is the teacher, fine-tuned on `--rows` texts of each of 100 intents. It is updated
 with as many texts of 50 further intents in three ways: by `tinybert update` as it is; by plain
 continued training on the same rows, old and new (no old model as teacher, no interpolation); by
 plain training on the new rows alone. All are compared with the old model on the 3,000 texts of
-clinc150's validation set, which nothing was trained on or chosen by. A finished run is only scored
-again.
+clinc150's validation set, which nothing was trained on. A fourth of its texts, with the intents of
+seed 0, chose how closely the outputs of new labels are fitted: take other seeds. A finished run is
+only scored again.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("settings", nargs="*", metavar="key.path=value", help="of all updates")
     parser.add_argument("--rows", type=int, default=20, help="texts of an intent; default: 20")
-    parser.add_argument("--seed", type=int, default=0, help="of the intents and of all runs")
+    parser.add_argument("--seed", type=int, default=1, help="of the intents and of all runs")
     parser.add_argument("--runs", type=Path, default=Path("runs/update"))
     args = parser.parse_intermixed_args()
     folder = args.runs / f"{args.rows}-{args.seed}"

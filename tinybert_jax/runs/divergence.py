@@ -30,7 +30,7 @@ import numpy as np
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.huggingface.weights import LARGEST_WEIGHT
 from tinybert_jax.models.inputs import Text
-from tinybert_jax.parallel import replicas, sharding
+from tinybert_jax.parallel import processes, replicas, sharding
 from tinybert_jax.performance import disk
 from tinybert_jax.runs.from_step import mark_diverged
 from tinybert_jax.runs.run import Run
@@ -80,7 +80,7 @@ class Watch:
         limit = self.skips.limit
         if limit is None:
             return None
-        return jax.device_put(limit, sharding.replicated_sharding(self.run.mesh))
+        return sharding.place(limit, sharding.replicated_sharding(self.run.mesh))
 
     def record(self, step: int, batch: Batch, metrics: dict[str, jax.Array]) -> None:
         self.skips.record(step, metrics)
@@ -174,12 +174,13 @@ class Watch:
         arrays = _arrays(self.training.batches.batch_at(index))
         tree = checkpoint.fetch(state) if is_finite else None
 
-        def write() -> None:
-            partial = self.run.folder / ".diverged-partial"
+        partial = self.run.folder / ".diverged-partial"
+
+        def begin() -> None:
             shutil.rmtree(partial, ignore_errors=True)
             disk.make_folder(partial)
-            if tree is not None:
-                checkpoint.write(partial / "state", step, tree, json.dumps({"stage": name}))
+
+        def finish() -> None:
             np.savez(partial / "batch.npz", **arrays)
             (partial / "step.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
             disk.sync_tree(partial)
@@ -190,9 +191,17 @@ class Watch:
             # The states since then have the weights that the failing step began with.
             checkpoint.discard_after(self.run.folder / "checkpoints" / name / "last", index)
 
+        def write() -> None:
+            processes.on_main("diverges", begin)
+            if tree is not None:
+                checkpoint.write(partial / "state", step, tree, json.dumps({"stage": name}))
+            processes.on_main("diverged", finish)
+
         self.run.saver.submit(f"{name}: saving the step that diverged", write)
         self.run.saver.wait()
-        raise mark_diverged(self.run, self.training.plan, why)
+        plan = self.training.plan
+        mark = lambda: str(mark_diverged(self.run, plan, why))  # noqa: E731
+        raise FloatingPointError(processes.from_main("mark", mark))
 
 
 def find_bad_outputs(
@@ -203,7 +212,7 @@ def find_bad_outputs(
         return None
     objective, num_parts = training.objective, training.section.gradient_accumulation_steps
     placement = sharding.batch_sharding(run.mesh)
-    batch = jax.device_put(training.batches.batch_at(index), placement)
+    batch = sharding.place(training.batches.batch_at(index), placement)
 
     @jax.jit
     def is_bad(batch: Batch, frozen: Any) -> Any:

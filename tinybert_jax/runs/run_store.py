@@ -30,6 +30,7 @@ _PARTS = (
     f"{IDENTITIES}/*.json",
     "checkpoints/*/last/*/",
     "checkpoints/*/best/*/",
+    "checkpoints/*/*.json",
     "models/*/",
     "tokenizer/",
     "teacher_logits/*/*.safetensors",
@@ -57,7 +58,7 @@ class _Part(NamedTuple):
 
     @property
     def is_checkpoint(self) -> bool:
-        return self.name.startswith("checkpoints/")
+        return self.name.startswith("checkpoints/") and self.path.is_dir()
 
 
 class RunStore:
