@@ -226,4 +226,4 @@ def test_the_machine_s_dtype_is_measured(monkeypatch):
     assert host.multiplies_bfloat16() == has_flag
     for has_bfloat16, dtype in ((True, "bfloat16_products"), (False, "float32")):
         monkeypatch.setattr(host, "multiplies_bfloat16", lambda found=has_bfloat16: found)
-        assert _fast_dtype() == dtype
+        assert _fast_dtype("cpu") == dtype

@@ -46,7 +46,7 @@ def overflowing(world, monkeypatch):
 
     Its weights are larger than a folder may have.
     """
-    monkeypatch.setattr(weights, "_LARGEST", np.inf)
+    monkeypatch.setattr(weights, "LARGEST_WEIGHT", np.inf)
     folder = world.model("classifier")
     table = load_file(folder / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
     ids = load_tokenizer(str(folder))("toast", add_special_tokens=False)["input_ids"]

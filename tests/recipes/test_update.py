@@ -185,7 +185,8 @@ def test_the_old_model_counts_where_it_is_right():
 
 def test_the_choice_is_no_worse_on_new_rows_and_breaks_fewest_old_ones():
     rng = np.random.default_rng(2)
-    examples = Examples(["x"] * 60, None, np.zeros(60, np.int32), ("a",), None, np.arange(60) < 40)
+    is_old = np.arange(60) < 40
+    examples = Examples(["x"] * 60, None, np.zeros(60, np.int32), ("a",), is_old=is_old)
     for _ in range(50):
         before = rng.random(60) < 0.8
         points = [

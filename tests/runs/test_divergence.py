@@ -123,7 +123,7 @@ def test_a_stage_stops_with_its_last_finite_state_and_what_computes_the_step_aga
         monkeypatch.setattr(stage, name, make_and_keep)
 
     spy("abstract_state")
-    spy("make_train_step")
+    spy("make_step")
     path = _regression(inputs, "diverged", [1e30] * len(TEXTS))
     assert cli.main(["run", path]) == 5
     run = inputs / "diverged"
@@ -136,7 +136,7 @@ def test_a_stage_stops_with_its_last_finite_state_and_what_computes_the_step_aga
     state = checkpoint.restore_newest(folder / "state", made["abstract_state"]).tree
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, state.opt_state)))
     assert told["keys"] == np.asarray(jax.random.key_data(state.key)).tolist()
-    step, batch = made["make_train_step"], load_batch(folder / "batch.npz")
+    step, batch = made["make_step"], load_batch(folder / "batch.npz")
     batch = jax.device_put(batch, sharding.batch_sharding(step.mesh))
     again, metrics = step(state._replace(step=jnp.int32(told["index"])), batch, ())
     assert metrics["skipped"] and metrics["loss"] == jnp.inf and again.step == 1

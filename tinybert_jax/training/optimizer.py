@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 SCHEDULES = (
@@ -144,7 +145,7 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
 
 
 def _moments(
-    is_applied: jax.typing.ArrayLike, updates: PyTree, moments: PyTree, decay: float, order: int
+    is_applied: ArrayLike, updates: PyTree, moments: PyTree, decay: float, order: int
 ) -> PyTree:
     """(1 - decay) · update^order + decay · moment; in a step that is skipped the old moments.
 
@@ -152,7 +153,7 @@ def _moments(
     chooses which product it fuses with the sum, and chooses otherwise for unrolled layers.
     """
 
-    def moment(path: tuple, update: jax.Array, old: jax.Array) -> jax.Array:
+    def moment(path: tuple, update: ArrayLike, old: ArrayLike) -> jax.Array:
         if not any(isinstance(part, jax.tree_util.SequenceKey) for part in path):
             new = (1 - decay) * update**order + decay * old
             return jnp.where(is_applied, new, old)  # `new` first
@@ -251,7 +252,7 @@ def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def _inverse_sqrt(learning_rate: float, timescale: int) -> optax.Schedule:
-    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+    def schedule(step: ArrayLike) -> jax.Array:
         # join_schedules also evaluates this during warm-up, with negative steps.
         return learning_rate * jnp.sqrt(timescale / (jnp.maximum(step, 0) + timescale))
 
