@@ -215,6 +215,12 @@ def test_the_limit_is_a_multiple_of_the_running_median():
         assert _watch(Skips(section, 1, known), resumed_at + 1, 59, metrics_of) == [found]
 
 
+def test_another_policy_begins_with_losses_of_its_own():
+    """As after `--from-step` with `spikes: skip`, which has a limit for each of the models."""
+    known = Skips(_section(spikes="report"), 4, None).snapshot()
+    assert Skips(_section(spikes="skip"), 4, known).limit.shape == (4,)
+
+
 def _different(tree):
     return [str(own) for own in replicas.differences(checkpoint.named_leaves(tree))]
 

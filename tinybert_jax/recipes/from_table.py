@@ -39,14 +39,7 @@ def make_tree(
     and for a setting that is given twice.
     """
     given = config_files.read_overrides(overrides)
-    settings = given.get("task") or {}
-    options = {"text": text, "text_pair": text_pair, "label": label, "kind": task}
-    options = {name: value for name, value in options.items() if value is not None}
-    if not isinstance(settings, dict):
-        fail(_ORIGIN, "settings of the task as task.key=value", f"task={settings!r}", "add a key")
-    twice = sorted(set(options) & set(settings))
-    if twice:
-        fail(_ORIGIN, f"{twice} once", "an option and task.key=value", "remove one of the two")
+    options, settings = _columns(given, text=text, text_pair=text_pair, label=label, kind=task)
     if not teacher and not given.get("teacher"):
         example = "a folder, or sentence-transformers/all-MiniLM-L6-v2"
         fail("--teacher", "a BERT folder or hub id", "none", f"give one: {example}")
@@ -68,6 +61,18 @@ def make_tree(
     return config_files.with_overrides(tree, overrides, _ORIGIN)
 
 
+def _columns(given: dict[str, Any], **options: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the options that are given, the settings of the task); each name in one of them at most."""
+    settings = given.get("task") or {}
+    chosen = {name: value for name, value in options.items() if value is not None}
+    if not isinstance(settings, dict):
+        fail(_ORIGIN, "settings of the task as task.key=value", f"task={settings!r}", "add a key")
+    twice = sorted(set(chosen) & set(settings))
+    if twice:
+        fail(_ORIGIN, f"{twice} once", "an option and task.key=value", "remove one of the two")
+    return chosen, settings
+
+
 def make_update_tree(
     *,
     model: str,
@@ -85,9 +90,9 @@ def make_update_tree(
     The labels of the model come first, those that only the new rows have follow. Raises ValueError
     for files that cannot be read, and for old rows whose labels the model does not know.
     """
-    settings = config_files.read_overrides(overrides).get("task") or {}
-    columns = {"text": text, "text_pair": text_pair, "label": label, **settings}
-    options = {name: value for name, value in columns.items() if value is not None}
+    given = config_files.read_overrides(overrides)
+    options, settings = _columns(given, text=text, text_pair=text_pair, label=label)
+    options |= {name: value for name, value in settings.items() if value is not None}
     source = _read_classifier(model)
     options["kind"] = CLASSIFICATION.kind
     if not {"text", "label"} <= set(options):

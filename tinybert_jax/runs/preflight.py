@@ -107,6 +107,7 @@ def open_run(
         try:
             yield run
         finally:
+            run.saver.copy_soon()  # also what a stage that diverged, or a gate, has written last
             run.saver.finish(_LAST_SAVE_SECONDS)
             run.log.trackers.close()
 

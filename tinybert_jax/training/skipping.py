@@ -51,6 +51,8 @@ class Skips:
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
         # Spikes. A limit holds for the steps after `since`; the one before it for the others.
         num_losses = num_models if self.policy == "skip" else 1
+        if len(known.get("limits", [[0.0] * num_losses])[0]) != num_losses:
+            known = {}  # the policy has changed: its losses are of other models
         self.losses: list[tuple[int, list[float]]] = known.get("losses", [])
         self.since: int = known.get("since", 0)
         self.limits: list[list[float]] = known.get("limits", [[float("inf")] * num_losses] * 2)
