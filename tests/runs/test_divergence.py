@@ -215,6 +215,32 @@ def test_a_flipped_bit_in_one_replica_ends_the_run_and_its_device_is_named(
     assert checkpoint.steps(last) == [2]
 
 
+def test_a_step_whose_best_parameters_are_gone_is_refused_before_anything_is_removed(
+    inputs, monkeypatch, capfd
+):
+    """The scores of a tiny rate are equal: the best are those of step 3."""
+    take = TrainStep.__call__
+
+    def step(self, state, *words):
+        if int(state.step) == 8:
+            raise OSError("the machine is gone")
+        return take(self, state, *words)
+
+    path = _finetune(inputs, "bestless", eval_every=3, learning_rate=1e-12)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", step)
+        assert cli.main(["run", path]) == 2
+    folder = inputs / "bestless" / "checkpoints" / "finetune"
+    assert checkpoint.read_meta(folder / "last" / "6")["best_step"] == 3
+    for name in ("last", "best"):
+        shutil.rmtree(folder / name / "3")
+    before = checkpoint.steps(folder / "last")
+    capfd.readouterr()
+    assert cli.main(["run", path, "--from-step", "finetune:6"]) == 2
+    assert "whose best parameters are still there, got 6" in capfd.readouterr().err
+    assert checkpoint.steps(folder / "last") == before
+
+
 @pytest.fixture(scope="module")
 def tuned_teacher(inputs):
     assert cli.main(["run", _finetune(inputs, "tuned", num_steps=1)]) == 0

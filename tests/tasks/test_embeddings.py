@@ -373,6 +373,12 @@ def test_pairs_train_a_teacher_and_a_student(tmp_path, capsys, cheap_programs):
         ({}, [{"term": "sentence"}], ("task.kind=regression",), "expected task.kind embeddings"),
         (
             {},
+            [{"term": "sentence"}],
+            ("prediction=null", "intermediate.num_steps=1", "intermediate.learning_rate=0.1"),
+            "expected a stage that ends in vectors",
+        ),
+        (
+            {},
             [{"term": "similarity"}],
             ("prediction.gradient_accumulation_steps=2",),
             "remove gradient_accumulation_steps",

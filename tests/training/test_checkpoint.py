@@ -115,6 +115,16 @@ def test_a_checkpoint_that_is_read_is_not_removed(tmp_path):
         pass
 
 
+def test_a_checkpoint_that_is_read_is_replaced(tmp_path):
+    """As where a resumed run saves a step again while it is copied."""
+    checkpoint.save(tmp_path, 1, _tree(1), {})
+    with checkpoint.pinned(tmp_path / "1"):
+        checkpoint.save(tmp_path, 1, _tree(7), {})
+    assert float(checkpoint.restore_newest(tmp_path, _abstract(_tree())).tree["w"][0]) == 7
+    checkpoint.save(tmp_path, 2, _tree(2), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
 def test_multiples_and_named_steps_are_kept(tmp_path):
     for step in range(1, 9):
         (tmp_path / str(step)).mkdir()

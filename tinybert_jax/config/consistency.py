@@ -133,6 +133,8 @@ def _needs_of_embeddings(config: Any) -> Iterator[str]:
             )
     if task and config.has_several_teachers:
         yield "embeddings: vectors of several teachers have no common space: name one teacher"
+    if task and not any(stage.trains_head for stage in config.stages):
+        yield "embeddings: expected a stage that ends in vectors, got none: add prediction"
     if task and task.widths and not trains:
         yield "task.widths: expected a term contrastive or similarity: add one, or remove widths"
 

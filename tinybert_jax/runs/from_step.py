@@ -78,6 +78,12 @@ def check_from_step(run: Run, plans: Sequence[StagePlan], chosen: FromStep | Non
             f"--from-step: expected an intact state of step {chosen.step} of {chosen.stage}, got "
             f"one whose {damage}; choose another of {_listed(run, chosen.stage)}"
         )
+    if chosen.step and not _has_best(run, chosen):
+        raise ValueError(
+            f"--from-step: expected a step of {chosen.stage} whose best parameters are still there"
+            f", got {chosen.step}, which needs older ones; choose another of "
+            f"{_listed(run, chosen.stage)}"
+        )
 
 
 def go_back(run: Run, chosen: FromStep, changes: Sequence[str], command: str) -> None:
@@ -111,6 +117,18 @@ def go_back(run: Run, chosen: FromStep, changes: Sequence[str], command: str) ->
     mark.unlink(missing_ok=True)
     told = "; ".join(changes) or "no setting changed"
     run.log.say(f"{chosen.stage}: goes on from step {chosen.step}: {told}")
+
+
+def _has_best(run: Run, chosen: FromStep) -> bool:
+    """Whether the best parameters until a state are intact, or those of an intact state."""
+    states = _states(run, chosen.stage)
+    meta = checkpoint.read_meta(states / str(chosen.step))
+    if "best_step" not in meta:
+        return True
+    folders = [states.with_name("best"), *([states] if meta.get("best_is_whole") else [])]
+    return any(
+        checkpoint.find_damage(folder / str(meta["best_step"])) is None for folder in folders
+    )
 
 
 def _diverged(run: Run, plan: StagePlan) -> FloatingPointError:

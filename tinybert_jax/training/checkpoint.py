@@ -84,8 +84,8 @@ def write(folder: Path, step: int, tree: Any, meta: str) -> Path:
         manifest = {"files": _hashes(partial), "arrays": arrays}
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         disk.sync_tree(partial)
-        if final.exists():
-            _remove(final)
+        if final.exists() and not _remove(final):  # a reader has it, whose copy then lacks it
+            final.rename(folder / f"{_PARTIAL}read-{step}")
         partial.rename(final)
         disk.sync(folder)
 
@@ -164,7 +164,7 @@ def _remove(checkpoint: Path) -> bool:
 
 @contextlib.contextmanager
 def pinned(checkpoint: Path) -> Iterator[None]:
-    """Nobody removes the checkpoint inside the block; raises FileNotFoundError if it is gone."""
+    """Only a new one of its step takes its place inside; FileNotFoundError where it is gone."""
     with (checkpoint / _MANIFEST).open("rb") as manifest:
         fcntl.flock(manifest, fcntl.LOCK_SH)
         if not os.fstat(manifest.fileno()).st_nlink:
