@@ -241,6 +241,16 @@ def test_a_step_whose_best_parameters_are_gone_is_refused_before_anything_is_rem
     assert checkpoint.steps(folder / "last") == before
 
 
+def test_the_best_parameters_of_every_kept_state_are_kept(inputs):
+    every = {"save_every": 1, "eval_every": 1, "keep_every": 1, "learning_rate": 1e-2}
+    assert cli.main(["run", _regression(inputs, "kept", [0.5, 1.0] * 12, **every)]) == 0
+    folder = inputs / "kept" / "checkpoints" / "finetune"
+    states = [folder / "last" / str(step) for step in checkpoint.steps(folder / "last")]
+    needed = {checkpoint.read_meta(state)["best_step"] for state in states}
+    assert len(states) == 12 and len(needed) > 3
+    assert needed == set(checkpoint.steps(folder / "best"))
+
+
 @pytest.fixture(scope="module")
 def tuned_teacher(inputs):
     assert cli.main(["run", _finetune(inputs, "tuned", num_steps=1)]) == 0

@@ -176,10 +176,17 @@ class StageCheckpoints:
 
         def write() -> None:
             checkpoint.write(folder, step, tree, "{}")
-            processes.on_main("prune", functools.partial(checkpoint.prune, folder, last=3))
+            processes.on_main("prune", self._prune_best)
 
         self.run.saver.submit(f"{self.training.name}: saving the best step, {step},", write)
         self.progress |= {"best_step": step, "best_is_whole": is_whole}
+
+    def _prune_best(self) -> None:
+        """Removes best parameters that no state of `last` goes on with; the newest are kept."""
+        states = self.folder / "last"
+        metas = [checkpoint.read_meta(states / str(step)) for step in checkpoint.steps(states)]
+        needed = {meta["best_step"] for meta in metas if "best_step" in meta}
+        checkpoint.prune(self.folder / "best", last=1, also=needed)
 
     def best(self, target: Any) -> Any:
         """The best parameters so far."""
