@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from cells import cell_settings
+from cells import FURTHER, cell_settings
 
 from tinybert_jax.config.load import load
 from tinybert_jax.metrics.intervals import interval
@@ -33,7 +33,8 @@ from tinybert_jax.runs.preflight import read_run
 from tinybert_jax.runs.scoring import evaluated_models, score_seeds
 
 _ARMS = Path(__file__).with_name("arms.yaml")
-_SHARED_TEACHER = "SHARED_TEACHER"  # in the settings of arms: the folder of that teacher
+# In the settings of arms: the folder of that teacher, and a cell's text without labels.
+_SHARED_TEACHER, _FURTHER_TEXT = "SHARED_TEACHER", "FURTHER_TEXT"
 
 
 class Arm(NamedTuple):
@@ -118,9 +119,10 @@ def plan(
             teachers.append(Arm(data, "teacher", config, place / "teacher", own))
         for name, changes in comparison["arms"].items():
             own = _with_further([*settings, *comparison.get("settings", []), *changes], further)
-            own = [
-                text.replace(_SHARED_TEACHER, f"{place}/teacher/models/finetune") for text in own
-            ]
+            paths = {_SHARED_TEACHER: f"{place}/teacher/models/finetune"}
+            paths[_FURTHER_TEXT] = f"{place / FURTHER}"
+            for word, path in paths.items():
+                own = [text.replace(word, path) for text in own]
             own_folder = place / name.replace(",", "").replace(" ", "-")
             arms.append(Arm(data, name, config, own_folder, own))
     return teachers, arms

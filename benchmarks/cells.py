@@ -6,9 +6,9 @@
 The rows of the data set are put in an order of their own (by hash): the last quarter, at most
 2,000, is the dev set, which chooses nothing, and the first are trained on. SST-2 has its own dev
 set of 872 sentences, as the rows to train on are phrases of each other. The recipe was tuned with
-`--tune`, whose dev set is the rows that follow those trained on. Two students, 3 × 384 and 3 × 192,
-three seeds. A finished cell is only printed. Scores are means over seeds, in brackets 95 %
-intervals over the dev rows.
+`--tune`, whose dev set is the rows that follow those trained on. STS-B (scored pairs) has its own
+dev set too; MRPC is pairs. Two students, 3 × 384 and 3 × 192, three seeds. A finished cell is only
+printed. Scores are means over seeds, in brackets 95 % intervals over the dev rows.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 NUM_DEV = 2000
+FURTHER, NUM_FURTHER = "further.tsv", 10_000  # text without labels, for the arms that use it
 SIZES = {"3l-384d": 384, "3l-192d": 192}
 STUDENTS = {name: {"num_hidden_layers": 3, "hidden_size": size} for name, size in SIZES.items()}
 
@@ -52,11 +53,16 @@ def cell_settings(
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "train.tsv", train)
     write(folder / "dev.tsv", dev)
+    write(folder / FURTHER, further(data, [*train, *dev]))
+    labels = sorted({label for _, label in [*train, *dev]})
+    kind = "task.kind=regression" if data in SCORED else f"task.labels={json.dumps(labels)}"
+    pairs = ["task.text_pair=text_pair"] if data in PAIRS else []
     return "configs/own-text.yaml", [
         f"task.train={folder / 'train.tsv'}",
         f"task.dev={folder / 'dev.tsv'}",
         "task.dev_share=null",
-        f"task.labels={json.dumps(sorted({label for _, label in [*train, *dev]}))}",
+        kind,
+        *pairs,
         "num_seeds=3",
         f"students={json.dumps(STUDENTS)}",
     ]
@@ -65,7 +71,10 @@ def cell_settings(
 def split(
     data: str, num_rows: int, *, is_tuning: bool
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(rows to train on, dev rows), each (text, label), in the order of their hashes."""
+    """(rows to train on, dev rows), each (text, label), in the order of their hashes.
+
+    The two texts of a pair have a tab between them.
+    """
     folder = Path(os.environ["TINYBERT_DATA"])
     labels = dict(READERS[data](folder))  # a text that occurs twice counts once
     rows = sorted(labels.items(), key=lambda row: _digest(row[0]))
@@ -82,13 +91,22 @@ def split(
     return rows[:num_rows], dev
 
 
+def further(data: str, used: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Rows whose labels no arm reads: the first of those not `used`; for pairs, of QQP and SNLI."""
+    folder, known = Path(os.environ["TINYBERT_DATA"]), {text for text, _ in used}
+    reader = _subsets if data in PAIRS else READERS[data]
+    rows = sorted(dict(reader(folder)).items(), key=lambda row: _digest(row[0]))
+    return [row for row in rows if row[0] not in known][:NUM_FURTHER]
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write(file: Path, rows: list[tuple[str, str]]) -> None:
+    names = ["text", "text_pair"][: 2 if rows and "\t" in rows[0][0] else 1]
     lines = (f"{text}\t{label}\n" for text, label in rows)
-    file.write_text("text\tlabel\n" + "".join(lines), encoding="utf-8")
+    file.write_text("\t".join([*names, "label"]) + "\n" + "".join(lines), encoding="utf-8")
 
 
 def print_line(data: str, num_rows: int, results: dict) -> None:
@@ -143,8 +161,42 @@ def _reviews(folder: Path, file: str = "train.tsv") -> Iterator[tuple[str, str]]
             yield _plain(text), label
 
 
-READERS = {"trec": _trec, "banking77": _banking, "sms": _sms, "agnews": _news, "sst2": _reviews}
-DEV_READERS = {"sst2": functools.partial(_reviews, file="dev.tsv")}
+def _paraphrases(folder: Path) -> Iterator[tuple[str, str]]:
+    file = folder / "glue/MRPC/msr_paraphrase_train.txt"
+    for line in file.read_text(encoding="utf-8").split("\n")[1:]:
+        if line:
+            label, _, _, text, text_pair = line.split("\t")
+            yield f"{_plain(text)}\t{_plain(text_pair)}", label
+
+
+def _similar(folder: Path, file: str = "sts-train.tsv") -> Iterator[tuple[str, str]]:
+    for line in (folder / "glue/STS-B" / file).read_text(encoding="utf-8").split("\n"):
+        if line:
+            score, text, text_pair = line.split("\t")[4:7]
+            yield f"{_plain(text)}\t{_plain(text_pair)}", score
+
+
+def _subsets(folder: Path) -> Iterator[tuple[str, str]]:
+    for name in ("QQP", "SNLI"):
+        rows = json.loads((folder / f"glue/{name}/sub_train.json").read_text(encoding="utf-8"))
+        for row in rows.values():
+            yield f"{_plain(row['text_a'])}\t{_plain(row['text_b'])}", row["label"]
+
+
+READERS = {
+    "trec": _trec,
+    "banking77": _banking,
+    "sms": _sms,
+    "agnews": _news,
+    "sst2": _reviews,
+    "mrpc": _paraphrases,
+    "stsb": _similar,
+}
+DEV_READERS = {
+    "sst2": functools.partial(_reviews, file="dev.tsv"),
+    "stsb": functools.partial(_similar, file="sts-dev.tsv"),
+}
+PAIRS, SCORED = {"mrpc", "stsb"}, {"stsb"}
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def test_arms_are_valid(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(root / "benchmarks")
     arms, cells = importlib.import_module("arms"), importlib.import_module("cells")
     monkeypatch.setattr(cells, "split", lambda *args, **options: ([("a", "b")], [("c", "d")]))
+    monkeypatch.setattr(cells, "further", lambda *args: [("e", "f")])
     for comparison in yaml.safe_load((root / "benchmarks" / "arms.yaml").read_text()).values():
         further = ["seed=3"] if "config" in comparison else ["seed=3", "finetune.eval_every=7"]
         teachers, others = arms.plan(comparison, tmp_path, further)
