@@ -1,5 +1,6 @@
 """`tinybert launch`: what it renders is right; what cannot run is refused and never written."""
 
+import importlib.util
 import os
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ import yaml
 from launch_files import FOLDER, MANIFESTS, ROOT, SCRIPTS, Recorder, command, container, origin
 from launch_files import program as tool
 from packaging.specifiers import SpecifierSet
+from tiny_inputs import STAGE, TEACHER, write_config, write_inputs
 
 from tinybert_jax import cli
 from tinybert_jax.config import load as config_files
@@ -257,6 +259,10 @@ def _words(launcher: str, *more: str) -> list[str]:
         ("jobset", ["--mount", "claim:/workspace"], ("hide /workspace", "/workspace/runs")),
         ("jobset", ["--mount", "claim:/"], ("hide /workspace",)),
         ("gcluster", ["--accelerator", "h100:16"], ("--service-account", "launch jobset")),
+        ("jobset", ["run_store=gs://b/r", "--run-dir", "/x"], ("in a --mount",)),
+        ("sky", ["--run-dir", "/x"], ("in a --mount", "with run_store=gs://BUCKET/RUN")),
+        ("slurm", ["--compile"], ("--compile", "GPUs are compiled where a GPU is")),
+        ("jobset", ["--slices", "2", "--compile"], ("--compile", "several slices")),
         ("jobset", ["--image", ""], ("--image", "none", "launch/Dockerfile")),
         ("jobset", ["--name", "My job"], ("--name", "'My job'")),
         ("jobset", ["--name", "a" * 29], ("at most 28",)),
@@ -284,6 +290,34 @@ def test_what_cannot_run_is_refused(launcher, words, named, tmp_path, recorder, 
         assert part in told
     assert "genral=null" in words or "expected" in told and "got" in told
     assert not output.exists() and not recorder.calls
+
+
+def test_one_host_with_a_store_needs_no_shared_folder(capsys):
+    words = ["launch", "jobset", _CONFIG, "--accelerator", "v6e:2x2", "--image", "i", *_ENV]
+    assert cli.main([*words, "run_store=gs://bucket/run"]) == 0
+    assert "run_store=gs://bucket/run" in capsys.readouterr().out
+
+
+def test_a_step_that_does_not_fit_is_not_submitted(recorder, tmp_path, capfd):
+    """A compiler of TPU programs that is not there is no reason to refuse a job."""
+    recorder.add("kubectl")
+    words = _words("jobset", *_ENV, "--submit")
+    if not importlib.util.find_spec("libtpu"):
+        assert cli.main(words) == 0
+        assert "is not compiled before it is submitted: it needs" in capfd.readouterr().err
+        assert cli.main([*words, "--no-compile"]) == 0
+        assert "compiled" not in capfd.readouterr().err
+        assert len(recorder.calls) == 2
+        return
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    write_inputs(folder, **TEACHER)
+    large = {**STAGE, "num_steps": 1, "global_batch_size": 2**22}
+    config = write_config(tmp_path / "large.yaml", folder, "/workspace/runs/x", pretrain=large)
+    words = ["launch", "jobset", config, *_OPTIONS["jobset"], "--submit"]
+    assert cli.main(words) == 3
+    assert "lower global_batch_size" in capfd.readouterr().err
+    assert not recorder.calls
 
 
 def test_missing_variables_and_folders(tmp_path, capsys):

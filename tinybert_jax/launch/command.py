@@ -5,10 +5,12 @@ Reads the config, so that a job that cannot run is refused before anything is wr
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -63,6 +65,10 @@ def launch(arguments: argparse.Namespace, typed: str) -> int:
                 f"--submit: expected the program {program} on PATH, got none; install it, or "
                 "render with -o and submit the file elsewhere"
             )
+    if arguments.submit if arguments.compile is None else arguments.compile:
+        status = _compile_first(job, is_asked=bool(arguments.compile))
+        if status:
+            return status
     if output:
         output.write_text(text, encoding="utf-8")
     elif not arguments.submit:
@@ -73,6 +79,40 @@ def launch(arguments: argparse.Namespace, typed: str) -> int:
         path = output or Path(folder) / f"job{launcher.suffix}"
         path.write_text(text, encoding="utf-8")
         return subprocess.run([*launcher.submit, str(path)], check=False).returncode
+
+
+def _compile_first(job: Job, *, is_asked: bool) -> int:
+    """Compiles the step of a job for TPUs; returns 3 where it does not fit, otherwise 0.
+
+    What hinders it is told; where it was asked for, the status is then 2.
+    """
+    if not job.machines.is_tpu:
+        hindrance = "the programs of GPUs are compiled where a GPU is"
+    elif job.machines.num_slices > 1:
+        hindrance = "several slices are not compiled for"
+    elif not importlib.util.find_spec("libtpu"):
+        hindrance = "it needs the package libtpu: `pip install 'tinybert-jax[tpu]'`"
+    else:
+        config, *overrides = job.words[2:]
+        topology = f"{job.machines.name}:{job.machines.topology}"
+        words = ["compile", config, *overrides, "--topology", topology]
+        print(f"compiles the step first: tinybert {' '.join(words)}", file=sys.stderr)
+        done = subprocess.run(
+            [sys.executable, "-m", "tinybert_jax", *words],
+            stdout=sys.stderr,
+            env={**os.environ, **job.chosen},
+            check=False,
+        )
+        if done.returncode in (0, 3):
+            return done.returncode
+        hindrance = "of the message above"
+    if is_asked:
+        raise ValueError(
+            f"--compile: expected a step that can be compiled here, got none: {hindrance}; leave "
+            "out --compile"
+        )
+    print(f"the step is not compiled before it is submitted: {hindrance}", file=sys.stderr)
+    return 0
 
 
 def _job(arguments: argparse.Namespace, typed: str) -> Job:
@@ -99,7 +139,9 @@ def _job(arguments: argparse.Namespace, typed: str) -> Job:
         words=("tinybert", arguments.command_name, arguments.config, *overrides),
         machines=machines,
         environment=jobs.environment(machines, cache, chosen),
+        chosen=chosen,
         run_dir=settings.run_dir,
+        run_store=settings.run_store,
         origin=typed,
         image=arguments.image,
         mounts=jobs.read_mounts(arguments.mount),
@@ -162,6 +204,12 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     option("--spot", action="store_true", help="machines that may be taken away")
     option("-o", "--output", metavar="FILE", help="write to this file; default: standard output")
     option("--submit", action="store_true", help="submit the job too")
+    option(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the step for the TPUs first and refuse what does not fit, in minutes; "
+        "default: with --submit, where libtpu is installed and the config's inputs are here",
+    )
 
 
 def _add_slurm(command: argparse.ArgumentParser) -> None:

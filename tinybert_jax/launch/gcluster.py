@@ -21,7 +21,7 @@ def render(
     grace: int = 120,
 ) -> str:
     """A script with the one command. `grace`: seconds from SIGTERM to SIGKILL."""
-    jobs.check_run_dir(job.run_dir, job.mounts, "the pods and their disks are not kept")
+    jobs.check_run_dir(job, "the pods and their disks are not kept")
     machines = job.machines
     if machines.num_hosts > 1 and not (machines.is_tpu or service_account):
         raise ValueError(

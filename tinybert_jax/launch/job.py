@@ -31,7 +31,9 @@ class Job(NamedTuple):
     words: tuple[str, ...]  # the command: tinybert run CONFIG key.path=value …
     machines: Machines
     environment: Mapping[str, str]
+    chosen: Mapping[str, str]  # the variables of `environment` that the config names, or --env
     run_dir: str
+    run_store: str | None  # the URL that the run folder is copied to
     origin: str  # the `tinybert launch` command
     image: str | None = None
     mounts: tuple[Mount, ...] = ()
@@ -147,15 +149,22 @@ def check_batch(path: str, size: int, num_parts: int, machines: Machines) -> Non
         )
 
 
-def check_run_dir(run_dir: str, mounts: Sequence[Mount], why: str) -> None:
-    """ValueError where the run folder of a container is not in one of the mounts."""
-    folder = PurePosixPath(IMAGE_FOLDER, run_dir)
-    is_below = any(folder.is_relative_to(mount.path) for mount in mounts)
-    if run_dir.startswith("~") or ".." in folder.parts or not is_below:
-        given = ", ".join(mount.path for mount in mounts) or "no --mount"
+def check_run_dir(job: Job, why: str) -> None:
+    """ValueError where the run folder of a container is not in one of the mounts.
+
+    A single host may keep it on its own disk where `run_store` has a copy.
+    """
+    if job.run_store and "://" in job.run_store and job.machines.num_hosts == 1:
+        return
+    folder = PurePosixPath(IMAGE_FOLDER, job.run_dir)
+    is_below = any(folder.is_relative_to(mount.path) for mount in job.mounts)
+    if job.run_dir.startswith("~") or ".." in folder.parts or not is_below:
+        given = ", ".join(mount.path for mount in job.mounts) or "no --mount"
+        alone = " (one host needs none with run_store=gs://BUCKET/RUN)"
         raise ValueError(
             f"run_dir: expected a folder in a --mount, because {why}, got {folder} and {given}; "
             f"give --mount SOURCE:{IMAGE_FOLDER}/runs, or --run-dir with a folder in a mount"
+            f"{alone if job.machines.num_hosts == 1 else ''}"
         )
 
 

@@ -20,7 +20,7 @@ def render(
     job: Job, *, queue: str | None = None, namespace: str = "default", grace: int = 120
 ) -> str:
     """The YAML. `queue`: a LocalQueue of Kueue; `grace`: seconds from SIGTERM to SIGKILL."""
-    jobs.check_run_dir(job.run_dir, job.mounts, "the pods and their disks are not kept")
+    jobs.check_run_dir(job, "the pods and their disks are not kept")
     documents = [_jobset(job, queue, namespace, grace)]
     if _needs_account(job):
         documents = [*_account(job.name, namespace), *documents]

@@ -56,7 +56,7 @@ def _is_bucket(source: str) -> bool:
 
 
 def _check(job: Job) -> None:
-    jobs.check_run_dir(job.run_dir, job.mounts, "the machines and their disks are not kept")
+    jobs.check_run_dir(job, "the machines and their disks are not kept")
     if job.machines.num_hosts > 1 and not job.machines.is_tpu or job.machines.num_slices > 1:
         raise ValueError(
             f"launch sky: expected one host of GPUs or one slice of TPUs, got {job.machines}; JAX "

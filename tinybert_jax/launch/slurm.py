@@ -121,7 +121,7 @@ def _command(job: Job, venv: str | None) -> str:
 
 def _check(job: Job, form: Form, time: str, venv: str | None, options: Sequence[str]) -> None:
     if form == "pyxis":
-        jobs.check_run_dir(job.run_dir, job.mounts, "pyxis shows a container nothing else")
+        jobs.check_run_dir(job, "pyxis shows a container nothing else")
     jobs.check_shared_run_dir(job.run_dir)
     if form == "bare" and (job.image or job.mounts):
         raise ValueError(

@@ -167,7 +167,7 @@ exit "$status"
 
 
 def _check(job: Job) -> None:
-    jobs.check_run_dir(job.run_dir, job.mounts, "the machines and their disks are not kept")
+    jobs.check_run_dir(job, "the machines and their disks are not kept")
     if job.machines.num_slices > 1:
         raise ValueError(
             f"--slices: expected 1 for TPU VMs, got {job.machines.num_slices}; use "
