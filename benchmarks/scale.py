@@ -36,6 +36,7 @@ LINES = [
     ("pretrain/english-gpu", [TEXT, "pretrain.eval_every=null"], [ALL]),
     ("pretrain/minilm-gpu", [TEXT], [ALL]),
     ("distill/general-3l", ["general.global_batch_size=1024"], [ALL]),
+    ("distill/embeddings", [], [ALL]),
     ("distill/multi-label", [], [ALL]),
     ("distill/squad", [], [ALL]),
     ("distill/sst2", [*TASK, "general.global_batch_size=256"], [ALL]),
