@@ -20,7 +20,7 @@ ROOMS = {
     "metrics": "classification regression multi_label tagging spans intervals paired calibration "
     "cosines",
     "report": "charts style run_files tables headline confusion per_class pareto advice "
-    "calibration differences console page comparison",
+    "calibration differences console card page comparison",
     "performance": "flops accelerators device_peaks hlo latency trace disk host",
     "parallel": "mesh group processes replicas sharding",
     "data": "errors encoding examples json_text tables conll squad corpus records builtin "

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import huggingface_hub
 import numpy as np
 import pytest
 import yaml
@@ -137,6 +138,10 @@ def test_product_loads_in_transformers_with_the_same_predictions(golden):
     np.testing.assert_allclose([row["logits"] for row in ours], theirs, atol=1e-4)
     names = [model.config.id2label[i] for i in theirs.argmax(-1)]
     assert [row["label"] for row in ours] == names
+    card = huggingface_hub.ModelCard.load(folder / "golden" / "hf" / "README.md")
+    assert card.data.pipeline_tag == "text-classification"
+    accuracy = {score.metric_type: score.metric_value for score in card.data.eval_results}
+    assert 0 <= accuracy["accuracy"] <= 1
 
 
 def test_killed_in_every_stage_it_ends_with_the_same_bits(golden):

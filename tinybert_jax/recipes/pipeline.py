@@ -20,9 +20,11 @@ from tinybert_jax.config.stages import (
 )
 from tinybert_jax.data.errors import GateError
 from tinybert_jax.data.splits import describe_labels
+from tinybert_jax.huggingface.hub import find_folder
 from tinybert_jax.parallel import processes
 from tinybert_jax.performance import disk
 from tinybert_jax.recipes import distill, finetune, pretrain, update
+from tinybert_jax.report.card import Origin, card_metadata, model_card
 from tinybert_jax.report.console import console_summary
 from tinybert_jax.report.page import write_report
 from tinybert_jax.runs import estimate, identity, shared_folder
@@ -30,7 +32,7 @@ from tinybert_jax.runs.compile import Compiled, compile_stage, devices_of, large
 from tinybert_jax.runs.from_step import parse
 from tinybert_jax.runs.preflight import open_run, read_run, reads_task_teacher
 from tinybert_jax.runs.results import best_seed, collect_results
-from tinybert_jax.runs.run import Run, RunTask, check_teacher, export_models, remove_export
+from tinybert_jax.runs.run import CARD, Run, RunTask, check_teacher, export_models, remove_export
 from tinybert_jax.runs.used_words import with_used_words
 from tinybert_jax.training.metric_log import read_rows
 from tinybert_jax.training.preemption import NEVER, Stop
@@ -99,7 +101,7 @@ def _write_results(run: Run, command: str, config: RunConfig) -> None:
         remove_export(run)  # of the same model, where the gate was wider before
     else:
         summary["exported"] = {member: folder.name for member, folder in exported.items()}
-        export_models(run, exported, lineage=identity.lineage(run))
+        export_models(run, exported, identity.lineage(run), _cards(run, summary, exported))
     disk.replace_text(run.folder / "results.json", json.dumps(summary, indent=2) + "\n")
     report = write_report(run.folder)
     run.log.say(console_summary(summary))
@@ -111,6 +113,35 @@ def _write_results(run: Run, command: str, config: RunConfig) -> None:
             "(--max-regressions)"
         )
     run.log.say(f"model:  {run.folder / 'hf'}\nreport: {report}")
+
+
+def _cards(run: Run, summary: dict[str, Any], exported: dict[str, Path]) -> dict[str, str]:
+    """The model card of each exported model."""
+    path = run.teacher_section.path or run.teacher_section.finetuned or ""
+    is_local = Path(path).expanduser().is_dir()
+    file = find_folder(path) / CARD if path else None
+    is_told = file is not None and file.is_file()
+    stages = {own: plan.name for plan in run.plans.values() for own in run.output_folders(plan)}
+    cards = {}
+    for member, folder in exported.items():
+        origin = Origin(
+            stage=stages[folder],
+            member=member,
+            data=_data_name(run.task) if run.task else "",
+            teacher=Path(path).name if is_local else path.partition("@")[0],
+            teacher_card=card_metadata(file.read_text("utf-8", "replace")) if is_told else {},
+            is_hub_teacher=bool(path) and not is_local,
+            is_embedder=run.task is not None and run.task.kind.form == "similarity",
+        )
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        cards[member] = model_card(summary, config, origin)
+    return cards
+
+
+def _data_name(task: RunTask) -> str:
+    """The task's name; that of the file to train on where the config gives none."""
+    is_given, file = "name" in task.section.model_fields_set, task.section.train
+    return task.name if is_given or not file else Path(file).stem
 
 
 def _reasons_against(run: Run, exported: dict[str, Path]) -> list[str]:

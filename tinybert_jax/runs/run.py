@@ -341,7 +341,7 @@ def check_teacher(run: Run, path: str | Path, sizes: ModelConfig) -> None:
         )
 
 
-LINEAGE = "lineage.json"
+LINEAGE, CARD = "lineage.json", "README.md"
 
 
 def remove_export(run: Run) -> None:
@@ -349,10 +349,13 @@ def remove_export(run: Run) -> None:
     shutil.rmtree(run.folder / "hf", ignore_errors=True)
 
 
-def export_models(run: Run, models: Mapping[str, Path], lineage: Mapping[str, Any]) -> Path:
+def export_models(
+    run: Run, models: Mapping[str, Path], lineage: Mapping[str, Any], cards: Mapping[str, str]
+) -> Path:
     """Copies models of a finished stage to `folder/hf` and returns that folder.
 
-    `lineage`: what the models were made of, for a file in each of their folders.
+    `lineage`: what the models were made of, for a file in each of their folders; `cards`: the text
+    of their model cards.
     `models`: by subfolder of `folder/hf`; "" for the folder itself. An existing `folder/hf` is
     replaced.
     """
@@ -363,6 +366,7 @@ def export_models(run: Run, models: Mapping[str, Path], lineage: Mapping[str, An
         shutil.copytree(model, partial / name, ignore=ignored)
         made = {"stage": model.name, **lineage}
         (partial / name / LINEAGE).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        (partial / name / CARD).write_text(cards[name], encoding="utf-8")
     target, before = run.folder / "hf", run.folder / ".hf-before"
     shutil.rmtree(before, ignore_errors=True)
     if target.exists():

@@ -1,0 +1,120 @@
+"""Model cards: the hub's own reader takes their metadata, and names in them stay names."""
+
+import json
+
+import huggingface_hub
+import pytest
+from report_page import make_model, make_results
+
+from tinybert_jax.report.card import Origin, card_metadata, model_card
+
+CONFIG = {
+    "architectures": ["BertForSequenceClassification"],
+    "model_type": "bert",
+    "num_hidden_layers": 3,
+    "hidden_size": 192,
+    "max_position_embeddings": 512,
+}
+ORIGIN = Origin(
+    stage="prediction",
+    member="",
+    data="news",
+    teacher="owner/bert",
+    teacher_card={"license": "apache-2.0", "language": "en"},
+    is_hub_teacher=True,
+    is_embedder=False,
+)
+
+
+def _results(**more):
+    models = [
+        make_model("teacher", 0.93, 1, stage="finetune", intervals={"accuracy": [0.91, 0.95]}),
+        {**make_model("student", 0.91, 7, stage="prediction"), "name": "small"},
+        {**make_model("baseline", 0.85, 7, stage="baseline"), "name": "small"},
+    ]
+    for model in models:
+        model["latency_ms"]["device"] = "cpu"
+    return make_results(models=models, dev_examples=872, seconds={"finetune": 9.0}, **more)
+
+
+def _read(card, tmp_path):
+    """The card as the hub's client reads it; its metadata have a schema there."""
+    (tmp_path / "README.md").write_text(card, encoding="utf-8")
+    read = huggingface_hub.ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=False)
+    return read.data, read.text
+
+
+def test_the_hub_reads_scores_license_and_base_model(tmp_path):
+    data, text = _read(model_card(_results(), CONFIG, ORIGIN), tmp_path)
+    assert (data.license, data.language, data.base_model) == ("apache-2.0", "en", "owner/bert")
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-classification")
+    accuracy, f1 = data.eval_results
+    assert (accuracy.metric_type, accuracy.metric_value) == ("accuracy", 0.91)
+    assert (accuracy.dataset_name, f1.metric_value) == ("news", 0.9)
+    assert "| its teacher | 0.9300 [0.9100, 0.9500] | 0.9200 | 10.6" in text
+    assert "| the same model without a teacher | 0.8500 | 0.8400 |" in text
+    assert "distilled from owner/bert for news" in text
+
+
+@pytest.mark.parametrize(
+    "architecture, is_embedder, task, call",
+    [
+        ("BertForTokenClassification", False, "token-classification", "tinybert predict FOLDER"),
+        ("DistilBertForQuestionAnswering", False, "question-answering", "tinybert ask FOLDER"),
+        ("BertForMaskedLM", False, "fill-mask", "TinyBertForMaskedLM"),
+        ("BertForPreTraining", False, "fill-mask", "TinyBertForMaskedLM"),
+        ("DistilBertModel", False, "feature-extraction", "TinyBertModel"),
+        ("BertModel", True, "sentence-similarity", "SentenceTransformer"),
+    ],
+)
+def test_every_kind_of_model(architecture, is_embedder, task, call, tmp_path):
+    family = {"model_type": "distilbert", "n_layers": 3, "dim": 192}
+    config = {**CONFIG, **(family if "Distil" in architecture else {})}
+    config["architectures"] = [architecture]
+    data, text = _read(
+        model_card(_results(), config, ORIGIN._replace(is_embedder=is_embedder)), tmp_path
+    )
+    assert data.pipeline_tag == task
+    assert call in text and "3 layers, 192 wide" in text
+
+
+def test_a_pretrained_model_has_the_scores_of_heldout_text(tmp_path):
+    results = make_results(models=[], heldout={"perplexity": 12.5}, seconds={"pretrain": 5.0})
+    config = {**CONFIG, "architectures": ["BertForMaskedLM"]}
+    origin = ORIGIN._replace(stage="pretrain", teacher="", data="", is_hub_teacher=False)
+    data, text = _read(model_card(results, config, origin), tmp_path)
+    assert data.eval_results is None and "base_model" not in data.to_dict()
+    assert "perplexity 12.5" in text and "from random weights" in text
+
+
+def test_names_stay_names(tmp_path):
+    """Neither Markdown nor YAML reads what stands in the names of runs, labels and data."""
+    evil = "a: b\n---\nlicense: mit <script>|`x`[y](z)"
+    results = _results(label_names=["<b>", "c|d"]) | {"name": evil}
+    origin = ORIGIN._replace(data=evil, teacher=evil, is_hub_teacher=False, teacher_card={})
+    data, text = _read(model_card(results, CONFIG, origin), tmp_path)
+    assert "license" not in data.to_dict()
+    assert data.model_name == evil and data.eval_results[0].dataset_name == evil
+    for mark in ("<script>", "<b>", "c|d", "`x`", "[y]"):
+        assert mark not in text
+    assert json.dumps(evil) not in text
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        (
+            "---\nlicense: mit\nlanguage: en\n---\nlicense: other",
+            {"license": "mit", "language": "en"},
+        ),
+        (
+            "---\nlanguage:\n- de\nlicense: 'cc-by-4.0'\n---",
+            {"license": "cc-by-4.0", "language": "de"},
+        ),
+        ("---\nlicense: [a, b]\n---", {}),
+        ("license: mit", {}),
+        ("", {}),
+    ],
+)
+def test_what_a_teacher_s_card_names(text, found):
+    assert card_metadata(text) == found

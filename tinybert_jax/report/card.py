@@ -1,0 +1,256 @@
+"""The model card (README.md) of an exported folder, from `results.json` and its `config.json`.
+
+Its metadata are those that the Hugging Face hub reads. Names from data and configs may hold any
+characters: they are escaped, or quoted by YAML.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import yaml
+
+from tinybert_jax import __version__
+from tinybert_jax.report.console import printable
+from tinybert_jax.report.tables import format_si, interval_of
+
+# The end of an architecture -> the task of the hub; others give features.
+_TASKS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForPreTraining": "fill-mask",
+}
+_DEFAULT = "feature-extraction"
+# Task -> (a call in Python, a command or a call of this package).
+_CALLS = {
+    "text-classification": ('model("A text.")', 'tinybert predict FOLDER -t "A text."'),
+    "token-classification": ('model("A text.")', 'tinybert predict FOLDER -t "A text."'),
+    "question-answering": (
+        'model(question="Who?", context="A text.")',
+        'tinybert ask FOLDER manual.txt -q "Who?"',
+    ),
+    "sentence-similarity": (
+        'vectors = model.encode(["A text."])',
+        "tinybert embed FOLDER texts.txt -o vectors.npy",
+    ),
+    "fill-mask": ('model("A [MASK].")', 'TinyBertForMaskedLM.from_pretrained("FOLDER")'),
+    _DEFAULT: ('model("A text.")', 'TinyBertModel.from_pretrained("FOLDER")'),
+}
+_METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
+_ROLES = {
+    "teacher": "its teacher",
+    "baseline": "the same model without a teacher",
+    "linear": "TF-IDF with logistic regression",
+}
+_NUM_LABELS = 100  # of them are listed
+
+
+class Origin(NamedTuple):
+    """What a card tells beyond the results of the run."""
+
+    stage: str  # that trained the exported model
+    member: str  # the exported student, "" where there is one
+    data: str  # the name of the task's data, "" without a task
+    teacher: str  # a hub id, or the name of a folder; "" without a teacher
+    teacher_card: Mapping[str, Any]  # its license and language, where it has a card
+    is_hub_teacher: bool
+    is_embedder: bool
+
+
+def model_card(results: Mapping[str, Any], config: Mapping[str, Any], origin: Origin) -> str:
+    """The text of README.md, for the model with this `config.json`."""
+    model, others = _models(results, origin)
+    title = " ".join(part for part in (str(results["name"]), origin.member) if part)
+    parts = [
+        f"---\n{_metadata(results, config, origin, model, title)}---",
+        f"# {_text(title)}",
+        _summary(config, origin, model),
+        _scores(results, model, others) if model else _heldout(results),
+        _use(config, origin),
+        _training(results, origin),
+        _limits(results, config),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def card_metadata(text: str) -> dict[str, Any]:
+    """The license and the language that a model card names; {} where it names none."""
+    found = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+    lines = found[1] if found else ""
+    named = re.findall(r"^(license|language): *['\"]?([A-Za-z0-9.+_-]{1,40})['\"]? *$", lines, re.M)
+    listed = re.findall(r"^language: *\r?\n- *['\"]?([A-Za-z-]{2,12})['\"]? *$", lines, re.M)
+    return {**({"language": listed[0]} if listed else {}), **dict(named)}
+
+
+def _models(
+    results: Mapping[str, Any], origin: Origin
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """(the entry of the exported model, those that it is compared with)."""
+    found = None
+    for model in results["models"]:
+        is_member = not origin.member or model["name"] == origin.member
+        if model.get("stage") == origin.stage and is_member:
+            found = found or model
+    others = [
+        model
+        for model in results["models"]
+        if model is not found
+        and (model["role"] in ("teacher", "linear") or found and model["name"] == found["name"])
+    ]
+    return found, others
+
+
+def _metadata(
+    results: Mapping[str, Any],
+    config: Mapping[str, Any],
+    origin: Origin,
+    model: dict[str, Any] | None,
+    title: str,
+) -> str:
+    task = _task(config, origin)
+    metadata = {
+        **origin.teacher_card,
+        "library_name": "sentence-transformers" if origin.is_embedder else "transformers",
+        "pipeline_tag": task,
+        "tags": ["tinybert_jax", str(config["model_type"])]
+        + (["distillation"] if origin.teacher else []),
+    }
+    if origin.is_hub_teacher:
+        metadata["base_model"] = origin.teacher
+    if model:
+        slug = re.sub(r"[^A-Za-z0-9._/-]+", "-", origin.data).strip("-") or "data"
+        scores = [
+            {"type": _METRICS.get(name, name), "name": name, "value": round(float(value), 4)}
+            for name, value in model["metrics"].items()
+            if math.isfinite(value)
+        ]
+        result = {
+            "task": {"type": task},
+            "dataset": {"type": slug, "name": origin.data or slug, "split": "dev"},
+            "metrics": scores,
+        }
+        metadata["model-index"] = [{"name": title, "results": [result]}]
+    return yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _task(config: Mapping[str, Any], origin: Origin) -> str:
+    """The hub's name of what the model does."""
+    if origin.is_embedder:
+        return "sentence-similarity"
+    architecture = config["architectures"][0]
+    return next((task for name, task in _TASKS.items() if architecture.endswith(name)), _DEFAULT)
+
+
+def _summary(config: Mapping[str, Any], origin: Origin, model: dict[str, Any] | None) -> str:
+    depth = config.get("num_hidden_layers", config.get("n_layers"))
+    width = config.get("hidden_size", config.get("dim"))
+    size = f"{depth} layers, {width} wide"
+    if model:
+        size += f", {format_si(float(model['num_encoder_parameters']))} parameters in the encoder"
+    made = {"finetune": "fine-tuned from", "pretrain": "trained on text; it began as"}
+    verb = made.get(origin.stage, "distilled from")
+    if origin.stage == "baseline":
+        begun = "trained without a teacher"
+    else:
+        begun = (
+            f"{verb} {_text(origin.teacher)}" if origin.teacher else "trained from random weights"
+        )
+    data = f" for {_text(origin.data)}" if origin.data else ""
+    size = f"{config['model_type']}, {size}"
+    return f"A Transformer encoder ({size}), {begun}{data} with tinybert_jax {__version__}."
+
+
+def _scores(results: Mapping[str, Any], model: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    """The table of the exported model and what it is compared with."""
+    names = list(model["metrics"])
+    lines = [
+        "## Scores and costs",
+        f"On {results['dev_examples']:,} dev rows, with 95 % intervals over the rows. "
+        + _chosen(results, model),
+        f"| model | {' | '.join(names)} | encoder parameters | latency |",
+        "|---|" + "---|" * (len(names) + 2),
+    ]
+    for own in [model, *others]:
+        called = "**this model**" if own is model else _ROLES.get(own["role"], own["role"])
+        cells = [called]
+        for name in names:
+            value, bounds = own["metrics"].get(name), interval_of(own, name)
+            shown = "" if value is None else f"{value:.4f}"
+            cells.append(shown + (f" [{bounds[0]:.4f}, {bounds[1]:.4f}]" if bounds else ""))
+        size, latency = own.get("num_encoder_parameters"), own.get("latency_ms")
+        cells.append(format_si(float(size)) if size else "")
+        cells.append(f"{latency['median']:.1f} ms" if latency else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    if latency := model.get("latency_ms"):
+        place = f"{latency['batch']} × {latency['seq_len']} tokens on {latency['device']}"
+        lines += [
+            "",
+            f"Latency: the median time of {_text(place)}, measured in turn with the others.",
+        ]
+    head, told, *table = lines
+    return "\n\n".join([head, told, "\n".join(table)])
+
+
+def _chosen(results: Mapping[str, Any], model: dict[str, Any]) -> str:
+    count = len(model.get("by_seed", ()))
+    seeds = (
+        f"The score is the mean of {count} seeds; the folder holds the best. " if count > 1 else ""
+    )
+    if results.get("select_examples"):
+        return f"{seeds}Other rows chose the checkpoint."
+    return f"{seeds}If several checkpoints were compared, these rows chose among them."
+
+
+def _heldout(results: Mapping[str, Any]) -> str:
+    found = results.get("heldout", {})
+    values = ", ".join(f"{name} {float(value):.4g}" for name, value in found.items())
+    return f"## Scores\n\nOn held-out text: {values}." if values else ""
+
+
+def _use(config: Mapping[str, Any], origin: Origin) -> str:
+    task = _task(config, origin)
+    theirs, ours = _CALLS.get(task, _CALLS[_DEFAULT])
+    if origin.is_embedder:
+        code = (
+            "from sentence_transformers import SentenceTransformer\n\n"
+            f'model = SentenceTransformer("FOLDER")\n{theirs}'
+        )
+    else:
+        code = (
+            "from transformers import pipeline\n\n"
+            f'model = pipeline("{task}", model="FOLDER")\n{theirs}'
+        )
+    return f"## Use\n\n```python\n{code}\n```\n\nWith tinybert_jax:\n\n```\n{ours}\n```"
+
+
+def _training(results: Mapping[str, Any], origin: Origin) -> str:
+    return (
+        f"## How it was made\n\nStages of the run: {', '.join(results['seconds'])}. This model is "
+        f"of {origin.stage}. `lineage.json` holds hashes of the data, the config and the models "
+        "that it began with."
+    )
+
+
+def _limits(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    labels = results.get("label_names") or []
+    lines = ["## Intended use and limits"]
+    if labels:
+        shown = ", ".join(_text(str(label)) for label in labels[:_NUM_LABELS])
+        more = f" and {len(labels) - _NUM_LABELS} more" if len(labels) > _NUM_LABELS else ""
+        lines.append(f"Labels: {shown}{more}. The model knows no others.")
+    longest = config["max_position_embeddings"]
+    lines.append(
+        "The scores hold for texts like those of the dev rows. Errors and biases of the teacher "
+        "and of the training data carry over. Texts of more than "
+        f"{longest} tokens do not fit."
+    )
+    return "\n\n".join(lines)
+
+
+def _text(value: str) -> str:
+    """A name on one line, without the characters that Markdown or HTML would read."""
+    plain = " ".join(printable(value).split())
+    return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", plain)
