@@ -61,7 +61,12 @@ def _programs_of_a_file_end_with_it():
 
 @pytest.fixture(scope="module")
 def cheap_programs(tmp_path_factory):
-    """For runs that have most programs in common: kept on disk, and of one device, not of eight."""
+    """For runs of tiny models, which have programs in common, also with those of other files.
+
+    The programs are kept on disk, and are of one device, not of eight.
+    """
+    root = tmp_path_factory.getbasetemp()
+    cache = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "programs"
     patch = pytest.MonkeyPatch()
     patch.setattr(
         preflight,
@@ -70,7 +75,7 @@ def cheap_programs(tmp_path_factory):
     )
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("cache")), 0.0), strict=True):
+    for name, value in zip(names, (str(cache), 0.0), strict=True):
         jax.config.update(name, value)
     yield
     for name, value in zip(names, before, strict=True):

@@ -20,7 +20,7 @@ STAGES = {
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
+def inputs(tmp_path_factory, cheap_programs):
     """A folder with text and a teacher that has a masked-LM head, not one of the task."""
     folder = tmp_path_factory.mktemp("inputs")
     params, sizes, tokenizer = write_inputs(folder, **SIZES)

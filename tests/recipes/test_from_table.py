@@ -33,7 +33,7 @@ def _tinybert(*words):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, cheap_programs):
     """A folder with a teacher, outside of the folder that the user works in."""
     folder = tmp_path_factory.mktemp("from_table")
     tiny_inputs.write_inputs(folder, **{**tiny_inputs.TEACHER, "max_position_embeddings": 128})

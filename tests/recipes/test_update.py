@@ -36,7 +36,7 @@ def _write_rows(path, rows):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, cheap_programs):
     """A model with a head for two labels, its rows, and new rows with a third label."""
     folder = tmp_path_factory.mktemp("update")
     _, config, tokenizer = tiny_inputs.write_inputs(folder, **tiny_inputs.TEACHER)

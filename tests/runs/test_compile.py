@@ -15,7 +15,7 @@ SETTINGS = {
     "students": {"tiny": tiny_inputs.STUDENT, "small": tiny_inputs.STUDENT},
     "finetune": tiny_inputs.STAGE | {"num_epochs": 1},
     "intermediate": tiny_inputs.STAGE | {"num_epochs": 1},
-    "prediction": tiny_inputs.STAGE | {"num_epochs": 1},
+    "prediction": tiny_inputs.STAGE | {"num_epochs": 1, "average_decay": 0.9},
 }
 
 

@@ -32,7 +32,7 @@ def _documents(seed):
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
+def prepared(tmp_path_factory, cheap_programs):
     """(folder, tokenizer): stores a, b and heldout in it."""
     folder = tmp_path_factory.mktemp("stores")
     tokenizer = train_wordpiece(_documents(0) + _documents(1), vocab_size=90)

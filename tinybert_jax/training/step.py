@@ -47,8 +47,11 @@ def abstract_state(
     *,
     averaged: bool = False,
 ) -> TrainState:
-    """The state as ShapeDtypeStructs with shardings; nothing is computed."""
-    abstract = jax.eval_shape(lambda: _new_state(params, optimizer, key, averaged))
+    """The state as ShapeDtypeStructs with shardings; nothing is computed.
+
+    `params` may be ShapeDtypeStructs too.
+    """
+    abstract = jax.eval_shape(lambda p: _new_state(p, optimizer, key, averaged), params)
     shardings = state_shardings(abstract, mesh)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
