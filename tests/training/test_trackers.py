@@ -40,7 +40,9 @@ def run(inputs: Path, name: str, *names: str) -> Path:
     return inputs / name
 
 
-def test_a_tracker_that_raises_in_every_call_changes_no_bit(inputs, cheap_programs, monkeypatch, capsys):
+def test_a_tracker_that_raises_in_every_call_changes_no_bit(
+    inputs, cheap_programs, monkeypatch, capsys
+):
     raising = types.SimpleNamespace(log=broken, finish=broken, define_metric=broken)
     fake_module(monkeypatch, "wandb", init=lambda **settings: raising)
     fake_module(monkeypatch, "trackio", init=broken)
