@@ -35,7 +35,7 @@ ROOMS = {
     "linear table",
     "objectives": "alignment linear_probe reduction objective masking masked_lm supervised "
     "similarity distillation",
-    "inference": "scorer pretrained predict search compare command",
+    "inference": "scorer pretrained predict vector_index search compare command",
     "training": "members optimizer early_stopping loop step skipping shards checkpoint trackers "
     "metric_log throughput preemption saver generations",
     "runs": "shared_folder inputs run identity run_store from_step corpus_checks checks "

@@ -1,5 +1,6 @@
 """Embeddings: rows and scores, packed against padded rows, and whole runs."""
 
+import importlib.util
 import itertools
 import json
 
@@ -338,6 +339,16 @@ def test_search_gives_the_closest_texts(world, tmp_path, capsys):
     best = found[0]["results"][0]
     assert (best["row"], best["text"], best["label"]) == (2, "tea and toast", "yes, tea")
     assert best["score"] == pytest.approx(1, abs=1e-5) and found[1]["results"][0]["row"] == 3
+    if importlib.util.find_spec("faiss"):
+        for _ in range(2):
+            assert cli.main([*command, "--label", "answer", "--index", str(tmp_path / "kept")]) == 0
+            indexed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+            assert [[r["row"] for r in own["results"]] for own in indexed] == [
+                [r["row"] for r in own["results"]] for own in found
+            ]
+        (tmp_path / "kept" / "index.json").unlink()
+        assert cli.main([*command, "--index", str(tmp_path / "kept")]) == 2
+        assert "something else or damaged" in capsys.readouterr().err
     plain = tmp_path / "faq.txt"
     plain.write_text("a dull film\n\na sea\n")
     assert cli.main(["search", model, str(plain), "-q", "a sea"]) == 0

@@ -83,6 +83,13 @@ def _add_search(commands) -> None:
     command.add_argument("-q", "--question", action="append", required=True)
     command.add_argument("-k", "--top", type=int, default=5, help="texts to give; default: 5")
     command.add_argument("--label", help="column to give with each text, as its answer or intent")
+    command.add_argument(
+        "--index",
+        type=os.path.expanduser,
+        metavar="FOLDER",
+        help="keep the texts' vectors there, so that the next search embeds the question alone; "
+        "beyond 100,000 texts an approximate index (extra index)",
+    )
     _add_vectors(command)
     command.set_defaults(act=_search)
 
@@ -299,7 +306,7 @@ def _embed(arguments, command: str) -> int:
 def _search(arguments, command: str) -> int:
     from tinybert_jax.inference import search
 
-    names = ("top", "text", "label", "split", "max_length", "width")
+    names = ("top", "text", "label", "split", "max_length", "width", "index")
     with contextlib.redirect_stdout(sys.stderr):
         found = search.search(
             arguments.model,

@@ -1,6 +1,11 @@
-"""`tinybert search`: the texts of a file that are closest to a question, by exact search."""
+"""`tinybert search`: the texts of a file that are closest to a question.
 
+Without an index the search is exact.
+"""
+
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,6 +13,7 @@ import numpy as np
 from tinybert_jax.data.corpus import is_plain_text, read_lines
 from tinybert_jax.data.tables import format_of, read_table, texts_in
 from tinybert_jax.inference.predict import embed
+from tinybert_jax.inference.vector_index import search_index
 from tinybert_jax.metrics.cosines import unit_vectors
 
 _BLOCK = 16_384  # texts or questions whose cosines are in memory at one time
@@ -24,19 +30,26 @@ def search(
     split: str | None = None,
     max_length: int | None = None,
     width: int | None = None,
+    index: str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """One object per question: `question` and its `results`, the closest texts of `data` first.
 
     A result has the `row` of the file from 1, `score` (the cosine), `text`, and `label`, the value
     of that column. `data`: a table whose column `text` is searched, or plain text, a text a line.
-    Raises ValueError for a model of another task and text that cannot be read.
+    `index`: a folder that keeps the vectors of the texts (see `vector_index`). Raises
+    ValueError for a model of another task and text that cannot be read.
     """
     if top < 1:
         raise ValueError(f"top: expected at least 1 result, got {top}; raise it")
     rows, texts, labels = read_texts(data, text, label, split)
     options = {"max_length": max_length, "width": width}
     asked = embed(model, questions, **options)
-    scores, places = nearest(embed(model, texts, **options), asked, top)
+    make_vectors = functools.partial(embed, model, texts, **options)
+    if index is None:
+        scores, places = nearest(make_vectors(), asked, top)
+    else:
+        place = Path(index)
+        scores, places = search_index(place, model, texts, options, asked, top, make_vectors)
     found = []
     for question, own, near in zip(questions, scores, places, strict=True):
         results = []
