@@ -9,12 +9,14 @@ _PUBLIC = {
     "TinyBertForMaskedLM": "tinybert_jax.inference.pretrained",
     "TinyBertForSequenceClassification": "tinybert_jax.inference.pretrained",
     "TinyBertForTokenClassification": "tinybert_jax.inference.pretrained",
+    "distill": "tinybert_jax.recipes.api",
+    "pipeline": "tinybert_jax.inference.pipeline",
 }
 __all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str):
-    """Imports the public classes on first use, so that `tinybert --help` never waits for JAX."""
+    """Imports public names on first use, so that `tinybert --help` never waits for JAX."""
     if name not in _PUBLIC:
         raise AttributeError(f"module 'tinybert_jax' has no attribute '{name}'")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

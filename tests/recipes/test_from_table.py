@@ -7,6 +7,7 @@ import pytest
 import tiny_inputs
 import yaml
 
+import tinybert_jax
 from tinybert_jax import cli
 from tinybert_jax.config import load as config_files
 from tinybert_jax.huggingface.folder import read_model
@@ -126,3 +127,28 @@ def test_mistakes_are_told_before_anything_is_written(folder, tmp_path, monkeypa
         assert _tinybert("run", *words) == 2
         assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mail.csv", "old mail.csv"]
+
+
+def test_the_same_from_python(finished, folder, monkeypatch, tmp_path, capsys):
+    """`distill` goes on with the run of the same settings, which is done."""
+    monkeypatch.chdir(folder / "empty")
+    before = {path: path.read_bytes() for path in (finished / "models").rglob("*.safetensors")}
+    settings = {name: yaml.safe_load(own) for name, _, own in (s.partition("=") for s in SHORT)}
+    options = {"text": "body", "label": "folder", "settings": settings}
+    result = tinybert_jax.distill("mail.csv", folder / "teacher", **options)
+    assert "finetune: done before" in capsys.readouterr().out
+    assert (result.folder.resolve(), result.report.is_file()) == (finished, True)
+    assert {path: path.read_bytes() for path in before} == before
+    assert {name.split()[0] for name in result.scores} == {"teacher", "student", "linear"}
+    student = next(own for name, own in result.scores.items() if name.startswith("student"))
+    assert f"{student:.4f}" in repr(result)
+    result.save_pretrained(tmp_path / "copy")
+    assert tinybert_jax.pipeline("text-classification", tmp_path / "copy")("a sea") == (
+        result.pipeline()("a sea")
+    )
+    with pytest.raises(ValueError, match="expected a new folder"):
+        result.save_pretrained(tmp_path / "copy")
+    with pytest.raises(ValueError, match="holds a run of another config"):
+        tinybert_jax.distill("mail.csv", folder / "teacher", "1l-8d", **options)
+    with pytest.raises(ValueError, match="1l-16"):
+        tinybert_jax.distill("mail.csv", folder / "teacher", "1l-16", **options)

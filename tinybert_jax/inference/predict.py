@@ -1,5 +1,6 @@
 """Predictions, metrics and sentence vectors of a model folder, as the commands give them."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,11 +13,12 @@ from tinybert_jax.data.errors import short
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.json_text import is_utf8
 from tinybert_jax.data.splits import Reading
-from tinybert_jax.huggingface.folder import HfModel, read_model, start_params
+from tinybert_jax.huggingface.folder import read_model, start_params
 from tinybert_jax.huggingface.head import Head
 from tinybert_jax.huggingface.hub import check_table, load_tokenizer
-from tinybert_jax.inference.scorer import make_scorer
+from tinybert_jax.inference.scorer import Scorer, make_scorer
 from tinybert_jax.metrics.cosines import unit_vectors
+from tinybert_jax.models.params import Params
 from tinybert_jax.tasks.table import task_of
 from tinybert_jax.tasks.task import Scored, Settings, Task
 
@@ -49,7 +51,7 @@ def predict(
     (default: the model's positions) are cut, but a tagging model refuses a text that does not fit
     its positions. Raises ValueError for a model without a task head.
     """
-    loaded = _load(model)
+    loaded = Model(model, max_length)
     if isinstance(data, str):
         section = _section(loaded.task, data, columns)
         how = Reading(split, is_labelled=False, keep_blank=True)
@@ -62,12 +64,10 @@ def predict(
                 "text, or read it from a file"
             )
         examples = Examples(list(data), None, None, None)
-    examples = examples._replace(label_names=loaded.head.label_names)
     filled = [place for place, text in enumerate(examples.text) if _has_text(text)]
     answers: dict[int, dict[str, Any]] = {}
     if filled:
-        scored = _score(loaded, examples.take(filled), max_length)
-        answers = dict(zip(filled, _answers(loaded, scored), strict=True))
+        answers = dict(zip(filled, loaded.answer(examples.take(filled)), strict=True))
     return [
         {"row": place + 1, "text": _plain(text), **answers.get(place, {"problem": "no text"})}
         for place, text in enumerate(examples.text)
@@ -82,7 +82,7 @@ def ask(
     Texts longer than `max_length` are read in windows that overlap. Raises ValueError for a model
     of another task, and for a blank text or question.
     """
-    loaded = _load(model)
+    loaded = Model(model, max_length)
     if loaded.task.unit != "span":
         raise ValueError(
             f"{model}: expected a model that answers questions, got one for {loaded.task.kind}; "
@@ -96,8 +96,7 @@ def ask(
             f"expected questions, got {f'a blank one in place {blank[0]}' if blank else 'none'}; "
             "write one"
         )
-    examples = Examples(list(questions), [text] * len(questions), None, loaded.head.label_names)
-    found = _answers(loaded, _score(loaded, examples, max_length))
+    found = loaded.answer(Examples(list(questions), [text] * len(questions), None, None))
     return [{"question": q, **answer} for q, answer in zip(questions, found, strict=True)]
 
 
@@ -113,7 +112,7 @@ def embed(
     `width`: only the first columns, of a model that was trained with them (task.widths). Raises
     ValueError for a model of another task, a blank text and vectors that are not finite.
     """
-    loaded = _load(model)
+    loaded = Model(model, max_length)
     if loaded.task.unit != "text":
         raise ValueError(
             f"{model}: expected a model of sentence vectors (modules.json), got one for "
@@ -130,7 +129,7 @@ def embed(
         raise ValueError(
             f"width: expected from 1 to {dim}, the width of the model, got {width}; change it"
         )
-    vectors = _score(loaded, Examples(list(texts), None, None, None), max_length).logits
+    vectors = loaded.score(Examples(list(texts), None, None, None)).logits
     if not np.isfinite(vectors).all():
         raise ValueError(
             f"{model}: expected finite outputs, got NaN or infinite ones; the weights have "
@@ -177,7 +176,7 @@ def score_file(
 
     Raises ValueError for a wrong setting or file, and for logits that are not finite.
     """
-    loaded = _load(model)
+    loaded = Model(model, max_length)
     section = _section(loaded.task, data, settings or {})
     examples = loaded.task.read(data, section, Reading(split, is_dev=True))
     names = loaded.head.label_names
@@ -185,7 +184,7 @@ def score_file(
         ids, raw = tuple(str(i) for i in range(len(names))), set(examples.label_names)
         known = ids if raw <= set(ids) and not raw <= set(names) else names
         examples = loaded.task.read(data, section, Reading(split, known, is_dev=True))
-    scored = _score(loaded, examples, max_length)
+    scored = loaded.score(examples)
     bad = np.flatnonzero(~_is_finite(scored))
     if len(bad):
         raise ValueError(
@@ -196,18 +195,66 @@ def score_file(
     return ScoredFile(loaded.task, scored, loaded.head.settings)
 
 
-class _Loaded(NamedTuple):
-    """A model folder, its head and its task."""
+class Model:
+    """A model folder, its head and its task; the weights are read once, for the first score.
 
-    source: HfModel
-    head: Head
-    task: Task
+    `max_length`: tokens of a text; None: as many as the task and the model's positions allow.
+    """
 
+    def __init__(self, model: str, max_length: int | None = None):
+        self.source = read_model(model)
+        self.task, self.head = task_of(self.source), self.source.head or Head("", None, ())
+        self._given_length = max_length
 
-def _load(model: str) -> _Loaded:
-    source = read_model(model)
-    task = task_of(source)
-    return _Loaded(source, source.head or Head("", None, ()), task)
+    def answer(self, examples: Examples) -> list[dict[str, Any]]:
+        """The predictions; None for each entry of those whose logits are not finite."""
+        scored = self.score(examples._replace(label_names=self.head.label_names))
+        is_finite, logits = _is_finite(scored), np.nan_to_num(scored.logits, posinf=0.0, neginf=0.0)
+        with np.errstate(over="ignore"):  # exp of a large logit: the probability is 0 or 1
+            found = self.task.answers(scored._replace(logits=logits), self.head.settings)
+        problem = {"problem": "the model's outputs are not finite"}
+        return [
+            answer if fine else {**dict.fromkeys(answer), **problem}
+            for answer, fine in zip(found, is_finite, strict=True)
+        ]
+
+    def score(self, examples: Examples) -> Scored:
+        """The examples with the logits of the model; ValueError for a wrong `max_length`."""
+        tokenizer, max_length = self._tokenizer, self._max_length
+        if self.task.check_lengths is not None:
+            positions = self.source.config.max_position_embeddings
+            self.task.check_lengths(tokenizer, examples, positions)
+        score, params = self._scorer
+        rows = self.task.encode(tokenizer, examples, max_length)
+        return Scored(score(params, rows), rows, examples)
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        tokenizer = load_tokenizer(self.source.folder)
+        check_table(tokenizer, self.source.config, "the model")
+        return tokenizer
+
+    @property
+    def _max_length(self) -> int:
+        positions, length = self.source.config.max_position_embeddings, self._given_length
+        if length is None:
+            length = min(self.task.max_length or positions, positions)
+        if not MIN_TOKENS <= length <= positions:
+            raise ValueError(
+                f"max_length: expected at least {MIN_TOKENS} and at most {positions} (the model's "
+                f"positions), got {length}; change it"
+            )
+        return length
+
+    @functools.cached_property
+    def _scorer(self) -> tuple[Scorer, Params]:
+        apply, init = self.task.make_head(self.source.config, len(self.head.label_names))
+        is_quiet = self.task.unit == "text"  # such a folder may have a pooler, which nothing reads
+        params = start_params(self.source.folder, init, whole=True, is_quiet=is_quiet)
+        length = self._max_length
+        buckets = [width for width in (16, 32, 64, 128, 256) if width < length] + [length]
+        pad_token_id = self._tokenizer.pad_token_id
+        return make_scorer(apply, buckets=buckets, pad_token_id=pad_token_id), params
 
 
 def _section(task: Task, data: str, settings: Mapping[str, Any]) -> TaskSection:
@@ -221,18 +268,6 @@ def _section(task: Task, data: str, settings: Mapping[str, Any]) -> TaskSection:
             "remove them"
         )
     return validate(task.section, {"train": data, "dev": data, **given}, f"task of {task.kind}")
-
-
-def _answers(loaded: _Loaded, scored: Scored) -> list[dict[str, Any]]:
-    """The predictions; None for each entry of those whose logits are not finite."""
-    is_finite, logits = _is_finite(scored), np.nan_to_num(scored.logits, posinf=0.0, neginf=0.0)
-    with np.errstate(over="ignore"):  # exp of a large logit: the probability is 0 or 1
-        found = loaded.task.answers(scored._replace(logits=logits), loaded.head.settings)
-    problem = {"problem": "the model's outputs are not finite"}
-    return [
-        answer if fine else {**dict.fromkeys(answer), **problem}
-        for answer, fine in zip(found, is_finite, strict=True)
-    ]
 
 
 def _is_finite(scored: Scored) -> np.ndarray:
@@ -253,27 +288,3 @@ def _plain(text: str | Sequence[str]) -> str:
 
 def _has_text(text: str | Sequence[str]) -> bool:
     return bool(text.strip() if isinstance(text, str) else text)
-
-
-def _score(loaded: _Loaded, examples: Examples, max_length: int | None) -> Scored:
-    """The examples with the logits of the model; raises ValueError for a wrong `max_length`."""
-    source, task = loaded.source, loaded.task
-    tokenizer = load_tokenizer(source.folder)
-    check_table(tokenizer, source.config, "the model")
-    positions = source.config.max_position_embeddings
-    if max_length is None:
-        max_length = min(task.max_length or positions, positions)
-    if not MIN_TOKENS <= max_length <= positions:
-        raise ValueError(
-            f"max_length: expected at least {MIN_TOKENS} and at most {positions} (the model's "
-            f"positions), got {max_length}; change it"
-        )
-    if task.check_lengths is not None:
-        task.check_lengths(tokenizer, examples, positions)
-    apply, init = task.make_head(source.config, len(loaded.head.label_names))
-    is_quiet = task.unit == "text"  # such a folder may have a pooler, which nothing reads
-    params = start_params(source.folder, init, whole=True, is_quiet=is_quiet)
-    rows = task.encode(tokenizer, examples, max_length)
-    buckets = [width for width in (16, 32, 64, 128, 256) if width < max_length] + [max_length]
-    score = make_scorer(apply, buckets=buckets, pad_token_id=tokenizer.pad_token_id)
-    return Scored(score(params, rows), rows, examples)

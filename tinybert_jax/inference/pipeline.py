@@ -1,0 +1,99 @@
+"""`pipeline`: a model folder that answers calls with texts, as that of transformers does."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinybert_jax.data.examples import Examples
+from tinybert_jax.inference.predict import Model
+
+# The hub's names of what a model does -> the head of transformers' model; None: sentence vectors.
+_HEADS = {
+    "text-classification": "SequenceClassification",
+    "token-classification": "TokenClassification",
+    "question-answering": "QuestionAnswering",
+    "sentence-similarity": None,
+    "feature-extraction": None,
+}
+_ENTITY = {"label": "entity_group", "text": "word", "probability": "score"}
+
+
+class Pipeline:
+    """Answers calls; the model is read once. See `pipeline`."""
+
+    def __init__(self, model: Model):
+        self._model = model
+
+    def __call__(
+        self,
+        texts: str | Sequence[str] | None = None,
+        text_pair: str | Sequence[str] | None = None,
+        *,
+        question: str | Sequence[str] | None = None,
+        context: str | Sequence[str] | None = None,
+    ) -> Any:
+        """The answer to a text (or pair), or a list of answers to a list of them.
+
+        Classification: {label, score}. Several labels: {labels, scores}. Regression: {score}.
+        Tagging: a list of {entity_group, score, word, start, end}. Questions (`question` and
+        `context`): {answer, score, start, end}. Sentence vectors: fp32 [dim] or [texts, dim].
+        Raises ValueError for a blank text.
+        """
+        first, second = (texts, text_pair) if question is None else (question, context)
+        if first is None:
+            raise ValueError("expected a text, or a question with its context, got neither")
+        is_one = isinstance(first, str)
+        rows = [first] if is_one else list(first)
+        pairs = [second] * len(rows) if isinstance(second, str) else second
+        self._check(rows, pairs)
+        answers = self._model.answer(Examples(rows, pairs and list(pairs), None, None))
+        if "vector" in answers[0]:
+            vectors = np.array([answer["vector"] for answer in answers], np.float32)
+            return vectors[0] if is_one else vectors
+        found = [_renamed(answer) for answer in answers]
+        return found[0] if is_one else found
+
+    def _check(self, rows: list[str], pairs: Sequence[str] | None) -> None:
+        needs_context = self._model.task.unit == "span"
+        if needs_context and pairs is None:
+            raise ValueError("expected question=… and context=…, got one text; give both")
+        if pairs is not None and len(pairs) != len(rows):
+            raise ValueError(f"expected {len(rows)} second texts, got {len(pairs)}; give one each")
+        blank = [place for place, text in enumerate([*rows, *(pairs or ())]) if not text.strip()]
+        if blank or not rows:
+            got = f"a blank one in place {blank[0] % len(rows) + 1}" if blank else "none"
+            raise ValueError(f"expected texts, got {got}; fill it in, or remove it")
+
+
+def pipeline(task: str, model: str | Path, *, max_length: int | None = None) -> Pipeline:
+    """A `Pipeline` for `model`, a folder or hub id, as `transformers.pipeline(task, model)` makes.
+
+    `task`: text-classification, token-classification, question-answering, sentence-similarity or
+    feature-extraction. Raises ValueError for a model of another task.
+    """
+    if task not in _HEADS:
+        raise ValueError(f"task: expected one of {list(_HEADS)}, got '{task}'; choose one")
+    loaded = Model(str(model), max_length)
+    if loaded.task.hf_head != _HEADS[task]:
+        fits = next(name for name, own in _HEADS.items() if own == loaded.task.hf_head)
+        raise ValueError(
+            f"{model}: expected a model for {task}, got one for {loaded.task.kind}; "
+            f"use pipeline('{fits}', …)"
+        )
+    return Pipeline(loaded)
+
+
+def _renamed(answer: dict[str, Any]) -> Any:
+    """An answer of a task with the keys of transformers."""
+    if "problem" in answer:
+        return answer
+    if "entities" in answer:
+        return [{_ENTITY.get(key, key): own for key, own in e.items()} for e in answer["entities"]]
+    if "labels" in answer:
+        return {"labels": answer["labels"], "scores": answer["probabilities"]}
+    if "value" in answer or "similarity" in answer:
+        return {"score": answer.get("value", answer.get("similarity"))}
+    named = {"score" if key == "probability" else key: own for key, own in answer.items()}
+    return {key: own for key, own in named.items() if key not in ("logits", "candidates")}

@@ -1,0 +1,102 @@
+"""`tinybert_jax.distill`: the run of `tinybert run --data`, from Python."""
+
+import functools
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tinybert_jax.config import load as config_files
+from tinybert_jax.inference.pipeline import Pipeline
+from tinybert_jax.inference.predict import Model
+from tinybert_jax.recipes import by_rows, from_table
+from tinybert_jax.recipes import pipeline as recipe
+
+_SIZES = re.compile(r"(\d+)l-(\d+)d")
+
+
+class Result:
+    """A finished run."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder  # of the run
+        self.model = folder / "hf"  # the student, as a Hugging Face folder
+        self.report = folder / "report.html"
+
+    @functools.cached_property
+    def results(self) -> dict[str, Any]:
+        """The content of results.json."""
+        return json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The score of each model on the dev rows, by the metric of the task."""
+        metric = self.results["metric"]
+        return {
+            f"{model['role']} {model['name']}": model["metrics"][metric]
+            for model in self.results["models"]
+        }
+
+    def pipeline(self) -> Pipeline:
+        """The student, to be called with texts."""
+        return Pipeline(Model(str(self.model)))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Copies the student to a new folder; raises ValueError for one that exists."""
+        if Path(folder).exists():
+            raise ValueError(f"expected a new folder, got {folder}, which exists; remove it")
+        shutil.copytree(self.model, folder)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name} {score:.4f}" for name, score in self.scores.items())
+        return f"Result({str(self.folder)!r}: {self.results['metric']} {shown})"
+
+
+def distill(
+    data: str | Path,
+    teacher: str | Path,
+    student: str | Mapping[str, Any] | None = None,
+    *,
+    task: str | None = None,
+    text: str | None = None,
+    text_pair: str | None = None,
+    label: str | None = None,
+    run_dir: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Result:
+    """Fine-tunes a teacher on a table of labelled text and distils it, as `tinybert run --data`.
+
+    `data`: a .csv, .tsv or .jsonl file. `teacher`: a BERT folder or hub id. `student`: layers and
+    width as "3l-384d", the name of a preset, or settings of the section student; None: the recipe
+    chooses. `task`: the kind of the task; what is None is guessed from the columns. `settings`: by
+    path, such as {"finetune.num_epochs": 3}. A run that was interrupted goes on. Raises ValueError,
+    before anything is written, for a wrong input.
+    """
+    overrides = [f"{name}={json.dumps(value)}" for name, value in (settings or {}).items()]
+    if student is not None:
+        overrides.append(f"student={json.dumps(_student(student))}")
+    if run_dir is not None:
+        overrides.append(f"run_dir={json.dumps(str(run_dir))}")
+    tree = from_table.make_tree(
+        data=str(data),
+        teacher=str(teacher),
+        text=text,
+        text_pair=text_pair,
+        label=label,
+        task=task,
+        overrides=overrides,
+        say=print,
+    )
+    config = config_files.complete(tree, "distill", by_rows.measure, print)
+    return Result(recipe.main(config, command="tinybert_jax.distill"))
+
+
+def _student(given: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(given, str):
+        return given
+    sizes = _SIZES.fullmatch(given)
+    if not sizes:
+        return {"preset": given}
+    return {"num_hidden_layers": int(sizes[1]), "hidden_size": int(sizes[2])}
