@@ -41,7 +41,7 @@ ROOMS = {
     "runs": "shared_folder inputs run identity run_store from_step corpus_checks checks "
     "environment preflight stage_batches teacher_logits workload estimate scoring "
     "results head_init student_start stage_state stage_step divergence stage "
-    "used_words compile saved_states",
+    "used_words compile saved_states doctor",
     "recipes": "data pretrain finetune distill update by_rows from_table pipeline api",
     "launch": "job slurm jobset gcluster tpu_vm sky command",
 }

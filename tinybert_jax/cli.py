@@ -169,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_update(commands)
     _add_convert(commands)
     _add_ckpt(commands)
+    _add_doctor(commands)
     data.add_to(commands, _add_config)
     launch.add_to(commands)
     return parser
@@ -279,6 +280,14 @@ def _add_ckpt(commands) -> None:
             action.add_argument("-o", "--output", type=_path, required=True, help="a new file")
 
 
+def _add_doctor(commands) -> None:
+    text = "print what this machine is and what would make runs faster, also of a run folder"
+    command = commands.add_parser("doctor", help=text, description=text)
+    command.add_argument("run_dir", nargs="?", type=_path, help="the folder of a run")
+    command.add_argument("--markdown", action="store_true", help="a table for a report of a bug")
+    command.set_defaults(act=_doctor)
+
+
 def _measure(draft):
     from tinybert_jax.recipes import by_rows
 
@@ -372,3 +381,11 @@ def _ckpt(arguments, command: str) -> int:
 
     options = {key: v for key, v in vars(arguments).items() if key not in ("command", "act")}
     return saved_states.act(**options)
+
+
+def _doctor(arguments, command: str) -> int:
+    from tinybert_jax.runs import doctor
+
+    report = doctor.examine(arguments.run_dir)
+    print(printable(doctor.describe(report, is_markdown=arguments.markdown)))
+    return 0
