@@ -14,9 +14,11 @@ from tinybert_jax.settings.section import (
 class MeshSection(Section):
     """Number of devices along each mesh axis; an axis of -1 takes all remaining devices."""
 
-    data: int = -1
-    fsdp: PositiveInt = 1
-    tensor: PositiveInt = 1
+    data: int = Field(default=-1, description="parts of the batch; the weights are copied")
+    fsdp: PositiveInt = Field(
+        default=1, description="parts of the batch, of the weights and of the optimizer's state"
+    )
+    tensor: PositiveInt = Field(default=1, description="parts of the matrices of a layer")
 
 
 class ComputeSection(Section):
@@ -33,7 +35,10 @@ class ComputeSection(Section):
         description="dtype of frozen teachers; default: dtype; int8_products: fp32, but the "
         "products with the weights of layers are int8, with one scale per token and per column",
     )
-    unroll_layers: bool = False
+    unroll_layers: bool = Field(
+        default=False,
+        description="compile every layer, not a loop: faster on CPUs, slow to compile on GPUs",
+    )
     attention: AttentionBackend = Field(
         default="auto",
         description="cudnn (NVIDIA GPUs, bfloat16) and splash (TPUs) are flash attention for rows "

@@ -36,12 +36,12 @@ class PrepareConfig(Section):
         "first in the text (sentence_order)",
     )
     short_share: Fraction = Field(0.1, description="share of pairs with a random shorter length")
-    width: Annotated[int, Field(ge=8, le=32768)] = 128
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    width: Annotated[int, Field(ge=8, le=32768)] = Field(128, description="tokens of a row")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="of pairs and of the order")
     chunk_bytes: Annotated[int, Field(ge=256)] = Field(
         4 * 2**20, description="bytes of text that are tokenised, packed and shuffled together"
     )
-    shard_rows: PositiveInt = 2**22
+    shard_rows: PositiveInt = Field(2**22, description="most rows of a file of the store")
     max_bad_share: Fraction = Field(
         0.01, description="(*) stops when a larger share of the records cannot be read"
     )
@@ -59,23 +59,32 @@ class PrepareConfig(Section):
 class TokenizerSection(Section):
     """The tokenizer: the teacher's (default), that of a folder, or one trained on the corpus."""
 
-    path: str | None = None
-    vocab_size: PositiveInt | None = None
-    lowercase: bool = True
+    path: str | None = Field(
+        default=None, description="a folder or hub id; default: the teacher's folder"
+    )
+    vocab_size: PositiveInt | None = Field(
+        default=None,
+        description="instead of path: trains a WordPiece vocabulary of this size on corpus",
+    )
+    lowercase: bool = Field(
+        default=True, description="of a trained vocabulary; it strips accents too"
+    )
 
 
 class CorpusSection(Section):
     """Text: .txt (blank lines separate documents), .jsonl with `text`, folders, globs, stores."""
 
-    files: tuple[str, ...] = ()
+    files: tuple[str, ...] = Field((), description="files, folders and globs of text")
     stores: dict[str, Positive] = Field(
         {},
         description="instead of files: folders that `tinybert data prepare` wrote, with the "
         "relative number of rows that a batch takes from each folder",
     )
     heldout_store: str | None = Field(None, description="a store to evaluate pretrain on")
-    builtin: bool = False
-    max_documents: PositiveInt | None = None
+    builtin: bool = Field(
+        False, description="instead of files: docstrings of the packages that are installed"
+    )
+    max_documents: PositiveInt | None = Field(None, description="the first documents of files")
     heldout_share: Probability = Field(
         0.0,
         description="share of the documents, chosen by hash of the text, that no stage trains on; "

@@ -16,14 +16,24 @@ from tinybert_jax.terms.table import Terms, reads_of
 class DistillSection(Section):
     """The terms that the stages general, intermediate and prediction minimise."""
 
-    preset: Literal["tinybert", "minilmv2", "distilbert", "pkd"] = "tinybert"
-    general: Terms = Field(
-        default=(), description="default: the preset's terms, also for the next two settings"
+    preset: Literal["tinybert", "minilmv2", "distilbert", "pkd"] = Field(
+        default="tinybert", description="the terms of all stages, as a paper has them"
     )
-    intermediate: Terms = ()
-    prediction: Terms = ()
-    projection: Literal["shared", "per_layer"] = "shared"
-    normalisation: Literal["valid_only", "paper_code"] = "valid_only"
+    general: Terms = Field(
+        default=(), description="its terms; default: the preset's, also for the next two settings"
+    )
+    intermediate: Terms = Field(default=(), description="its terms")
+    prediction: Terms = Field(default=(), description="its terms")
+    projection: Literal["shared", "per_layer"] = Field(
+        default="shared",
+        description="the trained map from the student's width to the teacher's: one for all layers "
+        "and the embeddings, or one each; it is no part of the exported model",
+    )
+    normalisation: Literal["valid_only", "paper_code"] = Field(
+        default="valid_only",
+        description="what a loss is a mean over: real tokens, or all positions, padding too, as in "
+        "TinyBERT's code",
+    )
     mask_rate: Probability | None = Field(
         default=None,
         description="share of masked tokens in the input of general; default: 0.15 where a term "

@@ -12,24 +12,36 @@ class FurtherTeacherSection(Section):
     """Another fine-tuned teacher: same task, labels and vocabulary, any size."""
 
     path: str = Field(description="a fine-tuned Hugging Face folder or hub id")
-    weight: Positive = 1.0  # in the mean of logits; the weight of `teacher` is 1
+    weight: Positive = Field(1.0, description="in the mean of logits; that of `teacher` is 1")
 
 
 class ModelSection(Section):
     """An encoder: from a Hugging Face folder or hub id (`path`), or new from sizes."""
 
-    path: str | None = None
+    path: str | None = Field(None, description="a Hugging Face folder or hub id")
     model_type: str | None = Field(
         None, description="the family of a new model; default: the teacher's, or BERT"
     )
-    preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
-    hidden_size: PositiveInt | None = None
-    num_hidden_layers: PositiveInt | None = None
-    num_attention_heads: PositiveInt | None = None
-    intermediate_size: PositiveInt | None = None
-    max_position_embeddings: PositiveInt | None = None
-    hidden_dropout_prob: Probability | None = None
-    attention_probs_dropout_prob: Probability | None = None
+    preset: Literal[tuple(PRESETS)] | None = Field(  # type: ignore[valid-type]
+        None, description="the name of known sizes; a size that is given replaces its own"
+    )
+    hidden_size: PositiveInt | None = Field(None, description="width of the hidden states")
+    num_hidden_layers: PositiveInt | None = Field(None, description="layers")
+    num_attention_heads: PositiveInt | None = Field(
+        None, description="attention heads of a layer; hidden_size has to be a multiple"
+    )
+    intermediate_size: PositiveInt | None = Field(
+        None, description="width inside the feed-forward part of a layer"
+    )
+    max_position_embeddings: PositiveInt | None = Field(
+        None, description="longest row in tokens; default: 512"
+    )
+    hidden_dropout_prob: Probability | None = Field(
+        None, description="dropout of hidden states; default: 0.1; a stage may override it"
+    )
+    attention_probs_dropout_prob: Probability | None = Field(
+        None, description="the same of attention probabilities"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelSection":

@@ -64,21 +64,16 @@ class StagePlan(NamedTuple):
 
 
 class RunConfig(Section):
-    """All settings of a run. The stages that have a section run in the order of `STAGES`.
+    """All settings of a run. The stages that have a section run in the order of `STAGES`."""
 
-    pretrain: masked-LM training of the teacher. finetune: supervised training of the teacher.
-    general, intermediate, prediction: TinyBERT's three distillation steps. baseline: supervised
-    training of the same student without a teacher. update: further training of a model on new rows.
-    """
-
-    name: str = "run"
-    run_dir: str
+    name: str = Field("run", description="of the run, in the report and for trackers")
+    run_dir: str = Field(description="the folder of the run")
     run_store: Annotated[str, Field(min_length=1)] | None = Field(
         None,
         description="URL of fsspec, such as gs://bucket/run or s3://bucket/run, to which the run "
         "folder is copied after every save; a run whose folder is gone or older is fetched from it",
     )
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="of all random numbers")
     num_seeds: PositiveInt = Field(
         1,
         description="number of students of each size, trained in the same batches from the seeds "
@@ -104,13 +99,23 @@ class RunConfig(Section):
     mesh: MeshSection = MeshSection()
     compute: ComputeSection = ComputeSection()
     log: LogSection = LogSection()
-    pretrain: PretrainSection | None = None
-    finetune: FinetuneSection | None = None
-    general: CorpusStageSection | None = None
-    intermediate: TaskStageSection | None = None
-    prediction: HeadSection | None = None
-    baseline: SupervisedSection | None = None
-    update: UpdateSection | None = None
+    pretrain: PretrainSection | None = Field(None, description="masked LM of the teacher")
+    finetune: FinetuneSection | None = Field(None, description="the teacher learns from labels")
+    general: CorpusStageSection | None = Field(
+        None, description="the student learns the pretrained teacher's layers, on the corpus"
+    )
+    intermediate: TaskStageSection | None = Field(
+        None, description="the student learns the fine-tuned teacher's layers, on the task's text"
+    )
+    prediction: HeadSection | None = Field(
+        None, description="the student learns the fine-tuned teacher's answers"
+    )
+    baseline: SupervisedSection | None = Field(
+        None, description="the same student learns from labels alone, for comparison"
+    )
+    update: UpdateSection | None = Field(
+        None, description="a model learns new rows and keeps the answers that it had right"
+    )
 
     @property
     def stages(self) -> tuple[Stage, ...]:

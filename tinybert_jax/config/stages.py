@@ -23,11 +23,11 @@ MaskUnit = Literal["token", "whole_word", "span"]
 class StageSection(Section):
     """Steps, batches, learning rate, logging, evaluation and checkpoints of one stage."""
 
-    num_epochs: Positive | None = None
-    num_steps: PositiveInt | None = None
-    global_batch_size: PositiveInt = 32
-    gradient_accumulation_steps: PositiveInt = 1
-    max_length: Annotated[int, Field(ge=4)] = 128
+    num_epochs: Positive | None = Field(None, description="passes over the text of the stage")
+    num_steps: PositiveInt | None = Field(None, description="instead of num_epochs")
+    global_batch_size: PositiveInt = Field(32, description="examples of a step, on all devices")
+    gradient_accumulation_steps: PositiveInt = Field(1, description="microbatches of a step")
+    max_length: Annotated[int, Field(ge=4)] = Field(128, description="tokens of a row")
     length_buckets: tuple[PositiveInt, ...] | None = Field(
         None, description="padded widths of batches; default: 16, 32, 64, … up to max_length"
     )
@@ -37,18 +37,18 @@ class StageSection(Section):
         "to max_length; pack: rows of max_length hold several examples, and a batch holds "
         "global_batch_size examples on average",
     )
-    learning_rate: Positive
+    learning_rate: Positive = Field(description="the highest rate of the schedule, of AdamW")
     schedule: Literal[
         "linear", "cosine", "constant", "polynomial", "inverse_sqrt", "warmup_stable_decay"
-    ] = "linear"
+    ] = Field("linear", description="how the learning rate falls after the warm-up")
     warmup: Fraction = Field(0.1, description="share of the steps spent on linear warm-up")
     decay: Fraction = Field(0.2, description="share of the steps that warmup_stable_decay decays")
-    end_factor: Fraction = 0.0
-    power: Positive = 1.0
-    weight_decay: NonNegative = 0.01
-    b1: Probability = 0.9
-    b2: Probability = 0.999
-    eps: Positive = 1e-6
+    end_factor: Fraction = Field(0.0, description="rate of the last step / learning_rate")
+    power: Positive = Field(1.0, description="exponent of the schedule polynomial")
+    weight_decay: NonNegative = Field(0.01, description="of AdamW; not of biases and LayerNorm")
+    b1: Probability = Field(0.9, description="decay of AdamW's mean of gradients")
+    b2: Probability = Field(0.999, description="decay of AdamW's mean of squared gradients")
+    eps: Positive = Field(1e-6, description="added to the denominator of AdamW")
     decay_towards: Literal["zero", "start"] = Field(
         "zero",
         description="what weight_decay pulls weights to; start: to those of the first step (L2-SP, "
@@ -59,7 +59,7 @@ class StageSection(Section):
         description="factor of the learning rate from each layer to the one below it, as 0.9; the "
         "head has the whole rate",
     )
-    clip_norm: Positive | None = 1.0
+    clip_norm: Positive | None = Field(1.0, description="largest norm of all gradients together")
     average_decay: Probability | None = Field(
         None,
         description="decay of a moving average of the weights; evaluations read the average, and "
@@ -68,7 +68,7 @@ class StageSection(Section):
     dropout: Probability | None = Field(
         None, description="overrides all dropout rates of the model"
     )
-    log_every: PositiveInt = 50
+    log_every: PositiveInt = Field(50, description="steps from one line of the log to the next")
     save_every: PositiveInt = Field(500, description="steps; see also save_minutes")
     save_minutes: Positive = Field(
         5.0, description="a state is saved at the latest so long after the one before"
@@ -92,7 +92,7 @@ class StageSection(Section):
         description="what becomes of a step whose loss is above spike_factor times the median of "
         "the last 100: a line, or a line and no change of the weights",
     )
-    spike_factor: Annotated[float, Field(gt=1.0)] = 5.0
+    spike_factor: Annotated[float, Field(gt=1.0)] = Field(5.0, description="see spikes")
     check_replicas_every: PositiveInt | None = Field(
         None,
         description="steps after which the copies of the weights on several devices are compared; "
@@ -150,8 +150,10 @@ class Phase(Section):
     """Settings that replace those of the stage during a share of its first steps."""
 
     share: Annotated[float, Field(gt=0.0, lt=1.0, description="of the stage's steps")]
-    max_length: Annotated[int, Field(ge=4)] | None = None
-    global_batch_size: PositiveInt | None = None
+    max_length: Annotated[int, Field(ge=4)] | None = Field(
+        None, description="default: the stage's, also for the next setting"
+    )
+    global_batch_size: PositiveInt | None = Field(None, description="examples of a step")
 
     @property
     def changes(self) -> dict[str, int]:
@@ -222,7 +224,7 @@ class CorpusStageSection(StageSection):
 class PretrainSection(CorpusStageSection):
     """Masked-LM pretraining."""
 
-    mask_rate: Probability = 0.15
+    mask_rate: Probability = Field(0.15, description="share of the tokens that are masked")
     mask_rate_end: Probability | None = Field(
         None, description="the rate of the last step; the rate changes linearly from mask_rate"
     )
@@ -290,7 +292,7 @@ class HeadSection(TaskStageSection):
 class SupervisedSection(HeadSection):
     """A stage that trains on labels: finetune or baseline."""
 
-    label_smoothing: Probability = 0.0
+    label_smoothing: Probability = Field(0.0, description="share of a label given to all classes")
     class_weights: Literal["balanced"] | None = Field(
         None,
         description="balanced: a unit counts as 1 / (units of its class to train on), so that all "
@@ -327,7 +329,7 @@ class UpdateSection(TaskStageSection):
         description="weight of the old model's answers beside the labels; they count on the rows "
         "that the old model has right",
     )
-    temperature: Positive = 2.0
+    temperature: Positive = Field(2.0, description="of the old model's answers")
     interpolations: Annotated[tuple[Fraction, ...], Field(min_length=1)] = Field(
         tuple(step / 10 for step in range(11)),
         description="shares of the way from the old weights to the trained ones; of those that "

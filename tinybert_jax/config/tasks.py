@@ -24,10 +24,12 @@ class TaskSection(Section):
     default_metric: ClassVar[str]  # chooses the best checkpoint: higher has to be better
 
     kind: str
-    name: str = "task"
-    builtin: bool = False
-    train: str | None = None
-    dev: str | None = None
+    name: str = Field("task", description="of the task, in the report")
+    builtin: bool = Field(
+        False, description="instead of train and dev: labelled text of the installed packages"
+    )
+    train: str | None = Field(None, description="what models are trained on")
+    dev: str | None = Field(None, description="what they are scored on")
     dev_share: Probability | None = Field(
         None, description="instead of dev: share of the training rows, chosen by hash of the text"
     )
@@ -36,9 +38,9 @@ class TaskSection(Section):
         description="share of the training rows, by hash of the text, that chooses checkpoints, "
         "seeds and thresholds instead of dev: scores on dev are then of text that chose nothing",
     )
-    train_split: str | None = None
-    dev_split: str | None = None
-    metric: str | None = None
+    train_split: str | None = Field(None, description="of a datasets folder or hub data set")
+    dev_split: str | None = Field(None, description="the same of dev")
+    metric: str | None = Field(None, description="chooses the best checkpoint")
     unlabelled: str | None = Field(
         default=None,
         description="more text, without labels, for intermediate and prediction: a file with the "
@@ -50,8 +52,8 @@ class TaskSection(Section):
         "with the same columns; they are trained on too, and the gate is about them",
     )
     max_old_rows: PositiveInt | None = Field(None, description="of the old rows to train on")
-    max_train_rows: PositiveInt | None = None
-    max_dev_rows: PositiveInt | None = None
+    max_train_rows: PositiveInt | None = Field(None, description="the first rows of train")
+    max_dev_rows: PositiveInt | None = Field(None, description="the first rows of dev")
 
     @model_validator(mode="after")
     def _sources(self) -> "TaskSection":
@@ -109,10 +111,12 @@ class TaskSection(Section):
 class TextTask(TaskSection):
     """Texts or pairs of texts, from .tsv, .csv, .jsonl, a saved `datasets` folder or a hub id."""
 
-    format: Literal["auto", "tsv", "csv", "jsonl", "datasets"] = "auto"
-    text: str = "text"
-    text_pair: str | None = None
-    label: str = "label"
+    format: Literal["auto", "tsv", "csv", "jsonl", "datasets"] = Field(
+        "auto", description="of the files; auto: by suffix"
+    )
+    text: str = Field("text", description="column of the text; its position, without a header")
+    text_pair: str | None = Field(None, description="column of a second text")
+    label: str = Field("label", description="column of the label")
     dev_columns: dict[Literal["text", "text_pair", "label"], str] = Field(
         {}, description="column names of dev that differ from those of train, as {text: sentence}"
     )
@@ -161,8 +165,12 @@ class ClassificationTask(TextTask):
     default_metric: ClassVar[str] = "accuracy"
 
     kind: Literal["classification"] = "classification"
-    labels: Labels = None
-    metric: Literal["accuracy", "f1", "matthews"] | None = None
+    labels: Labels = Field(
+        None, description="labels in the order of their ids, or {value of the column: its label}"
+    )
+    metric: Literal["accuracy", "f1", "matthews"] | None = Field(
+        None, description="chooses the best checkpoint; default: accuracy"
+    )
 
 
 class RegressionTask(TextTask):
@@ -173,7 +181,9 @@ class RegressionTask(TextTask):
 
     kind: Literal["regression"] = "regression"
     labels: None = None
-    metric: Literal["pearson", "spearman"] | None = None
+    metric: Literal["pearson", "spearman"] | None = Field(
+        None, description="chooses the best checkpoint; default: pearson"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -197,12 +207,16 @@ class MultiLabelTask(TextTask):
     label: str = Field(
         "labels", description="column of lists of labels; .tsv and .csv have `separator` in between"
     )
-    separator: Annotated[str, Field(min_length=1)] = ","
+    separator: Annotated[str, Field(min_length=1)] = Field(
+        ",", description="between the labels of a row in .tsv and .csv"
+    )
     label_columns: Annotated[tuple[str, ...], AfterValidator(_without_repetition)] = Field(
         (), description="instead of label: one column of 0 and 1 per label"
     )
-    labels: Labels = None
-    metric: Literal["f1_micro", "f1_macro", "subset_accuracy"] | None = None
+    labels: Labels = Field(None, description="labels in the order of their ids")
+    metric: Literal["f1_micro", "f1_macro", "subset_accuracy"] | None = Field(
+        None, description="chooses the best checkpoint; default: f1_micro"
+    )
 
     @model_validator(mode="after")
     def _labels_are_given_once(self) -> "MultiLabelTask":
@@ -238,7 +252,9 @@ class TaggingTask(TaskSection):
     drop_empty_tokens: bool = Field(
         False, description="drop words that are only white space and in no entity"
     )
-    metric: Literal["f1", "precision", "recall", "accuracy"] | None = None
+    metric: Literal["f1", "precision", "recall", "accuracy"] | None = Field(
+        None, description="chooses the best checkpoint; default: f1, of whole entities"
+    )
 
     @model_validator(mode="after")
     def _labels_are_a_list(self) -> "TaggingTask":
@@ -264,7 +280,9 @@ class QuestionAnsweringTask(TaskSection):
         "and answers; auto: by suffix",
     )
     labels: None = None
-    metric: Literal["f1", "exact_match"] | None = None
+    metric: Literal["f1", "exact_match"] | None = Field(
+        None, description="chooses the best checkpoint; default: f1, of words"
+    )
 
     @model_validator(mode="after")
     def _has_files(self) -> "QuestionAnsweringTask":
@@ -299,7 +317,7 @@ class EmbeddingsTask(TextTask):
     unlabelled: str | tuple[str, ...] | None = Field(
         None, description="more sentences: files of text, or with the same text columns; or 'rest'"
     )
-    pooling: Pooling = "mean"
+    pooling: Pooling = Field("mean", description="of the last hidden states: all, or the first")
     normalise: bool = Field(True, description="the exported model gives vectors of length 1")
     widths: tuple[PositiveInt, ...] = Field(
         (),
@@ -309,7 +327,9 @@ class EmbeddingsTask(TextTask):
     temperature: Positive = Field(
         0.05, description="what supervised stages divide cosines by before the softmax"
     )
-    metric: Literal["spearman", "pearson"] | None = None
+    metric: Literal["spearman", "pearson"] | None = Field(
+        None, description="chooses the best checkpoint; default: spearman"
+    )
 
     @model_validator(mode="after")
     def _columns(self) -> "EmbeddingsTask":

@@ -2,6 +2,8 @@
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from tinybert_jax.settings.layer_maps import LayerMap
 from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.terms.term import Context, LayerTerm, Loss, Reads, Row, Tap, check_equal_widths
@@ -17,7 +19,7 @@ class ClsTerm(LayerTerm):
     needs_examples = True
 
     term: Literal["cls"]
-    layer_map: LayerMap = "skip"
+    layer_map: LayerMap = Field(default="skip", description="which layers are compared")
 
     def make_loss(self, num_student: int, num_teacher: int) -> Loss:
         from tinybert_jax.losses.pointwise import normalised_distance

@@ -2,6 +2,8 @@
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from tinybert_jax.settings.section import Probability
 from tinybert_jax.terms.term import Context, Loss, Reads, Term
 
@@ -13,7 +15,9 @@ class LabelTerm(Term):
     needs_labels = True
 
     term: Literal["label"]
-    label_smoothing: Probability = 0.0
+    label_smoothing: Probability = Field(
+        default=0.0, description="share of a label given to all classes"
+    )
 
     def make_loss(self, num_student: int, num_teacher: int) -> Loss:
         from tinybert_jax.losses.forms import FORMS

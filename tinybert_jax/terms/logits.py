@@ -15,15 +15,22 @@ class LogitsTerm(Term):
     metric: ClassVar[str | None] = "soft"
 
     term: Literal["logits"]
-    form: Literal["cross_entropy", "kl"] = "cross_entropy"
-    temperature: Positive | PositiveRamp = 1.0
+    form: Literal["cross_entropy", "kl"] = Field(
+        default="cross_entropy",
+        description="with the teacher's probabilities; kl: less their entropy",
+    )
+    temperature: Positive | PositiveRamp = Field(
+        default=1.0, description="what logits are divided by"
+    )
     times_squared_temperature: bool = Field(
-        False, description="as Hinton et al. do, so that the gradient keeps its size"
+        default=False, description="as Hinton et al. do, so that the gradient keeps its size"
     )
     where: Literal["all", "right"] = Field(
-        "all", description="right: only units whose labels are the teacher's own answer"
+        default="all", description="right: only units whose labels are the teacher's own answer"
     )
-    reduction: Literal["sum", "mean_classes"] = "sum"
+    reduction: Literal["sum", "mean_classes"] = Field(
+        default="sum", description="over classes; mean_classes: as TinyBERT's code"
+    )
 
     @property
     def needs_labels(self) -> bool:  # type: ignore[override]

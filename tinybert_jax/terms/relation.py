@@ -26,11 +26,9 @@ class RelationTerm(LayerTerm):
     reads: ClassVar[Reads] = Reads(encoder=True)
 
     term: Literal["relation"]
-    layer_map: LayerMap = "last"
-    of: Annotated[tuple[Literal["queries", "keys", "values"], ...], Field(min_length=1)] = (
-        "queries",
-        "keys",
-        "values",
+    layer_map: LayerMap = Field(default="last", description="which layers are compared")
+    of: Annotated[tuple[Literal["queries", "keys", "values"], ...], Field(min_length=1)] = Field(
+        ("queries", "keys", "values"), description="what is related to itself"
     )
     heads: PositiveInt = Field(48, description="relation heads: both models are regrouped")
 

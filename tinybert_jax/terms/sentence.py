@@ -2,6 +2,8 @@
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from tinybert_jax.settings.section import NonNegative
 from tinybert_jax.terms.term import Context, Loss, Reads, Term
 
@@ -18,8 +20,8 @@ class SentenceTerm(Term):
     projects_vectors = True
 
     term: Literal["sentence"]
-    mse: NonNegative = 1.0
-    cosine: NonNegative = 1.0
+    mse: NonNegative = Field(default=1.0, description="weight of the squared error")
+    cosine: NonNegative = Field(default=1.0, description="weight of 1 − cosine")
 
     def make_loss(self, num_student: int, num_teacher: int) -> Loss:
         from tinybert_jax.losses.pointwise import logits_mse, pooled_cosine

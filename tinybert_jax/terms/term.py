@@ -16,13 +16,13 @@ from tinybert_jax.settings.sizes import ModelConfig
 class Ramp(Section):
     """A number that goes in a straight line from the stage's first step to its last."""
 
-    start: NonNegative
-    end: NonNegative
+    start: NonNegative = Field(description="at the first step")
+    end: NonNegative = Field(description="at the last step")
 
 
 class PositiveRamp(Ramp):
-    start: Positive
-    end: Positive
+    start: Positive = Field(description="at the first step")
+    end: Positive = Field(description="at the last step")
 
 
 class Reads(NamedTuple):
@@ -101,7 +101,9 @@ class Term(Section):
     couples_examples: ClassVar[bool] = False  # such a term is refused with gradient accumulation
     projects_vectors: ClassVar[bool] = False  # it needs a projection where the widths differ
 
-    weight: NonNegative | Ramp = 1.0
+    weight: NonNegative | Ramp = Field(
+        default=1.0, description="of the term in the sum; 0 leaves it out"
+    )
 
     @property
     def name(self) -> str:

@@ -45,8 +45,12 @@ class WordLogitsTerm(Term):
 
     term: Literal["word_logits"]
     at: Literal["real", "masked"] = Field("real", description="all tokens, or the masked ones")
-    temperature: Positive | PositiveRamp = 1.0
-    times_squared_temperature: bool = True
+    temperature: Positive | PositiveRamp = Field(
+        default=1.0, description="what logits are divided by"
+    )
+    times_squared_temperature: bool = Field(
+        True, description="as Hinton et al. do, so that the gradient keeps its size"
+    )
 
     @property
     def reads_every_word(self) -> bool:
