@@ -101,16 +101,19 @@ def _block(title: str, section: Class, *, above: Sequence[Class] = (), intro: st
 
 
 def _entry(name: str, entry: dict[str, Any], is_required: bool) -> str:
-    default = "required" if is_required else f"default: {_default(entry.get('default', {}))}"
+    default = "required" if is_required else f"default: {_default(entry)}"
     values = _values(entry)
     if values == "a section":
-        values = f"[a section](#{name})"
+        values = f"a [section](#{name})"
     meaning = _sentence(entry.get("description", ""))
     facts = "; ".join(part for part in (values, default) if part)
     return f"`{name}`\n: {meaning} *{facts[0].upper()}{facts[1:]}.*".replace(":  *", ": *")
 
 
-def _default(value: Any) -> str:
+def _default(entry: dict[str, Any]) -> str:
+    value = entry.get("default")
+    if "default" not in entry or value == {} and "$ref" in entry:
+        return "its defaults"
     if value is None:
         return "none"
     if isinstance(value, str):
@@ -306,5 +309,7 @@ PAGES = {"settings": settings, "commands": commands, "python": python}
 
 
 def fill(source: str) -> str:
-    """A page with its generated part in place of the mark `<!-- generated: NAME -->`."""
-    return re.sub(r"<!-- generated: (\w+) -->", lambda match: PAGES[match[1]](), source)
+    """A page with its generated part in place of the mark, and of the note before it."""
+    return re.sub(
+        r"(?:> .*\n)*\n?<!-- generated: (\w+) -->", lambda match: PAGES[match[1]](), source
+    )

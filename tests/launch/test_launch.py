@@ -65,9 +65,9 @@ def test_rendered_commands_are_understood(path, monkeypatch):
     assert settings == config_files.load(given.config, given.overrides)
 
 
-def test_commands_of_the_readme_render(monkeypatch, capsys):
+def test_commands_of_the_manual_render(monkeypatch, capsys):
     monkeypatch.setenv("TEACHER", "/data/bert")
-    lines = (ROOT / "README.md").read_text().replace("\\\n", " ").splitlines()
+    lines = (ROOT / "docs/guides/clusters.md").read_text().replace("\\\n", " ").splitlines()
     commands = [shlex.split(line) for line in lines if line.startswith("tinybert launch ")]
     assert [words[2] for words in commands] == ["slurm", "jobset", "gcluster", "tpu-vm", "sky"]
     for words in commands:

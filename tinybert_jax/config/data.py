@@ -37,7 +37,9 @@ class PrepareConfig(Section):
     )
     short_share: Fraction = Field(0.1, description="share of pairs with a random shorter length")
     width: Annotated[int, Field(ge=8, le=32768)] = Field(128, description="tokens of a row")
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="of pairs and of the order")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        0, description="seed of the pairs and of the order of rows"
+    )
     chunk_bytes: Annotated[int, Field(ge=256)] = Field(
         4 * 2**20, description="bytes of text that are tokenised, packed and shuffled together"
     )
@@ -67,7 +69,7 @@ class TokenizerSection(Section):
         description="instead of path: trains a WordPiece vocabulary of this size on corpus",
     )
     lowercase: bool = Field(
-        default=True, description="of a trained vocabulary; it strips accents too"
+        default=True, description="lower-case text without accents, for a trained vocabulary"
     )
 
 

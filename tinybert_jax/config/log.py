@@ -19,5 +19,5 @@ class LogSection(Section):
         "package. One that fails is left out; the run goes on",
     )
     project: str = Field(
-        default="tinybert", description="of wandb and trackio; the run has its `name`"
+        default="tinybert", description="project in wandb and trackio; the run has its `name`"
     )

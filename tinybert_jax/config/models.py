@@ -12,7 +12,9 @@ class FurtherTeacherSection(Section):
     """Another fine-tuned teacher: same task, labels and vocabulary, any size."""
 
     path: str = Field(description="a fine-tuned Hugging Face folder or hub id")
-    weight: Positive = Field(1.0, description="in the mean of logits; that of `teacher` is 1")
+    weight: Positive = Field(
+        1.0, description="weight in the mean of logits; that of `teacher` is 1"
+    )
 
 
 class ModelSection(Section):
@@ -26,9 +28,9 @@ class ModelSection(Section):
         None, description="the name of known sizes; a size that is given replaces its own"
     )
     hidden_size: PositiveInt | None = Field(None, description="width of the hidden states")
-    num_hidden_layers: PositiveInt | None = Field(None, description="layers")
+    num_hidden_layers: PositiveInt | None = Field(None, description="number of layers")
     num_attention_heads: PositiveInt | None = Field(
-        None, description="attention heads of a layer; hidden_size has to be a multiple"
+        None, description="number of attention heads; hidden_size has to be a multiple"
     )
     intermediate_size: PositiveInt | None = Field(
         None, description="width inside the feed-forward part of a layer"
@@ -40,7 +42,7 @@ class ModelSection(Section):
         None, description="dropout of hidden states; default: 0.1; a stage may override it"
     )
     attention_probs_dropout_prob: Probability | None = Field(
-        None, description="the same of attention probabilities"
+        None, description="the same for attention probabilities"
     )
 
     @model_validator(mode="after")

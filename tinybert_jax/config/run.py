@@ -66,14 +66,14 @@ class StagePlan(NamedTuple):
 class RunConfig(Section):
     """All settings of a run. The stages that have a section run in the order of `STAGES`."""
 
-    name: str = Field("run", description="of the run, in the report and for trackers")
+    name: str = Field("run", description="name of the run, in the report and for trackers")
     run_dir: str = Field(description="the folder of the run")
     run_store: Annotated[str, Field(min_length=1)] | None = Field(
         None,
         description="URL of fsspec, such as gs://bucket/run or s3://bucket/run, to which the run "
         "folder is copied after every save; a run whose folder is gone or older is fetched from it",
     )
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="of all random numbers")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of all random numbers")
     num_seeds: PositiveInt = Field(
         1,
         description="number of students of each size, trained in the same batches from the seeds "

@@ -37,7 +37,7 @@ class StageSection(Section):
         "to max_length; pack: rows of max_length hold several examples, and a batch holds "
         "global_batch_size examples on average",
     )
-    learning_rate: Positive = Field(description="the highest rate of the schedule, of AdamW")
+    learning_rate: Positive = Field(description="highest rate of the schedule, of AdamW")
     schedule: Literal[
         "linear", "cosine", "constant", "polynomial", "inverse_sqrt", "warmup_stable_decay"
     ] = Field("linear", description="how the learning rate falls after the warm-up")
@@ -45,7 +45,7 @@ class StageSection(Section):
     decay: Fraction = Field(0.2, description="share of the steps that warmup_stable_decay decays")
     end_factor: Fraction = Field(0.0, description="rate of the last step / learning_rate")
     power: Positive = Field(1.0, description="exponent of the schedule polynomial")
-    weight_decay: NonNegative = Field(0.01, description="of AdamW; not of biases and LayerNorm")
+    weight_decay: NonNegative = Field(0.01, description="of AdamW, but for biases and LayerNorm")
     b1: Probability = Field(0.9, description="decay of AdamW's mean of gradients")
     b2: Probability = Field(0.999, description="decay of AdamW's mean of squared gradients")
     eps: Positive = Field(1e-6, description="added to the denominator of AdamW")
@@ -149,7 +149,7 @@ class Part(NamedTuple):
 class Phase(Section):
     """Settings that replace those of the stage during a share of its first steps."""
 
-    share: Annotated[float, Field(gt=0.0, lt=1.0, description="of the stage's steps")]
+    share: Annotated[float, Field(gt=0.0, lt=1.0, description="share of the stage's steps")]
     max_length: Annotated[int, Field(ge=4)] | None = Field(
         None, description="default: the stage's, also for the next setting"
     )
@@ -329,7 +329,7 @@ class UpdateSection(TaskStageSection):
         description="weight of the old model's answers beside the labels; they count on the rows "
         "that the old model has right",
     )
-    temperature: Positive = Field(2.0, description="of the old model's answers")
+    temperature: Positive = Field(2.0, description="what the logits of both models are divided by")
     interpolations: Annotated[tuple[Fraction, ...], Field(min_length=1)] = Field(
         tuple(step / 10 for step in range(11)),
         description="shares of the way from the old weights to the trained ones; of those that "

@@ -23,8 +23,8 @@ class TaskSection(Section):
     form: ClassVar[Form]
     default_metric: ClassVar[str]  # chooses the best checkpoint: higher has to be better
 
-    kind: str
-    name: str = Field("task", description="of the task, in the report")
+    kind: str = Field(description="what a label is")
+    name: str = Field("task", description="name of the task, in the report")
     builtin: bool = Field(
         False, description="instead of train and dev: labelled text of the installed packages"
     )
@@ -38,8 +38,8 @@ class TaskSection(Section):
         description="share of the training rows, by hash of the text, that chooses checkpoints, "
         "seeds and thresholds instead of dev: scores on dev are then of text that chose nothing",
     )
-    train_split: str | None = Field(None, description="of a datasets folder or hub data set")
-    dev_split: str | None = Field(None, description="the same of dev")
+    train_split: str | None = Field(None, description="split of a datasets folder or hub data set")
+    dev_split: str | None = Field(None, description="the same for dev")
     metric: str | None = Field(None, description="chooses the best checkpoint")
     unlabelled: str | None = Field(
         default=None,
@@ -51,7 +51,7 @@ class TaskSection(Section):
         description="for the stage update: rows that the model was trained on before, in a file "
         "with the same columns; they are trained on too, and the gate is about them",
     )
-    max_old_rows: PositiveInt | None = Field(None, description="of the old rows to train on")
+    max_old_rows: PositiveInt | None = Field(None, description="most old rows to train on")
     max_train_rows: PositiveInt | None = Field(None, description="the first rows of train")
     max_dev_rows: PositiveInt | None = Field(None, description="the first rows of dev")
 
@@ -112,7 +112,7 @@ class TextTask(TaskSection):
     """Texts or pairs of texts, from .tsv, .csv, .jsonl, a saved `datasets` folder or a hub id."""
 
     format: Literal["auto", "tsv", "csv", "jsonl", "datasets"] = Field(
-        "auto", description="of the files; auto: by suffix"
+        "auto", description="format of the files; auto: by suffix"
     )
     text: str = Field("text", description="column of the text; its position, without a header")
     text_pair: str | None = Field(None, description="column of a second text")
@@ -317,7 +317,9 @@ class EmbeddingsTask(TextTask):
     unlabelled: str | tuple[str, ...] | None = Field(
         None, description="more sentences: files of text, or with the same text columns; or 'rest'"
     )
-    pooling: Pooling = Field("mean", description="of the last hidden states: all, or the first")
+    pooling: Pooling = Field(
+        "mean", description="the mean of the last hidden states, or the first of them"
+    )
     normalise: bool = Field(True, description="the exported model gives vectors of length 1")
     widths: tuple[PositiveInt, ...] = Field(
         (),

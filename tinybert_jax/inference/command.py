@@ -54,7 +54,7 @@ def _add_ask(commands) -> None:
     command = commands.add_parser("ask", help=text, description=text)
     command.add_argument("model", help="a folder or hub id of a question-answering model")
     command.add_argument("text", type=os.path.expanduser, help="a file of plain text (UTF-8)")
-    command.add_argument("-q", "--question", action="append", required=True)
+    command.add_argument("-q", "--question", action="append", required=True, help="a question")
     command.add_argument("--max-length", type=int, help="tokens of a window; default: all")
     command.set_defaults(act=_ask)
 
@@ -80,7 +80,7 @@ def _add_search(commands) -> None:
     command = commands.add_parser("search", help=text, description=text)
     command.add_argument("model", help="a folder or hub id of a model of sentence vectors")
     command.add_argument("data", type=os.path.expanduser, help=".tsv, .csv, .jsonl or .txt")
-    command.add_argument("-q", "--question", action="append", required=True)
+    command.add_argument("-q", "--question", action="append", required=True, help="a question")
     command.add_argument("-k", "--top", type=int, default=5, help="texts to give; default: 5")
     command.add_argument("--label", help="column to give with each text, as its answer or intent")
     command.add_argument(

@@ -16,13 +16,13 @@ from tinybert_jax.settings.sizes import ModelConfig
 class Ramp(Section):
     """A number that goes in a straight line from the stage's first step to its last."""
 
-    start: NonNegative = Field(description="at the first step")
-    end: NonNegative = Field(description="at the last step")
+    start: NonNegative = Field(description="value at the first step")
+    end: NonNegative = Field(description="value at the last step")
 
 
 class PositiveRamp(Ramp):
-    start: Positive = Field(description="at the first step")
-    end: Positive = Field(description="at the last step")
+    start: Positive = Field(description="value at the first step")
+    end: Positive = Field(description="value at the last step")
 
 
 class Reads(NamedTuple):
@@ -102,7 +102,7 @@ class Term(Section):
     projects_vectors: ClassVar[bool] = False  # it needs a projection where the widths differ
 
     weight: NonNegative | Ramp = Field(
-        default=1.0, description="of the term in the sum; 0 leaves it out"
+        default=1.0, description="weight of the term in the sum; 0 leaves it out"
     )
 
     @property
