@@ -203,7 +203,7 @@ def _prose(thing: Any) -> str:
 def _sentence(text: str) -> str:
     """A meaning or help text as a sentence of Markdown; names at its start stay as they are."""
     text = re.sub(r"([*<])", r"\\\1", text.strip())
-    text = text[:1].upper() + text[1:] if re.match(r"[a-z]+(?![\w:./-])", text) else text
+    text = text[:1].upper() + text[1:] if re.match(r"[a-z]+(?![\w:./,-])", text) else text
     return text if not text or text.endswith((".", "…")) else f"{text}."
 
 
@@ -274,6 +274,8 @@ def _statuses(text: str) -> str:
 
 # Python
 
+_WIDTH = 80  # of a line of code in a page
+
 
 def python() -> str:
     """The public classes and functions of `tinybert_jax`, from their docstrings."""
@@ -294,14 +296,18 @@ def _object(name: str, thing: Any) -> str:
     ]
     call = vars(thing).get("__call__")
     if call is not None:
-        methods.append(f"### `{name}(…)`\n\n{_call('model', call)}\n\n{_prose(call)}")
+        methods.append(f"### Calling a `{name}`\n\n{_call('model', call)}\n\n{_prose(call)}")
     return "\n\n".join(part for part in (f"## `{name}`", _prose(thing), parent, *methods) if part)
 
 
 def _call(name: str, thing: Any) -> str:
+    """A call with its parameters, on several lines where it is long; classes without modules."""
     signature = inspect.signature(thing)
     shown = [p for p in signature.parameters.values() if p.name not in ("self", "unused")]
-    text = str(signature.replace(parameters=shown)).replace("typing.", "").replace("pathlib.", "")
+    text = re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])", "", str(signature.replace(parameters=shown)))
+    if len(name + text) > _WIDTH:
+        inner, arrow, result = re.fullmatch(r"\((.*)\)( -> )?(.*)", text).groups("")
+        text = f"(\n    {inner},\n){arrow}{result}"
     return f"```text\n{name}{text}\n```"
 
 

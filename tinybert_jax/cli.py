@@ -194,7 +194,7 @@ def _add_processes(command) -> None:
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     group.add_argument("--num-processes", type=int, metavar="N", help="number of processes")
-    group.add_argument("--process-id", type=int, metavar="I", help="of this process, from 0")
+    group.add_argument("--process-id", type=int, metavar="I", help="number of this process, from 0")
 
 
 def _add_compile(commands) -> None:
