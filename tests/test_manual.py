@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,12 @@ def test_every_public_name_is_in_the_reference():
     assert set(re.findall(r"^## `(\w+)`$", generate.python(), re.MULTILINE)) == set(
         tinybert_jax.__all__
     )
+
+
+def test_every_extra_is_named():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    table = (ROOT / "docs/start/quickstart.md").read_text(encoding="utf-8")
+    assert [name for name in project["optional-dependencies"] if f"`{name}`" not in table] == []
 
 
 # Examples
