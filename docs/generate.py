@@ -5,6 +5,7 @@ returns MyST Markdown. Imports no Sphinx.
 """
 
 import argparse
+import functools
 import inspect
 import re
 import typing
@@ -279,8 +280,15 @@ _WIDTH = 80  # of a line of code in a page
 
 def python() -> str:
     """The public classes and functions of `tinybert_jax`, from their docstrings."""
-    blocks = [_object(name, getattr(tinybert_jax, name)) for name in tinybert_jax.__all__]
-    return "\n\n".join(blocks) + "\n"
+    public = {name: getattr(tinybert_jax, name) for name in tinybert_jax.__all__}
+    returned = {
+        kind.__name__: kind
+        for kind in (
+            getattr(thing, "__annotations__", {}).get("return") for thing in public.values()
+        )
+        if inspect.isclass(kind)
+    }
+    return "\n\n".join(_object(*item) for item in {**public, **returned}.items()) + "\n"
 
 
 def _object(name: str, thing: Any) -> str:
@@ -288,12 +296,15 @@ def _object(name: str, thing: Any) -> str:
         return f"## `{name}`\n\n{_call(name, thing)}\n\n{_prose(thing)}"
     bases = [base.__name__ for base in thing.__bases__ if base.__name__ in tinybert_jax.__all__]
     parent = f"A subclass of `{bases[0]}`, with the same methods." if bases else ""
-    methods = [
-        f"### `{name}.{method}`\n\n{_call(f'{name}.{method}', getattr(thing, method))}\n\n"
-        f"{_prose(getattr(thing, method))}"
-        for method, value in vars(thing).items()
-        if not method.startswith("_") and callable(getattr(value, "__func__", value))
-    ]
+    methods = []
+    for member, value in vars(thing).items():
+        if member.startswith("_"):
+            continue
+        if isinstance(value, property | functools.cached_property):
+            methods.append(f"### `{name}.{member}`\n\n{_prose(value)}")
+        elif callable(getattr(value, "__func__", value)):
+            call = _call(f"{name}.{member}", getattr(thing, member))
+            methods.append(f"### `{name}.{member}`\n\n{call}\n\n{_prose(value)}")
     call = vars(thing).get("__call__")
     if call is not None:
         methods.append(f"### Calling a `{name}`\n\n{_call('model', call)}\n\n{_prose(call)}")
@@ -306,8 +317,11 @@ def _call(name: str, thing: Any) -> str:
     shown = [p for p in signature.parameters.values() if p.name not in ("self", "unused")]
     text = re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])", "", str(signature.replace(parameters=shown)))
     if len(name + text) > _WIDTH:
-        inner, arrow, result = re.fullmatch(r"\((.*)\)( -> )?(.*)", text).groups("")
-        text = f"(\n    {inner},\n){arrow}{result}"
+        lines = [re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])", "", str(p)) for p in shown]
+        kinds = [p.kind for p in shown]
+        if inspect.Parameter.KEYWORD_ONLY in kinds:
+            lines.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
+        text = "(\n" + "".join(f"    {line},\n" for line in lines) + text[text.rindex(")") :]
     return f"```text\n{name}{text}\n```"
 
 

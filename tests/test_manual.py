@@ -125,9 +125,8 @@ def test_every_command_is_in_the_reference():
 def test_every_public_name_is_in_the_reference():
     import tinybert_jax
 
-    assert set(re.findall(r"^## `(\w+)`$", generate.python(), re.MULTILINE)) == set(
-        tinybert_jax.__all__
-    )
+    found = re.findall(r"^## `(\w+)`$", generate.python(), re.MULTILINE)
+    assert set(tinybert_jax.__all__) <= set(found)
 
 
 def test_every_extra_is_named():
