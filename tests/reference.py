@@ -8,7 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import torch
-from transformers import BertConfig, BertTokenizer, DistilBertConfig
+from transformers import (
+    BertConfig,
+    BertTokenizer,
+    DistilBertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+)
 
 from tinybert_jax.huggingface.families import format_of
 from tinybert_jax.huggingface.weights import from_hf
@@ -41,6 +47,21 @@ def random_bert(kind, *, seed: int = 0, **fields):
     """
     config = BertConfig(**{**SIZES, **fields}, attn_implementation="eager")
     return _randomized(kind(config).eval(), seed)
+
+
+def random_encoder_decoder(*, seed: int = 0, encoder: dict | None = None, **fields):
+    """A torch EncoderDecoderModel with every parameter random; `fields`: of the decoder."""
+    own = BertConfig(**{**SIZES, **(encoder or {})})
+    decoder = BertConfig(**{**SIZES, "vocab_size": 41, **fields})
+    both = EncoderDecoderConfig.from_encoder_decoder_configs(own, decoder)
+    ids = {"decoder_start_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    both.update(ids)
+    both._attn_implementation = "eager"
+    model = _randomized(EncoderDecoderModel(config=both).eval(), seed)
+    with torch.no_grad():
+        model.decoder.cls.predictions.bias[3] += 4.0  # so that some targets end
+    model.generation_config.update(**ids)
+    return model
 
 
 # The same sizes under DistilBERT's names, with another dropout at every place.

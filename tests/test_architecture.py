@@ -26,11 +26,11 @@ ROOMS = {
     "data": "errors encoding examples json_text tables conll squad corpus records builtin "
     "wordpiece splits guess",
     "models": "inputs activations dropout linear params norm attention encoder bert distilbert "
-    "families heads",
+    "families heads seq2seq decoding",
     "batches": "batch tokenize bucketing packing loader",
     "tokens": "store instances transform ray workers prepare inspect",
     "huggingface": "untrusted sentence_folder header tensors hub weights bert distilbert families "
-    "head config_json folder rewrite",
+    "head config_json folder encoder_decoder rewrite",
     "tasks": "task classification regression multi_label tagging question_answering embeddings "
     "linear table",
     "objectives": "alignment linear_probe reduction objective masking masked_lm supervised "

@@ -271,7 +271,6 @@ def save_model(
     from safetensors.numpy import save_file
 
     folder = Path(os.path.expanduser(folder))
-    _make_parent(folder)
     flat = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(params).items()}
     if "embeddings/word/embedding" in flat:
         flat = {f"encoder/{path}": leaf for path, leaf in flat.items()}
@@ -279,20 +278,35 @@ def save_model(
     if not form.holds_pooler(head.kind if head else None):
         flat = {path: leaf for path, leaf in flat.items() if "/pooler/" not in path}
     settings = write_config(form, flat, config, head)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        partial = Path(scratch) / "new"
-        partial.mkdir()
+
+    def write(partial: Path) -> None:
         save_tokenizer(tokenizer, partial, config)
         write_json(partial / CONFIG, settings)
         save_file(to_hf(form, flat), str(partial / WEIGHTS), metadata={"format": "pt"})
-        for name, write in (extra or {}).items():
+        for name, write_extra in (extra or {}).items():
             (partial / name).parent.mkdir(exist_ok=True)
-            write(partial / name)
+            write_extra(partial / name)
+
+    return write_folder(folder, write, lambda partial: _compare(partial, flat, config))
+
+
+def write_folder(
+    folder: Path, write: Callable[[Path], None], check: Callable[[Path], None]
+) -> Path:
+    """Makes a folder that appears complete or not at all: `write` fills it, `check` reads it back.
+
+    See `save_model`.
+    """
+    _make_parent(folder)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        partial = Path(scratch) / "new"
+        partial.mkdir()
+        write(partial)
         # safetensors writes files that only the owner can read.
         mode = (partial / CONFIG).stat().st_mode
         for file in (path for path in partial.rglob("*") if path.is_file()):
             file.chmod(mode)
-        _compare(partial, flat, config)
+        check(partial)
         _replace(folder, partial)
     return folder
 

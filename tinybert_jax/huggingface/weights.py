@@ -33,6 +33,8 @@ class Format(NamedTuple):
     read_config: Callable[[Mapping[str, Any]], dict[str, Any]]
     write_config: Callable[[ModelConfig], dict[str, Any]]
     decoder: str  # masked-LM decoder: `.weight` is the word table, `.bias` the output bias
+    word_table: str = "encoder/embeddings/word/embedding"  # our paths of what the decoder's
+    output_bias: str = "decoder/bias"  # tensors repeat
     pair_head: str | None = None  # name of the head for pairs of texts; None: the family has none
     pooler_in: tuple[str, ...] = ()  # task heads of the classes with a pooler; ("*",): all classes
 
@@ -48,8 +50,8 @@ class Format(NamedTuple):
     def aliases(self) -> dict[str, str]:
         """Second name of a tensor -> the name in the table."""
         names = {
-            f"{self.decoder}.weight": self.name_of("encoder/embeddings/word/embedding"),
-            f"{self.decoder}.bias": self.name_of("decoder/bias"),
+            f"{self.decoder}.weight": self.name_of(self.word_table),
+            f"{self.decoder}.bias": self.name_of(self.output_bias),
         }
         return {alias: name for alias, name in names.items() if alias != name}
 
@@ -120,7 +122,7 @@ def from_hf(
         for name in names:
             _check_shape(entry, name, shape_of(tensors, named[name]), shape)
         places[entry] = names
-    if "decoder/bias" in shapes:
+    if form.output_bias in shapes:
         _check_tied(form, tensors, named)
     flat = {
         entry.path: _stack(entry, {name: tensors[named[name]] for name in names})
@@ -186,7 +188,7 @@ def _named(form: Format, tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
         raise ValueError(f"expected every tensor once, got an old and a new name of {twice}")
     for alias, name in form.aliases.items():
         # Some folders have only the alias of the output bias.
-        if alias in named and name == form.name_of("decoder/bias"):
+        if alias in named and name == form.name_of(form.output_bias):
             named.setdefault(name, named[alias])
     return named
 

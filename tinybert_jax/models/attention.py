@@ -1,4 +1,4 @@
-"""Multi-head self-attention that also returns queries, keys, values and scores (taps)."""
+"""Multi-head attention that also returns queries, keys, values and scores (taps)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -68,7 +68,7 @@ def make_visible(
     return Visible(pairs, attention_mask, attention_mask)
 
 
-class SelfAttention(nnx.Module):
+class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, backend: AttentionBackend = "auto", **options: Any):
         width = config.hidden_size
 
@@ -87,11 +87,13 @@ class SelfAttention(nnx.Module):
         visible: Visible,
         key: jax.Array | None,
         pick: Pick | None = None,
+        *,
+        memory: Float[Array, "batch keys dim"] | None = None,
     ) -> tuple[Float[Array, "batch picked dim"], AttentionTaps]:
         """Output and taps for the tokens that `pick` selects (default: all), attending to all.
 
-        Picked queries use the xla backend: their score map is small, and fused backends need a
-        multiple of 128 queries.
+        With `memory` to those of another sequence: cross-attention. Picked queries use the xla
+        backend: their score map is small, and fused backends need a multiple of 128 queries.
         """
         queried, backend = hidden, self.backend
         if pick is not None:
@@ -100,16 +102,23 @@ class SelfAttention(nnx.Module):
             pairs = pick(pairs) if pairs.shape[1] > 1 else pairs
             visible = Visible(pairs, pick(query_ids), key_ids)
 
-        def split_heads(linear: Linear, x: jax.Array) -> jax.Array:
-            return dense(linear, x).reshape(*x.shape[:2], self.num_heads, -1)
-
-        queries = split_heads(self.query, queried)
-        keys, values = split_heads(self.key, hidden), split_heads(self.value, hidden)
+        queries = self.split_heads(self.query, queried)
+        keys, values = self.keys_and_values(hidden if memory is None else memory)
         context, scores = attend(
             queries, keys, values, visible, self.dropout_rate, key, backend=backend
         )
         attended = dense(self.output, context.reshape(queried.shape))
         return attended, AttentionTaps(queries, keys, values, scores)
+
+    def keys_and_values(
+        self, hidden: Float[Array, "batch seq dim"]
+    ) -> tuple[Float[Array, "batch seq heads head_dim"], Float[Array, "batch seq heads head_dim"]]:
+        return self.split_heads(self.key, hidden), self.split_heads(self.value, hidden)
+
+    def split_heads(
+        self, linear: Linear, x: Float[Array, "batch seq dim"]
+    ) -> Float[Array, "batch seq heads head_dim"]:
+        return dense(linear, x).reshape(*x.shape[:2], self.num_heads, -1)
 
 
 def attend(
@@ -144,6 +153,22 @@ def attend(
     probs = jax.nn.softmax(jnp.where(visible.pairs[:, None], scores, _MASKED_SCORE), axis=-1)
     probs = dropout(probs.astype(values.dtype), dropout_rate, key)
     return _context(probs, values), scores
+
+
+def attend_cached(
+    queries: Float[Array, "batch picked heads head_dim"],
+    keys: Float[Array, "batch heads head_dim seq"],
+    values: Float[Array, "batch heads seq head_dim"],
+    is_seen: Bool[Array, "#batch 1 1 seq"],
+) -> Float[Array, "batch picked heads head_dim"]:
+    """`attend` without dropout, over keys and values in the layout that its products read.
+
+    A key that a query sees is seen by all queries of its row.
+    """
+    scaled = queries * jnp.asarray(queries.shape[-1] ** -0.5, queries.dtype)
+    scores = _dot(_by_head(scaled), keys)
+    probs = jax.nn.softmax(jnp.where(is_seen, scores, _MASKED_SCORE), axis=-1)
+    return _by_head(_dot(probs.astype(values.dtype), values)).astype(values.dtype)
 
 
 def _missing_requirement(

@@ -13,9 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tinybert_jax.models.activations import ACTIVATIONS
 from tinybert_jax.models.attention import (
+    Attention,
     AttentionTaps,
     Pick,
-    SelfAttention,
     Visible,
     at,
     make_visible,
@@ -74,7 +74,7 @@ class Encoder(nnx.Module):
     ):
         self.unroll, self.pooling = unroll, pooling
         self.embeddings = Embeddings(config, dtype=dtype, position_init=position_init, rngs=rngs)
-        self.layers = _stacked_blocks(
+        self.layers = stacked_blocks(
             config, rngs, dtype=dtype, product_dtype=product_dtype, attention=attention
         )
         width = config.hidden_size
@@ -111,7 +111,7 @@ class Encoder(nnx.Module):
     def _unrolled(embedded: Array, stacked: Any, keys: Array | None, run: Run) -> tuple[Any, Any]:
         """Hidden states and taps as tuples over layers."""
         hidden, taps = [embedded], []
-        for layer in _each_layer(stacked, keys):
+        for layer in each_layer(stacked, keys):
             state, layer_taps = run(hidden[-1], layer)
             hidden.append(state)
             taps.append(layer_taps)
@@ -144,7 +144,7 @@ class Encoder(nnx.Module):
         """
         embedded, (stacked, keys), run = self._start(inputs, attention_mask, key)
         if self.unroll:
-            hidden, (*lower, last) = embedded, _each_layer(stacked, keys)
+            hidden, (*lower, last) = embedded, each_layer(stacked, keys)
             for lower_layer in lower:
                 hidden, _ = run(hidden, lower_layer)
             return run(hidden, last, pick)[0]
@@ -196,7 +196,7 @@ def _layer_at(stacked: Any, i: int | Array) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacked)
 
 
-def _each_layer(stacked: Any, keys: jax.Array | None) -> list[tuple[Any, jax.Array | None]]:
+def each_layer(stacked: Any, keys: jax.Array | None) -> list[tuple[Any, jax.Array | None]]:
     """(parameters, key) of each layer."""
     layers = enumerate(_unstacked(stacked))
     return [(layer, None if keys is None else keys[i]) for i, layer in layers]
@@ -257,11 +257,15 @@ class Embeddings(nnx.Module):
         self.dropout_rate = config.hidden_dropout_prob
 
     def __call__(self, inputs: Text, attention_mask: Array, key: jax.Array | None) -> Array:
-        input_ids, token_type_ids = inputs
         if attention_mask.dtype == bool:
-            positions = self.position.embedding[: input_ids.shape[1]][None]
+            positions = self.position.embedding[: inputs.input_ids.shape[1]][None]
         else:
             positions = self.position(_restarted_positions(attention_mask))
+        return self.at(inputs, positions, key)
+
+    def at(self, inputs: Text, positions: Array, key: jax.Array | None = None) -> Array:
+        """The embeddings of tokens with these rows [batch or 1, seq, dim] of the position table."""
+        input_ids, token_type_ids = inputs
         summed = self.word(input_ids) + positions
         if self.token_type is not None:
             summed = summed + self.token_type(token_type_ids)
@@ -296,7 +300,7 @@ class Block(nnx.Module):
     ):
         width, inner = config.hidden_size, config.intermediate_size
         options: dict[str, Any] = dict(dtype=dtype, product_dtype=product_dtype, rngs=rngs)
-        self.attention = SelfAttention(config, backend=attention, **options)
+        self.attention = Attention(config, backend=attention, **options)
         self.attention_norm = make_layer_norm(config, dtype, rngs)
         self.intermediate = make_linear(width, inner, config, **options)
         self.output = make_linear(inner, width, config, **options)
@@ -318,10 +322,15 @@ class Block(nnx.Module):
             attended = dropout(attended, self.dropout_rate, keys[1])
             residual = hidden if pick is None else pick(hidden)
             hidden = layer_norm(self.attention_norm, residual + attended)
+        return self.feed_forward(hidden, keys[2]), taps
+
+    def feed_forward(
+        self, hidden: Float[Array, "batch seq dim"], key: jax.Array | None
+    ) -> Float[Array, "batch seq dim"]:
         with jax.named_scope("~feed-forward"):
             inner = self.activation(dense(self.intermediate, hidden))
-            outer = dropout(dense(self.output, inner), self.dropout_rate, keys[2])
-            return layer_norm(self.output_norm, hidden + outer), taps
+            outer = dropout(dense(self.output, inner), self.dropout_rate, key)
+            return layer_norm(self.output_norm, hidden + outer)
 
 
 def first_tokens(
@@ -347,11 +356,13 @@ def _restarted_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "ba
     return index - jax.lax.cummax(jnp.where(is_start, index, 0), axis=1)
 
 
-def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs, **options: Any) -> Block:
-    """A `Block` whose parameters have a leading axis [layers]."""
+def stacked_blocks(
+    config: ModelConfig, rngs: nnx.Rngs, *, kind: type[Block] = Block, **options: Any
+) -> Any:
+    """A block of a kind whose parameters have a leading axis [layers]."""
 
     def block(key: jax.Array) -> Block:
-        return Block(config, rngs=nnx.Rngs(key), **options)
+        return kind(config, rngs=nnx.Rngs(key), **options)
 
     keys = jax.random.split(rngs.params(), config.num_hidden_layers)
     graphdef = nnx.graphdef(nnx.eval_shape(block, keys[0]))

@@ -259,38 +259,38 @@ MakeHead = Callable[..., Model]  # (sizes, number of classes, options of `Encode
 
 def make_encoder(config: ModelConfig, **options: Any) -> Model:
     """An encoder without a head; options: those of `Encoder`."""
-    return _functional(make_family_encoder, config, **options)
+    return functional(make_family_encoder, config, **options)
 
 
 def make_classifier(config: ModelConfig, num_classes: int, **options: Any) -> Model:
     """A classifier of whole examples; options: those of `Encoder`."""
-    return _functional(Classifier, config, num_classes, **options)
+    return functional(Classifier, config, num_classes, **options)
 
 
 def make_token_classifier(config: ModelConfig, num_classes: int, **options: Any) -> Model:
     """A classifier of tokens; options: those of `Encoder`."""
-    return _functional(Classifier, config, num_classes, of_tokens=True, **options)
+    return functional(Classifier, config, num_classes, of_tokens=True, **options)
 
 
 def make_span_scorer(config: ModelConfig, num_classes: int = 2, **options: Any) -> Model:
     """A model of starts and ends of answers: two outputs a token; options: those of `Encoder`."""
     assert num_classes == 2, num_classes
-    return _functional(SpanScorer, config, **options)
+    return functional(SpanScorer, config, **options)
 
 
 def make_sentence_encoder(
     config: ModelConfig, num_classes: int = 0, *, pooling: Pooling = "mean", **options: Any
 ) -> Model:
     """A model of sentence vectors as wide as its states; options: those of `Encoder`."""
-    return _functional(SentenceEncoder, config, pooling, **options)
+    return functional(SentenceEncoder, config, pooling, **options)
 
 
 def make_masked_lm(config: ModelConfig, **options: Any) -> Model:
     """A masked LM; options: `pair_head` and those of `Encoder`."""
-    return _functional(MaskedLM, config, **options)
+    return functional(MaskedLM, config, **options)
 
 
-def _functional(build: Callable[..., nnx.Module], *arguments: Any, **options: Any) -> Model:
+def functional(build: Callable[..., nnx.Module], *arguments: Any, **options: Any) -> Model:
     """The same `Model` for equal arguments: its structure is traced, its `init` compiled once."""
     return _built(build, arguments, tuple(sorted(options.items())))
 
@@ -300,17 +300,27 @@ def _built(
     build: Callable[..., nnx.Module], arguments: tuple, sorted_options: tuple[tuple[str, Any], ...]
 ) -> Model:
     """Parameters start and are loaded in fp32; with int8 products `apply` takes `frozen_params`."""
-    options = dict(sorted_options)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(*arguments, rngs=nnx.Rngs(0), **options)))
-    started = dict(options)
-    if is_int8(options.get("product_dtype")):
+    started = dict(sorted_options)
+    if is_int8(started.get("product_dtype")):
         del started["product_dtype"]
 
     def init_params(key: jax.Array) -> Params:
         model = build(*arguments, rngs=nnx.Rngs(key), **started)
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
+    bind = binder(build, arguments, sorted_options)
+
     def apply(params: Params, *args, **kwargs):
-        return nnx.merge(graphdef, restack_layers(params))(*args, **kwargs)
+        return bind(params)(*args, **kwargs)
 
     return Model(apply, init_params)
+
+
+@functools.lru_cache(maxsize=256)
+def binder(
+    build: Callable[..., nnx.Module], arguments: tuple, sorted_options: tuple[tuple[str, Any], ...]
+) -> Callable[[Params], Any]:
+    """Makes a function: parameters -> the module that reads them."""
+    options = dict(sorted_options)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(*arguments, rngs=nnx.Rngs(0), **options)))
+    return lambda params: nnx.merge(graphdef, restack_layers(params))

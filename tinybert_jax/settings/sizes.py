@@ -63,3 +63,23 @@ class ModelConfig(Section):
                 f"got {self.hidden_size} and {self.num_attention_heads}"
             )
         return self
+
+
+class EncoderDecoderConfig(Section):
+    """The sizes of an encoder and a decoder, and the ids of tokens that decoding needs."""
+
+    encoder: ModelConfig
+    decoder: ModelConfig
+    decoder_start_token_id: Annotated[int, Field(ge=0)]
+    eos_token_id: Annotated[int, Field(ge=0)]
+    pad_token_id: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _ids_are_in_the_vocabulary(self) -> "EncoderDecoderConfig":
+        for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
+            if (got := getattr(self, name)) >= self.decoder.vocab_size:
+                raise ValueError(
+                    f"{name}: expected an id below the decoder's vocab_size "
+                    f"{self.decoder.vocab_size}, got {got}"
+                )
+        return self
