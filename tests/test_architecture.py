@@ -18,7 +18,7 @@ ROOMS = {
     "contrastive table",
     "config": "models data tasks stages distillation compute log consistency run by_rows load",
     "metrics": "classification regression multi_label tagging spans intervals paired calibration "
-    "cosines",
+    "cosines translation",
     "report": "charts style run_files tables headline confusion per_class pareto advice "
     "calibration differences console card page comparison",
     "performance": "flops accelerators device_peaks hlo latency trace disk host",
@@ -35,7 +35,8 @@ ROOMS = {
     "linear table",
     "objectives": "alignment linear_probe reduction objective masking masked_lm supervised "
     "similarity distillation",
-    "inference": "scorer pretrained predict pipeline vector_index search compare command",
+    "inference": "scorer pretrained seq2seq predict pipeline vector_index search compare translate "
+    "command",
     "training": "members optimizer early_stopping loop step skipping shards checkpoint trackers "
     "metric_log throughput preemption saver generations",
     "runs": "shared_folder inputs run identity run_store from_step corpus_checks checks "
@@ -168,7 +169,13 @@ def test_config_and_help_need_no_jax():
     for path, module in CODE.items():
         if _room(module) == "config":
             assert not _roots(ast.parse(path.read_text())) & {"jax", "flax", "numpy"}, module
-        if module in ("cli", "inference.command", "performance.flops", "performance.host"):
+        if module in (
+            "cli",
+            "inference.command",
+            "inference.translate",
+            "performance.flops",
+            "performance.host",
+        ):
             assert not _roots(ast.parse(path.read_text()).body) & {"jax", "flax", "numpy"}, module
 
 

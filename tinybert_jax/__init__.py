@@ -9,6 +9,7 @@ _PUBLIC = {
     "TinyBertForMaskedLM": "tinybert_jax.inference.pretrained",
     "TinyBertForSequenceClassification": "tinybert_jax.inference.pretrained",
     "TinyBertForTokenClassification": "tinybert_jax.inference.pretrained",
+    "TinyBertForConditionalGeneration": "tinybert_jax.inference.seq2seq",
     "distill": "tinybert_jax.recipes.api",
     "pipeline": "tinybert_jax.inference.pipeline",
 }

@@ -85,13 +85,15 @@ def test_two_vocabularies_have_a_tokenizer_each(model, folder, tmp_path):
 def test_a_warm_start_copies_layers_and_makes_the_cross_attention_anew(tmp_path):
     bert = random_bert(BertForMaskedLM)
     encoder = write_bert(tmp_path / "encoder", bert)
+    made = []
 
     def init(config):
-        return jax.jit(make_seq2seq(config).init)(jax.random.key(0))
+        made.append(jax.jit(make_seq2seq(config).init)(jax.random.key(0)))
+        return made[0]
 
     config, params = warm_start(encoder, encoder, init, decoder_layers=(1, 3), **IDS)
     assert (config.encoder.num_hidden_layers, config.decoder.num_hidden_layers) == (3, 2)
-    flat, fresh = flatten(params), flatten(init(config))
+    flat, fresh = flatten(params), flatten(made[0])
     kernel = bert.bert.encoder.layer[2].attention.self.query.weight.detach().numpy().T
     np.testing.assert_array_equal(flat["decoder/layers/attention/query/kernel"][1], kernel)
     np.testing.assert_array_equal(flat["encoder/layers/attention/query/kernel"][2], kernel)

@@ -96,12 +96,6 @@ def load_tokenizers(loaded: EncoderDecoder) -> Tokenizers:
     return Tokenizers(source, target)
 
 
-def is_encoder_decoder(path: str | Path) -> bool:
-    """Whether a local folder or hub id is one of an encoder-decoder."""
-    raw = read_json(find_folder(path) / CONFIG)
-    return raw.get("model_type") == MODEL_TYPE
-
-
 def warm_start(
     encoder: str | Path,
     decoder: str | Path,

@@ -1,4 +1,6 @@
-"""The commands on model folders: `evaluate`, `predict`, `ask`, `embed`, `search`, `compare`."""
+"""The commands on model folders: `evaluate`, `predict`, `ask`, `embed`, `search`, `translate`,
+`compare`.
+"""
 
 import argparse
 import contextlib
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tinybert_jax.config import load as config_files
+from tinybert_jax.inference import translate
 from tinybert_jax.report.console import json_line, printable
 
 
@@ -20,6 +23,7 @@ def add_to(commands) -> None:
     _add_ask(commands)
     _add_embed(commands)
     _add_search(commands)
+    translate.add_to(commands)
     _add_compare(commands)
 
 

@@ -105,7 +105,7 @@ class TinyBertModel:
                 f"expected input_ids, attention_mask and token_type_ids, got also "
                 f"{sorted(unused)}; remove them"
             )
-        ids = _checked(
+        ids = checked_ids(
             "input_ids",
             input_ids,
             below=self.config.vocab_size,
@@ -118,11 +118,11 @@ class TinyBertModel:
             )
         mask, types = np.ones_like(ids), np.zeros_like(ids)
         if attention_mask is not None:
-            mask = _checked("attention_mask", attention_mask, below=2, like=ids)
+            mask = checked_ids("attention_mask", attention_mask, below=2, like=ids)
         if token_type_ids is not None:
             num_types = self.config.type_vocab_size
             fix = "" if num_types else "; the model has no token types: leave token_type_ids out"
-            types = _checked(
+            types = checked_ids(
                 "token_type_ids", token_type_ids, below=num_types or 1, like=ids, fix=fix
             )
         return ModelOutput(
@@ -199,7 +199,7 @@ class TinyBertForTokenClassification(TinyBertForMaskedLM):
     _make = staticmethod(make_token_classifier)
 
 
-def _checked(
+def checked_ids(
     name: str, values: Any, *, below: int, like: np.ndarray | None = None, fix: str = ""
 ) -> np.ndarray:
     """`values` as int32 [batch, seq]; raises ValueError for another shape, type or range.
