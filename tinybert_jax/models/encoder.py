@@ -322,14 +322,15 @@ class Block(nnx.Module):
             attended = dropout(attended, self.dropout_rate, keys[1])
             residual = hidden if pick is None else pick(hidden)
             hidden = layer_norm(self.attention_norm, residual + attended)
-        return self.feed_forward(hidden, keys[2]), taps
+        return self.feed_forward(hidden, keys), taps
 
     def feed_forward(
-        self, hidden: Float[Array, "batch seq dim"], key: jax.Array | None
+        self, hidden: Float[Array, "batch seq dim"], keys: jax.Array | tuple[None, ...]
     ) -> Float[Array, "batch seq dim"]:
+        """The second part of a layer; the last of the layer's keys is for its dropout."""
         with jax.named_scope("~feed-forward"):
             inner = self.activation(dense(self.intermediate, hidden))
-            outer = dropout(dense(self.output, inner), self.dropout_rate, key)
+            outer = dropout(dense(self.output, inner), self.dropout_rate, keys[-1])
             return layer_norm(self.output_norm, hidden + outer)
 
 

@@ -117,7 +117,7 @@ class DecoderBlock(Block):
             attended, cross = self.cross_attention(hidden, sees.source, keys[2], memory=memory)
             attended = dropout(attended, self.dropout_rate, keys[3])
             hidden = layer_norm(self.cross_norm, hidden + attended)
-        return self.feed_forward(hidden, keys[4]), (own, cross)
+        return self.feed_forward(hidden, keys), (own, cross)
 
     def step(
         self,
@@ -152,7 +152,7 @@ class DecoderBlock(Block):
         context = attend_cached(queries, memory.keys, memory.values, is_source)
         attended = dense(self.cross_attention.output, context.reshape(hidden.shape))
         hidden = layer_norm(self.cross_norm, hidden + attended)
-        return self.feed_forward(hidden, None), cache
+        return self.feed_forward(hidden, (None,)), cache
 
 
 class Decoder(nnx.Module):
