@@ -25,8 +25,9 @@ from tinybert_jax.huggingface.encoder_decoder import (
     save_encoder_decoder,
     warm_start,
 )
+from tinybert_jax.huggingface.folder import read_model
 from tinybert_jax.huggingface.hub import load_tokenizer
-from tinybert_jax.models.params import flatten
+from tinybert_jax.models.params import flatten, unflatten
 from tinybert_jax.models.seq2seq import make_seq2seq
 
 WIDTHS = {"hidden_size": 40, "num_hidden_layers": 1, "vocab_size": 61}
@@ -75,7 +76,9 @@ def test_two_vocabularies_have_a_tokenizer_each(model, folder, tmp_path):
     config = loaded.config.model_copy(
         update={"encoder": loaded.config.encoder.model_copy(update={"vocab_size": 62})}
     )
-    params = jax.jit(make_seq2seq(config).init)(jax.random.key(0))
+    flat = flatten(loaded.params)
+    words = "encoder/embeddings/word/embedding"
+    params = unflatten({**flat, words: np.pad(flat[words], ((0, 1), (0, 0)))})
     found = load_tokenizers(
         load_encoder_decoder(save_encoder_decoder(tmp_path / "b", params, config, tokens))
     )
@@ -83,7 +86,7 @@ def test_two_vocabularies_have_a_tokenizer_each(model, folder, tmp_path):
 
 
 def test_a_warm_start_copies_layers_and_makes_the_cross_attention_anew(tmp_path):
-    bert = random_bert(BertForMaskedLM)
+    bert = random_bert(BertForMaskedLM, num_hidden_layers=2)
     encoder = write_bert(tmp_path / "encoder", bert)
     made = []
 
@@ -91,12 +94,12 @@ def test_a_warm_start_copies_layers_and_makes_the_cross_attention_anew(tmp_path)
         made.append(jax.jit(make_seq2seq(config).init)(jax.random.key(0)))
         return made[0]
 
-    config, params = warm_start(encoder, encoder, init, decoder_layers=(1, 3), **IDS)
-    assert (config.encoder.num_hidden_layers, config.decoder.num_hidden_layers) == (3, 2)
+    config, params = warm_start(encoder, encoder, init, decoder_layers=(2,), **IDS)
+    assert (config.encoder.num_hidden_layers, config.decoder.num_hidden_layers) == (2, 1)
     flat, fresh = flatten(params), flatten(made[0])
-    kernel = bert.bert.encoder.layer[2].attention.self.query.weight.detach().numpy().T
-    np.testing.assert_array_equal(flat["decoder/layers/attention/query/kernel"][1], kernel)
-    np.testing.assert_array_equal(flat["encoder/layers/attention/query/kernel"][2], kernel)
+    kernel = bert.bert.encoder.layer[1].attention.self.query.weight.detach().numpy().T
+    np.testing.assert_array_equal(flat["decoder/layers/attention/query/kernel"][0], kernel)
+    np.testing.assert_array_equal(flat["encoder/layers/attention/query/kernel"][1], kernel)
     head = bert.cls.predictions
     np.testing.assert_array_equal(flat["output/bias"], head.bias.detach().numpy())
     np.testing.assert_array_equal(
@@ -104,7 +107,7 @@ def test_a_warm_start_copies_layers_and_makes_the_cross_attention_anew(tmp_path)
     )
     anew = {path for path in fresh if np.array_equal(flat[path], fresh[path])}
     assert anew and all("cross" in path or "pooler" in path for path in anew)
-    with pytest.raises(ValueError, match="expected layers from 1 to 3"):
+    with pytest.raises(ValueError, match="expected layers from 1 to 2"):
         warm_start(encoder, encoder, init, decoder_layers=(4,), **IDS)
 
 
@@ -165,3 +168,8 @@ def test_wrong_folders_are_refused(folder, case):
     spoil(folder)
     with pytest.raises(ValueError, match=message):
         load_encoder_decoder(folder)
+
+
+def test_commands_for_encoders_say_what_reads_an_encoder_decoder(folder):
+    with pytest.raises(ValueError, match="got an encoder-decoder; use it with tinybert translate"):
+        read_model(folder)

@@ -73,7 +73,7 @@ def test_translate_keeps_the_order_of_lines(folder, tokenizer, tmp_path, capsys)
     assert shown.out == ""
     counts = "1 blank, and stay so, 1 cut at the model's length, 1 with characters that the"
     assert f"of 6 lines: {counts}" in shown.err
-    assert "2 lines without a reference: not scored\nBLEU " in shown.err
+    assert "not scored, without a reference: 2\nBLEU " in shown.err
     assert "\nchrF2 " in shown.err and "tok:13a" in shown.err
     assert cli.main(["translate", str(folder), "-t", LINES[0], *options]) == 0
     assert capsys.readouterr().out == expected[0] + "\n"

@@ -40,6 +40,11 @@ def read_config(raw: Mapping[str, Any], folder: Path) -> ModelConfig:
             f"{folder / CONFIG}: expected text as model_type, got {shorten(model_type)}; use "
             "another model"
         )
+    if model_type == "encoder-decoder":
+        raise ValueError(
+            f"{folder}: expected an encoder, got an encoder-decoder; use it with tinybert "
+            "translate, or TinyBertForConditionalGeneration"
+        )
     try:
         form = format_of(model_type)
     except ValueError as error:

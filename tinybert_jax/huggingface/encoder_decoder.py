@@ -235,9 +235,9 @@ def _read_config(folder: Path) -> EncoderDecoderConfig:
             f"{place}: expected no cross_attention_hidden_size in the decoder, got "
             f"{shorten(parts['decoder']['cross_attention_hidden_size'])}; use another model"
         )
-    sizes: dict[str, ModelConfig] = {k: read_config(v, folder) for k, v in parts.items()}
+    sizes: dict[str, Any] = {name: read_config(part, folder) for name, part in parts.items()}
     try:
-        return EncoderDecoderConfig(**sizes, **_ids(raw, folder))
+        return EncoderDecoderConfig(**(sizes | _ids(raw, folder)))
     except ValidationError as error:
         found = "; ".join(e["msg"] for e in error.errors())
         raise ValueError(f"{place}: {found}; correct it") from None

@@ -1,7 +1,7 @@
 """The public class of encoder-decoders, and translation of lines of text with it."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from tinybert_jax.models import decoding
 from tinybert_jax.models.decoding import Decoding
 from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.params import Params, frozen_params
-from tinybert_jax.models.seq2seq import bind_seq2seq, make_seq2seq
+from tinybert_jax.models.seq2seq import Seq2SeqOutput, bind_seq2seq, make_seq2seq
 from tinybert_jax.settings.sizes import EncoderDecoderConfig, ModelConfig
 
 _WIDTHS = (8, 16, 32, 64, 128, 256)  # sources are padded to these, so that few programs compile
@@ -119,9 +119,10 @@ class TinyBertForConditionalGeneration:
 
         Default masks: all ones. Raises ValueError for inputs as `TinyBertModel` does.
         """
-        source = _side("", input_ids, attention_mask, self.config.encoder)
+        ids, mask = _side("", input_ids, attention_mask, self.config.encoder)
         target = _side("decoder_", decoder_input_ids, decoder_attention_mask, self.config.decoder)
-        output = _forward(self.config, self.params, *source, *target)
+        output = _forward(self.config, self.params, _text(ids), mask, *target)
+        assert output.encoder is not None and output.decoder is not None
         return ModelOutput(
             logits=output.logits,
             encoder_last_hidden_state=output.encoder.hidden[-1],
@@ -168,10 +169,9 @@ class TinyBertForConditionalGeneration:
         _check(how, positions, self.config.decoder.vocab_size)
         rows, width = 1 << (num_rows - 1).bit_length(), self._width(length)
         pads = ((0, rows - num_rows), (0, width - length))
-        ids = np.pad(ids, pads, constant_values=self.config.encoder.pad_token_id)
-        found = _generate(
-            self.config, how, self._decoded_params, ids, np.pad(mask, pads), jax.random.key(seed)
-        )
+        source = _text(np.pad(ids, pads, constant_values=self.config.encoder.pad_token_id))
+        key, params = jax.random.key(seed), self._decoded_params
+        found = _generate(self.config, how, params, source, np.pad(mask, pads), key)
         found = np.asarray(found)[:num_rows]
         is_filled = (found != self.config.pad_token_id).any(axis=0)
         return found[:, : max(1, int(np.flatnonzero(is_filled).max(initial=0)) + 1)]
@@ -253,46 +253,30 @@ def translate(
     )
 
 
-@functools.lru_cache(maxsize=64)
-def _forward_program(config: EncoderDecoderConfig) -> Any:
-    apply, _ = make_seq2seq(config)
-
-    def forward(params: Params, source: Text, mask: jax.Array, target: Mapping[str, Any]) -> Any:
-        return apply(params, source, mask, None, **target, taps=True)
-
-    return jax.jit(forward)
-
-
+@functools.partial(jax.jit, static_argnums=0)
 def _forward(
     config: EncoderDecoderConfig,
     params: Params,
-    ids: np.ndarray,
-    mask: np.ndarray,
-    target_ids: np.ndarray,
-    target_mask: np.ndarray,
-) -> Any:
+    source: Text,
+    mask: jax.Array,
+    target_ids: jax.Array,
+    target_mask: jax.Array,
+) -> Seq2SeqOutput:
     target = {"decoder_input_ids": target_ids, "decoder_attention_mask": target_mask}
-    return _forward_program(config)(params, _text(ids), jnp.asarray(mask), target)
+    return make_seq2seq(config).apply(params, source, mask, None, **target, taps=True)
 
 
-@functools.lru_cache(maxsize=64)
-def _generate_program(config: EncoderDecoderConfig, how: Decoding) -> Any:
-    def run(params: Params, source: Text, mask: jax.Array, key: jax.Array) -> jax.Array:
-        model = bind_seq2seq(config, params, unroll=True)
-        return decoding.generate(model, config, source, mask, how, key)
-
-    return jax.jit(run)
-
-
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(
     config: EncoderDecoderConfig,
     how: Decoding,
     params: Params,
-    ids: np.ndarray,
-    mask: np.ndarray,
+    source: Text,
+    mask: jax.Array,
     key: jax.Array,
 ) -> jax.Array:
-    return _generate_program(config, how)(params, _text(ids), jnp.asarray(mask), key)
+    model = bind_seq2seq(config, params, unroll=True)
+    return decoding.generate(model, config, source, mask, how, key)
 
 
 def _text(ids: np.ndarray) -> Text:

@@ -99,8 +99,9 @@ def _print_scores(lines: list[str], references: list[str], words: Any) -> None:
     """Scores on standard error; lines whose reference is blank are left out and counted."""
     from tinybert_jax.metrics.translation import translation_scores
 
-    pairs = [(line, own) for line, own in zip(lines, references, strict=True) if own]
-    if len(pairs) < len(lines):
-        print(f"{len(lines) - len(pairs)} lines without a reference: not scored", file=sys.stderr)
-    for score in translation_scores(*zip(*pairs, strict=True), words):
+    scored = [line for line, own in zip(lines, references, strict=True) if own]
+    filled = [own for own in references if own]
+    if len(filled) < len(lines):
+        print(f"not scored, without a reference: {len(lines) - len(filled)}", file=sys.stderr)
+    for score in translation_scores(scored, filled, words):
         print(f"{score.name} {score.value:.2f}  ({score.signature})", file=sys.stderr)

@@ -31,7 +31,8 @@ def translation_scores(
 ) -> list[Score]:
     """BLEU (arXiv 1804.08771) and chrF of a corpus with one reference a line."""
     check_installed()
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
     assert len(translations) == len(references)
     found = []

@@ -205,9 +205,8 @@ class Decoder(nnx.Module):
                 state, taps = run(states[-1], layer)
                 states.append(state)
                 both.append(taps)
-            own, cross = (
-                AttentionTaps(*zip(*taps, strict=True)) for taps in zip(*both, strict=True)
-            )
+            by_kind: Any = [zip(*taps, strict=True) for taps in zip(*both, strict=True)]
+            own, cross = (AttentionTaps(*arrays) for arrays in by_kind)
             return DecoderOutput(tuple(states), own, cross)
 
         def scanned(hidden: Array, params_and_key: Any) -> tuple[Array, Any]:
