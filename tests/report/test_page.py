@@ -11,7 +11,7 @@ from tinybert_jax.report.charts import MAX_DRAWN_POINTS
 from tinybert_jax.report.headline import headline
 from tinybert_jax.report.page import write_report
 from tinybert_jax.report.pareto import pareto_front
-from tinybert_jax.report.tables import compare, format_si
+from tinybert_jax.report.tables import choice_note, compare, format_si
 
 
 def test_the_page_shows_the_numbers_of_the_run(tmp_path):
@@ -284,3 +284,23 @@ def test_the_front_holds_the_points_that_no_point_beats():
     assert pareto_front(points) == [(1.0, 0.6), (3.0, 0.9)]
     assert pareto_front(points, lower_is_better=True) == [(1.0, 0.5)]
     assert pareto_front([]) == []
+
+
+@pytest.mark.parametrize(
+    "stages, seeds, export, told",
+    [
+        ({"prediction": 1}, {}, "student", "so these examples chose nothing"),
+        ({"prediction": 1}, {"student": 3}, "student", "chose only which seed is exported"),
+        ({"prediction": 1}, {"teacher": 3}, "student", "which flatters it"),
+        ({"prediction": 1}, {}, "best", "which flatters it"),
+        ({"finetune": 1, "prediction": 4}, {}, "student", "which flatters it"),
+        ({}, {}, "student", "which flatters it"),
+    ],
+)
+def test_what_the_dev_examples_have_chosen_is_told(stages, seeds, export, told):
+    models = [make_model(role, 0.8, 1.0) for role in ("teacher", "student")]
+    for model in models:
+        if model["role"] in seeds:
+            model["by_seed"] = [{"accuracy": 0.8}] * seeds[model["role"]]
+    counted = {name: {"num_evals": count} for name, count in stages.items()}
+    assert told in choice_note(make_results(models=models, stages=counted, export=export))

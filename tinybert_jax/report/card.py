@@ -13,7 +13,7 @@ import yaml
 
 from tinybert_jax import __version__
 from tinybert_jax.report.console import printable
-from tinybert_jax.report.tables import format_si, interval_of
+from tinybert_jax.report.tables import choice_note, format_si, interval_of
 
 # The end of an architecture -> the task of the hub; others give features.
 _TASKS = {
@@ -195,13 +195,10 @@ def _scores(results: Mapping[str, Any], model: dict[str, Any], others: list[dict
 
 
 def _chosen(results: Mapping[str, Any], model: dict[str, Any]) -> str:
-    count = len(model.get("by_seed", ()))
-    seeds = (
-        f"The score is the mean of {count} seeds; the folder holds the best. " if count > 1 else ""
-    )
-    if results.get("select_examples"):
-        return f"{seeds}Other rows chose the checkpoint."
-    return f"{seeds}If several checkpoints were compared, these rows chose among them."
+    told, count = "", len(model.get("by_seed", ()))
+    if count > 1 and model["role"] != "teacher":
+        told = f"The score is the mean of {count} seeds; the folder holds the best. "
+    return told + choice_note(dict(results))
 
 
 def _heldout(results: Mapping[str, Any]) -> str:

@@ -135,19 +135,7 @@ def _uncertainty_note(results: dict[str, Any]) -> str:
     parts = [f"Measured on {count:,.0f} examples of the dev set."]
     if any(interval_of(m, results.get("metric")) for m in models_of(results)):
         parts.append("In brackets: the 95 % interval over resamples of these examples (bootstrap).")
-    chosen = finite_number(results.get("select_examples"))
-    if chosen:
-        parts.append(
-            f"Checkpoints and seeds were chosen on {chosen:,.0f} rows of the training text, so "
-            "these examples chose nothing."
-        )
-    elif _chose_nothing(results):
-        parts.append("Every model is that of its last step, so these examples chose nothing.")
-    else:
-        parts.append(
-            "A model trained in this run is the checkpoint with the best score on these same "
-            "examples, which flatters it; task.select_share sets other rows apart for the choice."
-        )
+    parts.append(choice_note(results))
     if any(gap_closed(results, m) is not None for m in models_of(results)):
         parts.append(
             "Gap closed: the share of the way from the student without a teacher to the teacher."
@@ -155,12 +143,30 @@ def _uncertainty_note(results: dict[str, Any]) -> str:
     return f'<p class="note">{" ".join(parts)}</p>{seeds}'
 
 
-def _chose_nothing(results: dict[str, Any]) -> bool:
-    """Whether dev chose no checkpoint, no seed, no setting of a head and no model to export."""
-    stages = mapping_of(results, "stages")
+def choice_note(results: dict[str, Any]) -> str:
+    """What the dev examples have chosen: a sentence."""
+    chosen = finite_number(results.get("select_examples"))
+    if chosen:
+        return (
+            f"Checkpoints and seeds were chosen on {chosen:,.0f} rows of the training text, so "
+            "these examples chose nothing."
+        )
+    stages, models = mapping_of(results, "stages"), models_of(results)
     is_last = all(mapping_of(stages, name).get("num_evals") == 1 for name in stages)
-    is_chosen = any("by_seed" in model or "settings" in model for model in models_of(results))
-    return bool(stages) and is_last and not is_chosen and results.get("export") != "best"
+    # The score of several teachers is that of the best one, that of students is a mean.
+    is_best = any("by_seed" in model and role_of(model) == "teacher" for model in models)
+    is_fitted = any("settings" in model for model in models) or results.get("export") == "best"
+    if not stages or not is_last or is_best or is_fitted:
+        return (
+            "A model trained in this run is the checkpoint with the best score on these same "
+            "examples, which flatters it; task.select_share sets other rows apart for the choice."
+        )
+    if any("by_seed" in model for model in models):
+        return (
+            "Every model is that of its last step, and scores are means over seeds: these examples "
+            "chose only which seed is exported."
+        )
+    return "Every model is that of its last step, so these examples chose nothing."
 
 
 def _seeds_note(results: dict[str, Any]) -> str:
