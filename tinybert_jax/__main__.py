@@ -1,7 +1,17 @@
 """`python -m tinybert_jax` is the `tinybert` command."""
 
+import signal
 import sys
 
-from tinybert_jax.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Runs the command line; Ctrl-C while it is imported ends the process without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from tinybert_jax import cli
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -227,3 +227,12 @@ def test_the_machine_s_dtype_is_measured(monkeypatch):
     for has_bfloat16, dtype in ((True, "bfloat16_products"), (False, "float32")):
         monkeypatch.setattr(host, "multiplies_bfloat16", lambda found=has_bfloat16: found)
         assert _fast_dtype("cpu") == dtype
+
+
+def test_stages_are_no_longer_than_the_teacher_s_positions():
+    tree = {"task": {"train": "a.csv"}, "finetune": {"max_length": 32}}
+    filled, _ = fill(tree, _facts(500, num_positions=64))
+    assert filled["finetune"]["max_length"] == 32
+    assert {filled[name]["max_length"] for name in ("prediction", "baseline")} == {64}
+    filled, _ = fill(tree, _facts(500, num_positions=512))
+    assert "max_length" not in filled["prediction"]

@@ -86,14 +86,21 @@ def test_without_that_state_the_stage_begins_again_and_says_so(trained, folder, 
     assert "no checkpoint can be used; the stage begins again" in capfd.readouterr().out
 
 
-def test_the_commands_on_checkpoints(folder, capfd):
-    run = str(folder / "run")
+def test_the_commands_on_checkpoints(folder, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    run = "run"
     states = checkpoint.steps(folder / "run" / "checkpoints" / "finetune" / "last")
     assert cli.main(["ckpt", "ls", run]) == 0
     assert "finetune/last/8" in capfd.readouterr().out
     assert cli.main(["ckpt", "verify", run]) == 0
     assert "MB/s" in capfd.readouterr().out
     output = folder / "state.safetensors"
+    for stage, place, told in (
+        ("prediction", output, "expected a stage with saved states, got prediction"),
+        ("finetune", folder / "none" / "x.safetensors", "expected a file in a folder that exists"),
+    ):
+        assert cli.main(["ckpt", "export", run, stage, "-o", str(place)]) == 2
+        assert told in capfd.readouterr().err
     assert cli.main(["ckpt", "export", run, "finetune", "-o", str(output)]) == 0
     arrays = load_file(output)
     assert (

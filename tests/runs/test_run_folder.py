@@ -1,11 +1,13 @@
 """What a run folder tells of the run: its config, and every process that worked on it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from tinybert_jax.config import load as config_files
+from tinybert_jax.performance import host
 from tinybert_jax.runs.preflight import open_run
 
 
@@ -54,3 +56,14 @@ def test_a_run_goes_on_with_the_config_of_an_older_version(world):
     (world.run_dir / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     named = ("run_dir", "task.kind: 'regression' there, 'classification' here")
     world.fails("run", world.config("finetune"), naming=named)
+
+
+def test_a_folder_that_cannot_be_made_is_refused():
+    folder = Path("/proc/none/run")
+    with (
+        pytest.raises(
+            ValueError, match="run_dir: expected a folder that can be written, got /proc"
+        ),
+        host.locked_folder(folder, "run_dir"),
+    ):
+        pass

@@ -24,6 +24,7 @@ class Facts(NamedTuple):
     num_heads: int
     fast_dtype: ComputeDtype = "float32"  # the fastest dtype that the machine trains well in
     intermediate_size: int | None = None  # of the teacher; None: four times its hidden size
+    num_positions: int | None = None  # of the teacher; None: enough for every length here
 
 
 TYPICAL = Facts(10_000, 0, 384, 6, 12)
@@ -55,6 +56,7 @@ _FEW_ROWS = 2000  # too few to set rows apart that choose a checkpoint: the last
 _MANY_ROWS = 200_000  # an epoch is long enough
 _DEV_SHARE = _SELECT_SHARE = 0.1
 _NEVER = 100  # times the steps of a stage
+_WIDTH = 128  # the default of max_length
 _ANSWER_WIDTH = 384  # tokens of a window in which answers are looked for
 _WIDE = 512  # teachers above it have students of their own width no more, and lower rates
 _FAST, _SLOW = 1e-4, 3e-5  # learning rates of models that start from trained weights
@@ -89,9 +91,11 @@ def fill(tree: Mapping[str, Any], facts: Facts) -> tuple[dict[str, Any], list[st
         given = _section(name, filled.get(name))
         if given.get("global_batch_size") is None:
             given["global_batch_size"] = _BATCH if rows >= _NUM_SMALL else _SMALL_BATCH
-        if finds_answers:
-            given = {"max_length": _ANSWER_WIDTH, **given}
-        elif name == "finetune" or name == "prediction" and has_kept_logits:
+        width = _ANSWER_WIDTH if finds_answers else _WIDTH
+        fitting = min(width, facts.num_positions or width)
+        if fitting != _WIDTH:
+            given = {"max_length": fitting, **given}
+        if not finds_answers and (name == "finetune" or name == "prediction" and has_kept_logits):
             given = {"head_init": "linear_probe", **given}
         given = {"learning_rate": _rate(name, given, facts, is_inherited), **given}
         filled[name] = _stage(name, given, length, rows, bool(share))

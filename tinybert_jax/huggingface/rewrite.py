@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tinybert_jax.data.errors import listed
 from tinybert_jax.data.wordpiece import check_extendable, split_words, with_words
 from tinybert_jax.huggingface.families import format_of
 from tinybert_jax.huggingface.folder import HfModel, convert_params, read_model, save_model
@@ -92,7 +93,7 @@ def _read_whole(
     if missing:
         raise ValueError(
             f"{source}: expected every weight that config.json implies, got none for "
-            f"{list(missing)}; copy the folder again; nothing was written"
+            f"{listed(missing)}; copy the folder again; nothing was written"
         )
     if surplus:
         raise ValueError(

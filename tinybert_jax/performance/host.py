@@ -66,8 +66,15 @@ def locked_folder(folder: Path, setting: str) -> Iterator[None]:
     """
     import fcntl  # Unix only; prediction, which needs no lock, runs without it
 
-    disk.make_folder(folder)
-    with (folder / ".lock").open("w") as lock, contextlib.ExitStack() as stack:
+    try:
+        disk.make_folder(folder)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ValueError(
+            f"{setting}: expected a folder that can be written, got {folder}: {error.strerror}; "
+            f"choose another {setting}"
+        ) from error
+    with lock, contextlib.ExitStack() as stack:
         descriptor = os.open(folder, os.O_RDONLY)
         stack.callback(os.close, descriptor)
         try:

@@ -33,6 +33,7 @@ def measure(draft: RunConfig, platform: str | None = None) -> Facts | None:
         num_heads=teacher["num_attention_heads"],
         fast_dtype=_fast_dtype(platform or jax.default_backend()),
         intermediate_size=teacher["intermediate_size"],
+        num_positions=teacher.get("max_position_embeddings"),
     )
 
 

@@ -81,8 +81,17 @@ def export(run_dir: str | Path, stage: str, step: int | None, output: str) -> st
 
     if Path(output).exists():
         raise ValueError(f"--output: expected a new file, got {output}, which exists; remove it")
-    folder = Path(run_dir) / "checkpoints" / stage / "last"
+    if not Path(output).absolute().parent.is_dir():
+        raise ValueError(
+            f"--output: expected a file in a folder that exists, got {output}; create the folder"
+        )
+    folder = Path(run_dir).absolute() / "checkpoints" / stage / "last"
     found = checkpoint.steps(folder)
+    if not found:
+        raise ValueError(
+            f"ckpt export: expected a stage with saved states, got {stage}, which has none in "
+            f"{folder}; `tinybert ckpt ls {run_dir}` lists those that are there"
+        )
     chosen = step if step is not None else (found or [None])[-1]
     if chosen not in found:
         raise ValueError(f"--step: expected one of the steps {found} in {folder}, got {chosen}")
