@@ -6,10 +6,12 @@ import sys
 
 def main() -> int:
     """Runs the command line; Ctrl-C while it is imported ends the process without a traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:  # not ignored, as in a job in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from tinybert_jax import cli
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, handler)
     return cli.main()
 
 
