@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from tinybert_jax.models.activations import ACTIVATIONS
@@ -263,7 +263,7 @@ class Embeddings(nnx.Module):
             positions = self.position(_restarted_positions(attention_mask))
         return self.at(inputs, positions, key)
 
-    def at(self, inputs: Text, positions: Array, key: jax.Array | None = None) -> Array:
+    def at(self, inputs: Text, positions: ArrayLike, key: jax.Array | None = None) -> Array:
         """The embeddings of tokens with these rows [batch or 1, seq, dim] of the position table."""
         input_ids, token_type_ids = inputs
         summed = self.word(input_ids) + positions
