@@ -53,7 +53,9 @@ def test_the_hub_reads_scores_license_and_base_model(tmp_path):
     assert (accuracy.dataset_name, f1.metric_value) == ("news", 0.9)
     assert "| its teacher | 0.9300 [0.9100, 0.9500] | 0.9200 | 10.6" in text
     assert "| the same model without a teacher | 0.8500 | 0.8400 |" in text
-    assert "distilled from owner/bert for news" in text
+    assert "distilled from owner/bert for news" in text and "distillation" in data.tags
+    origin = ORIGIN._replace(teacher="", is_hub_teacher=False)
+    assert "a teacher that was trained in the same run" in model_card(_results(), CONFIG, origin)
 
 
 @pytest.mark.parametrize(

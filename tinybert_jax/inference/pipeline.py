@@ -48,7 +48,9 @@ class Pipeline:
         rows = [first] if is_one else list(first)
         pairs = [second] * len(rows) if isinstance(second, str) else second
         self._check(rows, pairs)
-        answers = self._model.answer(Examples(rows, pairs and list(pairs), None, None))
+        answers = self._model.answer(
+            Examples(rows, None if pairs is None else list(pairs), None, None)
+        )
         if "vector" in answers[0]:
             vectors = np.array([answer["vector"] for answer in answers], np.float32)
             return vectors[0] if is_one else vectors

@@ -120,7 +120,7 @@ def _cards(run: Run, summary: dict[str, Any], exported: dict[str, Path]) -> dict
     path = run.teacher_section.path or run.teacher_section.finetuned or ""
     is_local = Path(path).expanduser().is_dir()
     file = find_folder(path) / CARD if path else None
-    is_told = file is not None and file.is_file()
+    told = file.read_text("utf-8", "replace") if file is not None and file.is_file() else ""
     stages = {own: plan.name for plan in run.plans.values() for own in run.output_folders(plan)}
     cards = {}
     for member, folder in exported.items():
@@ -129,7 +129,7 @@ def _cards(run: Run, summary: dict[str, Any], exported: dict[str, Path]) -> dict
             member=member,
             data=_data_name(run.task) if run.task else "",
             teacher=Path(path).name if is_local else path.partition("@")[0],
-            teacher_card=card_metadata(file.read_text("utf-8", "replace")) if is_told else {},
+            teacher_card=card_metadata(told),
             is_hub_teacher=bool(path) and not is_local,
             is_embedder=run.task is not None and run.task.kind.form == "similarity",
         )

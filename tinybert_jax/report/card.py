@@ -46,6 +46,7 @@ _ROLES = {
     "linear": "TF-IDF with logistic regression",
 }
 _NUM_LABELS = 100  # of them are listed
+_WITHOUT_TEACHER = ("pretrain", "finetune", "baseline")
 
 
 class Origin(NamedTuple):
@@ -116,7 +117,7 @@ def _metadata(
         "library_name": "sentence-transformers" if origin.is_embedder else "transformers",
         "pipeline_tag": task,
         "tags": ["tinybert_jax", str(config["model_type"])]
-        + (["distillation"] if origin.teacher else []),
+        + ([] if origin.stage in _WITHOUT_TEACHER else ["distillation"]),
     }
     if origin.is_hub_teacher:
         metadata["base_model"] = origin.teacher
@@ -151,13 +152,14 @@ def _summary(config: Mapping[str, Any], origin: Origin, model: dict[str, Any] | 
     if model:
         size += f", {format_si(float(model['num_encoder_parameters']))} parameters in the encoder"
     made = {"finetune": "fine-tuned from", "pretrain": "trained on text; it began as"}
-    verb = made.get(origin.stage, "distilled from")
     if origin.stage == "baseline":
         begun = "trained without a teacher"
+    elif origin.teacher:
+        begun = f"{made.get(origin.stage, 'distilled from')} {_text(origin.teacher)}"
+    elif origin.stage in made:
+        begun = "trained from random weights"
     else:
-        begun = (
-            f"{verb} {_text(origin.teacher)}" if origin.teacher else "trained from random weights"
-        )
+        begun = "distilled from a teacher that was trained in the same run"
     data = f" for {_text(origin.data)}" if origin.data else ""
     size = f"{config['model_type']}, {size}"
     return f"A Transformer encoder ({size}), {begun}{data} with tinybert_jax {__version__}."
@@ -174,7 +176,7 @@ def _scores(results: Mapping[str, Any], model: dict[str, Any], others: list[dict
         "|---|" + "---|" * (len(names) + 2),
     ]
     for own in [model, *others]:
-        called = "**this model**" if own is model else _ROLES.get(own["role"], own["role"])
+        called = "**this model**" if own is model else _ROLES.get(own["role"], str(own["role"]))
         cells = [called]
         for name in names:
             value, bounds = own["metrics"].get(name), interval_of(own, name)
