@@ -90,19 +90,19 @@ def test_teacher_near_chance(world):
         "order of its labels",
         "teacher_margin",
     )
-    world.fails("run", world.distil(), naming=named)
-    world.fails("run", world.distil(teacher=teacher), naming=named)
+    world.fails("run", world.distil(), naming=named, with_status=3)
+    world.fails("run", world.distil(teacher=teacher), naming=named, with_status=3)
 
 
 def test_finetuned_teacher_near_chance(world):
     """It stays, the student is not begun, and asking again changes nothing."""
     margin = {"distillation": {"teacher_margin": 0.5}}
     path = world.config("finetune", "prediction", finetune={"learning_rate": 1e-9}, **margin)
-    assert cli.main(["run", path]) == 2
+    assert cli.main(["run", path]) == 3
     assert sorted(p.name for p in (world.run_dir / "models").iterdir()) == ["finetune"]
     assert sorted(p.name for p in (world.run_dir / "checkpoints").iterdir()) == ["finetune"]
     named = ("teacher", "at least 1.0000", "models/finetune", "teacher_margin=-1")
-    world.fails("run", path, naming=named)
+    world.fails("run", path, naming=named, with_status=3)
     assert cli.main(["run", path, "distillation.teacher_margin=-1"]) == 0  # goes on in the folder
     assert (world.run_dir / "models" / "prediction").is_dir()
 

@@ -264,8 +264,8 @@ def test_features_are_the_teachers_own_beside_known_logits():
     np.testing.assert_array_equal(targets(batch, "logits", "hidden").logits, theirs.logits)
 
 
-def _refused(inputs, tmp_path, capsys, **changes):
-    assert cli.main(["run", _config(inputs, tmp_path / "run", **changes)]) == 2
+def _refused(inputs, tmp_path, capsys, with_status=2, **changes):
+    assert cli.main(["run", _config(inputs, tmp_path / "run", **changes)]) == with_status
     assert not (tmp_path / "run").exists()
     return capsys.readouterr().err
 
@@ -307,7 +307,8 @@ def test_a_further_teacher_near_chance_is_refused(inputs, tmp_path, capsys):
     weights = load_file(further / "model.safetensors")
     weights["classifier.weight"] *= 0
     save_file(weights, further / "model.safetensors", metadata={"format": "pt"})
-    told = _refused(inputs, tmp_path, capsys, further_teachers=[{"path": str(further)}])
+    given = {"further_teachers": [{"path": str(further)}]}
+    told = _refused(inputs, tmp_path, capsys, with_status=3, **given)
     assert "expected a dev accuracy of at least" in told and str(further) in told
 
 

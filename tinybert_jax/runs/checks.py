@@ -273,9 +273,10 @@ def check_teacher_labels(path: str | Path, task: RunTask) -> None:
         return
     if tuple(trained) != tuple(label_names):
         raise ValueError(
-            f"labels: expected the teacher's order {list(trained)}, got the task's "
-            f"{list(label_names)}; write task.labels in the teacher's order, or fine-tune the "
-            f"teacher on this task first (finetune section)"
+            f"labels: expected the teacher's order {list(trained)} (of {path}), got "
+            f"{list(label_names)} from {task.section.train or 'the built-in data'}; write "
+            "task.labels in the teacher's order, or fine-tune the teacher on this task first "
+            "(finetune section); where a file has changed since a run began, put it back"
         )
 
 

@@ -16,6 +16,7 @@ from tinybert_jax.config.models import SOLE, FurtherTeacher, Student, TeacherSec
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import FINETUNE, PRETRAIN, StageSection
 from tinybert_jax.config.tasks import TaskSection
+from tinybert_jax.data.errors import GateError
 from tinybert_jax.data.splits import TaskData
 from tinybert_jax.huggingface.folder import save_model, start_params, write_json
 from tinybert_jax.huggingface.head import Head
@@ -316,7 +317,7 @@ def _head_of(run: Run, settings: Settings) -> Head:
 
 
 def check_teacher(run: Run, path: str | Path, sizes: ModelConfig) -> None:
-    """Raises ValueError for a teacher that has learnt nothing.
+    """Raises GateError for a teacher that has learnt nothing.
 
     Its score on the examples that choose has to be `distillation.teacher_margin` above the score of
     always answering the most frequent class.
@@ -333,7 +334,7 @@ def check_teacher(run: Run, path: str | Path, sizes: ModelConfig) -> None:
     metrics = evaluator.measure(place_frozen_params(run, params))
     got, needed = metrics[task.floor_metric], min(floor + margin, 1.0)
     if got < needed:
-        raise ValueError(
+        raise GateError(
             f"teacher: expected a {data.selection_name} {task.floor_metric} of at least "
             f"{needed:.4f} (a model that learnt nothing has {floor:.4f}), got {got:.4f} from "
             f"{path}; check the order of its labels, fine-tune it on the task, or for longer (in "
