@@ -208,6 +208,9 @@ def _add_compile(commands) -> None:
         "--topology", required=True, help="such as v5e:4x4 or v6e:16x16; local: the devices here"
     )
     command.add_argument(
+        "--slices", type=int, default=1, help="slices of that topology; default: 1"
+    )
+    command.add_argument(
         "--stage", choices=STAGE_NAMES, help="default: the stage with the most FLOPs"
     )
     command.add_argument("--json", action="store_true", help="print a JSON object")
@@ -314,7 +317,11 @@ def _compile(arguments, command: str) -> int:
         return 0
     with contextlib.redirect_stdout(sys.stderr):  # JSON alone on standard output
         compiled = pipeline.compile_step(
-            settings, arguments.topology, arguments.stage, is_searched=arguments.largest_batch
+            settings,
+            arguments.topology,
+            arguments.stage,
+            num_slices=arguments.slices,
+            is_searched=arguments.largest_batch,
         )
     if arguments.json:
         print(json.dumps(compile.to_json(compiled), indent=2))

@@ -262,7 +262,6 @@ def _words(launcher: str, *more: str) -> list[str]:
         ("jobset", ["run_store=gs://b/r", "--run-dir", "/x"], ("in a --mount",)),
         ("sky", ["--run-dir", "/x"], ("in a --mount", "with run_store=gs://BUCKET/RUN")),
         ("slurm", ["--compile"], ("--compile", "GPUs are compiled where a GPU is")),
-        ("jobset", ["--slices", "2", "--compile"], ("--compile", "several slices")),
         ("jobset", ["--image", ""], ("--image", "none", "launch/Dockerfile")),
         ("jobset", ["--name", "My job"], ("--name", "'My job'")),
         ("jobset", ["--name", "a" * 29], ("at most 28",)),

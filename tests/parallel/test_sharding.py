@@ -1,5 +1,8 @@
 """How the mesh splits kernels, and that a step on a split model is the step of one device."""
 
+import dataclasses
+import random
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +36,46 @@ OUTWARDS = ("attention/output", "output")
 KERNEL_DIMS = {name: ("fsdp", "tensor") for name in INWARDS} | {
     name: ("tensor", "fsdp") for name in OUTWARDS
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chip:
+    """As much of a device as a mesh asks for."""
+
+    slice_index: int
+    process_index: int
+    id: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+_TWO_SLICES = [_Chip(i // 8, i // 4, i) for i in range(16)]  # two hosts of four chips each
+
+
+def test_data_runs_over_slices_and_the_other_axes_stay_within_one():
+    mesh = make_mesh(MeshSection(fsdp=2, tensor=2), random.Random(0).sample(_TWO_SLICES, 16))
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 2}
+    for number, inner in enumerate(mesh.devices.reshape(4, -1)):
+        assert {(chip.slice_index, chip.process_index) for chip in inner} == {(number // 2, number)}
+
+
+@pytest.mark.parametrize(
+    "axes, named",
+    [
+        ({"dcn_data": 4}, ("mesh.dcn_data", "expected 2", "got 4")),
+        ({"fsdp": 16}, ("multiple of the 2 slices", "data 1, fsdp 16")),
+    ],
+)
+def test_slices_that_the_mesh_does_not_fit_are_refused(axes, named):
+    with pytest.raises(ValueError) as raised:
+        make_mesh(MeshSection(**axes), _TWO_SLICES)
+    assert all(part in str(raised.value) for part in named)
+
+
+def test_dcn_data_divides_the_data_axis_of_devices_without_slices():
+    assert make_mesh(MeshSection(dcn_data=4)).shape["data"] == 8
+    with pytest.raises(ValueError, match="multiple of the 3 slices"):
+        make_mesh(MeshSection(dcn_data=3))
 
 
 def _node(tree, path):

@@ -105,6 +105,14 @@ def test_a_tpu_that_is_not_here(capsys, config):
 
 
 @pytest.mark.skipif(not has_libtpu, reason="needs libtpu")
+def test_slices_of_tpus_that_are_not_here(capsys, config):
+    words = ["--stage", "finetune", "--slices", "2", "mesh.fsdp=4", "mesh.dcn_data=2"]
+    status, found = compiled(capsys, config, *words, topology="v5e:2x2")
+    assert (status, found["num_devices"]) == (0, 8)
+    assert found["mesh"] == "data 2 × fsdp 4 × tensor 1"
+
+
+@pytest.mark.skipif(not has_libtpu, reason="needs libtpu")
 def test_a_model_that_does_not_fit_is_refused(capsys, config):
     wide = "pretrain={num_steps: 1, global_batch_size: 4194304, max_length: 16, learning_rate: 1.0}"
     status, found = compiled(capsys, config, "--stage", "pretrain", wide, topology="v5e:2x2")

@@ -19,6 +19,11 @@ class MeshSection(Section):
         default=1, description="parts of the batch, of the weights and of the optimizer's state"
     )
     tensor: PositiveInt = Field(default=1, description="parts of the matrices of a layer")
+    dcn_data: PositiveInt | None = Field(
+        default=None,
+        description="slices of TPUs, or other groups with a slow network between them, that data "
+        "runs over; fsdp and tensor stay within one; default: as many as the devices are in",
+    )
 
 
 class ComputeSection(Section):

@@ -88,14 +88,14 @@ def _compile_first(job: Job, *, is_asked: bool) -> int:
     """
     if not job.machines.is_tpu:
         hindrance = "the programs of GPUs are compiled where a GPU is"
-    elif job.machines.num_slices > 1:
-        hindrance = "several slices are not compiled for"
     elif not importlib.util.find_spec("libtpu"):
         hindrance = "it needs the package libtpu: `pip install 'tinybert-jax[tpu]'`"
     else:
         config, *overrides = job.words[2:]
         topology = f"{job.machines.name}:{job.machines.topology}"
         words = ["compile", config, *overrides, "--topology", topology]
+        if job.machines.num_slices > 1:
+            words += ["--slices", str(job.machines.num_slices)]
         print(f"compiles the step first: tinybert {' '.join(words)}", file=sys.stderr)
         done = subprocess.run(
             [sys.executable, "-m", "tinybert_jax", *words],

@@ -21,9 +21,11 @@ def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mes
     """A mesh over all devices; ValueError where the axis sizes do not multiply to their number.
 
     The devices of a process are neighbours, and so are those of a slice of a TPU: `data`, the first
-    axis, runs over slices and processes, and the last axes run within them as far as they reach.
+    axis, runs over slices and processes, and the last axes run within them as far as they reach;
+    ValueError where `fsdp` or `tensor` would leave a slice. (`create_hybrid_device_mesh` of JAX
+    puts devices of several processes between each other, which then have no part of a batch.)
     """
-    devices = sorted(jax.devices(), key=_place) if devices is None else devices
+    devices = sorted(jax.devices() if devices is None else devices, key=_place)
     sizes = [section.data, section.fsdp, section.tensor]
     if sizes[0] == -1:
         sizes[0] = len(devices) // (section.fsdp * section.tensor)
@@ -33,7 +35,23 @@ def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mes
             f"{section.data} × {section.fsdp} × {section.tensor}; set data: -1 to use all "
             "remaining devices"
         )
+    _check_slices(section, sizes[0], len({_place(device)[0] for device in devices}))
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _check_slices(section: MeshSection, data: int, num_slices: int) -> None:
+    wanted = section.dcn_data or num_slices
+    # Groups that JAX knows nothing of, such as hosts of GPUs, only have to divide the axis.
+    if num_slices > 1 and wanted != num_slices:
+        raise ValueError(
+            f"mesh.dcn_data: expected {num_slices}, the slices that the devices are in, got "
+            f"{wanted}; leave it out, or start on {wanted} slices"
+        )
+    if data % wanted:
+        raise ValueError(
+            f"mesh: expected a data axis that is a multiple of the {wanted} slices (mesh.dcn_data),"
+            f" got data {data}, fsdp {section.fsdp}, tensor {section.tensor}; lower fsdp or tensor"
+        )
 
 
 def _place(device: Any) -> tuple[int, int]:

@@ -178,7 +178,12 @@ def describe_costs(config: RunConfig, stages: Sequence[str] = STAGE_NAMES) -> st
 
 
 def compile_step(
-    config: RunConfig, topology: str, name: str | None = None, *, is_searched: bool = False
+    config: RunConfig,
+    topology: str,
+    name: str | None = None,
+    *,
+    num_slices: int = 1,
+    is_searched: bool = False,
 ) -> Compiled:
     """Compiles the step of a stage for a topology (see `runs.compile`); writes nothing.
 
@@ -186,7 +191,7 @@ def compile_step(
     global batch that fits. Raises ValueError for a wrong input.
     """
     chosen = _choose_stages(config, STAGE_NAMES)
-    run = read_run(config, chosen, devices=devices_of(topology))
+    run = read_run(config, chosen, devices=devices_of(topology, num_slices))
     _choose_stages(config, [name] if name else STAGE_NAMES)
     plans = [run.plans[stage.name] for stage in chosen if name in (None, stage.name)]
     plan = plans[0]

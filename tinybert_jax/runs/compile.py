@@ -75,14 +75,14 @@ class Compiled(NamedTuple):
     largest_rows: int | None = None  # of a global batch that fits, where it was looked for
 
 
-def devices_of(topology: str) -> Sequence[Any]:
-    """The devices of a TPU topology, such as v5e:4x4, or `local`: those of this process.
+def devices_of(topology: str, num_slices: int = 1) -> Sequence[Any]:
+    """The devices of slices of a TPU topology, such as v5e:4x4, or `local`: those of this process.
 
     Raises ValueError for an unknown topology, and where libtpu is missing.
     """
     if topology == LOCAL:
         return jax.devices()
-    machines = accelerators.read(topology)
+    machines = accelerators.read(topology, num_slices)
     if not machines.is_tpu:
         raise ValueError(
             f"--topology: expected a topology of TPUs, such as v5e:4x4, or {LOCAL}, got "
@@ -100,7 +100,9 @@ def devices_of(topology: str) -> Sequence[Any]:
         )
     from jax.experimental import topologies
 
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    options = {"num_slices": num_slices} if num_slices > 1 else {}
+    described = topologies.get_topology_desc(topology, platform="tpu", **options)
+    return described.devices
 
 
 def compile_stage(run: Run, training: Training, topology: str) -> Compiled:

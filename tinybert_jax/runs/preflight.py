@@ -41,6 +41,7 @@ _MAY_CHANGE = (
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
+    "mesh.dcn_data",
     "log.trackers",
     "log.project",
     "update.max_regressions",
