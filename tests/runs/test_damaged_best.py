@@ -3,6 +3,7 @@
 Nothing is trained for nothing.
 """
 
+import json
 import shutil
 
 import bad_world
@@ -14,6 +15,7 @@ from tinybert_jax import cli
 from tinybert_jax.parallel.mesh import make_mesh
 from tinybert_jax.runs import preflight
 from tinybert_jax.runs.run import IDENTITIES
+from tinybert_jax.runs.stage_state import prune_best
 from tinybert_jax.training import checkpoint
 from tinybert_jax.training.metric_log import read_rows
 
@@ -84,6 +86,34 @@ def test_without_that_state_the_stage_begins_again_and_says_so(trained, folder, 
             shutil.rmtree(checkpoints / "last" / str(step))
     _ends_as(trained, folder)
     assert "no checkpoint can be used; the stage begins again" in capfd.readouterr().out
+
+
+def test_damage_in_an_older_state_stops_nobody(folder):
+    """Neither a run that keeps a better score, whose new parameters stay, nor `ckpt prune`."""
+    stage = folder / "run" / "checkpoints" / "finetune"
+    oldest, *_, newest = checkpoint.steps(stage / "last")
+    best = _best_step(stage)
+    (stage / "last" / str(oldest) / "meta.json").write_text('{"best_step": ')
+    for step in (best + 100, best + 200):
+        shutil.copytree(stage / "best" / str(best), stage / "best" / str(step))
+    prune_best(stage, also=[best + 100])  # as if that one has just been written
+    assert checkpoint.steps(stage / "best") == [best, best + 100, best + 200]
+    assert prune_best(stage) == [best + 100]
+    assert cli.main(["ckpt", "prune", str(folder / "run"), "--keep", "1"]) == 0
+    assert checkpoint.steps(stage / "last") == sorted({newest, best})
+
+
+def test_pruning_frees_the_best_of_states_that_go(folder, capfd):
+    """As where `keep_every` has kept many states, each with best parameters of its own."""
+    stage = folder / "run" / "checkpoints" / "finetune"
+    best, newest = _best_step(stage), checkpoint.steps(stage / "last")[-1]
+    for step in range(20, 24):
+        shutil.copytree(stage / "best" / str(best), stage / "best" / str(step))
+        shutil.copytree(stage / "last" / str(newest), stage / "last" / str(step))
+        (stage / "last" / str(step) / "meta.json").write_text(json.dumps({"best_step": step}))
+    assert cli.main(["ckpt", "prune", str(folder / "run"), "--keep", "1"]) == 0
+    assert checkpoint.steps(stage / "last") == checkpoint.steps(stage / "best") == [23]
+    assert "finetune/best/20" in capfd.readouterr().out
 
 
 def test_the_commands_on_checkpoints(folder, monkeypatch, capfd):

@@ -8,7 +8,9 @@ from typing import Any
 from tinybert_jax.performance import host
 from tinybert_jax.report.console import printable
 from tinybert_jax.runs import run_store
+from tinybert_jax.runs.stage_state import best_steps, prune_best
 from tinybert_jax.training import checkpoint
+from tinybert_jax.training.manifest import find_damage
 
 
 def act(action: str, run_dir: str, **options: Any) -> int:
@@ -46,12 +48,12 @@ def verify(run_dir: str | Path) -> tuple[str, bool]:
     for path in _checkpoints(Path(run_dir)):
         try:
             with checkpoint.pinned(path):
-                damage = checkpoint.find_damage(path)
+                damage = find_damage(path)
                 num_bytes += _num_bytes(path)
         except FileNotFoundError:
             if not path.exists():  # the run has removed it meanwhile
                 continue
-            damage = checkpoint.find_damage(path)
+            damage = find_damage(path)
         is_intact &= damage is None
         lines.append(f"{_name(path):<32} {damage or 'intact'}")
     rate = num_bytes / max(time.monotonic() - start, 1e-9)
@@ -59,15 +61,17 @@ def verify(run_dir: str | Path) -> tuple[str, bool]:
 
 
 def prune(run_dir: str | Path, keep: int) -> str:
-    """Removes all but the newest `keep` states of each stage, and those of the best scores."""
+    """Removes all but the newest `keep` states of each stage and the best ones that they know."""
     if keep < 1:
         raise ValueError(f"--keep: expected at least 1, got {keep}")
     removed, found = [], list(_checkpoints(Path(run_dir)))  # before the lock makes a folder
     with host.locked_folder(Path(run_dir), "run_dir"):
-        for folder in {path.parent for path in found}:
-            best = checkpoint.steps(folder.with_name("best"))
-            gone = checkpoint.prune(folder, last=keep, also=best)
-            removed += [_name(folder / str(step)) for step in gone]
+        for stage in {path.parent.parent for path in found}:
+            states = stage / "last"
+            best = best_steps(states, checkpoint.steps(states)[-keep:])
+            gone = checkpoint.prune(states, last=keep, also=best)
+            removed += [_name(states / str(step)) for step in gone]
+            removed += [_name(stage / "best" / str(step)) for step in prune_best(stage)]
     return "\n".join(["removed:", *sorted(removed)]) if removed else "nothing to remove"
 
 
@@ -97,7 +101,7 @@ def export(run_dir: str | Path, stage: str, step: int | None, output: str) -> st
         raise ValueError(f"--step: expected one of the steps {found} in {folder}, got {chosen}")
     path = folder / str(chosen)
     with checkpoint.pinned(path):
-        damage = checkpoint.find_damage(path)
+        damage = find_damage(path)
         if damage:
             raise ValueError(f"{path}: expected an intact checkpoint, got one whose {damage}")
         arrays = checkpoint.read_arrays(path)

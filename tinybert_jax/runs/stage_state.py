@@ -1,8 +1,9 @@
 """What a stage trains, and the checkpoints that it is resumed from."""
 
+import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,6 +94,28 @@ def _is_intact(folder: Path, step: int) -> bool:
     )
 
 
+def best_steps(states: Path, steps: Iterable[int]) -> set[int]:
+    """The steps of the best parameters that these states go on with.
+
+    A state that cannot be read needs none: a resumed run sets it aside, and says so.
+    """
+    needed = set()
+    for step in steps:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            needed.add(checkpoint.read_meta(states / str(step)).get("best_step"))
+    return needed - {None}
+
+
+def prune_best(folder: Path, also: Collection[int] = ()) -> list[int]:
+    """Removes best parameters that no state in `folder/last` goes on with; returns their steps.
+
+    Kept are the newest and the steps `also`.
+    """
+    states = folder / "last"
+    needed = best_steps(states, checkpoint.steps(states))
+    return checkpoint.prune(folder / "best", last=1, also={*needed, *also})
+
+
 class StageCheckpoints:
     """The checkpoints of a stage: `last`, to resume from, and `best`, by score.
 
@@ -176,17 +199,10 @@ class StageCheckpoints:
 
         def write() -> None:
             checkpoint.write(folder, step, tree, "{}")
-            processes.on_main("prune", self._prune_best)
+            processes.on_main("prune", lambda: prune_best(self.folder, also=[step]))
 
         self.run.saver.submit(f"{self.training.name}: saving the best step, {step},", write)
         self.progress |= {"best_step": step, "best_is_whole": is_whole}
-
-    def _prune_best(self) -> None:
-        """Removes best parameters that no state of `last` goes on with; the newest are kept."""
-        states = self.folder / "last"
-        metas = [checkpoint.read_meta(states / str(step)) for step in checkpoint.steps(states)]
-        needed = {meta["best_step"] for meta in metas if "best_step" in meta}
-        checkpoint.prune(self.folder / "best", last=1, also=needed)
 
     def best(self, target: Any) -> Any:
         """The best parameters so far."""
