@@ -37,8 +37,8 @@ ROOMS = {
     "similarity distillation",
     "inference": "scorer pretrained seq2seq predict pipeline vector_index search compare translate "
     "command",
-    "training": "members optimizer early_stopping loop step skipping shards checkpoint trackers "
-    "metric_log throughput preemption saver generations",
+    "training": "members optimizer early_stopping loop step skipping shards manifest checkpoint "
+    "trackers metric_log throughput preemption saver generations",
     "runs": "shared_folder inputs run identity run_store from_step corpus_checks checks "
     "environment preflight stage_batches teacher_logits workload estimate scoring "
     "results head_init student_start stage_state stage_step divergence stage "

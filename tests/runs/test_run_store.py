@@ -20,6 +20,7 @@ from tinybert_jax.runs import run_store
 from tinybert_jax.runs.run_store import RunStore, open_store
 from tinybert_jax.training import checkpoint
 from tinybert_jax.training.generations import Generations
+from tinybert_jax.training.manifest import find_damage
 from tinybert_jax.training.saver import SaveError, Saver
 
 
@@ -122,7 +123,7 @@ def test_a_missing_folder_is_fetched_as_it_was(url, tmp_path):
     assert _files(tmp_path / "new") == _files(tmp_path / "run")
     assert not (tmp_path / "new" / "profile").exists()
     assert said == [f"run_store: fetched generation 1 of {url}, 0.0 MB"]
-    assert checkpoint.find_damage(tmp_path / "new/checkpoints/prediction/last/8") is None
+    assert find_damage(tmp_path / "new/checkpoints/prediction/last/8") is None
 
 
 @flaky_only

@@ -118,8 +118,10 @@ def test_a_checkpoint_that_is_read_is_not_removed(tmp_path):
 def test_a_checkpoint_that_is_read_is_replaced(tmp_path):
     """As where a resumed run saves a step again while it is copied."""
     checkpoint.save(tmp_path, 1, _tree(1), {})
-    with checkpoint.pinned(tmp_path / "1"):
-        checkpoint.save(tmp_path, 1, _tree(7), {})
+    with pytest.raises(FileNotFoundError, match="replaced meanwhile"):  # the reader learns of it
+        with checkpoint.pinned(tmp_path / "1"):
+            checkpoint.save(tmp_path, 1, _tree(7), {})
+            raise ValueError("files differ from their hashes")
     assert float(checkpoint.restore_newest(tmp_path, _abstract(_tree())).tree["w"][0]) == 7
     checkpoint.save(tmp_path, 2, _tree(2), {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]

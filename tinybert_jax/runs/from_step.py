@@ -16,6 +16,7 @@ from tinybert_jax.performance import disk
 from tinybert_jax.runs import identity
 from tinybert_jax.runs.run import Run
 from tinybert_jax.training import checkpoint
+from tinybert_jax.training.manifest import find_damage
 
 _MARK, _CHANGES = "diverged.json", "changes.jsonl"
 
@@ -72,7 +73,7 @@ def check_from_step(run: Run, plans: Sequence[StagePlan], chosen: FromStep | Non
             f"--from-step: expected a step of {chosen.stage} whose state was saved, one of "
             f"{_listed(run, chosen.stage)}, got {chosen.step}; choose one of them (0: the start)"
         )
-    damage = chosen.step and checkpoint.find_damage(_states(run, chosen.stage) / str(chosen.step))
+    damage = chosen.step and find_damage(_states(run, chosen.stage) / str(chosen.step))
     if damage:
         raise ValueError(
             f"--from-step: expected an intact state of step {chosen.step} of {chosen.stage}, got "
@@ -99,9 +100,10 @@ def go_back(run: Run, chosen: FromStep, changes: Sequence[str], command: str) ->
     if is_same and not mark.is_file():
         return
     states = _states(run, chosen.stage)
-    for folder in (states, states.with_name("best")):
+    folders = (states, states.with_name("best"))
+    for folder in folders:
         checkpoint.discard_after(folder, chosen.step)
-    kept = [step for step in checkpoint.steps(states) if step > chosen.step]
+    kept = sorted({step for own in folders for step in checkpoint.steps(own) if step > chosen.step})
     if kept:
         raise ValueError(
             f"--from-step: expected to remove the states after step {chosen.step}, but a command "
@@ -126,9 +128,7 @@ def _has_best(run: Run, chosen: FromStep) -> bool:
     if "best_step" not in meta:
         return True
     folders = [states.with_name("best"), *([states] if meta.get("best_is_whole") else [])]
-    return any(
-        checkpoint.find_damage(folder / str(meta["best_step"])) is None for folder in folders
-    )
+    return any(find_damage(folder / str(meta["best_step"])) is None for folder in folders)
 
 
 def _diverged(run: Run, plan: StagePlan) -> FloatingPointError:

@@ -20,6 +20,7 @@ from tinybert_jax.performance import disk, host
 from tinybert_jax.runs.run import IDENTITIES, INPUTS
 from tinybert_jax.training import checkpoint
 from tinybert_jax.training.generations import DamagedError, File, Generation, Generations
+from tinybert_jax.training.manifest import read_manifest
 from tinybert_jax.training.saver import reason, try_again
 
 Say = Callable[[str], None]
@@ -94,16 +95,21 @@ class RunStore:
         if part.path.is_file():
             return {part.name: self._copy_file(part.path, part.name, there, None)}
         hashes: Mapping[str, str] = {}
-        with contextlib.ExitStack() as stack:
-            if part.is_checkpoint:
-                stack.enter_context(checkpoint.pinned(part.path))
-                hashes = checkpoint.read_manifest(part.path)["files"]
-            found = {}
-            for path in sorted(p for p in part.path.rglob("*") if p.is_file()):
-                inner = str(path.relative_to(part.path))
-                name = f"{part.name}/{inner}"
-                found[name] = self._copy_file(path, name, there, hashes.get(inner))
-            return found
+        found: dict[str, File] = {}
+        try:
+            with contextlib.ExitStack() as stack:
+                if part.is_checkpoint:
+                    stack.enter_context(checkpoint.pinned(part.path))
+                    hashes = read_manifest(part.path)["files"]
+                for path in sorted(p for p in part.path.rglob("*") if p.is_file()):
+                    inner = str(path.relative_to(part.path))
+                    name = f"{part.name}/{inner}"
+                    found[name] = self._copy_file(path, name, there, hashes.get(inner))
+        except FileNotFoundError:  # replaced meanwhile: a new file, an old hash
+            for name in [name for name in self._seen if name.startswith(f"{part.name}/")]:
+                del self._seen[name]
+            raise
+        return found
 
     def _copy_file(self, path: Path, name: str, there: set[File], sha256: str | None) -> File:
         """`sha256`: what the file should have; None: not known."""

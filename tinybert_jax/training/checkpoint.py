@@ -12,12 +12,11 @@ import hashlib
 import json
 import os
 import shutil
-import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +25,13 @@ import numpy as np
 from tinybert_jax.parallel import processes, replicas
 from tinybert_jax.performance import disk
 from tinybert_jax.training import shards
+from tinybert_jax.training.manifest import MANIFEST, find_damage, hash_files, read_manifest
 
-_STATE, _META, _MANIFEST = "state", "meta.json", "manifest.json"
+_STATE, _META = "state", "meta.json"
 _PARTIAL, _DAMAGED = "partial-", "damaged-"
-_READ_WAITS = (0.25, 1.0)  # seconds before a refused read is tried again
 _SPARE_BYTES, _SPARE_FILES = 2**16, 40  # what a checkpoint needs beside its arrays
 # What a file system without locks answers: readers are then not waited for.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-_T = TypeVar("_T")
 
 
 class Restored(NamedTuple):
@@ -81,11 +79,11 @@ def write(folder: Path, step: int, tree: Any, meta: str) -> Path:
         (partial / _META).write_text(meta, encoding="utf-8")
 
     def end() -> None:
-        manifest = {"files": _hashes(partial), "arrays": arrays}
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        manifest = {"files": hash_files(partial), "arrays": arrays}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         disk.sync_tree(partial)
-        if final.exists() and not _remove(final):  # a reader has it, whose copy then lacks it
-            final.rename(folder / f"{_PARTIAL}read-{step}")
+        if final.exists():
+            _remove(final, even_if_read=True)
         partial.rename(final)
         disk.sync(folder)
 
@@ -140,17 +138,18 @@ def _check_room(folder: Path, num_bytes: int) -> None:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {found}", str(folder))
 
 
-def _remove(checkpoint: Path) -> bool:
-    """Removes a checkpoint; returns False where somebody reads it."""
+def _remove(checkpoint: Path, *, even_if_read: bool = False) -> bool:
+    """Removes a checkpoint; returns False where somebody reads it, who learns of it otherwise."""
     with contextlib.ExitStack() as stack:
         try:
             # "r+b": NFS grants an exclusive lock only on a file that is open for writing.
-            manifest = stack.enter_context((checkpoint / _MANIFEST).open("r+b"))
+            manifest = stack.enter_context((checkpoint / MANIFEST).open("r+b"))
             fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except FileNotFoundError:
             pass  # damaged: nobody reads it
         except BlockingIOError:
-            return False
+            if not even_if_read:
+                return False
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
@@ -164,16 +163,35 @@ def _remove(checkpoint: Path) -> bool:
 
 @contextlib.contextmanager
 def pinned(checkpoint: Path) -> Iterator[None]:
-    """Only a new one of its step takes its place inside; FileNotFoundError where it is gone."""
-    with (checkpoint / _MANIFEST).open("rb") as manifest:
+    """Nobody removes a checkpoint inside, but a new one of its step may take its place.
+
+    FileNotFoundError at the entry where it is gone, and at the end where it has been replaced: what
+    was read is then worth nothing.
+    """
+    with (checkpoint / MANIFEST).open("rb") as manifest:
         fcntl.flock(manifest, fcntl.LOCK_SH)
-        if not os.fstat(manifest.fileno()).st_nlink:
-            raise FileNotFoundError(errno.ENOENT, "removed meanwhile", str(checkpoint))
-        yield
+        _check_is_there(checkpoint, manifest.fileno())
+        try:
+            yield
+        finally:  # also where reading has failed: a checkpoint that was replaced explains it
+            _check_is_there(checkpoint, manifest.fileno())
+
+
+def _check_is_there(checkpoint: Path, manifest: int) -> None:
+    """Raises FileNotFoundError where the place of a checkpoint has another manifest, or none."""
+    try:
+        is_same = os.path.samestat(os.fstat(manifest), os.stat(checkpoint / MANIFEST))
+    except FileNotFoundError:
+        is_same = False
+    if not is_same:
+        raise FileNotFoundError(errno.ENOENT, "removed or replaced meanwhile", str(checkpoint))
 
 
 def discard_after(folder: Path, step: int) -> None:
-    """Removes the checkpoints after `step`, which a run that resumes at `step` may not repeat."""
+    """Removes the checkpoints after `step`, which a run that resumes at `step` may not repeat.
+
+    One that somebody reads stays: a new one of its step takes its place.
+    """
     for later in steps(folder):
         if later > step:
             _remove(folder / str(later))
@@ -231,7 +249,7 @@ def restore(folder: Path, step: int, abstract: Any) -> Restored | None:
         different = [name for name in names if expected.get(name) != hashes.get(name)]
         meta = read_meta(checkpoint)
     if different:
-        damage = f"arrays differ from {_MANIFEST}: {different[:3]}"
+        damage = f"arrays differ from {MANIFEST}: {different[:3]}"
         processes.on_main("set aside", lambda: _set_aside(checkpoint, damage))
         return None
     return Restored(step, jax.tree.map(_typed_key, abstract, raw), meta)
@@ -318,66 +336,12 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
-def find_damage(checkpoint: Path) -> str | None:
-    """Describes the difference between the files of a checkpoint and the manifest, if any.
-
-    Raises OSError where the storage cannot be read.
-    """
-    try:
-        expected = read_manifest(checkpoint)["files"]
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        return f"expected a readable {_MANIFEST}, got {type(error).__name__}"
-    actual = _hashes(checkpoint)
-    different = sorted(
-        name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name)
-    )
-    return f"files differ from {_MANIFEST}: {different[:3]}" if different else None
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """{files, arrays}: the hashes by name; a checkpoint of version 0.1 has none of arrays."""
-    found = json.loads(_try_again((checkpoint / _MANIFEST).read_text))
-    if not isinstance(found, dict):
-        raise ValueError(f"expected an object in {_MANIFEST}, got {type(found).__name__}")
-    if not isinstance(found.get("files"), dict):
-        return {"files": found, "arrays": {}}
-    if found.keys() != {"files", "arrays"}:
-        raise ValueError(f"expected files and arrays in {_MANIFEST}, got {sorted(found)}")
-    return found
-
-
-def _hashes(checkpoint: Path) -> dict[str, str]:
-    """File -> SHA-256, without the manifest."""
-    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != _MANIFEST)
-    return {
-        str(path.relative_to(checkpoint)): _try_again(lambda path=path: file_sha256(path))
-        for path in files
-    }
-
-
 def _array_hashes(tree: Any) -> dict[str, str]:
     """Array -> SHA-256 of its bytes."""
     return {
         name: hashlib.sha256(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data).hexdigest()
         for name, leaf in named_leaves(tree)
     }
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _try_again(read: Callable[[], _T]) -> _T:
-    """`read()`, again after a while where the storage refuses; a missing file is no refusal."""
-    for wait in _READ_WAITS:
-        try:
-            return read()
-        except (FileNotFoundError, NotADirectoryError):
-            raise
-        except OSError:
-            time.sleep(wait)
-    return read()
 
 
 def _is_key(leaf: Any) -> bool:
