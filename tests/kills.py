@@ -10,6 +10,7 @@ metrics, bit for bit. Prints the seed, each fault, and a summary; status 1 where
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import faulty
@@ -147,6 +149,15 @@ class Runner:
         assert damaged.exists(), f"{file}: no word of the flip"
         return "set aside"
 
+    @contextlib.contextmanager
+    def watched(self, name: str) -> Iterator[None]:
+        """Processes that start inside keep what they sync in a shadow of the run folder."""
+        shutil.rmtree(self.shadow, ignore_errors=True)
+        faulty.keep_all(self.folder / name, self.shadow)
+        os.environ |= {"FAULTY_ROOT": str(self.folder / name), "FAULTY_SHADOW": str(self.shadow)}
+        yield
+        del os.environ["FAULTY_SHADOW"]
+
     def lose_power(self, name: str) -> None:
         """Drops from the run folder what no fsync has written."""
         if not (self.folder / name).exists():
@@ -156,12 +167,16 @@ class Runner:
         shutil.rmtree(self.folder / name)
         left.rename(self.folder / name)
 
-    def compare(self, name: str) -> None:
+    def compare_models(self, name: str) -> None:
         golden, run = self.folder / "golden", self.folder / name
-        for stage in STAGES:
-            file = f"models/{stage}/model.safetensors"
+        for folder in ("hf", *(f"models/{stage}" for stage in STAGES)):
+            file = f"{folder}/model.safetensors"
             if (golden / file).read_bytes() != (run / file).read_bytes():
                 self.differences.append(f"{name}: {file}")
+
+    def compare(self, name: str) -> None:
+        golden, run = self.folder / "golden", self.folder / name
+        self.compare_models(name)
         partial = [*run.glob("models/.*"), *run.glob(".*-partial"), *run.glob("**/partial-*")]
         self.differences += [f"{name}: {path} is left" for path in partial]
         if _metrics(golden) != _metrics(run):
@@ -220,13 +235,8 @@ def _hurt(runner: Runner, kills: int, flips: int, power: int) -> int:
                 continue
             how = f"{file.relative_to(folder)}: {runner.find(name, file)}"
         else:
-            if fault == "power":
-                shutil.rmtree(runner.shadow, ignore_errors=True)
-                faulty.keep_all(folder / name, runner.shadow)
-                os.environ |= {"FAULTY_ROOT": str(folder / name)}
-                os.environ |= {"FAULTY_SHADOW": str(runner.shadow)}
-            is_hit = runner.kill(name, in_save=fault == "kill in a save")
-            os.environ.pop("FAULTY_SHADOW", None)
+            with runner.watched(name) if fault == "power" else contextlib.nullcontext():
+                is_hit = runner.kill(name, in_save=fault == "kill in a save")
             if not is_hit:
                 runner.compare(name)
                 number += 1
@@ -238,8 +248,13 @@ def _hurt(runner: Runner, kills: int, flips: int, power: int) -> int:
         print(
             f"{fault} {told[fault]} of {name} {how} ({time.monotonic() - begin:.0f} s)", flush=True
         )
-    runner.finish(f"run-{number:03}")
-    runner.compare(f"run-{number:03}")
+    with runner.watched(name := f"run-{number:03}") if power else contextlib.nullcontext():
+        runner.finish(name)
+    if power:  # just after the end
+        runner.lose_power(name)
+        runner.compare_models(name)
+        runner.finish(name)
+    runner.compare(name)
     print(f"{number} runs with {told}: ", end="")
     print("; ".join(runner.differences) or "the golden run's weights and metrics, bit for bit")
     return 1 if runner.differences else 0

@@ -25,6 +25,7 @@ from tinybert_jax.models.heads import Model
 from tinybert_jax.models.params import Apply, Params, frozen_params
 from tinybert_jax.parallel import processes
 from tinybert_jax.parallel.sharding import place_params
+from tinybert_jax.performance import disk
 from tinybert_jax.settings.sizes import ModelConfig
 from tinybert_jax.tasks.task import Scored, Settings, Task
 from tinybert_jax.tokens.store import Store
@@ -368,10 +369,12 @@ def export_models(
         made = {"stage": model.name, **lineage}
         (partial / name / LINEAGE).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
         (partial / name / CARD).write_text(cards[name], encoding="utf-8")
+    disk.sync_tree(partial)
     target, before = run.folder / "hf", run.folder / ".hf-before"
     shutil.rmtree(before, ignore_errors=True)
     if target.exists():
         target.rename(before)
     partial.rename(target)
+    disk.sync(run.folder)
     shutil.rmtree(before, ignore_errors=True)
     return target
