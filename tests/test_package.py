@@ -1,9 +1,13 @@
 """The files that describe the package agree on its version, licence and author."""
 
 import re
+import signal
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 
 import tinybert_jax
@@ -26,3 +30,34 @@ def test_one_licence_and_one_author():
     assert citation["authors"] == [author]
     for name in PROJECT["license-files"]:
         assert f"Copyright 2026 {author['name']}" in (ROOT / name).read_text(encoding="utf-8")
+
+
+# Sends Ctrl-C to the process when it imports the command line, and when it ends.
+_INTERRUPTED = """
+import atexit, os, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "tinybert_jax.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+
+if {is_ignored}:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+if {is_early}:
+    sys.meta_path.insert(0, Interrupt())
+else:
+    atexit.register(os.kill, os.getpid(), signal.SIGINT)
+sys.argv = ["tinybert", "launch", "slurm"]
+from tinybert_jax.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+@pytest.mark.parametrize("is_ignored", [True, False])
+def test_ctrl_c_while_it_starts_or_ends_prints_no_traceback(is_early, is_ignored):
+    program = _INTERRUPTED.format(is_early=is_early, is_ignored=is_ignored)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "KeyboardInterrupt" not in done.stderr
+    # The usage of a command without its config; a job in the background ignores Ctrl-C.
+    assert done.returncode == (2 if is_ignored else -signal.SIGINT)

@@ -5,14 +5,22 @@ import sys
 
 
 def main() -> int:
-    """Runs the command line; Ctrl-C while it is imported ends the process without a traceback."""
+    """Runs the command line; Ctrl-C ends the process without a traceback, early and late too."""
     handler = signal.getsignal(signal.SIGINT)
-    if handler is signal.default_int_handler:  # not ignored, as in a job in the background
+    is_default = handler is signal.default_int_handler  # not ignored, as in a job in the background
+    if is_default:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from tinybert_jax import cli
 
-    signal.signal(signal.SIGINT, handler)
-    return cli.main()
+    try:
+        signal.signal(signal.SIGINT, handler)
+        return cli.main()
+    except KeyboardInterrupt:
+        print("tinybert: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    finally:
+        if is_default:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

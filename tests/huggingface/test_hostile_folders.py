@@ -195,6 +195,11 @@ def test_the_cache_of_the_hub_may_use_links(tmp_path, models):
     assert read_model(snapshot).config == read_model(models / "classifier").config
     assert len(load_tokenizer(snapshot)) == len(load_tokenizer(models / "classifier"))
     rewrite.convert(snapshot, tmp_path / "target")
+    (snapshot / "decoder_tokenizer").mkdir()
+    for file in (models / "classifier").glob("token*"):
+        link = snapshot / "decoder_tokenizer" / file.name
+        link.symlink_to(Path("../../../blobs") / file.name)
+    assert len(load_tokenizer(snapshot / "decoder_tokenizer")) == len(load_tokenizer(snapshot))
     (snapshot / "vocab.txt").symlink_to("../../../vocab.txt")
     (tmp_path / "vocab.txt").write_text("[PAD]")
     with pytest.raises(ValueError, match="vocab.txt.*outside of the folder"):

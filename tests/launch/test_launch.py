@@ -261,6 +261,7 @@ def _words(launcher: str, *more: str) -> list[str]:
         ("gcluster", ["--accelerator", "h100:16"], ("--service-account", "launch jobset")),
         ("jobset", ["run_store=gs://b/r", "--run-dir", "/x"], ("in a --mount",)),
         ("sky", ["--run-dir", "/x"], ("in a --mount", "with run_store=gs://BUCKET/RUN")),
+        ("sky", ["--run-dir", "/x", "run_store=file:///tmp/store"], ("in a --mount",)),
         ("slurm", ["--compile"], ("--compile", "GPUs are compiled where a GPU is")),
         ("jobset", ["--image", ""], ("--image", "none", "launch/Dockerfile")),
         ("jobset", ["--name", "My job"], ("--name", "'My job'")),

@@ -150,5 +150,9 @@ def test_the_same_from_python(finished, folder, monkeypatch, tmp_path, capsys):
         result.save_pretrained(tmp_path / "copy")
     with pytest.raises(ValueError, match="holds a run of another config"):
         tinybert_jax.distill("mail.csv", folder / "teacher", "1l-8d", **options)
+    with pytest.raises(ValueError, match=r"for name, got PosixPath.*str\(path\)"):
+        tinybert_jax.distill("mail.csv", folder / "teacher", settings={"name": tmp_path})
+    with pytest.raises(ValueError, match="'😀'"):  # told as it was given
+        tinybert_jax.distill("mail.csv", folder / "teacher", settings={"task.kind": "😀"})
     with pytest.raises(ValueError, match="1l-16"):
         tinybert_jax.distill("mail.csv", folder / "teacher", "1l-16", **options)

@@ -58,6 +58,22 @@ def test_a_run_goes_on_with_the_config_of_an_older_version(world):
     world.fails("run", world.config("finetune"), naming=named)
 
 
+def test_a_run_that_cannot_be_locked_is_kept(tmp_path):
+    """The message does not send the user to a new folder, where the run would begin again."""
+    (tmp_path / ".lock").mkdir()  # refused by every file system, also for root
+    with (
+        pytest.raises(ValueError, match="choose another run_dir"),
+        host.locked_folder(tmp_path, "run_dir"),
+    ):
+        pass
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    with (
+        pytest.raises(OSError, match="what is in it is kept.*repeat the command"),
+        host.locked_folder(tmp_path, "run_dir"),
+    ):
+        pass
+
+
 def test_a_folder_that_cannot_be_made_is_refused():
     folder = Path("/proc/none/run")
     with (

@@ -1,5 +1,7 @@
 """Errors of a write reach the main thread, whatever they are, and nothing waits for ever."""
 
+import threading
+
 import pytest
 
 from tinybert_jax.training.saver import SaveError, Saver
@@ -31,3 +33,21 @@ def test_later_writes_are_left_out_after_an_error():
         saver.submit("second", lambda: written.append(1))
         saver.wait()
     assert not written and issubclass(SaveError, OSError)
+
+
+def test_what_is_not_done_at_the_end_is_said():
+    """Also of the copy, which nobody else waits for when a run ends with an error."""
+
+    def refuse() -> None:
+        raise TypeError("the store is gone")
+
+    assert Saver(print).finish(0.1) == ""
+    begun, release = threading.Event(), threading.Event()
+    slow = Saver(print)
+    slow.copy_with("copying", lambda: [begun.set(), release.wait()])
+    assert begun.wait(10) and slow.finish(0.1) == "not done within 0 s"
+    release.set()
+    assert slow.finish(10.0) == ""
+    refused = Saver(print)
+    refused.copy_with("copying", refuse)
+    assert refused.finish(10.0) == "the store is gone"

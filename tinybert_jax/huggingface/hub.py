@@ -38,7 +38,7 @@ def find_folder(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     name, _, revision = str(path).partition("@")
-    wanted_files = ["*.safetensors", "*.json", "vocab.txt"]
+    wanted_files = ["*.safetensors", "*.json", "*vocab.txt", "README.md"]
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted_files))
     except Exception as error:  # the hub client raises many kinds of errors

@@ -116,8 +116,9 @@ def shorten(value: Any, most: int = 120) -> str:
 def check_entries(folder: Path, root: Path) -> None:
     """Raises ValueError for an entry of `folder` that is no folder or plain file within `root`."""
     home = root.resolve()
-    # The hub's cache holds the files of a snapshot as links to its folder `blobs`.
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    # The hub's cache holds the files of a snapshot, and of folders in it, as links to `blobs`.
+    snapshot = next((own for own in (home, home.parent) if own.parent.name == "snapshots"), None)
+    blobs = home if snapshot is None else snapshot.parent.parent / "blobs"
     with os.scandir(folder) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
     for entry in found:

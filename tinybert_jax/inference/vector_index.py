@@ -8,8 +8,8 @@ import functools
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from tinybert_jax.huggingface.hub import find_folder
 from tinybert_jax.metrics.cosines import unit_vectors
+from tinybert_jax.performance import disk
 
 NUM_EXACT = 100_000  # texts up to which every vector is compared
 _NUM_LINKS, _BUILD_WIDTH, _SEARCH_WIDTH = 32, 200, 128  # of the graph
@@ -74,13 +75,15 @@ def _write(folder: Path, about: dict[str, Any], vectors: np.ndarray) -> None:
         index = faiss.IndexHNSWFlat(units.shape[1], _NUM_LINKS, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = _BUILD_WIDTH
     index.add(units)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    partial.mkdir(parents=True)
+    disk.make_folder(folder.parent)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-partial-", dir=folder.parent))
     try:
         faiss.write_index(index, str(partial / _VECTORS))
         own = _hash_file(partial / _VECTORS)
         (partial / _ABOUT).write_text(json.dumps({**about, "vectors": own}), encoding="utf-8")
+        disk.sync_tree(partial)
         partial.rename(folder)
+        disk.sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -149,12 +149,16 @@ def check_batch(path: str, size: int, num_parts: int, machines: Machines) -> Non
         )
 
 
+_OF_THE_HOST = ("file", "local", "memory")  # stores of fsspec that end with the container
+
+
 def check_run_dir(job: Job, why: str) -> None:
     """ValueError where the run folder of a container is not in one of the mounts.
 
-    A single host may keep it on its own disk where `run_store` has a copy.
+    A single host may keep it on its own disk where `run_store` has a copy elsewhere.
     """
-    if job.run_store and "://" in job.run_store and job.machines.num_hosts == 1:
+    protocol, has_protocol, _ = (job.run_store or "").partition("://")
+    if has_protocol and protocol not in _OF_THE_HOST and job.machines.num_hosts == 1:
         return
     folder = PurePosixPath(IMAGE_FOLDER, job.run_dir)
     is_below = any(folder.is_relative_to(mount.path) for mount in job.mounts)

@@ -70,6 +70,11 @@ def locked_folder(folder: Path, setting: str) -> Iterator[None]:
         disk.make_folder(folder)
         lock = (folder / ".lock").open("w")
     except OSError as error:
+        if any(folder.glob("[!.]*")):  # with content that another folder lacks
+            raise OSError(
+                f"{setting}: {folder} cannot be locked: {error.strerror}; what is in it is kept: "
+                "mend the storage or its permissions, and repeat the command"
+            ) from error
         raise ValueError(
             f"{setting}: expected a folder that can be written, got {folder}: {error.strerror}; "
             f"choose another {setting}"

@@ -74,11 +74,11 @@ def distill(
     path, such as {"finetune.num_epochs": 3}. A run that was interrupted goes on. Raises ValueError,
     before anything is written, for a wrong input.
     """
-    overrides = [f"{name}={json.dumps(value)}" for name, value in (settings or {}).items()]
+    overrides = [_override(name, value) for name, value in (settings or {}).items()]
     if student is not None:
-        overrides.append(f"student={json.dumps(_student(student))}")
+        overrides.append(_override("student", _student(student)))
     if run_dir is not None:
-        overrides.append(f"run_dir={json.dumps(str(run_dir))}")
+        overrides.append(_override("run_dir", str(run_dir)))
     tree = from_table.make_tree(
         data=str(data),
         teacher=str(teacher),
@@ -91,6 +91,17 @@ def distill(
     )
     config = config_files.complete(tree, "distill", by_rows.measure, print)
     return Result(recipe.main(config, command="tinybert_jax.distill"))
+
+
+def _override(name: str, value: Any) -> str:
+    try:
+        # YAML reads the two halves of an escaped character beyond U+FFFF as two characters.
+        return f"{name}={json.dumps(value, ensure_ascii=False)}"
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"settings: expected text, numbers, lists or mappings of them for {name}, got "
+            f"{value!r} ({error}); write it so, a path as str(path)"
+        ) from None
 
 
 def _student(given: str | Mapping[str, Any]) -> Mapping[str, Any]:

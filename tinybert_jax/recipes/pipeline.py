@@ -118,9 +118,12 @@ def _write_results(run: Run, command: str, config: RunConfig) -> None:
 def _cards(run: Run, summary: dict[str, Any], exported: dict[str, Path]) -> dict[str, str]:
     """The model card of each exported model."""
     path = run.teacher_section.path or run.teacher_section.finetuned or ""
-    is_local = Path(path).expanduser().is_dir()
-    file = find_folder(path) / CARD if path else None
-    told = file.read_text("utf-8", "replace") if file is not None and file.is_file() else ""
+    is_local, told = Path(path).expanduser().is_dir(), ""
+    try:
+        file = find_folder(path) / CARD if path else None
+        told = file.read_text("utf-8", "replace") if file is not None and file.is_file() else ""
+    except (OSError, ValueError) as error:  # the folder is gone since: no reason to export nothing
+        run.log.say(f"model card: without the teacher's license and language: {error}")
     stages = {own: plan.name for plan in run.plans.values() for own in run.output_folders(plan)}
     cards = {}
     for member, folder in exported.items():

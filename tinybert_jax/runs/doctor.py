@@ -152,7 +152,9 @@ def _examine_run(folder: Path, backend: str) -> tuple[dict[str, str], list[str]]
         padding = sum(row["padding_share"] for row in train) / len(train)
         use = [row["mfu"] for row in train if isinstance(row.get("mfu"), float)]
         shown = [f"{padding:.0%} padding"] + ([f"{max(use):.0%} of the peak"] if use else [])
-        took = f"{whole[-1]:.0f} s, {steps:.0f} s of them steps" if whole else f"{steps:.0f} s"
+        # The seconds of a stage are those of the process that ended it.
+        is_whole = whole and whole[-1] >= steps
+        took = f"{whole[-1]:.0f} s, {steps:.0f} s of them steps" if is_whole else f"{steps:.0f} s"
         facts[name] = f"{took}; {', '.join(shown)}"
         section = config.get(name) or {}
         if padding > _MUCH_PADDING and section.get("batching") != "pack":
@@ -169,7 +171,7 @@ def _advice_of_config(
         yield "fp32 products take at least twice the time on accelerators: compute.dtype=bfloat16"
     if is_slow and backend == "cpu" and host.multiplies_bfloat16():
         yield "this processor multiplies bfloat16 faster: compute.dtype=bfloat16_products"
-    if compute.get("unroll_layers") is False:
+    if compute.get("unroll_layers") is False and backend == "cpu":
         yield "layers that are unrolled run faster and compile longer: compute.unroll_layers=true"
     if "baseline" in stages:
         yield "baseline trains the student once more, for comparison alone: baseline=null"

@@ -109,7 +109,9 @@ def open_run(
             yield run
         finally:
             run.saver.copy_soon()  # also what a stage that diverged, or a gate, has written last
-            run.saver.finish(_LAST_SAVE_SECONDS)
+            undone = run.saver.finish(_LAST_SAVE_SECONDS)
+            if undone:  # an error of a save is raised as well, unless another one ends the run
+                run.log.say(f"not everything is saved and copied: {undone}; repeat the command")
             run.log.trackers.close()
 
 
@@ -326,8 +328,9 @@ def _reads_existing_task_teacher(run: Run, stages: Sequence[Stage]) -> bool:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes what a kill has left of files and folders that were being written."""
-    for path in [*folder.glob(".*-partial"), *folder.glob("models/.*")]:
+    """Removes what a kill has left of files and folders that were being written or removed."""
+    patterns = (".*-partial", "models/.*", "checkpoints/*/*/partial-*")
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -79,13 +79,19 @@ class Saver:
         if self._copies is not None:
             self._copies.wait()
 
-    def finish(self, seconds: float) -> None:
-        """Waits for what is being written and copied, but not longer; raises nothing."""
+    def finish(self, seconds: float) -> str:
+        """Waits for what is being written and copied, but not longer; raises nothing.
+
+        Returns what was not done and why; "" where all is done.
+        """
         end = time.monotonic() + seconds
-        while self._jobs.unfinished_tasks and time.monotonic() < end:
+        while self._jobs.unfinished_tasks and self._error is None and time.monotonic() < end:
             time.sleep(0.01)
-        if self._copies is not None:
-            self._copies.finish(end - time.monotonic())
+        if self._error is not None:
+            return str(self._error)
+        if self._jobs.unfinished_tasks:
+            return f"not done within {seconds:.0f} s"
+        return self._copies.finish(end - time.monotonic()) if self._copies is not None else ""
 
     def _start(self) -> None:
         if not self._is_started:
