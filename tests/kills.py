@@ -108,10 +108,10 @@ class Runner:
                 files[0] += self._files(self.folder / name / "models" / stage)
                 continue
             last = self.folder / name / "checkpoints" / stage / "last"
-            steps = sorted(int(p.name) for p in last.glob("[0-9]*")) if last.exists() else []
-            if steps:
-                files[1] = self._files(last / str(steps[-1]))
-                best = json.loads((last / str(steps[-1]) / "meta.json").read_text())
+            newest = _newest_readable(last)
+            if newest:
+                files[1] = self._files(newest)
+                best = json.loads((newest / "meta.json").read_text())
                 if "best_step" in best:
                     files[2] = self._files(last.with_name("best") / str(best["best_step"]))
         chosen = [group for group in files if group]
@@ -181,6 +181,15 @@ class Runner:
         self.differences += [f"{name}: {path} is left" for path in partial]
         if _metrics(golden) != _metrics(run):
             self.differences.append(f"{name}: metrics.jsonl")
+
+
+def _newest_readable(states: Path) -> Path | None:
+    """After a loss of power a state that was removed may stand there again, in part."""
+    for step in sorted((int(path.name) for path in states.glob("[0-9]*")), reverse=True):
+        file = states / str(step) / "meta.json"
+        if file.is_file() and file.read_text().startswith("{"):
+            return file.parent
+    return None
 
 
 def _metrics(run: Path) -> list[dict]:
