@@ -20,7 +20,8 @@ from tinybert_jax import cli
 from tinybert_jax.config.data import PrepareConfig
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import STAGE_NAMES, Phase, StageSection
-from tinybert_jax.config.tasks import AnyTask, TaskSection, TextTask
+from tinybert_jax.config.task_kinds import AnyTask
+from tinybert_jax.config.tasks import TaskSection, TextTask
 from tinybert_jax.settings.sizes import PRESETS
 from tinybert_jax.terms.table import AnyTerm
 from tinybert_jax.terms.term import LayerTerm, Ramp, Term

@@ -16,14 +16,15 @@ ROOMS = {
     "losses": "pointwise forms attention relations vocabulary similarity",
     "terms": "term attention hidden relation cls cosine pooled logits label words sentence "
     "contrastive table",
-    "config": "models data tasks stages distillation compute log consistency run by_rows load",
+    "config": "models data tasks task_kinds stages distillation compute log consistency run "
+    "by_rows load",
     "metrics": "classification regression multi_label tagging spans intervals paired calibration "
     "cosines translation",
     "report": "charts style run_files tables headline confusion per_class pareto advice "
     "calibration differences console card page comparison",
     "performance": "flops accelerators device_peaks hlo latency trace disk host",
     "parallel": "mesh group processes replicas sharding",
-    "data": "errors encoding examples json_text tables conll squad corpus records builtin "
+    "data": "errors encoding examples json_text tables conll squad corpus parallel records builtin "
     "wordpiece splits guess",
     "models": "inputs activations dropout linear params norm attention encoder bert distilbert "
     "families heads seq2seq decoding",
@@ -32,15 +33,15 @@ ROOMS = {
     "huggingface": "untrusted sentence_folder header tensors hub weights bert distilbert families "
     "head config_json folder encoder_decoder rewrite",
     "tasks": "task classification regression multi_label tagging question_answering embeddings "
-    "linear table",
-    "objectives": "alignment linear_probe reduction objective masking masked_lm supervised "
-    "similarity distillation",
+    "translation linear table",
+    "objectives": "alignment linear_probe reduction factored objective masking masked_lm "
+    "supervised similarity distillation",
     "inference": "scorer pretrained seq2seq predict pipeline vector_index search compare translate "
     "command",
     "training": "members optimizer early_stopping loop step skipping shards manifest checkpoint "
     "trackers metric_log throughput preemption saver generations",
-    "runs": "shared_folder inputs run identity run_store from_step corpus_checks checks "
-    "environment preflight stage_batches teacher_logits workload estimate scoring "
+    "runs": "shared_folder inputs run judges identity run_store from_step corpus_checks checks "
+    "environment preflight stage_batches teacher_logits teacher_text workload estimate scoring "
     "results head_init student_start stage_state stage_step divergence stage "
     "used_words compile saved_states doctor",
     "recipes": "data pretrain finetune distill update by_rows from_table pipeline api",

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tinybert_jax.config.tasks import AnyTask
+from tinybert_jax.config.task_kinds import AnyTask
 from tinybert_jax.data.guess import guess_task
 from tinybert_jax.data.splits import Reading
 from tinybert_jax.settings.section import Section

@@ -19,6 +19,14 @@ class Windows(NamedTuple):
     chars: np.ndarray  # int32 [tokens, 2]: start and end of each token in the text; (0, 0): none
 
 
+class Targets(NamedTuple):
+    """What the rows are translated to: row i is `[offsets[i]:offsets[i + 1]]` of both arrays."""
+
+    inputs: np.ndarray  # int32 [tokens]: from the start token on, what a decoder reads
+    labels: np.ndarray  # int32 [tokens]: the token after each, up to the end token
+    offsets: np.ndarray  # int64 [rows + 1]
+
+
 class TokenRows(NamedTuple):
     """Examples of any length in one array: row i is `ids[offsets[i]:offsets[i + 1]]`.
 
@@ -36,11 +44,19 @@ class TokenRows(NamedTuple):
     teacher_logits: np.ndarray | None = None  # fp32 [rows or tokens, outputs], if kept
     is_unit: np.ndarray | None = None  # bool [tokens]: tokens that have a label; None: rows have
     windows: Windows | None = None  # None: every row is an example
+    targets: Targets | None = None  # of translation, whose units are the tokens of targets
 
     @property
     def lengths(self) -> np.ndarray:
         """int64 [rows]: number of tokens."""
         return np.diff(self.offsets)
+
+    @property
+    def widths(self) -> np.ndarray:
+        """int64 [rows]: the tokens that a row needs room for, on its longer side."""
+        if self.targets is None:
+            return self.lengths
+        return np.maximum(self.lengths, np.diff(self.targets.offsets))
 
     @property
     def num_scored(self) -> int:
@@ -53,6 +69,11 @@ class TokenRows(NamedTuple):
         windows = self.windows
         if windows is not None:
             windows = Windows(windows.examples[start:stop], windows.chars[begin:end])
+        targets = self.targets
+        if targets is not None:
+            first, last = targets.offsets[start], targets.offsets[stop]
+            offsets = targets.offsets[start : stop + 1] - first
+            targets = Targets(targets.inputs[first:last], targets.labels[first:last], offsets)
         scored = slice(start, stop) if self.is_unit is None else slice(begin, end)
 
         def cut(values: np.ndarray | None, part: slice) -> np.ndarray | None:
@@ -67,13 +88,15 @@ class TokenRows(NamedTuple):
             cut(self.teacher_logits, scored),
             cut(self.is_unit, slice(begin, end)),
             windows,
+            targets,
         )
 
     def fingerprint(self) -> str:
         """SHA-256 of tokens and labels; a resumed run compares it."""
         digest = hashlib.sha256()
-        marks = () if self.is_unit is None else (self.is_unit,)
-        for array in (self.ids, self.offsets, self.second, self.labels, *marks):
+        more = () if self.is_unit is None else (self.is_unit,)
+        more += () if self.targets is None else tuple(self.targets)
+        for array in (self.ids, self.offsets, self.second, self.labels, *more):
             digest.update(b"none" if array is None else np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
@@ -91,7 +114,8 @@ class Batch(NamedTuple):
     attention_mask: jax.Array  # bool [batch, seq]; packed: int32, segment ids
     # `labels` [batch, …], packed [batch, segments, …]; if units are tokens, `labels` and `units`
     # (fp32, 1 for a unit) [batch, seq]; of windows, `labels` [batch, seq, 2] and `answerable`
-    # (bool) [batch, seq]; after masking, the targets of `masked_lm.make_mask`.
+    # (bool) [batch, seq]; after masking, the targets of `masked_lm.make_mask`; of translation
+    # `decoder_input_ids`, `decoder_mask` (as `attention_mask`), `labels` and `units` [batch, seq].
     targets: dict[str, jax.Array]
     weights: jax.Array  # fp32 [batch], 1 or 0; packed: [batch, segments]
     teacher_logits: jax.Array | None = None  # fp32, the shape of labels with [outputs] added
@@ -135,12 +159,12 @@ class Places(NamedTuple):
     within: np.ndarray  # position in the example
 
 
-def token_places(rows: TokenRows, plan: Plan) -> Places:
-    """The places of all tokens of the examples in `plan`."""
+def token_places(offsets: np.ndarray, plan: Plan) -> Places:
+    """The places of all tokens of the examples in `plan`; example i is `offsets[i:i + 2]`."""
     examples = plan.rows if plan.rows.ndim == 2 else plan.rows[:, None]
     real = examples >= 0
     chosen = np.where(real, examples, 0)
-    lengths = np.where(real, np.diff(rows.offsets)[chosen], 0)
+    lengths = np.where(real, np.diff(offsets)[chosen], 0)
     starts = np.cumsum(lengths, axis=1) - lengths
     per_example = lengths.ravel()
     within = np.arange(per_example.sum()) - np.repeat(
@@ -150,7 +174,7 @@ def token_places(rows: TokenRows, plan: Plan) -> Places:
     return Places(
         row=np.repeat(np.repeat(np.arange(num_rows), num_segments), per_example),
         column=within + np.repeat(starts.ravel(), per_example),
-        source=within + np.repeat(rows.offsets[chosen].ravel(), per_example),
+        source=within + np.repeat(offsets[chosen].ravel(), per_example),
         segment=np.repeat(np.tile(np.arange(1, num_segments + 1), num_rows), per_example),
         within=within,
     )
@@ -159,7 +183,7 @@ def token_places(rows: TokenRows, plan: Plan) -> Places:
 def make_batch(rows: TokenRows, plan: Plan, pad_token_id: int) -> Batch:
     """Copies the examples of a plan into padded arrays; a packed row holds several in sequence."""
     is_packed = plan.rows.ndim == 2
-    places = token_places(rows, plan)
+    places = token_places(rows.offsets, plan)
     row, column, source = places.row, places.column, places.source
     shape = (len(plan.rows), plan.width)
     chosen = np.where(plan.rows >= 0, plan.rows, 0)
@@ -190,6 +214,8 @@ def make_batch(rows: TokenRows, plan: Plan, pad_token_id: int) -> Batch:
             targets["labels"] = np.zeros((*shape, 2), np.float32)
     elif rows.is_unit is not None:
         targets["units"] = of_tokens(rows.is_unit.astype(np.float32))
+    if rows.targets is not None:
+        targets |= _target_side(rows.targets, plan, pad_token_id)
     fields: Any = {  # Any, because these are NumPy arrays and the annotations are of JAX arrays
         "inputs": Text(*cast(Any, (of_tokens(rows.ids, pad_token_id), types))),
         "attention_mask": segments if is_packed else segments > 0,
@@ -198,3 +224,19 @@ def make_batch(rows: TokenRows, plan: Plan, pad_token_id: int) -> Batch:
         "teacher_logits": of_units(rows.teacher_logits),
     }
     return Batch(**fields)
+
+
+def _target_side(targets: Targets, plan: Plan, pad_token_id: int) -> dict[str, np.ndarray]:
+    """The entries of `Batch.targets` of translation; a target stands in the row of its source."""
+    places, shape = token_places(targets.offsets, plan), (len(plan.rows), plan.width)
+    at = places.row, places.column
+    ids, labels = np.full(shape, pad_token_id, np.int32), np.zeros(shape, np.int32)
+    segments = np.zeros(shape, np.int32)
+    ids[at], labels[at] = targets.inputs[places.source], targets.labels[places.source]
+    segments[at] = places.segment
+    return {
+        "decoder_input_ids": ids,
+        "decoder_mask": segments if plan.rows.ndim == 2 else segments > 0,
+        "labels": labels,
+        "units": (segments > 0).astype(np.float32),
+    }

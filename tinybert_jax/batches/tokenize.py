@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tinybert_jax.batches.batch import TokenRows
+from tinybert_jax.batches.batch import Targets, TokenRows
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.wordpiece import plain_backend
 
@@ -25,6 +25,29 @@ def tokenize_texts(tokenizer: Any, text: Examples, max_length: int) -> TokenRows
     second = [len(e.ids) if 1 not in e.type_ids else e.type_ids.index(1) for e in encoded]
     num_truncated = sum(bool(e.overflowing) for e in encoded)
     return _rows([e.ids for e in encoded], second, text.labels, num_truncated)
+
+
+def tokenize_pairs(tokenizer: Any, examples: Examples, max_length: int) -> TokenRows:
+    """Sources [CLS] … [SEP], and targets that a decoder reads from [CLS] and ends with [SEP].
+
+    Both are cut to `max_length` tokens; without targets (`text_pair`) each is empty.
+    """
+    backend = plain_backend(tokenizer)
+    backend.enable_truncation(max_length)
+    sides = [list(examples.text), list(examples.text_pair or [""] * len(examples.text))]
+    sources, targets = (backend.encode_batch([_head(backend, t) for t in own]) for own in sides)
+    ends = [bool(own.overflowing) for own in sources]
+    cut = [is_cut or bool(own.overflowing) for is_cut, own in zip(ends, targets, strict=True)]
+    ids = [own.ids for own in sources]
+    rows = _rows(ids, [len(own) for own in ids], None, sum(cut))
+    whole = [np.asarray(own.ids, np.int32) for own in targets]
+    lengths = [len(own) - 1 for own in whole]
+    decoded = Targets(
+        inputs=np.concatenate([own[:-1] for own in whole]),
+        labels=np.concatenate([own[1:] for own in whole]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+    )
+    return rows._replace(targets=decoded)
 
 
 _LONG = 2**20  # characters; the encoding of a text takes some 180 bytes for each

@@ -61,6 +61,42 @@ def consistency_errors(config: Any) -> Iterator[str]:
         if config.task:
             yield from _needs_of_task(config.task, stage.name, section)
     yield from _needs_of_embeddings(config)
+    yield from _needs_of_translation(config)
+
+
+def _needs_of_translation(config: Any) -> Iterator[str]:
+    """What an encoder-decoder cannot do, and what only it can."""
+    models = {"teacher": config.teacher, **config.students_by_name}
+    if config.task is None or config.task.kind != "translation":
+        if config.distillation.targets != "given":
+            yield "distillation.targets: teacher is for task.kind translation: remove it"
+        for name, model in models.items():
+            if model.num_decoder_layers:
+                yield f"{name}: num_decoder_layers is for task.kind translation: remove it"
+        return
+    known = ("finetune", "prediction", "baseline")
+    for stage in config.stages:
+        section = getattr(config, stage.name)
+        if stage.name not in known:
+            yield f"{stage.name}: translation has the stages {', '.join(known)}: remove it"
+        if getattr(section, "trained_words", "all") != "all":
+            yield f"{stage.name}.trained_words: a model writes words that no source has: remove it"
+        if getattr(section, "head_init", "random") != "random":
+            yield f"{stage.name}.head_init: words have no probe: remove it"
+    if config.has_several_teachers or config.distillation.keep_logits:
+        yield "translation: one teacher, and no logits of all words are kept: remove keep_logits"
+    for name, model in models.items():
+        if getattr(model, "init", "random") != "random":
+            yield f"{name}.init: encoder-decoders start at random or from a folder: remove it"
+    for term in config.distillation.terms("prediction") if config.prediction else ():
+        origin = f"distillation.prediction, term {term.name}"
+        if term.name not in ("label", "logits"):
+            yield f"{origin}: expected label and logits with translation: remove it"
+        elif term.name == "logits" and (term.form, term.where, term.reduction) != _WORDS:
+            yield f"{origin}: expected form: kl with translation, and nothing else: set it"
+
+
+_WORDS = ("kl", "all", "sum")  # form, where and reduction of logits over words
 
 
 def _needs_of_update(config: Any) -> Iterator[str]:
@@ -168,7 +204,8 @@ def _needs_of_teachers(config: Any) -> Iterator[str]:
 
 
 def _needs_of_tokenizer(config: Any) -> Iterator[str]:
-    if config.tokenizer.vocab_size and config.corpus is None:
+    translates = config.task is not None and config.task.kind == "translation"
+    if config.tokenizer.vocab_size and config.corpus is None and not translates:
         yield "tokenizer.vocab_size trains a vocabulary on the corpus: add a corpus section"
     if config.tokenizer.vocab_size and (config.tokenizer.path or config.teacher.path):
         yield "tokenizer.vocab_size trains a vocabulary: remove tokenizer.path and teacher.path"

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from tinybert_jax.config.models import FurtherTeacherSection
 from tinybert_jax.config.stages import DISTILL_STAGES
-from tinybert_jax.settings.section import Probability, Section
+from tinybert_jax.settings.section import PositiveInt, Probability, Section
 from tinybert_jax.terms.table import Terms, reads_of
 
 
@@ -50,6 +50,13 @@ class DistillSection(Section):
         "its logits are kept in the run folder; default: true with prediction.head_init: "
         "linear_probe, and where num_epochs is above 1 and no term reads other outputs",
     )
+    targets: Literal["given", "teacher"] = Field(
+        default="given",
+        description="what prediction learns to translate to. teacher: its own translations of the "
+        "sources, found once by beam search and kept in the run folder (sequence level, arXiv "
+        "1606.07947)",
+    )
+    num_beams: PositiveInt = Field(default=4, description="of that search")
     further_teachers: tuple[FurtherTeacherSection, ...] = Field(
         default=(),
         description="prediction learns from the weighted mean of all teachers' logits, which are "

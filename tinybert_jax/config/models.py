@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from tinybert_jax.settings.section import Positive, PositiveInt, Probability, Section
-from tinybert_jax.settings.sizes import PRESETS, ModelConfig
+from tinybert_jax.settings.sizes import PRESETS, Sizes
 
 
 class FurtherTeacherSection(Section):
@@ -29,6 +29,11 @@ class ModelSection(Section):
     )
     hidden_size: PositiveInt | None = Field(None, description="width of the hidden states")
     num_hidden_layers: PositiveInt | None = Field(None, description="number of layers")
+    num_decoder_layers: PositiveInt | None = Field(
+        None,
+        description="for translation: number of layers of the decoder, whose other sizes are the "
+        "encoder's; default: as many as the encoder has",
+    )
     num_attention_heads: PositiveInt | None = Field(
         None, description="number of attention heads; hidden_size has to be a multiple"
     )
@@ -68,7 +73,8 @@ class ModelSection(Section):
     def sizes(self) -> dict[str, Any]:
         """Fields of `ModelConfig` for a new model: given sizes, then those of the preset."""
         explicit = self.model_dump(
-            exclude_none=True, exclude={"path", "preset", "init", "init_layers", "finetuned"}
+            exclude_none=True,
+            exclude={"path", "preset", "init", "init_layers", "finetuned", "num_decoder_layers"},
         )
         return {**(PRESETS[self.preset] if self.preset else {}), **explicit}
 
@@ -129,7 +135,7 @@ class Student(NamedTuple):
 
     name: str  # the key under `students`, or `SOLE`
     section: StudentSection
-    sizes: ModelConfig
+    sizes: Sizes
 
     @property
     def origin(self) -> str:
@@ -142,7 +148,7 @@ class FurtherTeacher(NamedTuple):
 
     number: int  # index in `distillation.further_teachers`
     section: FurtherTeacherSection
-    sizes: ModelConfig
+    sizes: Sizes
 
     @property
     def origin(self) -> str:

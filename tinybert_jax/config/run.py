@@ -26,7 +26,7 @@ from tinybert_jax.config.stages import (
     TaskStageSection,
     UpdateSection,
 )
-from tinybert_jax.config.tasks import AnyTask
+from tinybert_jax.config.task_kinds import AnyTask
 from tinybert_jax.settings.section import PositiveInt, Section
 from tinybert_jax.terms.table import Terms, reads_of, without_task_logits
 from tinybert_jax.terms.words import MaskedLMTerm
@@ -170,6 +170,8 @@ class RunConfig(Section):
             return False
         if self.has_several_teachers or chosen is not None:
             return chosen is not False
+        if self.task is not None and self.task.kind == "translation":
+            return False  # one number for each word of the vocabulary at each token
         if section.head_init == "linear_probe":
             return True
         return (section.num_epochs or 0) > 1 and not reads_of(others).teacher

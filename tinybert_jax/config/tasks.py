@@ -13,8 +13,9 @@ from tinybert_jax.settings.section import (
     Section,
 )
 
-# See losses.forms; "similarity": vectors whose cosines are compared, see losses.similarity.
-Form = Literal["softmax", "sigmoid", "square", "similarity"]
+# See losses.forms; "similarity": vectors whose cosines are compared, see losses.similarity;
+# "vocabulary": words, whose logits never exist whole, see losses.vocabulary.
+Form = Literal["softmax", "sigmoid", "square", "similarity", "vocabulary"]
 
 
 class TaskSection(Section):
@@ -365,7 +366,7 @@ class EmbeddingsTask(TextTask):
         return {"sentences": 1, "triplets": 3}.get(self.rows, 2)
 
 
-def _with_kind(tree: Any) -> Any:
+def with_kind(tree: Any) -> Any:
     """Adds `kind`; `regression: true` is the older form of `kind: regression`."""
     if not isinstance(tree, dict):
         return tree
@@ -379,17 +380,3 @@ def _with_kind(tree: Any) -> Any:
             f"expected kind regression or no regression: true, got {tree['kind']}; remove one"
         )
     return {"kind": kind, **tree}
-
-
-AnyTask = Annotated[
-    Annotated[
-        ClassificationTask
-        | RegressionTask
-        | MultiLabelTask
-        | TaggingTask
-        | QuestionAnsweringTask
-        | EmbeddingsTask,
-        Field(discriminator="kind"),
-    ],
-    BeforeValidator(_with_kind),
-]

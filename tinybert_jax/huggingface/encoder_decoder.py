@@ -17,7 +17,13 @@ from pydantic import ValidationError
 from tinybert_jax.huggingface.bert import BERT
 from tinybert_jax.huggingface.config_json import read_config
 from tinybert_jax.huggingface.families import format_of
-from tinybert_jax.huggingface.folder import convert_params, read_model, write_folder, write_json
+from tinybert_jax.huggingface.folder import (
+    convert_params,
+    read_model,
+    start_params,
+    write_folder,
+    write_json,
+)
 from tinybert_jax.huggingface.hub import check_table, find_folder, load_tokenizer, save_tokenizer
 from tinybert_jax.huggingface.tensors import WEIGHTS, open_tensors
 from tinybert_jax.huggingface.untrusted import CONFIG, check_folder, read_json, shorten
@@ -56,6 +62,24 @@ class EncoderDecoder(NamedTuple):
     folder: Path
     config: EncoderDecoderConfig
     params: Params
+
+
+def is_encoder_decoder(path: str | Path) -> bool:
+    """Whether a local folder or hub id says that it is an encoder-decoder."""
+    file = find_folder(path) / CONFIG
+    return file.is_file() and read_json(file).get("model_type") == MODEL_TYPE
+
+
+def start_any(
+    path: str | Path | None,
+    init: Callable[[Any], Mapping[str, Any]],
+    key: Any = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """`folder.start_params`, also of a folder of an encoder-decoder, which is always whole."""
+    if path is not None and is_encoder_decoder(path):
+        return dict(load_encoder_decoder(path).params)
+    return start_params(path, init, key, **options)
 
 
 def load_encoder_decoder(path: str | Path) -> EncoderDecoder:

@@ -16,7 +16,7 @@ from tinybert_jax.huggingface.untrusted import (
     read_json,
     shorten,
 )
-from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.settings.sizes import ModelConfig, Sizes
 
 _FILES = ("tokenizer.json", "vocab.txt")
 
@@ -116,7 +116,7 @@ def has_tokenizer(folder: str | Path) -> bool:
     return any((Path(folder) / name).is_file() for name in _FILES)
 
 
-def check_table(tokenizer: Any, config: ModelConfig, owner: str) -> None:
+def check_table(tokenizer: Any, config: Sizes, owner: str) -> None:
     """Raises ValueError for a tokenizer with ids beyond the word table, which JAX would clamp.
 
     `owner`: the model in the message.

@@ -71,7 +71,7 @@ def _put(logits: np.ndarray, rows: TokenRows, plan: Plan, values: np.ndarray) ->
         real = plan.rows >= 0
         logits[plan.rows[real]] = values[real]
     else:
-        places = token_places(rows, plan)
+        places = token_places(rows.offsets, plan)
         logits[places.source] = values[places.row, places.column]
 
 
@@ -144,10 +144,10 @@ def _plans(
     global_batch_size = -(-global_batch_size // shards) * shards
     if not packed:
         return plan_epoch(
-            rows.lengths, buckets=buckets, global_batch_size=global_batch_size, seed=None
+            rows.widths, buckets=buckets, global_batch_size=global_batch_size, seed=None
         )
     epochs = packed_epochs(
-        rows.lengths,
+        rows.widths,
         width=max(buckets),
         global_batch_size=global_batch_size,
         seed=(0,),

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinybert_jax.models.linear import affine
-from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.settings.sizes import Sizes
 
 
-def check_same_vocabulary(student: ModelConfig, teacher: ModelConfig) -> None:
+def check_same_vocabulary(student: Sizes, teacher: Sizes) -> None:
     """Raises ValueError where the vocabulary sizes differ."""
     if student.vocab_size != teacher.vocab_size:
         raise ValueError(

@@ -8,20 +8,24 @@ import jax
 import jax.numpy as jnp
 
 from tinybert_jax.batches.batch import Batch
-from tinybert_jax.config.tasks import Form
+from tinybert_jax.config.tasks import Form as FormName
+from tinybert_jax.losses.forms import Form
 from tinybert_jax.losses.pointwise import Normalisation
 from tinybert_jax.models.attention import at
 from tinybert_jax.models.encoder import first_tokens
 from tinybert_jax.models.heads import MaskedLMOutput
 from tinybert_jax.models.params import Apply, Params
 from tinybert_jax.objectives.alignment import project
+from tinybert_jax.objectives.factored import Factors, form_of
 from tinybert_jax.objectives.masked_lm import Mask
 from tinybert_jax.objectives.objective import (
     Counts,
     Objective,
     count_units,
+    decoder_inputs,
     encoder_inputs,
     unit_logits,
+    unit_scores,
     units,
 )
 from tinybert_jax.terms.table import Terms, reads_every_word, reads_of, without_task_logits
@@ -40,7 +44,7 @@ class Outputs(NamedTuple):
     """The outputs of one model that the terms read."""
 
     encoder: Any  # EncoderOutput; None where no term reads it
-    logits: jax.Array | None = None  # [units, classes]
+    logits: jax.Array | Factors | None = None  # [units, classes]
     words: MaskedLMOutput | None = None
 
 
@@ -48,7 +52,7 @@ class Options(NamedTuple):
     """Settings that all terms of an objective share."""
 
     normalisation: Normalisation = "valid_only"
-    form: Form = "softmax"  # which losses fit the logits of the task
+    form: FormName = "softmax"  # which losses fit the logits of the task
     chunk_size: int = 256  # masked tokens whose logits exist at one time on a batch shard
     num_shards: int = 1  # number of batch shards
     num_texts: int = 1  # texts of an example, each in a row of its own
@@ -82,6 +86,11 @@ class Context(NamedTuple):
         """The hidden state of the first token of each example, [examples, dim]."""
         tokens = first_tokens(hidden, self.batch.attention_mask, self.batch.num_segments)
         return tokens.reshape(-1, hidden.shape[-1])
+
+    @property
+    def form(self) -> Form:
+        """The losses that fit the logits of the task."""
+        return form_of(self.options.form, self.options.num_shards)
 
     def units(self) -> tuple[jax.Array, jax.Array]:
         """The labels [units, …] and weights [units] of the task."""
@@ -169,8 +178,9 @@ def _run(
         )
         return Outputs(words.encoder, words=words)
     if role.reads.task_logits:
-        output = role.apply(*arguments, num_segments=batch.num_segments, taps=taps)
-        return Outputs(output.encoder, unit_logits(output.logits, batch))
+        options = {"num_segments": batch.num_segments, **decoder_inputs(batch)}
+        output = role.apply(*arguments, **options, taps=taps)
+        return Outputs(output.encoder, unit_scores(output, batch))
     return Outputs(role.apply(*arguments, num_segments=batch.num_segments))
 
 

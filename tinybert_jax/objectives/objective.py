@@ -10,6 +10,7 @@ from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.losses import attention as attention_losses
 from tinybert_jax.models.inputs import Text
+from tinybert_jax.objectives.factored import Factors
 
 Metrics = dict[str, jax.Array]
 
@@ -87,6 +88,15 @@ def units(batch: Batch) -> tuple[jax.Array, jax.Array]:
     return labels.reshape(-1, *labels.shape[weights.ndim :]), weights.reshape(-1)
 
 
+def unit_scores(output: Any, batch: Batch) -> jax.Array | Factors:
+    """The logits [units, classes] in the output of a model of the task, or their factors."""
+    if "decoder_input_ids" in batch.targets:
+        return Factors(
+            output.hidden.reshape(-1, output.hidden.shape[-1]), output.table, output.bias
+        )
+    return unit_logits(output.logits, batch)
+
+
 def unit_logits(logits: jax.Array, batch: Batch) -> jax.Array:
     """Logits [units, classes] of all units of a batch: rows, segments, tokens, starts and ends."""
     if "answerable" in batch.targets:
@@ -110,3 +120,13 @@ def _by_window(values: jax.Array, batch: Batch, fill: float) -> jax.Array:
 def encoder_inputs(batch: Batch) -> tuple[Text, jax.Array]:
     """(text, attention mask): the inputs of an encoder."""
     return batch.inputs, batch.attention_mask
+
+
+def decoder_inputs(batch: Batch) -> dict[str, jax.Array]:
+    """The inputs of a decoder, by the names of the arguments of `Seq2Seq`; {} without one."""
+    if "decoder_input_ids" not in batch.targets:
+        return {}
+    return {
+        "decoder_input_ids": batch.targets["decoder_input_ids"],
+        "decoder_attention_mask": batch.targets["decoder_mask"],
+    }

@@ -1,20 +1,23 @@
 """The objective of training on the labels of a task."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.tasks import Form
-from tinybert_jax.losses.forms import FORMS
 from tinybert_jax.losses.pointwise import kl
 from tinybert_jax.models.params import Apply
+from tinybert_jax.objectives.factored import form_of
 from tinybert_jax.objectives.objective import (
     Counts,
     Objective,
     count_units,
+    decoder_inputs,
     encoder_inputs,
-    unit_logits,
+    unit_scores,
     units,
 )
 
@@ -26,27 +29,29 @@ def make_supervised(
     label_smoothing: float = 0.0,
     class_weights: np.ndarray | None = None,
     r_drop: float = 0.0,
+    num_shards: int = 1,
 ) -> Objective:
     """The loss of `form` between a model's logits and the labels of the batch.
 
     `class_weights` [classes]: weights of the units by their class; the loss is then the weighted
     mean, as in `torch.nn.CrossEntropyLoss(weight=…)`. `r_drop` > 0: two passes with different
     dropout, the mean of their losses, and `r_drop` times the mean of the two Kullback-Leibler
-    divergences between them (Wu et al. 2021, arXiv 2106.14448).
+    divergences between them (Wu et al. 2021, arXiv 2106.14448). `num_shards`: see `form_of`.
     """
+    losses = form_of(form, num_shards)
 
     def prepare(batch: Batch, key, share) -> tuple[Batch, Counts]:
         if class_weights is not None:
             batch = _weighted(batch, jnp.asarray(class_weights, jnp.float32))
         return batch, count_units(batch)
 
-    def run(params, batch: Batch, key) -> jax.Array:
-        output = apply(params, *encoder_inputs(batch), key, num_segments=batch.num_segments)
-        return unit_logits(output.logits, batch)
+    def run(params, batch: Batch, key) -> Any:
+        options = {"num_segments": batch.num_segments, **decoder_inputs(batch)}
+        return unit_scores(apply(params, *encoder_inputs(batch), key, **options), batch)
 
     def label_loss(logits, batch: Batch, counts: Counts) -> jax.Array:
         with jax.named_scope("~loss label"):
-            return FORMS[form].label_loss(
+            return losses.label_loss(
                 logits, *units(batch), label_smoothing=label_smoothing, count=counts.units
             )
 

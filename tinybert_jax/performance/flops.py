@@ -29,11 +29,31 @@ class BertShape(Protocol):
     def type_vocab_size(self) -> int: ...
 
 
+@runtime_checkable
+class TwoSided(Protocol):
+    """An encoder and a decoder, which also attends to the encoder and predicts words."""
+
+    @property
+    def encoder(self) -> BertShape: ...
+    @property
+    def decoder(self) -> BertShape: ...
+
+
+def _num_cross_parameters(decoder: BertShape) -> int:
+    """Parameters of the attention to the encoder and its LayerNorms."""
+    d = decoder.hidden_size
+    return decoder.num_hidden_layers * (4 * (d * d + d) + 2 * d)
+
+
 def num_parameters(config: BertShape, *, pooler: bool = True) -> int:
     """All parameters without a task head: embeddings, layers and (by default) the pooler.
 
     BERT-base (arXiv 1810.04805) 109,482,240, TinyBERT4 (arXiv 1909.10351) 14,350,248.
     """
+    if isinstance(config, TwoSided):
+        both = num_parameters(config.encoder) + num_parameters(config.decoder, pooler=False)
+        d, vocab = config.decoder.hidden_size, config.decoder.vocab_size
+        return both + _num_cross_parameters(config.decoder) + d * d + 3 * d + vocab
     d = config.hidden_size
     rows = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
     embeddings = rows * d + 2 * d
@@ -42,6 +62,9 @@ def num_parameters(config: BertShape, *, pooler: bool = True) -> int:
 
 def num_encoder_parameters(config: BertShape) -> int:
     """Parameters of the layers alone; they set the speed, since an embedding is a look-up."""
+    if isinstance(config, TwoSided):
+        both = num_encoder_parameters(config.encoder) + num_encoder_parameters(config.decoder)
+        return both + _num_cross_parameters(config.decoder)
     d, f = config.hidden_size, config.intermediate_size
     attention = 4 * (d * d + d)
     feed_forward = 2 * d * f + f + d
@@ -64,9 +87,21 @@ def forward_flops_per_token(
     teacher of that width. `num_last_layer_tokens`: number of tokens of a row at which the last
     layer runs, except for keys and values, which run at all tokens; None: all tokens.
 
+    Of an encoder-decoder a token is one of the source and one of the target, with the product with
+    the word table.
+
     At seq_len = 128: BERT-base 174.6 M; TinyBERT4 9.7 M, or 12.1 M with projection_dim=768, a third
     of the 36.4 M of one trained token.
     """
+    if isinstance(config, TwoSided):
+        decoder = config.decoder
+        d = decoder.hidden_size
+        cross = decoder.num_hidden_layers * (4 * d * d + 2 * seq_len * d)
+        sides = [
+            forward_flops_per_token(config.encoder, seq_len, projection_dim=projection_dim),
+            forward_flops_per_token(decoder, seq_len),
+        ]
+        return sum(sides) + float(2 * cross + masked_lm_flops(decoder, 1, 1))
     d, f, num_layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     layer = 4 * d * d + 2 * d * f + 2 * seq_len * d
     projection = projection_flops_per_token(config, projection_dim, num_layers + 1)

@@ -11,7 +11,9 @@ from safetensors.numpy import save_file
 from tinybert_jax.batches.batch import TokenRows
 from tinybert_jax.config.models import Student
 from tinybert_jax.config.run import StagePlan
-from tinybert_jax.huggingface.folder import save_model, start_params
+from tinybert_jax.data.examples import Examples
+from tinybert_jax.huggingface.encoder_decoder import start_any
+from tinybert_jax.huggingface.folder import save_model
 from tinybert_jax.models.heads import Model, make_encoder
 from tinybert_jax.models.params import Params
 from tinybert_jax.objectives.distillation import Options, Role, make_distill
@@ -19,14 +21,13 @@ from tinybert_jax.objectives.masked_lm import Mask, make_mask
 from tinybert_jax.parallel import processes
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance.flops import training_flops_per_token
-from tinybert_jax.runs import teacher_logits
+from tinybert_jax.runs import teacher_logits, teacher_text
 from tinybert_jax.runs.checks import make_model_factory
+from tinybert_jax.runs.judges import TaskEvaluator, make_task_evaluator
 from tinybert_jax.runs.run import (
     Run,
-    TaskEvaluator,
     freeze_params,
     frozen_options,
-    make_task_evaluator,
     save_task_model,
     trained_options,
     with_dropout,
@@ -37,7 +38,7 @@ from tinybert_jax.runs.stage_state import Frozen
 from tinybert_jax.runs.student_start import PROJECTION, encoder_of, make_init, make_random
 from tinybert_jax.runs.used_words import train_stage
 from tinybert_jax.runs.workload import count_last_layer_tokens
-from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.settings.sizes import Sizes
 from tinybert_jax.terms.table import reads_of
 
 
@@ -46,7 +47,9 @@ def main(run: Run, plan: StagePlan) -> None:
 
     The teacher is the pretrained one in `general` and the fine-tuned one in the other stages.
     """
-    training, evaluators = _make(run, plan, functools.partial(teacher_logits.read, run, plan))
+    read_logits = functools.partial(teacher_logits.read, run, plan)
+    read_text = functools.partial(teacher_text.read, run, plan)
+    training, evaluators = _make(run, plan, read_logits, read_text)
     # A stage that trains a head saves the best parameters by score, others the last.
     trained = train_stage(run, training)
     for student in run.students:
@@ -57,13 +60,17 @@ def main(run: Run, plan: StagePlan) -> None:
 
 def make_training(run: Run, plan: StagePlan) -> Training:
     """The models and the batches of the stage; kept logits are zeros."""
-    return _make(run, plan, functools.partial(teacher_logits.zeros, run))[0]
+    train = run.required_task.data.train if run.task else None
+    return _make(run, plan, functools.partial(teacher_logits.zeros, run), lambda: train)[0]
 
 
 def _make(
-    run: Run, plan: StagePlan, read_logits: Callable[[TokenRows], tuple[np.ndarray, str]]
+    run: Run,
+    plan: StagePlan,
+    read_logits: Callable[[TokenRows], tuple[np.ndarray, str]],
+    read_text: Callable[[], Examples],
 ) -> tuple[Training, dict[str, TaskEvaluator]]:
-    """(training, evaluators by student); `read_logits`: see `make_stage_batches`."""
+    """(training, evaluators by student); `read_logits`, `read_text`: see `make_stage_batches`."""
     terms = plan.terms
     teacher_reads, reads = reads_of(terms, of_teacher=True), reads_of(terms)
 
@@ -74,17 +81,19 @@ def _make(
 
     @functools.cache
     def load_teacher() -> Params:
-        return start_params(run.teacher_of(plan), teacher_init, whole=True)
+        return start_any(run.teacher_of(plan), teacher_init, whole=True)
 
     @functools.cache
     def teacher_encoder() -> Mapping[str, Any]:
         """The teacher's weights that students start from, also where no step reads the teacher."""
         if is_teacher_in_step:
             return encoder_of(load_teacher())
-        return start_params(run.teacher_of(plan), make_encoder(run.teacher).init, whole=True)
+        return start_any(run.teacher_of(plan), make_encoder(run.teacher).init, whole=True)
 
-    # The teachers' logits of all examples, if they are computed before the first step.
-    batches = make_stage_batches(run, plan, read_logits if plan.keeps_logits else None)
+    # The teachers' logits of all examples, if they are computed before the first step; of
+    # translation, what the teacher makes of their sources.
+    text = read_text() if run.distillation.targets == "teacher" and plan.stage.trains_head else None
+    batches = make_stage_batches(run, plan, read_logits if plan.keeps_logits else None, text)
 
     # The students. A student starts from an earlier stage's model if there is one.
     teacher = Role(teacher_apply, teacher_reads, run.teacher.num_hidden_layers)
@@ -118,7 +127,7 @@ def _make_member(
     run: Run,
     plan: StagePlan,
     student: Student,
-    make_student: Callable[[ModelConfig], Model],
+    make_student: Callable[[Sizes], Model],
     teacher: Role,
     teacher_encoder: Callable[[], Mapping[str, Any]],
     batches: StageBatches,
@@ -146,7 +155,7 @@ def _make_member(
     )
     if not plan.stage.trains_head:
         return member, None
-    task_evaluator = make_task_evaluator(run, apply, plan.section)
+    task_evaluator = make_task_evaluator(run, apply, plan.section, student.sizes)
     evaluator = task_evaluator.as_evaluator()
     evaluator = evaluator._replace(measure=_without_projection(evaluator.measure))
     return member._replace(evaluator=evaluator), task_evaluator
@@ -161,7 +170,7 @@ def _save(
     run: Run,
     folder: Path,
     params: dict[str, Any],
-    sizes: ModelConfig,
+    sizes: Sizes,
     evaluator: TaskEvaluator | None,
 ) -> None:
     """Saves a student; `evaluator`: of a stage that trains the head of the task."""

@@ -9,17 +9,17 @@ from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import SupervisedSection
 from tinybert_jax.config.tasks import EmbeddingsTask
-from tinybert_jax.huggingface.folder import start_params
+from tinybert_jax.huggingface.encoder_decoder import start_any
 from tinybert_jax.models.params import Apply, Params
 from tinybert_jax.objectives.objective import Objective
 from tinybert_jax.objectives.similarity import make_similarity
 from tinybert_jax.objectives.supervised import make_supervised
+from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance.flops import training_flops_per_token
 from tinybert_jax.runs.head_init import init_head
+from tinybert_jax.runs.judges import TaskEvaluator, make_task_evaluator
 from tinybert_jax.runs.run import (
     Run,
-    TaskEvaluator,
-    make_task_evaluator,
     make_task_model,
     save_task_model,
     trained_options,
@@ -30,7 +30,7 @@ from tinybert_jax.runs.stage import Member, Training
 from tinybert_jax.runs.stage_batches import StageBatches, make_stage_batches
 from tinybert_jax.runs.used_words import train_stage
 from tinybert_jax.runs.workload import count_last_layer_tokens
-from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.settings.sizes import Sizes
 
 
 def main(run: Run, plan: StagePlan) -> None:
@@ -58,9 +58,7 @@ def make_training(run: Run, plan: StagePlan) -> Training:
     return _make(run, plan)[1]
 
 
-def _make(
-    run: Run, plan: StagePlan
-) -> tuple[dict[str, ModelConfig], Training, dict[str, TaskEvaluator]]:
+def _make(run: Run, plan: StagePlan) -> tuple[dict[str, Sizes], Training, dict[str, TaskEvaluator]]:
     """(sizes, training, evaluators); sizes and evaluators by member."""
     sizes, starts = {SOLE: run.teacher}, {SOLE: run.pretrained_teacher}
     if plan.stage.role == "student":
@@ -85,7 +83,7 @@ def _make(
 def _make_member(
     run: Run,
     plan: StagePlan,
-    sizes: ModelConfig,
+    sizes: Sizes,
     start: str | Path | None,
     batches: StageBatches,
 ) -> tuple[Member, TaskEvaluator]:
@@ -94,11 +92,11 @@ def _make_member(
     apply, init = make_task_model(
         run, with_dropout(sizes, section), **trained_options(run.compute, plan)
     )
-    evaluator = make_task_evaluator(run, apply, section)
+    evaluator = make_task_evaluator(run, apply, section, sizes)
 
     def init_params(key: jax.Array, seed: int) -> Params:
         names = task.data.label_names
-        params = start_params(start, init, key, label_names=names, is_quiet=seed > 0)
+        params = start_any(start, init, key, label_names=names, is_quiet=seed > 0)
         if section.head_init == "linear_probe":
             return init_head(run, plan.name, apply, params, batches, is_quiet=seed > 0)
         return params
@@ -124,6 +122,7 @@ def _make_objective(run: Run, section: SupervisedSection, apply: Apply) -> Objec
         label_smoothing=section.label_smoothing,
         class_weights=_class_weights(run, section),
         r_drop=section.r_drop,
+        num_shards=num_batch_shards(run.mesh),
     )
 
 

@@ -30,9 +30,10 @@ from tinybert_jax.report.page import write_report
 from tinybert_jax.runs import estimate, identity, shared_folder
 from tinybert_jax.runs.compile import Compiled, compile_stage, devices_of, largest_batch
 from tinybert_jax.runs.from_step import parse
+from tinybert_jax.runs.judges import check_teacher
 from tinybert_jax.runs.preflight import open_run, read_run, reads_task_teacher
 from tinybert_jax.runs.results import best_seed, collect_results
-from tinybert_jax.runs.run import CARD, Run, RunTask, check_teacher, export_models, remove_export
+from tinybert_jax.runs.run import CARD, Run, RunTask, export_models, remove_export
 from tinybert_jax.runs.used_words import with_used_words
 from tinybert_jax.training.metric_log import read_rows
 from tinybert_jax.training.preemption import NEVER, Stop

@@ -28,10 +28,9 @@ from tinybert_jax.objectives.linear_probe import fit_head
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance.flops import training_flops_per_token
 from tinybert_jax.runs import teacher_logits
+from tinybert_jax.runs.judges import TaskEvaluator, make_task_evaluator
 from tinybert_jax.runs.run import (
     Run,
-    TaskEvaluator,
-    make_task_evaluator,
     make_task_model,
     save_task_model,
     trained_options,
@@ -106,7 +105,7 @@ def _make(
     )
     role = Role(apply, Reads(task_logits=True), student.sizes.num_hidden_layers)
     options = Options(form=task.kind.form, num_shards=num_batch_shards(run.mesh))
-    evaluator = make_task_evaluator(run, apply, section)
+    evaluator = make_task_evaluator(run, apply, section, student.sizes)
     measured = evaluator.as_evaluator()
     measured = measured._replace(measure=lambda params: evaluator.measure(params["student"]))
     member = Member(

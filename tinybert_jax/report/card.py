@@ -22,6 +22,7 @@ _TASKS = {
     "ForQuestionAnswering": "question-answering",
     "ForMaskedLM": "fill-mask",
     "ForPreTraining": "fill-mask",
+    "EncoderDecoderModel": "translation",
 }
 _DEFAULT = "feature-extraction"
 # Task -> (a call in Python, a command or a call of this package).
@@ -37,6 +38,12 @@ _CALLS = {
         "tinybert embed FOLDER texts.txt -o vectors.npy",
     ),
     "fill-mask": ('model("A [MASK].")', 'TinyBertForMaskedLM.from_pretrained("FOLDER")'),
+    "translation": (
+        'inputs = tokenizer("A text.", return_tensors="pt", return_token_type_ids=False)\n'
+        "ids = model.generate(**inputs, num_beams=4)\n"
+        "text = tokenizer.batch_decode(ids, skip_special_tokens=True)",
+        'tinybert translate FOLDER -t "A text."',
+    ),
     _DEFAULT: ('model("A text.")', 'TinyBertModel.from_pretrained("FOLDER")'),
 }
 _METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
@@ -147,6 +154,11 @@ def _task(config: Mapping[str, Any], origin: Origin) -> str:
 
 def _summary(config: Mapping[str, Any], origin: Origin, model: dict[str, Any] | None) -> str:
     depth = config.get("num_hidden_layers", config.get("n_layers"))
+    kind = "Transformer encoder"
+    if "decoder" in config:
+        kind = "Transformer encoder-decoder"
+        depth = " + ".join(str(side["num_hidden_layers"]) for side in _sides(config))
+        config = {**_sides(config)[0], **config}
     width = config.get("hidden_size", config.get("dim"))
     size = f"{depth} layers, {width} wide"
     if model:
@@ -162,7 +174,7 @@ def _summary(config: Mapping[str, Any], origin: Origin, model: dict[str, Any] | 
         begun = "distilled from a teacher that was trained in the same run"
     data = f" for {_text(origin.data)}" if origin.data else ""
     size = f"{config['model_type']}, {size}"
-    return f"A Transformer encoder ({size}), {begun}{data} with tinybert_jax {__version__}."
+    return f"A {kind} ({size}), {begun}{data} with tinybert_jax {__version__}."
 
 
 def _scores(results: Mapping[str, Any], model: dict[str, Any], others: list[dict[str, Any]]) -> str:
@@ -217,6 +229,12 @@ def _use(config: Mapping[str, Any], origin: Origin) -> str:
             "from sentence_transformers import SentenceTransformer\n\n"
             f'model = SentenceTransformer("FOLDER")\n{theirs}'
         )
+    elif task == "translation":
+        code = (
+            "from transformers import AutoTokenizer, EncoderDecoderModel\n\n"
+            'model = EncoderDecoderModel.from_pretrained("FOLDER")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n{theirs}'
+        )
     else:
         code = (
             "from transformers import pipeline\n\n"
@@ -240,13 +258,18 @@ def _limits(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         shown = ", ".join(_text(str(label)) for label in labels[:_NUM_LABELS])
         more = f" and {len(labels) - _NUM_LABELS} more" if len(labels) > _NUM_LABELS else ""
         lines.append(f"Labels: {shown}{more}. The model knows no others.")
-    longest = config["max_position_embeddings"]
+    longest = min(side["max_position_embeddings"] for side in _sides(config))
     lines.append(
         "The scores hold for texts like those of the dev rows. Errors and biases of the teacher "
         "and of the training data carry over. Texts of more than "
         f"{longest} tokens do not fit."
     )
     return "\n\n".join(lines)
+
+
+def _sides(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The sizes of the encoder and the decoder, or of the only encoder."""
+    return [config["encoder"], config["decoder"]] if "decoder" in config else [config]
 
 
 def _text(value: str) -> str:

@@ -14,6 +14,7 @@ from tinybert_jax.config.models import Student
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import FINETUNE, PRETRAIN, StageSection
 from tinybert_jax.data.wordpiece import is_continuation
+from tinybert_jax.huggingface.encoder_decoder import is_encoder_decoder, load_encoder_decoder
 from tinybert_jax.huggingface.families import format_of
 from tinybert_jax.huggingface.folder import check_start, has_pooler, read_model
 from tinybert_jax.huggingface.head import is_unnamed
@@ -26,7 +27,7 @@ from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.runs.inputs import prefix_errors
 from tinybert_jax.runs.run import Run, RunTask, make_task_model
 from tinybert_jax.settings.layer_maps import make_layer_pairs
-from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.settings.sizes import EncoderDecoderConfig, Sizes
 from tinybert_jax.tasks.table import task_of
 from tinybert_jax.terms.table import reads_of
 from tinybert_jax.terms.term import Reads
@@ -94,7 +95,7 @@ def check_sizes(run: Run, plans: Sequence[StagePlan]) -> None:
         _check_start(student, run.teacher)
 
 
-def _check_model(run: Run, plan: StagePlan, role: str, model: ModelConfig) -> None:
+def _check_model(run: Run, plan: StagePlan, role: str, model: Sizes) -> None:
     """Raises ValueError for a model that cannot read the text of a stage."""
     check_table(run.tokenizer, model, f"the {role}")
     stage, positions = plan.name, model.max_position_embeddings
@@ -184,14 +185,26 @@ def check_weights(run: Run, plans: Sequence[StagePlan]) -> None:
     ]
     for origin, model, path, make, whole in starts:
         with prefix_errors(origin):
+            if isinstance(model, EncoderDecoderConfig) != is_encoder_decoder(path):
+                raise ValueError(_other_kind(path, model))
+            if isinstance(model, EncoderDecoderConfig):
+                continue  # whole, or refused where its sizes were read
             check_start(path, make(model).init, whole=whole)
 
 
-MakeModel = Callable[[ModelConfig], Model]  # (sizes) -> (apply, init)
+def _other_kind(path: str, model: Sizes) -> str:
+    kinds = ["an encoder", "an encoder-decoder (task.kind translation)"]
+    wanted, got = reversed(kinds) if isinstance(model, EncoderDecoderConfig) else kinds
+    return f"expected a folder of {wanted}, got {path}, {got}; use another folder, or another kind"
+
+
+MakeModel = Callable[[Sizes], Model]  # (sizes) -> (apply, init)
 
 
 def make_model_factory(run: Run, reads: Reads, **options: Any) -> MakeModel:
-    """make_model(sizes): the model with the outputs in `reads`."""
+    """make_model(sizes): the model with the outputs in `reads`; an encoder-decoder has all."""
+    if run.task is not None and run.task.kind.generates:
+        return lambda sizes: make_task_model(run, sizes, **options)
     if reads.words:
         return lambda sizes: make_masked_lm(sizes, **options)
     if reads.task_logits:
@@ -297,7 +310,7 @@ def check_old_labels(path: str | None, label_names: Sequence[str] | None) -> Non
         )
 
 
-def _check_pair(plans: Sequence[StagePlan], teacher: ModelConfig, student: ModelConfig) -> None:
+def _check_pair(plans: Sequence[StagePlan], teacher: Sizes, student: Sizes) -> None:
     """Raises ValueError for two models whose outputs a term cannot compare."""
     check_same_vocabulary(student, teacher)
     for plan in plans:
@@ -333,7 +346,7 @@ def check_poolers(run: Run, plans: Sequence[StagePlan]) -> None:
                 )
 
 
-def _check_start(student: Student, teacher: ModelConfig) -> None:
+def _check_start(student: Student, teacher: Sizes) -> None:
     """Raises ValueError for a student whose sizes do not fit its `init` from teacher weights."""
     init = student.section.init
     if init == "random":
@@ -365,9 +378,16 @@ def _check_start(student: Student, teacher: ModelConfig) -> None:
             )
 
 
-def _check_same_sizes(path: str, teacher: ModelConfig) -> None:
+def _check_same_sizes(path: str, teacher: Sizes) -> None:
     """Raises ValueError where sizes that change the outputs differ from the teacher's."""
     rates = {"hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"}
+    if isinstance(teacher, EncoderDecoderConfig):
+        if load_encoder_decoder(path).config != teacher:
+            raise ValueError(
+                f"teacher.finetuned: expected the sizes and rates of teacher, got others in {path};"
+                " give teacher.path and teacher.finetuned the same sizes"
+            )
+        return
     expected = teacher.model_dump(exclude=rates | {"initializer_range", "pad_token_id"})
     got = read_model(path).config.model_dump()
     different = [name for name in expected if got[name] != expected[name]]

@@ -4,6 +4,7 @@
 """
 
 import datetime
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -17,12 +18,18 @@ from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import StageSection
 from tinybert_jax.models.heads import make_masked_lm
-from tinybert_jax.objectives.objective import encoder_inputs
+from tinybert_jax.objectives.objective import decoder_inputs, encoder_inputs
 from tinybert_jax.parallel.mesh import num_batch_shards, runs_seeds_sequentially
 from tinybert_jax.performance import flops as model_flops
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
 from tinybert_jax.report.tables import format_si
-from tinybert_jax.runs.run import Run, frozen_options, trained_options, with_dropout
+from tinybert_jax.runs.run import (
+    Run,
+    frozen_options,
+    make_task_model,
+    trained_options,
+    with_dropout,
+)
 from tinybert_jax.runs.stage_batches import make_stage_batches
 from tinybert_jax.runs.workload import (
     Words,
@@ -33,7 +40,7 @@ from tinybert_jax.runs.workload import (
     words_of,
     work_of,
 )
-from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.settings.sizes import Sizes
 from tinybert_jax.terms.term import Row, Tap
 
 _NUM_SAMPLED = 64  # batches that the estimate reads
@@ -178,7 +185,7 @@ def _time_line(flops: float, peaks: dict[str, float], dtype: str) -> str:
     )
 
 
-def _size(model: ModelConfig, times: str = "") -> str:
+def _size(model: Sizes, times: str = "") -> str:
     whole, layers = (
         float(model_flops.num_parameters(model)),
         float(model_flops.num_encoder_parameters(model)),
@@ -218,7 +225,7 @@ def batch_flops(
 
 
 def _forward_flops(
-    models: Iterable[ModelConfig], batch: Batch, num_last_layer_tokens: int | None
+    models: Iterable[Sizes], batch: Batch, num_last_layer_tokens: int | None
 ) -> float:
     slots, width = batch.num_slots, batch.shape[1]
     return slots * sum(
@@ -269,7 +276,7 @@ def _activation_bytes(
     return num_at_a_time * students + teacher
 
 
-def _saved_bytes_a_row(run: Run, plan: StagePlan, model: ModelConfig, batch: Batch) -> int:
+def _saved_bytes_a_row(run: Run, plan: StagePlan, model: Sizes, batch: Batch) -> int:
     """Bytes of residuals that differentiating the encoder keeps per row, score maps included.
 
     Where the heads read few tokens, the residuals of the masked-LM head count too; those of a
@@ -277,13 +284,18 @@ def _saved_bytes_a_row(run: Run, plan: StagePlan, model: ModelConfig, batch: Bat
     """
     # The same estimate on any machine, whatever attention backend the machine has.
     options = trained_options(run.compute, plan) | {"attention": "xla"}
-    apply, init = make_masked_lm(with_dropout(model, plan.section), **options)
+    sizes = with_dropout(model, plan.section)
+    translates = run.task is not None and run.task.kind.generates
+    make = functools.partial(make_task_model, run) if translates else make_masked_lm
+    apply, init = make(sizes, **options)
     num_last_layer_tokens = count_last_layer_tokens(run, plan, batch.shape[1], batch.num_segments)
     key = jax.random.key(0)
     params = jax.eval_shape(init, key)
 
     def outputs(params, key, batch):
         inputs = (params, *encoder_inputs(batch), key)
+        if translates:
+            return apply(*inputs, **decoder_inputs(batch)).hidden
         if num_last_layer_tokens is None:
             return apply(*inputs, taps=True).encoder.hidden[-1]
         positions = jnp.zeros((batch.shape[0], num_last_layer_tokens), jnp.int32)
@@ -302,7 +314,7 @@ def _saved_bytes_a_row(run: Run, plan: StagePlan, model: ModelConfig, batch: Bat
     return num_bytes(2) - num_bytes(1)
 
 
-def _num_pairs_in_maps(run: Run, work: Work, student: ModelConfig, batch: Batch) -> int:
+def _num_pairs_in_maps(run: Run, work: Work, student: Sizes, batch: Batch) -> int:
     """Number of entries of the [query, key] score maps that terms build per row."""
     if work.teacher is None:
         return 0

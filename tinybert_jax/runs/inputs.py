@@ -15,6 +15,7 @@ from tinybert_jax.config.data import CorpusSection, TokenizerSection
 from tinybert_jax.config.models import (
     FurtherTeacher,
     FurtherTeacherSection,
+    ModelSection,
     Student,
     StudentSection,
     TeacherSection,
@@ -24,10 +25,11 @@ from tinybert_jax.config.models import (
 from tinybert_jax.config.tasks import TaskSection
 from tinybert_jax.data.splits import TaskData, corpus_documents, read_task, split_heldout
 from tinybert_jax.data.wordpiece import train_wordpiece
+from tinybert_jax.huggingface.encoder_decoder import is_encoder_decoder, load_encoder_decoder
 from tinybert_jax.huggingface.folder import read_model
 from tinybert_jax.huggingface.hub import find_folder, load_tokenizer
 from tinybert_jax.models.families import DEFAULT, family_of
-from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.settings.sizes import EncoderDecoderConfig, ModelConfig, Sizes
 from tinybert_jax.tasks.table import TASKS
 from tinybert_jax.tokens.store import Store, open_store
 
@@ -43,7 +45,7 @@ class Corpus(NamedTuple):
 
 class Inputs(NamedTuple):
     tokenizer: Any
-    teacher: ModelConfig
+    teacher: Sizes
     further_teachers: tuple[FurtherTeacher, ...]
     students: tuple[Student, ...]
     task: TaskData | None
@@ -81,8 +83,12 @@ def read_inputs(
         lambda: _read_corpus(corpus),
         lambda: find_folder(tokenizer.path) if tokenizer.path else None,
     )
-    pieces = _make_tokenizer(tokenizer, teacher.path, kept_tokenizer, text.documents)
-    teacher_sizes = given or _new_teacher(teacher, pieces)
+    translates = task is not None and TASKS[task.kind].generates
+    documents = text.documents
+    if translates and examples is not None and not documents:  # one vocabulary of both languages
+        documents = [*examples.train.text, *(examples.train.text_pair or [])]
+    pieces = _make_tokenizer(tokenizer, teacher.path, kept_tokenizer, documents)
+    teacher_sizes = given or _new_teacher(teacher, pieces, translates)
     named = tuple(
         Student(name, section, read or _student_sizes(name, section, teacher_sizes))
         for (name, section), read in zip(students.items(), sizes[: len(students)], strict=True)
@@ -140,28 +146,55 @@ def _make_tokenizer(
     return load_tokenizer(folder)
 
 
-def _new_teacher(section: TeacherSection, tokenizer: Any) -> ModelConfig:
+def _new_teacher(section: TeacherSection, tokenizer: Any, translates: bool) -> Sizes:
     vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     with prefix_errors("teacher"):
         fixed = family_of(section.model_type).fixed
-    return _make_config({**fixed, **section.sizes(), **vocabulary}, "teacher")
+    encoder = _make_config({**fixed, **section.sizes(), **vocabulary}, "teacher")
+    if not translates:
+        return encoder
+    ids = {"decoder_start_token_id": "cls", "eos_token_id": "sep", "pad_token_id": "pad"}
+    special = {name: getattr(tokenizer, f"{token}_token_id") for name, token in ids.items()}
+    return _with_decoder(section, encoder, special, "teacher")
 
 
-def _read_sizes(origin: str, path: str | None) -> ModelConfig | None:
+def _with_decoder(
+    section: ModelSection, encoder: ModelConfig, ids: Mapping[str, int], origin: str
+) -> EncoderDecoderConfig:
+    """An encoder with a decoder of its sizes, but for the number of layers."""
+    layers = section.num_decoder_layers or encoder.num_hidden_layers
+    if encoder.model_type is not None:
+        raise ValueError(
+            f"{origin}.model_type: expected {DEFAULT} for translation, got {encoder.model_type}; "
+            "remove it"
+        )
+    decoder = encoder.model_copy(update={"num_hidden_layers": layers})
+    return EncoderDecoderConfig(encoder=encoder, decoder=decoder, **ids)
+
+
+def _read_sizes(origin: str, path: str | None) -> Sizes | None:
     if path is None:
         return None
     with prefix_errors(origin):
+        if is_encoder_decoder(path):
+            return load_encoder_decoder(path).config
         return read_model(path).config
 
 
-def _student_sizes(name: str, section: StudentSection, teacher: ModelConfig) -> ModelConfig:
-    inherited = teacher.model_dump(exclude={"num_hidden_layers", "initializer_range"})
+def _student_sizes(name: str, section: StudentSection, teacher: Sizes) -> Sizes:
+    origin = student_origin(name)
+    encoder = teacher.encoder if isinstance(teacher, EncoderDecoderConfig) else teacher
+    inherited = encoder.model_dump(exclude={"num_hidden_layers", "initializer_range"})
     given = section.sizes()
-    with prefix_errors(student_origin(name)):
-        family = family_of(given.get("model_type", teacher.model_type))
-    if family is not family_of(teacher.model_type):
+    with prefix_errors(origin):
+        family = family_of(given.get("model_type", encoder.model_type))
+    if family is not family_of(encoder.model_type):
         inherited |= family.fixed
-    return _make_config({**inherited, **given}, student_origin(name))
+    sizes = _make_config({**inherited, **given}, origin)
+    if not isinstance(teacher, EncoderDecoderConfig):
+        return sizes
+    ids = teacher.model_dump(exclude={"encoder", "decoder"})
+    return _with_decoder(section, sizes, ids, origin)
 
 
 def _make_config(fields: dict[str, Any], origin: str) -> ModelConfig:

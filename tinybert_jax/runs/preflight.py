@@ -24,7 +24,8 @@ from tinybert_jax.performance import disk, host
 from tinybert_jax.runs import checks, corpus_checks, environment, identity, shared_folder
 from tinybert_jax.runs.from_step import FromStep, check_from_step, go_back
 from tinybert_jax.runs.inputs import read_inputs
-from tinybert_jax.runs.run import Run, RunTask, check_teacher
+from tinybert_jax.runs.judges import check_teacher
+from tinybert_jax.runs.run import Run, RunTask
 from tinybert_jax.runs.run_store import RunStore, open_store
 from tinybert_jax.tasks.table import TASKS
 from tinybert_jax.training import trackers
@@ -312,7 +313,8 @@ def _check(run: Run, plans: Sequence[StagePlan]) -> None:
         corpus_checks.check_corpus(run.tokenizer, run.corpus)
         if run.heldout and any(not p.stage.distils and p.stage.reads_corpus for p in plans):
             corpus_checks.check_corpus(run.tokenizer, run.heldout, "corpus.heldout_share")
-    if _reads_existing_task_teacher(run, [plan.stage for plan in plans]):
+    has_teacher = _reads_existing_task_teacher(run, [plan.stage for plan in plans])
+    if has_teacher and not run.required_task.kind.generates:  # which has no labels
         checks.check_teacher_labels(run.task_teacher, run.required_task)
     if any(plan.keeps_logits for plan in plans):
         checks.check_further_teachers(run)

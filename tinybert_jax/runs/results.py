@@ -12,6 +12,7 @@ from tinybert_jax.config.stages import PRETRAIN
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.splits import label_notes
 from tinybert_jax.huggingface.hub import find_folder
+from tinybert_jax.inference.seq2seq import TinyBertForConditionalGeneration
 from tinybert_jax.metrics.intervals import interval
 from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.params import Apply, Params, num_parameters
@@ -26,7 +27,7 @@ from tinybert_jax.runs.scoring import (
     score_linear,
     score_seeds,
 )
-from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.settings.sizes import EncoderDecoderConfig, Sizes
 from tinybert_jax.tasks import linear
 from tinybert_jax.tasks.task import Task
 
@@ -306,13 +307,17 @@ def _over_seeds(
     return {name: float(summarise([m[name] for m in by_seed])) for name in by_seed[0]}
 
 
-def _one_call(apply: Apply, params: Params, sizes: ModelConfig) -> tuple[Callable[[], Any], int]:
+def _one_call(apply: Apply, params: Params, sizes: Sizes) -> tuple[Callable[[], Any], int]:
     """(a compiled forward pass of one example, its number of tokens).
 
-    The last layer computes only the tokens that the head reads.
+    The last layer computes only the tokens that the head reads. Of translation: a greedy one.
     """
     length = min(_LATENCY_LENGTH, sizes.max_position_embeddings)
     ids = np.ones((_LATENCY_BATCH, length), np.int32)
+    if isinstance(sizes, EncoderDecoderConfig):
+        # It ends where the model ends, as in use; the source is one that means nothing.
+        model = TinyBertForConditionalGeneration(sizes, params)
+        return functools.partial(model.generate, ids, max_new_tokens=length), length
     forward = jax.jit(lambda params, ids: apply(params, Text(ids, ids * 0), ids > 0).logits)
     return functools.partial(forward, jax.device_put(params), ids), length
 
@@ -338,6 +343,6 @@ def _shares_kept(summary: dict[str, Any]) -> dict[str, float]:
     return {name: s / teacher for role, name, s in scores if role == "student" and teacher > 0}
 
 
-def _sizes(model: ModelConfig) -> str:
+def _sizes(model: Sizes) -> str:
     depth = model.num_hidden_layers
     return f"{depth} layer{'s' if depth > 1 else ''} × {model.hidden_size}"

@@ -16,18 +16,21 @@ from tinybert_jax.config.models import SOLE, FurtherTeacher, Student, TeacherSec
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import FINETUNE, PRETRAIN, StageSection
 from tinybert_jax.config.tasks import TaskSection
-from tinybert_jax.data.errors import GateError
 from tinybert_jax.data.splits import TaskData
-from tinybert_jax.huggingface.folder import save_model, start_params, write_json
+from tinybert_jax.huggingface.encoder_decoder import (
+    Tokenizers,
+    save_encoder_decoder,
+    start_any,
+)
+from tinybert_jax.huggingface.folder import save_model, write_json
 from tinybert_jax.huggingface.head import Head
-from tinybert_jax.inference.scorer import Evaluator, Scorer, make_scorer
 from tinybert_jax.models.heads import Model
 from tinybert_jax.models.params import Apply, Params, frozen_params
 from tinybert_jax.parallel import processes
 from tinybert_jax.parallel.sharding import place_params
 from tinybert_jax.performance import disk
-from tinybert_jax.settings.sizes import ModelConfig
-from tinybert_jax.tasks.task import Scored, Settings, Task
+from tinybert_jax.settings.sizes import EncoderDecoderConfig, Sizes
+from tinybert_jax.tasks.task import Settings, Task
 from tinybert_jax.tokens.store import Store
 from tinybert_jax.training.metric_log import MetricLog
 from tinybert_jax.training.preemption import NEVER, Stop
@@ -66,7 +69,7 @@ class Run(NamedTuple):
     compute: ComputeSection
     distillation: DistillSection
     tokenizer: Any
-    teacher: ModelConfig
+    teacher: Sizes
     teacher_section: TeacherSection
     further_teachers: tuple[FurtherTeacher, ...]
     students: tuple[Student, ...]
@@ -179,10 +182,14 @@ class Run(NamedTuple):
         return self.task_teacher if plan.stage.teacher == "task" else self.pretrained_teacher
 
 
-def with_dropout(model: ModelConfig, section: StageSection) -> ModelConfig:
+def with_dropout(model: Sizes, section: StageSection) -> Sizes:
     """The model config with the dropout rate of the stage, if the stage sets `dropout`."""
     if section.dropout is None:
         return model
+    if isinstance(model, EncoderDecoderConfig):
+        sides = {name: getattr(model, name) for name in ("encoder", "decoder")}
+        changed = {name: with_dropout(side, section) for name, side in sides.items()}
+        return model.model_copy(update=changed)
     rates = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     changes = {**dict.fromkeys(rates, section.dropout), "classifier_dropout": None}
     return model.model_copy(update=changes)
@@ -226,62 +233,21 @@ def place_frozen_params(run: Run, params: Params) -> Params:
     return place_params(freeze_params(run.compute, params), run.mesh)
 
 
-def make_task_model(run: Run, sizes: ModelConfig, **options: Any) -> Model:
+def make_task_model(run: Run, sizes: Sizes, **options: Any) -> Model:
     """(apply, init) of a model with the head of the run's task."""
     return run.required_task.kind.make_head(sizes, run.required_task.data.num_outputs, **options)
 
 
-def load_frozen(run: Run, path: str | Path, sizes: ModelConfig) -> tuple[Apply, Params]:
+def load_frozen(run: Run, path: str | Path, sizes: Sizes) -> tuple[Apply, Params]:
     """(apply, params) of a fine-tuned model in the folder or hub id `path`.
 
     `apply` reads `place_frozen_params(run, params)`, not `params`.
     """
     apply, init = make_task_model(run, sizes, **frozen_options(run.compute))
-    return apply, start_params(path, init, whole=True)
+    return apply, start_any(path, init, whole=True)
 
 
-class TaskEvaluator(NamedTuple):
-    """Scores the parameters of one model on the examples that choose checkpoints."""
-
-    score: Any  # parameters -> Scored: those examples with the model's logits
-    task: Task
-    fingerprint: str  # SHA-256 of the tokenised rows
-
-    def measure(self, params: Any) -> dict[str, float]:
-        """The metrics by name, with the settings that are best on the same examples."""
-        scored = self.score(params)
-        return self.task.measure(scored, self.task.best_settings(scored))
-
-    def tune(self, params: Any) -> Settings:
-        """The settings of the head, such as a threshold, that are best on these examples."""
-        return self.task.best_settings(self.score(params)) if self.task.tune else {}
-
-    def as_evaluator(self) -> Evaluator:
-        return Evaluator(self.measure, self.fingerprint)
-
-
-def make_stage_scorer(run: Run, apply: Apply, section: StageSection) -> Scorer:
-    """score(params, rows): the logits of all rows, in the stage's buckets, on all devices."""
-    return make_scorer(
-        apply,
-        buckets=section.buckets(),
-        pad_token_id=run.tokenizer.pad_token_id,
-        packed=section.batching == "pack",
-        mesh=run.mesh,
-    )
-
-
-def make_task_evaluator(run: Run, apply: Apply, section: StageSection) -> TaskEvaluator:
-    """The evaluator that chooses checkpoints, with rows and buckets of the stage's lengths."""
-    task, examples = run.required_task.kind, run.required_task.data.selection
-    rows = task.encode(run.tokenizer, examples, section.max_length)
-    score = make_stage_scorer(run, apply, section)
-    return TaskEvaluator(
-        lambda params: Scored(score(params, rows), rows, examples), task, rows.fingerprint()
-    )
-
-
-def num_outputs(run: Run, sizes: ModelConfig) -> int:
+def num_outputs(run: Run, sizes: Sizes) -> int:
     """Outputs of a model of the task for each unit."""
     task = run.required_task
     return sizes.hidden_size if task.kind.form == "similarity" else task.data.num_outputs
@@ -291,7 +257,7 @@ def save_task_model(
     run: Run,
     folder: Path,
     params: Params,
-    sizes: ModelConfig,
+    sizes: Sizes,
     settings: Settings,
     extra: Mapping[str, Callable[[Path], None]] | None = None,
 ) -> None:
@@ -304,7 +270,11 @@ def save_task_model(
     trees = files(sizes.hidden_size, sizes.max_position_embeddings)
     more = {name: functools.partial(write_json, tree=tree) for name, tree in trees.items()}
     head = _head_of(run, settings) if kind.hf_head else None
-    if processes.is_main():
+    if isinstance(sizes, EncoderDecoderConfig):
+        tokens = Tokenizers(run.tokenizer, run.tokenizer)
+        if processes.is_main():
+            save_encoder_decoder(folder, params, sizes, tokens)
+    elif processes.is_main():
         save_model(folder, params, sizes, run.tokenizer, head=head, extra={**(extra or {}), **more})
 
 
@@ -315,32 +285,6 @@ def _head_of(run: Run, settings: Settings) -> Head:
     kind = task.kind
     assert kind.hf_head is not None
     return Head(kind.hf_head, kind.problem_type, names, dict(settings), kind.kind)
-
-
-def check_teacher(run: Run, path: str | Path, sizes: ModelConfig) -> None:
-    """Raises GateError for a teacher that has learnt nothing.
-
-    Its score on the examples that choose has to be `distillation.teacher_margin` above the score of
-    always answering the most frequent class.
-    """
-    margin, task = run.distillation.teacher_margin, run.required_task.kind
-    data = run.required_task.data
-    floor = task.floor(data.selection)
-    if floor is None or margin == -1:
-        return
-    plans = reversed([*run.plans.values()])
-    plan = next(plan for plan in plans if plan.stage.teacher == "task")
-    apply, params = load_frozen(run, path, sizes)
-    evaluator = make_task_evaluator(run, apply, plan.section)
-    metrics = evaluator.measure(place_frozen_params(run, params))
-    got, needed = metrics[task.floor_metric], min(floor + margin, 1.0)
-    if got < needed:
-        raise GateError(
-            f"teacher: expected a {data.selection_name} {task.floor_metric} of at least "
-            f"{needed:.4f} (a model that learnt nothing has {floor:.4f}), got {got:.4f} from "
-            f"{path}; check the order of its labels, fine-tune it on the task, or for longer (in "
-            "another run_dir), or accept it with distillation.teacher_margin=-1"
-        )
 
 
 LINEAGE, CARD = "lineage.json", "README.md"

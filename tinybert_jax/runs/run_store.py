@@ -35,13 +35,15 @@ _PARTS = (
     "models/*/",
     "tokenizer/",
     "teacher_logits/*/*.safetensors",
+    "teacher_text/*/*.json",
     "diverged/*/",
     "hf/",
     "*",
 )
 # What a run can do without, or makes again, and so is left out, as a whole, where it is damaged:
 # the first part of its name, and of how many parts the name is.
-_OPTIONAL = {"checkpoints": 4, "models": 2, "teacher_logits": 1, "diverged": 2, "hf": 1}
+_OPTIONAL = {"checkpoints": 4, "models": 2, "diverged": 2}
+_OPTIONAL |= {"teacher_logits": 1, "teacher_text": 1, "hf": 1}
 _RECORD = ".run_store.json"  # the manifests that this folder was copied to
 # A generation is fetched to the first, which is renamed to the second when complete; when the files
 # before it are removed, it is renamed to the third, whose content is then moved to the run folder.

@@ -10,12 +10,14 @@ from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import BASELINE, FINETUNE, PREDICTION, UPDATE
 from tinybert_jax.data.examples import Examples
-from tinybert_jax.huggingface.folder import read_model, start_params
+from tinybert_jax.huggingface.encoder_decoder import start_any
+from tinybert_jax.huggingface.folder import read_model
 from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.metrics.intervals import mean_over_seeds, resampled_scores
 from tinybert_jax.models.params import Apply, Params
+from tinybert_jax.runs.judges import generated
 from tinybert_jax.runs.run import Run, make_task_model
-from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.settings.sizes import Sizes
 from tinybert_jax.tasks import linear
 from tinybert_jax.tasks.task import Scored, Settings
 
@@ -26,7 +28,7 @@ class EvaluatedModel(NamedTuple):
     role: str
     stage: str
     member: str
-    sizes: ModelConfig
+    sizes: Sizes
     folders: list[Path]
 
 
@@ -73,7 +75,7 @@ def _folders(run: Run, stage: str, member: str) -> list[Path]:
 def score_seeds(run: Run, model: EvaluatedModel) -> tuple[SeedScores, Apply, Params]:
     """(scores of all seeds, apply, parameters of the first seed)."""
     apply, init = make_task_model(run, model.sizes)
-    params = [start_params(folder, init, whole=True) for folder in model.folders]
+    params = [start_any(folder, init, whole=True) for folder in model.folders]
     plan, data = _evaluation_plan(run, model.stage), run.required_task.data
     chosen = score(run, plan, params, model.sizes, data.selection)
     dev = chosen if data.select is None else score(run, plan, params, model.sizes, data.dev)
@@ -120,7 +122,7 @@ def score(
     run: Run,
     plan: StagePlan,
     params: Sequence[Any],
-    sizes: ModelConfig,
+    sizes: Sizes,
     examples: Examples,
     num_outputs: int | None = None,
 ) -> list[Scored]:
@@ -130,6 +132,11 @@ def score(
     """
     section = plan.section
     task = run.required_task
+    if task.kind.generates:
+        rows = task.kind.encode(run.tokenizer, examples, section.max_length)
+        empty = np.zeros((len(examples.text), 0), np.float32)
+        texts = [generated(run, model, sizes, section, examples) for model in params]
+        return [Scored(empty, rows, examples, own) for own in texts]
     apply, _ = task.kind.make_head(sizes, num_outputs or task.data.num_outputs)
     rows = task.kind.encode(run.tokenizer, examples, section.max_length)
     logits = make_scorer(apply, buckets=section.buckets(), pad_token_id=run.tokenizer.pad_token_id)

@@ -17,6 +17,7 @@ from tinybert_jax.batches.packing import packed_epochs
 from tinybert_jax.batches.tokenize import tokenize_corpus
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import StageSection
+from tinybert_jax.data.examples import Examples
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.parallel.sharding import batch_part
 from tinybert_jax.runs.run import Run
@@ -41,17 +42,21 @@ def make_stage_batches(
     run: Run,
     plan: StagePlan,
     read_logits: Callable[[TokenRows], tuple[np.ndarray, str]] | None = None,
+    text: Examples | None = None,
 ) -> StageBatches:
     """Batches of the corpus (pretrain, general) or of the task's training text (other stages).
 
     The stages intermediate and prediction also read the task's unlabelled text.
     `read_logits(rows)` returns the teachers' logits of the task's rows, fp32 [rows, outputs], and a
-    SHA-256 of everything that they depend on.
+    SHA-256 of everything that they depend on. `text`: instead of the task's.
     """
     if plan.stage.reads_corpus:
         return _make_corpus_batches(run, plan)
     task, section = run.required_task, plan.section
-    text = task.data.train if plan.stage.text == "labelled" else task.data.distilled
+    if text is None:
+        text = task.data.train if plan.stage.text == "labelled" else task.data.distilled
+    if task.kind.fits is not None:
+        text = _fitting(run, plan, text)
     rows = task.kind.encode(run.tokenizer, text, section.max_length)
     run.log.say(
         f"{plan.name}: {len(rows.lengths):,} examples, {len(rows.ids):,} tokens, "
@@ -65,6 +70,23 @@ def make_stage_batches(
     batches = _make_row_batches(run, section, rows, _seed(run, plan), num_texts)
     content = (batches.fingerprint + fingerprint).encode()
     return batches._replace(fingerprint=hashlib.sha256(content).hexdigest())
+
+
+def _fitting(run: Run, plan: StagePlan, text: Examples) -> Examples:
+    """The examples that need not be cut; says how many are left out."""
+    task, most = run.required_task, plan.section.max_length
+    assert task.kind.fits is not None
+    fits = task.kind.fits(run.tokenizer, text, most)
+    if fits.all():
+        return text
+    told = f"{np.count_nonzero(~fits):,} of {len(fits):,} rows are longer than {most} tokens"
+    if task.section.long == "refuse" or not fits.any():
+        raise ValueError(
+            f"{plan.name}: expected rows of at most {most} tokens, got others: {told}; raise "
+            f"{plan.name}.max_length, or set task.long=drop"
+        )
+    run.log.say(f"{plan.name}: {told} and left out")
+    return text.take(np.flatnonzero(fits).tolist())
 
 
 # Added to the number of a phase. Larger than the numbers of epochs and corpora, which a seed may
@@ -134,7 +156,7 @@ def _make_row_batches(
     num_texts: int = 1,
 ) -> StageBatches:
     """Batches of the rows; the `num_texts` rows of an example are in one batch, side by side."""
-    by_example = rows.lengths.reshape(-1, num_texts)
+    by_example = rows.widths.reshape(-1, num_texts)
     if section.batching == "pack":
         lengths = by_example.sum(1)
         _check_fits(lengths, section.max_length, num_texts)

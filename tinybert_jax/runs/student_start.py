@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from tinybert_jax.config.models import Student
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import HeadSection
-from tinybert_jax.huggingface.folder import start_params
+from tinybert_jax.huggingface.encoder_decoder import start_any
 from tinybert_jax.models.heads import make_encoder
 from tinybert_jax.models.params import Apply, Params
 from tinybert_jax.objectives.alignment import (
@@ -31,7 +31,7 @@ from tinybert_jax.runs.head_init import init_head
 from tinybert_jax.runs.run import Run
 from tinybert_jax.runs.stage_batches import StageBatches
 from tinybert_jax.settings.layer_maps import make_layer_pairs
-from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.settings.sizes import Sizes
 from tinybert_jax.terms.table import needs_projection
 
 PROJECTION = "projection.safetensors"  # beside the student's weights in its folder
@@ -98,7 +98,7 @@ def _start(
     starts from `teacher_embeddings` or `teacher_reduced`.
     """
     label_names = run.task.data.label_names if run.task else None
-    params = start_params(start, init, key, label_names=label_names, is_quiet=is_quiet)
+    params = start_any(start, init, key, label_names=label_names, is_quiet=is_quiet)
     if start is not None or student.section.init == "random":
         return params, None
     encoder, directions = encoder_of(params), None
@@ -150,7 +150,7 @@ def _reduce(
         sample.append((*encoder_inputs(batch), np.asarray(batch.real)))
         num_tokens += int(sample[-1][-1].sum())
 
-    def states_of(sizes: ModelConfig, like: Any) -> Callable[[Any], list[np.ndarray]]:
+    def states_of(sizes: Sizes, like: Any) -> Callable[[Any], list[np.ndarray]]:
         apply, _ = make_encoder(sizes, has_pooler="pooler" in like)
         hidden = jax.jit(lambda params, *inputs: apply(params, *inputs).hidden)
 

@@ -20,14 +20,9 @@ from tinybert_jax.models.params import sha256
 from tinybert_jax.parallel import processes
 from tinybert_jax.performance import disk
 from tinybert_jax.runs import shared_folder
-from tinybert_jax.runs.run import (
-    Run,
-    load_frozen,
-    make_stage_scorer,
-    num_outputs,
-    place_frozen_params,
-)
-from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.runs.judges import make_stage_scorer
+from tinybert_jax.runs.run import Run, load_frozen, num_outputs, place_frozen_params
+from tinybert_jax.settings.sizes import Sizes
 
 ROWS_PER_FILE = 2**14
 
@@ -54,7 +49,7 @@ def zeros(run: Run, rows: TokenRows) -> tuple[np.ndarray, str]:
 
 
 def _read_teacher(
-    run: Run, plan: StagePlan, rows: TokenRows, path: str | Path, sizes: ModelConfig
+    run: Run, plan: StagePlan, rows: TokenRows, path: str | Path, sizes: Sizes
 ) -> tuple[np.ndarray, str]:
     """(logits, key) of one teacher; the key is the name of the folder with the logits."""
     section, num_rows = plan.section, len(rows.lengths)

@@ -14,7 +14,7 @@ from tinybert_jax.objectives.masked_lm import mlm_chunk_size
 from tinybert_jax.objectives.masking import highest_rate, num_slots
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.runs.run import Run
-from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.settings.sizes import Sizes
 from tinybert_jax.terms.table import Terms, reads_every_word, reads_of
 
 _CHUNK_SIZE = Options().chunk_size  # of distillation
@@ -23,11 +23,11 @@ _CHUNK_SIZE = Options().chunk_size  # of distillation
 class Work(NamedTuple):
     """The models of a stage and the loss terms that read them."""
 
-    trained: dict[str, ModelConfig]  # by name
+    trained: dict[str, Sizes]  # by name
     num_seeds: int  # of each trained model
-    teacher: ModelConfig | None  # the teacher that runs in every step
+    teacher: Sizes | None  # the teacher that runs in every step
     terms: Terms  # the terms of the steps; pretrain has the masked LM as its only term
-    logit_teachers: tuple[ModelConfig, ...] = ()  # teachers that run once over the text
+    logit_teachers: tuple[Sizes, ...] = ()  # teachers that run once over the text
     num_passes: int = 1  # of each trained model over a batch
 
 
@@ -46,7 +46,7 @@ def work_of(run: Run, plan: StagePlan) -> Work:
     if plan.stage.role == "teacher":
         return Work({SOLE: run.teacher}, num_seeds, None, terms, (), plan.num_passes)
     students = {student.name: student.sizes for student in run.students}
-    logit_teachers: tuple[ModelConfig, ...] = ()
+    logit_teachers: tuple[Sizes, ...] = ()
     if plan.keeps_logits:
         further = [teacher.sizes for teacher in run.further_teachers]
         logit_teachers = (*[run.teacher] * max(len(run.own_teachers), 1), *further)
@@ -81,7 +81,7 @@ def count_last_layer_examples(run: Run, batch: Batch) -> int | None:
     return num_last_layer_tokens if is_few(num_last_layer_tokens, batch.shape[1]) else None
 
 
-def projected(work: Work, student: ModelConfig) -> list[int]:
+def projected(work: Work, student: Sizes) -> list[int]:
     """For each comparison with a hidden state of the teacher: the index of the student's.
 
     Index 0 is the embeddings, index i the output of layer i.

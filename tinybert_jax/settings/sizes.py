@@ -83,3 +83,45 @@ class EncoderDecoderConfig(Section):
                     f"{self.decoder.vocab_size}, got {got}"
                 )
         return self
+
+    # What readers of `Sizes` ask of any model; of the two sides where they may differ, the encoder.
+
+    @property
+    def model_type(self) -> str | None:
+        return self.encoder.model_type
+
+    @property
+    def vocab_size(self) -> int:
+        return self.decoder.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.encoder.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.encoder.num_hidden_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.encoder.num_attention_heads
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.encoder.intermediate_size
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Of both sides."""
+        return min(side.max_position_embeddings for side in (self.encoder, self.decoder))
+
+    @property
+    def type_vocab_size(self) -> int:
+        return self.encoder.type_vocab_size
+
+    @property
+    def attention_probs_dropout_prob(self) -> float:
+        return max(side.attention_probs_dropout_prob for side in (self.encoder, self.decoder))
+
+
+Sizes = ModelConfig | EncoderDecoderConfig

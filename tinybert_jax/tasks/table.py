@@ -9,6 +9,7 @@ from tinybert_jax.tasks.question_answering import QUESTION_ANSWERING
 from tinybert_jax.tasks.regression import REGRESSION
 from tinybert_jax.tasks.tagging import TAGGING
 from tinybert_jax.tasks.task import Task
+from tinybert_jax.tasks.translation import TRANSLATION
 
 TASKS: dict[str, Task] = {
     task.kind: task
@@ -19,6 +20,7 @@ TASKS: dict[str, Task] = {
         TAGGING,
         QUESTION_ANSWERING,
         EMBEDDINGS,
+        TRANSLATION,
     )
 }
 

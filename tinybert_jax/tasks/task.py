@@ -26,6 +26,7 @@ class Scored(NamedTuple):
     logits: np.ndarray  # fp32 [examples, classes], or [tokens of `rows`, classes]
     rows: TokenRows
     examples: Examples
+    texts: list[str] | None = None  # of a task that generates: what the model has made
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -75,6 +76,9 @@ class Task(NamedTuple):
     more_files: Callable[[int, int], dict[str, Any]] | None = None
     # (folder): raises ValueError where a model gives other outputs than the task reads
     check_folder: Callable[[Path], None] | None = None
+    generates: bool = False  # a model is scored by the texts that it makes
+    # (tokenizer, examples, most tokens) -> bool [n]: the examples that need not be cut
+    fits: Callable[[Any, Examples, int], np.ndarray] | None = None
 
     @property
     def kind(self) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from tinybert_jax.settings.section import PositiveInt
-from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.settings.sizes import Sizes
 from tinybert_jax.terms.term import (
     Context,
     LayerTerm,
@@ -95,13 +95,13 @@ class AttentionTerm(LayerTerm):
         )
         return (student, teacher) if reads and self.keeps_heads else None
 
-    def check_fit(self, student: ModelConfig, teacher: ModelConfig) -> None:
+    def check_fit(self, student: Sizes, teacher: Sizes) -> None:
         if not self.heads:
             self._check_heads(student, teacher)
         super().check_fit(student, teacher)
         check_divides(self.heads, {"student": student, "teacher": teacher})
 
-    def _check_heads(self, student: ModelConfig, teacher: ModelConfig) -> None:
+    def _check_heads(self, student: Sizes, teacher: Sizes) -> None:
         """Raises ValueError where heads, all or the map's, cannot be compared one by one."""
         ours, theirs = student.num_attention_heads, teacher.num_attention_heads
         if self.head_map is None and ours != theirs:
@@ -117,12 +117,12 @@ class AttentionTerm(LayerTerm):
                     f"teacher's from 1 to {theirs}, got {[one, other]}; leave that pair out"
                 )
 
-    def teacher_taps(self, student: ModelConfig, teacher: ModelConfig, row: Row) -> list[Tap]:
+    def teacher_taps(self, student: Sizes, teacher: Sizes, row: Row) -> list[Tap]:
         pairs = self.pairs_of(student, teacher)
         kinds = ("maps",) if self.reads_maps(student, teacher, row) else ("queries", "keys")
         return [Tap(kind, theirs) for kind in kinds for _, theirs in pairs]
 
-    def num_map_entries(self, student: ModelConfig, teacher: ModelConfig, row: Row) -> int:
+    def num_map_entries(self, student: Sizes, teacher: Sizes, row: Row) -> int:
         from tinybert_jax.losses.attention import builds_score_maps
 
         dims = (m.hidden_size // (self.heads or m.num_attention_heads) for m in (student, teacher))
@@ -134,7 +134,7 @@ class AttentionTerm(LayerTerm):
         num_pairs = len(self.pairs_of(student, teacher))
         return num_pairs * num_heads * row.width**2
 
-    def reads_maps(self, student: ModelConfig, teacher: ModelConfig, row: Row) -> bool:
+    def reads_maps(self, student: Sizes, teacher: Sizes, row: Row) -> bool:
         """Whether the loss reads the maps that both models' attention builds, on a CPU."""
         from tinybert_jax.losses.attention import reads_attention_scores
 

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from tinybert_jax.settings.layer_maps import LayerMap
-from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.settings.sizes import Sizes
 from tinybert_jax.terms.term import Context, LayerTerm, Loss, Reads, Row, Tap, check_equal_widths
 
 
@@ -36,9 +36,9 @@ class ClsTerm(LayerTerm):
         num_pairs = len(self.pairs(num_student, num_teacher))
         return lambda context: total(context) / num_pairs
 
-    def check_fit(self, student: ModelConfig, teacher: ModelConfig) -> None:
+    def check_fit(self, student: Sizes, teacher: Sizes) -> None:
         super().check_fit(student, teacher)
         check_equal_widths(student, teacher)
 
-    def teacher_taps(self, student: ModelConfig, teacher: ModelConfig, row: Row) -> list[Tap]:
+    def teacher_taps(self, student: Sizes, teacher: Sizes, row: Row) -> list[Tap]:
         return [Tap("hidden", theirs) for _, theirs in self.pairs_of(student, teacher)]

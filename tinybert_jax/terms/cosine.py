@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.settings.sizes import Sizes
 from tinybert_jax.terms.term import Loss, Reads, Row, Tap, Term, check_equal_widths
 
 
@@ -27,8 +27,8 @@ class CosineTerm(Term):
             count=c.counts.tokens,
         )
 
-    def check_fit(self, student: ModelConfig, teacher: ModelConfig) -> None:
+    def check_fit(self, student: Sizes, teacher: Sizes) -> None:
         check_equal_widths(student, teacher)
 
-    def teacher_taps(self, student: ModelConfig, teacher: ModelConfig, row: Row) -> list[Tap]:
+    def teacher_taps(self, student: Sizes, teacher: Sizes, row: Row) -> list[Tap]:
         return [Tap("hidden", teacher.num_hidden_layers)]

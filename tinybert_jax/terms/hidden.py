@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.settings.sizes import Sizes
 from tinybert_jax.terms.term import Context, LayerTerm, Loss, Reads, Row, Tap, Term
 
 
@@ -23,7 +23,7 @@ class HiddenTerm(LayerTerm):
     def projected_entries(self, num_student: int, num_teacher: int) -> list[int]:
         return [ours for ours, _ in self.pairs(num_student, num_teacher)]
 
-    def teacher_taps(self, student: ModelConfig, teacher: ModelConfig, row: Row) -> list[Tap]:
+    def teacher_taps(self, student: Sizes, teacher: Sizes, row: Row) -> list[Tap]:
         return [Tap("hidden", theirs) for _, theirs in self.pairs_of(student, teacher)]
 
 
@@ -44,7 +44,7 @@ class EmbeddingTerm(Term):
     def projected_entries(self, num_student: int, num_teacher: int) -> list[int]:
         return [0]
 
-    def teacher_taps(self, student: ModelConfig, teacher: ModelConfig, row: Row) -> list[Tap]:
+    def teacher_taps(self, student: Sizes, teacher: Sizes, row: Row) -> list[Tap]:
         return [Tap("embedding", 0)]
 
 

@@ -20,10 +20,8 @@ class LabelTerm(Term):
     )
 
     def make_loss(self, num_student: int, num_teacher: int) -> Loss:
-        from tinybert_jax.losses.forms import FORMS
-
         def loss(c: Context):
-            return FORMS[c.options.form].label_loss(
+            return c.form.label_loss(
                 c.student.logits,
                 *c.units(),
                 label_smoothing=self.label_smoothing,

@@ -37,10 +37,8 @@ class LogitsTerm(Term):
         return self.where == "right"
 
     def make_loss(self, num_student: int, num_teacher: int) -> Loss:
-        from tinybert_jax.losses.forms import FORMS
-
         def loss(c: Context):
-            form = FORMS[c.options.form]
+            form = c.form
             labels, weights = c.units()
             if self.where == "right" and form.is_right is not None:
                 weights = weights * form.is_right(c.teacher.logits, labels)

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from tinybert_jax.settings.layer_maps import LayerMap
 from tinybert_jax.settings.section import PositiveInt
-from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.settings.sizes import Sizes
 from tinybert_jax.terms.term import (
     Context,
     LayerTerm,
@@ -61,15 +61,15 @@ class RelationTerm(LayerTerm):
 
         return self.sum_over_layers(num_student, num_teacher, one)
 
-    def check_fit(self, student: ModelConfig, teacher: ModelConfig) -> None:
+    def check_fit(self, student: Sizes, teacher: Sizes) -> None:
         super().check_fit(student, teacher)
         check_divides(self.heads, {"student": student, "teacher": teacher})
 
-    def teacher_taps(self, student: ModelConfig, teacher: ModelConfig, row: Row) -> list[Tap]:
+    def teacher_taps(self, student: Sizes, teacher: Sizes, row: Row) -> list[Tap]:
         pairs = self.pairs_of(student, teacher)
         return [Tap(kind, theirs) for kind in self.of for _, theirs in pairs]
 
-    def num_map_entries(self, student: ModelConfig, teacher: ModelConfig, row: Row) -> int:
+    def num_map_entries(self, student: Sizes, teacher: Sizes, row: Row) -> int:
         from tinybert_jax.losses.relations import RELATION_BLOCK
 
         # A row of one block goes without a loop: then the maps of all relations exist at once.

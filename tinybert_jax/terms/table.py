@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.settings.sizes import Sizes
 from tinybert_jax.terms.attention import AttentionTerm
 from tinybert_jax.terms.cls import ClsTerm
 from tinybert_jax.terms.contrastive import ContrastiveTerm, SimilarityTerm
@@ -49,7 +49,7 @@ def reads_of(terms: Terms, *, of_teacher: bool = False) -> Reads:
     return Reads(*(any(values) for values in zip(*read, strict=True))) if read else _NOTHING
 
 
-def needs_projection(terms: Terms, student: ModelConfig, teacher: ModelConfig) -> bool:
+def needs_projection(terms: Terms, student: Sizes, teacher: Sizes) -> bool:
     """Whether any of the terms compares the two models through a projection."""
     is_other_width = student.hidden_size != teacher.hidden_size
     return any(

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from tinybert_jax.settings.layer_maps import LayerMap, LayerPairs, make_layer_pairs
 from tinybert_jax.settings.section import NonNegative, Positive, Section
-from tinybert_jax.settings.sizes import ModelConfig
+from tinybert_jax.settings.sizes import Sizes
 
 
 class Ramp(Section):
@@ -60,6 +60,7 @@ class Context(Protocol):
     batch: Any  # Batch
     counts: Any  # Counts: the denominators of the whole batch
     options: Any  # Options
+    form: Any  # losses.forms.Form: the losses that fit the logits of the task
 
     def number(self, value: float | Ramp) -> Any:
         """A weight or temperature at the present step."""
@@ -139,18 +140,18 @@ class Term(Section):
         """The loss between models of so many layers."""
         raise NotImplementedError
 
-    def check_fit(self, student: ModelConfig, teacher: ModelConfig) -> None:
+    def check_fit(self, student: Sizes, teacher: Sizes) -> None:
         """Raises ValueError where the term cannot compare models of these sizes."""
 
     def projected_entries(self, num_student: int, num_teacher: int) -> list[int]:
         """The student's hidden entry of each projection; 0 is the embeddings."""
         return []
 
-    def teacher_taps(self, student: ModelConfig, teacher: ModelConfig, row: Row) -> list[Tap]:
+    def teacher_taps(self, student: Sizes, teacher: Sizes, row: Row) -> list[Tap]:
         """The arrays of the teacher that the loss reads."""
         return []
 
-    def num_map_entries(self, student: ModelConfig, teacher: ModelConfig, row: Row) -> int:
+    def num_map_entries(self, student: Sizes, teacher: Sizes, row: Row) -> int:
         """Entries of [query, key] maps that the loss builds of one row."""
         return 0
 
@@ -167,10 +168,10 @@ class LayerTerm(Term):
         """(student's layer, teacher's layer) from 1."""
         return make_layer_pairs(self.layer_map, num_student, num_teacher)
 
-    def pairs_of(self, student: ModelConfig, teacher: ModelConfig) -> LayerPairs:
+    def pairs_of(self, student: Sizes, teacher: Sizes) -> LayerPairs:
         return self.pairs(student.num_hidden_layers, teacher.num_hidden_layers)
 
-    def check_fit(self, student: ModelConfig, teacher: ModelConfig) -> None:
+    def check_fit(self, student: Sizes, teacher: Sizes) -> None:
         try:
             self.pairs_of(student, teacher)
         except ValueError as error:
@@ -186,7 +187,7 @@ class LayerTerm(Term):
         return lambda context: jnp.stack([one(context, i, j) for i, j in pairs]).sum()
 
 
-def check_divides(heads: int | None, models: Mapping[str, ModelConfig]) -> None:
+def check_divides(heads: int | None, models: Mapping[str, Sizes]) -> None:
     """Raises ValueError where `heads` relation heads do not divide the width of a model."""
     for role, model in models.items():
         if heads and model.hidden_size % heads:
@@ -196,7 +197,7 @@ def check_divides(heads: int | None, models: Mapping[str, ModelConfig]) -> None:
             )
 
 
-def check_equal_widths(student: ModelConfig, teacher: ModelConfig) -> None:
+def check_equal_widths(student: Sizes, teacher: Sizes) -> None:
     """Raises ValueError where hidden states cannot be compared without a projection."""
     if student.hidden_size != teacher.hidden_size:
         raise ValueError(

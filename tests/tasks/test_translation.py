@@ -1,0 +1,333 @@
+"""Translation: losses on factors of logits, batches of pairs, and a run from files to a folder."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+
+from tinybert_jax import cli
+from tinybert_jax.batches.batch import Plan, make_batch
+from tinybert_jax.batches.tokenize import tokenize_pairs
+from tinybert_jax.data.examples import Examples
+from tinybert_jax.data.wordpiece import train_wordpiece
+from tinybert_jax.inference.seq2seq import TinyBertForConditionalGeneration, translate
+from tinybert_jax.losses.pointwise import kl, softmax_cross_entropy
+from tinybert_jax.metrics.translation import (
+    corpus_scores,
+    sentence_counts,
+    translation_scores,
+)
+from tinybert_jax.models.seq2seq import make_seq2seq
+from tinybert_jax.objectives.factored import Factors, form_of
+from tinybert_jax.objectives.supervised import make_supervised
+from tinybert_jax.settings.sizes import EncoderDecoderConfig, ModelConfig
+
+pytest.importorskip("sacrebleu")
+
+PAIRS = [
+    ("a dog runs", "ein Hund rennt"),
+    ("a dog sleeps", "ein Hund schläft"),
+    ("the cat sleeps here", "die Katze schläft hier"),
+    ("a cat runs home", "eine Katze rennt heim"),
+    ("the dog and the cat", "der Hund und die Katze"),
+    ("here", "hier"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_wordpiece([text for pair in PAIRS for text in pair], vocab_size=90)
+
+
+def _sizes(tokenizer, layers=1, width=16):
+    side = ModelConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=2 * width,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    ids = {
+        "decoder_start_token_id": tokenizer.cls_token_id,
+        "eos_token_id": tokenizer.sep_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return EncoderDecoderConfig(encoder=side, decoder=side, **ids)
+
+
+def _factors(seed, units=21, dim=8, vocab=13):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = ((units, dim), (vocab, dim), (vocab,))
+    return Factors(*(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)))
+
+
+def _whole(factors):
+    return factors.hidden @ factors.table.T + factors.bias[None]
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_smoothed_labels_are_those_of_whole_logits(smoothing, num_shards):
+    """Value and gradients, with units that do not count."""
+    labels = jnp.arange(21) % 13
+    weights = (jnp.arange(21) % 4 > 0).astype(jnp.float32)
+
+    def ours(factors):
+        form = form_of("vocabulary", num_shards)
+        return form.label_loss(factors, labels, weights, label_smoothing=smoothing, count=None)
+
+    def theirs(factors):
+        return softmax_cross_entropy(_whole(factors), labels, weights, label_smoothing=smoothing)
+
+    factors = _factors(0)
+    found, expected = (jax.value_and_grad(loss)(factors) for loss in (ours, theirs))
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, two, atol=2e-6)
+    reference = torch.nn.CrossEntropyLoss(label_smoothing=smoothing)
+    chosen = np.asarray(weights) > 0
+    logits = torch.tensor(np.asarray(_whole(factors))[chosen])
+    value = reference(logits, torch.tensor(np.asarray(labels)[chosen]).long())
+    np.testing.assert_allclose(found[0], value, rtol=1e-5)
+
+
+def test_the_teacher_s_words_are_those_of_whole_logits():
+    weights = (jnp.arange(21) % 5 > 0).astype(jnp.float32)
+    student, teacher = _factors(0), _factors(1, dim=4)
+    form = form_of("vocabulary")
+    found = form.teacher_loss(student, teacher, weights, divergence="kl", temperature=2.0)
+    expected = kl(_whole(student), _whole(teacher), weights, temperature=2.0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_packed_pairs_have_the_loss_and_gradients_of_padded_ones(tokenizer):
+    examples = Examples(*map(list, zip(*PAIRS, strict=True)), None, None)
+    rows = tokenize_pairs(tokenizer, examples, 32)
+    sizes = _sizes(tokenizer, layers=2)
+    apply, init = make_seq2seq(sizes)
+    params = init(jax.random.key(0))
+    objective = make_supervised(apply, form="vocabulary", label_smoothing=0.1)
+
+    def value_and_gradients(plan):
+        batch = jax.tree.map(jnp.asarray, make_batch(rows, plan, tokenizer.pad_token_id))
+        key = jax.random.key(1)
+        batch, counts = objective.prepare(batch, key, jnp.zeros(()))
+        loss = lambda params: objective.loss(params, batch, counts, None, ())[0]  # noqa: E731
+        return float(counts.units), jax.jit(jax.value_and_grad(loss))(params)
+
+    padded = value_and_gradients(Plan(np.array([0, 1, 2, 3, 4, 5, -1, -1]), 24))
+    packed = value_and_gradients(Plan(np.array([[4, 0, -1], [1, 2, 5], [3, -1, -1]]), 32))
+    assert padded[0] == packed[0] == len(rows.targets.labels)
+    for one, two in zip(jax.tree.leaves(padded[1]), jax.tree.leaves(packed[1]), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_the_loss_is_that_of_transformers(tokenizer, tmp_path):
+    """Shifted labels, weights and the tied table mean the same."""
+    examples = Examples(*map(list, zip(*PAIRS, strict=True)), None, None)
+    rows = tokenize_pairs(tokenizer, examples, 32)
+    sizes = _sizes(tokenizer)
+    apply, init = make_seq2seq(sizes)
+    params = init(jax.random.key(0))
+    model = TinyBertForConditionalGeneration(sizes, params)
+    model.save_pretrained(tmp_path / "model", _both(tokenizer))
+    theirs = transformers.EncoderDecoderModel.from_pretrained(tmp_path / "model").eval()
+    batch = make_batch(rows, Plan(np.arange(6), 16), tokenizer.pad_token_id)
+    objective = make_supervised(apply, form="vocabulary")
+    placed = jax.tree.map(jnp.asarray, batch)
+    placed, counts = objective.prepare(placed, jax.random.key(0), jnp.zeros(()))
+    ours = objective.loss(params, placed, counts, None, ())[0]
+    labels = np.where(batch.targets["units"] > 0, batch.targets["labels"], -100)
+    with torch.no_grad():
+        logits = theirs(
+            input_ids=torch.tensor(batch.inputs.input_ids),
+            attention_mask=torch.tensor(batch.attention_mask),
+            decoder_input_ids=torch.tensor(batch.targets["decoder_input_ids"]),
+            decoder_attention_mask=torch.tensor(batch.targets["decoder_mask"]),
+        ).logits
+    flat = logits.reshape(-1, logits.shape[-1])
+    expected = torch.nn.functional.cross_entropy(flat, torch.tensor(labels).long().reshape(-1))
+    np.testing.assert_allclose(ours, expected, rtol=2e-5)
+
+
+def _both(tokenizer):
+    from tinybert_jax.huggingface.encoder_decoder import Tokenizers
+
+    return Tokenizers(tokenizer, tokenizer)
+
+
+def test_the_scores_of_a_selection_are_sacrebleu_s():
+    made = ["a dog runs home today", "the cat sleeps", "no word in common at all"]
+    right = ["a dog runs home now", "the cat sleeps well", "something else"]
+    counts = sentence_counts(made, right)
+    for chosen in ([0, 1, 2], [0, 0, 1], [2]):
+        found = corpus_scores(counts[chosen])
+        expected = translation_scores([made[i] for i in chosen], [right[i] for i in chosen])
+        assert [found["bleu"], found["chrf"]] == pytest.approx([own.value for own in expected])
+
+
+STAGE = {
+    "num_steps": 12,
+    "global_batch_size": 4,
+    "max_length": 24,
+    "batching": "pack",
+    "learning_rate": 1e-2,
+    "eval_every": 12,
+}
+
+
+@pytest.fixture
+def world(tmp_path):
+    for place, name in enumerate(("train.en", "train.de")):
+        lines = [pair[place] for pair in PAIRS * 2]
+        (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+def _config(world, **sections):
+    tree = {
+        "run_dir": str(world / "run"),
+        "tokenizer": {"vocab_size": 90},
+        "teacher": {
+            "num_hidden_layers": 2,
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "max_position_embeddings": 32,
+        },
+        "student": {
+            "num_hidden_layers": 1,
+            "num_decoder_layers": 2,
+            "hidden_size": 8,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+        },
+        "task": {
+            "kind": "translation",
+            "train": str(world / "train.en"),
+            "train_target": str(world / "train.de"),
+            "dev": str(world / "train.en"),
+            "dev_target": str(world / "train.de"),
+        },
+        "distillation": {
+            "targets": "teacher",
+            "num_beams": 2,
+            "prediction": [{"term": "label"}, {"term": "logits", "form": "kl"}],
+        },
+        "finetune": {**STAGE, "label_smoothing": 0.1},
+        "prediction": STAGE,
+        "baseline": {**STAGE, "batching": "bucket"},
+        **sections,
+    }
+    path = world / "run.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return str(path)
+
+
+@pytest.mark.usefixtures("cheap_programs")
+def test_a_run_ends_in_a_folder_that_translates_alike_in_transformers(world, capsys):
+    assert cli.main(["run", _config(world)]) == 0
+    told = capsys.readouterr().out
+    assert "has translated 12 of 12 sources" in told
+    results = json.loads((world / "run" / "results.json").read_text())
+    assert [model["role"] for model in results["models"]] == ["teacher", "student", "baseline"]
+    for model in results["models"]:
+        assert set(model["metrics"]) == {"bleu", "chrf"}
+        assert len(model["translations"]) == 12 and model["latency_ms"]["median"] > 0
+    ours = TinyBertForConditionalGeneration.from_pretrained(world / "run" / "hf")
+    assert ours.config.encoder.num_hidden_layers == 1
+    assert ours.config.decoder.num_hidden_layers == 2
+    sources = [source for source, _ in PAIRS]
+    found = translate(ours, sources, num_beams=1, max_new_tokens=20).lines
+    student = next(model for model in results["models"] if model["role"] == "student")
+    assert found == [row["translation"] for row in student["translations"][: len(PAIRS)]]
+    theirs = transformers.EncoderDecoderModel.from_pretrained(world / "run" / "hf").eval()
+    tokens = transformers.AutoTokenizer.from_pretrained(world / "run" / "hf")
+    inputs = tokens(sources, return_tensors="pt", padding=True, return_token_type_ids=False)
+    ids = theirs.generate(**inputs, num_beams=1, max_new_tokens=20, do_sample=False)
+    assert tokens.batch_decode(ids, skip_special_tokens=True) == found
+    # Again: nothing is trained or translated.
+    assert cli.main(["run", str(world / "run.yaml")]) == 0
+    assert "prediction: done before" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("cheap_programs")
+def test_damage_in_the_kept_translations_is_told(world, capsys):
+    config = _config(world, finetune=STAGE, baseline=None)
+    assert cli.main(["run", config]) == 0
+    (file,) = (world / "run" / "teacher_text").rglob("*.json")
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps({**found, "texts": ["x", *found["texts"][1:]]}))
+    for stage in ("models/prediction", "stages/prediction.json", "checkpoints/prediction"):
+        path = world / "run" / stage
+        path.unlink() if path.is_file() else [p.unlink() for p in path.rglob("*") if p.is_file()]
+    capsys.readouterr()
+    assert cli.main(["run", config]) == 2
+    assert "expected 12 translations as they were written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"train_target": "short"}, ("11 lines, a translation", "12", "missing lines")),
+        ({"train_target": "blank", "blank": "refuse"}, ("1 blank rows: 3", "blank: drop")),
+        ({"train_target": "same"}, ("same text on both sides", "train_target")),
+        ({"train_target": "gone"}, ("gone", "nothing")),
+        ({"train_target": None, "dev_target": None}, ("expected a table", "train_target")),
+    ],
+)
+def test_files_that_are_not_parallel_are_refused(world, change, told, capsys):
+    lines = (world / "train.de").read_text(encoding="utf-8").splitlines()
+    for name, content in {
+        "short": lines[:-1],
+        "blank": [*lines[:2], "  ", *lines[3:]],
+        "same": (world / "train.en").read_text().splitlines(),
+    }.items():
+        (world / name).write_text("\n".join(content) + "\n", encoding="utf-8")
+    if change["train_target"] == "short":
+        told = (told[1] + " lines", "11", told[2])
+    _config(world)
+    tree = yaml.safe_load((world / "run.yaml").read_text())
+    named = {k: str(world / v) if k.endswith("target") and v else v for k, v in change.items()}
+    tree["task"] |= named | ({"format": "text"} if change["train_target"] is None else {})
+    (world / "run.yaml").write_text(yaml.safe_dump(tree))
+    assert cli.main(["run", str(world / "run.yaml"), "--dry-run"]) == 2
+    message = capsys.readouterr().err
+    assert all(part in message for part in told), message
+
+
+@pytest.mark.parametrize(
+    "sections, told",
+    [
+        ({"intermediate": STAGE}, "translation has the stages"),
+        ({"distillation": {}}, "expected form: kl with translation"),
+        ({"prediction": {**STAGE, "head_init": "linear_probe"}}, "words have no probe"),
+        ({"finetune": {**STAGE, "r_drop": 1.0}}, "r_drop"),
+        ({"task": {"train": "x.tsv", "dev": "x.tsv"}}, "num_decoder_layers is for"),
+    ],
+)
+def test_settings_that_translation_lacks_are_refused(world, sections, told, capsys):
+    assert cli.main(["run", _config(world, **sections), "--print-config"]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_blank_and_long_rows_are_left_out_and_counted(world, capsys):
+    lines = (world / "train.de").read_text(encoding="utf-8").splitlines()
+    lines[3], lines[4] = " ", "Hund " * 40
+    (world / "train.de").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert cli.main(["run", _config(world), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "1 rows with a blank side are left out" in told
+    assert "finetune: 1 of 11 rows are longer than 24 tokens and left out" in told
+    config = yaml.safe_load((world / "run.yaml").read_text())
+    config["task"]["long"] = "refuse"
+    (world / "run.yaml").write_text(yaml.safe_dump(config))
+    assert cli.main(["run", str(world / "run.yaml"), "--dry-run"]) == 2
+    assert "set task.long=drop" in capsys.readouterr().err
