@@ -20,8 +20,8 @@ ROOMS = {
     "by_rows load",
     "metrics": "classification regression multi_label tagging spans intervals paired calibration "
     "cosines translation",
-    "report": "charts style run_files tables headline confusion per_class pareto advice "
-    "calibration differences console card page comparison",
+    "report": "charts style shell run_files tables figures headline confusion per_class pareto "
+    "advice calibration differences console card page comparison",
     "performance": "flops accelerators device_peaks hlo latency trace disk host",
     "parallel": "mesh group processes replicas sharding",
     "data": "errors encoding examples json_text tables conll squad corpus parallel records builtin "

@@ -3,7 +3,7 @@
 import html
 from typing import Any
 
-from tinybert_jax.report.style import STYLE
+from tinybert_jax.report.shell import whole_page
 
 _COLUMNS = {"row": "Row", "text": "Text", "label": "True", "old": "Old", "new": "New"}
 _PAIRS = {"both": "both right", "fixed": "fixed", "broken": "broken", "neither": "both wrong"}
@@ -81,18 +81,9 @@ def page(found: dict[str, Any]) -> str:
     broken = [tuple(str(row[key]) for key in _COLUMNS) for row in found["broken"]]
     if broken:
         sections.append(("Broken", _table(tuple(_COLUMNS.values()), broken)))
-    body = "".join(
-        f"<section><h2>{html.escape(title)}</h2>{content}</section>" for title, content in sections
-    )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src '
-        "'unsafe-inline'\">"
-        f"<title>{head}</title><style>{STYLE}</style></head><body><main><header><div>"
-        f'<p class="run">{html.escape(str(found["data"]))}</p><h1>{head}</h1></div></header>'
-        f"{body}</main></body></html>\n"
-    )
+    header = f'<div><p class="run">{html.escape(str(found["data"]))}</p><h1>{head}</h1></div>'
+    escaped = [(html.escape(title), content) for title, content in sections]
+    return whole_page(f"{found['old']} and {found['new']}", header, escaped)
 
 
 def _pairs_table(found: dict[str, Any]) -> str:
