@@ -10,6 +10,7 @@ from tinybert_jax import cli
 from tinybert_jax.config.tasks import ClassificationTask
 from tinybert_jax.data.splits import read_task
 from tinybert_jax.inference.predict import evaluate_file, predict
+from tinybert_jax.metrics.intervals import interval
 from tinybert_jax.tasks.classification import CLASSIFICATION
 
 pytestmark = pytest.mark.usefixtures("cheap_programs")
@@ -113,6 +114,20 @@ def test_intervals_and_comparisons_are_those_of_the_scores(results):
         low, high = compared[other]["interval"]
         assert low <= difference <= high
     assert values["linear"] > 0.8 and values["baseline"] > values["student"]
+
+
+def test_kept_resamples_give_the_intervals_again(run, results):
+    """So the difference of models of two runs on the same rows has the interval of one run."""
+    kept = json.loads((run / "out" / "resamples.json").read_text())
+    drawn = {model["role"]: np.array(model["values"]) for model in kept["models"]}
+    for model in results["models"]:
+        expected = model["intervals"][kept["metric"]]
+        assert interval(drawn[model["role"]]) == pytest.approx(expected)
+    (compared,) = results["comparisons"].values()
+    expected = compared["teacher"]["interval"]
+    assert interval(drawn["student"] - drawn["teacher"]) == pytest.approx(expected)
+    inputs = json.loads((run / "out" / "inputs.json").read_text())
+    assert kept["dev"] == inputs["data"]["task.dev"] and "resamples" not in results
 
 
 def test_the_better_model_is_exported_and_the_advice_says_why(run, results):

@@ -27,6 +27,7 @@ from tinybert_jax.recipes import distill, finetune, pretrain, update
 from tinybert_jax.report.card import Origin, card_metadata, model_card
 from tinybert_jax.report.console import console_summary
 from tinybert_jax.report.page import write_report
+from tinybert_jax.report.run_files import RESAMPLES
 from tinybert_jax.runs import estimate, identity, shared_folder
 from tinybert_jax.runs.compile import Compiled, compile_stage, devices_of, largest_batch
 from tinybert_jax.runs.from_step import parse
@@ -103,6 +104,9 @@ def _write_results(run: Run, command: str, config: RunConfig) -> None:
     else:
         summary["exported"] = {member: folder.name for member, folder in exported.items()}
         export_models(run, exported, identity.lineage(run), _cards(run, summary, exported))
+    resamples = summary.pop("resamples", None)
+    if resamples is not None:
+        disk.replace_text(run.folder / RESAMPLES, json.dumps(resamples) + "\n")
     disk.replace_text(run.folder / "results.json", json.dumps(summary, indent=2) + "\n")
     report = write_report(run.folder)
     run.log.say(console_summary(summary))

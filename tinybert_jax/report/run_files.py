@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+RESAMPLES = "resamples.json"  # the main metric of each model on resamples of the dev rows
+
 
 def read_results(run_dir: Path) -> dict[str, Any]:
     """results.json; raises ValueError where it is missing or unreadable."""
@@ -59,6 +61,12 @@ def read_environment(run_dir: Path) -> dict[str, Any]:
     """env.json; empty where it is missing or unreadable."""
     environment = _parse(read_text(run_dir / "env.json") or "")
     return environment if isinstance(environment, dict) else {}
+
+
+def read_resamples(run_dir: Path) -> dict[str, Any]:
+    """resamples.json; empty where it is missing or unreadable, as in a run of version 0.1."""
+    resamples = _parse(read_text(run_dir / RESAMPLES) or "")
+    return resamples if isinstance(resamples, dict) else {}
 
 
 def _parse(text: str) -> Any:

@@ -19,6 +19,7 @@ from tinybert_jax.models.params import Apply, Params, num_parameters
 from tinybert_jax.performance import flops
 from tinybert_jax.performance.latency import measure_in_turn
 from tinybert_jax.report.advice import advice
+from tinybert_jax.runs import identity
 from tinybert_jax.runs.run import Run
 from tinybert_jax.runs.scoring import (
     EvaluatedModel,
@@ -46,6 +47,7 @@ def collect_results(
 ) -> dict[str, Any]:
     """The content of `results.json`: every evaluated model, and how the students compare.
 
+    With a task its entry `resamples` is the content of a file of its own: see `_resamples`.
     `lines`: those of metrics.jsonl. `command`: the command line. `export`: see `RunConfig`.
     """
     heldout = _heldout(lines)
@@ -117,7 +119,7 @@ def _learning(run: Run, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _evaluate(run: Run) -> dict[str, Any]:
-    """The entries `models` and `comparisons` of `results.json`."""
+    """The entries `models`, `comparisons`, `differing` and `resamples` of a summary."""
     task, descriptions, timed, resampled = run.required_task, [], [], {}
     by_role: dict[str, tuple[str, SeedScores]] = {}  # the best model of each role
     for model in evaluated_models(run):
@@ -141,6 +143,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
             run.log.say(f"no linear model (TF-IDF) beside the models: it needs {missing}")
     comparisons = compare_students(descriptions, resampled, task.metric)
     found = {"models": descriptions, "comparisons": comparisons}
+    found["resamples"] = _resamples(run, resampled)
     if "teacher" in by_role and "student" in by_role:
         name, student = by_role["student"]
         found["differing"] = {
@@ -148,6 +151,23 @@ def _evaluate(run: Run) -> dict[str, Any]:
             **_differing(task.kind, by_role["teacher"][1], student),
         }
     return found
+
+
+def _resamples(run: Run, resampled: dict[tuple[str, str], np.ndarray]) -> dict[str, Any]:
+    """What another run on the same dev rows needs for paired differences.
+
+    The main metric of each model on each resample of these rows; null where a resample has none.
+    """
+    models = [
+        {
+            "role": role,
+            "name": name,
+            "values": [float(f"{v:.9g}") if np.isfinite(v) else None for v in values],
+        }
+        for (role, name), values in resampled.items()
+    ]
+    dev = identity.lineage(run)["data"]["task.dev"]
+    return {"metric": run.required_task.metric, "dev": dev, "models": models}
 
 
 def _best_score(scores: SeedScores, metric: str) -> float:
