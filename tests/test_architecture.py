@@ -21,7 +21,8 @@ ROOMS = {
     "metrics": "classification regression multi_label tagging spans intervals paired calibration "
     "cosines translation",
     "report": "charts style shell run_files tables figures headline confusion per_class pareto "
-    "advice calibration differences console card page comparison",
+    "advice calibration differences console card page comparison settings_table several_runs "
+    "run_comparison command",
     "performance": "flops accelerators device_peaks hlo latency trace disk host",
     "parallel": "mesh group processes replicas sharding",
     "data": "errors encoding examples json_text tables conll squad corpus parallel records builtin "

@@ -27,6 +27,7 @@ from tinybert_jax.parallel import processes
 from tinybert_jax.parallel.group import LOST, LostProcessError
 from tinybert_jax.performance import host
 from tinybert_jax.recipes import data
+from tinybert_jax.report import command as report
 from tinybert_jax.report.console import printable
 from tinybert_jax.training import preemption
 
@@ -165,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_processes(command)
         command.set_defaults(act=_run)
     inference.add_to(commands)
+    report.add_to(commands)
     _add_compile(commands)
     _add_update(commands)
     _add_convert(commands)

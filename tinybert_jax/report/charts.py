@@ -24,8 +24,8 @@ class Series(NamedTuple):
 
     @property
     def color_class(self) -> str:
-        """The CSS class of the colour; after the last colour the first one follows."""
-        return f"c{self.color % NUM_COLORS}"
+        """The CSS classes of the curve; after the last colour the first one follows, dashed."""
+        return f"c{self.color % NUM_COLORS}" + (" dashed" if self.color >= NUM_COLORS else "")
 
 
 class Axis(NamedTuple):
@@ -308,6 +308,7 @@ CHART_CSS = """
 .mean{stroke-width:2;stroke-linejoin:round}
 .front{stroke:var(--soft);stroke-width:1.4;stroke-dasharray:4 3}
 .faint{stroke-width:1;opacity:.3}
+.dashed{stroke-dasharray:5 3}.key.dashed{opacity:.55}
 .best{fill:none;stroke:var(--ink);stroke-width:1.4}
 """
 CHART_CSS += "".join(

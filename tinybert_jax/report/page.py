@@ -53,8 +53,8 @@ from tinybert_jax.report.tables import (
 REPORT_NAME = "report.html"
 
 
-def write_report(run_dir: Path) -> Path:
-    """Writes `run_dir`/report.html and returns the path of the page.
+def write_report(run_dir: Path, output: str | Path | None = None) -> Path:
+    """Writes the page to `output`, by default `run_dir`/report.html, and returns its path.
 
     Raises ValueError if the folder has no readable results.json; all other files may be missing.
     """
@@ -64,7 +64,7 @@ def write_report(run_dir: Path) -> Path:
     rows, num_unreadable = read_rows(run_dir / "metrics.jsonl")
     provenance = _provenance(run_dir, results, environment)
     page = _page(run_dir.name, results, read_stages(rows), num_unreadable, provenance)
-    path = run_dir / REPORT_NAME
+    path = run_dir / REPORT_NAME if output is None else Path(output)
     path.write_text(printable(page), encoding="utf-8")
     return path
 

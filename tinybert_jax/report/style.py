@@ -98,6 +98,13 @@ b.hit{color:var(--student)}b.miss{color:var(--miss)}
 .times td,.times th{padding-top:5px;padding-bottom:5px}
 .times .num{padding-left:18px}
 .track{width:100%}.track .bar{height:14px;border-radius:3px;background:var(--c0);opacity:.75}
+.whisker{display:block;position:relative;height:14px}
+.whisker .range{position:absolute;top:6px;height:2px;min-width:1px;background:var(--other)}
+.whisker .point{position:absolute;top:2px;width:10px;height:10px;margin-left:-5px;
+border-radius:50%;background:var(--other)}
+.whisker .teacher{background:var(--teacher)}.whisker .student{background:var(--student)}
+.whisker .baseline{background:var(--baseline)}
+table+h3{margin-top:20px}.scroll+.scroll{margin-top:20px}
 a{color:inherit;text-decoration-color:var(--teacher);text-underline-offset:3px}
 article+article{margin-top:40px}
 h3{margin:0 0 2px;font-size:1.05rem}
