@@ -114,6 +114,11 @@ def test_runs_of_several_metrics_are_not_ranked(tmp_path):
     assert "no score in common" in text and "no common scale" in text
 
 
+def test_equal_scores_are_called_so(tmp_path):
+    runs = [_write_run(tmp_path / name, resamples=_resamples(0)) for name in "ab"]
+    assert "b has the same." in Page(comparison_page(runs)).text
+
+
 def test_names_and_settings_are_escaped(tmp_path):
     evil = "<script>x</script>"
     runs = [

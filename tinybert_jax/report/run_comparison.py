@@ -99,7 +99,9 @@ def _lead(runs: Sequence[RunFiles]) -> str:
         return ""
     best, second = order[:2]
     name, bounds = html.escape(second.label), paired_interval(second, best)
-    difference = f"{_signed((best.score or 0) - (second.score or 0))}"
+    if best.score == second.score:
+        return f"{name} has the same."
+    difference = _signed((best.score or 0) - (second.score or 0))
     if bounds is None:
         return f"{difference} against {name}. There is no paired interval for it."
     verdict = (
@@ -134,7 +136,9 @@ def _scores(runs: Sequence[RunFiles]) -> str:
     for role, title in _ROLES.items():
         if role in rows:
             body = "".join(_score_row(role, *row, low, high) for row in rows[role])
-            parts.append(f'<h3>{title}</h3><table class="times"><tbody>{body}</tbody></table>')
+            parts.append(
+                f'<h3>{title}</h3><table class="times scores"><tbody>{body}</tbody></table>'
+            )
     count = {finite_number(run.results.get("dev_examples")) for run in runs}
     total = count.pop() if len(count) == 1 else None
     examples = f" of {total:,.0f} examples" if total else ""

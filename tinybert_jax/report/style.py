@@ -95,6 +95,7 @@ b.hit{color:var(--student)}b.miss{color:var(--miss)}
 .pairs .bar,.classes .bar{margin-top:4px}.pairs td:nth-child(3){min-width:120px;text-align:left}
 .times{width:100%}
 .times th{white-space:nowrap;padding-right:18px}
+.times.scores .soft{display:inline}
 .times td,.times th{padding-top:5px;padding-bottom:5px}
 .times .num{padding-left:18px}
 .track{width:100%}.track .bar{height:14px;border-radius:3px;background:var(--c0);opacity:.75}
