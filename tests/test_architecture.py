@@ -32,7 +32,7 @@ ROOMS = {
     "batches": "batch tokenize bucketing packing loader",
     "tokens": "store instances transform ray workers prepare inspect",
     "huggingface": "untrusted sentence_folder header tensors hub weights bert distilbert families "
-    "head config_json folder encoder_decoder rewrite",
+    "head config_json folder encoder_decoder rewrite command",
     "tasks": "task classification regression multi_label tagging question_answering embeddings "
     "translation linear table",
     "objectives": "alignment linear_probe reduction factored objective masking masked_lm "
@@ -44,7 +44,7 @@ ROOMS = {
     "runs": "shared_folder inputs run judges identity run_store from_step corpus_checks checks "
     "environment preflight stage_batches teacher_logits teacher_text workload estimate scoring "
     "results head_init student_start stage_state stage_step divergence stage "
-    "used_words compile saved_states doctor",
+    "used_words compile saved_states doctor command",
     "recipes": "data pretrain finetune distill update by_rows from_table pipeline api",
     "launch": "job slurm jobset gcluster tpu_vm sky command",
 }
@@ -173,7 +173,10 @@ def test_config_and_help_need_no_jax():
             assert not _roots(ast.parse(path.read_text())) & {"jax", "flax", "numpy"}, module
         if module in (
             "cli",
+            "huggingface.command",
             "inference.command",
+            "report.command",
+            "runs.command",
             "inference.translate",
             "performance.flops",
             "performance.host",

@@ -21,6 +21,7 @@ from tinybert_jax.config import load as config_files
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import STAGE_NAMES
 from tinybert_jax.data.errors import GateError, LostWorkerError
+from tinybert_jax.huggingface import command as huggingface
 from tinybert_jax.inference import command as inference
 from tinybert_jax.launch import command as launch
 from tinybert_jax.parallel import processes
@@ -29,6 +30,7 @@ from tinybert_jax.performance import host
 from tinybert_jax.recipes import data
 from tinybert_jax.report import command as report
 from tinybert_jax.report.console import printable
+from tinybert_jax.runs import command as runs
 from tinybert_jax.training import preemption
 
 _STAGES = {
@@ -40,11 +42,6 @@ _STAGES = {
         "run only the distillation stages of a config",
     ),
 }
-
-_path = os.path.expanduser  # shells do not expand ~ in `--output=~/file`
-_RUN_DIR: dict[str, str] = dict.fromkeys(("prune", "export"), "the folder of a run")
-_RUN_DIR |= dict.fromkeys(("ls", "verify"), "the folder of a run, or the URL of its run_store")
-_RUN_DIR |= {"fetch": "the run_store of a run"}
 
 # The options of a run on a table, in place of a config.
 _TABLE = {
@@ -169,9 +166,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_to(commands)
     _add_compile(commands)
     _add_update(commands)
-    _add_convert(commands)
-    _add_ckpt(commands)
-    _add_doctor(commands)
+    huggingface.add_to(commands)
+    runs.add_to(commands)
     data.add_to(commands, _add_config)
     launch.add_to(commands)
     return parser
@@ -244,53 +240,6 @@ def _add_update(commands) -> None:
     )
     command.add_argument("--print-config", action="store_true", help="print the config and stop")
     command.set_defaults(act=_run, dry_run=False, profile=False, from_step=None)
-
-
-def _add_convert(commands) -> None:
-    text = (
-        "rewrite a model folder with old weight names, shards or a missing prefix in the current "
-        "format, and compare every weight"
-    )
-    command = commands.add_parser("convert", help=text, description=text)
-    command.add_argument("source", help="a model folder or hub id")
-    command.add_argument(
-        "target", type=os.path.expanduser, help="the folder to write; it must not exist yet"
-    )
-    command.set_defaults(act=_convert)
-
-
-def _add_ckpt(commands) -> None:
-    text = "list, verify, remove and export the checkpoints of a run folder"
-    actions = commands.add_parser("ckpt", help=text, description=text).add_subparsers(
-        dest="action", required=True, metavar="action"
-    )
-    texts = {
-        "ls": "print the place, size and time of each checkpoint",
-        "verify": "compare the SHA-256 of every file; status 3 where one differs",
-        "prune": "remove all but the newest states of each stage and those of the best scores",
-        "export": "write the trained arrays of a state to a safetensors file",
-        "fetch": "write the newest complete copy in a run_store to a new folder",
-    }
-    for name, text in texts.items():
-        action = actions.add_parser(name, help=text, description=text)
-        action.add_argument("run_dir", type=_path, help=_RUN_DIR[name])
-        action.set_defaults(act=_ckpt)
-        if name == "prune":
-            action.add_argument("--keep", type=int, default=1, help="default: 1")
-        if name == "fetch":
-            action.add_argument("-o", "--output", type=_path, required=True, help="a new folder")
-        if name == "export":
-            action.add_argument("stage", choices=STAGE_NAMES, help="a stage of the run")
-            action.add_argument("--step", type=int, help="default: the newest")
-            action.add_argument("-o", "--output", type=_path, required=True, help="a new file")
-
-
-def _add_doctor(commands) -> None:
-    text = "print what this machine is and what would make runs faster, also of a run folder"
-    command = commands.add_parser("doctor", help=text, description=text)
-    command.add_argument("run_dir", nargs="?", type=_path, help="the folder of a run")
-    command.add_argument("--markdown", action="store_true", help="a table for a report of a bug")
-    command.set_defaults(act=_doctor)
 
 
 def _measure(draft):
@@ -376,25 +325,3 @@ def _settings(arguments):
         got = (given or ["neither"])[0]
         raise ValueError(f"expected a config, or --data with a table, got {got}; give one of them")
     return config_files.load(words[0], words[1:], _measure, _tell)
-
-
-def _convert(arguments, command: str) -> int:
-    from tinybert_jax.huggingface import rewrite
-
-    print(printable(str(rewrite.convert(arguments.source, arguments.target))))
-    return 0
-
-
-def _ckpt(arguments, command: str) -> int:
-    from tinybert_jax.runs import saved_states
-
-    options = {key: v for key, v in vars(arguments).items() if key not in ("command", "act")}
-    return saved_states.act(**options)
-
-
-def _doctor(arguments, command: str) -> int:
-    from tinybert_jax.runs import doctor
-
-    report = doctor.examine(arguments.run_dir)
-    print(printable(doctor.describe(report, is_markdown=arguments.markdown)))
-    return 0
