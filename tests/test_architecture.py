@@ -40,7 +40,7 @@ ROOMS = {
     "inference": "scorer pretrained seq2seq predict pipeline vector_index search compare translate "
     "command",
     "training": "members optimizer early_stopping loop step skipping shards manifest checkpoint "
-    "trackers metric_log throughput preemption saver generations",
+    "trackers live_view metric_log throughput preemption saver generations",
     "runs": "shared_folder inputs run judges identity run_store from_step corpus_checks checks "
     "environment preflight stage_batches teacher_logits teacher_text workload estimate scoring "
     "results head_init student_start stage_state stage_step divergence stage "

@@ -160,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
             help="train a stage again from an older step, as after it has diverged; its settings "
             "may differ, such as finetune.learning_rate=1e-5",
         )
+        _add_plain(command)
         _add_processes(command)
         command.set_defaults(act=_run)
     inference.add_to(commands)
@@ -182,6 +183,12 @@ def _add_config(command, example: str, *, is_optional: bool = False) -> None:
     )
     command.add_argument(
         "--print-config", action="store_true", help="print the resolved config and stop"
+    )
+
+
+def _add_plain(command) -> None:
+    command.add_argument(
+        "--plain", action="store_true", help="print lines on a terminal too, as in a pipe"
     )
 
 
@@ -239,6 +246,7 @@ def _add_update(commands) -> None:
         "overrides", nargs="*", metavar="key.path=value", help="change one setting"
     )
     command.add_argument("--print-config", action="store_true", help="print the config and stop")
+    _add_plain(command)
     command.set_defaults(act=_run, dry_run=False, profile=False, from_step=None)
 
 
@@ -299,6 +307,7 @@ def _run(arguments, command: str) -> int:
                 print(printable(costs))
         else:
             options = {"is_profiled": arguments.profile, "from_step": arguments.from_step}
+            options["is_live"] = not arguments.plain
             pipeline.main(settings, stages, command, **options, stop=stop)
     return 0
 

@@ -1,8 +1,9 @@
 """Runs the stages of a config in order, compares the models, exports one and writes the report."""
 
+import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ from tinybert_jax.runs.preflight import open_run, read_run, reads_task_teacher
 from tinybert_jax.runs.results import best_seed, collect_results
 from tinybert_jax.runs.run import CARD, Run, RunTask, export_models, remove_export
 from tinybert_jax.runs.used_words import with_used_words
+from tinybert_jax.runs.workload import rough_flops
+from tinybert_jax.training import live_view
 from tinybert_jax.training.metric_log import read_rows
 from tinybert_jax.training.preemption import NEVER, Stop
 
@@ -59,14 +62,15 @@ def main(
     *,
     is_profiled: bool = False,
     from_step: str | None = None,
+    is_live: bool = False,
     stop: Stop = NEVER,
 ) -> Path:
     """Runs the given stages that the config has and that are not done; returns the run folder.
 
     `command`: the command line, for `results.json`. `from_step`: STAGE:STEP to go on from, as after
-    a stage has diverged. `stop`: a request to stop; Stopped is raised then. Raises ValueError where
-    the config has none of the stages or an input is wrong, and FloatingPointError where a stage
-    diverges.
+    a stage has diverged. `is_live`: draw a view of the run where the terminal can. `stop`: a
+    request to stop; Stopped is raised then. Raises ValueError where the config has none of the
+    stages or an input is wrong, and FloatingPointError where a stage diverges.
     """
     chosen = _choose_stages(config, stages)
     step = None if from_step is None else parse(from_step)
@@ -76,18 +80,36 @@ def main(
         if run.task:
             run.log.say(_describe_task(run.task))
         plans = [run.plans[stage.name] for stage in chosen]
-        for plan in plans:
-            is_new = _run_once(run, plan)
-            if is_new and plan.stage is FINETUNE and reads_task_teacher(plans):
-                for teacher in run.own_teachers or [run.task_teacher]:
-                    check_teacher(run, teacher, run.teacher)
-        stop.place = "after its last stage"
-        processes.on_main("results", lambda: _write_results(run, command, config))
+        with _shown(run, plans, is_live=is_live):
+            for plan in plans:
+                is_new = _run_once(run, plan)
+                if is_new and plan.stage is FINETUNE and reads_task_teacher(plans):
+                    for teacher in run.own_teachers or [run.task_teacher]:
+                        check_teacher(run, teacher, run.teacher)
+            stop.place = "after its last stage"
+            run.log.enter("results")
+            with run.log.doing("scores the models and measures their latency"):
+                processes.on_main("results", lambda: _write_results(run, command, config))
         run.saver.copy_soon()
         run.saver.drain()
         if config.run_store:
             run.log.say(f"copy:   {config.run_store}")
         return run.folder
+
+
+@contextlib.contextmanager
+def _shown(run: Run, plans: Sequence[StagePlan], *, is_live: bool) -> Iterator[None]:
+    """Draws the live view inside the block, of the stages that are not done."""
+    if not (is_live and processes.count() == 1 and live_view.is_possible()):
+        yield
+        return
+    work = {plan.name: rough_flops(run, plan) for plan in plans if not run.is_done(plan.name)}
+    run.log.view = live_view.LiveView([plan.name for plan in plans], work)
+    try:
+        yield
+    finally:
+        run.log.view.close()
+        run.log.view = None
 
 
 def _write_results(run: Run, command: str, config: RunConfig) -> None:
@@ -235,6 +257,7 @@ def _run_once(run: Run, plan: StagePlan) -> bool:
         run.log.say(f"{name}: done before, kept{profile}")
         return False
     run.stop.place = f"at the start of {name}"
+    run.log.enter(name)
     identity.check_finished(run)
     if identity.has_finished(run, plan):
         run.log.say(f"{name}: has finished before, but lacks a model folder; runs again")

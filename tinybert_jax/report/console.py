@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 # Control characters but tab and line break, characters that turn the direction of writing, and
@@ -9,6 +10,13 @@ from typing import Any
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+
+
+def nothing() -> None:
+    """No view is drawn."""
+
+
+close_view: Callable[[], None] = nothing  # erases the live view of a run, before a message
 
 
 def printable(text: str) -> str:

@@ -247,7 +247,9 @@ class _CompileStep:
         self.shapes.add(batch.shape)
         self.watch(step, state)  # the last step may be saved
         save = functools.partial(self.saves.save, step, state, is_evaluated=True)
-        with self.saves.meter.paused(state), self.saves.run.stop.saving_with(save, is_joint=True):
+        run, (num_rows, width) = self.saves.run, batch.shape
+        told = run.log.doing(f"compiles the step for {num_rows} rows of {width} tokens")
+        with told, self.saves.meter.paused(state), run.stop.saving_with(save, is_joint=True):
             self.step_fn.compile(state, batch, self.frozen, self.watch.limit)
 
 
@@ -265,7 +267,8 @@ class _EvaluationHook:
         with self.meter.paused(state):
             models = models_of(state.evaluated, self.training.members, state.key)
             save = functools.partial(self.saves.save, step, state, is_evaluated=False)
-            with self.run.stop.saving_with(save, is_joint=True):
+            told = self.run.log.doing("evaluates")
+            with told, self.run.stop.saving_with(save, is_joint=True):
                 metrics = {
                     name: [evaluator.measure(params) for params in models[name]]
                     for name, evaluator in self.training.evaluators.items()
@@ -290,7 +293,7 @@ class _EvaluationHook:
         shown = "  ".join(f"{metric} {value:.4f}" for metric, value in values.items())
         text = self.run.required_task.data.selection_name if score else "held out"
         text += f", mean of {len(models)}" if len(models) > 1 else ""
-        self.run.log.say(f"{name:<12} {step:>6}/{self.num_steps}  {text}: {shown}")
+        self.run.log.evaluated(name, step, self.num_steps, f"{text}: {shown}")
 
     def _keep(self, step: int, state: TrainState, scores: dict[str, list[float]]) -> bool:
         """Saves the parameters of each model with a better score; True where the stage stops early.
@@ -310,6 +313,7 @@ class _EvaluationHook:
             kept = state.evaluated if is_all else self._merged(state, flags)
             self.checkpoints.save_best(step, kept, is_whole=is_all)
         self.progress |= {name: merge_members(getattr(standing, name)) for name in names}
+        self.run.log.tell_best(self.checkpoints.describe_best())
         if standing.is_over:
             self.progress["stopped"] = True
         return bool(self.progress.get("stopped"))

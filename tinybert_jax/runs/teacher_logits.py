@@ -71,7 +71,8 @@ def _read_teacher(
         stop, file = min(start + ROWS_PER_FILE, num_rows), folder / f"{start}.safetensors"
         part = rows.part(start, stop)
         if not processes.from_main("kept logits", file.is_file):
-            logits = score(placed, part)
+            with run.log.doing(f"{path} scores examples {start + 1:,} to {stop:,}"):
+                logits = score(placed, part)
             _check_finite(logits, path, start)
             processes.on_main("logits", functools.partial(_save, logits, file))
             shared_folder.wait_until(file.is_file, str(file))

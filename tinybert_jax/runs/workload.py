@@ -13,6 +13,7 @@ from tinybert_jax.objectives.distillation import Options
 from tinybert_jax.objectives.masked_lm import mlm_chunk_size
 from tinybert_jax.objectives.masking import highest_rate, num_slots
 from tinybert_jax.parallel.mesh import num_batch_shards
+from tinybert_jax.performance.flops import forward_flops_per_token
 from tinybert_jax.runs.run import Run
 from tinybert_jax.settings.sizes import Sizes
 from tinybert_jax.terms.table import Terms, reads_every_word, reads_of
@@ -52,6 +53,46 @@ def work_of(run: Run, plan: StagePlan) -> Work:
         logit_teachers = (*[run.teacher] * max(len(run.own_teachers), 1), *further)
     teacher = run.teacher if reads_of(terms).teacher else None
     return Work(students, num_seeds, teacher, terms, logit_teachers, plan.num_passes)
+
+
+def rough_flops(run: Run, plan: StagePlan) -> float:
+    """FLOPs of a stage, to tell the time that is left: no text is tokenised."""
+    section, work = plan.section, work_of(run, plan)
+    num_examples, length = _rough_rows(run, plan)
+    num_steps = section.num_steps
+    if num_steps is None:
+        num_steps = (section.num_epochs or 1) * num_examples / section.global_batch_size
+    width = section.max_length
+    trained = sum(forward_flops_per_token(model, width) for model in work.trained.values())
+    per_token = 3 * work.num_seeds * work.num_passes * trained
+    per_token += forward_flops_per_token(work.teacher, width) if work.teacher else 0
+    once = sum(forward_flops_per_token(model, width) for model in work.logit_teachers)
+    return float(length) * (num_steps * section.global_batch_size * per_token + num_examples * once)
+
+
+_CHARACTERS = 4.5  # of a token, about, with the space after it
+_NUM_READ = 200  # texts whose lengths are read
+
+
+def _rough_rows(run: Run, plan: StagePlan) -> tuple[float, float]:
+    """(number of examples, mean number of tokens of an example) of the text of a stage."""
+    max_length = plan.section.max_length
+    if plan.stage.reads_corpus:
+        if run.stores:
+            return float(sum(store.num_rows for store, _ in run.stores)), float(max_length)
+        num_rows = sum(map(len, run.corpus)) / _CHARACTERS / max_length
+        return max(1.0, num_rows), float(max_length)
+    data = run.required_task.data
+    examples = data.train if plan.stage.text == "labelled" else data.distilled
+    step = max(1, len(examples.text) // _NUM_READ)
+    texts = examples.text[::step]
+    sizes = [
+        len(text) if isinstance(text, str) else sum(len(w) + 1 for w in text) for text in texts
+    ]
+    if examples.text_pair is not None:
+        sizes = [n + len(own) for n, own in zip(sizes, examples.text_pair[::step], strict=True)]
+    lengths = [min(2 + size / _CHARACTERS, max_length) for size in sizes]
+    return float(len(examples.text)), sum(lengths, 0.0) / max(len(lengths), 1)
 
 
 def count_last_layer_tokens(

@@ -1,5 +1,6 @@
 """Logs a run: one line on the console and one JSON object in `metrics.jsonl` per report."""
 
+import contextlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from tinybert_jax.parallel import processes
 from tinybert_jax.performance import disk
 from tinybert_jax.report.console import printable
 from tinybert_jax.training import trackers
+from tinybert_jax.training.live_view import LiveView, duration, thousands
 
 
 class MetricLog:
@@ -25,6 +27,7 @@ class MetricLog:
     def __init__(self, path: Path):
         self.path, self.trackers = path, trackers.NONE
         self.is_writer = processes.is_main()
+        self.view: LiveView | None = None  # in place of the lines of progress
 
     def rewind(self, stage: str, step: int, unwritten: Sequence[str] = ()) -> None:
         """Drops the rows of a stage after `step`, and a last line that a kill cut short.
@@ -59,11 +62,43 @@ class MetricLog:
             disk.sync(self.path.parent)
 
     def say(self, text: str) -> None:
-        if self.is_writer:
+        if self.view is not None:
+            self.view.say(text)
+        elif self.is_writer:
             print(printable(text), flush=True)
+
+    def enter(self, stage: str) -> None:
+        """Tells the view that a stage begins."""
+        if self.view is not None:
+            self.view.enter(stage)
+
+    def at_step(self, step: int, num_steps: int) -> None:
+        """Tells the view, which alone shows every step."""
+        if self.view is not None:
+            self.view.at_step(step, num_steps)
+
+    def doing(self, text: str) -> contextlib.AbstractContextManager[None]:
+        """Tells the view, inside the block, what takes so long; lines do not tell it."""
+        return contextlib.nullcontext() if self.view is None else self.view.doing(text)
+
+    def evaluated(self, stage: str, step: int, num_steps: int, text: str) -> None:
+        """Prints the scores at a step as one line."""
+        if self.view is not None:
+            self.view.score = f"{text} at step {step:,}"
+        else:
+            self.say(f"{stage:<12} {step:>6}/{num_steps}  {text}")
+
+    def tell_best(self, text: str) -> None:
+        """Tells the view the best scores; as a line they come at the end of the stage."""
+        if self.view is not None:
+            self.view.best = text.partition(": ")[2]
 
     def progress(self, stage: str, step: int, num_steps: int, values: dict[str, Any]) -> None:
         """Prints the progress of a stage as one line."""
+        if self.view is not None:
+            if "skipped" in values:
+                self.say(f"{stage}: {values['skipped']} steps were skipped before step {step}")
+            return self.view.progress(step, num_steps, values)
         parts = [
             f"{name.removeprefix('loss/')} {value:.4g}"
             for name, value in values.items()
@@ -71,11 +106,11 @@ class MetricLog:
         ]
         if "skipped" in values:
             parts.append(f"skipped {values['skipped']}")
-        remaining = _duration(values["seconds_left"])
+        remaining = duration(values["seconds_left"])
         self.say(
             f"{stage:<12} {step:>6}/{num_steps}  {'  '.join(parts)}  "
             f"lr {values['learning_rate']:.2g}  |g| {values['grad_norm']:.2f}  "
-            f"{_thousands(values['tokens_per_second'])} tok/s  "
+            f"{thousands(values['tokens_per_second'])} tok/s  "
             f"pad {values['padding_share']:.0%}  mfu {values['mfu']:.0%}  {remaining} left"
         )
 
@@ -131,13 +166,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return float(f"{value:.9g}") if isinstance(value, float) else value
-
-
-def _thousands(value: float) -> str:
-    return f"{value / 1000:.1f}k" if value < 1e6 else f"{value / 1e6:.2f}M"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

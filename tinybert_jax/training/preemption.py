@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 
 from tinybert_jax.parallel import processes
+from tinybert_jax.report import console
 from tinybert_jax.report.console import printable
 
 STOPPED = 75  # exit status, EX_TEMPFAIL of sysexits.h: stopped and saved, run again
@@ -184,6 +185,7 @@ def handled(command: str, report: Callable[[Exception], int]) -> Iterator[Stop]:
             ):
                 continue
             if numbers:
+                console.close_view()
                 processes.leave(128 + number, "ended by a second signal")
                 os._exit(128 + number)
             numbers.append(number)
@@ -210,6 +212,7 @@ def handled(command: str, report: Callable[[Exception], int]) -> Iterator[Stop]:
 
 def say(error: Exception) -> None:
     """Prints a message as one line on standard error, also where another thread prints."""
+    console.close_view()
     text = f"tinybert: {printable(str(error))}\n"
     with contextlib.suppress(OSError):  # nobody reads standard error any more
         if threading.current_thread() is threading.main_thread():

@@ -46,6 +46,7 @@ class Meter:
 
     def record(self, step: int, batch: Batch, metrics: dict[str, jax.Array]) -> None:
         num_rows, width = batch.shape
+        self.log.at_step(step, self.num_steps)
         self.pending.append((metrics, num_rows, width))
         is_logged = step % self.log_every == 0 or step == self.num_steps
         if self.is_first and not is_logged:
