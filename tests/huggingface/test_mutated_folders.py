@@ -43,8 +43,8 @@ VALUES = st.recursive(
 )
 KEYS = st.sampled_from(
     "auto_map id2label architectures problem_type model_type vocab_size num_labels pad_token_id "
-    "dim n_layers tinybert_answers tinybert_task quantization_config weight_map dtype shape "
-    "__metadata__ 0 1 classifier.weight bert.encoder.layer.9.output.dense.bias".split()
+    "dim n_layers tinybert_answers tinybert_task tinybert_pairs quantization_config weight_map "
+    "dtype shape __metadata__ 0 1 classifier.weight bert.encoder.layer.9.output.dense.bias".split()
 ) | st.text(max_size=6)  # fmt: skip
 
 

@@ -14,6 +14,7 @@ _KINDS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 _PARTS = {"classifier": "classifier", "spans": "qa_outputs"}  # our name -> that in transformers
 _SETTINGS = "tinybert_answers"  # the key of config.json for a head's settings
 _TASK = "tinybert_task"  # the key of config.json for the kind of task
+_PAIRS = "tinybert_pairs"  # the key of config.json of a model for pairs of texts
 
 
 class Head(NamedTuple):
@@ -24,6 +25,7 @@ class Head(NamedTuple):
     label_names: tuple[str, ...]  # one per output, in id order; LABEL_0 … for unnamed outputs
     settings: Mapping[str, float] = {}  # for predictions, such as a threshold
     task: str | None = None  # the kind of task; None in folders of other programs
+    reads_pairs: bool = False  # trained on pairs of texts; False where the folder does not say
 
 
 def head_part(paths: Iterable[str]) -> str | None:
@@ -146,7 +148,13 @@ def read_head(raw: Mapping[str, Any], folder: Path, shape: tuple[int, ...]) -> H
             f"{folder}: expected the name of a kind of task as {_TASK}, got {shorten(task)}; "
             "remove that key from config.json"
         )
-    return Head(kinds[0], problem_type, names, _read_settings(raw, folder), task)
+    reads_pairs = raw.get(_PAIRS, False)
+    if not isinstance(reads_pairs, bool):
+        raise ValueError(
+            f"{folder}: expected true or false as {_PAIRS}, got {shorten(reads_pairs)}; remove "
+            "that key from config.json"
+        )
+    return Head(kinds[0], problem_type, names, _read_settings(raw, folder), task, reads_pairs)
 
 
 def _read_settings(raw: Mapping[str, Any], folder: Path) -> Mapping[str, float]:
@@ -178,6 +186,7 @@ def write_head(head: Head, num_outputs: int) -> dict[str, Any]:
     }
     fields |= {"problem_type": head.problem_type} if head.problem_type else {}
     fields |= {_TASK: head.task} if head.task else {}
+    fields |= {_PAIRS: True} if head.reads_pairs else {}
     return fields | ({_SETTINGS: dict(head.settings)} if head.settings else {})
 
 

@@ -44,12 +44,17 @@ def _add_predict(commands) -> None:
         "-t", "--sentence", action="append", help="a text to label, instead of a data file"
     )
     command.add_argument(
+        "--text-pair",
+        action="append",
+        help="column of a second text; with -t that text itself, one for each",
+    )
+    command.add_argument(
         "-o",
         "--output",
         type=os.path.expanduser,
         help="write to this file; default: standard output",
     )
-    _add_columns(command)
+    _add_columns(command, has_pair=False)
     command.set_defaults(act=_predict)
 
 
@@ -158,9 +163,10 @@ def _share(text: str) -> float:
     return value
 
 
-def _add_columns(command) -> None:
+def _add_columns(command, *, has_pair: bool = True) -> None:
     command.add_argument("--text", help="column of the text; default: text")
-    command.add_argument("--text-pair", help="column of a second text")
+    if has_pair:
+        command.add_argument("--text-pair", help="column of a second text")
     command.add_argument("--split", help="split of a datasets folder or hub data set")
     command.add_argument(
         "--max-length",
@@ -242,6 +248,9 @@ def _predict(arguments, command: str) -> int:
         raise ValueError(
             f"predict: expected a data file or --sentence, got {got}; give exactly one"
         )
+    pairs = arguments.text_pair or []
+    if arguments.data and len(pairs) > 1:
+        raise ValueError(f"--text-pair: expected one column of {arguments.data}, got {pairs}")
     output = Path(arguments.output) if arguments.output else None
     if output and (output.is_dir() or not output.parent.is_dir()):
         raise ValueError(
@@ -258,7 +267,8 @@ def _predict(arguments, command: str) -> int:
             arguments.model,
             arguments.data or arguments.sentence,
             text=arguments.text,
-            text_pair=arguments.text_pair,
+            text_pair=pairs[0] if arguments.data and pairs else None,
+            pairs=pairs if arguments.sentence and pairs else None,
             split=arguments.split,
             max_length=arguments.max_length,
         )

@@ -41,15 +41,17 @@ def predict(
     *,
     split: str | None = None,
     max_length: int | None = None,
+    pairs: Sequence[str] | None = None,
     **columns: str | None,
 ) -> list[dict[str, Any]]:
     """One object per text, in order: `row` from 1, `text`, and the prediction of the model's task.
 
-    `data` is a file or a list of texts. `columns`: settings of the task that name the columns of
-    the file. A blank text has `problem` instead of a prediction; where the model's outputs are not
-    finite, every entry of the prediction is None beside a `problem`. Texts longer than `max_length`
-    (default: the model's positions) are cut, but a tagging model refuses a text that does not fit
-    its positions. Raises ValueError for a model without a task head.
+    `data` is a file or a list of texts, `pairs` their second texts. `columns`: settings of the task
+    that name the columns of the file. A blank text has `problem` instead of a prediction; where the
+    model's outputs are not finite, every entry of the prediction is None beside a `problem`. Texts
+    longer than `max_length` (default: the model's positions) are cut, but a tagging model refuses a
+    text that does not fit its positions. Raises ValueError for a model without a task head, and
+    for one of pairs that gets single texts.
     """
     loaded = Model(model, max_length)
     if isinstance(data, str):
@@ -57,13 +59,12 @@ def predict(
         how = Reading(split, is_labelled=False, keep_blank=True)
         examples = loaded.task.read(data, section, how)
     else:
-        wrong = [number for number, text in enumerate(data, 1) if not is_utf8(text)]
-        if wrong:
+        if pairs is not None and "text_pair" not in loaded.task.section.model_fields:
             raise ValueError(
-                f"text {wrong[0]}: expected UTF-8, got {short(data[wrong[0] - 1])}; convert the "
-                "text, or read it from a file"
+                f"{model}: expected single texts for a model of {loaded.task.kind}, got pairs; "
+                "leave the second texts out (tinybert ask takes questions about a text)"
             )
-        examples = Examples(list(data), None, None, None)
+        examples = _given(data, pairs)
     filled = [place for place, text in enumerate(examples.text) if _has_text(text)]
     answers: dict[int, dict[str, Any]] = {}
     if filled:
@@ -72,6 +73,22 @@ def predict(
         {"row": place + 1, "text": _plain(text), **answers.get(place, {"problem": "no text"})}
         for place, text in enumerate(examples.text)
     ]
+
+
+def _given(texts: Sequence[str], pairs: Sequence[str] | None) -> Examples:
+    """Texts, with second texts or without; ValueError for what no file may hold."""
+    for name, own in (("text", texts), ("second text", pairs or ())):
+        for number, text in enumerate(own, 1):
+            if not is_utf8(text):
+                raise ValueError(
+                    f"{name} {number}: expected UTF-8, got {short(text)}; convert the text, or "
+                    "read it from a file"
+                )
+    if pairs is not None and len(pairs) != len(texts):
+        raise ValueError(
+            f"expected a second text for each of {len(texts)}, got {len(pairs)}; give one each"
+        )
+    return Examples(list(texts), None if pairs is None else list(pairs), None, None)
 
 
 def ask(
@@ -202,7 +219,7 @@ class Model:
     """
 
     def __init__(self, model: str, max_length: int | None = None):
-        self.source = read_model(model)
+        self.name, self.source = model, read_model(model)
         self.task, self.head = task_of(self.source), self.source.head or Head("", None, ())
         self._given_length = max_length
 
@@ -220,6 +237,11 @@ class Model:
 
     def score(self, examples: Examples) -> Scored:
         """The examples with the logits of the model; ValueError for a wrong `max_length`."""
+        if self.head.reads_pairs and examples.text_pair is None:
+            raise ValueError(
+                f"{self.name}: expected pairs of texts, as the model was trained on, got single "
+                "texts; give the second ones too (--text-pair, in Python text_pair)"
+            )
         tokenizer, max_length = self._tokenizer, self._max_length
         if self.task.check_lengths is not None:
             positions = self.source.config.max_position_embeddings

@@ -284,7 +284,8 @@ def _head_of(run: Run, settings: Settings) -> Head:
     names = task.data.label_names or ()
     kind = task.kind
     assert kind.hf_head is not None
-    return Head(kind.hf_head, kind.problem_type, names, dict(settings), kind.kind)
+    reads_pairs = kind.unit != "span" and task.data.train.text_pair is not None
+    return Head(kind.hf_head, kind.problem_type, names, dict(settings), kind.kind, reads_pairs)
 
 
 LINEAGE, CARD = "lineage.json", "README.md"
