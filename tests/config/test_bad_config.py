@@ -1,6 +1,7 @@
 """Wrong settings, or ones that do not fit: one message that helps, and no file touched."""
 
 import fcntl
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,24 @@ def test_value_out_of_range(world):
 def test_override_without_equals_sign(world):
     path = world.config("finetune")
     world.fails("run", path, "seed", naming=("override 'seed'", "expected key.path=value"))
+
+
+def test_text_that_yaml_reads_otherwise(world):
+    """The message shows what to type; a `#` is no comment on the command line."""
+    path = world.config("finetune")
+    for value, typed in (("5", "'5'"), ("2020-01-01", "'2020-01-01'"), ("@x", "'@x'")):
+        world.fails("run", path, f"task.text={value}", naming=(f'"task.text={typed}"',))
+        tree = config_files.read_overrides([f"task.text={typed}"])
+        assert tree == {"task": {"text": value}}
+    world.fails("run", path, "task.text=a: b", naming=("\"task.text='…'\"",))
+    for value in ("#1 String", "Item #1"):
+        assert config_files.read_overrides([f"task.text={value}"])["task"]["text"] == value
+    (word,) = shlex.split(config_files.in_quotes("task.text", "it's $5"))
+    assert config_files.read_overrides([word]) == {"task": {"text": "it's $5"}}
+    assert config_files.read_overrides(["a='x # y'", "b=[1, 2] # two"]) == {
+        "a": "x # y",
+        "b": [1, 2],
+    }
 
 
 def test_missing_config(world):

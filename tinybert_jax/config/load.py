@@ -1,9 +1,11 @@
 """Loads a config from a YAML file and `key.path=value` overrides; reports all errors together."""
 
 import contextlib
+import datetime
 import difflib
 import os
 import re
+import shlex
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -211,9 +213,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise ConfigError(f"override '{override}': expected key.path=value, as in task.text=body")
     try:
-        value = yaml.load(text, _Loader) if text else None
+        value = _value(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override '{override}': value is not valid YAML: {error}") from error
+        raise ConfigError(
+            f"override '{override}': value is not valid YAML: {error}; text goes in quotes, as in "
+            f"{in_quotes(dotted, text)}"
+        ) from error
     node = tree
     for key in keys[:-1]:
         child = node.get(key)
@@ -226,6 +231,23 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             )
         node = child
     node[keys[-1]] = value
+
+
+def _value(text: str) -> Any:
+    """The value of an override. A `#` begins no comment there: such text is taken as it is."""
+    if _COMMENT.search(text) and not text.lstrip().startswith(('"', "'", "[", "{")):
+        return text.strip()
+    return yaml.load(text, _Loader) if text else None
+
+
+_COMMENT = re.compile(r"(?:^|\s)#")
+
+
+def in_quotes(dotted: str, text: Any) -> str:
+    """What to type so that YAML reads the value of an override as text."""
+    doubled = str(text).replace("'", "''")  # a quote inside quotes, in YAML
+    setting = f"{dotted}='{doubled}'"
+    return shlex.quote(setting) if re.search(r'["$`\\!]', setting) else f'"{setting}"'
 
 
 def _unset_variables(tree: dict[str, Any]) -> Iterator[str]:
@@ -282,6 +304,10 @@ def _explain(item: Any, root: type[BaseModel]) -> tuple[str, str]:
     if item["type"] == "value_error":
         return dotted, message
     got = item.get("input")
+    if item["type"] == "string_type":
+        is_whole = isinstance(got, int | float | datetime.date)
+        setting = in_quotes(dotted, got if is_whole else "…")
+        return dotted, f"expected text, got {got!r}; text goes in quotes, as in {setting}"
     if item["type"] in ("tuple_type", "list_type"):
         return dotted, f"expected a list, got {got!r}; write it as [{got}]"
     if item["type"] == "dict_type":
