@@ -368,3 +368,24 @@ def test_activations_are_near_those_of_the_compiled_program(inputs, tmp_path, mo
     assert _price(three, "baseline").activation_bytes == estimate  # one seed at a time, on a CPU
     monkeypatch.setattr(runs_estimate, "runs_seeds_sequentially", lambda mesh: False)
     assert _price(three, "baseline").activation_bytes == 3 * estimate
+
+
+def test_dry_run_answers_whatever_stands_in_the_run_folder(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs_estimate, "measure_gemm_peak", lambda dtype: 1e3)
+    settings = _settings(inputs, tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    words = ["run", str(tmp_path / "run.yaml"), "--dry-run", "general=null", "intermediate=null"]
+    assert cli.main(words) == 0
+    expected = capsys.readouterr().out
+    (tmp_path / "run").mkdir()
+    for name, text, told in (
+        ("thesis.txt", "years of work", "with thesis.txt"),
+        ("config.yaml", yaml.safe_dump({**settings, "seed": 3}), "seed: 3 there, 0 here"),
+    ):
+        (tmp_path / "run" / name).write_text(text)
+        before = sorted(tmp_path.rglob("*"))
+        assert cli.main(words) == 0
+        assert sorted(tmp_path.rglob("*")) == before
+        shown = capsys.readouterr().out
+        assert "tinybert run would be refused: run_dir" in shown and told in shown
+        assert shown.endswith(expected[expected.index("pretrain: 4 steps") :])

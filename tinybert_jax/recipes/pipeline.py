@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,7 +34,13 @@ from tinybert_jax.runs import estimate, identity, shared_folder
 from tinybert_jax.runs.compile import Compiled, compile_stage, devices_of, largest_batch
 from tinybert_jax.runs.from_step import parse
 from tinybert_jax.runs.judges import check_teacher
-from tinybert_jax.runs.preflight import open_run, read_run, reads_task_teacher
+from tinybert_jax.runs.preflight import (
+    check_folder,
+    folder_of,
+    open_run,
+    read_run,
+    reads_task_teacher,
+)
 from tinybert_jax.runs.results import best_seed, collect_results
 from tinybert_jax.runs.run import CARD, Run, RunTask, export_models, remove_export
 from tinybert_jax.runs.used_words import with_used_words
@@ -199,12 +206,32 @@ def _exported(run: Run, summary: dict[str, Any], *, is_best: bool) -> dict[str, 
 
 
 def describe_costs(config: RunConfig, stages: Sequence[str] = STAGE_NAMES) -> str:
-    """The estimated FLOPs, memory and time of the given stages; writes nothing."""
+    """The estimated FLOPs, memory and time of the given stages; writes nothing.
+
+    Where `run_dir` holds another run, they are those of a new run, and a line says so.
+    """
     chosen = _choose_stages(config, stages)
-    run = read_run(config, chosen)
-    parts = [_describe_task(run.task)] if run.task else []
-    plans = [run.plans[stage.name] for stage in chosen]
-    return "\n\n".join([*parts, estimate.describe(run, plans)])
+    with _any_folder(config) as (config, notes):
+        run = read_run(config, chosen)
+        parts = [*notes, _describe_task(run.task)] if run.task else notes
+        plans = [run.plans[stage.name] for stage in chosen]
+        return "\n\n".join([*parts, estimate.describe(run, plans)])
+
+
+@contextlib.contextmanager
+def _any_folder(config: RunConfig) -> Iterator[tuple[RunConfig, list[str]]]:
+    """(the config, notes); with an empty run folder, and a note, where its own holds another run.
+
+    For what only reads.
+    """
+    try:
+        check_folder(folder_of(config), config)
+    except ValueError as error:
+        with tempfile.TemporaryDirectory() as empty:
+            notes = [f"tinybert run would be refused: {error}", "In a new run_dir:"]
+            yield config.model_copy(update={"run_dir": empty}), notes
+        return
+    yield config, []
 
 
 def compile_step(
@@ -221,17 +248,18 @@ def compile_step(
     global batch that fits. Raises ValueError for a wrong input.
     """
     chosen = _choose_stages(config, STAGE_NAMES)
-    run = read_run(config, chosen, devices=devices_of(topology, num_slices))
-    _choose_stages(config, [name] if name else STAGE_NAMES)
-    plans = [run.plans[stage.name] for stage in chosen if name in (None, stage.name)]
-    plan = plans[0]
-    if len(plans) > 1:
-        plan = max(plans, key=lambda plan: estimate.estimate_costs(run, plan).total_flops)
-    training, _ = with_used_words(run, _RECIPES[plan.stage].make_training(run, plan))
-    compiled = compile_stage(run, training, topology)
-    if is_searched:
-        compiled = compiled._replace(largest_rows=largest_batch(run, training, compiled))
-    return compiled
+    with _any_folder(config) as (config, _):
+        run = read_run(config, chosen, devices=devices_of(topology, num_slices))
+        _choose_stages(config, [name] if name else STAGE_NAMES)
+        plans = [run.plans[stage.name] for stage in chosen if name in (None, stage.name)]
+        plan = plans[0]
+        if len(plans) > 1:
+            plan = max(plans, key=lambda plan: estimate.estimate_costs(run, plan).total_flops)
+        training, _ = with_used_words(run, _RECIPES[plan.stage].make_training(run, plan))
+        compiled = compile_stage(run, training, topology)
+        if is_searched:
+            compiled = compiled._replace(largest_rows=largest_batch(run, training, compiled))
+        return compiled
 
 
 def _choose_stages(config: RunConfig, stages: Sequence[str]) -> list[Stage]:

@@ -67,7 +67,7 @@ def open_run(
     """
     pins: dict[str, str] = {}
     trackers.check_installed(config.log.trackers)
-    shared_folder.check(_folder(config))
+    shared_folder.check(folder_of(config))
     store = None
     if config.run_store:
         store = processes.on_main("run store", lambda: _open_store(config, from_step))
@@ -129,7 +129,7 @@ def read_run(
     each, also of new ones. `from_step`: see `open_run`. `devices`: of the mesh; None: all of JAX.
     """
     _check_processes()
-    folder = _folder(config)
+    folder = folder_of(config)
     check_folder(folder, config, from_step)
     pins = {} if pins is None else pins
     pins |= processes.from_main("pins", lambda: _find_pins(folder, config))
@@ -222,13 +222,14 @@ def _check_config(
     return changes
 
 
-def _folder(config: RunConfig) -> Path:
+def folder_of(config: RunConfig) -> Path:
+    """The run folder, as a path from the root."""
     return Path(config.run_dir).expanduser().resolve()
 
 
 def _open_store(config: RunConfig, from_step: FromStep | None) -> RunStore:
     """The store of the run, from which the run folder is fetched if it is gone or older."""
-    folder, url = _folder(config), str(config.run_store)
+    folder, url = folder_of(config), str(config.run_store)
     check_folder(folder, config, from_step)
     return open_store(
         url,
