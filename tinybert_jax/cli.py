@@ -92,7 +92,7 @@ def _act(arguments: argparse.Namespace, typed: str) -> tuple[int, str]:
     except Exception as raised:
         if isinstance(raised, BrokenPipeError) and host.is_output_closed():
             return 128 + signal.SIGPIPE, str(raised)
-        error = processes.explained(raised)
+        error = host.explain_missing_device(processes.explained(raised))
         if not isinstance(error, _TOLD):
             raise
         return _report(error), str(error)

@@ -1,6 +1,9 @@
 """`tinybert doctor`: the facts of the machine, and advice that a run deserves."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -61,3 +64,17 @@ def test_a_folder_that_is_no_run(name, tmp_path, capsys):
     (tmp_path / name).unlink()
     assert cli.main(["doctor", str(tmp_path)]) == 2
     assert f"got one without {name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "mars"])
+def test_a_platform_that_is_not_here_is_one_line(platforms):
+    done = subprocess.run(
+        [sys.executable, "-m", "tinybert_jax", "doctor"],
+        env={**os.environ, "JAX_PLATFORMS": platforms},
+        capture_output=True,
+        text=True,
+    )
+    if platforms == "cuda" and done.returncode == 0:
+        pytest.skip("a card is here")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert f"JAX_PLATFORMS={platforms}: expected devices of that platform" in done.stderr

@@ -116,3 +116,19 @@ def make_progress_printer(seconds: float) -> Callable[[str], None]:
             print(printable(line), flush=True)
 
     return print_line
+
+
+def explain_missing_device(error: Exception) -> Exception:
+    """The error; one line where JAX has none of the devices that `JAX_PLATFORMS` asks for."""
+    asked, frame = os.environ.get("JAX_PLATFORMS"), error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = frame.tb_frame.f_globals.get("__name__") if frame is not None else None
+    if not asked or module != "jax._src.xla_bridge":
+        return error
+    told = " ".join(str(error).split())
+    return ValueError(
+        f"JAX_PLATFORMS={asked}: expected devices of that platform, JAX has none"
+        f"{f' ({told})' if told else ''}; unset the variable to run on what is here, or check the "
+        "driver and install jax[cuda13] or jax[tpu]"
+    )
