@@ -387,3 +387,12 @@ def test_real_regression_without_header():
 def test_real_corpus():
     wiki = read_corpus([f"{DATA}/mlm/wikitext2_valid.txt"])
     assert len(wiki) > 10 and all(document.strip() and "\n\n" not in document for document in wiki)
+
+
+def test_quoted_columns_with_another_separator_are_recognised(tmp_path):
+    file = tmp_path / "rows.csv"
+    for sep, fix in ((";", "separate them by commas or tabs"), ("\t", "set task.format=tsv")):
+        file.write_text(f'"text"{sep}"label"\n"a, b"{sep}"x"\n')
+        with pytest.raises(ValueError, match="columns seem to be separated by") as error:
+            read_labelled(file, text="text", label="label")
+        assert fix in str(error.value)

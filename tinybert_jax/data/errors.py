@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -45,6 +46,13 @@ def separator_hint(names: Sequence[str]) -> str:
         return ""
     fix = fixes.get(found, "separate them by commas or tabs")
     return f"; columns seem to be separated by {found!r}: {fix}"
+
+
+def fix_of_csv(first_line: str) -> str:
+    """A fix for a .csv file with broken rows: another separator, or quotes inside of fields."""
+    if re.fullmatch(r'"[^",]*"(?:[;|\t]"[^",]*")+', first_line):
+        return separator_hint([first_line]).removeprefix("; ")
+    return 'double every quote inside a quoted field (""), close the field; or format="tsv"'
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

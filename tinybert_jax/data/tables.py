@@ -17,7 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinybert_jax.data.encoding import check_utf16, conversion_of_bytes
-from tinybert_jax.data.errors import fail, fail_column, fail_missing, listed, nearest, short
+from tinybert_jax.data.errors import (
+    fail,
+    fail_column,
+    fail_missing,
+    fix_of_csv,
+    listed,
+    nearest,
+    short,
+)
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.json_text import is_utf8, parse_json
 
@@ -171,7 +179,7 @@ def _csv_rows(path: str) -> tuple[list[list[str]], list[int]]:
             numbers.append(start)
             start = reader.line_num + 1
     except csv.Error as error:
-        fix = 'double every quote inside a quoted field (""), close the field; or format="tsv"'
+        fix = fix_of_csv(read_utf8(path).split("\n", 1)[0].strip())
         fail(f"{path}, line {start}", "a CSV row", f"a broken one ({error})", fix)
     finally:
         csv.field_size_limit(limit)
