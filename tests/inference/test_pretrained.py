@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -75,6 +76,34 @@ def test_readme_example(folder, model, tokenizer, tensors):
     assert outputs["logits"] is outputs.logits
     expected = torch_output(BertForSequenceClassification, folder, tokenizer)
     assert_close(outputs.logits, expected.logits)
+
+
+def test_texts_are_tokenised(model, tokenizer):
+    expected = model(**tokenizer(TEXTS, padding=True, return_tensors="np")).logits
+    np.testing.assert_array_equal(model(TEXTS).logits, expected)
+    np.testing.assert_array_equal(model(TEXTS[0]).logits, model([TEXTS[0]]).logits)
+    long = " ".join(TEXTS * SIZES["max_position_embeddings"])
+    assert np.isfinite(model(long).logits).all()
+    with pytest.raises(ValueError, match="expected texts alone, got them with attention_mask"):
+        model(TEXTS, attention_mask=np.ones((3, 4), int))
+    bare = type(model)(model.config, model.params, model.label_names)
+    with pytest.raises(ValueError, match="got text for a model without a tokenizer"):
+        bare(TEXTS)
+
+
+def test_a_model_tells_its_labels_and_sizes(model, folder):
+    assert model.config.id2label == LABELS["id2label"]
+    assert model.config.label2id == LABELS["label2id"]
+    assert TinyBertModel.from_pretrained(folder).config == model.config
+    count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    assert repr(model) == (
+        f"TinyBertForSequenceClassification(bert; {SIZES['num_hidden_layers']} layers × "
+        f"{SIZES['hidden_size']}; {SIZES['num_attention_heads']} heads; "
+        f"{SIZES['vocab_size']:,} words; {SIZES['max_position_embeddings']} positions; "
+        f"{count:,} parameters; labels bad, good, mixed)"
+    )
+    with pytest.raises(AttributeError, match="TinyBertModel gives the states of all layers"):
+        _ = model(TEXTS).hidden_states
 
 
 def test_the_ids_alone_are_one_unpadded_segment(folder, model, tokenizer):

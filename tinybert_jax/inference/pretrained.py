@@ -3,17 +3,20 @@
 Inputs: PyTorch, NumPy or JAX arrays, or nested lists. Outputs: JAX arrays, by key or attribute.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import PrivateAttr
 
 from tinybert_jax.huggingface.families import format_of
 from tinybert_jax.huggingface.folder import read_model, save_model, start_params
 from tinybert_jax.huggingface.head import Head, inferred_problem_type, is_unnamed
 from tinybert_jax.huggingface.hub import check_table, has_tokenizer, load_tokenizer
+from tinybert_jax.models.families import DEFAULT
 from tinybert_jax.models.heads import (
     Model,
     make_classifier,
@@ -33,7 +36,38 @@ class ModelOutput(dict):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"no output '{name}'; there are {list(self)}") from None
+            hint = (
+                "" if "hidden_states" in self else "; TinyBertModel gives the states of all layers"
+            )
+            raise AttributeError(f"no output '{name}'; there are {list(self)}{hint}") from None
+
+
+class LabelledConfig(ModelConfig):
+    """The sizes of a model, with the names of its labels under the names of transformers.
+
+    Equal to the sizes alone.
+    """
+
+    _label_names: tuple[str, ...] = PrivateAttr(())
+
+    @classmethod
+    def of(cls, sizes: ModelConfig, label_names: Sequence[str]) -> "LabelledConfig":
+        config = cls.model_construct(**dict(sizes))
+        config._label_names = tuple(label_names)
+        return config
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """The name of each label by its id."""
+        return dict(enumerate(self._label_names))
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """The id of each label by its name."""
+        return {name: number for number, name in self.id2label.items()}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelConfig) and dict(self) == dict(other)
 
 
 class TinyBertModel:
@@ -54,7 +88,7 @@ class TinyBertModel:
         tokenizer: Any = None,
         head: Head | None = None,
     ):
-        self.config, self.params = config, params
+        self.config, self.params = LabelledConfig.of(config, label_names or ()), params
         self.label_names, self.tokenizer = label_names, tokenizer
         self.head = head  # as the folder had it; None: of a fresh head
         apply, _ = self._make(config, len(label_names or ()) or 1)
@@ -88,6 +122,23 @@ class TinyBertModel:
             check_table(tokenizer, source.config, f"the model in {path}")
         return cls(source.config, params, names, tokenizer, head)
 
+    def __repr__(self) -> str:
+        """The class, the family, the sizes and the labels."""
+        sizes, names = self.config, self.label_names or ()
+        count = sum(int(np.size(leaf)) for leaf in jax.tree.leaves(self.params))
+        parts = [
+            sizes.model_type or DEFAULT,
+            f"{sizes.num_hidden_layers} layers × {sizes.hidden_size}",
+            f"{sizes.num_attention_heads} heads",
+            f"{sizes.vocab_size:,} words",
+            f"{sizes.max_position_embeddings} positions",
+            f"{count:,} parameters",
+        ]
+        if names and self.head_kind:
+            shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            parts.append(f"labels {shown}")
+        return f"{type(self).__name__}({'; '.join(parts)})"
+
     def __call__(
         self,
         input_ids: Any,
@@ -97,14 +148,23 @@ class TinyBertModel:
     ) -> ModelOutput:
         """A forward pass without dropout; all inputs are [batch, seq].
 
-        Default `attention_mask`: all ones; default `token_type_ids`: all zeros. Raises ValueError
-        for an input of another shape or type, or with ids that the model does not have.
+        A text, or a list of texts, in place of `input_ids` is tokenised, and cut where it is longer
+        than the model's positions. Default `attention_mask`: all ones; default `token_type_ids`:
+        all zeros. Raises ValueError for an input of another shape or type, or with ids that the
+        model does not have, and for texts without a tokenizer.
         """
         if unused:
             raise ValueError(
                 f"expected input_ids, attention_mask and token_type_ids, got also "
                 f"{sorted(unused)}; remove them"
             )
+        if isinstance(input_ids, str) or _are_texts(input_ids):
+            if attention_mask is not None or token_type_ids is not None:
+                raise ValueError(
+                    "expected texts alone, got them with attention_mask or token_type_ids; leave "
+                    "these out, or pass input_ids of the tokenizer"
+                )
+            return self(**self._tokenize(input_ids))
         ids = checked_ids(
             "input_ids",
             input_ids,
@@ -130,6 +190,23 @@ class TinyBertModel:
                 self.params, Text(jnp.asarray(ids), jnp.asarray(types)), mask.astype(bool)
             )
         )
+
+    def _tokenize(self, texts: str | Sequence[str]) -> dict[str, Any]:
+        if self.tokenizer is None:
+            raise ValueError(
+                "expected input_ids, got text for a model without a tokenizer; load a folder that "
+                "has one, or pass the ids"
+            )
+        encoded = self.tokenizer(
+            [texts] if isinstance(texts, str) else list(texts),
+            padding=True,
+            truncation=True,
+            max_length=self.config.max_position_embeddings,
+            return_tensors="np",
+        )
+        known = ["input_ids", "attention_mask"]
+        known += ["token_type_ids"] if self.config.type_vocab_size else []
+        return {name: encoded[name] for name in known if name in encoded}
 
     def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> Path:
         """Writes a folder that `AutoModel….from_pretrained` loads, then reads it back and compares.
@@ -197,6 +274,12 @@ class TinyBertForTokenClassification(TinyBertForMaskedLM):
 
     head_kind = "TokenClassification"
     _make = staticmethod(make_token_classifier)
+
+
+def _are_texts(value: Any) -> bool:
+    """Whether it is a list of texts, not empty."""
+    is_list = isinstance(value, list | tuple) and len(value) > 0
+    return is_list and all(isinstance(text, str) for text in value)
 
 
 def checked_ids(
