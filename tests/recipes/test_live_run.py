@@ -23,7 +23,7 @@ def test_the_view_changes_nothing_in_the_run_folder(tmp_path, monkeypatch, capsy
     write_inputs(tmp_path, **TEACHER)
     stage = {**STAGE, "num_steps": 6, "log_every": 2, "eval_every": 3}
     terminal = Terminal()
-    monkeypatch.setattr(live_view, "sys", types.SimpleNamespace(stdout=terminal))
+    monkeypatch.setattr(live_view, "sys", types.SimpleNamespace(stdout=terminal, stderr=terminal))
     monkeypatch.setenv("TERM", "xterm-256color")
     for name in ("live", "plain"):
         config = write_config(tmp_path / f"{name}.yaml", tmp_path, tmp_path / name, finetune=stage)

@@ -29,7 +29,7 @@ VALUES = {
 def terminal(monkeypatch):
     terminal = Terminal()
     # pytest puts a stream of its own in place of `sys.stdout` before each test.
-    monkeypatch.setattr(live_view, "sys", types.SimpleNamespace(stdout=terminal))
+    monkeypatch.setattr(live_view, "sys", types.SimpleNamespace(stdout=terminal, stderr=terminal))
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("LINES", "30")
@@ -74,9 +74,12 @@ def test_the_view_stands_below_the_lines(terminal, log):
 def test_other_output_is_not_lost(terminal, log):
     log.enter("finetune")
     log.progress("finetune", 1, 200, VALUES)
-    print("a warning", file=terminal)
+    print("a warning", file=live_view.sys.stderr)
     log.progress("finetune", 2, 200, VALUES)
-    assert terminal.shown[0] == "a warning"
+    print("x" * 130, file=live_view.sys.stdout)  # longer than a line
+    assert terminal.shown == ["a warning", "x" * 130]
+    log.progress("finetune", 3, 200, VALUES)
+    assert terminal.shown[:2] == ["a warning", "x" * 130]
     assert sum("stage 1 of 2" in row for row in terminal.shown) == 1
 
 

@@ -2,7 +2,7 @@
 
 It stands below the lines that a run prints and is drawn anew every second. The cursor stays above
 it and no mode of the terminal changes, so a process that ends at any moment leaves a terminal that
-works. Whatever else is printed stands in place of the view, and the next drawing comes below it.
+works. Whatever else is printed takes the place of the view, and the next drawing comes below it.
 Writes no file; nothing in a run reads it.
 """
 
@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tinybert_jax.report import console
@@ -38,7 +38,8 @@ class LiveView:
     def __init__(self, stages: Sequence[str], work: Mapping[str, float]):
         from rich.console import Console
 
-        self._console, self._out = Console(), sys.stdout
+        self._out, self._is_drawn = sys.stdout, False
+        self._console = Console(file=self._out)
         self.stages, self.work = list(stages), dict(work)
         self.stage, self.step, self.num_steps = "", 0, 0
         self.values: dict[str, Any] = {}
@@ -46,7 +47,9 @@ class LiveView:
         self.curves: dict[str, list[float]] = {}
         self.score = self.best = ""
         self._task, self._task_began = "", 0.0
-        self._lock, self._is_closed = threading.Lock(), threading.Event()
+        self._lock, self._is_closed = threading.RLock(), threading.Event()
+        self._streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (_Stream(self.hide, stream) for stream in self._streams)
         console.close_view = self.close
         threading.Thread(target=self._draw_on, name="live view", daemon=True).start()
 
@@ -88,9 +91,18 @@ class LiveView:
             self._out.write(f"{_ERASE}{printable(text)}\n{self._rendered()}")
             self._out.flush()
 
+    def hide(self) -> None:
+        """Erases the view before the output of others; the next drawing comes below that."""
+        with self._lock:
+            if self._is_drawn and not self._is_closed.is_set():
+                self._out.write(_ERASE)
+                self._out.flush()
+            self._is_drawn = False
+
     def close(self) -> None:
         """Erases the view, for good; any thread may call it, and more than once."""
         console.close_view = console.nothing
+        sys.stdout, sys.stderr = self._streams
         is_mine = self._lock.acquire(timeout=1.0)  # a thread that ends the process waits no longer
         try:
             if not self._is_closed.is_set():
@@ -125,6 +137,7 @@ class LiveView:
                 self._console.print(line, overflow="ellipsis", no_wrap=True, crop=True)
         # The cursor stays in an empty line, where the output of others finds room.
         lines = ["", *captured.get().splitlines()][: max(self._console.height - 1, 1)]
+        self._is_drawn = True
         drawn = "".join(f"{line}\x1b[K\n" for line in lines)
         return f"\r{drawn}{_ERASE}\x1b[{len(lines)}A"
 
@@ -186,6 +199,20 @@ class LiveView:
             if len(self.curves) == 2 and name != "loss":
                 continue  # the only part is the loss itself
             yield f"{name.removeprefix('loss/')} {values[-1]:.4g} {curve(values)}"
+
+
+class _Stream:
+    """A stream that calls `before()` before it writes; in all else it is the stream."""
+
+    def __init__(self, before: Callable[[], None], stream: Any):
+        self._before, self._stream = before, stream
+
+    def write(self, text: str) -> int:
+        self._before()
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def curve(values: Sequence[float], width: int = _CURVE) -> str:
