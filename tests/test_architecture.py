@@ -17,7 +17,7 @@ ROOMS = {
     "terms": "term attention hidden relation cls cosine pooled logits label words sentence "
     "contrastive table",
     "config": "models data tasks task_kinds stages distillation compute log consistency run "
-    "by_rows load",
+    "by_rows load schema command",
     "metrics": "classification regression multi_label tagging spans intervals paired calibration "
     "cosines translation",
     "report": "charts style shell run_files tables figures headline confusion per_class pareto "

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tinybert_jax import __version__
+from tinybert_jax.config import command as config_command
 from tinybert_jax.config import load as config_files
 from tinybert_jax.config.run import RunConfig
 from tinybert_jax.config.stages import STAGE_NAMES
@@ -169,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_update(commands)
     huggingface.add_to(commands)
     runs.add_to(commands)
+    config_command.add_to(commands)
     data.add_to(commands, _add_config)
     launch.add_to(commands)
     return parser
