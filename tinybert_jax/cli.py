@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tinybert_jax import __version__
@@ -173,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     config_command.add_to(commands)
     data.add_to(commands, _add_config)
     launch.add_to(commands)
+    _add_completion(commands)
     return parser
 
 
@@ -250,6 +251,13 @@ def _add_update(commands) -> None:
     command.add_argument("--print-config", action="store_true", help="print the config and stop")
     _add_plain(command)
     command.set_defaults(act=_run, dry_run=False, profile=False, from_step=None)
+
+
+def _add_completion(commands) -> None:
+    text = "print a script that completes the commands in a shell (extra completion)"
+    command = commands.add_parser("completion", help=text, description=text)
+    command.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell")
+    command.set_defaults(act=_completion)
 
 
 def _measure(draft):
@@ -336,3 +344,29 @@ def _settings(arguments):
         got = (given or ["neither"])[0]
         raise ValueError(f"expected a config, or --data with a table, got {got}; give one of them")
     return config_files.load(words[0], words[1:], _measure, _tell)
+
+
+def _completion(arguments, command: str) -> int:
+    try:
+        import shtab
+    except ImportError:
+        raise ValueError(
+            "completion: expected the package shtab, found none; "
+            "pip install 'tinybert-jax[completion]'"
+        ) from None
+    parser = _parser()
+    for own in _parsers(parser):
+        for action in own._actions:
+            if action.choices is None and action.nargs != 0 and action.type not in (int, float):
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(parser, shell=arguments.shell))
+    return 0
+
+
+def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """The parser, and those of its commands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from _parsers(child)
