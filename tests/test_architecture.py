@@ -32,7 +32,7 @@ ROOMS = {
     "batches": "batch tokenize bucketing packing loader",
     "tokens": "store instances transform ray workers prepare inspect",
     "huggingface": "untrusted sentence_folder header tensors hub weights bert distilbert families "
-    "head config_json folder encoder_decoder rewrite command",
+    "head config_json folder encoder_decoder rewrite push command",
     "tasks": "task classification regression multi_label tagging question_answering embeddings "
     "translation linear table",
     "objectives": "alignment linear_probe reduction factored objective masking masked_lm "
