@@ -12,7 +12,7 @@ from flax import nnx
 
 from tinybert_jax.models.heads import make_classifier, make_masked_lm
 from tinybert_jax.models.inputs import Text
-from tinybert_jax.models.linear import dense, make_linear, rounded_kernels
+from tinybert_jax.models.linear import affine, bfloat16_affine, dense, make_linear, rounded_kernels
 from tinybert_jax.models.params import frozen_params
 from tinybert_jax.settings.sizes import ModelConfig
 
@@ -30,6 +30,45 @@ CONFIG = ModelConfig(
 
 def _rounded(x):
     return np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def _bfloat16_gradients(platform):
+    """The program of a bfloat16 map's gradients for a platform, before XLA splits it."""
+    x, kernel, bias = jnp.ones((4, 5, 24), jnp.bfloat16), jnp.ones((24, 12)), jnp.ones(12)
+    loss = lambda *operands: bfloat16_affine(affine, *operands).sum()  # noqa: E731
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(x, kernel, bias)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_accelerators_sum_the_gradients_of_bfloat16_maps_in_fp32(platform):
+    """A sum over devices comes right after the product, so it has the dtype of the product."""
+    assert re.search(r"dot_general.*-> tensor<24x12xf32>", _bfloat16_gradients(platform))
+    assert re.search(r"dot_general.*-> tensor<..x..xbf16>", _bfloat16_gradients("cpu"))
+
+
+def test_the_gradients_of_a_bfloat16_map_are_those_of_float64_to_its_digits(monkeypatch):
+    """In both forms; the form of accelerators has no rounding but that of its operands."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (4, 5, 24), (24, 12), (12,), (4, 5, 12)
+    x, kernel, bias, slope = map(jax.random.normal, keys, shapes)
+    x = x.astype(jnp.bfloat16)
+
+    def by_weights():
+        def loss(kernel, bias):
+            return jnp.sum(bfloat16_affine(affine, x, kernel, bias) * slope.astype(jnp.bfloat16))
+
+        return jax.grad(loss, argnums=(0, 1))(kernel, bias)
+
+    rounded = _rounded(slope).reshape(-1, 12)
+    wanted = _rounded(x).reshape(-1, 24).T @ rounded, rounded.sum(0)
+    for got, want in zip(by_weights(), wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-2, atol=5e-2)
+    take_default = lambda *operands, cpu, default: default(*operands)  # noqa: E731
+    monkeypatch.setattr(jax.lax, "platform_dependent", take_default)
+    for got, want in zip(by_weights(), wanted, strict=True):
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_products_round_their_operands_and_nothing_else():

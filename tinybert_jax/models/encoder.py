@@ -22,7 +22,7 @@ from tinybert_jax.models.attention import (
 )
 from tinybert_jax.models.dropout import dropout
 from tinybert_jax.models.inputs import Text
-from tinybert_jax.models.linear import dense, make_linear
+from tinybert_jax.models.linear import dense, make_linear, map_pooled
 from tinybert_jax.models.norm import layer_norm, make_layer_norm
 from tinybert_jax.parallel.sharding import shard_by_example
 from tinybert_jax.settings.section import AttentionBackend, PositionInit
@@ -169,7 +169,7 @@ class Encoder(nnx.Module):
         """`EncoderOutput.pooled` from the last hidden states of first tokens."""
         assert self.pooler is not None
         with jax.named_scope("~head"):
-            return self.pooling(self.pooler(first))
+            return self.pooling(map_pooled(self.pooler, first))
 
     def _start(
         self, inputs: Text, attention_mask: Array, key: jax.Array | None

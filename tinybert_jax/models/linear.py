@@ -1,5 +1,6 @@
 """Linear maps over tokens, with matrix products in fp32, bfloat16 or int8."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -82,8 +83,32 @@ def dense(linear: Linear, x: Float[Array, "batch seq dim"]) -> Float[Array, "bat
     if isinstance(linear, Int8Linear):
         return linear(x)
     assert linear.bias is not None
-    operands = linear.promote_dtype((x, linear.kernel[...], linear.bias[...]), dtype=linear.dtype)
-    return affine(*operands, dot_general=linear.dot_general)
+    kernel, bias = linear.kernel[...], linear.bias[...]
+    return affine_in(linear.dtype, x, kernel, bias, dot_general=linear.dot_general)
+
+
+def affine_in(
+    dtype: DTypeLike, x: Array, kernel: Array, bias: Array, **options: Callable[..., Array]
+) -> Array:
+    """`affine` of operands that are rounded to `dtype`."""
+    if jnp.dtype(dtype) == jnp.bfloat16:
+        return bfloat16_affine(affine, x.astype(dtype), kernel, bias)
+    return affine(x.astype(dtype), kernel.astype(dtype), bias.astype(dtype), **options)
+
+
+def map_pooled(linear: nnx.Linear, x: Float[Array, "*dims dim"]) -> Float[Array, "*dims out"]:
+    """Applies a linear map to one state of each row or segment."""
+    if linear.dtype != jnp.bfloat16:
+        return linear(x)
+    assert linear.bias is not None
+    weights = linear.kernel[...], linear.bias[...]
+    return bfloat16_affine(_plain_affine, x.astype(jnp.bfloat16), *weights)
+
+
+def _plain_affine(x: Array, kernel: Array, bias: Array) -> Array:
+    """x·kernel + bias as `nnx.Linear` computes it."""
+    mapped = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    return mapped + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def affine(
@@ -100,6 +125,52 @@ def affine(
     """
     mapped = dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())))
     return _add_bias(mapped, bias).reshape(*x.shape[:2], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def bfloat16_affine(
+    plain: Callable[..., Array],
+    x: Float[Array, "*batch dim"],
+    kernel: Float[Array, "dim out"],
+    bias: Float[Array, " out"],
+) -> Float[Array, "*batch out"]:
+    """`plain`, an affine map, of operands in bfloat16; on accelerators the gradients of kernel and
+    bias are sums in fp32, also over devices.
+
+    Rounded to bfloat16 before the sum over devices, as XLA would do it, a gradient would lose more
+    digits with every device.
+    """
+    return plain(x, kernel.astype(x.dtype), bias.astype(x.dtype))
+
+
+def _bfloat16_affine_backward(
+    plain: Callable[..., Array], operands: tuple[Array, ...], cotangent: Array
+) -> tuple[Array, ...]:
+    def rounded_gradients(cotangent: Array, *operands: Array) -> tuple[Array, ...]:
+        x, *weights = operands
+        rounded = (weight.astype(x.dtype) for weight in weights)
+        gradients = jax.vjp(plain, x, *rounded)[1](cotangent)
+        return tuple(map(_as_type_of, gradients, operands))
+
+    def gradients(cotangent: Array, x: Array, kernel: Array, bias: Array) -> tuple[Array, ...]:
+        rows, columns = (each.reshape(-1, each.shape[-1]) for each in (x, cotangent))
+        by_x = _contract(columns, kernel.astype(x.dtype), 1, 1).reshape(x.shape)
+        sums = _transposed_product(rows, columns), columns.sum(0, dtype=jnp.float32)
+        return tuple(map(_as_type_of, (by_x, *sums), (x, kernel, bias)))
+
+    return jax.lax.platform_dependent(
+        cotangent, *operands, cpu=rounded_gradients, default=gradients
+    )
+
+
+bfloat16_affine.defvjp(
+    lambda plain, *operands: (bfloat16_affine(plain, *operands), operands),
+    _bfloat16_affine_backward,
+)
+
+
+def _as_type_of(value: Array, other: Array) -> Array:
+    return value.astype(other.dtype)
 
 
 @jax.custom_vjp
