@@ -61,7 +61,7 @@ def mesh_of(num_devices, **axes):
 
 
 @functools.cache
-def stage_of(kind, normalisation="valid_only"):
+def stage_of(kind, normalisation="valid_only", num_shards=1):
     """(objective, params, frozen) of a small stage without dropout; `kind` may end in `_apart`."""
     if kind == "supervised_apart":  # as run_stage does with compute.unroll_layers
         apply, init = make_classifier(STUDENT.model_copy(update=DRY), 3, unroll=True)
@@ -69,14 +69,14 @@ def stage_of(kind, normalisation="valid_only"):
         return make_supervised(apply, label_smoothing=0.1), params, ()
     key = jax.random.key(0)
     student = STUDENT.model_copy(update=DRY)
-    options = Options(normalisation=normalisation)
+    options = Options(normalisation=normalisation, num_shards=num_shards)
     if kind == "supervised":
         apply, init = make_classifier(student, 3)
         return make_supervised(apply, label_smoothing=0.1), jax.jit(init)(key), ()
     if kind == "masked_lm":
         apply, init = make_masked_lm(student, pair_head=True)
         ids = {"mask_token_id": 4, "special_token_ids": (0, 1, 2), "vocab_size": 52}
-        objective = make_mlm(apply, mask_rate=0.3, pair_weight=0.5, **ids)
+        objective = make_mlm(apply, mask_rate=0.3, pair_weight=0.5, num_shards=num_shards, **ids)
 
         def prepare(batch, key, share):  # labels of pairs: none, 0 and 1
             labels = batch.targets["labels"] - 1

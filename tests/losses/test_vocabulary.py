@@ -47,6 +47,23 @@ def test_masked_lm_equals_the_loss_of_all_logits_for_any_chunk_size(chunk_size, 
     )
 
 
+def test_a_shard_with_a_table_of_its_own_gives_that_table_its_gradient():
+    inputs = normal(2, 12, 6, scale=2), normal(3, 11, 6), normal(4, 11)
+    (hidden, table, bias), labels = map(jnp.array, inputs), jnp.array(VOCAB_LABELS)
+
+    def by_table(table, num_shards, rows=slice(None)):
+        def loss(table):
+            own = hidden[rows], table, bias, labels[rows]
+            count = jnp.float32(7)
+            return vocabulary.masked_lm(*own, chunk_size=4, num_shards=num_shards, count=count)
+
+        return jax.grad(loss)(table)
+
+    both = by_table(jnp.stack([table, table]), 2)
+    for own, rows in zip(both, (slice(6), slice(6, 12)), strict=True):
+        np.testing.assert_allclose(own, by_table(table, 1, rows), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("num_rows", "largest", "size"),
     [(651, 256, 224), (651, 512, 328), (512, 512, 512), (513, 512, 264), (5, 512, 8), (5, 3, 3)],

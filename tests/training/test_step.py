@@ -16,7 +16,7 @@ from tinybert_jax.models.params import restack_layers
 from tinybert_jax.objectives import masking
 from tinybert_jax.objectives.masked_lm import make_mlm
 from tinybert_jax.parallel import sharding
-from tinybert_jax.parallel.mesh import make_mesh
+from tinybert_jax.parallel.mesh import make_mesh, num_batch_shards
 from tinybert_jax.training.step import init_state, make_train_step
 
 
@@ -24,7 +24,7 @@ from tinybert_jax.training.step import init_state, make_train_step
 def _run(kind, num_devices, *, accumulation=1, num_steps=2, normalisation="valid_only"):
     """(the last parameters, the metrics of every step); eight devices as 2 × 2 × 2."""
     mesh = mesh_of(1) if num_devices == 1 else mesh_of(8, fsdp=2, tensor=2)
-    objective, params, frozen = stage_of(kind, normalisation)
+    objective, params, frozen = stage_of(kind, normalisation, num_batch_shards(mesh))
     schedule = optax.constant_schedule(1e-2)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(schedule))
     key = jax.random.key(3)

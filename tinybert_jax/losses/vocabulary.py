@@ -16,7 +16,7 @@ from tinybert_jax.losses.pointwise import IGNORED_LABEL, divide_by_count
 
 def masked_lm(
     hidden: Float[Array, "n dim"],
-    table: Float[Array, "vocab dim"],
+    table: Float[Array, "vocab dim"] | Float[Array, "shards vocab dim"],
     bias: Float[Array, " vocab"],
     labels: Int[Array, " n"],
     *,
@@ -29,7 +29,8 @@ def masked_lm(
     The gradients are computed with the loss, chunk by chunk, so nothing is kept or computed twice.
     Ignored rows are sorted to the end and chunks of ignored rows are skipped, so that rows without
     a label cost nothing. The rows are split into `num_shards` (a divisor of n) equal runs, chunked
-    side by side, so that no row has to leave its device.
+    side by side, so that no row has to leave its device. With equal tables [shards, vocab, dim],
+    each gets the gradient of its shard alone.
     """
     hidden, labels = _split_shards((hidden, labels), num_shards)
     size = min(chunk_size, hidden.shape[1])
@@ -38,7 +39,7 @@ def masked_lm(
 
 
 def kl(
-    student: tuple[Float[Array, "n dim"], Float[Array, "vocab dim"], Float[Array, " vocab"]],
+    student: tuple[Float[Array, "n dim"], Float[Array, "*_ vocab dim"], Float[Array, " vocab"]],
     teacher: tuple[Float[Array, "n dim_t"], Float[Array, "vocab dim_t"], Float[Array, " vocab"]],
     mask: Bool[Array, " n"],
     *,
@@ -50,7 +51,7 @@ def kl(
     """`pointwise.kl` of the logits of two models, mean over the rows of `mask` (unit: row).
 
     `student` and `teacher` are (hidden, table, bias). Logits and gradients are computed in chunks
-    as in `masked_lm`; the teacher gets no gradient.
+    as in `masked_lm`, also those of tables [shards, vocab, dim]; the teacher gets no gradient.
     """
     labels = jnp.where(mask, 0, IGNORED_LABEL)
     (hidden, teacher_hidden), labels = _split_shards(((student[0], teacher[0]), labels), num_shards)
@@ -118,16 +119,16 @@ def _sum_over_chunks(
 
     With a teacher: Σ KL(p_T ‖ p) over the rows that have a label, whatever the label. Without
     gradients: the number of labels with the largest logit. Shards accumulate separate table
-    gradients, which are added once, after the last chunk.
+    gradients, which are added once, after the last chunk, unless each shard has its own table.
     """
-    num_shards, words = len(hidden), table.astype(hidden.dtype)
+    has_copies, num_shards = table.ndim == 3, len(hidden)
+    words = (table[0] if has_copies else table).astype(hidden.dtype)
     order = jnp.argsort(labels == IGNORED_LABEL, axis=-1, stable=True)
     in_order = functools.partial(_sort_and_pad, order, size)
     rows, sorted_labels = in_order(hidden), in_order(labels[:, :, None], IGNORED_LABEL)
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     teacher_rows = rows if teacher is None else in_order(teacher.hidden)
-    # Column sums are products with ones, because XLA:CPU adds up columns slowly.
-    ones = jnp.ones((num_shards, size), hidden.dtype)
+    ones = jnp.ones((num_shards, size), hidden.dtype)  # XLA:CPU adds up columns slowly
 
     def chunk(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         row, label, teacher_row = (
@@ -155,15 +156,15 @@ def _sum_over_chunks(
 
     zeros = [jnp.zeros(num_shards)] * 2
     if with_gradients:
-        tables = (jnp.zeros((num_shards, *a.shape)) for a in (table, bias))
-        zeros = [zeros[0], jnp.zeros_like(rows), *tables]
+        shapes = (num_shards, *table.shape[-2:]), (num_shards, *bias.shape)
+        zeros = [zeros[0], jnp.zeros_like(rows), *map(jnp.zeros, shapes)]
     num_chunks = -(-jnp.sum(labels != IGNORED_LABEL, axis=-1).max() // size)
     total, *sums = jax.lax.fori_loop(0, num_chunks, chunk, tuple(zeros))
     if not with_gradients:
         return total.sum(), sums[0].sum()
     by_hidden = jnp.take_along_axis(sums[0], jnp.argsort(order, axis=-1)[:, :, None], axis=1)
-    by_table, by_bias = sums[1].sum(0).astype(table.dtype), sums[2].sum(0).astype(bias.dtype)
-    return total.sum(), (by_hidden, by_table, by_bias)
+    by_table, by_bias = sums[1] if has_copies else sums[1].sum(0), sums[2].sum(0)
+    return total.sum(), (by_hidden, by_table.astype(table.dtype), by_bias.astype(bias.dtype))
 
 
 def _label_loss(logits: Array, label: Array) -> tuple[Array, Array]:

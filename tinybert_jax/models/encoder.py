@@ -266,10 +266,37 @@ class Embeddings(nnx.Module):
     def at(self, inputs: Text, positions: ArrayLike, key: jax.Array | None = None) -> Array:
         """The embeddings of tokens with these rows [batch or 1, seq, dim] of the position table."""
         input_ids, token_type_ids = inputs
-        summed = self.word(input_ids) + positions
+        table = self.word.embedding[...]
+        words = self.word(input_ids) if table.ndim == 2 else _look_up_by_shard(table, input_ids)
+        summed = words + positions
         if self.token_type is not None:
             summed = summed + self.token_type(token_type_ids)
         return dropout(layer_norm(self.norm, summed), self.dropout_rate, key)
+
+
+@jax.custom_vjp
+def _look_up_by_shard(table: Array, input_ids: Array) -> Array:
+    """The rows for ids [batch, seq] of a table [shards, vocab, dim], whose copies are equal.
+
+    A copy gets the gradient of the words of its shard of the batch.
+    """
+    return jnp.take(table[0], input_ids, axis=0)
+
+
+def _look_up_backward(operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, None]:
+    table, input_ids = operands
+    own = input_ids.reshape(len(table), -1, input_ids.shape[-1])
+
+    def by_shard(table: Array) -> Array:
+        words = jax.vmap(lambda table, ids: jnp.take(table, ids, axis=0))(table, own)
+        return words.reshape(cotangent.shape)
+
+    return jax.vjp(by_shard, table)[1](cotangent)[0], None
+
+
+_look_up_by_shard.defvjp(
+    lambda *operands: (_look_up_by_shard(*operands), operands), _look_up_backward
+)
 
 
 def sinusoids(

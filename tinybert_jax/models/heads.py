@@ -37,7 +37,7 @@ class MaskedLMOutput(NamedTuple):
 
     logits: jax.Array  # [batch, picked, vocab], fp32
     hidden: jax.Array  # [batch, picked, dim]
-    table: jax.Array  # [vocab, dim], fp32
+    table: jax.Array  # [vocab, dim], fp32; [shards, vocab, dim] of `copy_table_per_shard`
     bias: jax.Array  # [vocab], fp32
     pair_logits: jax.Array | None = None  # [batch, 2], fp32
     encoder: EncoderOutput | None = None  # with taps
@@ -214,7 +214,7 @@ class MaskedLM(nnx.Module):
             hidden = layer_norm(self.norm, self.activation(dense(self.transform, hidden)))
             hidden = hidden.astype(self.decoded_dtype)  # what the products with the table read
             table = self.encoder.embeddings.word.embedding[...]
-            logits = self.decoder(hidden, table)
+            logits = self.decoder(hidden, table if table.ndim == 2 else table[0])
             pair = None
             if self.pair is not None:
                 pair = self.pair(self.encoder.pool(first).astype(jnp.float32))

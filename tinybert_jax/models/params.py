@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.linear import rounded_kernels
+from tinybert_jax.parallel.sharding import copy_per_shard
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,6 +86,15 @@ def frozen_params(
     """
     rounded = rounded_kernels(params, dtype=dtype, product_dtype=product_dtype)
     return unstack_layers(rounded) if unroll else rounded
+
+
+def copy_table_per_shard(params: Params, num_shards: int) -> Params:
+    """The parameters of a masked LM, which reads its word table as input and as output, with a
+    table [shards, vocab, dim] by `copy_per_shard`."""
+    encoder = params["encoder"]
+    embeddings = encoder["embeddings"]
+    embeddings = {**embeddings, "word": copy_per_shard(embeddings["word"], num_shards)}
+    return {**params, "encoder": {**encoder, "embeddings": embeddings}}
 
 
 def unstack_layers(params: Params) -> Params:

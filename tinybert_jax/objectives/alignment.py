@@ -1,5 +1,6 @@
 """Projection of student states to the teacher's width; starting a student from teacher weights."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinybert_jax.models.linear import affine
+from tinybert_jax.models.linear import affine_in
 from tinybert_jax.settings.sizes import Sizes
 
 
@@ -41,11 +42,15 @@ def init_projection(
 def project(projection: Mapping[str, jax.Array], entry: int, hidden: jax.Array) -> jax.Array:
     """H·W + c of hidden state number `entry`: [batch, seq, student_dim] to [.., teacher_dim].
 
-    Entry -1 is the last.
+    Entry -1 is the last. The projection may have a leading axis [shards] of `copy_per_shard`.
     """
-    index = entry if projection["kernel"].shape[0] > 1 else 0
-    kernel, bias = (projection[name][index].astype(hidden.dtype) for name in ("kernel", "bias"))
-    return affine(hidden, kernel, bias)
+    index = entry if projection["kernel"].shape[-3] > 1 else 0
+    kernel, bias = (projection[name] for name in ("kernel", "bias"))
+    if kernel.ndim == 3:
+        return affine_in(hidden.dtype, hidden, kernel[index], bias[index])
+    rows = hidden.reshape(len(kernel), -1, *hidden.shape[1:])
+    by_shard = jax.vmap(functools.partial(affine_in, hidden.dtype))
+    return by_shard(rows, kernel[:, index], bias[:, index]).reshape(*hidden.shape[:-1], -1)
 
 
 _TABLES = ("word", "position", "token_type")

@@ -14,7 +14,7 @@ from tinybert_jax.losses.pointwise import Normalisation
 from tinybert_jax.models.attention import at
 from tinybert_jax.models.encoder import first_tokens
 from tinybert_jax.models.heads import MaskedLMOutput
-from tinybert_jax.models.params import Apply, Params
+from tinybert_jax.models.params import Apply, Params, copy_table_per_shard
 from tinybert_jax.objectives.alignment import project
 from tinybert_jax.objectives.factored import Factors, form_of
 from tinybert_jax.objectives.masked_lm import Mask
@@ -28,6 +28,7 @@ from tinybert_jax.objectives.objective import (
     unit_scores,
     units,
 )
+from tinybert_jax.parallel.sharding import copy_per_shard
 from tinybert_jax.terms.table import Terms, reads_every_word, reads_of, without_task_logits
 from tinybert_jax.terms.term import Ramp, Reads
 
@@ -68,6 +69,7 @@ class Context(NamedTuple):
     batch: Batch
     counts: Counts  # of the whole batch
     projection: Any  # parameters of `alignment.project`, or None
+    projection_copies: Any  # the same by `copy_per_shard`, for hidden states that share them
     options: Options
 
     def number(self, value: float | Ramp) -> float | jax.Array:
@@ -76,7 +78,7 @@ class Context(NamedTuple):
 
     def projected(self, entry: int) -> jax.Array:
         """Hidden state `entry` of the student at the teacher's width, [batch, seq, teacher_dim]."""
-        return project(self.projection, entry, self.student.encoder.hidden[entry])
+        return project(self.projection_copies, entry, self.student.encoder.hidden[entry])
 
     def projected_vectors(self, vectors: jax.Array) -> jax.Array:
         """Sentence vectors of the student at the teacher's width, [examples, teacher_dim]."""
@@ -145,8 +147,13 @@ def make_distill(
         return jax.lax.stop_gradient(outputs)
 
     def loss(params, batch, counts, key, targets):
-        outputs = run(student, params["student"], batch, key, taps=reads_of(terms).encoder)
-        context = Context(outputs, targets, batch, counts, params.get("projection"), options)
+        own = params["student"]
+        if student.reads.words:
+            own = copy_table_per_shard(own, options.num_shards)
+        outputs = run(student, own, batch, key, taps=reads_of(terms).encoder)
+        projection = params.get("projection")
+        copies = copy_per_shard(projection, options.num_shards)
+        context = Context(outputs, targets, batch, counts, projection, copies, options)
         parts = {}
         for name, term_loss in zip(names, losses, strict=True):
             with jax.named_scope("~" + name.replace("/", " ")):

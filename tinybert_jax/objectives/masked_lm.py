@@ -9,6 +9,7 @@ import numpy as np
 
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.losses import pointwise, vocabulary
+from tinybert_jax.models.params import copy_table_per_shard
 from tinybert_jax.objectives import masking
 from tinybert_jax.objectives.objective import (
     Counts,
@@ -114,6 +115,7 @@ def make_mlm(
         positions, tokens, pair_labels = (
             batch.targets[name] for name in ("positions", "tokens", "pair_labels")
         )
+        params = copy_table_per_shard(params, num_shards)
         output = apply(params, *encoder_inputs(batch), key, positions=positions)
         size = mlm_chunk_size(
             batch.num_slots // num_shards,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -127,6 +128,17 @@ def shard_by_example(hidden: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return hidden
     return jax.lax.with_sharding_constraint(hidden, PartitionSpec(BATCH_AXES))
+
+
+def copy_per_shard(tree: Any, num_shards: int) -> Any:
+    """Arrays [shards, …]: a copy for each batch shard; a single shard keeps its arrays as they are.
+
+    For parameters that a model reads several times. A shard adds up the gradients of its copy, and
+    the sum over shards comes after: one all-reduce instead of one for each time.
+    """
+    if num_shards == 1:
+        return tree
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_shards, *x.shape)), tree)
 
 
 def shard_map_over_batch(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
