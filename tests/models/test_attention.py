@@ -143,6 +143,17 @@ def test_a_backend_that_cannot_run_is_refused_with_the_requirement(backend, chan
         jax.tree.map(np.testing.assert_array_equal, *results)
 
 
+def test_the_device_is_that_of_the_mesh():
+    """A program may be compiled for another machine than the one that compiles it."""
+    for platform, expected in (("tpu", None), ("gpu", "a TPU, got X")):
+        device = jax.sharding.AbstractDevice(device_kind="X", num_cores=1, platform=platform)
+        mesh = jax.sharding.AbstractMesh((2,), ("data",), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert missing_device("splash") == expected
+            if jax.default_backend() != "gpu":
+                assert "an NVIDIA GPU of" in missing_device("cudnn")
+
+
 def test_a_run_whose_config_does_not_suit_the_backend_is_refused(world):
     path = world.distil(compute={"attention": "cudnn"}, num_seeds=2)
     named = (

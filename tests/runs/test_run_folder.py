@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 import yaml
 
 from tinybert_jax.config import load as config_files
+from tinybert_jax.parallel.mesh import unrolls_layers
 from tinybert_jax.performance import host
+from tinybert_jax.runs import preflight
 from tinybert_jax.runs.preflight import open_run
 
 
@@ -42,6 +45,36 @@ def test_an_environment_that_cannot_be_read_is_refused(world, content):
     path = world.config("finetune")
     world.fails("run", path, naming=("env.json", "expected the JSON object", "delete the file"))
     assert (world.run_dir / "env.json").read_text() == content
+
+
+def _has_unrolled_layers(world, *words):
+    settings = config_files.load(world.config("finetune"), words)
+    with open_run(settings, settings.stages) as run:
+        pass
+    assert config_files.read_setting(world.run_dir / "config.yaml", LAYOUT) == (
+        run.compute.unroll_layers
+    )
+    return run.compute.unroll_layers
+
+
+LAYOUT = "compute.unroll_layers"
+
+
+def test_layers_are_a_loop_on_cpus_and_of_their_own_on_accelerators(world):
+    assert _has_unrolled_layers(world) is unrolls_layers(jax.default_backend())
+    for platform, expected in (("cpu", False), ("gpu", True), ("tpu", True)):
+        assert unrolls_layers(platform) is expected
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_run_goes_on_with_the_layers_it_began_with(world, monkeypatch, begun):
+    """A version before this one wrote `false` where the config said nothing."""
+    assert _has_unrolled_layers(world, f"{LAYOUT}={begun}") is begun
+    monkeypatch.setattr(preflight, "unrolls_layers", lambda platform: not begun)
+    assert _has_unrolled_layers(world) is begun
+    path = world.config("finetune")
+    named = (f"{LAYOUT}: {begun} there, {not begun} here",)
+    world.fails("run", path, f"{LAYOUT}={not begun}", naming=named)
 
 
 def test_a_run_goes_on_with_the_config_of_an_older_version(world):

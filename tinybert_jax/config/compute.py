@@ -1,5 +1,7 @@
 """The settings of devices, dtypes and attention. Imports no JAX."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from tinybert_jax.settings.section import (
@@ -40,9 +42,10 @@ class ComputeSection(Section):
         description="dtype of frozen teachers; default: dtype; int8_products: fp32, but the "
         "products with the weights of layers are int8, with one scale per token and per column",
     )
-    unroll_layers: bool = Field(
-        default=False,
-        description="compile every layer, not a loop: faster on CPUs, slow to compile on GPUs",
+    unroll_layers: bool | Literal["auto"] = Field(
+        default="auto",
+        description="compile every layer, not a loop: faster, and more to compile; auto: on GPUs "
+        "and TPUs, not on CPUs. A run that goes on keeps the form it began with",
     )
     attention: AttentionBackend = Field(
         default="auto",

@@ -136,6 +136,11 @@ def dump(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def read_setting(path: Path, dotted: str) -> Any:
+    """The setting with this dotted path in a file that `dump` wrote; None where it has none."""
+    return dict(_leaves(_read(path))).get(dotted)
+
+
 def differences(path: Path, config: BaseModel, ignored: Sequence[str] = ()) -> list[str]:
     """The settings that differ between a file that `dump` wrote and `config`, as lines of text.
 

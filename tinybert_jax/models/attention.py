@@ -192,16 +192,19 @@ def missing_device(backend: AttentionBackend) -> str | None:
     The mesh is that of `jax.set_mesh`, whose devices may be those of another machine that a program
     is compiled for; without one, this process has the devices.
     """
-    target = jax.sharding.get_abstract_mesh().abstract_device
-    if target is not None and target.platform == "tpu":
-        return None if backend == "splash" else f"an NVIDIA GPU, got {target.device_kind}"
-    device = jax.local_devices()[0]
+    local = jax.local_devices()[0]
+    target = jax.sharding.get_abstract_mesh().abstract_device or local
     if backend == "splash":
-        return None if device.platform == "tpu" else f"a TPU, got {device.device_kind}"
-    is_nvidia = "cuda" in device.client.platform_version.lower()
-    if not is_nvidia or float(device.compute_capability) < 8:
-        return f"an NVIDIA GPU of compute capability 8 or more, got {device.device_kind}"
+        return None if target.platform == "tpu" else f"a TPU, got {target.device_kind}"
+    # JAX asks the local GPU for its capability when it traces cuDNN's attention.
+    is_here = target.platform == local.platform and "cuda" in _version(local)
+    if not is_here or float(local.compute_capability) < 8:
+        return f"an NVIDIA GPU of compute capability 8 or more, got {target.device_kind}"
     return None
+
+
+def _version(device: jax.Device) -> str:
+    return device.client.platform_version.lower()
 
 
 def cudnn_attention(

@@ -12,14 +12,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from tinybert_jax.config import load as config_files
+from tinybert_jax.config.compute import ComputeSection
 from tinybert_jax.config.run import RunConfig, StagePlan
 from tinybert_jax.config.stages import FINETUNE, PRETRAIN, STAGE_NAMES, UPDATE, Stage
 from tinybert_jax.huggingface.hub import pin_revision
 from tinybert_jax.huggingface.untrusted import read_json
 from tinybert_jax.parallel import processes
-from tinybert_jax.parallel.mesh import make_mesh
+from tinybert_jax.parallel.mesh import make_mesh, platform_of, unrolls_layers
 from tinybert_jax.performance import disk, host
 from tinybert_jax.runs import checks, corpus_checks, environment, identity, shared_folder
 from tinybert_jax.runs.from_step import FromStep, check_from_step, go_back
@@ -52,6 +54,7 @@ _MAY_CHANGE = (
         for name in ("save_every", "save_minutes", "keep_every")
     ),
 )
+_CONFIG, _LAYOUT = "config.yaml", "compute.unroll_layers"
 _LAST_SAVE_SECONDS = 60.0  # for which a run that fails waits for a save under way
 
 
@@ -72,6 +75,7 @@ def open_run(
     if config.run_store:
         store = processes.on_main("run store", lambda: _open_store(config, from_step))
     run = read_run(config, stages, pins, from_step)
+    config = config.model_copy(update={"compute": run.compute})
     check_from_step(run, [run.plans[stage.name] for stage in stages], from_step)
     processes.check_same("settings", config_files.dump(config))
     identity.check_same_inputs(run)
@@ -148,16 +152,16 @@ def read_run(
         kind = TASKS[own.kind]
         kind = kind.configure(own) if kind.configure else kind
         task = RunTask(kind, own.name, own.chosen_metric, inputs.task, own)
-    log = MetricLog(folder / "metrics.jsonl")
+    mesh, log = make_mesh(config.mesh, devices), MetricLog(folder / "metrics.jsonl")
     run = Run(
         name=config.name,
         folder=folder,
-        mesh=make_mesh(config.mesh, devices),
+        mesh=mesh,
         log=log,
         saver=Saver(log.say),
         seed=config.seed,
         plans=config.plans,
-        compute=config.compute,
+        compute=_with_layout(config.compute, folder / _CONFIG, mesh),
         distillation=config.distillation,
         tokenizer=inputs.tokenizer,
         teacher=inputs.teacher,
@@ -197,7 +201,7 @@ def check_folder(folder: Path, config: RunConfig, from_step: FromStep | None = N
                 f"run_dir: expected a folder, got {folder}, but {path} is a file; choose "
                 "another run_dir"
             )
-    file = folder / "config.yaml"
+    file = folder / _CONFIG
     if not file.is_file():
         others = sorted(p.name for p in folder.glob("*") if not p.name.startswith("."))
         if others:
@@ -213,13 +217,27 @@ def check_folder(folder: Path, config: RunConfig, from_step: FromStep | None = N
 def _check_config(
     file: Path, config: RunConfig, setting: str, place: str | Path, from_step: FromStep | None
 ) -> list[str]:
-    changes = config_files.differences(file, config, ignored=_MAY_CHANGE)
+    is_open = config.compute.unroll_layers == "auto"
+    ignored = (*_MAY_CHANGE, *[_LAYOUT] * is_open)
+    changes = config_files.differences(file, config, ignored=ignored)
     if not all(from_step and change.startswith(f"{from_step.stage}.") for change in changes):
         raise ValueError(
             f"{setting}: {place} holds a run of another config; choose another {setting}, or undo "
             "these changes:\n  " + "\n  ".join(changes)
         )
     return changes
+
+
+def _with_layout(compute: ComputeSection, file: Path, mesh: Mesh) -> ComputeSection:
+    """The section with a choice for `unroll_layers`: where it is open, that of the run's `file`.
+
+    Checkpoints have the layout of the layers, so a run keeps it on whatever devices it goes on.
+    """
+    if compute.unroll_layers != "auto":
+        return compute
+    begun = config_files.read_setting(file, _LAYOUT) if file.is_file() else None
+    chosen = begun if isinstance(begun, bool) else unrolls_layers(platform_of(mesh))
+    return compute.model_copy(update={"unroll_layers": chosen})
 
 
 def folder_of(config: RunConfig) -> Path:
