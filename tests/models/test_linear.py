@@ -12,7 +12,16 @@ from flax import nnx
 
 from tinybert_jax.models.heads import make_classifier, make_masked_lm
 from tinybert_jax.models.inputs import Text
-from tinybert_jax.models.linear import affine, bfloat16_affine, dense, make_linear, rounded_kernels
+from tinybert_jax.models.linear import (
+    Form,
+    affine,
+    bfloat16_affine,
+    dense,
+    make_linear,
+    merge_form,
+    rounded_kernels,
+    split_form,
+)
 from tinybert_jax.models.params import frozen_params
 from tinybert_jax.settings.sizes import ModelConfig
 
@@ -35,7 +44,7 @@ def _rounded(x):
 def _bfloat16_gradients(platform):
     """The program of a bfloat16 map's gradients for a platform, before XLA splits it."""
     x, kernel, bias = jnp.ones((4, 5, 24), jnp.bfloat16), jnp.ones((24, 12)), jnp.ones(12)
-    loss = lambda *operands: bfloat16_affine(affine, *operands).sum()  # noqa: E731
+    loss = lambda *operands: bfloat16_affine(Form(affine), *operands).sum()  # noqa: E731
     traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(x, kernel, bias)
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
@@ -56,7 +65,9 @@ def test_the_gradients_of_a_bfloat16_map_are_those_of_float64_to_its_digits(monk
 
     def by_weights():
         def loss(kernel, bias):
-            return jnp.sum(bfloat16_affine(affine, x, kernel, bias) * slope.astype(jnp.bfloat16))
+            return jnp.sum(
+                bfloat16_affine(Form(affine), x, kernel, bias) * slope.astype(jnp.bfloat16)
+            )
 
         return jax.grad(loss, argnums=(0, 1))(kernel, bias)
 
@@ -69,6 +80,27 @@ def test_the_gradients_of_a_bfloat16_map_are_those_of_float64_to_its_digits(monk
     for got, want in zip(by_weights(), wanted, strict=True):
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("to_split", [True, False])
+def test_heads_of_tpus_are_those_of_other_devices(monkeypatch, to_split):
+    """Value and gradients of the einsum, with operands in fp32."""
+    form = split_form(24, 4) if to_split else merge_form(4, 6)
+    keys = jax.random.split(jax.random.key(0), 4)
+    (inner, outer) = ((24,), (4, 6)) if to_split else ((4, 6), (24,))
+    shapes = (2, 5, *inner), (24, 24), (24,), (2, 5, *outer)
+    x, kernel, bias, slope = map(jax.random.normal, keys, shapes)
+    results = []
+    for platform in ("tpu", "default", "cpu"):
+        take = lambda *operands, name=platform, **forms: (  # noqa: E731
+            forms.get(name, forms["default"])(*operands)
+        )
+        monkeypatch.setattr(jax.lax, "platform_dependent", take)
+        y, pull = jax.vjp(lambda *own: bfloat16_affine(form, *own), x, kernel, bias)
+        results.append([y, *pull(slope)])
+    for result in results[1:]:
+        for got, want in zip(results[0], result, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-6)
 
 
 def test_bfloat16_products_round_their_operands_and_nothing_else():

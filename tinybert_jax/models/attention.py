@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from tinybert_jax.models.dropout import dropout
-from tinybert_jax.models.linear import Linear, dense, make_linear
+from tinybert_jax.models.linear import Linear, from_heads, make_linear, to_heads
 from tinybert_jax.parallel.sharding import shard_map_over_batch
 from tinybert_jax.settings.section import AttentionBackend
 from tinybert_jax.settings.sizes import ModelConfig
@@ -107,7 +107,7 @@ class Attention(nnx.Module):
         context, scores = attend(
             queries, keys, values, visible, self.dropout_rate, key, backend=backend
         )
-        attended = dense(self.output, context.reshape(queried.shape))
+        attended = from_heads(self.output, context)
         return attended, AttentionTaps(queries, keys, values, scores)
 
     def keys_and_values(
@@ -118,7 +118,7 @@ class Attention(nnx.Module):
     def split_heads(
         self, linear: Linear, x: Float[Array, "batch seq dim"]
     ) -> Float[Array, "batch seq heads head_dim"]:
-        return dense(linear, x).reshape(*x.shape[:2], self.num_heads, -1)
+        return to_heads(linear, x, self.num_heads)
 
 
 def attend(
