@@ -17,6 +17,7 @@ _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count"?:?=?\{"n":"(\d+)"')
+_COPIES = ("copy", "transpose", "bitcast", "pad", "concatenate", "slice", "dynamic", "reshape")
 _NO_TRAFFIC = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
     *("call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier", "domain"),
@@ -87,6 +88,32 @@ class Program(NamedTuple):
             cycles = re.search(r'estimated_cycles"?:"?(\d+)', instruction.text)
             total += times * int(cycles[1]) if cycles else 0
         return total
+
+    def cycles_by_kind(self) -> dict[str, int]:
+        """`estimated_cycles` of products, of copies (changes of layout too) and of the rest."""
+        sums = {"product": 0, "copy": 0, "rest": 0}
+        for times, _, instruction in self._walk(self.entry, 1, into_fusions=False):
+            cycles = re.search(r'estimated_cycles"?:"?(\d+)', instruction.text)
+            sums[self._kind(instruction)] += times * int(cycles[1]) if cycles else 0
+        return sums
+
+    def reduced_bytes(self) -> dict[str, int]:
+        """Bytes of the results of all-reduces, by their dtype."""
+        sums: dict[str, int] = {}
+        for times, _, instruction in self._walk(self.entry, 1, into_fusions=True):
+            if instruction.opcode.removesuffix("-start") == "all-reduce":
+                for dtype, dims, _ in _SHAPE.findall(instruction.type):
+                    size = times * num_bytes(f"{dtype}[{dims}]")
+                    sums[dtype] = sums.get(dtype, 0) + size
+        return sums
+
+    def _kind(self, instruction: Instruction) -> str:
+        called = self._called(instruction) if instruction.opcode == "fusion" else []
+        body = [own for name in called for _, _, own in self._walk(name, 1, into_fusions=True)]
+        if any(own.opcode in ("convolution", "dot") for own in (instruction, *body)):
+            return "product"
+        word = instruction.name if called else instruction.opcode
+        return "copy" if word.startswith(_COPIES) else "rest"
 
     def _walk(
         self, name: str, times: int, *, into_fusions: bool

@@ -1,0 +1,44 @@
+"""The compiled text of our steps for a TPU that is not here, at a tiny size."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from tinybert_jax.performance import hlo
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "ahead_of_time.py"
+has_libtpu = bool(importlib.util.find_spec("libtpu"))
+
+
+@pytest.mark.skipif(not has_libtpu, reason="needs libtpu")
+@pytest.mark.parametrize("work", ["distill", "mlm"])
+def test_a_step_reduces_its_gradients_once_in_fp32_and_copies_little(work):
+    spec = importlib.util.spec_from_file_location("ahead_of_time", FILE)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    found = benchmark.compile_line(work, "v5e:2x2", "unrolled", tiny=True)
+    reduced = found["reduced"]
+    assert "bf16" not in reduced
+    assert 0.7 * found["gradients"] < reduced["f32"] <= found["gradients"] + 1024
+    assert found["kinds"]["copy"] < 0.15 * found["cycles"]
+
+
+def test_cycles_by_kind_and_reduced_bytes_of_a_text_by_hand():
+    program = hlo.read(
+        """%product (p: f32[4,4]) -> f32[4,4] {
+  %p = f32[4,4]{1,0} parameter(0)
+  ROOT %dot.1 = f32[4,4]{1,0} dot(%p, %p)
+}
+
+ENTRY %main (x: f32[4,4]) -> f32[4,4] {
+  %x = f32[4,4]{1,0} parameter(0)
+  %copy.1 = f32[4,4]{0,1} copy(%x), backend_config={"estimated_cycles":"30"}
+  %fusion.1 = f32[4,4]{1,0} fusion(%copy.1), calls=%product, backend_config={"estimated_cycles":"5"}
+  %all-reduce.1 = (f32[4,4]{1,0}, bf16[2]{0}) all-reduce(%fusion.1, %y), to_apply=%sum
+  ROOT %add.1 = f32[4,4]{1,0} add(%fusion.1, %x), backend_config={"estimated_cycles":"7"}
+}
+"""
+    )
+    assert program.cycles_by_kind() == {"product": 5, "copy": 30, "rest": 7}
+    assert program.reduced_bytes() == {"f32": 64, "bf16": 4}
