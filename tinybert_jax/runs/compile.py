@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import ShapeDtypeStruct
 from jax.sharding import Mesh
 
 from tinybert_jax.batches.batch import Batch
@@ -38,6 +39,7 @@ LOCAL = "local"  # the topology of the devices that are here
 _NUM_SAMPLED = 8  # batches among which the largest is looked for
 _TOLERANCE = 1.02  # collectives over what the gradients need
 _SMALL = 1024  # bytes of metrics and counts
+_MOST_ROWS = 2**17  # of a batch that is looked for: tiny models fit more than anyone trains with
 
 
 class Memory(NamedTuple):
@@ -133,7 +135,7 @@ def compile_stage(run: Run, training: Training, topology: str) -> Compiled:
 
 
 def largest_batch(run: Run, training: Training, compiled: Compiled) -> int:
-    """The most rows of a global batch that fit on the devices, within a tenth.
+    """The most rows of a global batch that fit on the devices, within a tenth; at most 131,072.
 
     Temporaries grow with the rows: two programs tell by how much, and a third shows that the answer
     fits. Raises ValueError where the memory of the devices is not known.
@@ -148,7 +150,9 @@ def largest_batch(run: Run, training: Training, compiled: Compiled) -> int:
     unit = num_batch_shards(run.mesh) * training.section.gradient_accumulation_steps
 
     def memory(times: int) -> float:
-        rows = jax.tree.map(lambda leaf: np.repeat(leaf, times, 0), batch)
+        rows = jax.tree.map(
+            lambda x: ShapeDtypeStruct((times * len(x), *x.shape[1:]), x.dtype), batch
+        )
         try:
             stats = _compile(run, training, rows).memory_analysis()
         except jax.errors.JaxRuntimeError as error:
@@ -159,9 +163,10 @@ def largest_batch(run: Run, training: Training, compiled: Compiled) -> int:
 
     rows, twice = compiled.rows, memory(2)
     a_row = max((twice - own.total) / rows, 1.0)
-    guess = rows * max(int(1 + (limit - own.total) / a_row / rows), 1)
-    while guess > rows and memory(guess // rows) > limit:
-        guess = max(int(0.9 * guess / rows), 1) * rows
+    guess = rows * max(min(int(1 + (limit - own.total) / a_row / rows), _MOST_ROWS // rows), 1)
+    while guess > rows and (used := memory(guess // rows)) > limit:
+        fitting = rows + (limit - own.total) / (used - own.total) * (guess - rows)
+        guess = max(int(min(max(fitting, 0.6 * guess), 0.9 * guess) / rows), 1) * rows
     return guess // unit * unit if own.total <= limit else 0
 
 
@@ -265,8 +270,8 @@ def _memory(stats: Any, topology: str) -> Memory:
     )
 
 
-def _abstract(leaf: Any, *, place: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=place)
+def _abstract(leaf: Any, *, place: Any) -> ShapeDtypeStruct:
+    return ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=place)
 
 
 def _about(run: Run, training: Training, topology: str, batch: Batch, trained: Any) -> Compiled:
