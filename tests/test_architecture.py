@@ -42,8 +42,8 @@ ROOMS = {
     "training": "members optimizer early_stopping loop step skipping shards manifest checkpoint "
     "trackers live_view metric_log throughput preemption saver generations",
     "runs": "shared_folder inputs run judges identity run_store from_step corpus_checks checks "
-    "environment preflight stage_batches teacher_logits teacher_text workload estimate scoring "
-    "results head_init student_start stage_state stage_step divergence stage "
+    "environment overwrite preflight stage_batches teacher_logits teacher_text workload estimate "
+    "scoring results head_init student_start stage_state stage_step divergence stage "
     "used_words compile saved_states doctor command",
     "recipes": "data pretrain finetune distill update by_rows from_table pipeline api",
     "launch": "job slurm jobset gcluster tpu_vm sky command",

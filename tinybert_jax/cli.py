@@ -161,6 +161,11 @@ def _parser() -> argparse.ArgumentParser:
             help="train a stage again from an older step, as after it has diverged; its settings "
             "may differ, such as finetune.learning_rate=1e-5",
         )
+        either.add_argument(
+            "--overwrite",
+            action="store_true",
+            help="remove the earlier run in run_dir first; refused where other files are there",
+        )
         _add_plain(command)
         _add_processes(command)
         command.set_defaults(act=_run)
@@ -250,7 +255,7 @@ def _add_update(commands) -> None:
     )
     command.add_argument("--print-config", action="store_true", help="print the config and stop")
     _add_plain(command)
-    command.set_defaults(act=_run, dry_run=False, profile=False, from_step=None)
+    command.set_defaults(act=_run, dry_run=False, profile=False, from_step=None, overwrite=False)
 
 
 def _add_completion(commands) -> None:
@@ -318,6 +323,7 @@ def _run(arguments, command: str) -> int:
         else:
             options = {"is_profiled": arguments.profile, "from_step": arguments.from_step}
             options["is_live"] = not arguments.plain
+            options["is_overwritten"] = arguments.overwrite
             pipeline.main(settings, stages, command, **options, stop=stop)
     return 0
 

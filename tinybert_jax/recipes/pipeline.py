@@ -27,10 +27,10 @@ from tinybert_jax.parallel import processes
 from tinybert_jax.performance import disk
 from tinybert_jax.recipes import distill, finetune, pretrain, update
 from tinybert_jax.report.card import Origin, card_metadata, model_card
-from tinybert_jax.report.console import console_summary
+from tinybert_jax.report.console import console_summary, printable
 from tinybert_jax.report.page import write_report
 from tinybert_jax.report.run_files import RESAMPLES
-from tinybert_jax.runs import estimate, identity, shared_folder
+from tinybert_jax.runs import estimate, identity, overwrite, shared_folder
 from tinybert_jax.runs.compile import Compiled, compile_stage, devices_of, largest_batch
 from tinybert_jax.runs.from_step import parse
 from tinybert_jax.runs.judges import check_teacher
@@ -70,17 +70,21 @@ def main(
     is_profiled: bool = False,
     from_step: str | None = None,
     is_live: bool = False,
+    is_overwritten: bool = False,
     stop: Stop = NEVER,
 ) -> Path:
     """Runs the given stages that the config has and that are not done; returns the run folder.
 
     `command`: the command line, for `results.json`. `from_step`: STAGE:STEP to go on from, as after
-    a stage has diverged. `is_live`: draw a view of the run where the terminal can. `stop`: a
-    request to stop; Stopped is raised then. Raises ValueError where the config has none of the
-    stages or an input is wrong, and FloatingPointError where a stage diverges.
+    a stage has diverged. `is_live`: draw a view of the run where the terminal can.
+    `is_overwritten`: first remove the run that the folder holds. `stop`: a request to stop; Stopped
+    is raised then. Raises ValueError where the config has none of the stages or an input is wrong,
+    and FloatingPointError where a stage diverges.
     """
     chosen = _choose_stages(config, stages)
     step = None if from_step is None else parse(from_step)
+    if is_overwritten:
+        _overwrite(config, chosen)
     opened = open_run(config, chosen, step, command)
     with opened as run, stop.saving_with(run.saver.drain):
         run = run._replace(is_profiled=is_profiled, stop=stop)
@@ -102,6 +106,23 @@ def main(
         if config.run_store:
             run.log.say(f"copy:   {config.run_store}")
         return run.folder
+
+
+def _overwrite(config: RunConfig, stages: Sequence[Stage]) -> None:
+    """Removes the run in the run folder, once the inputs of the new one are found right."""
+    folder = folder_of(config)
+    if processes.count() > 1 or config.run_store:
+        got = "run_store" if config.run_store else f"{processes.count()} processes"
+        raise ValueError(
+            f"--overwrite: expected a run of one process without run_store, got {got}; choose "
+            "another run_dir, or remove the run yourself"
+        )
+    if overwrite.check(folder):
+        with tempfile.TemporaryDirectory() as empty:
+            read_run(config.model_copy(update={"run_dir": empty}), stages)
+        told = overwrite.describe(folder)
+        overwrite.remove(folder)
+        print(printable(f"removed from {folder}: {told}"), flush=True)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from tinybert_jax.huggingface.untrusted import read_json
 from tinybert_jax.parallel import processes
 from tinybert_jax.parallel.mesh import make_mesh, platform_of, unrolls_layers
 from tinybert_jax.performance import disk, host
-from tinybert_jax.runs import checks, corpus_checks, environment, identity, shared_folder
+from tinybert_jax.runs import checks, corpus_checks, environment, identity, overwrite, shared_folder
 from tinybert_jax.runs.from_step import FromStep, check_from_step, go_back
 from tinybert_jax.runs.inputs import read_inputs
 from tinybert_jax.runs.judges import check_teacher
@@ -221,9 +221,12 @@ def _check_config(
     ignored = (*_MAY_CHANGE, *[_LAYOUT] * is_open)
     changes = config_files.differences(file, config, ignored=ignored)
     if not all(from_step and change.startswith(f"{from_step.stage}.") for change in changes):
+        removes = ""
+        if setting == "run_dir":
+            removes = f"remove that run with --overwrite ({overwrite.describe(Path(place))}), "
         raise ValueError(
-            f"{setting}: {place} holds a run of another config; choose another {setting}, or undo "
-            "these changes:\n  " + "\n  ".join(changes)
+            f"{setting}: {place} holds a run of another config; choose another {setting}, "
+            f"{removes}or undo these changes:\n  " + "\n  ".join(changes)
         )
     return changes
 
