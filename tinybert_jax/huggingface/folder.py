@@ -208,10 +208,14 @@ def start_params(
     is_quiet = is_quiet or not processes.is_main()
     if missing and not is_quiet:
         print(f"{path}: no weights for {', '.join(missing)}: these start anew", flush=True)
-    if loaded.surplus and not is_quiet:
-        names = ", ".join(loaded.surplus)  # `header` refuses names that a terminal would obey
+    # Nobody misses the heads of pretraining. `header` refuses names that a terminal would obey.
+    names = ", ".join(n for n in loaded.surplus if not n.startswith(_PRETRAINING_HEADS))
+    if names and not is_quiet:
         print(f"{path}: left out, as this model has no place for them: {names}", flush=True)
     return loaded.params
+
+
+_PRETRAINING_HEADS = ("cls.", "vocab_")  # of BERT and of DistilBERT, in transformers
 
 
 def _load_start(
