@@ -219,7 +219,7 @@ def _verdict(first: RunFiles, run: RunFiles) -> str:
 
 def _costs(runs: Sequence[RunFiles]) -> str:
     """Sizes, latency and times of each run, for its best model."""
-    conditions = {conditions_of(run.model) for run in runs if latency_of(run.model or {})}
+    conditions = {conditions_of(run.model or {}) for run in runs if latency_of(run.model or {})}
     is_comparable = len(conditions) == 1
     columns: dict[str, Callable[[RunFiles], str]] = {
         "Model": lambda run: html.escape(str((run.model or {}).get("name", MISSING))),
