@@ -90,13 +90,14 @@ def open_run(
     def begin() -> None:
         # Again, because another run may have begun meanwhile.
         changes = check_folder(run.folder, config, from_step)
-        _remove_leftovers(run.folder)
+        _remove_leftovers(run.folder, ".*-partial", "models/.*")
         if from_step is not None:
             go_back(run, from_step, changes, command)
         environment.write(run.folder, config_files.dump(config), run.mesh)
         _write_pins(run.folder, pins)
         _save_tokenizer(run.folder, run.tokenizer)
         identity.check_run(run)
+        _remove_leftovers(run.folder, "checkpoints/*/*/partial-*")
 
     with contextlib.ExitStack() as stack:
         lock = host.locked_folder(run.folder, "run_dir")
@@ -351,9 +352,8 @@ def _reads_existing_task_teacher(run: Run, stages: Sequence[Stage]) -> bool:
     return reads_task_teacher(pending) and all(plan.stage is not FINETUNE for plan in pending)
 
 
-def _remove_leftovers(folder: Path) -> None:
+def _remove_leftovers(folder: Path, *patterns: str) -> None:
     """Removes what a kill has left of files and folders that were being written or removed."""
-    patterns = (".*-partial", "models/.*", "checkpoints/*/*/partial-*")
     for path in [path for pattern in patterns for path in folder.glob(pattern)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
