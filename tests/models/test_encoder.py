@@ -338,7 +338,8 @@ def test_bfloat16_keeps_softmax_and_statistics_in_fp32():
         init(jax.random.key(0)), *jax.tree.map(jnp.asarray, make_batch())
     )
     wide = {"exp", "reduce_sum", "reduce_max", "rsqrt"}
-    found = [(e.primitive.name, e.invars[0].aval.dtype) for e in _equations(program.jaxpr)]
+    equations = [e for e in _equations(program.jaxpr) if e.invars]  # but the index of a platform
+    found = [(e.primitive.name, e.invars[0].aval.dtype) for e in equations]
     assert {name for name, _ in found} >= wide
     assert not [pair for pair in found if pair[0] in wide and pair[1] == jnp.bfloat16]
 
