@@ -89,7 +89,6 @@ class Context(NamedTuple):
         tokens = first_tokens(hidden, self.batch.attention_mask, self.batch.num_segments)
         return tokens.reshape(-1, hidden.shape[-1])
 
-    @property
     def form(self) -> Form:
         """The losses that fit the logits of the task."""
         return form_of(self.options.form, self.options.num_shards)

@@ -21,7 +21,7 @@ class LabelTerm(Term):
 
     def make_loss(self, num_student: int, num_teacher: int) -> Loss:
         def loss(c: Context):
-            return c.form.label_loss(
+            return c.form().label_loss(
                 c.student.logits,
                 *c.units(),
                 label_smoothing=self.label_smoothing,

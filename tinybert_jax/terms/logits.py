@@ -38,7 +38,7 @@ class LogitsTerm(Term):
 
     def make_loss(self, num_student: int, num_teacher: int) -> Loss:
         def loss(c: Context):
-            form = c.form
+            form = c.form()
             labels, weights = c.units()
             if self.where == "right" and form.is_right is not None:
                 weights = weights * form.is_right(c.teacher.logits, labels)

@@ -60,7 +60,10 @@ class Context(Protocol):
     batch: Any  # Batch
     counts: Any  # Counts: the denominators of the whole batch
     options: Any  # Options
-    form: Any  # losses.forms.Form: the losses that fit the logits of the task
+
+    def form(self) -> Any:
+        """losses.forms.Form: the losses that fit the logits of the task."""
+        ...
 
     def number(self, value: float | Ramp) -> Any:
         """A weight or temperature at the present step."""
