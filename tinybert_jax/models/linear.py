@@ -138,8 +138,7 @@ def to_heads(linear: Linear, x: Array, num_heads: int) -> Float[Array, "batch se
     """`dense`, split into heads.
 
     On TPUs as one einsum in bfloat16: there, an array of merged heads has another layout, and to
-    split it is a copy. With `from_heads` a distillation step from BERT-base that is compiled for a
-    v5e takes 0.71 of the cycles (jax 0.10.2, libtpu 0.0.42.1).
+    split it is a copy. docs/scale.md has the cycles of whole steps.
     """
     if isinstance(linear, Int8Linear) or linear.dtype != jnp.bfloat16:
         return dense(linear, x).reshape(*x.shape[:2], num_heads, -1)
