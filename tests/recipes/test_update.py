@@ -169,7 +169,9 @@ def test_the_old_model_counts_where_it_is_right():
     @jax.jit
     def loss(batch, student, teacher):
         outputs = (Outputs(None, logits) for logits in (student, teacher))
-        return term.make_loss(1, 1)(Context(*outputs, batch, count_units(batch), None, Options()))
+        return term.make_loss(1, 1)(
+            Context(*outputs, batch, count_units(batch), None, None, Options())
+        )
 
     t = term.temperature
 
