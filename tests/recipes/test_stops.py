@@ -16,7 +16,13 @@ STOPS = [
     ("runs.head_init:fit_head", 1, SECONDS, ["TERM"], "at the start of finetune"),
     ("training.step:TrainStep.compile", 1, SECONDS, ["INT"], "at the start of finetune"),
     ("training.throughput:Meter.record", 1, 0, ["USR1"], "after step 2 of 7 of finetune"),
-    ("runs.run:TaskEvaluator.measure", 1, SECONDS, ["TERM", "TERM"], "after step 4 of 7 of fine"),
+    (
+        "runs.judges:TaskEvaluator.measure",
+        1,
+        SECONDS,
+        ["TERM", "TERM"],
+        "after step 4 of 7 of fine",
+    ),
     # The run goes on with that evaluation.
     ("training.checkpoint:write", 1, 0, ["TERM"], "of 7 of finetune"),
     ("runs.teacher_logits:_save", 1, SECONDS, ["INT"], "at the start of prediction"),
