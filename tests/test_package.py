@@ -41,8 +41,8 @@ class Interrupt:
         if name == "tinybert_jax.cli":
             os.kill(os.getpid(), signal.SIGINT)
 
-if {is_ignored}:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+# As at the start of a command in the foreground; what starts the tests may ignore it.
+signal.signal(signal.SIGINT, signal.SIG_IGN if {is_ignored} else signal.default_int_handler)
 if {is_early}:
     sys.meta_path.insert(0, Interrupt())
 else:
