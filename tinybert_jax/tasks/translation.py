@@ -14,7 +14,7 @@ from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.parallel import check_sides, read_parallel, without_blank
 from tinybert_jax.data.splits import Reading
 from tinybert_jax.data.wordpiece import plain_backend
-from tinybert_jax.metrics.translation import corpus_scores, sentence_counts
+from tinybert_jax.metrics.translation import Words, corpus_scores, sentence_counts
 from tinybert_jax.models.seq2seq import make_seq2seq
 from tinybert_jax.settings.sizes import EncoderDecoderConfig
 from tinybert_jax.tasks.task import Scored, Settings, Task
@@ -50,7 +50,8 @@ def fits(tokenizer: Any, examples: Examples, max_length: int) -> np.ndarray:
     sides = (examples.text, examples.text_pair or [])
     lengths = [[len(own.ids) for own in backend.encode_batch(list(side))] for side in sides]
     # A decoder reads a target without its last token.
-    return (np.array(lengths) - [[0], [1]] <= max_length).all(axis=0)
+    most = np.array([[max_length], [max_length + 1]])
+    return np.all(np.array(lengths) <= most, axis=0)
 
 
 def make_model(sizes: EncoderDecoderConfig, num_outputs: int, **options: Any) -> Any:
@@ -63,7 +64,7 @@ def translations(scored: Scored) -> list[str]:
     return scored.texts
 
 
-def outcomes(scored: Scored, settings: Settings, words: str) -> np.ndarray:
+def outcomes(scored: Scored, settings: Settings, words: Words) -> np.ndarray:
     """[n, counts]: of each pair what BLEU and chrF of any selection of them need."""
     return sentence_counts(translations(scored), scored.examples.text_pair or [], words)
 
@@ -85,7 +86,7 @@ def details(scored: Scored, settings: Settings) -> dict[str, Any]:
     return {"translations": [dict(zip(keys, row, strict=True)) for row in rows]}
 
 
-def make_translation(words: str = "13a") -> Task:
+def make_translation(words: Words = "13a") -> Task:
     """The task; `words`: what BLEU counts."""
     return Task(
         section=TranslationTask,
