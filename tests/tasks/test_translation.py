@@ -15,6 +15,7 @@ from tinybert_jax.batches.batch import Plan, make_batch
 from tinybert_jax.batches.tokenize import tokenize_pairs
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.wordpiece import train_wordpiece
+from tinybert_jax.huggingface.encoder_decoder import load_encoder_decoder
 from tinybert_jax.inference.seq2seq import TinyBertForConditionalGeneration, translate
 from tinybert_jax.losses.pointwise import kl, softmax_cross_entropy
 from tinybert_jax.metrics.translation import (
@@ -173,6 +174,13 @@ def test_the_scores_of_a_selection_are_sacrebleu_s():
         assert [found["bleu"], found["chrf"]] == pytest.approx([own.value for own in expected])
 
 
+STUDENT = {
+    "num_hidden_layers": 1,
+    "num_decoder_layers": 2,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
 STAGE = {
     "num_steps": 12,
     "global_batch_size": 4,
@@ -202,13 +210,7 @@ def _config(world, **sections):
             "intermediate_size": 32,
             "max_position_embeddings": 32,
         },
-        "student": {
-            "num_hidden_layers": 1,
-            "num_decoder_layers": 2,
-            "hidden_size": 8,
-            "num_attention_heads": 2,
-            "intermediate_size": 16,
-        },
+        "student": STUDENT,
         "task": {
             "kind": "translation",
             "train": str(world / "train.en"),
@@ -256,6 +258,39 @@ def test_a_run_ends_in_a_folder_that_translates_alike_in_transformers(world, cap
     # Again: nothing is trained or translated.
     assert cli.main(["run", str(world / "run.yaml")]) == 0
     assert "prediction: done before" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("cheap_programs")
+def test_a_student_that_starts_from_layers_of_both_sides_learns_from_both(world):
+    """With next to no steps it still has the teacher's embeddings, chosen layers and head."""
+    sides = ("encoder", "decoder")
+    terms = [
+        {"term": "logits", "form": "kl"},
+        *({"term": "attention", "side": side} for side in (*sides, "cross")),
+        *({"term": term, "side": side} for term in ("hidden", "embedding") for side in sides),
+    ]
+    layers = {"num_hidden_layers": 1, "num_decoder_layers": 1, "init": "teacher_layers"}
+    config = _config(
+        world,
+        student={**layers, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32},
+        distillation={"prediction": terms},
+        prediction={**STAGE, "num_steps": 1, "eval_every": 1, "learning_rate": 1e-9},
+        baseline=None,
+    )
+    assert cli.main(["run", config]) == 0
+    models = world / "run" / "models"
+    student, teacher = (
+        jax.tree_util.tree_leaves_with_path(load_encoder_decoder(models / name).params)
+        for name in ("prediction", "finetune")
+    )
+    for (path, ours), (_, theirs) in zip(student, teacher, strict=True):
+        expected = theirs[1:] if len(ours) != len(theirs) else theirs  # the last of two layers
+        np.testing.assert_allclose(ours, expected, atol=1e-6, err_msg=str(path))
+    logged = map(json.loads, (world / "run" / "metrics.jsonl").read_text().splitlines())
+    trained = next(row for row in logged if row["kind"] == "train" and row["stage"] == "prediction")
+    parts = {name for name in trained if name.startswith("loss/")}
+    assert parts >= {"loss/soft", "loss/attention_3", "loss/hidden_2", "loss/embedding_2"}
+    assert (models / "prediction" / "decoder_projection.safetensors").is_file()
 
 
 @pytest.mark.usefixtures("cheap_programs")
@@ -311,6 +346,8 @@ def test_files_that_are_not_parallel_are_refused(world, change, told, capsys):
         ({"prediction": {**STAGE, "head_init": "linear_probe"}}, "words have no probe"),
         ({"finetune": {**STAGE, "r_drop": 1.0}}, "r_drop"),
         ({"task": {"train": "x.tsv", "dev": "x.tsv"}}, "num_decoder_layers is for"),
+        ({"distillation": {"prediction": [{"term": "cls"}]}}, "attention, hidden, embedding with"),
+        ({"student": {**STUDENT, "init": "teacher_embeddings"}}, "from teacher_layers or from a"),
     ],
 )
 def test_settings_that_translation_lacks_are_refused(world, sections, told, capsys):

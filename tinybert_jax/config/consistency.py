@@ -73,6 +73,11 @@ def _needs_of_translation(config: Any) -> Iterator[str]:
         for name, model in models.items():
             if model.num_decoder_layers:
                 yield f"{name}: num_decoder_layers is for task.kind translation: remove it"
+        for stage in (stage for stage in config.stages if stage.distils):
+            for term in config.distillation.terms(stage.name):
+                if term.read_side != "encoder":
+                    origin = f"distillation.{stage.name}, term {term.name}"
+                    yield f"{origin}: side is for task.kind translation: remove it"
         return
     known = ("finetune", "prediction", "baseline")
     for stage in config.stages:
@@ -83,19 +88,27 @@ def _needs_of_translation(config: Any) -> Iterator[str]:
             yield f"{stage.name}.trained_words: a model writes words that no source has: remove it"
         if getattr(section, "head_init", "random") != "random":
             yield f"{stage.name}.head_init: words have no probe: remove it"
+    if config.distillation.normalisation != "valid_only":
+        yield "distillation.normalisation: translation has valid_only alone: remove it"
     if config.has_several_teachers or config.distillation.keep_logits:
         yield "translation: one teacher, and no logits of all words are kept: remove keep_logits"
     for name, model in models.items():
-        if getattr(model, "init", "random") != "random":
-            yield f"{name}.init: encoder-decoders start at random or from a folder: remove it"
+        if getattr(model, "init", "random") not in ("random", "teacher_layers"):
+            yield (
+                f"{name}.init: encoder-decoders start at random, from teacher_layers or from a "
+                "folder: choose one of them"
+            )
+        elif not isinstance(getattr(model, "init_layers", ""), str):
+            yield f"{name}.init_layers: expected a rule for both sides: set uniform, top or bottom"
     for term in config.distillation.terms("prediction") if config.prediction else ():
         origin = f"distillation.prediction, term {term.name}"
-        if term.name not in ("label", "logits"):
-            yield f"{origin}: expected label and logits with translation: remove it"
+        if term.name not in _TRANSLATION_TERMS:
+            yield f"{origin}: expected {', '.join(_TRANSLATION_TERMS)} with translation: remove it"
         elif term.name == "logits" and (term.form, term.where, term.reduction) != _WORDS:
             yield f"{origin}: expected form: kl with translation, and nothing else: set it"
 
 
+_TRANSLATION_TERMS = ("label", "logits", "attention", "hidden", "embedding")
 _WORDS = ("kl", "all", "sum")  # form, where and reduction of logits over words
 
 

@@ -164,11 +164,16 @@ def warm_start(
 
 
 def save_encoder_decoder(
-    folder: str | Path, params: Mapping[str, Any], config: EncoderDecoderConfig, tokens: Tokenizers
+    folder: str | Path,
+    params: Mapping[str, Any],
+    config: EncoderDecoderConfig,
+    tokens: Tokenizers,
+    extra: Mapping[str, Callable[[Path], None]] | None = None,
 ) -> Path:
     """Writes a folder that `EncoderDecoderModel.from_pretrained` loads, and reads it back.
 
-    As with `save_model`, the folder appears complete or not at all.
+    `extra`: further files, each by a function that writes it. As with `save_model`, the folder
+    appears complete or not at all.
     """
     from safetensors.numpy import save_file
 
@@ -186,6 +191,8 @@ def save_encoder_decoder(
         most = config.decoder.max_position_embeddings
         write_json(partial / GENERATION, {**ids, "max_length": most})
         save_file(tensors, str(partial / WEIGHTS), metadata={"format": "pt"})
+        for name, write_own in (extra or {}).items():
+            write_own(partial / name)
 
     def check(partial: Path) -> None:
         again = load_encoder_decoder(partial)

@@ -61,16 +61,7 @@ def attention_mse(
     s_query, t_query = mask_heads(student_query, is_query), mask_heads(teacher_query, is_query)
     s_key, t_key = mask_heads(student_key, is_real), mask_heads(teacher_key, is_real)
     student_dim, teacher_dim = s_query.shape[-1], t_query.shape[-1]
-    if student_dim == teacher_dim:
-        # A_S − A_T = (Q_S − Q_T)K_Sᵀ + Q_T(K_S − K_T)ᵀ: both products are small for close models.
-        factors = (
-            (s_query - t_query) * student_dim**-0.5,
-            s_key,
-            t_query * student_dim**-0.5,
-            s_key - t_key,
-        )
-    else:
-        factors = s_query * student_dim**-0.5, s_key, t_query * -(teacher_dim**-0.5), t_key
+    factors = _difference(s_query, s_key, t_query, t_key)
     precision = _product_precision(student_query, student_key, teacher_query, teacher_key)
     if build_maps is None:
         build_maps = builds_score_maps(mask.shape[1], student_dim, teacher_dim, packed=is_packed)
@@ -81,6 +72,22 @@ def attention_mse(
         assert not is_packed, "packed rows need maps: Gram matrices would mix their segments"
         total = _squared_norm_by_gram(precision, *factors)
     return divide_by_count(total / student_query.shape[2], num_valid, count)
+
+
+def pair_mse(
+    student_query: Float[Array, "batch queries heads student_head_dim"],
+    student_key: Float[Array, "batch seq heads student_head_dim"],
+    teacher_query: Float[Array, "batch queries heads teacher_head_dim"],
+    teacher_key: Float[Array, "batch seq heads teacher_head_dim"],
+    pairs: Bool[Array, "batch queries seq"],
+    *,
+    count: Float[Array, ""] | None = None,
+) -> Float[Array, ""]:
+    """`attention_mse` over any (query, key) pairs: those of a decoder (unit: pair). Builds maps."""
+    inputs = student_query, student_key, teacher_query, teacher_key
+    by_head = (x.astype(jnp.float32).transpose(0, 2, 1, 3) for x in inputs)
+    total = _squared_norm_by_map(_product_precision(*inputs), *_difference(*by_head), pairs)
+    return divide_by_count(total / student_query.shape[2], pairs.sum(dtype=jnp.float32), count)
 
 
 def reads_attention_scores(
@@ -151,6 +158,18 @@ def _query_rows_and_num_pairs(mask: Array, normalisation: str) -> tuple[Array, A
         assert mask.dtype == bool, "the config refuses paper_code for packed rows"
         return jnp.ones_like(mask), jnp.float32(mask.size * mask.shape[1])
     raise ValueError(unknown_normalisation(normalisation))
+
+
+def _difference(
+    s_query: Array, s_key: Array, t_query: Array, t_key: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Factors of A_S − A_T = left·rightᵀ + left2·right2ᵀ; arrays are [b, h, t, k]."""
+    student_dim, teacher_dim = s_query.shape[-1], t_query.shape[-1]
+    if student_dim != teacher_dim:
+        return s_query * student_dim**-0.5, s_key, t_query * -(teacher_dim**-0.5), t_key
+    # (Q_S − Q_T)K_Sᵀ + Q_T(K_S − K_T)ᵀ: both products are small for close models.
+    scale = student_dim**-0.5
+    return (s_query - t_query) * scale, s_key, t_query * scale, s_key - t_key
 
 
 def _same_segment(segment_ids: Int[Array, "batch seq"]) -> Bool[Array, "batch seq seq"]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinybert_jax.models.linear import affine_in
-from tinybert_jax.settings.sizes import Sizes
+from tinybert_jax.settings.sizes import Side, Sizes
 
 
 def check_same_vocabulary(student: Sizes, teacher: Sizes) -> None:
@@ -52,6 +52,9 @@ def project(projection: Mapping[str, jax.Array], entry: int, hidden: jax.Array) 
     by_shard = jax.vmap(functools.partial(affine_in, hidden.dtype))
     return by_shard(rows, kernel[:, index], bias[:, index]).reshape(*hidden.shape[:-1], -1)
 
+
+# The trained parameters of each side's projection, beside the student's.
+PROJECTIONS: dict[Side, str] = {"encoder": "projection", "decoder": "decoder_projection"}
 
 _TABLES = ("word", "position", "token_type")
 
@@ -116,3 +119,21 @@ def start_from_teacher_layers(
 
     kept = {name: teacher[name] for name in student}  # a student may have no pooler
     return jax.tree.map_with_path(copied, dict(student), kept)
+
+
+def start_from_teacher_sides(
+    student: Mapping[str, Any],
+    teacher: Mapping[str, Any],
+    encoder_layers: Sequence[int],
+    decoder_layers: Sequence[int],
+) -> dict[str, Any]:
+    """`start_from_teacher_layers` of both sides of an encoder-decoder; all other weights too."""
+    layers = {"encoder": encoder_layers, "decoder": decoder_layers}
+    kept = {name: own for name, own in student.items() if name not in layers}
+    return {
+        **jax.tree.map(lambda _, given: np.asarray(given), kept, {n: teacher[n] for n in kept}),
+        **{
+            side: start_from_teacher_layers(student[side], teacher[side], chosen)
+            for side, chosen in layers.items()
+        },
+    }

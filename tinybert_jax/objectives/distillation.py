@@ -12,10 +12,10 @@ from tinybert_jax.config.tasks import Form as FormName
 from tinybert_jax.losses.forms import Form
 from tinybert_jax.losses.pointwise import Normalisation
 from tinybert_jax.models.attention import at
-from tinybert_jax.models.encoder import first_tokens
+from tinybert_jax.models.encoder import EncoderOutput, first_tokens
 from tinybert_jax.models.heads import MaskedLMOutput
 from tinybert_jax.models.params import Apply, Params, copy_table_per_shard
-from tinybert_jax.objectives.alignment import project
+from tinybert_jax.objectives.alignment import PROJECTIONS, project
 from tinybert_jax.objectives.factored import Factors, form_of
 from tinybert_jax.objectives.masked_lm import Mask
 from tinybert_jax.objectives.objective import (
@@ -23,12 +23,14 @@ from tinybert_jax.objectives.objective import (
     Objective,
     count_units,
     decoder_inputs,
+    decoder_pairs,
     encoder_inputs,
     unit_logits,
     unit_scores,
     units,
 )
 from tinybert_jax.parallel.sharding import copy_per_shard
+from tinybert_jax.settings.sizes import Side
 from tinybert_jax.terms.table import Terms, reads_every_word, reads_of, without_task_logits
 from tinybert_jax.terms.term import Ramp, Reads
 
@@ -39,6 +41,10 @@ class Role(NamedTuple):
     apply: Apply
     reads: Reads  # outputs that `apply` returns
     num_layers: int
+    num_decoder_layers: int = 0
+
+    def depth(self, side: Side) -> int:
+        return self.num_layers if side == "encoder" else self.num_decoder_layers
 
 
 class Outputs(NamedTuple):
@@ -47,6 +53,15 @@ class Outputs(NamedTuple):
     encoder: Any  # EncoderOutput; None where no term reads it
     logits: jax.Array | Factors | None = None  # [units, classes]
     words: MaskedLMOutput | None = None
+    decoder: Any = None  # DecoderOutput, of an encoder-decoder
+
+    def on(self, side: Side) -> "Outputs":
+        """The outputs with the layers of a side in the place of the encoder's."""
+        if side == "encoder" or self.decoder is None:
+            return self
+        own = self.decoder.self_attention if side == "decoder" else self.decoder.cross_attention
+        arrays = own.queries, own.keys, own.values, own.attention_scores
+        return self._replace(encoder=EncoderOutput(self.decoder.hidden, *arrays, None))
 
 
 class Options(NamedTuple):
@@ -62,7 +77,7 @@ class Options(NamedTuple):
 
 
 class Context(NamedTuple):
-    """The inputs of the loss of a term, for one microbatch."""
+    """The inputs of the loss of a term, for one microbatch; all are of the side of the term."""
 
     student: Outputs
     teacher: Outputs
@@ -71,6 +86,7 @@ class Context(NamedTuple):
     projection: Any  # parameters of `alignment.project`, or None
     projection_copies: Any  # the same by `copy_per_shard`, for hidden states that share them
     options: Options
+    pairs: jax.Array | None = None  # bool [batch, query, key] of a decoder's attention
 
     def number(self, value: float | Ramp) -> float | jax.Array:
         """The value of a weight or temperature at this step."""
@@ -121,10 +137,14 @@ def make_distill(
 ) -> Objective:
     """The objective Σ weight·term; every term is also a metric.
 
-    `params` of the loss is {"student": parameters[, "projection": …]}; `frozen` holds the teacher's
-    parameters. `mask` masks tokens of the batch that both models read.
+    `params` of the loss is {"student": parameters[, a projection of `PROJECTIONS`: …]}; `frozen`
+    holds the teacher's parameters. `mask` masks tokens of the batch that both models read.
     """
-    losses = [term.make_loss(student.num_layers, teacher.num_layers) for term in terms]
+    losses = [
+        term.make_loss(student.depth(term.read_side), teacher.depth(term.read_side))
+        for term in terms
+    ]
+    sides = {term.read_side for term in terms}
     names = _metric_names([term.metric or term.name for term in terms])
     options = options._replace(all_words=reads_every_word(terms))
     run = functools.partial(_run, all_words=options.all_words)
@@ -150,13 +170,17 @@ def make_distill(
         if student.reads.words:
             own = copy_table_per_shard(own, options.num_shards)
         outputs = run(student, own, batch, key, taps=reads_of(terms).encoder)
-        projection = params.get("projection")
-        copies = copy_per_shard(projection, options.num_shards)
-        context = Context(outputs, targets, batch, counts, projection, copies, options)
+        contexts = {}
+        for side in sides:
+            projection = params.get(PROJECTIONS.get(side, ""))
+            copies = copy_per_shard(projection, options.num_shards)
+            own_side = (model.on(side) for model in (outputs, targets))
+            context = Context(*own_side, batch, counts, projection, copies, options)
+            contexts[side] = context if side == "encoder" else _on_decoder(context, side)
         parts = {}
-        for name, term_loss in zip(names, losses, strict=True):
+        for term, name, term_loss in zip(terms, names, losses, strict=True):
             with jax.named_scope("~" + name.replace("/", " ")):
-                parts[name] = term_loss(context)
+                parts[name] = term_loss(contexts[term.read_side])
         weighted = [
             _number(term.weight, counts) * part
             for term, part in zip(terms, parts.values(), strict=True)
@@ -183,11 +207,23 @@ def _run(
             *arguments, num_segments=batch.num_segments, positions=positions, taps=taps
         )
         return Outputs(words.encoder, words=words)
-    if role.reads.task_logits:
+    if role.reads.task_logits or decoder_inputs(batch):
         options = {"num_segments": batch.num_segments, **decoder_inputs(batch)}
         output = role.apply(*arguments, **options, taps=taps)
-        return Outputs(output.encoder, unit_scores(output, batch))
+        decoder = getattr(output, "decoder", None)
+        return Outputs(output.encoder, unit_scores(output, batch), decoder=decoder)
     return Outputs(role.apply(*arguments, num_segments=batch.num_segments))
+
+
+def _on_decoder(context: Context, side: Side) -> Context:
+    """The context with the tokens and the pairs of a decoder's side."""
+    batch, counts = context.batch, context.counts
+    pairs = counts.target_pairs if side == "decoder" else counts.cross_pairs
+    return context._replace(
+        batch=batch._replace(attention_mask=batch.targets["decoder_mask"]),
+        counts=counts._replace(tokens=counts.units, pairs=pairs),
+        pairs=decoder_pairs(batch)[side],
+    )
 
 
 def _metric_names(names: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ from tinybert_jax.config.models import SOLE
 from tinybert_jax.losses import attention as attention_losses
 from tinybert_jax.models.inputs import Text
 from tinybert_jax.objectives.factored import Factors
+from tinybert_jax.settings.sizes import Side
 
 Metrics = dict[str, jax.Array]
 
@@ -22,6 +23,8 @@ class Counts(NamedTuple):
     units: jax.Array  # units of the task: examples, or tokens that have a label
     tokens: jax.Array
     pairs: jax.Array  # token pairs of the same example
+    target_pairs: jax.Array  # of a translation: a token and one before it, or itself
+    cross_pairs: jax.Array  # of a translation: a token of the target and one of the source
     predictions: jax.Array  # masked tokens
     labelled_rows: jax.Array  # rows whose pair of texts has a label
     share: jax.Array  # share of the stage that is done, 0 to 1; schedules of weights read it
@@ -61,11 +64,14 @@ def count_units(batch: Batch, normalisation: str = "valid_only") -> Counts:
     else:
         tokens = jnp.sum(batch.real, dtype=jnp.float32)
         pairs = attention_losses.num_pairs(batch.attention_mask)
+    seen = {side: jnp.sum(own, dtype=jnp.float32) for side, own in decoder_pairs(batch).items()}
     return Counts(
         examples=batch.weights.sum(),
         units=_num_units(batch),
         tokens=jnp.asarray(tokens, jnp.float32),
         pairs=jnp.asarray(pairs, jnp.float32),
+        target_pairs=seen.get("decoder", jnp.zeros(())),
+        cross_pairs=seen.get("cross", jnp.zeros(())),
         predictions=jnp.zeros(()),
         labelled_rows=jnp.zeros(()),
         share=jnp.zeros(()),
@@ -115,6 +121,20 @@ def _by_window(values: jax.Array, batch: Batch, fill: float) -> jax.Array:
     is_own &= batch.targets["answerable"][:, None]
     by_side = jnp.moveaxis(values, -1, 1)[:, None]  # [batch, 1, 2, seq]
     return jnp.where(is_own[:, :, None], by_side, fill).reshape(-1, values.shape[1])
+
+
+def decoder_pairs(batch: Batch) -> dict[Side, jax.Array]:
+    """bool [batch, query, key]: the pairs that a decoder's attention is over; {} without one."""
+    if "decoder_mask" not in batch.targets:
+        return {}
+    mask, source = batch.targets["decoder_mask"], batch.attention_mask
+    place = jnp.arange(mask.shape[1])
+    is_before = place[:, None] >= place[None, :]
+
+    def same(keys: jax.Array) -> jax.Array:
+        return (mask[:, :, None] == keys[:, None, :]) & mask.astype(bool)[:, :, None]
+
+    return {"decoder": same(mask) & is_before[None], "cross": same(source)}
 
 
 def encoder_inputs(batch: Batch) -> tuple[Text, jax.Array]:

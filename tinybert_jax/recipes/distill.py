@@ -16,6 +16,7 @@ from tinybert_jax.huggingface.encoder_decoder import start_any
 from tinybert_jax.huggingface.folder import save_model
 from tinybert_jax.models.heads import Model, make_encoder
 from tinybert_jax.models.params import Params
+from tinybert_jax.objectives.alignment import PROJECTIONS
 from tinybert_jax.objectives.distillation import Options, Role, make_distill
 from tinybert_jax.objectives.masked_lm import Mask, make_mask
 from tinybert_jax.parallel import processes
@@ -35,10 +36,15 @@ from tinybert_jax.runs.run import (
 from tinybert_jax.runs.stage import Member, Training
 from tinybert_jax.runs.stage_batches import StageBatches, make_stage_batches
 from tinybert_jax.runs.stage_state import Frozen
-from tinybert_jax.runs.student_start import PROJECTION, encoder_of, make_init, make_random
+from tinybert_jax.runs.student_start import (
+    encoder_of,
+    make_init,
+    make_random,
+    projection_file,
+)
 from tinybert_jax.runs.used_words import train_stage
 from tinybert_jax.runs.workload import count_last_layer_tokens
-from tinybert_jax.settings.sizes import Sizes
+from tinybert_jax.settings.sizes import Sizes, depths
 from tinybert_jax.terms.table import reads_of
 
 
@@ -84,8 +90,10 @@ def _make(
         return start_any(run.teacher_of(plan), teacher_init, whole=True)
 
     @functools.cache
-    def teacher_encoder() -> Mapping[str, Any]:
-        """The teacher's weights that students start from, also where no step reads the teacher."""
+    def teacher_start() -> Mapping[str, Any]:
+        """The weights that students start from: of the teacher's encoder; to translate, all."""
+        if run.task is not None and run.task.kind.generates:
+            return load_teacher()
         if is_teacher_in_step:
             return encoder_of(load_teacher())
         return start_any(run.teacher_of(plan), make_encoder(run.teacher).init, whole=True)
@@ -96,11 +104,11 @@ def _make(
     batches = make_stage_batches(run, plan, read_logits if plan.keeps_logits else None, text)
 
     # The students. A student starts from an earlier stage's model if there is one.
-    teacher = Role(teacher_apply, teacher_reads, run.teacher.num_hidden_layers)
+    teacher = Role(teacher_apply, teacher_reads, *depths(run.teacher))
     make_student = make_model_factory(run, reads, **trained_options(run.compute, plan))
     made = {
         student.name: _make_member(
-            run, plan, student, make_student, teacher, teacher_encoder, batches
+            run, plan, student, make_student, teacher, teacher_start, batches
         )
         for student in run.students
     }
@@ -129,14 +137,14 @@ def _make_member(
     student: Student,
     make_student: Callable[[Sizes], Model],
     teacher: Role,
-    teacher_encoder: Callable[[], Mapping[str, Any]],
+    teacher_start: Callable[[], Mapping[str, Any]],
     batches: StageBatches,
 ) -> tuple[Member, TaskEvaluator | None]:
     """(member, its evaluator where the stage trains a head)."""
     reads = reads_of(plan.terms)
     apply, init = make_student(with_dropout(student.sizes, plan.section))
     objective = make_distill(
-        Role(apply, reads, student.sizes.num_hidden_layers),
+        Role(apply, reads, *depths(student.sizes)),
         teacher,
         plan.terms,
         Options(
@@ -151,7 +159,7 @@ def _make_member(
     member = Member(
         objective,
         make_random(run, plan, student, init),
-        make_init(run, plan, student, (apply, init), teacher_encoder, batches),
+        make_init(run, plan, student, (apply, init), teacher_start, batches),
     )
     if not plan.stage.trains_head:
         return member, None
@@ -175,8 +183,8 @@ def _save(
 ) -> None:
     """Saves a student; `evaluator`: of a stage that trains the head of the task."""
     extra: dict[str, Callable[[Path], None]] = {}
-    if "projection" in params:
-        extra[PROJECTION] = functools.partial(save_file, params["projection"])
+    for name in (name for name in PROJECTIONS.values() if name in params):
+        extra[projection_file(name)] = functools.partial(save_file, params[name])
     student = params["student"]
     if evaluator is None and processes.is_main():
         save_model(folder, student, sizes, run.tokenizer, extra=extra)

@@ -27,7 +27,7 @@ from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.runs.inputs import prefix_errors
 from tinybert_jax.runs.run import Run, RunTask, make_task_model
 from tinybert_jax.settings.layer_maps import make_layer_pairs
-from tinybert_jax.settings.sizes import EncoderDecoderConfig, Sizes
+from tinybert_jax.settings.sizes import EncoderDecoderConfig, Sizes, depths
 from tinybert_jax.tasks.table import task_of
 from tinybert_jax.terms.table import reads_of
 from tinybert_jax.terms.term import Reads
@@ -240,7 +240,7 @@ def _teacher_starts(run: Run, plans: Sequence[StagePlan]) -> Iterator[tuple[str,
         if any(plan.reads_teacher for plan in on_task):
             yield given, task_head, True
         elif any(starts_students(run, plan, plans) for plan in on_task):
-            yield given, make_encoder, True
+            yield given, make_model_factory(run, Reads(encoder=True)), True
 
 
 def _student_models(run: Run, plans: Sequence[StagePlan]) -> Iterator[MakeModel]:
@@ -371,11 +371,9 @@ def _check_start(student: Student, teacher: Sizes) -> None:
             )
     if reads_layers:
         with prefix_errors(f"{student.origin}.init_layers"):
-            make_layer_pairs(
-                student.section.init_layers,
-                student.sizes.num_hidden_layers,
-                teacher.num_hidden_layers,
-            )
+            for ours, theirs in zip(depths(student.sizes), depths(teacher), strict=True):
+                if ours:
+                    make_layer_pairs(student.section.init_layers, ours, theirs)
 
 
 def _check_same_sizes(path: str, teacher: Sizes) -> None:

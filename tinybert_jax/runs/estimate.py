@@ -40,7 +40,7 @@ from tinybert_jax.runs.workload import (
     words_of,
     work_of,
 )
-from tinybert_jax.settings.sizes import Sizes
+from tinybert_jax.settings.sizes import Sizes, side_of
 from tinybert_jax.terms.term import Row, Tap
 
 _NUM_SAMPLED = 64  # batches that the estimate reads
@@ -245,9 +245,11 @@ def _state_bytes(run: Run, section: StageSection, work: Work) -> float:
         num_bytes = _LAYER_BYTES[run.compute.frozen_dtype]
         frozen -= model_flops.num_encoder_parameters(work.teacher) * (1 - num_bytes / _FP32)
         is_shared = run.distillation.projection == "shared"
-        for model in (model for model in work.trained.values() if projected(work, model)):
-            num_projections = 1 if is_shared else model.num_hidden_layers + 1
-            trained += num_projections * (model.hidden_size + 1) * work.teacher.hidden_size
+        for model in work.trained.values():
+            for side in {side for side, _ in projected(work, model)}:
+                ours, theirs = side_of(model, side), side_of(work.teacher, side)
+                num_projections = 1 if is_shared else ours.num_hidden_layers + 1
+                trained += num_projections * (ours.hidden_size + 1) * theirs.hidden_size
     split = run.mesh.shape["fsdp"] * run.mesh.shape["tensor"]
     return _FP32 * (copies * work.num_seeds * trained + frozen) / split
 
@@ -341,8 +343,9 @@ def _num_taps(run: Run, work: Work, batch: Batch) -> tuple[int, int]:
     for term, student in itertools.product(work.terms, work.trained.values()):
         for tap in term.teacher_taps(student, teacher, row):
             is_scanned = tap.layer > 0 and not run.compute.unroll_layers
-            layers = range(1, teacher.num_hidden_layers + 1) if is_scanned else [tap.layer]
-            taps |= {Tap(tap.kind, layer) for layer in layers}
+            depth = side_of(teacher, tap.side).num_hidden_layers
+            layers = range(1, depth + 1) if is_scanned else [tap.layer]
+            taps |= {Tap(tap.kind, layer, tap.side) for layer in layers}
     num_maps = sum(tap.kind == "maps" for tap in taps)
     entries = num_maps * teacher.num_attention_heads * batch.shape[1] ** 2
     return len(taps) - num_maps, entries

@@ -273,7 +273,7 @@ def save_task_model(
     if isinstance(sizes, EncoderDecoderConfig):
         tokens = Tokenizers(run.tokenizer, run.tokenizer)
         if processes.is_main():
-            save_encoder_decoder(folder, params, sizes, tokens)
+            save_encoder_decoder(folder, params, sizes, tokens, {**(extra or {}), **more})
     elif processes.is_main():
         save_model(folder, params, sizes, run.tokenizer, head=head, extra={**(extra or {}), **more})
 

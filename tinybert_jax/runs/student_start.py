@@ -1,7 +1,7 @@
 """The weights that a student starts from: an earlier stage's, a folder's, or its teacher's."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +17,11 @@ from tinybert_jax.huggingface.encoder_decoder import start_any
 from tinybert_jax.models.heads import make_encoder
 from tinybert_jax.models.params import Apply, Params
 from tinybert_jax.objectives.alignment import (
+    PROJECTIONS,
     init_projection,
     start_from_teacher_embeddings,
     start_from_teacher_layers,
+    start_from_teacher_sides,
 )
 from tinybert_jax.objectives.objective import encoder_inputs
 from tinybert_jax.objectives.reduction import (
@@ -31,10 +33,8 @@ from tinybert_jax.runs.head_init import init_head
 from tinybert_jax.runs.run import Run
 from tinybert_jax.runs.stage_batches import StageBatches
 from tinybert_jax.settings.layer_maps import make_layer_pairs
-from tinybert_jax.settings.sizes import Sizes
-from tinybert_jax.terms.table import needs_projection
-
-PROJECTION = "projection.safetensors"  # beside the student's weights in its folder
+from tinybert_jax.settings.sizes import EncoderDecoderConfig, Side, Sizes, depths, side_of
+from tinybert_jax.terms.table import projected_sides
 
 
 def make_init(
@@ -42,7 +42,7 @@ def make_init(
     plan: StagePlan,
     student: Student,
     model: tuple[Apply, Callable[[jax.Array], Params]],
-    teacher_encoder: Callable[[], Mapping[str, Any]],
+    teacher_start: Callable[[], Mapping[str, Any]],
     batches: StageBatches,
 ) -> Callable[[jax.Array, int], dict[str, Any]]:
     """init_params(key, index of the seed): initial {student} or {student, projection}.
@@ -57,7 +57,7 @@ def make_init(
     def reduce(encoder: Params, layers: Sequence[int]) -> tuple[dict[str, Any], np.ndarray]:
         """(encoder, directions) in fewer dimensions; computed once, as seeds have it in common."""
         if not reduced:
-            reduced.append(_reduce(run, student, encoder, teacher_encoder(), layers, batches))
+            reduced.append(_reduce(run, student, encoder, teacher_start(), layers, batches))
         ours, directions = reduced[0]
         return {**encoder, "embeddings": ours["embeddings"], "layers": ours["layers"]}, directions
 
@@ -66,17 +66,15 @@ def make_init(
         done = [run.find_model(name, member=student.name, seed=seed) for name in earlier]
         folders = [*(folder for folder in done if folder is not None), student.section.path]
         start = functools.partial(
-            _start, run, student, folders[0], init, teacher_encoder, reduce, is_quiet=seed > 0
+            _start, run, student, folders[0], init, teacher_start, reduce, is_quiet=seed > 0
         )
-        has_projection = needs_projection(plan.terms, student.sizes, run.teacher)
-        student_key, projection_key = jax.random.split(key) if has_projection else (key, key)
+        sides = projected_sides(plan.terms, student.sizes, run.teacher)
+        student_key, projection_key = jax.random.split(key) if sides else (key, key)
         params, directions = start(student_key)
         if isinstance(plan.section, HeadSection) and plan.section.head_init == "linear_probe":
             params = init_head(run, plan.name, apply, params, batches, is_quiet=seed > 0)
-        if not has_projection:
-            return {"student": params}
-        projection = _start_projection(run, student, folders, projection_key, directions)
-        return {"student": params, "projection": projection}
+        found = _start_projections(run, student, sides, folders, projection_key, directions)
+        return {"student": params, **found}
 
     return init_params
 
@@ -86,7 +84,7 @@ def _start(
     student: Student,
     start: str | Path | None,
     init: Callable[[jax.Array], Params],
-    teacher_encoder: Callable[[], Mapping[str, Any]],
+    teacher_start: Callable[[], Mapping[str, Any]],
     reduce: Callable[[Params, Sequence[int]], tuple[dict[str, Any], np.ndarray]],
     key: jax.Array,
     *,
@@ -101,33 +99,35 @@ def _start(
     params = start_any(start, init, key, label_names=label_names, is_quiet=is_quiet)
     if start is not None or student.section.init == "random":
         return params, None
+    if isinstance(student.sizes, EncoderDecoderConfig):
+        return start_from_teacher_sides(params, teacher_start(), *_layers(run, student)), None
     encoder, directions = encoder_of(params), None
     if student.section.init == "teacher_embeddings":
-        encoder, directions = start_from_teacher_embeddings(encoder, teacher_encoder())
+        encoder, directions = start_from_teacher_embeddings(encoder, teacher_start())
+    elif student.section.init == "teacher_layers":
+        encoder = start_from_teacher_layers(encoder, teacher_start(), *_layers(run, student))
     else:
-        layers = make_layer_pairs(
-            student.section.init_layers,
-            student.sizes.num_hidden_layers,
-            run.teacher.num_hidden_layers,
-        )
-        chosen = [teacher_layer for _, teacher_layer in layers]
-        if student.section.init == "teacher_layers":
-            encoder = start_from_teacher_layers(encoder, teacher_encoder(), chosen)
-        else:
-            encoder, directions = reduce(cast(Params, encoder), chosen)
+        encoder, directions = reduce(cast(Params, encoder), *_layers(run, student))
     return ({**params, "encoder": encoder} if "encoder" in params else encoder), directions
+
+
+def _layers(run: Run, student: Student) -> Iterator[list[int]]:
+    """The layers of the teacher that a student starts from: of each side that it has."""
+    for ours, theirs in zip(depths(student.sizes), depths(run.teacher), strict=True):
+        if ours:
+            pairs = make_layer_pairs(student.section.init_layers, ours, theirs)
+            yield [layer for _, layer in pairs]
 
 
 def make_random(
     run: Run, plan: StagePlan, student: Student, init: Callable[[jax.Array], Params]
 ) -> Callable[[jax.Array], dict[str, Any]]:
-    """random_params(key): {student} or {student, projection} in the shapes of `make_init`'s."""
+    """random_params(key): the student and its projections in the shapes of `make_init`'s."""
 
     def random_params(key: jax.Array) -> dict[str, Any]:
-        params: dict[str, Any] = {"student": init(key)}
-        if needs_projection(plan.terms, student.sizes, run.teacher):
-            params["projection"] = _new_projection(run, student, key)
-        return params
+        sides = projected_sides(plan.terms, student.sizes, run.teacher)
+        found = {PROJECTIONS[side]: _new_projection(run, student, side, key) for side in sides}
+        return {"student": init(key), **found}
 
     return random_params
 
@@ -176,30 +176,42 @@ def encoder_of(params: Mapping[str, Any]) -> Mapping[str, Any]:
     return params.get("encoder", params)
 
 
-def _start_projection(
+def _start_projections(
     run: Run,
     student: Student,
+    sides: Sequence[Side],
     folders: Sequence[str | Path | None],
     key: jax.Array,
     directions: np.ndarray | None,
 ) -> dict[str, Any]:
-    """The projection file of the first folder that has one, else a new projection."""
-    projection = _new_projection(run, student, key)
-    files = (Path(folder).expanduser() / PROJECTION for folder in folders if folder is not None)
-    saved = next((file for file in files if file.is_file()), None)
-    if saved is not None:
-        return _load_projection(saved, projection)
-    if directions is not None:
-        num_projections = len(projection["kernel"])
-        projection["kernel"] = jnp.tile(directions.T[None], (num_projections, 1, 1))
-    return projection
+    """For each side the projection of the first folder that has its file, else a new one."""
+    found: dict[str, Any] = {}
+    given = [Path(folder).expanduser() for folder in folders if folder is not None]
+    for number, side in enumerate(sides):
+        own_key = jax.random.fold_in(key, number) if number else key
+        projection = _new_projection(run, student, side, own_key)
+        files = (folder / projection_file(PROJECTIONS[side]) for folder in given)
+        saved = next((file for file in files if file.is_file()), None)
+        if saved is not None:
+            projection = _load_projection(saved, projection)
+        elif directions is not None:
+            num_projections = len(projection["kernel"])
+            projection["kernel"] = jnp.tile(directions.T[None], (num_projections, 1, 1))
+        found[PROJECTIONS[side]] = projection
+    return found
 
 
-def _new_projection(run: Run, student: Student, key: jax.Array) -> dict[str, Any]:
+def projection_file(name: str) -> str:
+    """The file of a projection of `PROJECTIONS`, beside the student's weights in its folder."""
+    return f"{name}.safetensors"
+
+
+def _new_projection(run: Run, student: Student, side: Side, key: jax.Array) -> dict[str, Any]:
+    ours, theirs = side_of(student.sizes, side), side_of(run.teacher, side)
     num_projections = 1
     if run.distillation.projection == "per_layer":
-        num_projections = student.sizes.num_hidden_layers + 1
-    return init_projection(key, student.sizes.hidden_size, run.teacher.hidden_size, num_projections)
+        num_projections = ours.num_hidden_layers + 1
+    return init_projection(key, ours.hidden_size, theirs.hidden_size, num_projections)
 
 
 def _load_projection(file: Path, expected: dict[str, jax.Array]) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from tinybert_jax.objectives.masking import highest_rate, num_slots
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance.flops import forward_flops_per_token
 from tinybert_jax.runs.run import Run
-from tinybert_jax.settings.sizes import Sizes
+from tinybert_jax.settings.sizes import Side, Sizes
 from tinybert_jax.terms.table import Terms, reads_every_word, reads_of
 
 _CHUNK_SIZE = Options().chunk_size  # of distillation
@@ -122,15 +122,18 @@ def count_last_layer_examples(run: Run, batch: Batch) -> int | None:
     return num_last_layer_tokens if is_few(num_last_layer_tokens, batch.shape[1]) else None
 
 
-def projected(work: Work, student: Sizes) -> list[int]:
-    """For each comparison with a hidden state of the teacher: the index of the student's.
+def projected(work: Work, student: Sizes) -> list[tuple[Side, int]]:
+    """For each comparison with a hidden state of the teacher: the side and index of the student's.
 
     Index 0 is the embeddings, index i the output of layer i.
     """
     if work.teacher is None:
         return []
-    layers = student.num_hidden_layers, work.teacher.num_hidden_layers
-    return [entry for term in work.terms for entry in term.projected_entries(*layers)]
+    return [
+        (term.read_side, entry)
+        for term in work.terms
+        for entry in term.projected_entries(student, work.teacher)
+    ]
 
 
 def words_of(run: Run, plan: StagePlan, batch: Batch, share: float) -> Words | None:

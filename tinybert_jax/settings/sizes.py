@@ -125,3 +125,21 @@ class EncoderDecoderConfig(Section):
 
 
 Sizes = ModelConfig | EncoderDecoderConfig
+# Layers that a loss compares: those of an encoder, the decoder's with its self-attention, or the
+# decoder's with its attention to the encoder.
+Side = Literal["encoder", "decoder", "cross"]
+
+
+def depths(sizes: Sizes) -> tuple[int, int]:
+    """Numbers of layers of the encoder and of the decoder; 0 without one."""
+    if isinstance(sizes, ModelConfig):
+        return sizes.num_hidden_layers, 0
+    return sizes.encoder.num_hidden_layers, sizes.decoder.num_hidden_layers
+
+
+def side_of(sizes: Sizes, side: Side) -> ModelConfig:
+    """The sizes of the layers of one side."""
+    if isinstance(sizes, ModelConfig):
+        assert side == "encoder", "the config check refuses a side that a model lacks"
+        return sizes
+    return sizes.encoder if side == "encoder" else sizes.decoder

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from tinybert_jax.settings.section import PositiveInt
-from tinybert_jax.settings.sizes import Sizes
+from tinybert_jax.settings.sizes import Side, Sizes, side_of
 from tinybert_jax.terms.term import (
     Context,
     LayerTerm,
@@ -23,6 +23,11 @@ class AttentionTerm(LayerTerm):
     reads: ClassVar[Reads] = Reads(encoder=True)
 
     term: Literal["attention"]
+    side: Side = Field(
+        "encoder",
+        description="for translation: the attention of the encoder, of the decoder to the words "
+        "before, or of the decoder to the encoder (cross)",
+    )
     heads: PositiveInt | None = Field(
         None, description="both models' queries and keys regrouped into so many; default: as it is"
     )
@@ -58,18 +63,19 @@ class AttentionTerm(LayerTerm):
 
         def one(c: Context, ours: int, theirs: int):
             student, teacher, mask = c.student.encoder, c.teacher.encoder, c.batch.attention_mask
-            options = {"normalisation": c.options.normalisation, "count": c.counts.pairs}
-            maps = self._kept_maps(c, ours, theirs)
-            if maps is not None:
-                return losses.score_mse(*maps, mask, **options)
-            return losses.attention_mse(
+            queries_and_keys = (
                 heads(student.queries[ours - 1], 0),
                 heads(student.keys[ours - 1], 0),
                 heads(teacher.queries[theirs - 1], 1),
                 heads(teacher.keys[theirs - 1], 1),
-                mask,
-                **options,
             )
+            if c.pairs is not None:
+                return losses.pair_mse(*queries_and_keys, c.pairs, count=c.counts.pairs)
+            options = {"normalisation": c.options.normalisation, "count": c.counts.pairs}
+            maps = self._kept_maps(c, ours, theirs)
+            if maps is not None:
+                return losses.score_mse(*maps, mask, **options)
+            return losses.attention_mse(*queries_and_keys, mask, **options)
 
         return self.sum_over_layers(num_student, num_teacher, one)
 
@@ -96,10 +102,11 @@ class AttentionTerm(LayerTerm):
         return (student, teacher) if reads and self.keeps_heads else None
 
     def check_fit(self, student: Sizes, teacher: Sizes) -> None:
+        sides = {"student": side_of(student, self.side), "teacher": side_of(teacher, self.side)}
         if not self.heads:
-            self._check_heads(student, teacher)
+            self._check_heads(sides["student"], sides["teacher"])
         super().check_fit(student, teacher)
-        check_divides(self.heads, {"student": student, "teacher": teacher})
+        check_divides(self.heads, sides)
 
     def _check_heads(self, student: Sizes, teacher: Sizes) -> None:
         """Raises ValueError where heads, all or the map's, cannot be compared one by one."""
@@ -120,17 +127,17 @@ class AttentionTerm(LayerTerm):
     def teacher_taps(self, student: Sizes, teacher: Sizes, row: Row) -> list[Tap]:
         pairs = self.pairs_of(student, teacher)
         kinds = ("maps",) if self.reads_maps(student, teacher, row) else ("queries", "keys")
-        return [Tap(kind, theirs) for kind in kinds for _, theirs in pairs]
+        return [Tap(kind, theirs, self.side) for kind in kinds for _, theirs in pairs]
 
     def num_map_entries(self, student: Sizes, teacher: Sizes, row: Row) -> int:
         from tinybert_jax.losses.attention import builds_score_maps
 
-        dims = (m.hidden_size // (self.heads or m.num_attention_heads) for m in (student, teacher))
-        if not builds_score_maps(row.width, *dims, packed=row.is_packed) and not self.reads_maps(
-            student, teacher, row
-        ):
+        sides = [side_of(sizes, self.side) for sizes in (student, teacher)]
+        dims = (own.hidden_size // (self.heads or own.num_attention_heads) for own in sides)
+        builds = self.side != "encoder" or builds_score_maps(row.width, *dims, packed=row.is_packed)
+        if not builds and not self.reads_maps(student, teacher, row):
             return 0
-        num_heads = len(self.head_map or ()) or self.heads or student.num_attention_heads
+        num_heads = len(self.head_map or ()) or self.heads or sides[0].num_attention_heads
         num_pairs = len(self.pairs_of(student, teacher))
         return num_pairs * num_heads * row.width**2
 
@@ -139,5 +146,5 @@ class AttentionTerm(LayerTerm):
         from tinybert_jax.losses.attention import reads_attention_scores
 
         dims = (m.hidden_size // m.num_attention_heads for m in (student, teacher))
-        can_read = row.keeps_maps and self.keeps_heads
+        can_read = row.keeps_maps and self.keeps_heads and self.side == "encoder"
         return can_read and reads_attention_scores(row.width, *dims, packed=row.is_packed)

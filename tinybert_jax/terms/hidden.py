@@ -2,8 +2,12 @@
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from tinybert_jax.settings.sizes import Sizes
 from tinybert_jax.terms.term import Context, LayerTerm, Loss, Reads, Row, Tap, Term
+
+_SIDE = "for translation: the layers of the encoder or those of the decoder"
 
 
 class HiddenTerm(LayerTerm):
@@ -12,6 +16,7 @@ class HiddenTerm(LayerTerm):
     reads: ClassVar[Reads] = Reads(encoder=True, projection=True)
 
     term: Literal["hidden"]
+    side: Literal["encoder", "decoder"] = Field("encoder", description=_SIDE)
 
     @property
     def mean_over(self) -> Literal["units", "tokens", "positions"]:
@@ -20,11 +25,12 @@ class HiddenTerm(LayerTerm):
     def make_loss(self, num_student: int, num_teacher: int) -> Loss:
         return self.sum_over_layers(num_student, num_teacher, _entry_loss)
 
-    def projected_entries(self, num_student: int, num_teacher: int) -> list[int]:
-        return [ours for ours, _ in self.pairs(num_student, num_teacher)]
+    def projected_entries(self, student: Sizes, teacher: Sizes) -> list[int]:
+        return [ours for ours, _ in self.pairs_of(student, teacher)]
 
     def teacher_taps(self, student: Sizes, teacher: Sizes, row: Row) -> list[Tap]:
-        return [Tap("hidden", theirs) for _, theirs in self.pairs_of(student, teacher)]
+        pairs = self.pairs_of(student, teacher)
+        return [Tap("hidden", theirs, self.side) for _, theirs in pairs]
 
 
 class EmbeddingTerm(Term):
@@ -33,6 +39,7 @@ class EmbeddingTerm(Term):
     reads: ClassVar[Reads] = Reads(encoder=True, projection=True)
 
     term: Literal["embedding"]
+    side: Literal["encoder", "decoder"] = Field("encoder", description=_SIDE)
 
     @property
     def mean_over(self) -> Literal["units", "tokens", "positions"]:
@@ -41,11 +48,11 @@ class EmbeddingTerm(Term):
     def make_loss(self, num_student: int, num_teacher: int) -> Loss:
         return lambda context: _entry_loss(context, 0, 0)
 
-    def projected_entries(self, num_student: int, num_teacher: int) -> list[int]:
+    def projected_entries(self, student: Sizes, teacher: Sizes) -> list[int]:
         return [0]
 
     def teacher_taps(self, student: Sizes, teacher: Sizes, row: Row) -> list[Tap]:
-        return [Tap("embedding", 0)]
+        return [Tap("embedding", 0, self.side)]
 
 
 def _entry_loss(c: Context, ours: int, theirs: int):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tinybert_jax.settings.sizes import Sizes
+from tinybert_jax.settings.sizes import Side, Sizes
 from tinybert_jax.terms.attention import AttentionTerm
 from tinybert_jax.terms.cls import ClsTerm
 from tinybert_jax.terms.contrastive import ContrastiveTerm, SimilarityTerm
@@ -49,12 +49,15 @@ def reads_of(terms: Terms, *, of_teacher: bool = False) -> Reads:
     return Reads(*(any(values) for values in zip(*read, strict=True))) if read else _NOTHING
 
 
-def needs_projection(terms: Terms, student: Sizes, teacher: Sizes) -> bool:
-    """Whether any of the terms compares the two models through a projection."""
+def projected_sides(terms: Terms, student: Sizes, teacher: Sizes) -> tuple[Side, ...]:
+    """The sides that any of the terms compares through a projection, the encoder first."""
     is_other_width = student.hidden_size != teacher.hidden_size
-    return any(
-        term.reads.projection or (term.projects_vectors and is_other_width) for term in terms
-    )
+    found = {
+        term.read_side
+        for term in terms
+        if term.reads.projection or (term.projects_vectors and is_other_width)
+    }
+    return tuple(side for side in typing.get_args(Side) if side in found)
 
 
 def without_task_logits(terms: Terms) -> Terms:

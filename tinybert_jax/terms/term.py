@@ -10,7 +10,7 @@ from pydantic import Field
 
 from tinybert_jax.settings.layer_maps import LayerMap, LayerPairs, make_layer_pairs
 from tinybert_jax.settings.section import NonNegative, Positive, Section
-from tinybert_jax.settings.sizes import Sizes
+from tinybert_jax.settings.sizes import Side, Sizes, side_of
 
 
 class Ramp(Section):
@@ -41,6 +41,7 @@ class Tap(NamedTuple):
 
     kind: Literal["queries", "keys", "values", "hidden", "embedding", "maps"]
     layer: int  # from 1; 0 for the embeddings
+    side: Side = "encoder"
 
 
 class Row(NamedTuple):
@@ -55,11 +56,12 @@ class Row(NamedTuple):
 class Context(Protocol):
     """One microbatch as the loss of a term sees it; `objectives.distillation` makes it."""
 
-    student: Any  # Outputs
+    student: Any  # Outputs; `encoder` has the layers of the term's side
     teacher: Any  # Outputs
-    batch: Any  # Batch
+    batch: Any  # Batch; its tokens are those of the side
     counts: Any  # Counts: the denominators of the whole batch
     options: Any  # Options
+    pairs: Any  # bool [batch, query, key]: token pairs of a decoder's attention; None: the batch's
 
     def form(self) -> Any:
         """losses.forms.Form: the losses that fit the logits of the task."""
@@ -114,6 +116,11 @@ class Term(Section):
         return getattr(self, "term")  # noqa: B009 - declared by each subclass
 
     @property
+    def read_side(self) -> Side:
+        """The layers that the term compares."""
+        return getattr(self, "side", "encoder")
+
+    @property
     def counts(self) -> bool:
         """Whether the weight is ever above 0."""
         if isinstance(self.weight, Ramp):
@@ -146,7 +153,7 @@ class Term(Section):
     def check_fit(self, student: Sizes, teacher: Sizes) -> None:
         """Raises ValueError where the term cannot compare models of these sizes."""
 
-    def projected_entries(self, num_student: int, num_teacher: int) -> list[int]:
+    def projected_entries(self, student: Sizes, teacher: Sizes) -> list[int]:
         """The student's hidden entry of each projection; 0 is the embeddings."""
         return []
 
@@ -172,7 +179,8 @@ class LayerTerm(Term):
         return make_layer_pairs(self.layer_map, num_student, num_teacher)
 
     def pairs_of(self, student: Sizes, teacher: Sizes) -> LayerPairs:
-        return self.pairs(student.num_hidden_layers, teacher.num_hidden_layers)
+        depths = (side_of(sizes, self.read_side).num_hidden_layers for sizes in (student, teacher))
+        return self.pairs(*depths)
 
     def check_fit(self, student: Sizes, teacher: Sizes) -> None:
         try:

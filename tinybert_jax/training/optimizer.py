@@ -190,7 +190,7 @@ def _decay_to_start(weight_decay: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-_NEW_PARTS = ("classifier", "spans", "projection")
+_NEW_PARTS = ("classifier", "spans", "projection", "decoder_projection")
 
 
 def _is_new(path: tuple) -> bool:
