@@ -255,6 +255,13 @@ def test_a_run_ends_in_a_folder_that_translates_alike_in_transformers(world, cap
     inputs = tokens(sources, return_tensors="pt", padding=True, return_token_type_ids=False)
     ids = theirs.generate(**inputs, num_beams=1, max_new_tokens=20, do_sample=False)
     assert tokens.batch_decode(ids, skip_special_tokens=True) == found
+    # `evaluate` and `compare` give the scores of the run.
+    words = [str(world / "train.en"), f"task.dev_target={world / 'train.de'}", "--max-length", "24"]
+    assert cli.main(["evaluate", str(world / "run" / "hf"), *words]) == 0
+    assert json.loads(capsys.readouterr().out) == student["metrics"] | {"num_examples": 12}
+    folders = [str(world / "run" / name) for name in ("models/finetune", "hf")]
+    assert cli.main(["compare", *folders, *words]) == 0
+    assert "bleu" in capsys.readouterr().out
     # Again: nothing is trained or translated.
     assert cli.main(["run", str(world / "run.yaml")]) == 0
     assert "prediction: done before" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from tinybert_jax.data.errors import short
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.json_text import is_utf8
 from tinybert_jax.data.splits import Reading
+from tinybert_jax.huggingface.encoder_decoder import is_encoder_decoder
 from tinybert_jax.huggingface.folder import read_model, start_params
 from tinybert_jax.huggingface.head import Head
 from tinybert_jax.huggingface.hub import check_table, load_tokenizer
@@ -21,6 +22,7 @@ from tinybert_jax.metrics.cosines import unit_vectors
 from tinybert_jax.models.params import Params
 from tinybert_jax.tasks.table import task_of
 from tinybert_jax.tasks.task import Scored, Settings, Task
+from tinybert_jax.tasks.translation import TRANSLATION
 
 # The settings of a task in a config that `evaluate_file` takes.
 READING_SETTINGS = (
@@ -32,6 +34,11 @@ READING_SETTINGS = (
     "label_columns",
     "scheme",
     "drop_empty_tokens",
+    "target",
+    "dev_target",
+    "train_target",
+    "blank",
+    "words",
 )
 
 
@@ -193,6 +200,8 @@ def score_file(
 
     Raises ValueError for a wrong setting or file, and for logits that are not finite.
     """
+    if is_encoder_decoder(model):
+        return _score_translations(model, data, split, max_length, settings or {})
     loaded = Model(model, max_length)
     section = _section(loaded.task, data, settings or {})
     examples = loaded.task.read(data, section, Reading(split, is_dev=True))
@@ -210,6 +219,26 @@ def score_file(
             "are too large: take another checkpoint"
         )
     return ScoredFile(loaded.task, scored, loaded.head.settings)
+
+
+def _score_translations(
+    model: str, data: str, split: str | None, max_length: int | None, settings: Mapping[str, Any]
+) -> ScoredFile:
+    """The greedy translations of the sources of a file, which hold `max_length` tokens at most."""
+    from tinybert_jax.inference.seq2seq import TinyBertForConditionalGeneration, translate
+
+    loaded = TinyBertForConditionalGeneration.from_pretrained(model)
+    if target := settings.get("dev_target"):
+        settings = {**settings, "train_target": target}
+    section = _section(TRANSLATION, data, settings)
+    assert TRANSLATION.configure is not None
+    task = TRANSLATION.configure(section)
+    examples = task.read(data, section, Reading(split, is_dev=True))
+    length = max_length or loaded.config.max_position_embeddings
+    texts = translate(loaded, examples.text, max_length=length, max_new_tokens=length).lines
+    assert loaded.tokenizers is not None, "translate has refused a folder without tokenizers"
+    rows = task.encode(loaded.tokenizers.source, examples, length)
+    return ScoredFile(task, Scored(np.zeros((len(texts), 0)), rows, examples, texts), {})
 
 
 class Model:

@@ -49,6 +49,15 @@ def make_stage_scorer(run: Run, apply: Apply, section: StageSection) -> Scorer:
     )
 
 
+def score_generated(
+    run: Run, params: Params, sizes: Sizes, section: StageSection, examples: Examples
+) -> Scored:
+    """The examples with the texts that a model makes of them, greedily."""
+    rows = run.required_task.kind.encode(run.tokenizer, examples, section.max_length)
+    texts = generated(run, params, sizes, section, examples)
+    return Scored(np.zeros((len(texts), 0), np.float32), rows, examples, texts)
+
+
 def generated(
     run: Run, params: Params, sizes: Sizes, section: StageSection, examples: Examples, **how: Any
 ) -> list[str]:
@@ -68,11 +77,7 @@ def make_task_evaluator(
     task, examples = run.required_task.kind, run.required_task.data.selection
     rows = task.encode(run.tokenizer, examples, section.max_length)
     if task.generates:
-
-        def make(params: Any) -> Scored:
-            texts = generated(run, params, sizes, section, examples)
-            return Scored(np.zeros((len(texts), 0), np.float32), rows, examples, texts)
-
+        make = lambda params: score_generated(run, params, sizes, section, examples)  # noqa: E731
         return TaskEvaluator(make, task, rows.fingerprint())
     score = make_stage_scorer(run, apply, section)
     return TaskEvaluator(

@@ -15,7 +15,7 @@ from tinybert_jax.huggingface.folder import read_model
 from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.metrics.intervals import mean_over_seeds, resampled_scores
 from tinybert_jax.models.params import Apply, Params
-from tinybert_jax.runs.judges import generated
+from tinybert_jax.runs.judges import score_generated
 from tinybert_jax.runs.run import Run, make_task_model
 from tinybert_jax.settings.sizes import Sizes
 from tinybert_jax.tasks import linear
@@ -133,10 +133,7 @@ def score(
     section = plan.section
     task = run.required_task
     if task.kind.generates:
-        rows = task.kind.encode(run.tokenizer, examples, section.max_length)
-        empty = np.zeros((len(examples.text), 0), np.float32)
-        texts = [generated(run, model, sizes, section, examples) for model in params]
-        return [Scored(empty, rows, examples, own) for own in texts]
+        return [score_generated(run, model, sizes, section, examples) for model in params]
     apply, _ = task.kind.make_head(sizes, num_outputs or task.data.num_outputs)
     rows = task.kind.encode(run.tokenizer, examples, section.max_length)
     logits = make_scorer(apply, buckets=section.buckets(), pad_token_id=run.tokenizer.pad_token_id)
