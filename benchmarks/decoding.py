@@ -3,12 +3,16 @@
     python benchmarks/decoding.py [--layers 4 --width 256 --vocab 8000 --tokens 32]
 
 Random weights, which end no target: every row has the same number of steps on both sides. Each
-line: milliseconds of a call (best of the rounds, the sides in turn), tokens a second, and whether
-the tokens are equal. Needs PyTorch.
+line: milliseconds of a call (best of the rounds, the sides in turn), tokens a second, the memory
+that a process of its own takes beyond the loaded model (its peak, compiling included, and in later
+calls), and whether the tokens are equal. Needs PyTorch.
 """
 
 import argparse
+import multiprocessing
+import resource
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -34,18 +38,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         ours = TinyBertForConditionalGeneration.from_pretrained(Path(folder))
-    rng = np.random.default_rng(0)
-    for name, (num_rows, num_beams) in CASES.items():
-        ids = rng.integers(5, args.vocab, (num_rows, SOURCE))
-        options = {"max_new_tokens": args.tokens, "num_beams": num_beams}
-
-        def run_theirs(ids=ids, options=options):
-            return theirs.generate(torch.tensor(ids), do_sample=False, **options).numpy()
-
-        def run_ours(ids=ids, options=options):
-            return ours.generate(ids, **options)
-
-        sides = {"transformers": run_theirs, "here": run_ours}
+    for name, case in CASES.items():
+        sides = {
+            "transformers": call_of(theirs, case, args.tokens, args.vocab),
+            "here": call_of(ours, case, args.tokens, args.vocab),
+        }
         tokens = {side: run() for side, run in sides.items()}  # compiles
         best = dict.fromkeys(sides, np.inf)
         for _ in range(args.rounds):
@@ -54,11 +51,61 @@ def main() -> None:
                 run()
                 best[side] = min(best[side], time.perf_counter() - start)
         for side, seconds in best.items():
-            rate = num_rows * args.tokens / seconds
-            print(f"{name:<17} {side:<13} {1000 * seconds:8.1f} ms {rate:10,.0f} tokens/s")
+            rate = case[0] * args.tokens / seconds
+            first, later = memory_of(side, case, args)
+            print(
+                f"{name:<17} {side:<13} {1000 * seconds:8.1f} ms {rate:10,.0f} tokens/s "
+                f"{first:6,.0f} MB at most, {later:6,.0f} MB in later calls"
+            )
         share = (tokens["here"] == tokens["transformers"]).all(axis=1).mean()
         ratio = best["transformers"] / best["here"]
         print(f"{name:<17} {ratio:.2f} times as fast, {share:.0%} of the rows equal", flush=True)
+
+
+def call_of(model, case: tuple[int, int], num_tokens: int, vocab_size: int):
+    """A call of `generate` of either side without arguments."""
+    num_rows, num_beams = case
+    ids = np.random.default_rng(0).integers(5, vocab_size, (num_rows, SOURCE))
+    options = {"max_new_tokens": num_tokens, "num_beams": num_beams}
+    if isinstance(model, EncoderDecoderModel):
+        return lambda: model.generate(torch.tensor(ids), do_sample=False, **options).numpy()
+    return lambda: model.generate(ids, **options)
+
+
+def memory_of(side: str, case: tuple[int, int], args: argparse.Namespace) -> list[float]:
+    """MB beyond the loaded model of a new process: (at most, in calls after the first two)."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_memory, (side, case, args))
+
+
+def _memory(side: str, case: tuple[int, int], args: argparse.Namespace) -> list[float]:
+    model = make_model(args.layers, args.width, args.vocab)
+    if side == "here":
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            model = TinyBertForConditionalGeneration.from_pretrained(Path(folder))
+    call = call_of(model, case, args.tokens, args.vocab)
+    before, found = _resident(), []
+    for num_calls in (2, 3):
+        most, done = [_resident()], threading.Event()
+
+        def watch(most=most, done=done):
+            while not done.wait(0.002):
+                most.append(_resident())
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        for _ in range(num_calls):
+            call()
+        done.set()
+        thread.join()
+        found.append((max(most) - before) / 1e6)
+    return found
+
+
+def _resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def make_model(num_layers: int, width: int, vocab_size: int) -> EncoderDecoderModel:
