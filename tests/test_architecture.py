@@ -23,7 +23,7 @@ ROOMS = {
     "report": "charts style shell run_files tables figures headline confusion per_class pareto "
     "advice calibration differences console card page comparison settings_table several_runs "
     "run_comparison command",
-    "performance": "flops accelerators device_peaks hlo latency trace disk host",
+    "performance": "flops accelerators device_peaks hlo latency trace disk host program_cache",
     "parallel": "mesh group processes replicas sharding",
     "data": "errors encoding examples json_text tables conll squad corpus parallel records builtin "
     "wordpiece splits guess",

@@ -19,6 +19,7 @@ import yaml
 from tinybert_jax import __version__
 from tinybert_jax.performance import host
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
+from tinybert_jax.performance.program_cache import keep_programs
 from tinybert_jax.report.tables import format_si
 from tinybert_jax.training.metric_log import read_rows
 
@@ -49,6 +50,7 @@ class Report(NamedTuple):
 def examine(run_dir: str | None = None) -> Report:
     """Looks at the machine and, with `run_dir`, at a run; ValueError for a folder that is none."""
     device = jax.devices()[0]
+    kept = keep_programs(device.platform)
     facts = {
         "tinybert_jax": __version__,
         "Python": f"{platform.python_version()} on {platform.platform()}",
@@ -60,6 +62,7 @@ def examine(run_dir: str | None = None) -> Report:
         "devices": f"{jax.device_count()} × {device.device_kind} ({device.platform})",
         "device memory": _device_memory(device),
         "products": _products(device),
+        "programs": f"kept in {kept}" if kept else "not kept from run to run",
         "environment": ", ".join(f"{n}={os.environ[n]}" for n in _VARIABLES if n in os.environ)
         or f"none of {', '.join(_VARIABLES)}",
     }
@@ -127,11 +130,6 @@ def _advice_of_machine(backend: str) -> Iterator[str]:
                 "compute.dtype=bfloat16_products is the fastest here that trains as well; "
                 "recipe: by_rows takes it"
             )
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        yield (
-            "keep compiled programs from run to run: "
-            "export JAX_COMPILATION_CACHE_DIR=~/.cache/tinybert"
-        )
 
 
 def _examine_run(folder: Path, backend: str) -> tuple[dict[str, str], list[str]]:

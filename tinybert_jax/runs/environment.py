@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tinybert_jax.parallel import processes
+from tinybert_jax.parallel.mesh import platform_of
 from tinybert_jax.performance import disk
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
 
@@ -29,10 +30,11 @@ def write(folder: Path, config: str, mesh: Mesh) -> None:
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": jax.devices()[0].device_kind,
+        "device": device_kind(mesh),
         "num_devices": jax.device_count(),
         "num_processes": processes.count(),
         "mesh": " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+        "program_cache": jax.config.jax_compilation_cache_dir,
         "git_commit": _git_commit(),
         "earlier": earlier,
     }
@@ -77,12 +79,17 @@ def _git_commit() -> str:
         return "none"
 
 
-def all_peak_flops(dtype: str, num_devices: int) -> float:
+def device_kind(mesh: Mesh) -> str:
+    """The model of the devices that the run's programs are for."""
+    return mesh.devices.flat[0].device_kind
+
+
+def all_peak_flops(dtype: str, mesh: Mesh) -> float:
     """Peak FLOP/s of all devices together; NaN for an unknown accelerator.
 
     CPU devices share one processor, whose peak is measured.
     """
-    device, dtype = jax.devices()[0], dtype.removesuffix("_products")
-    if device.platform == "cpu":
+    dtype = dtype.removesuffix("_products")
+    if platform_of(mesh) == "cpu":
         return measure_gemm_peak(dtype)
-    return (peak_flops(device.device_kind, dtype) or np.nan) * num_devices
+    return (peak_flops(device_kind(mesh), dtype) or np.nan) * mesh.size

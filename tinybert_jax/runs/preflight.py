@@ -23,6 +23,7 @@ from tinybert_jax.huggingface.untrusted import read_json
 from tinybert_jax.parallel import processes
 from tinybert_jax.parallel.mesh import make_mesh, platform_of, unrolls_layers
 from tinybert_jax.performance import disk, host
+from tinybert_jax.performance.program_cache import keep_programs
 from tinybert_jax.runs import checks, corpus_checks, environment, identity, overwrite, shared_folder
 from tinybert_jax.runs.from_step import FromStep, check_from_step, go_back
 from tinybert_jax.runs.inputs import read_inputs
@@ -79,13 +80,8 @@ def open_run(
     check_from_step(run, [run.plans[stage.name] for stage in stages], from_step)
     processes.check_same("settings", config_files.dump(config))
     identity.check_same_inputs(run)
-    if _reads_existing_task_teacher(run, stages):
-        for teacher in run.own_teachers or [run.task_teacher]:
-            check_teacher(run, teacher, run.teacher)
-    for plan in (run.plans[stage.name] for stage in stages):
-        if plan.keeps_logits and not run.is_done(plan.name):
-            for teacher in run.further_teachers:
-                check_teacher(run, teacher.section.path, teacher.sizes)
+    keep_programs(platform_of(run.mesh))  # before anything compiles
+    _check_teachers(run, stages)
 
     def begin() -> None:
         # Again, because another run may have begun meanwhile.
@@ -109,7 +105,7 @@ def open_run(
             run.log.trackers = trackers.open_trackers(
                 config.log, run.name, run.folder, config.model_dump(mode="json"), run.log.say
             )
-            peak = environment.all_peak_flops(config.compute.dtype, run.mesh.size)
+            peak = environment.all_peak_flops(config.compute.dtype, run.mesh)
             run = run._replace(peak_flops=peak)
         try:
             yield run
@@ -119,6 +115,17 @@ def open_run(
             if undone:  # an error of a save is raised as well, unless another one ends the run
                 run.log.say(f"not everything is saved and copied: {undone}; repeat the command")
             run.log.trackers.close()
+
+
+def _check_teachers(run: Run, stages: Sequence[Stage]) -> None:
+    """`check_teacher` of those that are there before the run and that a stage reads."""
+    if _reads_existing_task_teacher(run, stages):
+        for teacher in run.own_teachers or [run.task_teacher]:
+            check_teacher(run, teacher, run.teacher)
+    for plan in (run.plans[stage.name] for stage in stages):
+        if plan.keeps_logits and not run.is_done(plan.name):
+            for teacher in run.further_teachers:
+                check_teacher(run, teacher.section.path, teacher.sizes)
 
 
 def read_run(

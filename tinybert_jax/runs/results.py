@@ -20,6 +20,7 @@ from tinybert_jax.performance import flops
 from tinybert_jax.performance.latency import measure_in_turn
 from tinybert_jax.report.advice import advice
 from tinybert_jax.runs import identity
+from tinybert_jax.runs.environment import device_kind
 from tinybert_jax.runs.run import Run
 from tinybert_jax.runs.scoring import (
     EvaluatedModel,
@@ -131,7 +132,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
         best = by_role.get(model.role)
         if best is None or _best_score(scores, task.metric) > _best_score(best[1], task.metric):
             by_role[model.role] = name, scores
-    for description, latency in zip(descriptions, _latencies(timed), strict=True):
+    for description, latency in zip(descriptions, _latencies(run, timed), strict=True):
         description["latency_ms"] = latency
     if descriptions and linear.can_fit(task.kind):
         missing = linear.missing_requirement(task.data.train)
@@ -342,7 +343,7 @@ def _one_call(apply: Apply, params: Params, sizes: Sizes) -> tuple[Callable[[], 
     return functools.partial(forward, jax.device_put(params), ids), length
 
 
-def _latencies(timed: list[tuple[Callable[[], Any], int]]) -> list[dict[str, Any]]:
+def _latencies(run: Run, timed: list[tuple[Callable[[], Any], int]]) -> list[dict[str, Any]]:
     """Milliseconds of a call of each model, measured in turn, with quartiles."""
     measured = measure_in_turn([call for call, _ in timed]) if timed else []
     return [
@@ -350,7 +351,7 @@ def _latencies(timed: list[tuple[Callable[[], Any], int]]) -> list[dict[str, Any
             "batch": _LATENCY_BATCH,
             "seq_len": length,
             **{name: round(value, 3) for name, value in latency._asdict().items()},
-            "device": jax.devices()[0].device_kind,
+            "device": device_kind(run.mesh),
         }
         for latency, (_, length) in zip(measured, timed, strict=True)
     ]

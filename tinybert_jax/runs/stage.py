@@ -19,6 +19,7 @@ from tinybert_jax.models.params import restack_layers, sha256, unstack_layers
 from tinybert_jax.parallel import processes, sharding
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.performance import trace
+from tinybert_jax.performance.program_cache import watched_compilation
 from tinybert_jax.runs.divergence import Watch
 from tinybert_jax.runs.run import Run
 from tinybert_jax.runs.stage_state import (
@@ -248,9 +249,13 @@ class _CompileStep:
         self.watch(step, state)  # the last step may be saved
         save = functools.partial(self.saves.save, step, state, is_evaluated=True)
         run, (num_rows, width) = self.saves.run, batch.shape
-        told = run.log.doing(f"compiles the step for {num_rows} rows of {width} tokens")
-        with told, self.saves.meter.paused(state), run.stop.saving_with(save, is_joint=True):
+        what = f"the step for {num_rows} rows of {width} tokens"
+        told, paused = run.log.doing(f"compiles {what}"), self.saves.meter.paused(state)
+        stoppable = run.stop.saving_with(save, is_joint=True)
+        with told, paused, stoppable, watched_compilation() as found:
             self.step_fn.compile(state, batch, self.frozen, self.watch.limit)
+        if line := found.describe():
+            run.log.say(f"{self.saves.training.name}: {what} {line}")
 
 
 class _EvaluationHook:
