@@ -87,7 +87,11 @@ def _check_same(run, golden):
         for name in (*TRAINED, "accuracy") if row["kind"] == "train" else ("accuracy",):
             if name in other:
                 where = f"{name} of step {row['step']} of {row['stage']}"
-                np.testing.assert_allclose(row[name], other[name], rtol=1e-5, err_msg=where)
+                # Rounding of the sums over tokens, where all gradients are next to nothing.
+                least = 1e-7 if name == "grad_norm" else 0
+                np.testing.assert_allclose(
+                    row[name], other[name], rtol=1e-5, atol=least, err_msg=where
+                )
     for stage in (folder.name for folder in (golden / "models").iterdir()):
         ours, theirs = (
             load_file(own / "models" / stage / "model.safetensors") for own in (run, golden)
@@ -201,9 +205,9 @@ def test_each_process_saves_its_part_of_weights_and_moments_alike(long_world, lo
         begins = {key: own.shape for key, own in arrays.items() if key.startswith("params.")}
         assert begins
         for key, shape in begins.items():
-            path = key.removeprefix("params")
-            moments = [own.shape for other, own in arrays.items() if other.endswith(path)]
-            assert moments == [shape] * 3, key
+            moment = re.compile(r"opt_state\..*\.[mn]u" + re.escape(key.removeprefix("params")))
+            moments = [own.shape for name, own in arrays.items() if moment.fullmatch(name)]
+            assert moments == [shape] * 2, key
     assert len(list(states.iterdir())) == (4 if name == "both" else 2)
 
 
