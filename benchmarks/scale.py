@@ -44,6 +44,7 @@ LINES = [
     ("distill/sst2-family", TASK, [ALL]),
     ("distill/stsb-family", [], [ALL]),
     ("distill/tagging", [], [ALL]),
+    ("distill/translation", [], [ALL]),
     *(
         ("distill/bert-base", [*BASE, f"general.global_batch_size={rows}"], [topology])
         for topology, rows in {
