@@ -268,7 +268,7 @@ def _read_config(folder: Path) -> EncoderDecoderConfig:
         )
     sizes: dict[str, Any] = {name: read_config(part, folder) for name, part in parts.items()}
     try:
-        return EncoderDecoderConfig(**(sizes | _ids(raw, folder)))
+        return EncoderDecoderConfig(**sizes, **_ids(raw, folder))
     except ValidationError as error:
         found = "; ".join(e["msg"] for e in error.errors())
         raise ValueError(f"{place}: {found}; correct it") from None

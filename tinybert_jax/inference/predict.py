@@ -327,7 +327,7 @@ def _is_finite(scored: Scored) -> np.ndarray:
     if rows.is_unit is not None:
         is_finite = np.logical_and.reduceat(is_finite, rows.offsets[:-1])
     if rows.windows is None:  # an example may be several rows
-        return is_finite.reshape(len(scored.examples.text), -1).all(axis=1)
+        return np.asarray(is_finite.reshape(len(scored.examples.text), -1).all(axis=1))
     wrong = np.bincount(rows.windows.examples[~is_finite], minlength=len(scored.examples.text))
     return wrong == 0
 

@@ -91,7 +91,7 @@ def frozen_params(
 def copy_table_per_shard(params: Params, num_shards: int) -> Params:
     """The parameters of a masked LM, which reads its word table as input and as output, with a
     table [shards, vocab, dim] by `copy_per_shard`."""
-    encoder = params["encoder"]
+    encoder: Any = params["encoder"]
     embeddings = encoder["embeddings"]
     embeddings = {**embeddings, "word": copy_per_shard(embeddings["word"], num_shards)}
     return {**params, "encoder": {**encoder, "embeddings": embeddings}}

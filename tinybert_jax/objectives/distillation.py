@@ -144,7 +144,7 @@ def make_distill(
         term.make_loss(student.depth(term.read_side), teacher.depth(term.read_side))
         for term in terms
     ]
-    sides = {term.read_side for term in terms}
+    sides: set[Side] = {term.read_side for term in terms}
     names = _metric_names([term.metric or term.name for term in terms])
     options = options._replace(all_words=reads_every_word(terms))
     run = functools.partial(_run, all_words=options.all_words)
@@ -172,10 +172,10 @@ def make_distill(
         outputs = run(student, own, batch, key, taps=reads_of(terms).encoder)
         contexts = {}
         for side in sides:
-            projection = params.get(PROJECTIONS.get(side, ""))
+            projection = params.get(PROJECTIONS.get(side))
             copies = copy_per_shard(projection, options.num_shards)
-            own_side = (model.on(side) for model in (outputs, targets))
-            context = Context(*own_side, batch, counts, projection, copies, options)
+            ours, theirs = outputs.on(side), targets.on(side)
+            context = Context(ours, theirs, batch, counts, projection, copies, options)
             contexts[side] = context if side == "encoder" else _on_decoder(context, side)
         parts = {}
         for term, name, term_loss in zip(terms, names, losses, strict=True):

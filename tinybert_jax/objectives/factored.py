@@ -56,8 +56,8 @@ def form_of(name: str, num_shards: int = 1) -> Form:
     ) -> Float[Array, ""]:
         assert divergence == "kl" and reduction == "sum", "the config check refuses others"
         return vocabulary.kl(
-            tuple(logits),
-            tuple(teacher_logits),
+            (logits.hidden, logits.table, logits.bias),
+            (teacher_logits.hidden, teacher_logits.table, teacher_logits.bias),
             weights > 0,
             temperature=temperature,
             chunk_size=_CHUNK_SIZE,

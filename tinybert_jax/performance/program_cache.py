@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.monitoring
@@ -20,13 +21,19 @@ def keep_programs(platform: str) -> str | None:
     Without them it is the user's cache folder on accelerators (`platform` gpu or tpu), whose
     programs take minutes to compile, and none on a CPU.
     """
-    config = jax.config
+    config: Any = jax.config  # its attributes are made at run time
     if not config.jax_enable_compilation_cache:
         return None
     if config.jax_compilation_cache_dir is None and platform != "cpu":
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         config.update("jax_compilation_cache_dir", str(folder / "tinybert_jax" / "programs"))
     return config.jax_compilation_cache_dir
+
+
+def programs_folder() -> str | None:
+    """The folder that programs are kept in now."""
+    config: Any = jax.config
+    return config.jax_compilation_cache_dir if config.jax_enable_compilation_cache else None
 
 
 class Compilation:

@@ -44,7 +44,7 @@ from tinybert_jax.runs.student_start import (
 )
 from tinybert_jax.runs.used_words import train_stage
 from tinybert_jax.runs.workload import count_last_layer_tokens
-from tinybert_jax.settings.sizes import Sizes, depths
+from tinybert_jax.settings.sizes import Sizes, depths, side_of
 from tinybert_jax.terms.table import reads_of
 
 
@@ -66,8 +66,8 @@ def main(run: Run, plan: StagePlan) -> None:
 
 def make_training(run: Run, plan: StagePlan) -> Training:
     """The models and the batches of the stage; kept logits are zeros."""
-    train = run.required_task.data.train if run.task else None
-    return _make(run, plan, functools.partial(teacher_logits.zeros, run), lambda: train)[0]
+    zeros = functools.partial(teacher_logits.zeros, run)
+    return _make(run, plan, zeros, lambda: run.required_task.data.train)[0]
 
 
 def _make(
@@ -96,7 +96,8 @@ def _make(
             return load_teacher()
         if is_teacher_in_step:
             return encoder_of(load_teacher())
-        return start_any(run.teacher_of(plan), make_encoder(run.teacher).init, whole=True)
+        encoder = make_encoder(side_of(run.teacher, "encoder"))
+        return start_any(run.teacher_of(plan), encoder.init, whole=True)
 
     # The teachers' logits of all examples, if they are computed before the first step; of
     # translation, what the teacher makes of their sources.
@@ -187,7 +188,7 @@ def _save(
         extra[projection_file(name)] = functools.partial(save_file, params[name])
     student = params["student"]
     if evaluator is None and processes.is_main():
-        save_model(folder, student, sizes, run.tokenizer, extra=extra)
+        save_model(folder, student, side_of(sizes, "encoder"), run.tokenizer, extra=extra)
     elif evaluator is not None:
         save_task_model(run, folder, student, sizes, evaluator.tune(student), extra)
 

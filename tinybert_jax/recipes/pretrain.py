@@ -20,13 +20,15 @@ from tinybert_jax.runs.run import Run, trained_options, with_dropout
 from tinybert_jax.runs.stage import Member, Training, run_stage
 from tinybert_jax.runs.stage_batches import make_stage_batches
 from tinybert_jax.runs.workload import count_last_layer_tokens
+from tinybert_jax.settings.sizes import side_of
 
 
 def main(run: Run, plan: StagePlan) -> None:
     """Trains the teacher, evaluates it on held-out text if there is any, and saves it."""
     trained = run_stage(run, make_training(run, plan))
     if processes.is_main():
-        save_model(run.model_folder(plan.name), trained[SOLE][0], run.teacher, run.tokenizer)
+        sizes = side_of(run.teacher, "encoder")
+        save_model(run.model_folder(plan.name), trained[SOLE][0], sizes, run.tokenizer)
 
 
 def make_training(run: Run, plan: StagePlan) -> Training:
@@ -35,7 +37,7 @@ def make_training(run: Run, plan: StagePlan) -> Training:
 
     # Model.
     apply, init = make_masked_lm(
-        with_dropout(run.teacher, section),
+        side_of(with_dropout(run.teacher, section), "encoder"),
         pair_head=section.pair_weight > 0,
         position_init=section.position_init,
         **trained_options(run.compute, plan),

@@ -27,7 +27,7 @@ from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.runs.inputs import prefix_errors
 from tinybert_jax.runs.run import Run, RunTask, make_task_model
 from tinybert_jax.settings.layer_maps import make_layer_pairs
-from tinybert_jax.settings.sizes import EncoderDecoderConfig, Sizes, depths
+from tinybert_jax.settings.sizes import EncoderDecoderConfig, Sizes, depths, side_of
 from tinybert_jax.tasks.table import task_of
 from tinybert_jax.terms.table import reads_of
 from tinybert_jax.terms.term import Reads
@@ -206,10 +206,10 @@ def make_model_factory(run: Run, reads: Reads, **options: Any) -> MakeModel:
     if run.task is not None and run.task.kind.generates:
         return lambda sizes: make_task_model(run, sizes, **options)
     if reads.words:
-        return lambda sizes: make_masked_lm(sizes, **options)
+        return lambda sizes: make_masked_lm(side_of(sizes, "encoder"), **options)
     if reads.task_logits:
         return lambda sizes: make_task_model(run, sizes, **options)
-    return lambda sizes: make_encoder(sizes, **options)
+    return lambda sizes: make_encoder(side_of(sizes, "encoder"), **options)
 
 
 def starts_students(run: Run, plan: StagePlan, plans: Sequence[StagePlan]) -> bool:
@@ -233,7 +233,7 @@ def _teacher_starts(run: Run, plans: Sequence[StagePlan]) -> Iterator[tuple[str,
         if section.path and not trains_words and plan.reads_teacher:
             yield section.path, make_model_factory(run, reads_of(plan.terms, of_teacher=True)), True
         elif section.path and not trains_words and starts_students(run, plan, plans):
-            yield section.path, make_encoder, True
+            yield section.path, make_model_factory(run, Reads(encoder=True)), True
     given = section.finetuned or section.path
     if given and not trains_task:
         on_task = [plan for plan in plans if plan.stage.teacher == "task"]

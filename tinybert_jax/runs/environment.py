@@ -16,6 +16,7 @@ from tinybert_jax.parallel import processes
 from tinybert_jax.parallel.mesh import platform_of
 from tinybert_jax.performance import disk
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
+from tinybert_jax.performance.program_cache import programs_folder
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 
@@ -34,7 +35,7 @@ def write(folder: Path, config: str, mesh: Mesh) -> None:
         "num_devices": jax.device_count(),
         "num_processes": processes.count(),
         "mesh": " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
-        "program_cache": jax.config.jax_compilation_cache_dir,
+        "program_cache": programs_folder(),
         "git_commit": _git_commit(),
         "earlier": earlier,
     }

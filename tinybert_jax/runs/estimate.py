@@ -4,7 +4,6 @@
 """
 
 import datetime
-import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -40,7 +39,7 @@ from tinybert_jax.runs.workload import (
     words_of,
     work_of,
 )
-from tinybert_jax.settings.sizes import Sizes, side_of
+from tinybert_jax.settings.sizes import Side, Sizes, side_of
 from tinybert_jax.terms.term import Row, Tap
 
 _NUM_SAMPLED = 64  # batches that the estimate reads
@@ -246,7 +245,8 @@ def _state_bytes(run: Run, section: StageSection, work: Work) -> float:
         frozen -= model_flops.num_encoder_parameters(work.teacher) * (1 - num_bytes / _FP32)
         is_shared = run.distillation.projection == "shared"
         for model in work.trained.values():
-            for side in {side for side, _ in projected(work, model)}:
+            sides: set[Side] = {side for side, _ in projected(work, model)}
+            for side in sides:
                 ours, theirs = side_of(model, side), side_of(work.teacher, side)
                 num_projections = 1 if is_shared else ours.num_hidden_layers + 1
                 trained += num_projections * (ours.hidden_size + 1) * theirs.hidden_size
@@ -288,8 +288,10 @@ def _saved_bytes_a_row(run: Run, plan: StagePlan, model: Sizes, batch: Batch) ->
     options = trained_options(run.compute, plan) | {"attention": "xla"}
     sizes = with_dropout(model, plan.section)
     translates = run.task is not None and run.task.kind.generates
-    make = functools.partial(make_task_model, run) if translates else make_masked_lm
-    apply, init = make(sizes, **options)
+    if translates:
+        apply, init = make_task_model(run, sizes, **options)
+    else:
+        apply, init = make_masked_lm(side_of(sizes, "encoder"), **options)
     num_last_layer_tokens = count_last_layer_tokens(run, plan, batch.shape[1], batch.num_segments)
     key = jax.random.key(0)
     params = jax.eval_shape(init, key)

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -211,7 +211,8 @@ def frozen_options(compute: ComputeSection) -> dict[str, Any]:
 _PRODUCT_DTYPES: dict[str, Any] = {"bfloat16_products": jnp.bfloat16, "int8_products": jnp.int8}
 
 
-def _options(dtype: str, unroll: bool, attention: str) -> dict[str, Any]:
+def _options(dtype: str, unroll: bool | Literal["auto"], attention: str) -> dict[str, Any]:
+    assert unroll != "auto", "the run has settled it for its devices"
     product_dtype = _PRODUCT_DTYPES.get(dtype)
     return {
         "dtype": jnp.dtype("float32" if product_dtype else dtype),

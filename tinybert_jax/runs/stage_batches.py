@@ -80,7 +80,7 @@ def _fitting(run: Run, plan: StagePlan, text: Examples) -> Examples:
     if fits.all():
         return text
     told = f"{np.count_nonzero(~fits):,} of {len(fits):,} rows are longer than {most} tokens"
-    if task.section.long == "refuse" or not fits.any():
+    if getattr(task.section, "long", "refuse") == "refuse" or not fits.any():
         raise ValueError(
             f"{plan.name}: expected rows of at most {most} tokens, got others: {told}; raise "
             f"{plan.name}.max_length, or set task.long=drop"

@@ -151,7 +151,7 @@ def _reduce(
         num_tokens += int(sample[-1][-1].sum())
 
     def states_of(sizes: Sizes, like: Any) -> Callable[[Any], list[np.ndarray]]:
-        apply, _ = make_encoder(sizes, has_pooler="pooler" in like)
+        apply, _ = make_encoder(side_of(sizes, "encoder"), has_pooler="pooler" in like)
         hidden = jax.jit(lambda params, *inputs: apply(params, *inputs).hidden)
 
         def states(params: Any) -> list[np.ndarray]:

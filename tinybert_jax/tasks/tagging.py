@@ -328,7 +328,7 @@ def truth(examples: Examples) -> list[str]:
     """The entities, or the plain tags, of each example."""
     names, found = examples.label_names or (), []
     for words, labels in zip(examples.text, examples.labels, strict=True):
-        tags = [names[label] for label in labels]
+        tags: list[str] = [names[label] for label in labels]
         entities = [] if _is_plain(names) else entities_of(tags)
         named = [{"text": " ".join(words[e.start : e.end]), "label": e.kind} for e in entities]
         found.append(in_words({"tags": tags} if _is_plain(names) else {"entities": named}))
