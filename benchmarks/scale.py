@@ -3,10 +3,11 @@
     TEACHER=<all-MiniLM-L6-v2 folder> TINYBERT_DATA=<data> python benchmarks/scale.py \
         [--runs runs/scale] [--only PART]
 
-Needs the extra `tpu`. A line that is there already, in the folder of --runs, is only printed. The
-heaviest stage of a config is the one with the most FLOPs. What a config wants from an earlier run
-is left out: a fine-tuned teacher is a stage before, and a token store its text. A small batch is
-raised, so that each of the devices has rows.
+Needs the extra `tpu`, and before it the text of two configs:
+`python benchmarks/wikigold.py <data>/ner/wikigold.conll runs/wikigold-text`. A line that is there
+already, in the folder of --runs, is only printed. The heaviest stage of a config is the one with
+the most FLOPs. What a config wants from an earlier run is left out: a fine-tuned teacher is a stage
+before, and a token store its text. A small batch is raised, so that each of the devices has rows.
 """
 
 import argparse
