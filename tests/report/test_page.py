@@ -203,6 +203,15 @@ def test_headline_of_a_larger_slower_or_equal_student():
     assert text_of(headline(results)) == "The student keeps 100.0 % of its teacher’s accuracy."
 
 
+def test_headline_of_a_student_above_its_teacher_by_no_more_than_chance():
+    models = [make_model("teacher", 0.8, 1.0), make_model("student", 0.82, 1.0)]
+    results = {"metric": "accuracy", "models": models}
+    for low, expected in ((-0.01, "is level with its teacher at 0.820"), (0.01, "reaches 102.5 %")):
+        compared = {"teacher": {"interval": [low, 0.05]}}
+        sentence = text_of(headline(results | {"comparisons": {models[1]["name"]: compared}}))
+        assert sentence.startswith(f"The student {expected}"), sentence
+
+
 def test_headline_takes_the_share_from_results_without_a_listed_teacher():
     models = [make_model("student", 0.8, 1.0)]
     results = {"metric": "accuracy", "models": models, "share_kept": 0.991}

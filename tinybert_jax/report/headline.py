@@ -49,7 +49,10 @@ def headline(results: dict[str, Any]) -> str:
             f"{subject} reaches {score:.3f} {metric} and is not clearly ahead of the same student "
             f"without a teacher, which reaches {_coloured(f'{alone:.3f}', 'baseline')}."
         )
-    if kept is None:
+    if kept is not None and kept > 1 and student and not _is_ahead(results, student, "teacher"):
+        shown = _coloured(f"{score:.3f}")
+        sentence = f"{subject} is level with its teacher at {shown} {metric}"
+    elif kept is None:
         sentence = f"{subject} reaches {_coloured(f'{score:.3f}', role_of(model))} {metric}"
     else:
         verb = "keeps" if kept <= 1 else "reaches"
@@ -62,10 +65,16 @@ def _level_baseline(results: dict[str, Any], student: Model) -> float | None:
 
     None where it is ahead, or where the results hold no interval of the difference.
     """
+    is_level = not _is_ahead(results, student, "baseline")
+    return score_of(results, find_baseline(results)) if is_level else None
+
+
+def _is_ahead(results: dict[str, Any], student: Model, role: str) -> bool:
+    """Whether the student is ahead by more than chance, as far as the results tell."""
     compared = mapping_of(mapping_of(results, "comparisons"), str(student.get("name")))
-    bounds = mapping_of(compared, "baseline").get("interval")
+    bounds = mapping_of(compared, role).get("interval")
     low = finite_number(bounds[0]) if isinstance(bounds, list | tuple) and bounds else None
-    return score_of(results, find_baseline(results)) if low is not None and low <= 0 else None
+    return low is None or low > 0
 
 
 def _savings(teacher: Model, student: Model) -> str:
