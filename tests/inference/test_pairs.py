@@ -1,5 +1,6 @@
 """Pairs of texts on the command line, and models of pairs that get single texts."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -9,10 +10,12 @@ from tiny_inputs import TEACHER, TEXTS, write_inputs
 
 import tinybert_jax
 from tinybert_jax import cli
-from tinybert_jax.huggingface.folder import read_model, save_model
+from tinybert_jax.huggingface.folder import read_model, save_model, write_json
 from tinybert_jax.huggingface.head import Head
+from tinybert_jax.huggingface.hub import load_tokenizer
+from tinybert_jax.huggingface.sentence_folder import SentenceFolder, sentence_files
 from tinybert_jax.inference.predict import predict
-from tinybert_jax.models.heads import make_classifier
+from tinybert_jax.models.heads import make_classifier, make_encoder
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,33 @@ def test_pairs_on_the_command_line_are_those_of_a_file(models, tmp_path, capsys)
         assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == expected
     answer = tinybert_jax.pipeline("text-classification", model)
     assert answer(TEXTS[0], TEXTS[1])["label"] == expected[0]["label"]
+
+
+def test_a_search_is_ranked_again_by_a_model_that_reads_both_texts(models, tmp_path, capsys):
+    source = read_model(models[0])
+    tokenizer, key = load_tokenizer(models[0]), jax.random.key(1)
+    params = make_classifier(source.config, 1)[1](key)
+    head = Head("SequenceClassification", "regression", ("LABEL_0",), reads_pairs=True)
+    save_model(tmp_path / "numbers", params, source.config, tokenizer, head=head)
+    files = sentence_files(SentenceFolder("mean", True, 16), source.config.hidden_size, 16)
+    more = {name: functools.partial(write_json, tree=tree) for name, tree in files.items()}
+    encoder = make_encoder(source.config)[1](key)
+    save_model(tmp_path / "vectors", encoder, source.config, tokenizer, extra=more)
+    (tmp_path / "faq.txt").write_text("\n".join(TEXTS[:4]))
+    words = ["search", str(tmp_path / "vectors"), str(tmp_path / "faq.txt"), "-q", "tea and film"]
+    assert cli.main([*words, "-k", "4"]) == 0
+    cosines = {r["row"]: r["score"] for r in json.loads(capsys.readouterr().out)["results"]}
+    assert cli.main([*words, "-k", "3", "--rerank", str(tmp_path / "numbers")]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    answer = tinybert_jax.pipeline("text-classification", tmp_path / "numbers")
+    numbers = [answer("tea and film", text)["score"] for text in TEXTS[:4]]
+    order = sorted(range(4), key=lambda place: -numbers[place])[:3]
+    assert [r["row"] for r in results] == [place + 1 for place in order]
+    for result in results:
+        assert result["cosine"] == cosines[result["row"]]
+        assert result["score"] == pytest.approx(numbers[result["row"] - 1], abs=1e-5)
+    assert cli.main([*words, "--rerank", models[0]]) == 2
+    assert "expected a regression of pairs" in capsys.readouterr().err
 
 
 def test_a_model_of_pairs_refuses_single_texts(models, tmp_path, capsys):

@@ -99,6 +99,12 @@ def _add_search(commands) -> None:
         help="keep the texts' vectors there, so that the next search embeds the question alone; "
         "beyond 100,000 texts an approximate index (extra index)",
     )
+    command.add_argument(
+        "--rerank",
+        metavar="MODEL",
+        help="a regression model of pairs, which reads the question with each of the 50 closest "
+        "texts and orders them",
+    )
     _add_vectors(command)
     command.set_defaults(act=_search)
 
@@ -320,7 +326,7 @@ def _embed(arguments, command: str) -> int:
 def _search(arguments, command: str) -> int:
     from tinybert_jax.inference import search
 
-    names = ("top", "text", "label", "split", "max_length", "width", "index")
+    names = ("top", "text", "label", "split", "max_length", "width", "index", "rerank")
     with contextlib.redirect_stdout(sys.stderr):
         found = search.search(
             arguments.model,

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinybert_jax.data.corpus import is_plain_text, read_lines
+from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.tables import format_of, read_table, texts_in
-from tinybert_jax.inference.predict import embed
+from tinybert_jax.inference.predict import Model, embed
 from tinybert_jax.inference.vector_index import search_index
 from tinybert_jax.metrics.cosines import unit_vectors
 
 _BLOCK = 16_384  # texts or questions whose cosines are in memory at one time
+_CANDIDATES = 50  # texts that a second model reads
 
 
 def search(
@@ -31,33 +33,66 @@ def search(
     max_length: int | None = None,
     width: int | None = None,
     index: str | Path | None = None,
+    rerank: str | None = None,
 ) -> list[dict[str, Any]]:
     """One object per question: `question` and its `results`, the closest texts of `data` first.
 
     A result has the `row` of the file from 1, `score` (the cosine), `text`, and `label`, the value
     of that column. `data`: a table whose column `text` is searched, or plain text, a text a line.
-    `index`: a folder that keeps the vectors of the texts (see `vector_index`). Raises
-    ValueError for a model of another task and text that cannot be read.
+    `index`: a folder that keeps the vectors of the texts (see `vector_index`). `rerank`: a
+    regression model of pairs, which reads the question together with each of the `_CANDIDATES`
+    closest texts; its number is the `score` then, and the cosine `cosine`. Raises ValueError for a
+    model of another task and text that cannot be read.
     """
+    second = None if rerank is None else _pair_model(rerank)
     if top < 1:
         raise ValueError(f"top: expected at least 1 result, got {top}; raise it")
     rows, texts, labels = read_texts(data, text, label, split)
     options = {"max_length": max_length, "width": width}
     asked = embed(model, questions, **options)
     make_vectors = functools.partial(embed, model, texts, **options)
+    num_read = top if second is None else max(top, _CANDIDATES)
     if index is None:
-        scores, places = nearest(make_vectors(), asked, top)
+        scores, places = nearest(make_vectors(), asked, num_read)
     else:
         place = Path(index)
-        scores, places = search_index(place, model, texts, options, asked, top, make_vectors)
+        scores, places = search_index(place, model, texts, options, asked, num_read, make_vectors)
     found = []
     for question, own, near in zip(questions, scores, places, strict=True):
         results = []
         for score, place in zip(own.tolist(), near.tolist(), strict=True):
             result = {"row": rows[place], "score": round(score, 6), "text": texts[place]}
             results.append(result | ({} if labels is None else {"label": labels[place]}))
+        if second is not None:
+            results = _reranked(second, question, results)[:top]
         found.append({"question": question, "results": results})
     return found
+
+
+def _pair_model(path: str) -> Model:
+    """The model that reads a question and a text together; ValueError for another one."""
+    loaded = Model(path)
+    gives_numbers = loaded.task.form == "square" and loaded.task.unit == "row"
+    if not gives_numbers or not loaded.head.reads_pairs:
+        got = f"{loaded.task.kind} of {'pairs' if loaded.head.reads_pairs else 'single texts'}"
+        raise ValueError(
+            f"{path}: expected a regression of pairs to rank with, got {got}; train one: tinybert "
+            "run --data pairs.csv --task regression"
+        )
+    return loaded
+
+
+def _reranked(
+    model: Model, question: str, results: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The results by the model's number for question and text, the highest first."""
+    texts = [result["text"] for result in results]
+    answers = model.answer(Examples([question] * len(texts), texts, None, None))
+    ranked = [
+        {**result, "score": round(answer["value"], 6), "cosine": result["score"]}
+        for result, answer in zip(results, answers, strict=True)
+    ]
+    return sorted(ranked, key=lambda result: -result["score"])
 
 
 def nearest(
