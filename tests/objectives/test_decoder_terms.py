@@ -11,6 +11,7 @@ from tinybert_jax.models.seq2seq import make_seq2seq
 from tinybert_jax.objectives.alignment import PROJECTIONS, init_projection
 from tinybert_jax.objectives.distillation import Options, Role, make_distill
 from tinybert_jax.objectives.objective import decoder_inputs, encoder_inputs
+from tinybert_jax.objectives.supervised import make_supervised
 from tinybert_jax.settings.sizes import EncoderDecoderConfig, ModelConfig, depths
 from tinybert_jax.terms.table import reads_of
 
@@ -56,7 +57,7 @@ def _rows():
 class Case:
     """The objective's value, parts and gradients, and both models' outputs as fp64 arrays."""
 
-    def __init__(self, plan, unroll=False):
+    def __init__(self, plan, unroll=False, num_shards=1):
         terms = DistillSection(prediction=TERMS).terms("prediction")
         sizes = _sizes(8, 1, 2), _sizes(12, 2, 4)
         made = [make_seq2seq(own, unroll=unroll) for own in sizes]
@@ -71,7 +72,7 @@ class Case:
             name: init_projection(key, 8, 12, 1)
             for name, key in zip(PROJECTIONS.values(), keys, strict=True)
         }
-        objective = make_distill(*roles, terms, Options(form="vocabulary"))
+        objective = make_distill(*roles, terms, Options(form="vocabulary", num_shards=num_shards))
         batch = jax.tree.map(jnp.asarray, make_batch(_rows(), plan, 0))
         batch, counts = objective.prepare(batch, jax.random.key(0), jnp.zeros(()))
         goal = jax.jit(objective.targets)(batch, params[1])
@@ -79,7 +80,7 @@ class Case:
         (self.value, self.parts), self.grads = loss(
             {"student": params[0], **self.projections}, batch, counts, None, goal
         )
-        self.batch = batch
+        self.batch, self.plan = batch, plan
         self.student, self.teacher = (
             role.apply(own, *encoder_inputs(batch), **decoder_inputs(batch), taps=True)
             for role, own in zip(roles, params, strict=True)
@@ -98,6 +99,33 @@ def test_packed_pairs_have_the_losses_and_gradients_of_padded_ones(padded):
         np.testing.assert_allclose(packed.parts[name], value, rtol=1e-5, err_msg=name)
     for one, two in zip(*(jax.tree.leaves(own.grads) for own in (padded, packed)), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_shards_with_copies_of_the_word_table_train_as_one(padded):
+    """Their copies get gradients of their own, which are summed once."""
+    plan = padded.plan._replace(rows=np.array([0, 1, 2, 3, -1, -1]))
+    sharded = Case(plan, num_shards=3)
+    for name, value in padded.parts.items():
+        np.testing.assert_allclose(sharded.parts[name], value, rtol=1e-5, err_msg=name)
+    for one, two in zip(*(jax.tree.leaves(own.grads) for own in (padded, sharded)), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_smoothed_labels_of_shards_are_those_of_one():
+    apply, init = make_seq2seq(_sizes(8, 1, 2))
+    params = init(jax.random.key(0))
+    batch = jax.tree.map(jnp.asarray, make_batch(_rows(), PADDED._replace(rows=np.arange(4)), 0))
+
+    def value_and_gradients(num_shards):
+        options = {"form": "vocabulary", "label_smoothing": 0.1, "num_shards": num_shards}
+        objective = make_supervised(apply, **options)
+        prepared, counts = objective.prepare(batch, jax.random.key(1), jnp.zeros(()))
+        loss = lambda params: objective.loss(params, prepared, counts, None, ())[0]  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    one, two = value_and_gradients(1), value_and_gradients(2)
+    for ours, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
 def _mean_square(difference, is_counted):

@@ -89,12 +89,14 @@ def frozen_params(
 
 
 def copy_table_per_shard(params: Params, num_shards: int) -> Params:
-    """The parameters of a masked LM, which reads its word table as input and as output, with a
-    table [shards, vocab, dim] by `copy_per_shard`."""
-    encoder: Any = params["encoder"]
-    embeddings = encoder["embeddings"]
+    """The parameters of a model that reads a word table as input and as output, a masked LM or an
+    encoder-decoder, with a table [shards, vocab, dim] by `copy_per_shard`."""
+    tied = params.get("decoder", {})
+    side = "decoder" if "embeddings" in tied else "encoder"
+    own: Any = params[side]
+    embeddings = own["embeddings"]
     embeddings = {**embeddings, "word": copy_per_shard(embeddings["word"], num_shards)}
-    return {**params, "encoder": {**encoder, "embeddings": embeddings}}
+    return {**params, side: {**own, "embeddings": embeddings}}
 
 
 def unstack_layers(params: Params) -> Params:

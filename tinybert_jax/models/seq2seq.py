@@ -53,7 +53,7 @@ class Seq2SeqOutput(NamedTuple):
 
     logits: jax.Array  # [batch, target, vocab], fp32
     hidden: jax.Array  # [batch, target, dim]
-    table: jax.Array  # [vocab, dim], fp32
+    table: jax.Array  # [vocab, dim], fp32; [shards, vocab, dim] of `copy_table_per_shard`
     bias: jax.Array  # [vocab], fp32
     encoder: EncoderOutput | None = None  # with taps
     decoder: DecoderOutput | None = None  # with taps
@@ -342,7 +342,8 @@ class Seq2Seq(nnx.Module):
         with jax.named_scope("~head"):
             hidden = layer_norm(self.norm, self.activation(dense(self.transform, hidden)))
             hidden = hidden.astype(self.decoded_dtype)
-            return hidden, self.output(hidden, self.decoder.embeddings.word.embedding[...])
+            table = self.decoder.embeddings.word.embedding[...]
+            return hidden, self.output(hidden, table if table.ndim == 2 else table[0])
 
 
 def make_seq2seq(config: EncoderDecoderConfig, **options: Any) -> Model:

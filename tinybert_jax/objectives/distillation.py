@@ -167,7 +167,7 @@ def make_distill(
 
     def loss(params, batch, counts, key, targets):
         own = params["student"]
-        if student.reads.words:
+        if student.reads.words or decoder_inputs(batch):
             own = copy_table_per_shard(own, options.num_shards)
         outputs = run(student, own, batch, key, taps=reads_of(terms).encoder)
         contexts = {}

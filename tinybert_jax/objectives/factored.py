@@ -17,7 +17,7 @@ class Factors(NamedTuple):
     """Logits hidden·tableᵀ + bias that never exist whole."""
 
     hidden: jax.Array  # [units, dim]
-    table: jax.Array  # [vocab, dim]
+    table: jax.Array  # [vocab, dim], or [shards, vocab, dim] of `copy_table_per_shard`
     bias: jax.Array  # [vocab]
 
 
@@ -80,7 +80,12 @@ def _lead_of_labels(
     −log p(v) = log-sum − logit(v). The mean logit needs the mean row of the table alone.
     """
     hidden, table = logits.hidden.astype(jnp.float32), logits.table.astype(jnp.float32)
-    rows = table[jnp.maximum(labels, 0)] - table.mean(0)[None]
-    biases = logits.bias[jnp.maximum(labels, 0)] - logits.bias.mean()[None]
+    read = jnp.maximum(labels, 0)
+    if table.ndim == 2:
+        rows = table[read] - table.mean(0)[None]
+    else:  # each shard from its own copy
+        by_shard = jax.vmap(lambda own, ids: own[ids] - own.mean(0)[None])
+        rows = by_shard(table, read.reshape(len(table), -1)).reshape(hidden.shape)
+    biases = logits.bias[read] - logits.bias.mean()[None]
     lead = jnp.sum(hidden * rows, axis=-1) + biases
     return divide_by_count(jnp.sum(lead * weights), weights.sum(), count)

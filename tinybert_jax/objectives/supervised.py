@@ -9,7 +9,7 @@ import numpy as np
 from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.tasks import Form
 from tinybert_jax.losses.pointwise import kl
-from tinybert_jax.models.params import Apply
+from tinybert_jax.models.params import Apply, copy_table_per_shard
 from tinybert_jax.objectives.factored import form_of
 from tinybert_jax.objectives.objective import (
     Counts,
@@ -47,6 +47,8 @@ def make_supervised(
 
     def run(params, batch: Batch, key) -> Any:
         options = {"num_segments": batch.num_segments, **decoder_inputs(batch)}
+        if decoder_inputs(batch):
+            params = copy_table_per_shard(params, num_shards)
         return unit_scores(apply(params, *encoder_inputs(batch), key, **options), batch)
 
     def label_loss(logits, batch: Batch, counts: Counts) -> jax.Array:
