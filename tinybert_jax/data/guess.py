@@ -214,8 +214,19 @@ def _text_columns(columns: _Columns, given: Mapping[str, Any]) -> tuple[str, str
     lengths = {name: _mean_length(columns.values[name]) for name in likely}
     order = sorted(lengths, key=lambda name: -lengths[name])
     if not order or not named and len(order) > 1 and lengths[order[0]] < 2 * lengths[order[1]]:
+        if pair is None and len(likely) == 2 and _has_amounts(columns, likely, label):
+            return likely[0], likely[1]
         _fail_choice(columns, "text", order)
     return order[0], pair
+
+
+def _has_amounts(columns: _Columns, texts: Sequence[str], label: str | None) -> bool:
+    """Whether the column beside two texts holds amounts, such as how alike they are."""
+    beside = [label] if label else columns.others(*texts)
+    if len(beside) != 1:
+        return False
+    values = [str(value).strip() for value in columns.values[beside[0]]]
+    return all(map(_is_number, values)) and _are_amounts(beside[0], set(values))
 
 
 def _numbered(names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -329,4 +340,7 @@ def _fail_choice(columns: _Columns, what: str, candidates: Sequence[str]) -> NoR
     got = f"columns {listed(list(columns.values))}"
     if 1 < len(candidates) < len(columns.values):
         got += f", of which it may be {listed(list(candidates))}"
-    fail(columns.path, f"one column that can be the {what}", got, f"give --{what} COLUMN")
+    fix = f"give --{what} COLUMN"
+    if what == "text" and len(candidates) == 2:
+        fix += ", and of a pair of texts --text-pair COLUMN too"
+    fail(columns.path, f"one column that can be the {what}", got, fix)
