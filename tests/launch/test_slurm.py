@@ -1,15 +1,21 @@
 """Batch scripts: the signal reaches the run, a stopped run is requeued, SLURM accepts the lines."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
+import tiny_inputs
 from launch_files import FOLDER, Recorder
+
+from tinybert_jax import cli
 
 SCRIPTS = sorted(FOLDER.glob("*.sbatch"))
 
@@ -69,6 +75,49 @@ def test_one_task_a_node_sees_all_gpus_of_the_node():
     assert "export JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7\n" in whole
     single = (FOLDER / "english-gpu.pyxis.sbatch").read_text()
     assert "--ntasks-per-node=8\n" in single and "JAX_LOCAL_DEVICE_IDS" not in single
+
+
+_SRUN = """\
+while [[ $1 == --* ]]; do shift; done
+export JAX_PLATFORMS=cpu SLURM_NTASKS=4 SLURM_STEP_NODELIST=localhost
+for number in 0 1 2 3; do
+  SLURM_PROCID=$number SLURM_LOCALID=$number "$@" &
+done
+status=0
+for number in 1 2 3 4; do wait -n || status=$?; done
+exit $status
+"""
+
+
+@pytest.mark.slow
+def test_a_rendered_script_starts_four_processes_that_train_as_one(tmp_path, monkeypatch):
+    """With the variables that SLURM sets for each task; only the devices are those of a CPU."""
+    tiny_inputs.write_inputs(tmp_path, **tiny_inputs.TEACHER)
+    stage = {**tiny_inputs.STAGE, "num_steps": 4, "eval_every": 4}
+    config = tiny_inputs.write_config(
+        tmp_path / "run.yaml",
+        tmp_path,
+        Path("run"),  # in the shared folder that the job starts in
+        student=tiny_inputs.STUDENT,
+        distillation={"teacher_margin": -1},
+        finetune=stage,
+        prediction=stage,
+    )
+    script = tmp_path / "job.sbatch"
+    words = ["launch", "slurm", config, "--accelerator", "h100:4", "--gpus-per-host", "4"]
+    assert cli.main([*words, "--tasks-per", "gpu", "--no-compile", "-o", str(script)]) == 0
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    recorder = Recorder(folder)
+    recorder.add("srun", _SRUN)
+    own = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", f"{folder}:{own}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", str(os.getpid()))  # JAX takes a port by it
+    done = subprocess.run(["bash", str(script)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "run" / "env.json").read_text())["num_processes"] == 4
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert (tmp_path / "run" / "hf" / "config.json").is_file()
 
 
 # SLURM's own parser
