@@ -4,7 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, UInt32
 
 
 def dropout(x: Array, rate: float, key: jax.Array | None) -> Array:
@@ -24,11 +24,23 @@ def keep_mask(key: jax.Array, shape: tuple[int, ...], rate: float) -> Bool[Array
     about a tenth of the operations of a counter-based generator, and like the latter the same mask
     on any number of devices.
     """
-    words = jax.random.bits(key, (2,), jnp.uint32)
     position = jnp.zeros((), jnp.uint32)
     for dim in range(len(shape)):
         stride = jnp.uint32(math.prod(shape[dim + 1 :]) % 2**32)
         position = position + jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * stride
+    words = key_words(key)
+    return is_kept(position, (words[0], words[1]), rate)
+
+
+def key_words(key: jax.Array) -> UInt32[Array, "2"]:
+    """The two words of a key that `is_kept` reads."""
+    return jax.random.bits(key, (2,), jnp.uint32)
+
+
+def is_kept(
+    position: UInt32[Array, "..."], words: tuple[Array, Array], rate: float
+) -> Bool[Array, "..."]:
+    """`keep_mask` at some positions of a flat array, with the words of a key."""
     return _hash(_hash(position ^ words[0]) + words[1]) >= jnp.uint32(round(rate * 2**32))
 
 
