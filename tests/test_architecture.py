@@ -27,8 +27,8 @@ ROOMS = {
     "parallel": "mesh group processes replicas sharding",
     "data": "errors encoding examples json_text tables conll squad corpus parallel records builtin "
     "wordpiece splits guess",
-    "models": "inputs activations dropout linear params norm attention encoder bert distilbert "
-    "families heads seq2seq decoding",
+    "models": "inputs activations dropout linear params norm triton_blocks attention_kernel "
+    "attention encoder bert distilbert families heads seq2seq decoding",
     "batches": "batch tokenize bucketing packing loader",
     "tokens": "store instances transform ray workers prepare inspect",
     "huggingface": "untrusted sentence_folder header tensors hub weights bert distilbert families "

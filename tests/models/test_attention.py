@@ -125,8 +125,11 @@ def test_splash_equals_xla(is_packed, on_mesh):
         ("cudnn", dict(dtype=jnp.float32), "bfloat16, got float32"),
         ("cudnn", dict(head_dim=136), "at most 128 dims, got 136"),
         ("cudnn", dict(rate=0.1), "no attention dropout, got a rate of 0.1"),
+        ("triton", dict(dtype=jnp.float32), "bfloat16, got float32"),
+        ("triton", dict(head_dim=72), "at most 64 dims, got 72"),
         ("splash", dict(seq=64), "a multiple of 128 tokens, got 64"),
         ("cudnn", {}, "an NVIDIA GPU"),
+        ("triton", {}, "an NVIDIA GPU"),
         ("splash", {}, "a TPU"),
     ],
 )
@@ -145,13 +148,17 @@ def test_a_backend_that_cannot_run_is_refused_with_the_requirement(backend, chan
 
 def test_the_device_is_that_of_the_mesh():
     """A program may be compiled for another machine than the one that compiles it."""
-    for platform, expected in (("tpu", None), ("gpu", "a TPU, got X")):
-        device = jax.sharding.AbstractDevice(device_kind="X", num_cores=1, platform=platform)
+    for kind, platform, expected in (
+        ("X", "tpu", None),
+        ("NVIDIA X", "gpu", "a TPU, got NVIDIA X"),
+    ):
+        device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
         mesh = jax.sharding.AbstractMesh((2,), ("data",), abstract_device=device)
         with jax.sharding.use_abstract_mesh(mesh):
             assert missing_device("splash") == expected
             if jax.default_backend() != "gpu":
                 assert "an NVIDIA GPU of" in missing_device("cudnn")
+                assert (missing_device("triton") is None) == (platform == "gpu")
 
 
 def test_a_run_whose_config_does_not_suit_the_backend_is_refused(world):
@@ -163,6 +170,8 @@ def test_a_run_whose_config_does_not_suit_the_backend_is_refused(world):
         "set compute.attention=auto",
     )
     world.fails("run", path, naming=named)
+    path = world.distil(compute={"attention": "triton"}, num_seeds=2)
+    world.fails("run", path, naming=named[:2])
 
 
 @pytest.mark.skipif(missing_device("splash") is None, reason="splash can run here")

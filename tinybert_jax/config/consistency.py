@@ -241,7 +241,7 @@ def _needs_of_attention(config: Any) -> Iterator[str]:
         ("dtype", config.compute.dtype),
         ("teacher_dtype", config.compute.teacher_dtype or "bfloat16"),
     ):
-        if name == "cudnn" and got != "bfloat16":
+        if name in ("cudnn", "triton") and got != "bfloat16":
             yield f"{origin}: expected compute.{dtype} bfloat16, got {got}: set that dtype, {fix}"
     for stage in config.stages:
         num_seeds = len(config.seeds(stage))
@@ -251,7 +251,7 @@ def _needs_of_attention(config: Any) -> Iterator[str]:
             has_stores = stage.reads_corpus and config.corpus and config.corpus.stores
             is_one_width = part.section.batching == "pack" or has_stores
             widths = (part.section.max_length,) if is_one_width else part.section.buckets()
-            others = [width for width in widths if width % 128]
+            others = [width for width in widths if width % 128 and name != "triton"]
             if others:
                 yield (
                     f"{origin}: expected rows of a multiple of 128 tokens, got {others} in "

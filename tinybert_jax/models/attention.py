@@ -1,5 +1,6 @@
 """Multi-head attention that also returns queries, keys, values and scores (taps)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from tinybert_jax.models.attention_kernel import dropout_seeds, triton_attention
 from tinybert_jax.models.dropout import dropout
 from tinybert_jax.models.linear import Linear, from_heads, make_linear, to_heads
 from tinybert_jax.parallel.sharding import shard_map_over_batch
@@ -137,18 +139,22 @@ def attend(
 
     Also returns the scores QKᵀ/√head_dim of all keys if the backend is xla, else None.
 
-    `backend`: xla builds the score map; cudnn (NVIDIA GPUs, bfloat16) and splash (TPUs) build none,
-    have no dropout, and need rows of a multiple of 128 tokens. auto takes cudnn where it can run
-    (on an H200, with the gradient, 0.55 to 0.72 of the time of xla at 128 tokens and a third at
-    512: benchmarks/attention.py), else xla. Raises ValueError if the given backend cannot run.
+    `backend`: xla builds the score map; triton and cudnn (NVIDIA GPUs, bfloat16) and splash (TPUs)
+    build none. cudnn and splash have no dropout, and need rows of a multiple of 128 tokens; triton
+    drops the same entries as xla. auto takes cudnn where it can run (on an H200, with the gradient,
+    0.55 to 0.72 of the time of xla at 128 tokens and a third at 512: benchmarks/attention.py), else
+    triton where it can run (compiled for an H200, not measured: docs/scale.md), else xla. Raises
+    ValueError if the given backend cannot run.
     """
-    if backend != "xla":
-        fused = "cudnn" if backend == "auto" else backend
-        missing = _missing_requirement(fused, queries, 0.0 if key is None else dropout_rate)
-        if missing is None:
-            return shard_map_over_batch(_FUSED[fused])(queries, keys, values, visible), None
-        if backend != "auto":
+    rate = 0.0 if key is None else dropout_rate
+    for fused in _AUTO if backend == "auto" else (backend,):
+        missing = None if fused == "xla" else _missing_requirement(fused, queries, keys, rate)
+        if missing is not None and backend != "auto":
             raise ValueError(f"attention: {fused} expects {missing}; set compute.attention=auto")
+        if missing is None and fused == "triton":
+            return _by_triton(queries, keys, values, visible, rate, key), None
+        if missing is None and fused != "xla":
+            return shard_map_over_batch(_FUSED[fused])(queries, keys, values, visible), None
     scores = attention_scores(queries, keys)
     probs = jax.nn.softmax(jnp.where(visible.pairs[:, None], scores, _MASKED_SCORE), axis=-1)
     probs = dropout(probs.astype(values.dtype), dropout_rate, key)
@@ -171,17 +177,35 @@ def attend_cached(
     return _by_head(_dot(probs.astype(values.dtype), values)).astype(values.dtype)
 
 
+def _by_triton(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    visible: Visible,
+    dropout_rate: float,
+    key: jax.Array | None,
+) -> Array:
+    num_rows, seq, num_heads, _ = queries.shape
+    run = functools.partial(triton_attention, dropout_rate=dropout_rate)
+    seeds = dropout_seeds(key, num_rows, num_heads, seq)
+    ids = visible.query_ids, visible.key_ids
+    return shard_map_over_batch(run)(queries, keys, values, *ids, seeds)
+
+
 def _missing_requirement(
-    backend: AttentionBackend, queries: jax.Array, dropout_rate: float
+    backend: AttentionBackend, queries: jax.Array, keys: jax.Array, dropout_rate: float
 ) -> str | None:
     """What a fused backend expects and the inputs or devices do not offer; None: it can run."""
-    if backend == "cudnn" and queries.dtype != jnp.bfloat16:
+    most_dims = _MOST_DIMS.get(backend)
+    if most_dims and queries.dtype != jnp.bfloat16:
         return f"activations in bfloat16, got {queries.dtype}"
-    if backend == "cudnn" and queries.shape[-1] > 128:
-        return f"heads of at most 128 dims, got {queries.shape[-1]}"
-    if queries.shape[1] % _TILE:
+    if most_dims and queries.shape[-1] > most_dims:
+        return f"heads of at most {most_dims} dims, got {queries.shape[-1]}"
+    if backend == "triton" and queries.shape[1] != keys.shape[1]:
+        return f"as many queries as keys, got {queries.shape[1]} and {keys.shape[1]}"
+    if backend != "triton" and queries.shape[1] % _TILE:
         return f"rows of a multiple of {_TILE} tokens, got {queries.shape[1]}"
-    if dropout_rate:
+    if backend != "triton" and dropout_rate:
         return f"no attention dropout, got a rate of {dropout_rate}"
     return missing_device(backend)
 
@@ -196,8 +220,10 @@ def missing_device(backend: AttentionBackend) -> str | None:
     target = jax.sharding.get_abstract_mesh().abstract_device or local
     if backend == "splash":
         return None if target.platform == "tpu" else f"a TPU, got {target.device_kind}"
-    # JAX asks the local GPU for its capability when it traces cuDNN's attention.
     is_here = target.platform == local.platform and "cuda" in _version(local)
+    if backend == "triton" and not is_here and target.device_kind.startswith("NVIDIA"):
+        return None
+    # JAX asks the local GPU for its capability when it traces cuDNN's attention.
     if not is_here or float(local.compute_capability) < 8:
         return f"an NVIDIA GPU of compute capability 8 or more, got {target.device_kind}"
     return None
@@ -249,6 +275,8 @@ def splash_attention(
 
 
 _FUSED = {"cudnn": cudnn_attention, "splash": splash_attention}
+_AUTO: tuple[AttentionBackend, ...] = ("cudnn", "triton")  # where they can run, the first of them
+_MOST_DIMS = {"cudnn": 128, "triton": 64}  # of a head
 
 
 def attention_scores(

@@ -13,7 +13,7 @@ PositionInit = Literal["normal", "sinusoid"]
 ComputeDtype = Literal["float32", "bfloat16", "bfloat16_products"]
 FrozenDtype = Literal[ComputeDtype, "int8_products"]
 Pooling = Literal["mean", "first"]
-AttentionBackend = Literal["auto", "xla", "cudnn", "splash"]
+AttentionBackend = Literal["auto", "xla", "cudnn", "triton", "splash"]
 
 
 class Section(BaseModel):
