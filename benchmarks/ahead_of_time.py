@@ -77,7 +77,7 @@ def compile_line(work: str, topology: str, layers: str, tiny: bool = False) -> d
     from tinybert_jax.config.compute import MeshSection
     from tinybert_jax.parallel.mesh import make_mesh
     from tinybert_jax.performance import hlo
-    from tinybert_jax.runs.compile import devices_of
+    from tinybert_jax.runs.topologies import devices_of
 
     mesh = make_mesh(MeshSection(), devices_of(topology))
     state, step = make_step(work, mesh, unroll=layers == "unrolled", tiny=tiny)

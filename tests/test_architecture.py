@@ -23,7 +23,8 @@ ROOMS = {
     "report": "charts style shell run_files tables figures headline confusion per_class pareto "
     "advice calibration differences console card page comparison settings_table several_runs "
     "run_comparison command",
-    "performance": "flops accelerators device_peaks hlo latency trace disk host program_cache",
+    "performance": "flops accelerators gpu_target device_peaks hlo latency trace disk host "
+    "program_cache",
     "parallel": "mesh group processes replicas sharding",
     "data": "errors encoding examples json_text tables conll squad corpus parallel records builtin "
     "wordpiece splits guess",
@@ -44,7 +45,7 @@ ROOMS = {
     "runs": "shared_folder inputs run judges identity run_store from_step corpus_checks checks "
     "environment overwrite preflight stage_batches teacher_logits teacher_text workload estimate "
     "scoring results head_init student_start stage_state stage_step divergence stage "
-    "used_words compile saved_states doctor command",
+    "used_words topologies compile saved_states doctor command",
     "recipes": "data pretrain finetune distill update by_rows from_table pipeline api",
     "launch": "job slurm jobset gcluster tpu_vm sky command",
 }

@@ -212,13 +212,13 @@ def _add_processes(command) -> None:
 
 def _add_compile(commands) -> None:
     text = (
-        "compile the step of a stage for a TPU topology without a TPU: memory, collectives, FLOPs "
-        "and an estimate of the time; status 3 where it does not fit"
+        "compile the step of a stage for TPUs or GPUs that need not be here: memory, collectives, "
+        "FLOPs and an estimate of the time; status 3 where it does not fit"
     )
     command = commands.add_parser("compile", help=text, description=text)
     _add_config(command, "configs/quickstart.yaml")
     command.add_argument(
-        "--topology", required=True, help="such as v5e:4x4 or v6e:16x16; local: the devices here"
+        "--topology", required=True, help="such as v5e:4x4 or h200:8; local: the devices here"
     )
     command.add_argument(
         "--slices", type=int, default=1, help="slices of that topology; default: 1"
@@ -283,7 +283,7 @@ def _compile(arguments, command: str) -> int:
     from tinybert_jax.recipes import by_rows, pipeline
     from tinybert_jax.runs import compile
 
-    platform = None if is_local else "tpu"
+    platform = None if is_local else "tpu"  # as a GPU's: only a CPU differs
     measure = functools.partial(by_rows.measure, platform=platform)
     settings = config_files.load(arguments.config, arguments.overrides, measure, _tell)
     if arguments.print_config:

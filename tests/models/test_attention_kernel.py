@@ -14,6 +14,7 @@ from tinybert_jax.models.attention_kernel import dropout_seeds, triton_attention
 from tinybert_jax.models.dropout import dropout
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import make_mesh
+from tinybert_jax.runs.topologies import devices_of, has_gpu_compiler
 
 HEADS, KEY, RATE = 2, jax.random.key(5), 0.1
 
@@ -121,3 +122,26 @@ def test_gradients_do_not_depend_on_what_padding_holds():
     is_real = np.asarray(segments > 0)
     for got, one in zip(found, want, strict=True):
         np.testing.assert_array_equal(np.asarray(got)[is_real], np.asarray(one)[is_real])
+
+
+@pytest.mark.skipif(not has_gpu_compiler(), reason="needs JAX's plugin for CUDA")
+@pytest.mark.parametrize(("seq", "head_dim"), [(128, 26), (512, 64)])
+def test_kernels_compile_for_a_gpu_that_is_not_here(seq, head_dim):
+    """Two kernels, and nothing of the size of a map beside the operands."""
+    mesh = make_mesh(MeshSection(), devices_of("h200:1"))
+    place = sharding.batch_sharding(mesh)
+
+    def leaf(dtype, *shape):
+        return jax.ShapeDtypeStruct((64, *shape), dtype, sharding=place)
+
+    def step(queries, keys, values, segments, cotangent):
+        def run(*taps):
+            return attend(*taps, make_visible(segments), RATE, KEY)[0]  # auto
+
+        return jax.vjp(run, queries, keys, values)[1](cotangent)
+
+    tap = leaf(jnp.bfloat16, seq, HEADS, head_dim)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(step).lower(tap, tap, tap, leaf(jnp.int32, seq), tap).compile()
+    assert compiled.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == 2
+    assert compiled.memory_analysis().temp_size_in_bytes < 64 * HEADS * seq**2

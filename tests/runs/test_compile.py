@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from tinybert_jax import cli
 from tinybert_jax.parallel import sharding
+from tinybert_jax.runs.topologies import has_gpu_compiler
 
 SETTINGS = {
     "students": {"tiny": tiny_inputs.STUDENT, "small": tiny_inputs.STUDENT},
@@ -80,11 +81,29 @@ def test_split_weights_are_gathered_and_fewer_are_held(capsys, config):
 def test_unknown_topologies_are_refused(config, capsys):
     assert cli.main(["compile", config, "--topology", "v5e:3x3"]) == 2
     assert "expected a topology of v5e" in capsys.readouterr().err
-    assert cli.main(["compile", config, "--topology", "h100:8"]) == 2
-    assert "expected a topology of TPUs" in capsys.readouterr().err
+    for topology in ("b200:8", "h100:16"):
+        assert cli.main(["compile", config, "--topology", topology]) == 2
+        assert "expected GPUs of one host" in capsys.readouterr().err
 
 
 has_libtpu = bool(importlib.util.find_spec("libtpu"))
+
+
+@pytest.mark.skipif(has_gpu_compiler(), reason="JAX's plugin for CUDA is installed")
+def test_a_missing_compiler_of_gpus_is_told_with_its_command(config, capsys):
+    assert cli.main(["compile", config, "--topology", "h200:8"]) == 2
+    assert "pip install 'jax[cuda13]'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not has_gpu_compiler(), reason="needs JAX's plugin for CUDA")
+def test_gpus_that_are_not_here(capsys, config):
+    words = ["--stage", "intermediate", "compute.dtype=bfloat16"]
+    status, found = compiled(capsys, config, *words, topology="h200:8")
+    assert status == 0
+    assert (found["device"], found["num_devices"]) == ("NVIDIA H200", 8)
+    assert {own["kind"] for own in found["collectives"]} == {"all-reduce"}
+    assert set(found["times"]) == {"matrix units", "memory", "network"}
+    assert found["memory"]["total"] < found["memory"]["limit"]
 
 
 @pytest.mark.skipif(has_libtpu, reason="libtpu is installed")

@@ -31,7 +31,7 @@ from tinybert_jax.report.console import console_summary, printable
 from tinybert_jax.report.page import write_report
 from tinybert_jax.report.run_files import RESAMPLES
 from tinybert_jax.runs import estimate, identity, overwrite, shared_folder
-from tinybert_jax.runs.compile import Compiled, compile_stage, devices_of, largest_batch
+from tinybert_jax.runs.compile import Compiled, compile_stage, largest_batch
 from tinybert_jax.runs.from_step import parse
 from tinybert_jax.runs.judges import check_teacher
 from tinybert_jax.runs.preflight import (
@@ -43,6 +43,7 @@ from tinybert_jax.runs.preflight import (
 )
 from tinybert_jax.runs.results import best_seed, collect_results
 from tinybert_jax.runs.run import CARD, Run, RunTask, export_models, remove_export
+from tinybert_jax.runs.topologies import devices_of
 from tinybert_jax.runs.used_words import with_used_words
 from tinybert_jax.runs.workload import rough_flops
 from tinybert_jax.training import live_view

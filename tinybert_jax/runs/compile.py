@@ -6,9 +6,7 @@ bytes between chips, each divided by the rate that the vendor states.
 """
 
 import functools
-import importlib.util
 import math
-import os
 import re
 import time
 from collections import defaultdict
@@ -24,18 +22,18 @@ from tinybert_jax.batches.batch import Batch
 from tinybert_jax.models.params import unstack_layers
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import BATCH_AXES, num_batch_shards
-from tinybert_jax.performance import accelerators, flops, hlo
+from tinybert_jax.performance import flops, hlo
 from tinybert_jax.performance.device_peaks import peak_flops
 from tinybert_jax.report.tables import format_si
 from tinybert_jax.runs.estimate import batch_flops
 from tinybert_jax.runs.run import Run
 from tinybert_jax.runs.stage_state import Training
 from tinybert_jax.runs.stage_step import make_optimizer, make_step
+from tinybert_jax.runs.topologies import device_of
 from tinybert_jax.runs.workload import count_last_layer_tokens, words_of, work_of
 from tinybert_jax.training.members import merge_members
 from tinybert_jax.training.step import abstract_state
 
-LOCAL = "local"  # the topology of the devices that are here
 _NUM_SAMPLED = 8  # batches among which the largest is looked for
 _TOLERANCE = 1.02  # collectives over what the gradients need
 _SMALL = 1024  # bytes of metrics and counts
@@ -77,36 +75,6 @@ class Compiled(NamedTuple):
     largest_rows: int | None = None  # of a global batch that fits, where it was looked for
 
 
-def devices_of(topology: str, num_slices: int = 1) -> Sequence[Any]:
-    """The devices of slices of a TPU topology, such as v5e:4x4, or `local`: those of this process.
-
-    Raises ValueError for an unknown topology, and where libtpu is missing.
-    """
-    if topology == LOCAL:
-        return jax.devices()
-    machines = accelerators.read(topology, num_slices)
-    if not machines.is_tpu:
-        raise ValueError(
-            f"--topology: expected a topology of TPUs, such as v5e:4x4, or {LOCAL}, got "
-            f"'{topology}'; programs of GPUs are compiled where a GPU is, with {LOCAL}"
-        )
-    # libtpu asks the cloud which machine this is, unless it is told.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", machines.accelerator_type)
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    if not importlib.util.find_spec("libtpu"):
-        raise ValueError(
-            f"--topology {topology}: expected the package libtpu, the compiler of TPU programs, "
-            "got none; install it with `pip install 'tinybert-jax[tpu]'`"
-        )
-    from jax.experimental import topologies
-
-    options = {"num_slices": num_slices} if num_slices > 1 else {}
-    described = topologies.get_topology_desc(topology, platform="tpu", **options)
-    return described.devices
-
-
 def compile_stage(run: Run, training: Training, topology: str) -> Compiled:
     """Compiles the step of a stage with the largest of its batches.
 
@@ -143,8 +111,8 @@ def largest_batch(run: Run, training: Training, compiled: Compiled) -> int:
     limit, own = compiled.memory.limit, compiled.memory
     if not math.isfinite(limit):
         raise ValueError(
-            f"--largest-batch: expected a topology of TPUs, got {compiled.topology}; its memory is "
-            "not known"
+            f"--largest-batch: expected a topology such as v5e:4x4 or h200:8, got "
+            f"{compiled.topology}; its memory is not known"
         )
     batch = _largest_batch(training)
     unit = num_batch_shards(run.mesh) * training.section.gradient_accumulation_steps
@@ -308,7 +276,8 @@ def _about(run: Run, training: Training, topology: str, batch: Batch, trained: A
 
 def _useful_share(run: Run, topology: str, work: Any, width: int) -> float:
     """The share of the encoders' products that is no padding of tiles."""
-    tile = 1 if topology == LOCAL else accelerators.TPUS[topology.split(":")[0]].tile
+    device = device_of(topology)
+    tile = device.tile if device else 1
     useful = done = 0.0
     models = [(model, 3 * work.num_seeds) for model in work.trained.values()]
     models += [(work.teacher, 1)] if work.teacher else []
@@ -336,9 +305,8 @@ _SMALLER = (
 
 
 def _memory_limit(topology: str) -> float:
-    if topology == LOCAL:
-        return math.inf
-    return accelerators.TPUS[topology.split(":")[0]].memory_gb * 2.0**30
+    device = device_of(topology)
+    return device.memory_bytes if device else math.inf
 
 
 def _summed(collectives: Sequence[hlo.Collective]) -> tuple[hlo.Collective, ...]:
@@ -353,9 +321,9 @@ def _summed(collectives: Sequence[hlo.Collective]) -> tuple[hlo.Collective, ...]
 
 def _times(run: Run, compiled: Compiled, program: hlo.Program) -> dict[str, float]:
     """Seconds that each part of a device needs at the rates that its vendor states."""
-    if compiled.topology == LOCAL:
+    device = device_of(compiled.topology)
+    if device is None:
         return {}
-    tpu = accelerators.TPUS[compiled.topology.split(":")[0]]
     dtype = run.compute.dtype.removesuffix("_products")
     peak = peak_flops(compiled.device, dtype)
     assert peak is not None, compiled.device
@@ -363,8 +331,8 @@ def _times(run: Run, compiled: Compiled, program: hlo.Program) -> dict[str, floa
     sent = sum(_SENT[own.kind] * share * own.num_bytes for own in compiled.collectives)
     return {
         "matrix units": sum(compiled.flops.values()) / compiled.useful_share / peak,
-        "memory": program.memory_traffic() / tpu.memory_rate,
-        "network": sent / tpu.link_rate,
+        "memory": program.memory_traffic() / device.memory_rate,
+        "network": sent / device.link_rate,
     }
 
 
