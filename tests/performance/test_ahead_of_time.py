@@ -17,7 +17,7 @@ def test_a_step_reduces_its_gradients_once_in_fp32_and_copies_little(work):
     spec = importlib.util.spec_from_file_location("ahead_of_time", FILE)
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    found = benchmark.compile_line(work, "v5e:2x2", "unrolled", tiny=True)
+    found = benchmark.compile_line(benchmark.Line(work, "v5e:2x2"), tiny=True)
     reduced = found["reduced"]
     assert "bf16" not in reduced
     assert 0.7 * found["gradients"] < reduced["f32"] <= found["gradients"] + 1024

@@ -17,7 +17,9 @@ _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count"?:?=?\{"n":"(\d+)"')
+_CONTRACTED = re.compile(r'lhs_contracting_dim(?:s=\{|ensions":\[)([^}\]]*)')
 _COPIES = ("copy", "transpose", "bitcast", "pad", "concatenate", "slice", "dynamic", "reshape")
+_MOVES = {"parameter", "constant", "tuple", "get-tuple-element", "broadcast", "fusion"}
 _NO_TRAFFIC = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
     *("call", "after-all", "partition-id", "replica-id", "iota", "opt-barrier", "domain"),
@@ -49,6 +51,16 @@ class Collective(NamedTuple):
     num_bytes: int  # of the results of all calls
 
 
+class Kernel(NamedTuple):
+    """What one instruction of a program costs each time it runs."""
+
+    instruction: Instruction
+    num_runs: int
+    kind: str  # product, copy (changes of layout too) or rest
+    num_bytes: int  # from and to memory
+    flops: int  # of products; 0 for a kernel that XLA did not write
+
+
 class Program(NamedTuple):
     """The computations of a program, by name."""
 
@@ -73,10 +85,16 @@ class Program(NamedTuple):
         A slice counts as itself, not as the array that it is taken from, and an array that is
         updated in place as the new part.
         """
-        total = 0
-        for times, computation, instruction in self._walk(self.entry, 1, into_fusions=False):
-            total += times * self._traffic(computation, instruction)
-        return total
+        return sum(kernel.num_runs * kernel.num_bytes for kernel in self.kernels())
+
+    def kernels(self) -> Iterator[Kernel]:
+        """All that runs, without what only names, takes apart or calls."""
+        for times, computation, own in self._walk(self.entry, 1, into_fusions=False):
+            if own.opcode in _NO_TRAFFIC or own.opcode.endswith("-done"):
+                continue
+            traffic, flops = self._traffic(computation, own), self._flops(computation, own)
+            kind = "copy" if self._only_moves(own) else self._kind(own)
+            yield Kernel(own, times, kind, traffic, flops)
 
     def estimated_cycles(self) -> int:
         """The cycles that the compiler of TPUs expects; 0 in other programs.
@@ -114,6 +132,26 @@ class Program(NamedTuple):
             return "product"
         word = instruction.name if called else instruction.opcode
         return "copy" if word.startswith(_COPIES) else "rest"
+
+    def _only_moves(self, instruction: Instruction) -> bool:
+        """Whether a fusion computes nothing; on GPUs its name does not tell."""
+        called = self._called(instruction) if instruction.opcode == "fusion" else []
+        body = [
+            own.opcode for name in called for _, _, own in self._walk(name, 1, into_fusions=True)
+        ]
+        return bool(body) and all(word in _MOVES or word.startswith(_COPIES) for word in body)
+
+    def _flops(self, computation: str, instruction: Instruction) -> int:
+        """FLOPs of the products in an instruction, also of those that cuBLAS computes."""
+        if instruction.opcode == "fusion":
+            called = self._called(instruction)
+            return sum(self._flops(name, own) for name in called for own in self.computations[name])
+        found = _CONTRACTED.search(instruction.text)
+        if found is None or not instruction.operands:
+            return 0
+        dims = _dims(self._types(computation).get(instruction.operands[0], ""))
+        summed = [dims[int(i)] for i in re.findall(r"\d+", found[1])]
+        return 2 * math.prod(summed) * math.prod(_dims(instruction.type))
 
     def _walk(
         self, name: str, times: int, *, into_fusions: bool
@@ -252,6 +290,12 @@ def _closing(text: str) -> int:
         if not depth:
             return i
     return len(text) - 1
+
+
+def _dims(type_text: str) -> list[int]:
+    """The shape of the first array of a type."""
+    found = _SHAPE.search(type_text)
+    return [int(size) for size in found[2].split(",")] if found and found[2] else []
 
 
 def _parts(type_text: str) -> list[str]:
