@@ -7,6 +7,7 @@ where maps are cheaper (`builds_score_maps`) and `score_mse`, whose maps already
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,11 @@ def builds_score_maps(
     return packed or seq <= student_head_dim + teacher_head_dim
 
 
+# (student_query, student_key, teacher_query, teacher_key, query_ids, key_ids) -> [batch]: the sum
+# of squared differences of scores over heads, and over pairs with the same id above 0.
+Distance = Callable[..., Array]
+
+
 def attention_mse(
     student_query: Float[Array, "batch seq heads student_head_dim"],
     student_key: Float[Array, "batch seq heads student_head_dim"],
@@ -37,12 +43,13 @@ def attention_mse(
     normalisation: Normalisation,
     count: Float[Array, ""] | None = None,
     build_maps: bool | None = None,
+    distance: Distance | None = None,
 ) -> Float[Array, ""]:
     """MSE between the score maps of a student layer and a teacher layer (unit: pair).
 
     An integer mask holds the segment ids of packed rows (0: padding): pairs within a segment count,
     and `normalisation` must be "valid_only". `build_maps`: whether to build the maps; None:
-    `builds_score_maps` decides.
+    `builds_score_maps` decides. `distance`: a kernel that does neither, in place of both.
 
     "valid_only" leaves padded rows and columns out and averages over valid pairs and heads;
     "paper_code" zeroes padded key columns, keeps padded query rows and averages over (batch, heads,
@@ -58,6 +65,12 @@ def attention_mse(
     """
     is_real, is_packed = mask.astype(bool), mask.dtype != bool
     is_query, num_valid = _query_rows_and_num_pairs(mask, normalisation)
+    if distance is not None:
+        key_ids = mask.astype(jnp.int32)
+        query_ids = key_ids if is_packed else is_query.astype(jnp.int32)
+        taps = student_query, student_key, teacher_query, teacher_key
+        total = distance(*taps, query_ids, key_ids).sum()
+        return divide_by_count(total / student_query.shape[2], num_valid, count)
     s_query, t_query = mask_heads(student_query, is_query), mask_heads(teacher_query, is_query)
     s_key, t_key = mask_heads(student_key, is_real), mask_heads(teacher_key, is_real)
     student_dim, teacher_dim = s_query.shape[-1], t_query.shape[-1]

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tinybert_jax.models.attention_kernel import dropout_seeds, triton_attention
 from tinybert_jax.models.dropout import dropout
 from tinybert_jax.models.linear import Linear, from_heads, make_linear, to_heads
+from tinybert_jax.models.score_kernel import score_distance
 from tinybert_jax.parallel.sharding import shard_map_over_batch
 from tinybert_jax.settings.section import AttentionBackend
 from tinybert_jax.settings.sizes import ModelConfig
@@ -208,6 +209,15 @@ def _missing_requirement(
     if backend != "triton" and dropout_rate:
         return f"no attention dropout, got a rate of {dropout_rate}"
     return missing_device(backend)
+
+
+def fused_score_distance(*taps: Array) -> Callable[..., Array] | None:
+    """`score_distance` of such queries and keys of two models; None where it cannot run."""
+    most_dims = _MOST_DIMS["triton"]
+    fits = all(x.dtype == jnp.bfloat16 and x.shape[-1] <= most_dims for x in taps)
+    if not fits or missing_device("triton") is not None:
+        return None
+    return shard_map_over_batch(score_distance)
 
 
 def missing_device(backend: AttentionBackend) -> str | None:

@@ -1,7 +1,7 @@
 """The objective of the distillation stages: a weighted sum of terms of a student and a teacher."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ from tinybert_jax.batches.batch import Batch
 from tinybert_jax.config.tasks import Form as FormName
 from tinybert_jax.losses.forms import Form
 from tinybert_jax.losses.pointwise import Normalisation
-from tinybert_jax.models.attention import at
+from tinybert_jax.models.attention import at, fused_score_distance
 from tinybert_jax.models.encoder import EncoderOutput, first_tokens
 from tinybert_jax.models.heads import MaskedLMOutput
 from tinybert_jax.models.params import Apply, Params, copy_table_per_shard
@@ -73,6 +73,7 @@ class Options(NamedTuple):
     num_shards: int = 1  # number of batch shards
     num_texts: int = 1  # texts of an example, each in a row of its own
     widths: tuple[int, ...] = ()  # of sentence vectors, beside the whole width
+    fuses_scores: bool = True  # whether a kernel may compare attention scores, where one can run
     all_words: bool = False  # whether the masked-LM head runs at every token, not only masked ones
 
 
@@ -99,6 +100,10 @@ class Context(NamedTuple):
     def projected_vectors(self, vectors: jax.Array) -> jax.Array:
         """Sentence vectors of the student at the teacher's width, [examples, teacher_dim]."""
         return project(self.projection, -1, vectors[None])[0]
+
+    def score_distance(self, *taps: jax.Array) -> Callable[..., jax.Array] | None:
+        """A kernel for the distance of scores of such queries and keys, where there is one."""
+        return fused_score_distance(*taps) if self.options.fuses_scores else None
 
     def first_tokens(self, hidden: jax.Array) -> jax.Array:
         """The hidden state of the first token of each example, [examples, dim]."""

@@ -75,7 +75,8 @@ class AttentionTerm(LayerTerm):
             maps = self._kept_maps(c, ours, theirs)
             if maps is not None:
                 return losses.score_mse(*maps, mask, **options)
-            return losses.attention_mse(*queries_and_keys, mask, **options)
+            distance = c.score_distance(*queries_and_keys)
+            return losses.attention_mse(*queries_and_keys, mask, distance=distance, **options)
 
         return self.sum_over_layers(num_student, num_teacher, one)
 

@@ -79,6 +79,10 @@ class Context(Protocol):
         """Sentence vectors of the student at the teacher's width [examples, teacher_dim]."""
         ...
 
+    def score_distance(self, *taps: Any) -> Any:
+        """The `losses.attention.Distance` of such queries and keys where a kernel can run."""
+        ...
+
     def first_tokens(self, hidden: Any) -> Any:
         """The hidden state of the first token of each example [examples, dim]."""
         ...
