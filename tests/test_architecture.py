@@ -29,8 +29,7 @@ ROOMS = {
     "data": "errors encoding examples json_text tables conll squad corpus parallel records builtin "
     "wordpiece splits guess",
     "models": "inputs activations dropout linear params norm triton_blocks attention_kernel "
-    "score_kernel "
-    "attention encoder bert distilbert families heads seq2seq decoding",
+    "score_kernel attention encoder bert distilbert families heads seq2seq decoding",
     "batches": "batch tokenize bucketing packing loader",
     "tokens": "store instances transform ray workers prepare inspect",
     "huggingface": "untrusted sentence_folder header tensors hub weights bert distilbert families "

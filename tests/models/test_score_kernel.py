@@ -56,7 +56,7 @@ def check(taps, mask, normalisation="valid_only") -> None:
 
 
 @pytest.mark.parametrize(
-    ("seq", "dims"), [(64, (26, 64)), (128, (32, 32)), (96, (64, 26)), (160, (26, 64))]
+    ("seq", "dims"), [(64, (26, 64)), (128, (32, 32)), (96, (64, 26)), (272, (26, 64))]
 )
 def test_kernel_equals_the_loss_with_maps(seq, dims):
     """Packed and padded rows; one block of queries, and several."""

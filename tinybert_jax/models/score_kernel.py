@@ -1,7 +1,7 @@
 """The distance between the attention scores of two models as a Pallas kernel: no map in memory.
 
 The kernel computes the gradients together with the value, so that a map is computed once (rows of
-up to 128 tokens) or twice. `losses.attention` says what the distance is for.
+up to 256 tokens) or twice. `losses.attention` says what the distance is for.
 """
 
 import functools

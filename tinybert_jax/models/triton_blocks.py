@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 MIN_BLOCK = 16  # the smallest side of a product in Triton
 BLOCK = 64  # tokens; larger ones on both sides of a map spill registers
+WHOLE = 256  # tokens of the longest row whose queries are one block without a spill
 HEAD, TOKENS, ROW = range(3)  # axes of the programs: heads of a row run together, they share lines
 
 
@@ -42,7 +43,8 @@ class Blocks(NamedTuple):
 
     @property
     def key_block(self) -> int:
-        return min(BLOCK, filled_up(self.seq))
+        largest = BLOCK if self.query_block <= 2 * BLOCK else BLOCK // 2
+        return min(largest, filled_up(self.seq))
 
     @property
     def num_key_blocks(self) -> int:
@@ -57,7 +59,7 @@ class Blocks(NamedTuple):
 
 def whole_or_parts(seq: int) -> Blocks:
     """One block of queries where a kernel can hold it, so that it computes a map once."""
-    return Blocks(seq, 2 * BLOCK if seq <= 2 * BLOCK else BLOCK)
+    return Blocks(seq, WHOLE if seq <= WHOLE else BLOCK)
 
 
 def _span(block: Any, size: int, num_tokens: int) -> Span:
@@ -87,7 +89,7 @@ def call(
     from jax.experimental.pallas import triton  # slow to load
 
     num_rows, _, num_heads, _ = operands[0].shape
-    params = triton.CompilerParams(num_warps=blocks.query_block // 16, num_stages=1)
+    params = triton.CompilerParams(num_warps=min(8, blocks.query_block // 16), num_stages=1)
     return pl.pallas_call(
         kernel,
         grid=(num_heads, blocks.num_query_blocks, num_rows),
