@@ -35,7 +35,7 @@ class Line(NamedTuple):
     work: str
     topology: str
     layers: str = "unrolled"
-    attention: str = "auto"  # the student's; the teacher's is auto
+    attention: str = "auto"  # the student's and the score loss's; the teacher's is auto
     rows: int = 64  # of a device
     width: int = 128
 
@@ -303,7 +303,7 @@ def make_objective(line: Line, mesh: Any, *, tiny: bool) -> Any:
         Role(apply, reads_of(terms), student.num_hidden_layers),
         Role(teacher_apply, reads_of(terms, of_teacher=True), teacher.num_hidden_layers),
         terms,
-        Options(num_shards=shards),
+        Options(num_shards=shards, fuses_scores=line.attention != "xla"),
     )
 
     def start(key: jax.Array) -> Any:

@@ -1,4 +1,4 @@
-"""The compiled text of our steps for a TPU that is not here, at a tiny size."""
+"""The compiled text of our steps for a TPU or GPU that is not here, at a tiny size."""
 
 import importlib.util
 from pathlib import Path
@@ -6,22 +6,43 @@ from pathlib import Path
 import pytest
 
 from tinybert_jax.performance import hlo
+from tinybert_jax.runs.topologies import has_gpu_compiler
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "ahead_of_time.py"
 has_libtpu = bool(importlib.util.find_spec("libtpu"))
 
 
-@pytest.mark.skipif(not has_libtpu, reason="needs libtpu")
-@pytest.mark.parametrize("work", ["distill", "mlm"])
-def test_a_step_reduces_its_gradients_once_in_fp32_and_copies_little(work):
+def load_benchmark():
     spec = importlib.util.spec_from_file_location("ahead_of_time", FILE)
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
+    return benchmark
+
+
+@pytest.mark.skipif(not has_libtpu, reason="needs libtpu")
+@pytest.mark.parametrize("work", ["distill", "mlm"])
+def test_a_step_reduces_its_gradients_once_in_fp32_and_copies_little(work):
+    benchmark = load_benchmark()
     found = benchmark.compile_line(benchmark.Line(work, "v5e:2x2"), tiny=True)
     reduced = found["reduced"]
     assert "bf16" not in reduced
     assert 0.7 * found["gradients"] < reduced["f32"] <= found["gradients"] + 1024
     assert found["kinds"]["copy"] < 0.15 * found["cycles"]
+
+
+@pytest.mark.skipif(not has_gpu_compiler(), reason="needs JAX's plugin for CUDA")
+def test_the_kernels_of_a_gpu_take_memory_from_a_step():
+    """With score maps in memory, and with attention and its loss by the package's kernels."""
+    benchmark = load_benchmark()
+    line = benchmark.Line("distill", "h200:1", attention="xla", rows=32)
+    maps, kernels = (
+        benchmark.compile_line(own, tiny=True) for own in (line, line._replace(attention="auto"))
+    )
+    assert kernels["temporaries"] < 0.8 * maps["temporaries"]
+    assert kernels["kernels"] < maps["kernels"]
+    for found in (maps, kernels):
+        assert sum(found["parts"].values()) == pytest.approx(found["milliseconds"])
+        assert {"teacher", "student", "student, backward", "loss"} <= set(found["parts"])
 
 
 def test_cycles_by_kind_and_reduced_bytes_of_a_text_by_hand():

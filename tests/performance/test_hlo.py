@@ -72,6 +72,32 @@ def test_traffic_of_a_loop_over_layers_reads_each_layer_once():
     assert stack.nbytes <= traffic < 4 * stack.nbytes
 
 
+def test_flops_and_kinds_of_kernels():
+    """A product with a loop around it, one that cuBLAS computes, and a fusion that only moves."""
+    text = jax.jit(lambda x, y: jax.lax.fori_loop(0, ROUNDS, lambda _, x: x @ y, x))
+    square = np.ones((WIDTH, WIDTH), np.float32)
+    kernels = hlo.read(text.lower(square, square).compile().as_text()).kernels()
+    assert sum(own.num_runs * own.flops for own in kernels) == ROUNDS * 2 * WIDTH**3
+
+    text = """HloModule m
+
+%moves (p: f32[4,8]) -> f32[8,4] {
+  %p = f32[4,8]{1,0} parameter(0)
+  ROOT %t = f32[8,4]{1,0} transpose(%p), dimensions={1,0}
+}
+
+ENTRY %main (x: f32[4,8], y: f32[8,3]) -> f32[8,4] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %y = f32[8,3]{1,0} parameter(1)
+  %gemm = (f32[4,3]{1,0}, s8[64]{0}) custom-call(%x, %y), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
+  ROOT %fusion.1 = f32[8,4]{1,0} fusion(%x), kind=kLoop, calls=%moves
+}
+"""  # noqa: E501
+    first, second = hlo.read(text).kernels()
+    assert (first.kind, first.flops) == ("product", 2 * 4 * 3 * 8)
+    assert (second.kind, second.flops, second.num_bytes) == ("copy", 0, 2 * 4 * 8 * 4)
+
+
 def test_shapes():
     assert hlo.num_bytes("(f32[2,3]{1,0}, bf16[8]{0:T(8,128)S(1)}, pred[])") == 24 + 16 + 1
     assert hlo.num_bytes("(f32[2,3]{1,0}, bf16[8]{0:T(8,128)S(1)})", in_memory=True) == 24

@@ -94,6 +94,7 @@ class Program(NamedTuple):
                 continue
             traffic, flops = self._traffic(computation, own), self._flops(computation, own)
             kind = "copy" if self._only_moves(own) else self._kind(own)
+            kind = "product" if flops else kind
             yield Kernel(own, times, kind, traffic, flops)
 
     def estimated_cycles(self) -> int:
