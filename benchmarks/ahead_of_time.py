@@ -35,7 +35,9 @@ class Line(NamedTuple):
     work: str
     topology: str
     layers: str = "unrolled"
-    attention: str = "auto"  # the student's and the score loss's; the teacher's is auto
+    attention: str = (
+        "auto"  # the setting of the student and of the term attention; the teacher: auto
+    )
     rows: int = 64  # of a device
     width: int = 128
 
@@ -49,7 +51,7 @@ TPU_LINES = [
 GPU_LINES = [
     Line(work, "h200:1", "unrolled", attention, 32768 // width, width)
     for work, width in (("distill", 128), ("distill", 512), ("mlm", 128))
-    for attention in ("xla", "auto")
+    for attention in ("auto", "triton")
 ]
 TPU_COLUMNS = ("step", "topology", "layers", "Mcycles", "products", "copies", "temporaries")
 TPU_COLUMNS += ("gradients", "reduced", "of it bf16", "compiled in")
@@ -303,7 +305,7 @@ def make_objective(line: Line, mesh: Any, *, tiny: bool) -> Any:
         Role(apply, reads_of(terms), student.num_hidden_layers),
         Role(teacher_apply, reads_of(terms, of_teacher=True), teacher.num_hidden_layers),
         terms,
-        Options(num_shards=shards, fuses_scores=line.attention != "xla"),
+        Options(num_shards=shards, fuses_scores=line.attention == "triton"),
     )
 
     def start(key: jax.Array) -> Any:

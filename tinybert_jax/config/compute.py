@@ -50,10 +50,10 @@ class ComputeSection(Section):
     attention: AttentionBackend = Field(
         default="auto",
         description="cudnn (NVIDIA GPUs, bfloat16) and splash (TPUs) are flash attention for rows "
-        "of a multiple of 128 tokens, without attention dropout; triton (NVIDIA GPUs, bfloat16, "
-        "heads of at most 64 dims) builds no map either, for rows of any length and with dropout; "
-        "auto: cudnn where it is possible, else triton where that is, else xla. A last layer that "
-        "is computed at few tokens uses xla",
+        "of a multiple of 128 tokens, without attention dropout; auto: cudnn where it is possible, "
+        "else xla; triton (NVIDIA GPUs, bfloat16, heads of at most 64 dims): cudnn where it is "
+        "possible, else a kernel of this package, for rows of any length and with dropout, and one "
+        "for the term attention. A last layer that is computed at few tokens uses xla",
     )
 
     @property

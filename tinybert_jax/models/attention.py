@@ -144,18 +144,19 @@ def attend(
     build none. cudnn and splash have no dropout, and need rows of a multiple of 128 tokens; triton
     drops the same entries as xla. auto takes cudnn where it can run (on an H200, with the gradient,
     0.55 to 0.72 of the time of xla at 128 tokens and a third at 512: benchmarks/attention.py), else
-    triton where it can run (compiled for an H200, not measured: docs/scale.md), else xla. Raises
-    ValueError if the given backend cannot run.
+    xla; triton takes cudnn where it can run too, else the kernel of `attention_kernel`, which is
+    compiled for an H200 and not measured on one (docs/scale.md). Raises ValueError if the given
+    backend cannot run.
     """
-    rate = 0.0 if key is None else dropout_rate
-    for fused in _AUTO if backend == "auto" else (backend,):
+    rate, missing = 0.0 if key is None else dropout_rate, None
+    for fused in _ORDER.get(backend, (backend,)):
         missing = None if fused == "xla" else _missing_requirement(fused, queries, keys, rate)
-        if missing is not None and backend != "auto":
-            raise ValueError(f"attention: {fused} expects {missing}; set compute.attention=auto")
         if missing is None and fused == "triton":
             return _by_triton(queries, keys, values, visible, rate, key), None
         if missing is None and fused != "xla":
             return shard_map_over_batch(_FUSED[fused])(queries, keys, values, visible), None
+    if missing is not None and backend != "auto":
+        raise ValueError(f"attention: {backend} expects {missing}; set compute.attention=auto")
     scores = attention_scores(queries, keys)
     probs = jax.nn.softmax(jnp.where(visible.pairs[:, None], scores, _MASKED_SCORE), axis=-1)
     probs = dropout(probs.astype(values.dtype), dropout_rate, key)
@@ -285,7 +286,11 @@ def splash_attention(
 
 
 _FUSED = {"cudnn": cudnn_attention, "splash": splash_attention}
-_AUTO: tuple[AttentionBackend, ...] = ("cudnn", "triton")  # where they can run, the first of them
+# What a setting takes: the first that can run.
+_ORDER: dict[AttentionBackend, tuple[AttentionBackend, ...]] = {
+    "auto": ("cudnn",),
+    "triton": ("cudnn", "triton"),
+}
 _MOST_DIMS = {"cudnn": 128, "triton": 64}  # of a head
 
 

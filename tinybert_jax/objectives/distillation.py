@@ -73,7 +73,7 @@ class Options(NamedTuple):
     num_shards: int = 1  # number of batch shards
     num_texts: int = 1  # texts of an example, each in a row of its own
     widths: tuple[int, ...] = ()  # of sentence vectors, beside the whole width
-    fuses_scores: bool = True  # whether a kernel may compare attention scores, where one can run
+    fuses_scores: bool = False  # whether a kernel may compare attention scores, where one can run
     all_words: bool = False  # whether the masked-LM head runs at every token, not only masked ones
 
 
