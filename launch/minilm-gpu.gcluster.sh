@@ -15,7 +15,7 @@ gcluster job submit \
   --topology=4x4 \
   --grace-period=120s \
   --restarts=100 \
-  --restart-on-exit-codes=75,137,143 \
+  --restart-on-exit-codes=4,75,137,143 \
   --command='env PYTHONUNBUFFERED=1 JAX_PLATFORMS=tpu,cpu JAX_COMPILATION_CACHE_DIR=runs/compile-cache TEACHER=/data/all-MiniLM-L6-v2 TINYBERT_DATA=/data tinybert run configs/pretrain/minilm-gpu.yaml' \
   --mount=runs:/workspace/runs:rw \
   --mount=data:/data:rw

@@ -249,7 +249,7 @@ def _words(launcher: str, *more: str) -> list[str]:
         ("slurm", ["--form", "apptainer"], ("--image", "launch/Dockerfile")),
         ("slurm", ["--image", "i"], ("apptainer or pyxis", "bare with i", "--form")),
         ("slurm", ["--form", "apptainer", "--image", "i", "--venv", "v"], ("--venv", "remove")),
-        ("slurm", ["--spot"], ("--spot", "--sbatch --partition")),
+        ("slurm", ["--spot"], ("--spot", "--sbatch=--partition")),
         ("slurm", ["--time", "a day"], ("HH:MM:SS", "'a day'")),
         ("slurm", ["--sbatch=--x\nrm -rf x"], ("one option of sbatch", "rm -rf")),
         ("jobset", ["--run-dir", "/elsewhere/x"], ("/elsewhere/x", "/workspace/runs")),
@@ -273,6 +273,13 @@ def _words(launcher: str, *more: str) -> list[str]:
         ("jobset", ["--slices", "8"], ("multiple of 128", "general.global_batch_size=128")),
         ("jobset", ["genral=null"], ("genral", "did you mean 'general'")),
         ("tpu-vm", ["--slices", "2"], ("--slices", "launch jobset")),
+        ("jobset", ["--mount", "gs://b:/d"], ("claim", "gs://b", "run_store=gs://BUCKET/RUN")),
+        ("tpu-vm", ["--mount", "gs://b:/d"], ("NFS", "'gs://b'")),
+        (
+            "slurm",
+            ["--form", "apptainer", "--image", "i", "--mount", "gs://b:/d"],
+            ("a folder of the nodes", "gs://b"),
+        ),
         ("tpu-vm", ["--mount", "claim:/data"], ("NFS", "'claim'", "SERVER:/EXPORT:/data")),
         ("sky", ["--accelerator", "h100:16"], ("one host of GPUs", "2 hosts", "launch slurm")),
         ("sky", ["--mount", "s3://x:/x"], ("gs://BUCKET", "'s3://x'")),
@@ -418,3 +425,15 @@ def test_the_dockerfile_fits_the_package():
         for source in line.split()[1:-1] if line.startswith("COPY") else ():
             assert (ROOT / source).exists() and f"!{source}" in kept
     assert f"WORKDIR {jobs.IMAGE_FOLDER}\n" in text
+
+
+def test_a_path_of_this_machine_that_no_mount_holds_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("TEACHER", "/home/me/bert")
+    monkeypatch.setenv("TINYBERT_DATA", "/data/text")
+    assert cli.main(_words("jobset", "--mount", "data-claim:/data")) == 2
+    told = capsys.readouterr().err
+    assert "expected TEACHER as the container sees it, got /home/me/bert" in told
+    assert "--env TEACHER=/DATA/" in told
+    monkeypatch.setenv("TEACHER", "/data/bert")
+    assert cli.main(_words("jobset", "--mount", "data-claim:/data")) == 0
+    assert "/data/bert" in capsys.readouterr().out

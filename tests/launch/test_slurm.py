@@ -61,11 +61,22 @@ def test_a_signal_reaches_the_run_and_the_job_is_requeued(start, tmp_path, numbe
     assert recorder.calls[-1] == "scontrol requeue 7"
 
 
-@pytest.mark.parametrize("status", [0, 1, 2, 137])
+@pytest.mark.parametrize("status", [0, 1, 2, 3, 5])
 def test_other_ends_are_not_requeued(start, status):
     begin, recorder = start
     assert begin(f"exit {status}").wait(timeout=60) == status
     assert not any(call.startswith("scontrol") for call in recorder.calls)
+
+
+@pytest.mark.parametrize("status", [4, 137])
+def test_a_job_that_lost_a_process_is_requeued_some_times(start, status, monkeypatch):
+    begin, recorder = start
+    for count, is_requeued in ((None, True), ("2", True), ("3", False)):
+        before = len(recorder.calls)
+        if count:
+            monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+        assert begin(f"exit {status}").wait(timeout=60) == status
+        assert ("scontrol requeue 7" in recorder.calls[before:]) == is_requeued
 
 
 def test_one_task_a_node_sees_all_gpus_of_the_node():

@@ -82,7 +82,7 @@ def launch(arguments: argparse.Namespace, typed: str) -> int:
 
 
 def _compile_first(job: Job, *, is_asked: bool) -> int:
-    """Compiles the step of a job for TPUs; returns 3 where it does not fit, otherwise 0.
+    """Compiles the step of each stage for TPUs; returns 3 where one does not fit, otherwise 0.
 
     What hinders it is told; where it was asked for, the status is then 2.
     """
@@ -91,20 +91,14 @@ def _compile_first(job: Job, *, is_asked: bool) -> int:
     elif not importlib.util.find_spec("libtpu"):
         hindrance = "it needs the package libtpu: `pip install 'tinybert-jax[tpu]'`"
     else:
-        config, *overrides = job.words[2:]
-        topology = f"{job.machines.name}:{job.machines.topology}"
-        words = ["compile", config, *overrides, "--topology", topology]
-        if job.machines.num_slices > 1:
-            words += ["--slices", str(job.machines.num_slices)]
-        print(f"compiles the step first: tinybert {' '.join(words)}", file=sys.stderr)
-        done = subprocess.run(
-            [sys.executable, "-m", "tinybert_jax", *words],
-            stdout=sys.stderr,
-            env={**os.environ, **job.chosen},
-            check=False,
-        )
-        if done.returncode in (0, 3):
-            return done.returncode
+        for stage in job.stages:
+            status = _compile_stage(job, stage)
+            if status == 3:
+                return 3
+            if status:
+                break
+        else:
+            return 0
         hindrance = "of the message above"
     if is_asked:
         raise ValueError(
@@ -115,6 +109,22 @@ def _compile_first(job: Job, *, is_asked: bool) -> int:
     return 0
 
 
+def _compile_stage(job: Job, stage: str) -> int:
+    """The status of `tinybert compile` for a stage of the job."""
+    config, *overrides = job.words[2:]
+    topology = f"{job.machines.name}:{job.machines.topology}"
+    words = ["compile", config, *overrides, "--topology", topology, "--stage", stage]
+    if job.machines.num_slices > 1:
+        words += ["--slices", str(job.machines.num_slices)]
+    print(f"compiles the step of {stage} first: tinybert {' '.join(words)}", file=sys.stderr)
+    return subprocess.run(
+        [sys.executable, "-m", "tinybert_jax", *words],
+        stdout=sys.stderr,
+        env={**os.environ, **job.chosen},
+        check=False,
+    ).returncode
+
+
 def _job(arguments: argparse.Namespace, typed: str) -> Job:
     """The job that the arguments describe; ValueError where it could not run."""
     machines = accelerators.read(arguments.accelerator, arguments.slices, arguments.gpus_per_host)
@@ -122,9 +132,12 @@ def _job(arguments: argparse.Namespace, typed: str) -> Job:
     if arguments.run_dir:
         overrides.append(f"run_dir={arguments.run_dir}")
     chosen = jobs.read_environment(arguments.env)
+    mounts = jobs.read_mounts(arguments.mount)
     for name in config_files.variables(arguments.config, overrides):
-        if name in os.environ:
-            chosen.setdefault(name, os.environ[name])
+        if name in os.environ and name not in chosen:
+            chosen[name] = os.environ[name]
+            if arguments.image:
+                jobs.check_seen(name, chosen[name], mounts)
     with _environment(chosen):
         settings = config_files.load(arguments.config, overrides)
     num_parts = jobs.check_mesh(settings.mesh, machines)
@@ -144,7 +157,8 @@ def _job(arguments: argparse.Namespace, typed: str) -> Job:
         run_store=settings.run_store,
         origin=typed,
         image=arguments.image,
-        mounts=jobs.read_mounts(arguments.mount),
+        mounts=mounts,
+        stages=tuple(settings.plans),
         max_restarts=arguments.max_restarts,
         is_spot=arguments.spot,
     )

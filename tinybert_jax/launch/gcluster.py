@@ -4,6 +4,7 @@ import shlex
 
 from tinybert_jax.launch import job as jobs
 from tinybert_jax.launch.job import Job
+from tinybert_jax.parallel.group import LOST
 from tinybert_jax.training.preemption import STOPPED
 
 _RESTARTS = 100
@@ -42,7 +43,7 @@ def render(
         "num-nodes": None if machines.is_tpu else str(machines.num_hosts),
         "grace-period": f"{grace}s",
         "restarts": str(job.restarts(_RESTARTS)),
-        "restart-on-exit-codes": ",".join(map(str, (STOPPED, *_KILLED))),
+        "restart-on-exit-codes": ",".join(map(str, (LOST, STOPPED, *_KILLED))),
         "gke-nap-provisioning": "spot" if job.is_spot else None,
         "command": shlex.join(
             ["env", *(f"{name}={value}" for name, value in job.environment.items()), *job.words]

@@ -37,6 +37,7 @@ class Job(NamedTuple):
     origin: str  # the `tinybert launch` command
     image: str | None = None
     mounts: tuple[Mount, ...] = ()
+    stages: tuple[str, ...] = ()  # of the config, in their order
     max_restarts: int | None = None  # after failures; None: the launcher's own number
     is_spot: bool = False
 
@@ -88,6 +89,26 @@ def read_mounts(texts: Sequence[str]) -> tuple[Mount, ...]:
             )
         mounts.append(Mount(source, path))
     return tuple(mounts)
+
+
+def check_no_buckets(mounts: Sequence[Mount], kinds: str) -> None:
+    """ValueError where a mount is a bucket, on a cluster that mounts only `kinds`."""
+    for mount in mounts:
+        if "://" in mount.source:
+            raise ValueError(
+                f"--mount: expected {kinds}, got {mount.source}; mount such, and keep the run in "
+                "the bucket with run_store=gs://BUCKET/RUN"
+            )
+
+
+def check_seen(name: str, value: str, mounts: Sequence[Mount]) -> None:
+    """ValueError where a variable of this machine is a path that a container does not see."""
+    path = PurePosixPath(value)
+    if path.is_absolute() and not any(path.is_relative_to(mount.path) for mount in mounts):
+        raise ValueError(
+            f"--env: expected {name} as the container sees it, got {value}, which is of this "
+            f"machine and in no --mount; give --env {name}=/DATA/…, and --mount for that folder"
+        )
 
 
 def read_environment(texts: Sequence[str]) -> dict[str, str]:

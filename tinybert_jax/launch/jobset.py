@@ -21,6 +21,7 @@ def render(
 ) -> str:
     """The YAML. `queue`: a LocalQueue of Kueue; `grace`: seconds from SIGTERM to SIGKILL."""
     jobs.check_run_dir(job, "the pods and their disks are not kept")
+    jobs.check_no_buckets(job.mounts, "the claim of a volume")
     documents = [_jobset(job, queue, namespace, grace)]
     if _needs_account(job):
         documents = [*_account(job.name, namespace), *documents]

@@ -10,9 +10,11 @@ from typing import Literal
 
 from tinybert_jax.launch import job as jobs
 from tinybert_jax.launch.job import IMAGE_FOLDER, Job
+from tinybert_jax.parallel.group import LOST
 from tinybert_jax.training.preemption import STOPPED
 
 Form = Literal["bare", "apptainer", "pyxis"]
+_RESTARTS = 3  # of a job that has lost a process
 _SECONDS_TO_STOP = 120  # between the signal and the time limit
 
 
@@ -36,7 +38,12 @@ def render(
         *_directives(job, tasks_per, time, options),
         "",
         *jobs.exports(values),
-        _BODY.format(srun=" \\\n  ".join(command), stopped=STOPPED),
+        _BODY.format(
+            srun=" \\\n  ".join(command),
+            stopped=STOPPED,
+            lost=LOST,
+            restarts=job.restarts(_RESTARTS),
+        ),
     ]
     return "\n".join(lines)
 
@@ -62,9 +69,15 @@ done
 step=
 
 # {stopped}: the run was stopped and has saved its state; the same job goes on with it.
-if [ "$status" -eq {stopped} ]; then
-  scontrol requeue "$SLURM_JOB_ID"
-fi
+# {lost}, 137: a process was lost or killed; the job goes on from the last checkpoint, some times.
+case "$status" in
+  {stopped}) scontrol requeue "$SLURM_JOB_ID" ;;
+  {lost} | 137)
+    if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
+      scontrol requeue "$SLURM_JOB_ID"
+    fi
+    ;;
+esac
 exit "$status"
 """
 
@@ -123,6 +136,7 @@ def _check(job: Job, form: Form, time: str, venv: str | None, options: Sequence[
     if form == "pyxis":
         jobs.check_run_dir(job, "pyxis shows a container nothing else")
     jobs.check_shared_run_dir(job.run_dir)
+    jobs.check_no_buckets(job.mounts, "a folder of the nodes")
     if form == "bare" and (job.image or job.mounts):
         raise ValueError(
             f"--form: expected apptainer or pyxis for --image and --mount, got bare with "
@@ -130,11 +144,10 @@ def _check(job: Job, form: Form, time: str, venv: str | None, options: Sequence[
         )
     if form != "bare" and venv:
         raise ValueError(f"--venv: expected none with --form {form}, got {venv}; remove it")
-    if job.max_restarts is not None or job.is_spot:
+    if job.is_spot:
         raise ValueError(
-            "expected neither --max-restarts nor --spot for SLURM, got one; only a run that was "
-            "stopped and has saved is requeued, and the partition says which nodes may be taken "
-            "away: give --sbatch --partition=NAME"
+            "expected no --spot for SLURM, got it; the partition says which nodes may be taken "
+            "away: give --sbatch=--partition=NAME"
         )
     if not re.fullmatch(r"(\d+-)?\d{1,3}:\d{2}:\d{2}", time):
         raise ValueError(f"--time: expected [DAYS-]HH:MM:SS, got '{time}'; write it as 24:00:00")

@@ -174,7 +174,7 @@ def _check(job: Job) -> None:
             "`tinybert launch jobset`"
         )
     for mount in job.mounts:
-        if ":/" not in mount.source:
+        if ":/" not in mount.source or "://" in mount.source:
             raise ValueError(
                 f"--mount: expected an NFS export for TPU VMs, got '{mount.source}'; write it as "
                 f"SERVER:/EXPORT:{mount.path}"

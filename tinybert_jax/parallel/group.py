@@ -185,8 +185,8 @@ class Group:
 
     def _lost(self, number: int, why: str) -> str:
         return (
-            f"lost {self.names[number]}: {why}. The last checkpoint is kept: repeat the command in "
-            "all processes"
+            f"lost {self.names[number]}: {why}. Checkpoints are kept: repeat the command in all "
+            "processes; a stage goes on from its last one, or begins again where it has none yet"
         )
 
     def _leave_with(self, status: int, message: str) -> NoReturn:

@@ -32,8 +32,8 @@ def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mes
     if int(np.prod(sizes)) != len(devices):
         raise ValueError(
             f"mesh: expected data × fsdp × tensor = {len(devices)} devices, got "
-            f"{section.data} × {section.fsdp} × {section.tensor}; set data: -1 to use all "
-            "remaining devices"
+            f"{section.data} × {section.fsdp} × {section.tensor}; set mesh.data=-1 for all that "
+            f"remain, and the others to divisors of {len(devices)}, or start more processes"
         )
     _check_slices(section, sizes[0], len({_place(device)[0] for device in devices}))
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))

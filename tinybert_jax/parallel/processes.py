@@ -8,6 +8,7 @@ every process watches the others. Imports JAX late, because the command line rea
 import importlib.util
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from tinybert_jax.parallel.group import (
 # A variable of each launcher that JAX knows, besides those of TPUs.
 _SIGNS = {"SLURM_STEP_NODELIST", "KUBERNETES_SERVICE_HOST", "OMPI_MCA_orte_hnp_uri"}
 _JOIN_SECONDS = 300  # for which a process waits for the others at the start
+_PATIENCE_SECONDS = 10  # after which it says so
 _group: Group | None = None  # None: this process is the only one
 _T = TypeVar("_T")
 
@@ -67,9 +69,13 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     missing = (
         f"expected {num_processes or 'all'} processes at {coordinator or 'the coordinator'} within "
-        f"{_JOIN_SECONDS} s, got fewer; start all of them with the same coordinator and number"
+        f"{_JOIN_SECONDS} s, each with its own number, got fewer or one number twice; start all of "
+        "them with the same --coordinator and --num-processes, each with its own --process-id"
     )
     handle_aborts(lambda: (LOST, missing))
+    told = threading.Timer(_PATIENCE_SECONDS, _tell_waiting, [coordinator, num_processes])
+    told.daemon = True
+    told.start()
     try:
         jax.distributed.initialize(
             *given,
@@ -79,12 +85,20 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
         )
     except RuntimeError as error:
         raise LostProcessError(f"{missing} ({first_line(error)})") from error
+    finally:
+        told.cancel()
     state = distributed.global_state
     _group = Group(state.client, state.process_id, state.num_processes)
     hosts = _group.exchange("hosts", socket.gethostname())
     _group.names = [f"process {number} ({host})" for number, host in enumerate(hosts)]
     _group.handle_aborts(str(state.coordinator_address))
     threading.Thread(target=_group.watch, name="processes", daemon=True).start()
+
+
+def _tell_waiting(coordinator: str | None, num_processes: int | None) -> None:
+    who = f"{num_processes} processes" if num_processes else "all processes"
+    where = f" at {coordinator}" if coordinator else ""
+    print(f"waits for {who}{where}, at most {_JOIN_SECONDS} s", file=sys.stderr, flush=True)
 
 
 def _check(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -174,7 +188,7 @@ def check_same(name: str, value: str) -> None:
     if others:
         raise ValueError(
             f"expected the same {name} in all processes, got others in {_group.names[others[0]]} "
-            f"than in {_group.names[0]}; give all machines the same files and packages"
+            f"than in {_group.names[0]}; give all of them the same command, files and packages"
         )
 
 

@@ -141,12 +141,19 @@ class Machines(NamedTuple):
         return f"{self.num_chips} × {kind}{shape}{slices}{hosts}"
 
 
-def read(text: str, num_slices: int = 1, gpus_per_host: int | None = None) -> Machines:
+def read(
+    text: str,
+    num_slices: int = 1,
+    gpus_per_host: int | None = None,
+    *,
+    option: str = "--accelerator",
+) -> Machines:
     """The machines for NAME:SHAPE; ValueError for an unknown name or a shape that does not exist.
 
-    `num_slices`: slices of TPUs of this shape. `gpus_per_host`: 8 where it is None.
+    `num_slices`: slices of TPUs of this shape. `gpus_per_host`: 8 where it is None. `option`: the
+    argument that a message names.
     """
-    name, _, shape = text.partition(":")
+    name, _, shape = text.lower().partition(":")
     if num_slices < 1 or (gpus_per_host or 1) < 1:
         raise ValueError(
             f"expected --slices and --gpus-per-host of at least 1, got {num_slices} and "
@@ -157,23 +164,23 @@ def read(text: str, num_slices: int = 1, gpus_per_host: int | None = None) -> Ma
             raise ValueError(
                 f"--gpus-per-host: expected none for TPUs, got {gpus_per_host}; remove it"
             )
-        return _read_tpu(name, shape, num_slices)
+        return _read_tpu(name, shape, num_slices, option)
     if name in GPUS:
         if num_slices > 1:
             raise ValueError(f"--slices: expected TPUs, got {text}; give the number of all GPUs")
         return _read_gpu(name, shape, gpus_per_host)
     raise ValueError(
-        f"--accelerator: expected NAME:SHAPE with a name of {_either([*TPUS, *GPUS])}, got "
+        f"{option}: expected NAME:SHAPE with a name of {_either([*TPUS, *GPUS])}, got "
         f"'{text}'; write it as v5e:4x4 or h100:8"
     )
 
 
-def _read_tpu(name: str, shape: str, num_slices: int) -> Machines:
+def _read_tpu(name: str, shape: str, num_slices: int, option: str) -> Machines:
     tpu = TPUS[name]
     example = "4x4x4" if tpu.num_cubes else "4x4"
     if not re.fullmatch(r"\d+(x\d+)+", shape):
         raise ValueError(
-            f"--accelerator: expected a topology that is a product for {name}, got '{shape}'; "
+            f"{option}: expected a topology that is a product for {name}, got '{shape}'; "
             f"write it as {name}:{example}"
         )
     if shape in tpu.small:
@@ -186,7 +193,7 @@ def _read_tpu(name: str, shape: str, num_slices: int) -> Machines:
                 f"AxBxC (multiples of 4, A ≤ B ≤ C, {tpu.num_cubes} cubes)",
             ]
         raise ValueError(
-            f"--accelerator: expected a topology of {name}, one of {', '.join(known)}, got "
+            f"{option}: expected a topology of {name}, one of {', '.join(known)}, got "
             f"'{shape}'; choose one, such as {name}:{example}"
         )
     num_chips = math.prod(map(int, shape.split("x")))

@@ -141,6 +141,11 @@ def largest_batch(run: Run, training: Training, compiled: Compiled) -> int:
 def describe(compiled: Compiled) -> str:
     """The figures as text; times and FLOPs are estimates."""
     memory = compiled.memory
+    if not memory.total:  # the compiler has made no program
+        head = f"{compiled.stage} on {compiled.num_devices} × {compiled.device}"
+        batches = f"batches of {compiled.rows:,} × {compiled.width}"
+        lines = [f"{head} ({compiled.topology}), mesh {compiled.mesh}: {batches}"]
+        return "\n".join(lines + [f"  NOT GOOD     {own}" for own in compiled.problems])
     limit = f" of {format_si(memory.limit, 'B')}" if math.isfinite(memory.limit) else ""
     per_kind = defaultdict(int)
     for own in compiled.collectives:
@@ -176,6 +181,8 @@ def describe(compiled: Compiled) -> str:
     if compiled.largest_rows is not None:
         lines.append(f"  largest      global batch that fits: {compiled.largest_rows:,} rows")
     lines += [f"  NOT GOOD     {problem}" for problem in compiled.problems]
+    if not compiled.problems:
+        lines.append("  GOOD         it fits, and the devices send each other what the mesh needs")
     return "\n".join(lines)
 
 
@@ -292,9 +299,10 @@ def _too_large(
     run: Run, training: Training, topology: str, batch: Batch, trained: Any, error: str
 ) -> Compiled:
     """The compiler itself has refused a program that does not fit."""
-    used = re.search(r"Used ([\d.]+\w+) of ([\d.]+\w+) hbm", error)
+    forms = (r"Used ([\d.]+\w+) of ([\d.]+\w+) hbm", r"\(([\d.]+\w)\).*\(([\d.]+\w)\)")
+    used = next((found for form in forms if (found := re.search(form, error))), None)
     told = f"{used[1]} of {used[2]}" if used else error.splitlines()[0]
-    problem = f"memory: the compiler needs {told}; {_SMALLER}"
+    problem = f"memory: it does not fit, the compiler needs {told}; {_SMALLER}"
     return _about(run, training, topology, batch, trained)._replace(problems=(problem,))
 
 

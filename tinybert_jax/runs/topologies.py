@@ -25,7 +25,7 @@ def device_of(topology: str) -> Device | None:
     """None for `local`. Raises ValueError for an unknown topology."""
     if topology == LOCAL:
         return None
-    machines = accelerators.read(topology)
+    machines = accelerators.read(topology, option="--topology")
     if isinstance(machines.accelerator, accelerators.Tpu):
         tpu = machines.accelerator
         return Device(tpu.memory_gb * 2.0**30, tpu.memory_rate, tpu.link_rate, tpu.tile)
@@ -40,8 +40,8 @@ def devices_of(topology: str, num_slices: int = 1) -> Sequence[Any]:
     """
     if topology == LOCAL:
         return jax.devices()
-    machines = accelerators.read(topology, num_slices)
-    return (_tpus if machines.is_tpu else _gpus)(topology, machines)
+    machines = accelerators.read(topology, num_slices, option="--topology")
+    return (_tpus if machines.is_tpu else _gpus)(topology.lower(), machines)
 
 
 def _tpus(topology: str, machines: accelerators.Machines) -> Sequence[Any]:
@@ -57,7 +57,11 @@ def _tpus(topology: str, machines: accelerators.Machines) -> Sequence[Any]:
         )
     from jax.experimental import topologies
 
-    options = {"num_slices": machines.num_slices} if machines.num_slices > 1 else {}
+    options: dict[str, Any] = {}
+    if machines.num_slices > 1:
+        options["num_slices"] = machines.num_slices
+    if machines.num_chips == 1:
+        options["chips_per_host_bounds"] = [1, 1, 1]
     return topologies.get_topology_desc(topology, platform="tpu", **options).devices
 
 

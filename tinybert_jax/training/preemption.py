@@ -8,6 +8,7 @@ thread cannot end a step soon, that thread saves the work and ends the process.
 import contextlib
 import functools
 import os
+import re
 import signal
 import socket
 import sys
@@ -121,15 +122,20 @@ class Stop:
 
     def describe(self) -> str:
         """The line that tells where the run stopped and how to go on."""
-        where = " in all processes" if processes.count() > 1 else ""
+        where, command = "", self.command
+        if processes.count() > 1:
+            where = " in all processes"
+            command = re.sub(r"(--process-id[ =])\d+", r"\1I", command)
         return (
             f"stopped by {self._signal} {self.place}; everything until then is saved. To go on, "
-            f"repeat the command{where}: {self.command}"
+            f"repeat the command{where}: {command}"
         )
 
     def ask(self, name: str, report: Callable[[Exception], int]) -> None:
         """Asks the run to stop; ends the process at once where the main thread need not save."""
         if processes.count() > 1:
+            own = processes.describe(processes.index())
+            print(f"{name} to {own}: all processes stop and save", file=sys.stderr, flush=True)
             return processes.request(name)
         with self._lock:
             self._signal = name
