@@ -79,16 +79,16 @@ def test_what_a_label_is(tmp_path):
     assert kind_of([0, 1, 0, 1, 1, 1], kind="regression") == "regression"
 
 
-def test_two_texts_beside_numbers_are_a_pair(tmp_path):
+def test_two_texts_beside_scores_are_a_pair(tmp_path):
     others, scores = list(reversed(BODIES)), [0.5, 4.25, 3.0, 1.0, 0.0, 2.2]
-    for label in ("score", "grade"):
-        section = _guess(tmp_path, "a.csv", _csv(f"one,two,{label}", BODIES, others, scores))
-        assert (section.kind, section.text, section.text_pair) == ("regression", "one", "two")
-        assert section.label == label
-    # Beside classes they may be parts of one text, or one of them a text alone.
-    (tmp_path / "b.csv").write_text(_csv("one,two,folder", BODIES, others, FOLDERS))
-    with pytest.raises(ValueError, match="--text COLUMN, and of a pair of texts --text-pair"):
-        guess_task(str(tmp_path / "b.csv"), {})
+    section = _guess(tmp_path, "a.csv", _csv("one,two,score", BODIES, others, scores))
+    assert (section.kind, section.text, section.text_pair) == ("regression", "one", "two")
+    assert section.label == "score"
+    # Beside others they may be parts of one text, or one of them a text alone.
+    for label, values in (("folder", FOLDERS), ("price", scores)):
+        (tmp_path / "b.csv").write_text(_csv(f"one,two,{label}", BODIES, others, values))
+        with pytest.raises(ValueError, match="--text COLUMN, and of a pair of texts --text-pair"):
+            guess_task(str(tmp_path / "b.csv"), {})
 
 
 def test_pairs_and_columns_of_0_and_1(tmp_path):

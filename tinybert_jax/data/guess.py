@@ -51,7 +51,8 @@ _LABEL_NAMES = frozenset(
     "label labels category categories class classes intent folder topic topics sentiment target "
     "tag tags genre type department stars rating score similarity relevance y".split()
 )
-_NUMBER_NAMES = frozenset("score similarity relevance price amount value".split())
+_SCORE_NAMES = frozenset("score similarity relevance".split())
+_NUMBER_NAMES = _SCORE_NAMES | frozenset("price amount value".split())
 _PAIRS = (
     ("premise", "hypothesis"),
     ("text", "text_pair"),
@@ -221,9 +222,9 @@ def _text_columns(columns: _Columns, given: Mapping[str, Any]) -> tuple[str, str
 
 
 def _has_amounts(columns: _Columns, texts: Sequence[str], label: str | None) -> bool:
-    """Whether the column beside two texts holds amounts, such as how alike they are."""
+    """Whether the column beside two texts holds scores of them, by its name and its values."""
     beside = [label] if label else columns.others(*texts)
-    if len(beside) != 1:
+    if len(beside) != 1 or beside[0].strip().casefold() not in _SCORE_NAMES:
         return False
     values = [str(value).strip() for value in columns.values[beside[0]]]
     return all(map(_is_number, values)) and _are_amounts(beside[0], set(values))

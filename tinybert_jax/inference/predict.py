@@ -36,7 +36,6 @@ READING_SETTINGS = (
     "drop_empty_tokens",
     "target",
     "dev_target",
-    "train_target",
     "blank",
     "words",
 )
@@ -228,14 +227,15 @@ def _score_translations(
     from tinybert_jax.inference.seq2seq import TinyBertForConditionalGeneration, translate
 
     loaded = TinyBertForConditionalGeneration.from_pretrained(model)
-    if target := settings.get("dev_target"):
-        settings = {**settings, "train_target": target}
     section = _section(TRANSLATION, data, settings)
     assert TRANSLATION.configure is not None
     task = TRANSLATION.configure(section)
     examples = task.read(data, section, Reading(split, is_dev=True))
     length = max_length or loaded.config.max_position_embeddings
-    texts = translate(loaded, examples.text, max_length=length, max_new_tokens=length).lines
+    found = translate(loaded, examples.text, max_length=length, max_new_tokens=length)
+    if told := found.describe():
+        print(told)
+    texts = found.lines
     assert loaded.tokenizers is not None, "translate has refused a folder without tokenizers"
     rows = task.encode(loaded.tokenizers.source, examples, length)
     return ScoredFile(task, Scored(np.zeros((len(texts), 0)), rows, examples, texts), {})
@@ -318,6 +318,8 @@ def _section(task: Task, data: str, settings: Mapping[str, Any]) -> TaskSection:
             f"expected only what a file for a {task.kind} model can have, {known}, got {unknown}; "
             "remove them"
         )
+    if "dev_target" in given:
+        given["train_target"] = given["dev_target"]
     return validate(task.section, {"train": data, "dev": data, **given}, f"task of {task.kind}")
 
 

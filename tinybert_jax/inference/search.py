@@ -40,13 +40,13 @@ def search(
     A result has the `row` of the file from 1, `score` (the cosine), `text`, and `label`, the value
     of that column. `data`: a table whose column `text` is searched, or plain text, a text a line.
     `index`: a folder that keeps the vectors of the texts (see `vector_index`). `rerank`: a
-    regression model of pairs, which reads the question together with each of the `_CANDIDATES`
-    closest texts; its number is the `score` then, and the cosine `cosine`. Raises ValueError for a
-    model of another task and text that cannot be read.
+    regression model of pairs, which reads the question with each of the closest texts, `top` or
+    `_CANDIDATES` if that is more, cut at its own positions; `score` is its number then, and
+    `cosine` the cosine. Raises ValueError for a model of another task and text that cannot be read.
     """
-    second = None if rerank is None else _pair_model(rerank)
     if top < 1:
         raise ValueError(f"top: expected at least 1 result, got {top}; raise it")
+    second = None if rerank is None else _pair_model(rerank)
     rows, texts, labels = read_texts(data, text, label, split)
     options = {"max_length": max_length, "width": width}
     asked = embed(model, questions, **options)
@@ -88,6 +88,11 @@ def _reranked(
     """The results by the model's number for question and text, the highest first."""
     texts = [result["text"] for result in results]
     answers = model.answer(Examples([question] * len(texts), texts, None, None))
+    if any(answer["value"] is None for answer in answers):
+        raise ValueError(
+            f"{model.name}: expected finite outputs, got NaN or infinite ones for {question!r}; "
+            "the weights have diverged or are too large: take another checkpoint"
+        )
     ranked = [
         {**result, "score": round(answer["value"], 6), "cosine": result["score"]}
         for result, answer in zip(results, answers, strict=True)

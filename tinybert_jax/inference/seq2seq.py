@@ -200,6 +200,16 @@ class Translations(NamedTuple):
     num_cut: int  # sources that were longer than the encoder's positions
     num_unknown: int  # sources with characters that the vocabulary lacks
 
+    def describe(self) -> str:
+        """A line about sources that were not read whole; empty without any."""
+        counts = {
+            "blank, and stay so": self.num_blank,
+            "cut at the model's length": self.num_cut,
+            "with characters that the vocabulary lacks": self.num_unknown,
+        }
+        shown = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        return f"of {len(self.lines)} lines: {shown}" if shown else ""
+
 
 def translate(
     model: TinyBertForConditionalGeneration,

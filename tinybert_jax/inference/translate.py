@@ -55,14 +55,8 @@ def _translate(arguments, command: str) -> int:
         model = seq2seq.TinyBertForConditionalGeneration.from_pretrained(arguments.model)
         options = {name: getattr(arguments, name) for name in names}
         found = seq2seq.translate(model, lines, **options)
-    counts = {
-        "blank, and stay so": found.num_blank,
-        "cut at the model's length": found.num_cut,
-        "with characters that the vocabulary lacks": found.num_unknown,
-    }
-    if any(counts.values()):
-        shown = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-        print(f"of {len(lines)} lines: {shown}", file=sys.stderr)
+    if told := found.describe():
+        print(told, file=sys.stderr)
     text = printable("".join(line + "\n" for line in found.lines))
     if output:
         output.write_text(text, encoding="utf-8")

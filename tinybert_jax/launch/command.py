@@ -136,7 +136,8 @@ def _job(arguments: argparse.Namespace, typed: str) -> Job:
     for name in config_files.variables(arguments.config, overrides):
         if name in os.environ and name not in chosen:
             chosen[name] = os.environ[name]
-            if arguments.image:
+            # Apptainer shows a container the home, the working folder and /tmp of the node.
+            if arguments.image and getattr(arguments, "form", None) != "apptainer":
                 jobs.check_seen(name, chosen[name], mounts)
     with _environment(chosen):
         settings = config_files.load(arguments.config, overrides)

@@ -103,8 +103,8 @@ def check_no_buckets(mounts: Sequence[Mount], kinds: str) -> None:
 
 def check_seen(name: str, value: str, mounts: Sequence[Mount]) -> None:
     """ValueError where a variable of this machine is a path that a container does not see."""
-    path = PurePosixPath(value)
-    if path.is_absolute() and not any(path.is_relative_to(mount.path) for mount in mounts):
+    path, seen = PurePosixPath(value), [IMAGE_FOLDER, *(mount.path for mount in mounts)]
+    if path.is_absolute() and not any(path.is_relative_to(folder) for folder in seen):
         raise ValueError(
             f"--env: expected {name} as the container sees it, got {value}, which is of this "
             f"machine and in no --mount; give --env {name}=/DATA/…, and --mount for that folder"

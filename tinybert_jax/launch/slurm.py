@@ -69,11 +69,13 @@ done
 step=
 
 # {stopped}: the run was stopped and has saved its state; the same job goes on with it.
-# {lost}, 137: a process was lost or killed; the job goes on from the last checkpoint, some times.
+# {lost}, 137: a process was lost or killed; it goes on from the last checkpoint, {restarts} times.
+losses="$SLURM_JOB_ID.losses"
 case "$status" in
   {stopped}) scontrol requeue "$SLURM_JOB_ID" ;;
   {lost} | 137)
-    if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
+    echo "$status" >>"$losses"
+    if [ "$(wc -l <"$losses")" -le {restarts} ]; then
       scontrol requeue "$SLURM_JOB_ID"
     fi
     ;;

@@ -57,8 +57,11 @@ class Outputs(NamedTuple):
 
     def on(self, side: Side) -> "Outputs":
         """The outputs with the layers of a side in the place of the encoder's."""
-        if side == "encoder" or self.decoder is None:
+        if side == "encoder":
             return self
+        if self.encoder is None:  # a teacher that the step does not read
+            return self
+        assert self.decoder is not None, "the config check refuses a side that a model lacks"
         own = self.decoder.self_attention if side == "decoder" else self.decoder.cross_attention
         arrays = own.queries, own.keys, own.values, own.attention_scores
         return self._replace(encoder=EncoderOutput(self.decoder.hidden, *arrays, None))

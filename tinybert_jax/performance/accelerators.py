@@ -168,7 +168,7 @@ def read(
     if name in GPUS:
         if num_slices > 1:
             raise ValueError(f"--slices: expected TPUs, got {text}; give the number of all GPUs")
-        return _read_gpu(name, shape, gpus_per_host)
+        return _read_gpu(name, shape, gpus_per_host, option)
     raise ValueError(
         f"{option}: expected NAME:SHAPE with a name of {_either([*TPUS, *GPUS])}, got "
         f"'{text}'; write it as v5e:4x4 or h100:8"
@@ -212,12 +212,12 @@ def _is_made_of_cubes(shape: str, num_cubes: int) -> bool:
     return is_ordered and not any(size % 4 for size in sizes) and math.prod(sizes) <= 64 * num_cubes
 
 
-def _read_gpu(name: str, shape: str, gpus_per_host: int | None) -> Machines:
+def _read_gpu(name: str, shape: str, gpus_per_host: int | None, option: str) -> Machines:
     per_host = gpus_per_host or _GPUS_PER_HOST
     num_gpus = int(shape) if re.fullmatch(r"\d{1,6}", shape) else 0
     if num_gpus < 1 or num_gpus > per_host and num_gpus % per_host:
         raise ValueError(
-            f"--accelerator: expected a number of GPUs for {name}, at most {per_host} or a "
+            f"{option}: expected a number of GPUs for {name}, at most {per_host} or a "
             f"multiple of it ({per_host} on a host), got '{shape}'; write it as {name}:{per_host}"
         )
     used = min(per_host, num_gpus)

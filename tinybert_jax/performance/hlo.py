@@ -151,6 +151,8 @@ class Program(NamedTuple):
         if found is None or not instruction.operands:
             return 0
         dims = _dims(self._types(computation).get(instruction.operands[0], ""))
+        if not dims:  # an operand of another computation
+            return 0
         summed = [dims[int(i)] for i in re.findall(r"\d+", found[1])]
         return 2 * math.prod(summed) * math.prod(_dims(instruction.type))
 

@@ -154,7 +154,7 @@ def _make_member(
             num_shards=num_batch_shards(run.mesh),
             num_texts=run.task.texts_per_example if run.task else 1,
             widths=getattr(run.task.section, "widths", ()) if run.task else (),
-            fuses_scores=run.compute.attention == "triton" and len(plan.seeds) == 1,
+            fuses_scores=run.compute.attention == "triton",
         ),
         _make_mask(run, plan),
     )

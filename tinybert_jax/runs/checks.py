@@ -4,6 +4,7 @@ A check reads settings and model folders. It raises ValueError with the expected
 found and the fix. It does not run a model and writes nothing.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.runs.inputs import prefix_errors
 from tinybert_jax.runs.run import Run, RunTask, make_task_model
 from tinybert_jax.settings.layer_maps import make_layer_pairs
-from tinybert_jax.settings.sizes import EncoderDecoderConfig, Sizes, depths, side_of
+from tinybert_jax.settings.sizes import EncoderDecoderConfig, Side, Sizes, depths, side_of
 from tinybert_jax.tasks.table import task_of
 from tinybert_jax.terms.table import reads_of
 from tinybert_jax.terms.term import Reads
@@ -361,13 +362,14 @@ def _check_start(student: Student, teacher: Sizes) -> None:
     is_equal = {"max_position_embeddings": False, "hidden_size": copies}
     if reads_layers:
         is_equal |= {"num_attention_heads": True, "intermediate_size": copies}
-    for name, equal in is_equal.items():
-        largest, got = getattr(teacher, name), getattr(student.sizes, name)
+    sides: tuple[Side, ...] = ("encoder", "decoder") if all(depths(teacher)) else ("encoder",)
+    for side, (name, equal) in itertools.product(sides, is_equal.items()):
+        largest, got = (getattr(side_of(own, side), name) for own in (teacher, student.sizes))
         if got > largest or (equal and got != largest):
             raise ValueError(
-                f"{student.origin}.{name}: expected {'' if equal else 'at most '}{largest} (the "
-                f"teacher's), got {got}, because {student.origin}.init is {init}; set {name} to "
-                f"that, or set {student.origin}.init=random"
+                f"{student.origin}.{name}: expected {'' if equal else 'at most '}{largest} "
+                f"(the teacher's{' ' + side if len(sides) > 1 else ''}), got {got}, because "
+                f"{student.origin}.init is {init}; set it so, or set {student.origin}.init=random"
             )
     if reads_layers:
         with prefix_errors(f"{student.origin}.init_layers"):

@@ -182,7 +182,10 @@ def describe(compiled: Compiled) -> str:
         lines.append(f"  largest      global batch that fits: {compiled.largest_rows:,} rows")
     lines += [f"  NOT GOOD     {problem}" for problem in compiled.problems]
     if not compiled.problems:
-        lines.append("  GOOD         it fits, and the devices send each other what the mesh needs")
+        fits = "it fits" if math.isfinite(memory.limit) else "memory is not known"
+        is_split = "fsdp 1 × tensor 1" not in compiled.mesh
+        sends = "are not judged, as models are split" if is_split else "are the gradients' alone"
+        lines.append(f"  GOOD         {fits}; collectives {sends}")
     return "\n".join(lines)
 
 
@@ -295,12 +298,18 @@ def _useful_share(run: Run, topology: str, work: Any, width: int) -> float:
     return useful / done
 
 
+# "Used 24.6G of 15.7G hbm"; "total memory required for … (24.65G) exceeds available HBM (15.75G)".
+_TOO_MUCH = (
+    r"Used ([\d.]+\w+) of ([\d.]+\w+) hbm",
+    r"required for .*?\(([\d.]+\w)\) exceeds .*?\(([\d.]+\w)\)",
+)
+
+
 def _too_large(
     run: Run, training: Training, topology: str, batch: Batch, trained: Any, error: str
 ) -> Compiled:
     """The compiler itself has refused a program that does not fit."""
-    forms = (r"Used ([\d.]+\w+) of ([\d.]+\w+) hbm", r"\(([\d.]+\w)\).*\(([\d.]+\w)\)")
-    used = next((found for form in forms if (found := re.search(form, error))), None)
+    used = next((found for form in _TOO_MUCH if (found := re.search(form, error))), None)
     told = f"{used[1]} of {used[2]}" if used else error.splitlines()[0]
     problem = f"memory: it does not fit, the compiler needs {told}; {_SMALLER}"
     return _about(run, training, topology, batch, trained)._replace(problems=(problem,))

@@ -80,7 +80,8 @@ def open_run(
     check_from_step(run, [run.plans[stage.name] for stage in stages], from_step)
     processes.check_same("settings", config_files.dump(config))
     identity.check_same_inputs(run)
-    keep_programs(platform_of(run.mesh))  # before anything compiles
+    if processes.count() == 1:  # of several, process 0 alone would write them, and find them again
+        keep_programs(platform_of(run.mesh))  # before anything compiles
     _check_teachers(run, stages)
 
     def begin() -> None:

@@ -17,6 +17,7 @@ from tinybert_jax.batches.packing import packed_epochs
 from tinybert_jax.batches.tokenize import tokenize_corpus
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import StageSection
+from tinybert_jax.config.task_kinds import TranslationTask
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.parallel.mesh import num_batch_shards
 from tinybert_jax.parallel.sharding import batch_part
@@ -80,7 +81,8 @@ def _fitting(run: Run, plan: StagePlan, text: Examples) -> Examples:
     if fits.all():
         return text
     told = f"{np.count_nonzero(~fits):,} of {len(fits):,} rows are longer than {most} tokens"
-    if getattr(task.section, "long", "refuse") == "refuse" or not fits.any():
+    assert isinstance(task.section, TranslationTask), "no other task has `fits`"
+    if task.section.long == "refuse" or not fits.any():
         raise ValueError(
             f"{plan.name}: expected rows of at most {most} tokens, got others: {told}; raise "
             f"{plan.name}.max_length, or set task.long=drop"

@@ -29,8 +29,12 @@ def device_of(topology: str) -> Device | None:
     if isinstance(machines.accelerator, accelerators.Tpu):
         tpu = machines.accelerator
         return Device(tpu.memory_gb * 2.0**30, tpu.memory_rate, tpu.link_rate, tpu.tile)
-    chip = gpu_target.CHIPS[machines.name]
-    return Device(chip.memory_gb * 2.0**30, chip.memory_rate, chip.link_rate, _GPU_TILE)
+    chip = gpu_target.CHIPS.get(machines.name)
+    if chip is None:
+        raise ValueError(_only_gpus(topology))
+    # What JAX takes of a GPU; `tinybert launch` sets 0.9.
+    share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
+    return Device(share * chip.memory_gb * 2.0**30, chip.memory_rate, chip.link_rate, _GPU_TILE)
 
 
 def devices_of(topology: str, num_slices: int = 1) -> Sequence[Any]:
@@ -68,10 +72,7 @@ def _tpus(topology: str, machines: accelerators.Machines) -> Sequence[Any]:
 def _gpus(topology: str, machines: accelerators.Machines) -> Sequence[Any]:
     chip = gpu_target.CHIPS.get(machines.name)
     if chip is None or machines.num_hosts > 1:
-        raise ValueError(
-            f"--topology: expected GPUs of one host, of {', '.join(gpu_target.CHIPS)}, got "
-            f"'{topology}'; name such, or {LOCAL} where the GPUs are"
-        )
+        raise ValueError(_only_gpus(topology))
     if not has_gpu_compiler():
         raise ValueError(
             f"--topology {topology}: expected JAX's plugin for CUDA, the compiler of GPU programs, "
@@ -84,6 +85,13 @@ def _gpus(topology: str, machines: accelerators.Machines) -> Sequence[Any]:
         target_config=gpu_target.target_text(chip),
         topology=f"1x1x{machines.num_chips}",
     ).devices
+
+
+def _only_gpus(topology: str) -> str:
+    return (
+        f"--topology: expected GPUs of one host, of {', '.join(gpu_target.CHIPS)}, got "
+        f"'{topology}'; name such, or {LOCAL} where the GPUs are"
+    )
 
 
 def has_gpu_compiler() -> bool:

@@ -8,7 +8,6 @@ thread cannot end a step soon, that thread saves the work and ends the process.
 import contextlib
 import functools
 import os
-import re
 import signal
 import socket
 import sys
@@ -122,20 +121,18 @@ class Stop:
 
     def describe(self) -> str:
         """The line that tells where the run stopped and how to go on."""
-        where, command = "", self.command
+        where = ""
         if processes.count() > 1:
-            where = " in all processes"
-            command = re.sub(r"(--process-id[ =])\d+", r"\1I", command)
+            own = " with its own --process-id" if "--process-id" in self.command else ""
+            where = f" in all processes, each{own}" if own else " in all processes"
         return (
             f"stopped by {self._signal} {self.place}; everything until then is saved. To go on, "
-            f"repeat the command{where}: {command}"
+            f"repeat the command{where}: {self.command}"
         )
 
     def ask(self, name: str, report: Callable[[Exception], int]) -> None:
         """Asks the run to stop; ends the process at once where the main thread need not save."""
         if processes.count() > 1:
-            own = processes.describe(processes.index())
-            print(f"{name} to {own}: all processes stop and save", file=sys.stderr, flush=True)
             return processes.request(name)
         with self._lock:
             self._signal = name
