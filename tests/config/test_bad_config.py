@@ -322,7 +322,7 @@ def test_batch_that_the_devices_cannot_share(world):
 
 def test_mesh_of_other_devices(world):
     path = world.config("finetune", mesh={"data": 3})
-    world.fails("run", path, naming=("mesh", "8 devices", "3 × 1 × 1", "data: -1"))
+    world.fails("run", path, naming=("mesh", "8 devices", "3 × 1 × 1", "mesh.data=-1"))
 
 
 def test_other_attention_heads(world):
