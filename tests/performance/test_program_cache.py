@@ -12,7 +12,7 @@ from tinybert_jax.performance.program_cache import keep_programs, watched_compil
 print(keep_programs("cpu"))
 with watched_compilation() as found:
     jax.jit(lambda x: jnp.sin(x) @ x).lower(jnp.ones((8, 8))).compile()
-print(found.num_kept > 0, found.seconds > 0)
+print(0 < found.num_asked == found.num_kept, found.seconds > 0)
 """
 
 
@@ -30,6 +30,14 @@ def test_programs_are_kept_on_accelerators_alone(settings, monkeypatch, tmp_path
     jax.config.update("jax_compilation_cache_dir", None)
     assert keep_programs("cpu") is None
     assert keep_programs("gpu") == str(tmp_path / "tinybert_jax" / "programs")
+
+
+def test_a_folder_that_cannot_be_made_keeps_none(settings, monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert keep_programs("gpu") is None
+    assert "compiled programs are not kept" in capsys.readouterr().out
 
 
 def test_the_settings_of_jax_come_first(settings, monkeypatch, tmp_path):
@@ -56,5 +64,7 @@ def test_only_long_compilations_are_worth_a_line():
     assert found.describe() is None
     found.seconds = 61.2
     assert found.describe() == "compiled in 61 s"
-    found.num_kept = 1
-    assert found.describe() == "compiled in 61 s, kept from an earlier run"
+    found.num_asked, found.num_kept = 2, 1
+    assert found.describe() == "compiled in 61 s"
+    found.num_kept = 2
+    assert found.describe() == "read in 61 s, as an earlier run has compiled it"

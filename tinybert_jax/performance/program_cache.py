@@ -4,12 +4,12 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.monitoring
 
+_ASKED = "/jax/compilation_cache/compile_requests_use_cache"
 _HIT = "/jax/compilation_cache/cache_hits"
 _SHORTEST = 2.0  # seconds of compiling that are worth a line
 
@@ -25,8 +25,14 @@ def keep_programs(platform: str) -> str | None:
     if not config.jax_enable_compilation_cache:
         return None
     if config.jax_compilation_cache_dir is None and platform != "cpu":
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        config.update("jax_compilation_cache_dir", str(folder / "tinybert_jax" / "programs"))
+        base = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        folder = os.path.join(base, "tinybert_jax", "programs")
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            print(f"compiled programs are not kept: {folder}: {error.strerror}", flush=True)
+            return None
+        config.update("jax_compilation_cache_dir", folder)
     return config.jax_compilation_cache_dir
 
 
@@ -40,14 +46,15 @@ class Compilation:
     """How long a compilation took, and whether its programs were kept from an earlier run."""
 
     def __init__(self) -> None:
-        self.seconds, self.num_kept = 0.0, 0
+        self.seconds, self.num_asked, self.num_kept = 0.0, 0, 0
 
     def describe(self) -> str | None:
         """What to tell of it; None where it took next to no time."""
         if self.seconds < _SHORTEST:
             return None
-        kept = ", kept from an earlier run" if self.num_kept else ""
-        return f"compiled in {self.seconds:.0f} s{kept}"
+        if 0 < self.num_asked == self.num_kept:
+            return f"read in {self.seconds:.0f} s, as an earlier run has compiled it"
+        return f"compiled in {self.seconds:.0f} s"
 
 
 @contextlib.contextmanager
@@ -56,6 +63,7 @@ def watched_compilation() -> Iterator[Compilation]:
     found, start = Compilation(), time.monotonic()
 
     def count(event: str, **_: object) -> None:
+        found.num_asked += event == _ASKED
         found.num_kept += event == _HIT
 
     jax.monitoring.register_event_listener(count)
