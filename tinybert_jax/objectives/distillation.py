@@ -57,9 +57,7 @@ class Outputs(NamedTuple):
 
     def on(self, side: Side) -> "Outputs":
         """The outputs with the layers of a side in the place of the encoder's."""
-        if side == "encoder":
-            return self
-        if self.encoder is None:  # a teacher that the step does not read
+        if side == "encoder" or self.encoder is None:  # None: a teacher that the step does not read
             return self
         assert self.decoder is not None, "the config check refuses a side that a model lacks"
         own = self.decoder.self_attention if side == "decoder" else self.decoder.cross_attention
