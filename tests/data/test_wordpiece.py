@@ -1,6 +1,10 @@
 """`tinybert data vocab`: a WordPiece vocabulary from text files."""
 
+import tokenizers
+import transformers
+
 from tinybert_jax import cli
+from tinybert_jax.data.wordpiece import decode_texts, train_wordpiece
 from tinybert_jax.huggingface.hub import load_tokenizer
 
 
@@ -51,3 +55,28 @@ def test_a_vocabulary_has_at_most_the_requested_size(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main([*command[:-2], str(tmp_path / "no"), "--max-length", "1"]) == 2
     assert "--max-length: expected 3 or more; got 1" in capsys.readouterr().err
+
+
+TEXTS = (
+    'A man, who (I think) reads "War and Peace", isn\'t asleep; he has 2.5 of 10,000 pages left!',
+    "Ein T-Shirt mit der Aufschrift „Hallo Welt“ hängt um 12:30 im Flur.",
+    "L'été, il y a une piste cyclable/piétonne [fermée].",
+    "两名男子身穿“NBA”球衣，站在（红色的）汽车旁……然后离开。",
+)
+
+
+def test_texts_come_back_as_they_were_written():
+    tokenizer = train_wordpiece(TEXTS * 2, vocab_size=400, lowercase=False)
+    ids = tokenizer(list(TEXTS))["input_ids"]
+    plain = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    assert not set(plain) & set(TEXTS)  # without the rules none of them does
+    assert decode_texts(tokenizer, ids) == list(TEXTS)
+
+
+def test_a_tokenizer_that_knows_its_spaces_is_left_alone():
+    backend = tokenizers.ByteLevelBPETokenizer()
+    backend.train_from_iterator(["a ( red ) T - shirt"] * 3, vocab_size=300)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer)
+    assert decode_texts(tokenizer, [tokenizer("a ( red ) T - shirt")["input_ids"]]) == [
+        "a ( red ) T - shirt"
+    ]

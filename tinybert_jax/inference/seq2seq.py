@@ -12,7 +12,7 @@ import numpy as np
 from tinybert_jax.batches.tokenize import MIN_TOKENS
 from tinybert_jax.data.errors import short
 from tinybert_jax.data.json_text import is_utf8
-from tinybert_jax.data.wordpiece import plain_backend
+from tinybert_jax.data.wordpiece import decode_texts, plain_backend
 from tinybert_jax.huggingface.encoder_decoder import (
     Tokenizers,
     load_encoder_decoder,
@@ -251,9 +251,8 @@ def translate(
         ids = np.full(mask.shape, source.pad_token_id, np.int32)
         ids[mask] = np.concatenate(rows)
         words = model.generate(ids, mask, **settings)
-        texts = target.batch_decode(words, skip_special_tokens=True)
-        for number, text in zip(part, texts, strict=True):
-            found[filled[number]] = " ".join(text.split())  # one line each
+        for number, text in zip(part, decode_texts(target, words), strict=True):
+            found[filled[number]] = text
     unknown = source.unk_token_id
     return Translations(
         lines=found,
