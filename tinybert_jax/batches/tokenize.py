@@ -27,15 +27,22 @@ def tokenize_texts(tokenizer: Any, text: Examples, max_length: int) -> TokenRows
     return _rows([e.ids for e in encoded], second, text.labels, num_truncated)
 
 
-def tokenize_pairs(tokenizer: Any, examples: Examples, max_length: int) -> TokenRows:
+def tokenize_pairs(
+    tokenizer: Any, examples: Examples, max_length: int, *, target_tokenizer: Any = None
+) -> TokenRows:
     """Sources [CLS] … [SEP], and targets that a decoder reads from [CLS] and ends with [SEP].
 
     Both are cut to `max_length` tokens; without targets (`text_pair`) each is empty.
+    `target_tokenizer`: of targets with another vocabulary.
     """
-    backend = plain_backend(tokenizer)
-    backend.enable_truncation(max_length)
-    sides = [list(examples.text), list(examples.text_pair or [""] * len(examples.text))]
-    sources, targets = (backend.encode_batch([_head(backend, t) for t in own]) for own in sides)
+
+    def encode(own: Any, texts: Sequence[str]) -> list[Any]:
+        backend = plain_backend(own)
+        backend.enable_truncation(max_length)
+        return backend.encode_batch([_head(backend, text) for text in texts])
+
+    sources = encode(tokenizer, examples.text)
+    targets = encode(target_tokenizer or tokenizer, examples.text_pair or [""] * len(examples.text))
     ends = [bool(own.overflowing) for own in sources]
     cut = [is_cut or bool(own.overflowing) for is_cut, own in zip(ends, targets, strict=True)]
     ids = [own.ids for own in sources]

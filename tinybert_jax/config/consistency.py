@@ -229,6 +229,11 @@ def _needs_of_tokenizer(config: Any) -> Iterator[str]:
         )
     if not (config.tokenizer.path or config.tokenizer.vocab_size or config.teacher.path):
         yield "expected a tokenizer: set tokenizer.path, tokenizer.vocab_size or teacher.path"
+    own = {name for name in ("target_path", "target_vocab_size") if getattr(config.tokenizer, name)}
+    if own and not translates:
+        yield f"tokenizer.{min(own)} is of the targets of a translation: leave it out"
+    if len(own) > 1:
+        yield "tokenizer.target_path and tokenizer.target_vocab_size: set one of them"
 
 
 def _needs_of_attention(config: Any) -> Iterator[str]:

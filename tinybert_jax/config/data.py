@@ -71,6 +71,14 @@ class TokenizerSection(Section):
     lowercase: bool = Field(
         default=True, description="lower-case text without accents, for a trained vocabulary"
     )
+    target_path: str | None = Field(
+        default=None,
+        description="of a translation's targets; default: as path has it, else both sides have one",
+    )
+    target_vocab_size: PositiveInt | None = Field(
+        default=None,
+        description="instead of target_path: trains a vocabulary of this size on the targets alone",
+    )
 
 
 class CorpusSection(Section):

@@ -24,13 +24,19 @@ from tinybert_jax.huggingface.folder import (
     write_folder,
     write_json,
 )
-from tinybert_jax.huggingface.hub import check_table, find_folder, load_tokenizer, save_tokenizer
+from tinybert_jax.huggingface.hub import (
+    check_same_pieces,
+    check_table,
+    find_folder,
+    load_tokenizer,
+    save_tokenizer,
+)
 from tinybert_jax.huggingface.tensors import WEIGHTS, open_tensors
 from tinybert_jax.huggingface.untrusted import CONFIG, check_folder, read_json, shorten
 from tinybert_jax.huggingface.weights import Format, from_hf, linear, norm, our_shapes, to_hf
 from tinybert_jax.models.params import Params, flatten, unflatten
 from tinybert_jax.models.seq2seq import make_seq2seq
-from tinybert_jax.settings.sizes import EncoderDecoderConfig, ModelConfig
+from tinybert_jax.settings.sizes import EncoderDecoderConfig, ModelConfig, Sizes
 
 MODEL_TYPE = "encoder-decoder"
 DECODER_TOKENIZER = "decoder_tokenizer"
@@ -110,14 +116,28 @@ def load_encoder_decoder(path: str | Path) -> EncoderDecoder:
     return EncoderDecoder(folder, config, unflatten({path: flat[path] for path in shapes}))
 
 
-def load_tokenizers(loaded: EncoderDecoder) -> Tokenizers:
-    """The tokenizers of a folder; raises ValueError where they do not fit the word tables."""
-    source = target = load_tokenizer(loaded.folder)
-    if (loaded.folder / DECODER_TOKENIZER).is_dir():
-        target = load_tokenizer(loaded.folder / DECODER_TOKENIZER)
-    check_table(source, loaded.config.encoder, "the encoder")
-    check_table(target, loaded.config.decoder, "the decoder")
-    return Tokenizers(source, target)
+def load_tokenizers(path: str | Path) -> Tokenizers:
+    """The tokenizers of a local folder or hub id, one for both sides where it has but one."""
+    folder, source = find_folder(path), load_tokenizer(path)
+    own = folder / DECODER_TOKENIZER
+    return Tokenizers(source, load_tokenizer(own) if own.is_dir() else source)
+
+
+def check_tables(tokenizers: Tokenizers, config: Sizes, owner: str) -> None:
+    """Raises ValueError for tokenizers that do not fit the word tables of a model."""
+    if not isinstance(config, EncoderDecoderConfig):
+        check_table(tokenizers.source, config, owner)
+        return
+    check_table(tokenizers.source, config.encoder, f"the encoder of {owner}")
+    check_table(tokenizers.target, config.decoder, f"the decoder of {owner}")
+
+
+def check_tokenizers(tokenizers: Tokenizers, path: str | Path, role: str) -> None:
+    """Raises ValueError for a model folder with other pieces or ids than these."""
+    check_same_pieces(tokenizers.source, path, role)
+    if is_encoder_decoder(path):
+        own = find_folder(path) / DECODER_TOKENIZER
+        check_same_pieces(tokenizers.target, own if own.is_dir() else path, role)
 
 
 def warm_start(

@@ -229,7 +229,7 @@ def _score_translations(
     loaded = TinyBertForConditionalGeneration.from_pretrained(model)
     section = _section(TRANSLATION, data, settings)
     assert TRANSLATION.configure is not None
-    task = TRANSLATION.configure(section)
+    task = TRANSLATION.configure(section, loaded.tokenizers and loaded.tokenizers.target)
     examples = task.read(data, section, Reading(split, is_dev=True))
     length = max_length or loaded.config.max_position_embeddings
     found = translate(loaded, examples.text, max_length=length, max_new_tokens=length)

@@ -15,12 +15,13 @@ from tinybert_jax.data.json_text import is_utf8
 from tinybert_jax.data.wordpiece import decode_texts, plain_backend
 from tinybert_jax.huggingface.encoder_decoder import (
     Tokenizers,
+    check_tables,
     load_encoder_decoder,
     load_tokenizers,
     save_encoder_decoder,
     warm_start,
 )
-from tinybert_jax.huggingface.hub import check_table, has_tokenizer, load_tokenizer
+from tinybert_jax.huggingface.hub import has_tokenizer, load_tokenizer
 from tinybert_jax.inference.pretrained import ModelOutput, checked_ids
 from tinybert_jax.models import decoding
 from tinybert_jax.models.decoding import Decoding
@@ -56,7 +57,10 @@ class TinyBertForConditionalGeneration:
         The folder has to name `decoder_start_token_id`, `eos_token_id` and `pad_token_id`.
         """
         loaded = load_encoder_decoder(path)
-        tokens = load_tokenizers(loaded) if has_tokenizer(loaded.folder) else None
+        if not has_tokenizer(loaded.folder):
+            return cls(loaded.config, loaded.params)
+        tokens = load_tokenizers(loaded.folder)
+        check_tables(tokens, loaded.config, "the model")
         return cls(loaded.config, loaded.params, tokens)
 
     @classmethod
@@ -83,9 +87,9 @@ class TinyBertForConditionalGeneration:
 
         ids = _special_ids(target)
         config, params = warm_start(encoder, decoder, init, decoder_layers=decoder_layers, **ids)
-        check_table(source, config.encoder, f"the model in {encoder}")
-        check_table(target, config.decoder, f"the model in {decoder}")
-        return cls(config, params, Tokenizers(source, target))
+        tokens = Tokenizers(source, target)
+        check_tables(tokens, config, "the model")
+        return cls(config, params, tokens)
 
     @classmethod
     def from_sizes(

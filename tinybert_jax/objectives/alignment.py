@@ -9,16 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinybert_jax.models.linear import affine_in
-from tinybert_jax.settings.sizes import Side, Sizes
+from tinybert_jax.settings.sizes import Side, Sizes, depths, side_of
 
 
 def check_same_vocabulary(student: Sizes, teacher: Sizes) -> None:
     """Raises ValueError where the vocabulary sizes differ."""
-    if student.vocab_size != teacher.vocab_size:
-        raise ValueError(
-            f"vocabulary: expected the same for both, got {student.vocab_size} entries for the "
-            f"student and {teacher.vocab_size} for the teacher; use the teacher's tokenizer"
-        )
+    sides: tuple[Side, ...] = ("encoder", "decoder") if depths(student)[1] else ("encoder",)
+    for side in sides:
+        own, theirs = side_of(student, side), side_of(teacher, side)
+        if own.vocab_size != theirs.vocab_size:
+            raise ValueError(
+                f"vocabulary: expected the same for both, got {own.vocab_size} entries for the "
+                f"student and {theirs.vocab_size} for the teacher; use the teacher's tokenizer"
+            )
 
 
 def init_projection(

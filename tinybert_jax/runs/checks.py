@@ -15,11 +15,10 @@ from tinybert_jax.config.models import Student
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import FINETUNE, PRETRAIN, StageSection
 from tinybert_jax.data.wordpiece import is_continuation
-from tinybert_jax.huggingface.encoder_decoder import is_encoder_decoder, load_encoder_decoder
+from tinybert_jax.huggingface import encoder_decoder
 from tinybert_jax.huggingface.families import format_of
 from tinybert_jax.huggingface.folder import check_start, has_pooler, read_model
 from tinybert_jax.huggingface.head import is_unnamed
-from tinybert_jax.huggingface.hub import check_same_pieces, check_table
 from tinybert_jax.models.attention import missing_device
 from tinybert_jax.models.families import DEFAULT
 from tinybert_jax.models.heads import Model, make_encoder, make_masked_lm
@@ -56,11 +55,11 @@ def check_vocabularies(run: Run) -> None:
     """Raises ValueError for a model folder whose tokenizer is not the run's tokenizer."""
     for path in (run.teacher_section.path, run.teacher_section.finetuned):
         if path:
-            check_same_pieces(run.tokenizer, path, "teacher")
+            encoder_decoder.check_tokenizers(run.tokenizers, path, "teacher")
     for student in run.students:
         if student.section.path:
             with prefix_errors(student.origin):
-                check_same_pieces(run.tokenizer, student.section.path, "student")
+                encoder_decoder.check_tokenizers(run.tokenizers, student.section.path, "student")
     masked = [plan for plan in run.plans.values() if plan.masking]
     if masked and run.tokenizer.mask_token is None:
         raise ValueError(
@@ -98,7 +97,7 @@ def check_sizes(run: Run, plans: Sequence[StagePlan]) -> None:
 
 def _check_model(run: Run, plan: StagePlan, role: str, model: Sizes) -> None:
     """Raises ValueError for a model that cannot read the text of a stage."""
-    check_table(run.tokenizer, model, f"the {role}")
+    encoder_decoder.check_tables(run.tokenizers, model, f"the {role}")
     stage, positions = plan.name, model.max_position_embeddings
     max_length = plan.section.max_length
     if max_length > positions:
@@ -186,7 +185,7 @@ def check_weights(run: Run, plans: Sequence[StagePlan]) -> None:
     ]
     for origin, model, path, make, whole in starts:
         with prefix_errors(origin):
-            if isinstance(model, EncoderDecoderConfig) != is_encoder_decoder(path):
+            if isinstance(model, EncoderDecoderConfig) != encoder_decoder.is_encoder_decoder(path):
                 raise ValueError(_other_kind(path, model))
             if isinstance(model, EncoderDecoderConfig):
                 continue  # whole, or refused where its sizes were read
@@ -260,7 +259,7 @@ def check_further_teachers(run: Run) -> None:
     for teacher in run.further_teachers:
         path = teacher.section.path
         with prefix_errors(teacher.origin):
-            check_same_pieces(run.tokenizer, path, "teacher")
+            encoder_decoder.check_tokenizers(run.tokenizers, path, "teacher")
             _check_model(run, plan, "teacher", teacher.sizes)
             check_teacher_labels(path, run.required_task)
             check_start(path, make_task_model(run, teacher.sizes).init, whole=True)
@@ -382,7 +381,7 @@ def _check_same_sizes(path: str, teacher: Sizes) -> None:
     """Raises ValueError where sizes that change the outputs differ from the teacher's."""
     rates = {"hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"}
     if isinstance(teacher, EncoderDecoderConfig):
-        if load_encoder_decoder(path).config != teacher:
+        if encoder_decoder.load_encoder_decoder(path).config != teacher:
             raise ValueError(
                 f"teacher.finetuned: expected the sizes and rates of teacher, got others in {path};"
                 " give teacher.path and teacher.finetuned the same sizes"

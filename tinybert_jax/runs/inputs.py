@@ -25,7 +25,12 @@ from tinybert_jax.config.models import (
 from tinybert_jax.config.tasks import TaskSection
 from tinybert_jax.data.splits import TaskData, corpus_documents, read_task, split_heldout
 from tinybert_jax.data.wordpiece import train_wordpiece
-from tinybert_jax.huggingface.encoder_decoder import is_encoder_decoder, load_encoder_decoder
+from tinybert_jax.huggingface.encoder_decoder import (
+    Tokenizers,
+    is_encoder_decoder,
+    load_encoder_decoder,
+    load_tokenizers,
+)
 from tinybert_jax.huggingface.folder import read_model
 from tinybert_jax.huggingface.hub import find_folder, load_tokenizer
 from tinybert_jax.models.families import DEFAULT, family_of
@@ -44,7 +49,7 @@ class Corpus(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    tokenizer: Any
+    tokenizers: Tokenizers
     teacher: Sizes
     further_teachers: tuple[FurtherTeacher, ...]
     students: tuple[Student, ...]
@@ -84,10 +89,11 @@ def read_inputs(
         lambda: find_folder(tokenizer.path) if tokenizer.path else None,
     )
     translates = task is not None and TASKS[task.kind].generates
-    documents = text.documents
-    if translates and examples is not None and not documents:  # one vocabulary of both languages
-        documents = [*examples.train.text, *(examples.train.text_pair or [])]
-    pieces = _make_tokenizer(tokenizer, teacher.path, kept_tokenizer, documents)
+    targets = list(examples.train.text_pair or []) if translates and examples is not None else []
+    documents = list(text.documents)
+    if targets and examples is not None and not documents:
+        documents = list(examples.train.text)
+    pieces = _make_tokenizers(tokenizer, teacher.path, kept_tokenizer, documents, targets)
     teacher_sizes = given or _new_teacher(teacher, pieces, translates)
     named = tuple(
         Student(name, section, read or _student_sizes(name, section, teacher_sizes))
@@ -132,43 +138,66 @@ def _read_corpus(section: CorpusSection | None) -> Corpus:
     return Corpus(stores=stores, heldout_store=heldout)
 
 
-def _make_tokenizer(
-    section: TokenizerSection, teacher: str | None, kept: Path, documents: Sequence[str]
-) -> Any:
+def _make_tokenizers(
+    section: TokenizerSection,
+    teacher: str | None,
+    kept: Path,
+    documents: list[str],
+    targets: list[str],
+) -> Tokenizers:
+    """`targets`: those of a translation, whose sources are `documents`."""
     if kept.is_dir():
-        return load_tokenizer(kept)
+        return load_tokenizers(kept)
+    has_own = section.target_path or section.target_vocab_size
+    train = functools.partial(train_wordpiece, lowercase=section.lowercase)
     if section.vocab_size:
-        return train_wordpiece(
-            documents, vocab_size=section.vocab_size, lowercase=section.lowercase
-        )
-    folder = section.path or teacher
-    assert folder is not None  # the config check requires vocab_size, path or a teacher folder
-    return load_tokenizer(folder)
+        text = documents if has_own else documents + targets  # one vocabulary of both languages
+        source = train(text, vocab_size=section.vocab_size)
+        tokenizers = Tokenizers(source, source)
+    else:
+        folder = section.path or teacher
+        assert folder is not None  # the config check requires vocab_size, path or a teacher folder
+        tokenizers = load_tokenizers(folder)
+    if section.target_vocab_size:
+        return tokenizers._replace(target=train(targets, vocab_size=section.target_vocab_size))
+    if section.target_path:
+        return tokenizers._replace(target=load_tokenizer(section.target_path))
+    return tokenizers
 
 
-def _new_teacher(section: TeacherSection, tokenizer: Any, translates: bool) -> Sizes:
-    vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+def _vocabulary(tokenizer: Any) -> dict[str, int]:
+    """What a model of its text takes from a tokenizer."""
+    return {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+
+
+def _new_teacher(section: TeacherSection, tokenizers: Tokenizers, translates: bool) -> Sizes:
     with prefix_errors("teacher"):
         fixed = family_of(section.model_type).fixed
-    encoder = _make_config({**fixed, **section.sizes(), **vocabulary}, "teacher")
+    sizes = {**fixed, **section.sizes(), **_vocabulary(tokenizers.source)}
+    encoder = _make_config(sizes, "teacher")
     if not translates:
         return encoder
+    target = tokenizers.target
     ids = {"decoder_start_token_id": "cls", "eos_token_id": "sep", "pad_token_id": "pad"}
-    special = {name: getattr(tokenizer, f"{token}_token_id") for name, token in ids.items()}
-    return _with_decoder(section, encoder, special, "teacher")
+    special = {name: getattr(target, f"{token}_token_id") for name, token in ids.items()}
+    return _with_decoder(section, encoder, _vocabulary(target), special, "teacher")
 
 
 def _with_decoder(
-    section: ModelSection, encoder: ModelConfig, ids: Mapping[str, int], origin: str
+    section: ModelSection,
+    encoder: ModelConfig,
+    vocabulary: Mapping[str, int],
+    ids: Mapping[str, int],
+    origin: str,
 ) -> EncoderDecoderConfig:
-    """An encoder with a decoder of its sizes, but for the number of layers."""
+    """An encoder with a decoder of its sizes, but for the number of layers and the vocabulary."""
     layers = section.num_decoder_layers or encoder.num_hidden_layers
     if encoder.model_type is not None:
         raise ValueError(
             f"{origin}.model_type: expected {DEFAULT} for translation, got {encoder.model_type}; "
             "remove it"
         )
-    decoder = encoder.model_copy(update={"num_hidden_layers": layers})
+    decoder = encoder.model_copy(update={"num_hidden_layers": layers, **vocabulary})
     return EncoderDecoderConfig(encoder=encoder, decoder=decoder, **ids)
 
 
@@ -194,7 +223,8 @@ def _student_sizes(name: str, section: StudentSection, teacher: Sizes) -> Sizes:
     if not isinstance(teacher, EncoderDecoderConfig):
         return sizes
     ids = teacher.model_dump(exclude={"encoder", "decoder"})
-    return _with_decoder(section, sizes, ids, origin)
+    vocabulary = teacher.decoder.model_dump(include={"vocab_size", "pad_token_id"})
+    return _with_decoder(section, sizes, vocabulary, ids, origin)
 
 
 def _make_config(fields: dict[str, Any], origin: str) -> ModelConfig:

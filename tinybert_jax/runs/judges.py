@@ -8,7 +8,6 @@ import numpy as np
 from tinybert_jax.config.stages import StageSection
 from tinybert_jax.data.errors import GateError
 from tinybert_jax.data.examples import Examples
-from tinybert_jax.huggingface.encoder_decoder import Tokenizers
 from tinybert_jax.inference.scorer import Evaluator, Scorer, make_scorer
 from tinybert_jax.inference.seq2seq import TinyBertForConditionalGeneration, translate
 from tinybert_jax.models.params import Apply, Params, restack_layers
@@ -63,9 +62,8 @@ def generated(
 ) -> list[str]:
     """The texts that a model makes of the sources; `how`: settings of `generate`, or greedy."""
     assert isinstance(sizes, EncoderDecoderConfig)
-    tokens = Tokenizers(run.tokenizer, run.tokenizer)
     whole = restack_layers(sharding.fetch(params))
-    model = TinyBertForConditionalGeneration(sizes, whole, tokens)
+    model = TinyBertForConditionalGeneration(sizes, whole, run.tokenizers)
     most = {"max_length": section.max_length, "max_new_tokens": section.max_length}
     return translate(model, examples.text, **most, **how).lines
 

@@ -18,6 +18,7 @@ from tinybert_jax.config import load as config_files
 from tinybert_jax.config.compute import ComputeSection
 from tinybert_jax.config.run import RunConfig, StagePlan
 from tinybert_jax.config.stages import FINETUNE, PRETRAIN, STAGE_NAMES, UPDATE, Stage
+from tinybert_jax.huggingface.encoder_decoder import DECODER_TOKENIZER, Tokenizers
 from tinybert_jax.huggingface.hub import pin_revision
 from tinybert_jax.huggingface.untrusted import read_json
 from tinybert_jax.parallel import processes
@@ -92,7 +93,7 @@ def open_run(
             go_back(run, from_step, changes, command)
         environment.write(run.folder, config_files.dump(config), run.mesh)
         _write_pins(run.folder, pins)
-        _save_tokenizer(run.folder, run.tokenizer)
+        _save_tokenizers(run.folder, run.tokenizers)
         identity.check_run(run)
         _remove_leftovers(run.folder, "checkpoints/*/*/partial-*")
 
@@ -159,7 +160,7 @@ def read_run(
     task, own = None, config.task
     if own and inputs.task:
         kind = TASKS[own.kind]
-        kind = kind.configure(own) if kind.configure else kind
+        kind = kind.configure(own, inputs.tokenizers.target) if kind.configure else kind
         task = RunTask(kind, own.name, own.chosen_metric, inputs.task, own)
     mesh, log = make_mesh(config.mesh, devices), MetricLog(folder / "metrics.jsonl")
     run = Run(
@@ -172,7 +173,7 @@ def read_run(
         plans=config.plans,
         compute=_with_layout(config.compute, folder / _CONFIG, mesh),
         distillation=config.distillation,
-        tokenizer=inputs.tokenizer,
+        tokenizers=inputs.tokenizers,
         teacher=inputs.teacher,
         teacher_section=config.teacher,
         further_teachers=inputs.further_teachers,
@@ -366,12 +367,14 @@ def _remove_leftovers(folder: Path, *patterns: str) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Saves the tokenizer, complete or not at all, because a resumed run reads it."""
+def _save_tokenizers(folder: Path, tokenizers: Tokenizers) -> None:
+    """Saves the tokenizers, complete or not at all, because a resumed run reads them."""
     if not (folder / "tokenizer").is_dir():
         partial = folder / ".tokenizer-partial"
         shutil.rmtree(partial, ignore_errors=True)
-        tokenizer.save_pretrained(str(partial))
+        tokenizers.source.save_pretrained(str(partial))
+        if tokenizers.target is not tokenizers.source:
+            tokenizers.target.save_pretrained(str(partial / DECODER_TOKENIZER))
         disk.sync_tree(partial)
         partial.rename(folder / "tokenizer")
         disk.sync(folder)

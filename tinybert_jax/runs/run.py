@@ -68,7 +68,7 @@ class Run(NamedTuple):
     plans: Mapping[str, StagePlan]  # by the name of the stage, in running order
     compute: ComputeSection
     distillation: DistillSection
-    tokenizer: Any
+    tokenizers: Tokenizers  # of texts, and of the targets of a translation
     teacher: Sizes
     teacher_section: TeacherSection
     further_teachers: tuple[FurtherTeacher, ...]
@@ -83,6 +83,11 @@ class Run(NamedTuple):
     peak_flops: float  # FLOP/s of all devices together; NaN where unknown
     is_profiled: bool = False  # write a trace of each stage to `folder/profile`
     stop: Stop = NEVER  # a request to stop the run
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of all texts but the targets of a translation."""
+        return self.tokenizers.source
 
     @property
     def required_task(self) -> RunTask:
@@ -272,9 +277,9 @@ def save_task_model(
     more = {name: functools.partial(write_json, tree=tree) for name, tree in trees.items()}
     head = _head_of(run, settings) if kind.hf_head else None
     if isinstance(sizes, EncoderDecoderConfig):
-        tokens = Tokenizers(run.tokenizer, run.tokenizer)
         if processes.is_main():
-            save_encoder_decoder(folder, params, sizes, tokens, {**(extra or {}), **more})
+            files = {**(extra or {}), **more}
+            save_encoder_decoder(folder, params, sizes, run.tokenizers, files)
     elif processes.is_main():
         save_model(folder, params, sizes, run.tokenizer, head=head, extra={**(extra or {}), **more})
 

@@ -71,7 +71,8 @@ class Task(NamedTuple):
     check_lengths: Callable[[Any, Examples, int], None] | None = None
     max_length: int | None = None  # most tokens of a text, where the folder of a model says it
     normalises: bool = False  # whether vectors are given with the length 1
-    configure: Callable[[Any], "Task"] | None = None  # (section) -> the task with its settings
+    # (section, tokenizer of targets) -> the task with its settings
+    configure: Callable[[Any, Any], "Task"] | None = None
     # (width, most tokens) -> JSON files of a model folder beside the usual ones, by name
     more_files: Callable[[int, int], dict[str, Any]] | None = None
     # (folder): raises ValueError where a model gives other outputs than the task reads

@@ -3,6 +3,7 @@
 A model is scored by the texts that it makes, not by its logits.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,11 +45,17 @@ def read(path: str, section: TranslationTask, how: Reading) -> Examples:
     return examples
 
 
-def fits(tokenizer: Any, examples: Examples, max_length: int) -> np.ndarray:
+def fits(
+    tokenizer: Any, examples: Examples, max_length: int, *, target_tokenizer: Any = None
+) -> np.ndarray:
     """bool [n]: the pairs whose sides both have at most `max_length` tokens."""
-    backend = plain_backend(tokenizer)
-    sides = (examples.text, examples.text_pair or [])
-    lengths = [[len(own.ids) for own in backend.encode_batch(list(side))] for side in sides]
+    sides = (
+        (tokenizer, examples.text),
+        (target_tokenizer or tokenizer, examples.text_pair or []),
+    )
+    lengths = [
+        [len(row.ids) for row in plain_backend(own).encode_batch(list(side))] for own, side in sides
+    ]
     # A decoder reads a target without its last token.
     most = np.array([[max_length], [max_length + 1]])
     return np.all(np.array(lengths) <= most, axis=0)
@@ -86,15 +93,16 @@ def details(scored: Scored, settings: Settings) -> dict[str, Any]:
     return {"translations": [dict(zip(keys, row, strict=True)) for row in rows]}
 
 
-def make_translation(words: Words = "13a") -> Task:
-    """The task; `words`: what BLEU counts."""
+def make_translation(words: Words = "13a", target_tokenizer: Any = None) -> Task:
+    """The task; `words`: what BLEU counts; `target_tokenizer`: where targets have another one."""
+    own = {"target_tokenizer": target_tokenizer}
     return Task(
         section=TranslationTask,
         form=TranslationTask.form,
         make_head=make_model,
         unit="text",
         read=read,
-        encode=tokenize_pairs,
+        encode=functools.partial(tokenize_pairs, **own),
         count_labels=lambda examples: np.zeros(0, np.int64),
         floor=lambda examples: None,
         floor_metric="bleu",
@@ -106,9 +114,9 @@ def make_translation(words: Words = "13a") -> Task:
         truth=lambda examples: list(examples.text_pair or []),
         hf_head=None,
         problem_type=None,
-        configure=lambda section: make_translation(section.words),
+        configure=lambda section, targets: make_translation(section.words, targets),
         generates=True,
-        fits=fits,
+        fits=functools.partial(fits, **own),
     )
 
 
