@@ -1,5 +1,6 @@
 """`tinybert data vocab`: a WordPiece vocabulary from text files."""
 
+import pytest
 import tokenizers
 import transformers
 
@@ -71,6 +72,25 @@ def test_texts_come_back_as_they_were_written():
     plain = tokenizer.batch_decode(ids, skip_special_tokens=True)
     assert not set(plain) & set(TEXTS)  # without the rules none of them does
     assert decode_texts(tokenizer, ids) == list(TEXTS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "In 2019, 200 people were born.",
+        "It was in 1990. 25 years later it was not.",
+        "rooms 101, 104 and 2019: a year",
+        "The city called 故宫 in Chinese",
+        "한국 漢字 교육",
+        '24" monitor',
+        "he said 'stop' loudly, and the kid's father didn't",
+        "Vor- und Nachteile, two- and three-year",
+    ],
+)
+def test_what_signs_stand_apart_stay_apart(text):
+    tokenizer = train_wordpiece([text] * 2, vocab_size=300, lowercase=False)
+    (found,) = decode_texts(tokenizer, tokenizer([text])["input_ids"])
+    assert found == text.replace('24"', '24 "')
 
 
 def test_a_tokenizer_that_knows_its_spaces_is_left_alone():

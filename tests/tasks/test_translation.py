@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from translation_world import PAIRS, STAGE, STUDENT, write_config, write_pairs
 
 from tinybert_jax import cli
 from tinybert_jax.batches.batch import Plan, make_batch
@@ -29,15 +30,6 @@ from tinybert_jax.objectives.supervised import make_supervised
 from tinybert_jax.settings.sizes import EncoderDecoderConfig, ModelConfig
 
 pytest.importorskip("sacrebleu")
-
-PAIRS = [
-    ("a dog runs", "ein Hund rennt"),
-    ("a dog sleeps", "ein Hund schläft"),
-    ("the cat sleeps here", "die Katze schläft hier"),
-    ("a cat runs home", "eine Katze rennt heim"),
-    ("the dog and the cat", "der Hund und die Katze"),
-    ("here", "hier"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -174,68 +166,15 @@ def test_the_scores_of_a_selection_are_sacrebleu_s():
         assert [found["bleu"], found["chrf"]] == pytest.approx([own.value for own in expected])
 
 
-STUDENT = {
-    "num_hidden_layers": 1,
-    "num_decoder_layers": 2,
-    "hidden_size": 8,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-}
-STAGE = {
-    "num_steps": 12,
-    "global_batch_size": 4,
-    "max_length": 24,
-    "batching": "pack",
-    "learning_rate": 1e-2,
-    "eval_every": 12,
-}
-
-
 @pytest.fixture
 def world(tmp_path):
-    for place, name in enumerate(("train.en", "train.de")):
-        lines = [pair[place] for pair in PAIRS * 2]
-        (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_pairs(tmp_path)
     return tmp_path
-
-
-def _config(world, **sections):
-    tree = {
-        "run_dir": str(world / "run"),
-        "tokenizer": {"vocab_size": 90},
-        "teacher": {
-            "num_hidden_layers": 2,
-            "hidden_size": 16,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-            "max_position_embeddings": 32,
-        },
-        "student": STUDENT,
-        "task": {
-            "kind": "translation",
-            "train": str(world / "train.en"),
-            "train_target": str(world / "train.de"),
-            "dev": str(world / "train.en"),
-            "dev_target": str(world / "train.de"),
-        },
-        "distillation": {
-            "targets": "teacher",
-            "num_beams": 2,
-            "prediction": [{"term": "label"}, {"term": "logits", "form": "kl"}],
-        },
-        "finetune": {**STAGE, "label_smoothing": 0.1},
-        "prediction": STAGE,
-        "baseline": {**STAGE, "batching": "bucket"},
-        **sections,
-    }
-    path = world / "run.yaml"
-    path.write_text(yaml.safe_dump(tree, sort_keys=False))
-    return str(path)
 
 
 @pytest.mark.usefixtures("cheap_programs")
 def test_a_run_ends_in_a_folder_that_translates_alike_in_transformers(world, capsys):
-    assert cli.main(["run", _config(world)]) == 0
+    assert cli.main(["run", write_config(world)]) == 0
     told = capsys.readouterr().out
     assert "has translated 12 of 12 sources" in told
     results = json.loads((world / "run" / "results.json").read_text())
@@ -277,7 +216,7 @@ def test_a_student_that_starts_from_layers_of_both_sides_learns_from_both(world)
         *({"term": term, "side": side} for term in ("hidden", "embedding") for side in sides),
     ]
     layers = {"num_hidden_layers": 1, "num_decoder_layers": 1, "init": "teacher_layers"}
-    config = _config(
+    config = write_config(
         world,
         student={**layers, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32},
         distillation={"prediction": terms},
@@ -302,7 +241,7 @@ def test_a_student_that_starts_from_layers_of_both_sides_learns_from_both(world)
 
 @pytest.mark.usefixtures("cheap_programs")
 def test_damage_in_the_kept_translations_is_told(world, capsys):
-    config = _config(world, finetune=STAGE, baseline=None)
+    config = write_config(world, finetune=STAGE, baseline=None)
     assert cli.main(["run", config]) == 0
     (file,) = (world / "run" / "teacher_text").rglob("*.json")
     found = json.loads(file.read_text())
@@ -335,7 +274,7 @@ def test_files_that_are_not_parallel_are_refused(world, change, told, capsys):
         (world / name).write_text("\n".join(content) + "\n", encoding="utf-8")
     if change["train_target"] == "short":
         told = (told[1] + " lines", "11", told[2])
-    _config(world)
+    write_config(world)
     tree = yaml.safe_load((world / "run.yaml").read_text())
     named = {k: str(world / v) if k.endswith("target") and v else v for k, v in change.items()}
     tree["task"] |= named | ({"format": "text"} if change["train_target"] is None else {})
@@ -358,7 +297,7 @@ def test_files_that_are_not_parallel_are_refused(world, change, told, capsys):
     ],
 )
 def test_settings_that_translation_lacks_are_refused(world, sections, told, capsys):
-    assert cli.main(["run", _config(world, **sections), "--print-config"]) == 2
+    assert cli.main(["run", write_config(world, **sections), "--print-config"]) == 2
     assert told in capsys.readouterr().err
 
 
@@ -366,7 +305,7 @@ def test_blank_and_long_rows_are_left_out_and_counted(world, capsys):
     lines = (world / "train.de").read_text(encoding="utf-8").splitlines()
     lines[3], lines[4] = " ", "Hund " * 40
     (world / "train.de").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    assert cli.main(["run", _config(world), "--dry-run"]) == 0
+    assert cli.main(["run", write_config(world), "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "1 rows with a blank side are left out" in told
     assert "finetune: 1 of 11 rows are longer than 24 tokens and left out" in told

@@ -215,7 +215,7 @@ def make_batch(rows: TokenRows, plan: Plan, pad_token_id: int) -> Batch:
     elif rows.is_unit is not None:
         targets["units"] = of_tokens(rows.is_unit.astype(np.float32))
     if rows.targets is not None:
-        targets |= _target_side(rows.targets, plan, pad_token_id)
+        targets |= _target_side(rows.targets, plan)
     fields: Any = {  # Any, because these are NumPy arrays and the annotations are of JAX arrays
         "inputs": Text(*cast(Any, (of_tokens(rows.ids, pad_token_id), types))),
         "attention_mask": segments if is_packed else segments > 0,
@@ -226,12 +226,13 @@ def make_batch(rows: TokenRows, plan: Plan, pad_token_id: int) -> Batch:
     return Batch(**fields)
 
 
-def _target_side(targets: Targets, plan: Plan, pad_token_id: int) -> dict[str, np.ndarray]:
+def _target_side(targets: Targets, plan: Plan) -> dict[str, np.ndarray]:
     """The entries of `Batch.targets` of translation; a target stands in the row of its source."""
     places, shape = token_places(targets.offsets, plan), (len(plan.rows), plan.width)
     at = places.row, places.column
-    ids, labels = np.full(shape, pad_token_id, np.int32), np.zeros(shape, np.int32)
-    segments = np.zeros(shape, np.int32)
+    # Nothing attends to padding. Its id is 0, which every vocabulary has: that of the sources'
+    # padding may lie beyond the targets' table, where JAX reads NaN.
+    ids, labels, segments = (np.zeros(shape, np.int32) for _ in range(3))
     ids[at], labels[at] = targets.inputs[places.source], targets.labels[places.source]
     segments[at] = places.segment
     return {

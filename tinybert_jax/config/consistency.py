@@ -222,7 +222,8 @@ def _needs_of_tokenizer(config: Any) -> Iterator[str]:
         yield "tokenizer.vocab_size trains a vocabulary on the corpus: add a corpus section"
     if config.tokenizer.vocab_size and (config.tokenizer.path or config.teacher.path):
         yield "tokenizer.vocab_size trains a vocabulary: remove tokenizer.path and teacher.path"
-    if not (config.tokenizer.lowercase or config.tokenizer.vocab_size):
+    trained = config.tokenizer.vocab_size or config.tokenizer.target_vocab_size
+    if not (config.tokenizer.lowercase or trained):
         yield (
             "tokenizer.lowercase is for a vocabulary that is trained (tokenizer.vocab_size), not "
             "for a folder's tokenizer: leave it out"
@@ -234,6 +235,8 @@ def _needs_of_tokenizer(config: Any) -> Iterator[str]:
         yield f"tokenizer.{min(own)} is of the targets of a translation: leave it out"
     if len(own) > 1:
         yield "tokenizer.target_path and tokenizer.target_vocab_size: set one of them"
+    if config.tokenizer.target_vocab_size and config.teacher.path:
+        yield "tokenizer.target_vocab_size trains a vocabulary: remove teacher.path"
 
 
 def _needs_of_attention(config: Any) -> Iterator[str]:

@@ -66,10 +66,11 @@ class TokenizerSection(Section):
     )
     vocab_size: PositiveInt | None = Field(
         default=None,
-        description="instead of path: trains a WordPiece vocabulary of this size on corpus",
+        description="instead of path: trains a WordPiece vocabulary of this size on corpus, or on "
+        "both sides of a translation",
     )
     lowercase: bool = Field(
-        default=True, description="lower-case text without accents, for a trained vocabulary"
+        default=True, description="lower-case text without accents, for trained vocabularies"
     )
     target_path: str | None = Field(
         default=None,

@@ -14,7 +14,8 @@ from tinybert_jax.settings.sizes import Side, Sizes, depths, side_of
 
 def check_same_vocabulary(student: Sizes, teacher: Sizes) -> None:
     """Raises ValueError where the vocabulary sizes differ."""
-    sides: tuple[Side, ...] = ("encoder", "decoder") if depths(student)[1] else ("encoder",)
+    is_two_sided = depths(student)[1] and depths(teacher)[1]
+    sides: tuple[Side, ...] = ("encoder", "decoder") if is_two_sided else ("encoder",)
     for side in sides:
         own, theirs = side_of(student, side), side_of(teacher, side)
         if own.vocab_size != theirs.vocab_size:

@@ -22,6 +22,7 @@ from tinybert_jax.config.stages import (
 )
 from tinybert_jax.data.errors import GateError
 from tinybert_jax.data.splits import describe_labels
+from tinybert_jax.huggingface.encoder_decoder import DECODER_TOKENIZER
 from tinybert_jax.huggingface.hub import find_folder
 from tinybert_jax.parallel import processes
 from tinybert_jax.performance import disk
@@ -191,6 +192,7 @@ def _cards(run: Run, summary: dict[str, Any], exported: dict[str, Path]) -> dict
             teacher_card=card_metadata(told),
             is_hub_teacher=bool(path) and not is_local,
             is_embedder=run.task is not None and run.task.kind.form == "similarity",
+            target_tokenizer=DECODER_TOKENIZER if (folder / DECODER_TOKENIZER).is_dir() else "",
         )
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         cards[member] = model_card(summary, config, origin)

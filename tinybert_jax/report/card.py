@@ -66,6 +66,7 @@ class Origin(NamedTuple):
     teacher_card: Mapping[str, Any]  # its license and language, where it has a card
     is_hub_teacher: bool
     is_embedder: bool
+    target_tokenizer: str = ""  # subfolder with that of a translation's targets, if they have one
 
 
 def model_card(results: Mapping[str, Any], config: Mapping[str, Any], origin: Origin) -> str:
@@ -235,6 +236,9 @@ def _use(config: Mapping[str, Any], origin: Origin) -> str:
             'model = EncoderDecoderModel.from_pretrained("FOLDER")\n'
             f'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n{theirs}'
         )
+        if origin.target_tokenizer:
+            own = f'AutoTokenizer.from_pretrained("FOLDER", subfolder="{origin.target_tokenizer}")'
+            code = code.replace("tokenizer.batch_decode", f"{own}.batch_decode")
     else:
         code = (
             "from transformers import pipeline\n\n"

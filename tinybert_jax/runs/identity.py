@@ -14,6 +14,7 @@ from tinybert_jax import __version__
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.splits import TaskData
+from tinybert_jax.huggingface.encoder_decoder import DECODER_TOKENIZER
 from tinybert_jax.huggingface.hub import find_folder
 from tinybert_jax.parallel import processes
 from tinybert_jax.performance import disk
@@ -145,8 +146,9 @@ def _hash_models(run: Run) -> dict[str, dict[str, str]]:
     }
     return {
         f"{name} ({path})": {
-            file.name: _sha256(file)
-            for file in sorted(find_folder(path).iterdir())
+            file.relative_to(find_folder(path)).as_posix(): _sha256(file)
+            for folder in (find_folder(path), find_folder(path) / DECODER_TOKENIZER)
+            for file in (sorted(folder.iterdir()) if folder.is_dir() else ())
             if file.suffix in _MODEL_FILES and file.is_file()
         }
         for name, path in given.items()

@@ -23,6 +23,7 @@ from tinybert_jax.config.models import (
     student_origin,
 )
 from tinybert_jax.config.tasks import TaskSection
+from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.splits import TaskData, corpus_documents, read_task, split_heldout
 from tinybert_jax.data.wordpiece import train_wordpiece
 from tinybert_jax.huggingface.encoder_decoder import (
@@ -32,7 +33,7 @@ from tinybert_jax.huggingface.encoder_decoder import (
     load_tokenizers,
 )
 from tinybert_jax.huggingface.folder import read_model
-from tinybert_jax.huggingface.hub import find_folder, load_tokenizer
+from tinybert_jax.huggingface.hub import find_folder
 from tinybert_jax.models.families import DEFAULT, family_of
 from tinybert_jax.settings.sizes import EncoderDecoderConfig, ModelConfig, Sizes
 from tinybert_jax.tasks.table import TASKS
@@ -73,7 +74,7 @@ def read_inputs(
     with one line for every input that cannot be read.
     """
     # Models before the tokenizer: transformers reads config.json too, with a less clear error.
-    given, _, *sizes, examples, text, _ = _read_all(
+    given, _, *sizes, examples, text, _, _ = _read_all(
         lambda: _read_sizes("teacher", teacher.path),
         lambda: _read_sizes("teacher.finetuned", teacher.finetuned),
         *(
@@ -86,14 +87,14 @@ def read_inputs(
         ),
         lambda: read_task(task, TASKS[task.kind].read) if task else None,
         lambda: _read_corpus(corpus),
-        lambda: find_folder(tokenizer.path) if tokenizer.path else None,
+        *(
+            functools.partial(_find_tokenizer, f"tokenizer.{name}", path)
+            for name, path in (("path", tokenizer.path), ("target_path", tokenizer.target_path))
+        ),
     )
     translates = task is not None and TASKS[task.kind].generates
-    targets = list(examples.train.text_pair or []) if translates and examples is not None else []
-    documents = list(text.documents)
-    if targets and examples is not None and not documents:
-        documents = list(examples.train.text)
-    pieces = _make_tokenizers(tokenizer, teacher.path, kept_tokenizer, documents, targets)
+    pairs = examples.train if translates and examples is not None else None
+    pieces = _make_tokenizers(tokenizer, teacher.path, kept_tokenizer, text.documents, pairs)
     teacher_sizes = given or _new_teacher(teacher, pieces, translates)
     named = tuple(
         Student(name, section, read or _student_sizes(name, section, teacher_sizes))
@@ -142,27 +143,39 @@ def _make_tokenizers(
     section: TokenizerSection,
     teacher: str | None,
     kept: Path,
-    documents: list[str],
-    targets: list[str],
+    documents: Sequence[str],
+    pairs: Examples | None,
 ) -> Tokenizers:
-    """`targets`: those of a translation, whose sources are `documents`."""
+    """`documents`: of the corpus; `pairs`: those to train a translation on."""
     if kept.is_dir():
         return load_tokenizers(kept)
-    has_own = section.target_path or section.target_vocab_size
-    train = functools.partial(train_wordpiece, lowercase=section.lowercase)
+    sources, targets = (pairs.text, pairs.text_pair or []) if pairs else ([], [])
+
+    def train(name: str, text: Sequence[str], vocab_size: int) -> Any:
+        with prefix_errors(f"tokenizer.{name}"):
+            return train_wordpiece(text, vocab_size=vocab_size, lowercase=section.lowercase)
+
     if section.vocab_size:
-        text = documents if has_own else documents + targets  # one vocabulary of both languages
-        source = train(text, vocab_size=section.vocab_size)
+        has_own = section.target_path or section.target_vocab_size
+        of_pairs = sources if has_own else [*sources, *targets]  # one vocabulary of both languages
+        source = train("vocab_size", documents or of_pairs, section.vocab_size)
         tokenizers = Tokenizers(source, source)
     else:
         folder = section.path or teacher
         assert folder is not None  # the config check requires vocab_size, path or a teacher folder
         tokenizers = load_tokenizers(folder)
     if section.target_vocab_size:
-        return tokenizers._replace(target=train(targets, vocab_size=section.target_vocab_size))
+        target = train("target_vocab_size", targets, section.target_vocab_size)
+        return tokenizers._replace(target=target)
     if section.target_path:
-        return tokenizers._replace(target=load_tokenizer(section.target_path))
+        return tokenizers._replace(target=load_tokenizers(section.target_path).target)
     return tokenizers
+
+
+def _find_tokenizer(origin: str, path: str | None) -> None:
+    with prefix_errors(origin):
+        if path:
+            find_folder(path)
 
 
 def _vocabulary(tokenizer: Any) -> dict[str, int]:

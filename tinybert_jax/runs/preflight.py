@@ -36,6 +36,7 @@ from tinybert_jax.training import trackers
 from tinybert_jax.training.metric_log import MetricLog
 from tinybert_jax.training.saver import Saver
 
+_MODEL_PATHS = ("path", "finetuned", "target_path")  # of a section: folders or hub ids
 # Settings that may differ when a run resumes, because no array depends on them, or, with another
 # mesh, on nothing but the rounding of sums.
 _MAY_CHANGE = (
@@ -294,7 +295,7 @@ def _pinned(config: RunConfig, pins: dict[str, str]) -> RunConfig:
     """The config with a hash in every hub id of a model or tokenizer; see `pin_revision`."""
 
     def pinned(section: Any) -> Any:
-        paths = {name: getattr(section, name, None) for name in ("path", "finetuned")}
+        paths = {name: getattr(section, name, None) for name in _MODEL_PATHS}
         return section and section.model_copy(
             update={name: pin_revision(path, pins) for name, path in paths.items() if path}
         )

@@ -140,7 +140,7 @@ def make_embeddings(
         hf_head=None,
         problem_type=None,
         rights=rights,
-        configure=lambda section, targets: make_embeddings(
+        configure=lambda section, target_tokenizer: make_embeddings(
             section.pooling, section.normalise, section.widths
         ),
         max_length=max_length,

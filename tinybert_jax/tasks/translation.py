@@ -94,7 +94,7 @@ def details(scored: Scored, settings: Settings) -> dict[str, Any]:
 
 
 def make_translation(words: Words = "13a", target_tokenizer: Any = None) -> Task:
-    """The task; `words`: what BLEU counts; `target_tokenizer`: where targets have another one."""
+    """The task; `words`: what BLEU counts; `target_tokenizer`: None where both sides have one."""
     own = {"target_tokenizer": target_tokenizer}
     return Task(
         section=TranslationTask,
@@ -114,7 +114,9 @@ def make_translation(words: Words = "13a", target_tokenizer: Any = None) -> Task
         truth=lambda examples: list(examples.text_pair or []),
         hf_head=None,
         problem_type=None,
-        configure=lambda section, targets: make_translation(section.words, targets),
+        configure=lambda section, target_tokenizer: make_translation(
+            section.words, target_tokenizer
+        ),
         generates=True,
         fits=functools.partial(fits, **own),
     )
