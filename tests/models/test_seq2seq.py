@@ -16,7 +16,7 @@ from reference import random_encoder_decoder, write_bert
 
 from tinybert_jax.huggingface.encoder_decoder import load_encoder_decoder
 from tinybert_jax.models import decoding
-from tinybert_jax.models.decoding import Decoding
+from tinybert_jax.models.decoding import Decoding, top
 from tinybert_jax.models.inputs import Text
 from tinybert_jax.models.params import frozen_params
 from tinybert_jax.models.seq2seq import bind_seq2seq, make_seq2seq
@@ -160,6 +160,23 @@ def test_tokens_equal_those_of_transformers(pairs, sources, name, options):
     np.testing.assert_array_equal(got[:, : expected.shape[1]], expected)
 
 
+@pytest.mark.parametrize("number", [1, 8])
+@pytest.mark.parametrize("columns", [100, 4000])
+def test_the_highest_values_are_those_of_top_k(number, columns):
+    """Few values, so that most are equal: the first of equals comes first, as in `top_k`."""
+    rng = np.random.default_rng(0)
+    few = rng.integers(0, 9, (20, columns)).astype(np.float32)
+    few[0] = -np.inf
+    many = rng.standard_normal((20, columns)).astype(np.float32)
+    for values in (few, many):
+        found, expected = (
+            jax.jit(top, static_argnums=1)(values, number),
+            jax.lax.top_k(values, number),
+        )
+        for one, two in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
 def test_a_cached_step_gives_the_logits_of_the_whole_target(pairs, sources, targets):
     pair = pairs["deep"]
     rows = slice(0, 10)
@@ -177,7 +194,7 @@ def test_a_cached_step_gives_the_logits_of_the_whole_target(pairs, sources, targ
             logits, cache = model.step(ids[:, position], position, memory, cache)
             return cache, logits
 
-        cache = model.empty_cache(memory, *ids.shape)
+        cache = model.empty_cache(memory, TARGET)
         return jax.lax.scan(step, cache, jnp.arange(TARGET))[1].swapaxes(0, 1)
 
     got = steps(pair.params, _text(source[0]), source[1], ids)

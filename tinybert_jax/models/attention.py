@@ -167,12 +167,9 @@ def attend_cached(
     queries: Float[Array, "batch picked heads head_dim"],
     keys: Float[Array, "batch heads head_dim seq"],
     values: Float[Array, "batch heads seq head_dim"],
-    is_seen: Bool[Array, "#batch 1 1 seq"],
+    is_seen: Bool[Array, "#batch 1 #picked seq"],
 ) -> Float[Array, "batch picked heads head_dim"]:
-    """`attend` without dropout, over keys and values in the layout that its products read.
-
-    A key that a query sees is seen by all queries of its row.
-    """
+    """`attend` without dropout, over keys and values in the layout that its products read."""
     scaled = queries * jnp.asarray(queries.shape[-1] ** -0.5, queries.dtype)
     scores = _dot(_by_head(scaled), keys)
     probs = jax.nn.softmax(jnp.where(is_seen, scores, _MASKED_SCORE), axis=-1)

@@ -77,13 +77,36 @@ def _choose(
             kept = likeliest(logits, how)
             chosen = jax.random.categorical(jax.random.fold_in(key, position), kept)
         else:
-            chosen = jnp.argmax(logits, axis=-1)
+            chosen = top(logits, 1)[1][:, 0]
         chosen = jnp.where(is_done, config.pad_token_id, chosen).astype(jnp.int32)
         ids = jax.lax.dynamic_update_slice_in_dim(ids, chosen[:, None], position + 1, axis=1)
         return position + 1, ids, is_done | (chosen == config.eos_token_id), cache
 
-    cache = model.empty_cache(memory, num_rows, how.max_new_tokens)
+    cache = model.empty_cache(memory, how.max_new_tokens)
     return jax.lax.while_loop(is_open, step, (jnp.int32(0), ids, ~is_real, cache))[1]
+
+
+_BLOCK = 64  # columns
+
+
+def top(
+    values: Float[Array, "rows columns"], number: int
+) -> tuple[Float[Array, "rows number"], Int[Array, "rows number"]]:
+    """(values, columns) as of `jax.lax.top_k`, of wide rows several times as fast on CPUs.
+
+    The columns are among the blocks of columns with the highest maxima.
+    """
+    num_rows, num_columns = values.shape
+    num_blocks = num_columns // _BLOCK
+    if num_blocks <= 2 * number:
+        return tuple(jax.lax.top_k(values, number))
+    pads = ((0, 0), (0, -num_columns % _BLOCK))
+    blocks = jnp.pad(values, pads, constant_values=-jnp.inf).reshape(num_rows, -1, _BLOCK)
+    best = jnp.sort(jax.lax.top_k(blocks.max(axis=-1), number)[1], axis=-1)  # ties: first columns
+    found = jnp.take_along_axis(blocks, best[:, :, None], axis=1).reshape(num_rows, -1)
+    highest, places = jax.lax.top_k(found, number)
+    block = jnp.take_along_axis(best, places // _BLOCK, axis=1)
+    return highest, block * _BLOCK + places % _BLOCK
 
 
 def likeliest(logits: Float[Array, "rows vocab"], how: Decoding) -> Float[Array, "rows vocab"]:
@@ -112,6 +135,7 @@ class _Beams(NamedTuple):
     is_done: jax.Array  # bool [batch, beams]: whether there is such a hypothesis
     is_open: jax.Array  # bool [batch]: whether an open hypothesis can still win
     cache: Cache
+    origins: jax.Array  # int32 [batch, beams, length]: see `Seq2Seq.step`
 
 
 def _search(
@@ -137,14 +161,17 @@ def _search(
         done_scores=jnp.full(shape, _IMPOSSIBLE),
         is_done=jnp.zeros(shape, bool),
         is_open=is_real,
-        cache=model.empty_cache(memory, shape[0] * num_beams, how.max_new_tokens),
+        cache=model.empty_cache(memory, how.max_new_tokens, num_beams),
+        origins=jnp.zeros((*shape, how.max_new_tokens), jnp.int32),
     )
+    own = jnp.broadcast_to(jnp.arange(num_beams, dtype=jnp.int32)[None, :, None], (*shape, 1))
 
     def step(state: _Beams) -> _Beams:
         last = jax.lax.dynamic_index_in_dim(state.ids, state.position, axis=2, keepdims=False)
-        logits, cache = model.step(last.reshape(-1), state.position, memory, state.cache)
+        origins = jax.lax.dynamic_update_slice_in_dim(state.origins, own, state.position, axis=2)
+        logits, cache = model.step(last.reshape(-1), state.position, memory, state.cache, origins)
         log_probs = jax.nn.log_softmax(logits, axis=-1).reshape(*shape, -1)
-        return _advance(state._replace(cache=cache), log_probs, config, how)
+        return _advance(state._replace(cache=cache, origins=origins), log_probs, config, how)
 
     def is_open(state: _Beams) -> Array:
         return (state.position < how.max_new_tokens) & state.is_open.any()
@@ -160,7 +187,7 @@ def _advance(
     length = state.position + 1  # of the hypotheses now, without the start token
     sums = (log_probs + state.scores[:, :, None]).reshape(len(log_probs), -1)
     # Twice as many as beams: if all of the best end here, as many are left to go on.
-    scores, flat = jax.lax.top_k(sums, 2 * num_beams)
+    scores, flat = top(sums, 2 * num_beams)
     beam, token = flat // num_words, (flat % num_words).astype(jnp.int32)
     ids = jnp.take_along_axis(state.ids, beam[:, :, None], axis=1)
     ids = jax.lax.dynamic_update_slice_in_dim(ids, token[:, :, None], length, axis=2)
@@ -169,11 +196,6 @@ def _advance(
     open_scores, places = jax.lax.top_k(scores + _IMPOSSIBLE * ends, num_beams)
     open_ids = jnp.take_along_axis(ids, places[:, :, None], axis=1)
     parents = jnp.take_along_axis(beam, places, axis=1)
-
-    def of_parents(x: Array) -> Array:
-        own = x.reshape(*beam.shape[:1], num_beams, *x.shape[1:])
-        index = parents.reshape(*parents.shape, *[1] * (x.ndim - 1))
-        return jnp.take_along_axis(own, index, axis=1).reshape(x.shape)
 
     # Only the best `num_beams` may end: the others are there to go on.
     ended = ends & (jnp.arange(2 * num_beams) < num_beams)[None]
@@ -202,5 +224,6 @@ def _advance(
         done_scores=done_scores,
         is_done=is_done,
         is_open=is_open,
-        cache=jax.tree.map(of_parents, state.cache),
+        cache=state.cache,
+        origins=jnp.take_along_axis(state.origins, parents[:, :, None], axis=1),
     )

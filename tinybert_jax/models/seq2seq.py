@@ -80,7 +80,9 @@ class Memory(NamedTuple):
     is_source: jax.Array  # bool [batch, 1, 1, source]
 
 
-Cache = tuple[LayerCache, ...]  # of the self-attention, by layer; [rows, …, length, …]
+# Of the self-attention, by layer; [batch, …, length × hypotheses, …]. The hypotheses of a source
+# write keys and values of a position one after the other, and these stay where they were written.
+Cache = tuple[LayerCache, ...]
 
 
 class DecoderBlock(Block):
@@ -125,30 +127,35 @@ class DecoderBlock(Block):
         memory: LayerCache,
         is_source: Bool[Array, "batch 1 1 source"],
         cache: LayerCache,
-        position: Int[Array, ""],
+        is_written: Bool[Array, "#batch 1 #hypotheses seq"],
+        start: Int[Array, ""],
     ) -> tuple[Float[Array, "rows 1 dim"], LayerCache]:
-        """The output for the token at `position`, and the cache with its key and value.
+        """The outputs for the next tokens, and the cache with their keys and values at `start`.
 
-        Rows are those of the sources times a whole number of hypotheses for each.
+        Rows are those of the sources times a whole number of hypotheses for each. `is_written`: the
+        keys that a hypothesis sees.
         """
-        key, value = self.attention.keys_and_values(hidden)
+
+        def by_source(x: Array) -> Array:
+            # The hypotheses of a source are queries of one row, so that its keys are read once.
+            return x.reshape(len(is_source), -1, *x.shape[2:])
+
+        key, value = map(by_source, self.attention.keys_and_values(hidden))
         cache = LayerCache(
             jax.lax.dynamic_update_slice_in_dim(
-                cache.keys, key.transpose(0, 2, 3, 1), position, axis=3
+                cache.keys, key.transpose(0, 2, 3, 1), start, axis=3
             ),
             jax.lax.dynamic_update_slice_in_dim(
-                cache.values, value.transpose(0, 2, 1, 3), position, axis=2
+                cache.values, value.transpose(0, 2, 1, 3), start, axis=2
             ),
         )
-        is_before = jnp.arange(cache.keys.shape[-1])[None, None, None] <= position
-        queries = self.attention.split_heads(self.attention.query, hidden)
-        context = attend_cached(queries, cache.keys, cache.values, is_before)
+        queries = by_source(self.attention.split_heads(self.attention.query, hidden))
+        context = attend_cached(queries, cache.keys, cache.values, is_written)
         attended = dense(self.attention.output, context.reshape(hidden.shape))
         hidden = layer_norm(self.attention_norm, hidden + attended)
 
         queries = self.cross_attention.split_heads(self.cross_attention.query, hidden)
-        # The hypotheses of a source are queries of one row, so that its keys are read once.
-        queries = queries.reshape(len(is_source), -1, *queries.shape[2:])
+        queries = by_source(queries)
         context = attend_cached(queries, memory.keys, memory.values, is_source)
         attended = dense(self.cross_attention.output, context.reshape(hidden.shape))
         hidden = layer_norm(self.cross_norm, hidden + attended)
@@ -312,25 +319,41 @@ class Seq2Seq(nnx.Module):
         is_source = attention_mask | ~attention_mask.any(axis=-1, keepdims=True)
         return Memory(tuple(layers), is_source[:, None, None])
 
-    def empty_cache(self, memory: Memory, num_rows: int, length: int) -> Cache:
-        """The cache of `num_rows` targets of `length` tokens, before the first token."""
+    def empty_cache(self, memory: Memory, length: int, num_hypotheses: int = 1) -> Cache:
+        """The cache of targets of `length` tokens, before the first token."""
         found = []
         for keys, values in memory.layers:
-            _, heads, head_dim, _ = keys.shape
-            empty = jnp.zeros((num_rows, heads, head_dim, length), keys.dtype)
+            size = length * num_hypotheses
+            empty = jnp.zeros((*keys.shape[:3], size), keys.dtype)
             found.append(LayerCache(empty, empty.astype(values.dtype).swapaxes(2, 3)))
         return tuple(found)
 
     def step(
-        self, ids: Int[Array, " rows"], position: Int[Array, ""], memory: Memory, cache: Cache
+        self,
+        ids: Int[Array, " rows"],
+        position: Int[Array, ""],
+        memory: Memory,
+        cache: Cache,
+        origins: Int[Array, "batch hypotheses length"] | None = None,
     ) -> tuple[Float[Array, "rows vocab"], Cache]:
-        """(logits of the token after that at `position`, the cache with it)."""
+        """(logits of the token after that at `position`, the cache with it).
+
+        Rows are those of the sources times a number of hypotheses for each. `origins`: which
+        hypothesis of the source has written the key of each position of a hypothesis; it is
+        needed, at positions up to this one, where there are several.
+        """
         embeddings = self.decoder.embeddings
         row = jax.lax.dynamic_slice_in_dim(embeddings.position.embedding[...], position, 1)
         text = Text(ids[:, None], jnp.zeros_like(ids)[:, None])
+        num_hypotheses, size = len(ids) // len(memory.is_source), cache[0].keys.shape[-1]
+        is_written = (jnp.arange(size) // num_hypotheses <= position)[None, None, None]
+        if origins is not None:
+            is_own = origins[..., None] == jnp.arange(num_hypotheses)[None, None, None]
+            is_written &= is_own.reshape(*origins.shape[:2], -1)[:, None]
+        start = position * num_hypotheses
         hidden, found = embeddings.at(text, row[None]), []
         for block, own, layer in zip(self.decoder.blocks(), memory.layers, cache, strict=True):
-            hidden, layer = block.step(hidden, own, memory.is_source, layer, position)
+            hidden, layer = block.step(hidden, own, memory.is_source, layer, is_written, start)
             found.append(layer)
         return self._head(hidden)[1][:, 0], tuple(found)
 
