@@ -113,7 +113,7 @@ def likeliest(logits: Float[Array, "rows vocab"], how: Decoding) -> Float[Array,
     """Logits at the temperature; −inf for tokens that `top_k` and `top_p` leave out."""
     logits = logits / how.temperature
     if 0 < how.top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, how.top_k)[0][:, -1:]
+        least = top(logits, how.top_k)[0][:, -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if how.top_p < 1:
         ordered = -jnp.sort(-logits, axis=-1)
