@@ -40,6 +40,7 @@ class Line(NamedTuple):
     )
     rows: int = 64  # of a device
     width: int = 128
+    teacher: str = "bfloat16"  # or float8: its products
 
 
 TPU_LINES = [
@@ -53,10 +54,15 @@ GPU_LINES = [
     for work, width in (("distill", 128), ("distill", 512), ("mlm", 128))
     for attention in ("auto", "triton")
 ]
+GPU_LINES += [
+    line._replace(teacher="float8")
+    for line in GPU_LINES
+    if line.work == "distill" and line.attention == "triton"
+]
 TPU_COLUMNS = ("step", "topology", "layers", "Mcycles", "products", "copies", "temporaries")
 TPU_COLUMNS += ("gradients", "reduced", "of it bf16", "compiled in")
-GPU_COLUMNS = ("step", "tokens", "attention", "ms", "by part", "products", "copies", "kernels")
-GPU_COLUMNS += ("temporaries", "compiled in")
+GPU_COLUMNS = ("step", "tokens", "attention", "teacher", "ms", "by part", "products", "copies")
+GPU_COLUMNS += ("kernels", "temporaries", "compiled in")
 
 
 class Roofline(NamedTuple):
@@ -67,11 +73,15 @@ class Roofline(NamedTuple):
 
     memory: float = 4.0e12  # bytes
     products: float = 700e12  # FLOPs
+    float8: float = 1260e12  # FLOPs; not seen in a trace: the data sheet's ratio is 2
     vector: float = 16.7e12  # integer operations: 132 multiprocessors, 64 lanes, 1.98 GHz
     launch: float = 1.5e-6  # seconds
 
-    def seconds(self, num_bytes: float, flops: float, operations: float) -> float:
-        bounds = num_bytes / self.memory, flops / self.products, operations / self.vector
+    def seconds(
+        self, num_bytes: float, flops: float, operations: float, *, is_float8: bool = False
+    ) -> float:
+        rate = self.float8 if is_float8 else self.products
+        bounds = num_bytes / self.memory, flops / rate, operations / self.vector
         return max(bounds) + self.launch
 
 
@@ -126,7 +136,7 @@ def tpu_cells(line: Line, found: dict[str, Any]) -> list[str]:
 def gpu_cells(line: Line, found: dict[str, Any]) -> list[str]:
     parts = sorted(found["parts"].items(), key=lambda part: -part[1])
     return [
-        *(line.work, f"{line.rows} × {line.width}", line.attention),
+        *(line.work, f"{line.rows} × {line.width}", line.attention, line.teacher),
         f"{found['milliseconds']:.1f}",
         ", ".join(f"{name} {value:.1f}" for name, value in parts if value >= 0.05),
         f"{found['kinds'].get('product', 0):.1f}",
@@ -191,7 +201,10 @@ def roofline(program: Any) -> dict[str, Any]:
     num_kernels = 0
     for kernel in program.kernels():
         flops, operations = attention_work(kernel.instruction)
-        seconds = Roofline().seconds(kernel.num_bytes, kernel.flops + flops, operations)
+        is_float8 = "matmul$f8" in kernel.instruction.text
+        seconds = Roofline().seconds(
+            kernel.num_bytes, kernel.flops + flops, operations, is_float8=is_float8
+        )
         parts[part_of(kernel.instruction.scope)] += 1e3 * seconds * kernel.num_runs
         kind = "attention" if flops else kernel.kind
         kinds[kind] += 1e3 * seconds * kernel.num_runs
@@ -296,11 +309,10 @@ def make_objective(line: Line, mesh: Any, *, tiny: bool) -> Any:
     teacher = ModelConfig(**PRESETS["bert-base"] | wide)
     terms = DistillSection().terms("general")
     apply, init = make_encoder(student, attention=line.attention, **options)
+    if line.teacher == "float8":
+        options["product_dtype"] = jnp.float8_e4m3fn
     teacher_apply, teacher_init = make_encoder(teacher, **options)
-    frozen = jax.eval_shape(
-        lambda k: frozen_params(teacher_init(k), dtype=jnp.bfloat16, unroll=unroll),
-        jax.random.key(0),
-    )
+    frozen = jax.eval_shape(lambda k: frozen_params(teacher_init(k), **options), jax.random.key(0))
     objective = make_distill(
         Role(apply, reads_of(terms), student.num_hidden_layers),
         Role(teacher_apply, reads_of(terms, of_teacher=True), teacher.num_hidden_layers),

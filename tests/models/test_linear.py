@@ -261,3 +261,50 @@ def test_an_int8_masked_lm_is_close_to_fp32(unroll):
     got = jax.jit(apply)(frozen, *inputs).logits
     error = float(jnp.linalg.norm(expected - got) / jnp.linalg.norm(expected))
     assert 1e-4 < error < 0.05, error
+
+
+def test_float8_products_round_both_operands_to_three_bits():
+    """Against sums of operands that are rounded here, digit by digit."""
+    x = jax.random.normal(jax.random.key(1), (4, 5, 24)) * 10.0 ** jnp.arange(-2, 3)[None, :, None]
+    kernel = jax.random.normal(jax.random.key(2), (2, 24, 12)) * jnp.array([0.02, 3])[:, None, None]
+    bias = jnp.tile(jnp.linspace(-1, 1, 12)[None], (2, 1))
+    params = {"layers": {"query": {"kernel": np.asarray(kernel), "bias": np.asarray(bias)}}}
+    params = rounded_kernels(params, dtype=jnp.bfloat16, product_dtype=jnp.float8_e4m3fn)
+    stacked = params["layers"]["query"]
+    assert stacked["kernel"].dtype == jnp.float8_e4m3fn
+
+    def rounded(array, scale):
+        """Three bits after the leading one, from 2^-6 on; even numbers where it is halfway."""
+        array = np.clip(np.asarray(array, np.float64) / scale, -448, 448)
+        unit = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(array), 2.0**-6))) - 3)
+        return np.round(array / unit) * unit * scale
+
+    in_bfloat16 = x.astype(jnp.bfloat16)
+    for layer in range(2):
+        options = {"dtype": jnp.bfloat16, "product_dtype": jnp.float8_e4m3fn}
+        linear = make_linear(24, 12, CONFIG, **options, rngs=nnx.Rngs(0))
+        nnx.update(linear, jax.tree.map(lambda leaf, own=layer: jnp.asarray(leaf[own]), stacked))
+        scale = 2.0 ** np.ceil(np.log2(np.abs(kernel[layer]).max() / 448))
+        own = rounded(kernel[layer], scale), np.asarray(bias[layer])
+        expected = rounded(in_bfloat16, 0.25) @ own[0] + own[1]
+        y = np.asarray(jax.jit(dense)(linear, in_bfloat16), np.float64)
+        np.testing.assert_allclose(
+            y, expected, rtol=2e-2, atol=2e-2 * np.abs(expected).max(-1).min()
+        )
+        exact = np.asarray(x[:, :4], np.float64) @ np.asarray(kernel[layer], np.float64) + own[1]
+        assert 5e-3 < np.linalg.norm(y[:, :4] - exact) / np.linalg.norm(exact) < 5e-2
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_a_float8_masked_lm_is_close_to_bfloat16(unroll):
+    ids = jax.random.randint(jax.random.key(0), (3, 8), 5, 50)
+    inputs = Text(ids, jnp.zeros_like(ids)), jnp.ones(ids.shape, bool)
+    exact, init = make_masked_lm(CONFIG, dtype=jnp.bfloat16)
+    options = {"dtype": jnp.bfloat16, "product_dtype": jnp.float8_e4m3fn, "unroll": unroll}
+    apply, _ = make_masked_lm(CONFIG, **options)
+    params = jax.tree.map(lambda leaf: np.asarray(5 * leaf), init(jax.random.key(1)))
+    frozen = frozen_params(params, **options)
+    expected = jax.jit(exact)(params, *inputs).logits
+    got = jax.jit(apply)(frozen, *inputs).logits
+    error = float(jnp.linalg.norm(expected - got) / jnp.linalg.norm(expected))
+    assert 1e-4 < error < 0.1, error

@@ -40,7 +40,8 @@ class ComputeSection(Section):
     teacher_dtype: FrozenDtype | None = Field(
         default=None,
         description="dtype of frozen teachers; default: dtype; int8_products: fp32, but the "
-        "products with the weights of layers are int8, with one scale per token and per column",
+        "products with the weights of layers are int8, with one scale per token and per column; "
+        "float8_products: bfloat16, but these products are float8 (e4m3), for H100 and newer GPUs",
     )
     unroll_layers: bool | Literal["auto"] = Field(
         default="auto",

@@ -19,7 +19,7 @@ from tinybert_jax.models.dropout import dropout
 from tinybert_jax.models.encoder import EncoderOutput, first_tokens, pick_first
 from tinybert_jax.models.families import family_of, make_family_encoder
 from tinybert_jax.models.inputs import Text
-from tinybert_jax.models.linear import dense, is_int8, make_linear
+from tinybert_jax.models.linear import dense, is_quantised, make_linear
 from tinybert_jax.models.norm import layer_norm, make_layer_norm
 from tinybert_jax.models.params import Apply, Params, restack_layers
 from tinybert_jax.settings.section import Pooling
@@ -169,7 +169,7 @@ class MaskedLM(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, pair_head: bool = False, rngs: nnx.Rngs, **options):
         dtype, product_dtype = options.get("dtype", jnp.float32), options.get("product_dtype")
-        if is_int8(product_dtype):  # of the layers alone
+        if is_quantised(product_dtype):  # of the layers alone
             product_dtype = None
         self.encoder = make_family_encoder(config, rngs=rngs, **options)
         width, dtypes = config.hidden_size, {"dtype": dtype, "product_dtype": product_dtype}
@@ -299,9 +299,10 @@ def functional(build: Callable[..., nnx.Module], *arguments: Any, **options: Any
 def _built(
     build: Callable[..., nnx.Module], arguments: tuple, sorted_options: tuple[tuple[str, Any], ...]
 ) -> Model:
-    """Parameters start and are loaded in fp32; with int8 products `apply` takes `frozen_params`."""
+    """Parameters start and are loaded in fp32; with int8 or float8 products `apply` takes
+    `frozen_params`."""
     started = dict(sorted_options)
-    if is_int8(started.get("product_dtype")):
+    if is_quantised(started.get("product_dtype")):
         del started["product_dtype"]
 
     def init_params(key: jax.Array) -> Params:

@@ -1,4 +1,4 @@
-"""Linear maps over tokens, with matrix products in fp32, bfloat16 or int8."""
+"""Linear maps over tokens, with matrix products in fp32, bfloat16, int8 or float8."""
 
 import functools
 import re
@@ -29,11 +29,12 @@ def make_linear(
     `product_dtype` bfloat16 rounds only the operands of the matrix product and of the two products
     of the gradient; sums stay fp32, everything else stays `dtype`. On CPUs with bfloat16
     instructions that is fastest: XLA:CPU has fast bfloat16 products, and other bfloat16 operations
-    are slow. int8 gives an `Int8Linear`.
+    are slow. int8 gives an `Int8Linear`, float8_e4m3fn a `Float8Linear`.
     """
-    if is_int8(product_dtype):
-        assert jnp.dtype(dtype) == jnp.float32, "int8 products need fp32 activations"
-        return Int8Linear(inputs, outputs)
+    if is_quantised(product_dtype):
+        kind = Int8Linear if jnp.dtype(product_dtype) == jnp.int8 else Float8Linear
+        assert jnp.dtype(dtype) == kind.dtype, f"{kind.__name__} needs activations in {kind.dtype}"
+        return kind(inputs, outputs)
     is_bfloat16 = product_dtype is not None and jnp.dtype(product_dtype) == jnp.bfloat16
     return nnx.Linear(
         inputs,
@@ -52,6 +53,8 @@ class Int8Linear(nnx.Module):
     pass. A scale maps the largest absolute value to 127.
     """
 
+    dtype = jnp.dtype(jnp.float32)  # of input and output
+
     def __init__(self, inputs: int, outputs: int):
         self.kernel = nnx.Param(jnp.zeros((inputs, outputs), jnp.int8))
         self.scale = nnx.Param(jnp.ones(outputs))
@@ -65,11 +68,43 @@ class Int8Linear(nnx.Module):
         return (mapped + self.bias[...][None]).reshape(*x.shape[:2], -1)
 
 
-Linear = nnx.Linear | Int8Linear
+class Float8Linear(nnx.Module):
+    """x·kernel + bias for inference: a product of float8 (e4m3), without a gradient.
+
+    `scales` are that of the inputs and that of the kernel, by which both are divided before they
+    are rounded. As e4m3 is a floating format, scales need not be tight: that of the inputs is a
+    quarter, so that inputs of up to 112 keep their three bits down to 0.004, and larger ones
+    become 112. Written as a product of scaled bfloat16, which XLA:GPU turns into cuBLASLt's float8
+    call where the GPU has one (from H100 on), and every other device computes as it stands.
+    """
+
+    dtype = jnp.dtype(jnp.bfloat16)  # of input and output
+
+    def __init__(self, inputs: int, outputs: int):
+        self.kernel = nnx.Param(jnp.zeros((inputs, outputs), _FLOAT8))
+        self.scales = nnx.Param(jnp.ones(2))
+        self.bias = nnx.Param(jnp.zeros(outputs))
+
+    def __call__(self, x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq out"]:
+        of_inputs, of_kernel = self.scales[...]
+        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32) / of_inputs
+        rows = jnp.clip(rows, -_FLOAT8_MAX, _FLOAT8_MAX).astype(_FLOAT8).astype(x.dtype)
+        kernel = self.kernel[...].astype(x.dtype) * of_kernel.astype(x.dtype)
+        dims = (((1,), (0,)), ((), ()))
+        mapped = jax.lax.dot_general(rows * of_inputs.astype(x.dtype), kernel, dims)
+        return (mapped + self.bias[...].astype(x.dtype)[None]).reshape(*x.shape[:2], -1)
 
 
-def is_int8(product_dtype: DTypeLike | None) -> bool:
-    return product_dtype is not None and jnp.dtype(product_dtype) == jnp.int8
+_FLOAT8 = jnp.float8_e4m3fn
+_FLOAT8_MAX = 448.0
+_INPUT_SCALE = 0.25
+
+Linear = nnx.Linear | Int8Linear | Float8Linear
+
+
+def is_quantised(product_dtype: DTypeLike | None) -> bool:
+    """Whether products of this dtype have parameters of their own, which are not trained."""
+    return product_dtype is not None and jnp.dtype(product_dtype) in (jnp.int8, _FLOAT8)
 
 
 def _quantise(x: Any, axis: int, xp: Any) -> tuple[Any, Any]:
@@ -79,9 +114,19 @@ def _quantise(x: Any, axis: int, xp: Any) -> tuple[Any, Any]:
     return xp.round(x / scale).astype(xp.int8), scale
 
 
+def _to_float8(kernel: Any) -> tuple[Any, Any]:
+    """(float8, scales [layers, 2]) of the kernels [layers, inputs, outputs] of a `Float8Linear`."""
+    xp: Any = np if isinstance(kernel, np.ndarray) else jnp
+    highest = xp.maximum(xp.abs(kernel).max(axis=(-2, -1)), xp.float32(1e-30))
+    # A power of two: dividing by it is exact.
+    scale = xp.exp2(xp.ceil(xp.log2(highest / xp.float32(_FLOAT8_MAX))))
+    rounded = xp.clip(kernel / scale[..., None, None], -_FLOAT8_MAX, _FLOAT8_MAX).astype(_FLOAT8)
+    return rounded, xp.stack([xp.full_like(scale, _INPUT_SCALE), scale], axis=-1)
+
+
 def dense(linear: Linear, x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq out"]:
     """Applies a linear map to tokens with `affine`, in the dtypes of the linear map."""
-    if isinstance(linear, Int8Linear):
+    if isinstance(linear, Int8Linear | Float8Linear):
         return linear(x)
     assert linear.bias is not None
     kernel, bias = linear.kernel[...], linear.bias[...]
@@ -140,14 +185,14 @@ def to_heads(linear: Linear, x: Array, num_heads: int) -> Float[Array, "batch se
     On TPUs as one einsum in bfloat16: there, an array of merged heads has another layout, and to
     split it is a copy. docs/scale.md has the cycles of whole steps.
     """
-    if isinstance(linear, Int8Linear) or linear.dtype != jnp.bfloat16:
+    if isinstance(linear, Int8Linear | Float8Linear) or linear.dtype != jnp.bfloat16:
         return dense(linear, x).reshape(*x.shape[:2], num_heads, -1)
     return _bfloat16_dense(linear, split_form(x.shape[-1], num_heads), x)
 
 
 def from_heads(linear: Linear, x: Array) -> Float[Array, "batch seq dim"]:
     """`dense` of merged heads [batch, seq, heads, head_dim]; see `to_heads`."""
-    if isinstance(linear, Int8Linear) or linear.dtype != jnp.bfloat16:
+    if isinstance(linear, Int8Linear | Float8Linear) or linear.dtype != jnp.bfloat16:
         return dense(linear, x.reshape(*x.shape[:2], -1))
     return _bfloat16_dense(linear, merge_form(*x.shape[2:]), x)
 
@@ -273,8 +318,8 @@ def rounded_kernels(
 ) -> Any:
     """Rounds the kernels of the layers once to the dtype of their matrix products, for inference.
 
-    The products read the same bits as without. For int8 the linear maps of the layers become the
-    parameters of an `Int8Linear`. The layers must still be stacked.
+    The products read the same bits as without. For int8 and float8 the linear maps of the layers
+    become the parameters of an `Int8Linear` or `Float8Linear`. The layers must still be stacked.
     """
 
     def round_node(node: Any, in_layers: bool) -> Any:
@@ -286,8 +331,11 @@ def rounded_kernels(
                 name: round_node(child, in_layers or name == "layers")
                 for name, child in node.items()
             }
-        if not is_int8(product_dtype):
+        if not is_quantised(product_dtype):
             return {**node, "kernel": node["kernel"].astype(product_dtype or dtype)}
+        if product_dtype == _FLOAT8:
+            kernel, scales = _to_float8(node["kernel"])
+            return {"kernel": kernel, "scales": scales, "bias": node["bias"]}
         kernel, scale = _quantise(np.asarray(node["kernel"]), -2, np)  # on the host
         return {"kernel": kernel, "scale": scale[..., 0, :], "bias": node["bias"]}
 

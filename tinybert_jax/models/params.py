@@ -82,7 +82,7 @@ def frozen_params(
     """The parameters of a frozen model in the form that its forward passes read.
 
     Kernels are rounded once (`rounded_kernels`) instead of in every pass, and layers are unstacked
-    with `unroll`. The outputs have the same bits, except for int8 products.
+    with `unroll`. The outputs have the same bits, except for int8 and float8 products.
     """
     rounded = rounded_kernels(params, dtype=dtype, product_dtype=product_dtype)
     return unstack_layers(rounded) if unroll else rounded

@@ -36,6 +36,7 @@ def target_text(chip: Chip) -> str:
     features = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
     return f"""
 platform_name: "CUDA"
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
 device_description_str: "{chip.name}"
 gpu_device_info {{
   cuda_compute_capability {{ major: {major} minor: {minor}{features} }}
@@ -56,5 +57,8 @@ gpu_device_info {{
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
+  driver_version: "13.0.0"
+  runtime_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
 }}
 """

@@ -353,4 +353,5 @@ def _num_taps(run: Run, work: Work, batch: Batch) -> tuple[int, int]:
     return len(taps) - num_maps, entries
 
 
-_LAYER_BYTES = {"float32": 4, "bfloat16": 2, "bfloat16_products": 2, "int8_products": 1}
+_LAYER_BYTES = {"float32": 4, "bfloat16": 2, "bfloat16_products": 2}
+_LAYER_BYTES |= {"int8_products": 1, "float8_products": 1}

@@ -213,14 +213,19 @@ def frozen_options(compute: ComputeSection) -> dict[str, Any]:
     return _options(compute.frozen_dtype, compute.unroll_layers, compute.attention)
 
 
-_PRODUCT_DTYPES: dict[str, Any] = {"bfloat16_products": jnp.bfloat16, "int8_products": jnp.int8}
+# dtype -> (dtype of activations, of the inputs of products with weights)
+_PRODUCTS: dict[str, tuple[Any, Any]] = {
+    "bfloat16_products": (jnp.float32, jnp.bfloat16),
+    "int8_products": (jnp.float32, jnp.int8),
+    "float8_products": (jnp.bfloat16, jnp.float8_e4m3fn),
+}
 
 
 def _options(dtype: str, unroll: bool | Literal["auto"], attention: str) -> dict[str, Any]:
     assert unroll != "auto", "the run has settled it for its devices"
-    product_dtype = _PRODUCT_DTYPES.get(dtype)
+    activations, product_dtype = _PRODUCTS.get(dtype, (dtype, None))
     return {
-        "dtype": jnp.dtype("float32" if product_dtype else dtype),
+        "dtype": jnp.dtype(activations),
         "product_dtype": product_dtype,
         "unroll": unroll,
         "attention": attention,

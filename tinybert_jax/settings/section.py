@@ -11,7 +11,7 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositionInit = Literal["normal", "sinusoid"]
 ComputeDtype = Literal["float32", "bfloat16", "bfloat16_products"]
-FrozenDtype = Literal[ComputeDtype, "int8_products"]
+FrozenDtype = Literal[ComputeDtype, "int8_products", "float8_products"]
 Pooling = Literal["mean", "first"]
 AttentionBackend = Literal["auto", "xla", "cudnn", "triton", "splash"]
 
