@@ -131,6 +131,21 @@ def test_few_rows_tell_how_many_are_wanted():
     assert "100 dev rows" in line and "± 6.0" in line and "900 rows" in line
 
 
+def test_bleu_is_in_points_already():
+    results = _results() | {"metric": "bleu", "dev_examples": 1000}
+    results["comparisons"]["student-model"]["baseline"] = {
+        "difference": -0.5,
+        "interval": [-1.25, 0.25],
+    }
+    for model in results["models"]:
+        model["metrics"] = {"bleu": 38.0}
+        model["intervals"] = {"bleu": [36.5, 39.5]}
+    (line,) = advice(results)
+    assert "(-0.5 points [-1.2, +0.2])" in line
+    results["models"][1]["intervals"]["bleu"] = [34.0, 42.0]
+    assert "± 4.0); ± 2 takes about 4,000 rows" in advice(results)[-1]
+
+
 def test_a_rise_is_held_against_the_error_of_the_rows_that_choose():
     """A fifth of the rows has more than twice the error: the same rise is not more than it."""
     results = _results()

@@ -12,14 +12,15 @@ from tinybert_jax.report.tables import (
     LOWER_IS_BETTER,
     Model,
     finite_number,
+    in_points,
     interval_of,
     metric_name,
     models_of,
 )
 
 _NEAR_CHANCE = 0.8  # of the loss of guessing
-_WIDE = 0.03  # half of an interval; wider ones tell few models apart
-_WANTED = 0.02
+_WIDE = 3.0  # points, half of an interval; wider ones tell few models apart
+_WANTED = 2.0
 _TAIL = 0.2  # of the steps: a score that rose in them was still rising
 
 
@@ -63,7 +64,7 @@ def _beaten_by_itself(results: dict[str, Any], student: Model) -> str:
     compared = _compared(results, student, "baseline")
     if compared is None or compared[1] > 0:
         return ""
-    difference, low, high = compared
+    difference, low, high = _told(results, *compared)
     verdict = "lower than" if difference < 0 else "not clearly higher than"
     changes = [
         "distil for longer (intermediate.num_epochs, prediction.num_epochs)",
@@ -74,7 +75,7 @@ def _beaten_by_itself(results: dict[str, Any], student: Model) -> str:
         changes.append("take the better one with export=best")
     return (
         f"{student.get('name')} scores {verdict} the same student without a teacher "
-        f"({_points(difference)} points {_bracket(low, high)}): {', or '.join(changes)}"
+        f"({difference:+.1f} points {_bracket(low, high)}): {', or '.join(changes)}"
     )
 
 
@@ -82,27 +83,27 @@ def _beaten_by_linear(results: dict[str, Any], student: Model) -> str:
     compared = _compared(results, student, "linear")
     if compared is None or compared[1] > 0:
         return ""
-    difference, low, high = compared
+    difference, low, high = _told(results, *compared)
     name = student.get("name")
     change = "a larger student, or train for longer"
     if high >= 0:
         return (
             f"{name} scores not clearly higher than TF-IDF with a linear model "
-            f"({_points(difference)} points {_bracket(low, high)}), which costs next to nothing: "
+            f"({difference:+.1f} points {_bracket(low, high)}), which costs next to nothing: "
             f"take that, or {change}"
         )
     return (
-        f"TF-IDF with a linear model scores higher than {name} ({-100 * difference:.1f} points "
+        f"TF-IDF with a linear model scores higher than {name} ({-difference:.1f} points "
         f"{_bracket(-high, -low)}) and costs next to nothing: take that, or {change}"
     )
 
 
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f}"
+def _told(results: dict[str, Any], *differences: float) -> list[float]:
+    return [in_points(results.get("metric"), difference) for difference in differences]
 
 
 def _bracket(low: float, high: float) -> str:
-    return f"[{_points(low)}, {_points(high)}]"
+    return f"[{low:+.1f}, {high:+.1f}]"
 
 
 def _still_learning(results: dict[str, Any], name: str, subject: str) -> str:
@@ -137,12 +138,15 @@ def _few_rows(results: dict[str, Any]) -> str:
     count = finite_number(results.get("dev_examples"))
     student = next((m for m in models_of(results) if m.get("role") == "student"), None)
     bounds = interval_of(student or {}, results.get("metric"))
-    if not count or bounds is None or (half := (bounds[1] - bounds[0]) / 2) <= _WIDE:
+    if not count or bounds is None:
+        return ""
+    half = in_points(results.get("metric"), (bounds[1] - bounds[0]) / 2)
+    if half <= _WIDE:
         return ""
     wanted = count * (half / _WANTED) ** 2
     return (
         f"{count:,.0f} dev rows tell two models apart only where they differ by several points "
-        f"(the student's score is known to ± {100 * half:.1f}); ± {100 * _WANTED:.0f} takes about "
+        f"(the student's score is known to ± {half:.1f}); ± {_WANTED:.0f} takes about "
         f"{wanted:,.0f} rows: raise task.dev_share, or give task.dev a larger file"
     )
 

@@ -17,6 +17,7 @@ from tinybert_jax.report.tables import (
     find_model,
     finite_number,
     format_si,
+    in_points,
     latency_of,
     mapping_of,
     metric_name,
@@ -95,7 +96,7 @@ def baseline_sentence(results: dict[str, Any]) -> str:
     score, student_score = score_of(results, baseline), score_of(results, student)
     if baseline is None or score is None or student_score is None:
         return ""
-    points = 100 * (student_score - score)
+    points = in_points(results.get("metric"), student_score - score)
     if results.get("metric") in LOWER_IS_BETTER:
         verdict = f"the student reaches {student_score:.3f}"
     else:

@@ -269,6 +269,14 @@ def metric_name(metric: Any) -> str:
     return METRIC_NAMES.get(str(metric), str(metric).replace("_", " ") or "metric")
 
 
+_ALREADY_POINTS = ("bleu", "chrf")  # from 0 to 100; other scores are at most 1
+
+
+def in_points(metric: Any, value: float) -> float:
+    """A score, or a difference of two, in points: hundredths of the best score."""
+    return value if metric in _ALREADY_POINTS else 100 * value
+
+
 def finite_number(value: Any) -> float | None:
     """The value as a float that can be drawn: None for all but numbers up to 1e100; 0 below 1e-100.
 
