@@ -130,6 +130,27 @@ def test_a_folder_without_readable_results_is_refused(tmp_path):
         write_report(tmp_path)
 
 
+def test_translations_stand_side_by_side_in_place_of_a_matrix(tmp_path):
+    results = make_results(metric="bleu")
+    del results["label_names"]
+    for model, made in zip(results["models"], ("ein <Hund>", "der Hund", "Hund"), strict=True):
+        model["metrics"] = {"bleu": 38.066, "chrf": 60.0}
+        rows = [{"source": "a dog", "reference": "Ein Hund", "translation": made}]
+        model["translations"] = rows
+    page = render(tmp_path, results, train_rows())
+    for expected in (
+        "Translations",
+        "a dog",
+        "Ein Hund",
+        "ein <Hund>",
+        "der Hund",
+        "BLEU",
+        "38.07",
+    ):
+        assert expected in page.text, expected
+    assert "matrix" not in page.text and "adds 0.0 points" in page.text
+
+
 def test_regression_run_without_teacher(tmp_path):
     student = make_model("student", 0.9, 1.0, confusion=None)
     student["metrics"] = {"mse": 0.4, "pearson": 0.87}

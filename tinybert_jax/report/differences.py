@@ -8,7 +8,24 @@ Takes the parsed `results.json` and returns escaped HTML. It may hold `differing
 import html
 from typing import Any
 
-from tinybert_jax.report.tables import finite_number, mapping_of
+from tinybert_jax.report.tables import finite_number, mapping_of, models_of
+
+
+def translations_section(results: dict[str, Any]) -> tuple[str, str]:
+    """Title and table of what the models made of the first dev texts; empty without such."""
+    models = [m for m in models_of(results) if isinstance(m.get("translations"), list)]
+    if not models:
+        return ("", "")
+    rows = [[row for row in m["translations"] if isinstance(row, dict)] for m in models]
+    columns = ["Text", "Reference", *(f"{m.get('role')} {m.get('name')}" for m in models)]
+    head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in columns)
+    body = ""
+    for first, *others in zip(*rows, strict=False):
+        told = [_cell(first, key) for key in ("source", "reference", "translation")]
+        told += [_cell(other, "translation") for other in others]
+        body += "<tr>" + "".join(f"<td>{text}</td>" for text in told) + "</tr>"
+    table = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return "Translations", f'<div class="scroll"><table class="differing">{table}</table></div>'
 
 
 def differences_section(results: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from tinybert_jax.report.calibration import calibration_section
 from tinybert_jax.report.charts import LARGE, Series
 from tinybert_jax.report.confusion import confusion_section
 from tinybert_jax.report.console import printable
-from tinybert_jax.report.differences import differences_section
+from tinybert_jax.report.differences import differences_section, translations_section
 from tinybert_jax.report.figures import (
     Stage,
     duration,
@@ -81,7 +81,7 @@ def _page(
         ("What to do next", advice_list(results)),
         ("Comparison", comparison_table(results)),
         ("Score and cost", pareto_section(results)),
-        per_class_section(results) or confusion_section(results),
+        _details(results),
         ("Calibration", calibration_section(results)),
         ("Where student and teacher differ", differences_section(results)),
         ("Time per stage", _time_bars(results, stages)),
@@ -94,6 +94,12 @@ def _page(
         + f"</div>{size_figure(results)}"
     )
     return whole_page(f"{results.get('name', folder_name)}: TinyBERT run", header, sections)
+
+
+def _details(results: dict) -> tuple[str, str]:
+    """Title and section of what the task shows beside its scores."""
+    made = translations_section(results)
+    return made if made[1] else per_class_section(results) or confusion_section(results)
 
 
 def _training(stages: list[Stage], results: dict, num_unreadable: int) -> str:

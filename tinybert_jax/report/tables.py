@@ -15,6 +15,8 @@ SAME = "same"
 ROLES = ("teacher", "student", "baseline")
 LOWER_IS_BETTER = frozenset({"mse", "loss", "perplexity"})
 METRIC_NAMES = {
+    "bleu": "BLEU",
+    "chrf": "chrF",
     "f1": "F1",
     "matthews": "Matthews correlation",
     "pearson": "Pearson correlation",
@@ -64,12 +66,14 @@ def _rows(results: dict[str, Any], models: list[Model]) -> Iterator[Row]:
     main = results.get("metric")
     names = list(dict.fromkeys(k for m in models for k in mapping_of(m, "metrics")))
     for name in sorted(names, key=lambda n: n != main):
-        label = metric_name(name)
+        label, digits = metric_name(name), 2 if name in _ALREADY_POINTS else 3
         yield Row(
-            label[0].upper() + label[1:],
+            label[0].upper() + label[1:] if name != "chrf" else label,
             lambda m, name=name: _metric(m, name),
-            lambda v: f"{v:.3f}",
-            lambda ref, v: "" if ref is None else f"{v - ref:+.3f}".replace("-", "−"),
+            lambda v, digits=digits: f"{v:.{digits}f}",
+            lambda ref, v, digits=digits: (
+                "" if ref is None else f"{v - ref:+.{digits}f}".replace("-", "−")
+            ),
             name == main,
             lambda m, name=name: interval_of(m, name),
         )

@@ -194,7 +194,7 @@ def _differing(task: Task, teacher: SeedScores, student: SeedScores) -> dict[str
     places = [int(place) for place in order if is_other[place]]
     texts = [
         {
-            "text": _whole_text(examples, place),
+            "text": _whole_text(examples, place, is_pair=not task.generates),
             "label": true[place],
             "teacher": said[0][place],
             "student": said[1][place],
@@ -210,10 +210,12 @@ def _differing(task: Task, teacher: SeedScores, student: SeedScores) -> dict[str
     return {**numbers, "texts": texts}
 
 
-def _whole_text(examples: Examples, place: int) -> str:
+def _whole_text(examples: Examples, place: int, *, is_pair: bool) -> str:
+    """`is_pair`: whether the second text is read too, and not a target."""
     text = examples.text[place]
-    first = text if isinstance(text, str) else " ".join(text)
-    whole = first if examples.text_pair is None else f"{first} | {examples.text_pair[place]}"
+    whole = text if isinstance(text, str) else " ".join(text)
+    if examples.text_pair is not None and is_pair:
+        whole = f"{whole} | {examples.text_pair[place]}"
     return whole if len(whole) <= _LONGEST else whole[:_LONGEST] + "…"
 
 
