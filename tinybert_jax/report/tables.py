@@ -121,7 +121,8 @@ def _table_row(row: Row, models: list[Model]) -> str:
         relation = "" if i in teachers[:1] else row.relate(reference, value)
         bounds, shown = row.bounds(model), ""
         if bounds:
-            shown = f' <span class="soft">[{bounds[0]:.3f}, {bounds[1]:.3f}]</span>'
+            ends = ", ".join(map(row.show, bounds))
+            shown = f' <span class="soft">[{ends}]</span>'
         cells += (
             f'<td title="{value:,.10g}"><b>{row.show(value)}</b>{shown}'
             f"{bar if len(models) > 1 else ''}<small>{relation}</small></td>"
