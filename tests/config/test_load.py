@@ -144,6 +144,15 @@ def test_booleans_are_no_labels(tmp_path, labels):
         config_files.load(_written(tmp_path), [f"task.labels={labels}"])
 
 
+def test_a_teacher_in_float8_has_activations_that_fused_attention_takes(tmp_path):
+    settings = ["compute.dtype=bfloat16", "compute.attention=triton"]
+    teacher = "compute.teacher_dtype"
+    given = config_files.load(_written(tmp_path), [*settings, f"{teacher}=float8_products"])
+    assert given.compute.frozen_dtype == "float8_products"
+    with pytest.raises(ConfigError, match="expected compute.teacher_dtype bfloat16, got int8"):
+        config_files.load(_written(tmp_path), [*settings, f"{teacher}=int8_products"])
+
+
 def test_booleans_are_true_and_false(tmp_path):
     for word, expected in (("true", True), ("False", False), ("TRUE", True)):
         given = config_files.load(_written(tmp_path), [f"compute.unroll_layers={word}"])

@@ -295,6 +295,16 @@ def test_float8_products_round_both_operands_to_three_bits():
         assert 5e-3 < np.linalg.norm(y[:, :4] - exact) / np.linalg.norm(exact) < 5e-2
 
 
+def test_a_float8_input_that_is_not_finite_stays_visible():
+    options = {"dtype": jnp.bfloat16, "product_dtype": jnp.float8_e4m3fn}
+    linear = make_linear(3, 2, CONFIG, **options, rngs=nnx.Rngs(0))
+    x = jnp.array(
+        [[[1, jnp.inf, 0], [-jnp.inf, 0, 0], [jnp.nan, 0, 0], [5000, 0, 0]]], jnp.bfloat16
+    )
+    y = dense(linear, x)  # the kernel is zero
+    assert jnp.isnan(y[:, :3]).all() and (y[:, 3] == 0).all()
+
+
 @pytest.mark.parametrize("unroll", [False, True])
 def test_a_float8_masked_lm_is_close_to_bfloat16(unroll):
     ids = jax.random.randint(jax.random.key(0), (3, 8), 5, 50)

@@ -112,6 +112,25 @@ def test_logits_and_states_equal_those_of_transformers(pairs, sources, targets, 
     np.testing.assert_allclose(probs, theirs, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    "dtype, product_dtype, error",
+    [(jnp.float32, jnp.int8, 0.05), (jnp.bfloat16, jnp.float8_e4m3fn, 0.15)],
+)
+@pytest.mark.parametrize("name", ["deep", "narrow"])
+def test_a_frozen_teacher_with_products_of_a_byte_is_close(
+    pairs, sources, targets, name, dtype, product_dtype, error
+):
+    """The layers of both sides alone have such products: not the bridge and the head."""
+    pair = pairs[name]
+    frozen = frozen_params(pair.params, dtype=dtype, product_dtype=product_dtype)
+    apply, _ = make_seq2seq(pair.config, dtype=dtype, product_dtype=product_dtype)
+    source, target = (_text(sources[0]), sources[1]), targets
+    more = {"decoder_input_ids": target[0], "decoder_attention_mask": target[1]}
+    got = np.asarray(jax.jit(apply)(frozen, *source, **more).logits, np.float32)[target[1]]
+    expected = np.asarray(_run(pair, sources, targets).logits)[target[1]]
+    assert 1e-4 < np.linalg.norm(got - expected) / np.linalg.norm(expected) < error
+
+
 @functools.cache
 def _program(config, how):
     def run(params, text, mask, key):

@@ -53,6 +53,8 @@ def _full_results():
         make_model("student", 0.7, 9.0, name="b", per_class=scores, **bounds),
         make_model("baseline", 0.7, 8.0, name="a", deviation={"accuracy": 0.1}, by_seed=[{}, {}]),
     ]
+    for model in models:
+        model["translations"] = [{"source": "s", "reference": "r", "translation": "t"}]
     lines = {"confidence": [0.5], "accuracy": [0.5], "count": [9], "error": 0.1}
     models[0]["calibration"] = models[1]["calibration"] = lines
     closed = {"gap_closed": {"value": 0.5}, "baseline": {"difference": 0.1, "interval": [0, 0.2]}}

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tinybert_jax import __version__, cli
+from tinybert_jax.runs import environment
 
 
 def _write_run(folder, dtype, padding, **sections):
@@ -45,6 +46,19 @@ def test_advice_that_a_run_deserves(tmp_path, capsys):
     assert "9 s, 5 s of them steps; 40% padding, 31% of the peak" in out
     for told in ("finetune.batching=pack", "unroll_layers=true", "baseline=null"):
         assert told in out
+
+
+def test_advice_where_float8_products_gain_nothing(tmp_path, capsys, monkeypatch):
+    _write_run(tmp_path, "bfloat16", 0.4, finetune={"batching": "pack"})
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    config["compute"]["teacher_dtype"] = "float8_products"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert cli.main(["doctor", str(tmp_path)]) == 0
+    assert "float8_products is slower than bfloat16 on a cpu" in capsys.readouterr().out
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+    assert "may gain nothing" in environment.float8_note("float8_products", "gpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=false")
+    assert environment.float8_note("float8_products", "gpu") == ""
 
 
 def test_a_run_without_need_of_it_has_no_advice(tmp_path, capsys):

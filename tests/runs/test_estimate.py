@@ -293,7 +293,7 @@ def test_state_by_hand(inputs, tmp_path):
     projection = 2 * (8 + 1) * 16  # one for each hidden entry
     state = _price(run, "general").state_bytes
     assert state == 4 * (4 * 3 * (student + projection) + teacher)
-    for dtype, saved in ("bfloat16_products", 2), ("int8_products", 3):
+    for dtype, saved in ("bfloat16_products", 2), ("int8_products", 3), ("float8_products", 3):
         short = _run(
             inputs,
             tmp_path,

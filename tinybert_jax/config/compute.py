@@ -41,7 +41,8 @@ class ComputeSection(Section):
         default=None,
         description="dtype of frozen teachers; default: dtype; int8_products: fp32, but the "
         "products with the weights of layers are int8, with one scale per token and per column; "
-        "float8_products: bfloat16, but these products are float8 (e4m3), for H100 and newer GPUs",
+        "float8_products: bfloat16, but these products are float8 (e4m3), whose inputs are cut to "
+        "±112, for H100 and newer GPUs",
     )
     unroll_layers: bool | Literal["auto"] = Field(
         default="auto",

@@ -249,7 +249,8 @@ def _needs_of_attention(config: Any) -> Iterator[str]:
         ("dtype", config.compute.dtype),
         ("teacher_dtype", config.compute.teacher_dtype or "bfloat16"),
     ):
-        if name in ("cudnn", "triton") and got != "bfloat16":
+        has_bfloat16 = got == "bfloat16" or (dtype, got) == ("teacher_dtype", "float8_products")
+        if name in ("cudnn", "triton") and not has_bfloat16:
             yield f"{origin}: expected compute.{dtype} bfloat16, got {got}: set that dtype, {fix}"
     for stage in config.stages:
         num_seeds = len(config.seeds(stage))

@@ -88,7 +88,9 @@ class Float8Linear(nnx.Module):
     def __call__(self, x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq out"]:
         of_inputs, of_kernel = self.scales[...]
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32) / of_inputs
-        rows = jnp.clip(rows, -_FLOAT8_MAX, _FLOAT8_MAX).astype(_FLOAT8).astype(x.dtype)
+        clipped = jnp.clip(rows, -_FLOAT8_MAX, _FLOAT8_MAX)
+        # An infinity stays visible, as NaN.
+        rows = jnp.where(jnp.isinf(rows), jnp.nan, clipped).astype(_FLOAT8).astype(x.dtype)
         kernel = self.kernel[...].astype(x.dtype) * of_kernel.astype(x.dtype)
         dims = (((1,), (0,)), ((), ()))
         mapped = jax.lax.dot_general(rows * of_inputs.astype(x.dtype), kernel, dims)
@@ -333,7 +335,7 @@ def rounded_kernels(
             }
         if not is_quantised(product_dtype):
             return {**node, "kernel": node["kernel"].astype(product_dtype or dtype)}
-        if product_dtype == _FLOAT8:
+        if product_dtype is not None and jnp.dtype(product_dtype) == _FLOAT8:
             kernel, scales = _to_float8(node["kernel"])
             return {"kernel": kernel, "scales": scales, "bias": node["bias"]}
         kernel, scale = _quantise(np.asarray(node["kernel"]), -2, np)  # on the host

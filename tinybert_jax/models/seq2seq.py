@@ -32,7 +32,7 @@ from tinybert_jax.models.encoder import (
 from tinybert_jax.models.families import make_family_encoder
 from tinybert_jax.models.heads import Model, TiedDecoder, binder, functional
 from tinybert_jax.models.inputs import Text
-from tinybert_jax.models.linear import dense, make_linear
+from tinybert_jax.models.linear import dense, is_quantised, make_linear
 from tinybert_jax.models.norm import layer_norm, make_layer_norm
 from tinybert_jax.parallel.sharding import shard_by_example
 from tinybert_jax.settings.section import AttentionBackend
@@ -127,12 +127,12 @@ class DecoderBlock(Block):
         memory: LayerCache,
         is_source: Bool[Array, "batch 1 1 source"],
         cache: LayerCache,
-        is_written: Bool[Array, "#batch 1 #hypotheses seq"],
+        is_seen: Bool[Array, "#batch 1 #hypotheses seq"],
         start: Int[Array, ""],
     ) -> tuple[Float[Array, "rows 1 dim"], LayerCache]:
         """The outputs for the next tokens, and the cache with their keys and values at `start`.
 
-        Rows are those of the sources times a whole number of hypotheses for each. `is_written`: the
+        Rows are those of the sources times a whole number of hypotheses for each. `is_seen`: the
         keys that a hypothesis sees.
         """
 
@@ -150,7 +150,7 @@ class DecoderBlock(Block):
             ),
         )
         queries = by_source(self.attention.split_heads(self.attention.query, hidden))
-        context = attend_cached(queries, cache.keys, cache.values, is_written)
+        context = attend_cached(queries, cache.keys, cache.values, is_seen)
         attended = dense(self.attention.output, context.reshape(hidden.shape))
         hidden = layer_norm(self.attention_norm, hidden + attended)
 
@@ -258,9 +258,11 @@ class Seq2Seq(nnx.Module):
 
     def __init__(self, config: EncoderDecoderConfig, *, rngs: nnx.Rngs, **options: Any):
         own, width = config.decoder, config.decoder.hidden_size
+        product_dtype = options.get("product_dtype")
         dtypes: dict[str, Any] = {
             "dtype": options.get("dtype", jnp.float32),
-            "product_dtype": options.get("product_dtype"),
+            # Quantised are the layers alone.
+            "product_dtype": None if is_quantised(product_dtype) else product_dtype,
         }
         self.encoder = make_family_encoder(config.encoder, rngs=rngs, **options)
         read = config.encoder.hidden_size
@@ -268,7 +270,8 @@ class Seq2Seq(nnx.Module):
             self.bridge = make_linear(read, width, own, rngs=rngs, **dtypes)
         else:
             self.bridge = None
-        self.decoder = Decoder(own, unroll=options.get("unroll", False), rngs=rngs, **dtypes)
+        layers = dtypes | {"product_dtype": product_dtype}
+        self.decoder = Decoder(own, unroll=options.get("unroll", False), rngs=rngs, **layers)
         self.transform = make_linear(width, width, own, rngs=rngs, **dtypes)
         self.norm = make_layer_norm(own, dtypes["dtype"], rngs)
         self.output = TiedDecoder(own.vocab_size)
@@ -346,14 +349,14 @@ class Seq2Seq(nnx.Module):
         row = jax.lax.dynamic_slice_in_dim(embeddings.position.embedding[...], position, 1)
         text = Text(ids[:, None], jnp.zeros_like(ids)[:, None])
         num_hypotheses, size = len(ids) // len(memory.is_source), cache[0].keys.shape[-1]
-        is_written = (jnp.arange(size) // num_hypotheses <= position)[None, None, None]
+        is_seen = (jnp.arange(size) // num_hypotheses <= position)[None, None, None]
         if origins is not None:
             is_own = origins[..., None] == jnp.arange(num_hypotheses)[None, None, None]
-            is_written &= is_own.reshape(*origins.shape[:2], -1)[:, None]
+            is_seen &= is_own.reshape(*origins.shape[:2], -1)[:, None]
         start = position * num_hypotheses
         hidden, found = embeddings.at(text, row[None]), []
         for block, own, layer in zip(self.decoder.blocks(), memory.layers, cache, strict=True):
-            hidden, layer = block.step(hidden, own, memory.is_source, layer, is_written, start)
+            hidden, layer = block.step(hidden, own, memory.is_source, layer, is_seen, start)
             found.append(layer)
         return self._head(hidden)[1][:, 0], tuple(found)
 

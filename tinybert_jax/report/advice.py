@@ -10,12 +10,14 @@ from typing import Any
 
 from tinybert_jax.report.tables import (
     LOWER_IS_BETTER,
+    TRANSLATION_METRICS,
     Model,
     finite_number,
     in_points,
     interval_of,
     metric_name,
     models_of,
+    show_score,
 )
 
 _NEAR_CHANCE = 0.8  # of the loss of guessing
@@ -64,13 +66,18 @@ def _beaten_by_itself(results: dict[str, Any], student: Model) -> str:
     compared = _compared(results, student, "baseline")
     if compared is None or compared[1] > 0:
         return ""
-    difference, low, high = _told(results, *compared)
+    difference, low, high = _in_points(results, *compared)
     verdict = "lower than" if difference < 0 else "not clearly higher than"
     changes = [
         "distil for longer (intermediate.num_epochs, prediction.num_epochs)",
         "start the student from the teacher's layers (init: teacher_layers or teacher_reduced)",
         "give task.unlabelled text",
     ]
+    if results.get("metric") in TRANSLATION_METRICS:  # which has none of the others
+        changes = [
+            "distil for longer (prediction.num_epochs)",
+            "start the student from the teacher's layers (init: teacher_layers)",
+        ]
     if results.get("export") != "best":
         changes.append("take the better one with export=best")
     return (
@@ -83,7 +90,7 @@ def _beaten_by_linear(results: dict[str, Any], student: Model) -> str:
     compared = _compared(results, student, "linear")
     if compared is None or compared[1] > 0:
         return ""
-    difference, low, high = _told(results, *compared)
+    difference, low, high = _in_points(results, *compared)
     name = student.get("name")
     change = "a larger student, or train for longer"
     if high >= 0:
@@ -98,7 +105,7 @@ def _beaten_by_linear(results: dict[str, Any], student: Model) -> str:
     )
 
 
-def _told(results: dict[str, Any], *differences: float) -> list[float]:
+def _in_points(results: dict[str, Any], *differences: float) -> list[float]:
     return [in_points(results.get("metric"), difference) for difference in differences]
 
 
@@ -127,9 +134,10 @@ def _still_learning(results: dict[str, Any], name: str, subject: str) -> str:
     scale = math.sqrt(num_dev / num_select) if num_dev and num_select else 1.0
     if stage.get("best_step") != step or last - first <= scale * min(widths) / 4:
         return ""
+    first, last = (show_score(results.get("metric"), score) for score in (first, last))
     return (
         f"{subject} was still learning: its {metric_name(results.get('metric'))} rose from "
-        f"{first:.3f} to {last:.3f} in the last fifth of the {step:,.0f} steps and was best at the "
+        f"{first} to {last} in the last fifth of the {step:,.0f} steps and was best at the "
         f"end: {_longer(results, name)}"
     )
 

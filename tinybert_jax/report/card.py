@@ -4,6 +4,7 @@ Its metadata are those that the Hugging Face hub reads. Names from data and conf
 characters: they are escaped, or quoted by YAML.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import yaml
 
 from tinybert_jax import __version__
 from tinybert_jax.report.console import printable
-from tinybert_jax.report.tables import choice_note, format_si, interval_of
+from tinybert_jax.report.tables import choice_note, format_si, interval_of, show_score
 
 # The end of an architecture -> the task of the hub; others give features.
 _TASKS = {
@@ -193,8 +194,9 @@ def _scores(results: Mapping[str, Any], model: dict[str, Any], others: list[dict
         cells = [called]
         for name in names:
             value, bounds = own["metrics"].get(name), interval_of(own, name)
-            shown = "" if value is None else f"{value:.4f}"
-            cells.append(shown + (f" [{bounds[0]:.4f}, {bounds[1]:.4f}]" if bounds else ""))
+            show = functools.partial(show_score, name, digits=4)
+            shown = "" if value is None else show(value)
+            cells.append(shown + (f" [{show(bounds[0])}, {show(bounds[1])}]" if bounds else ""))
         size, latency = own.get("num_encoder_parameters"), own.get("latency_ms")
         cells.append(format_si(float(size)) if size else "")
         cells.append(f"{latency['median']:.1f} ms" if latency else "")

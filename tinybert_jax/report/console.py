@@ -1,9 +1,12 @@
 """The results of a run as lines for the console, from `results.json`; text that is safe to show."""
 
+import functools
 import json
 import re
 from collections.abc import Callable
 from typing import Any
+
+from tinybert_jax.report.tables import show_score
 
 # Control characters but tab and line break, characters that turn the direction of writing, and
 # halves of characters (lone surrogates), which no file holds.
@@ -36,9 +39,11 @@ _HIDDEN_IN_JSON = re.compile(f"{_HIDDEN.pattern[:-1]}\u2028\u2029]")
 def console_summary(summary: dict[str, Any]) -> str:
     """The models, comparisons and held-out metrics of `results.json`, as lines for the console."""
     metric, width = summary["metric"], max((len(m["name"]) for m in summary["models"]), default=0)
+    show = functools.partial(show_score, metric, digits=4)
     lines = [
         f"{m['role']:<9} {m['name']:<{width}}  "
-        f"{metric} {m['metrics'][metric]:.4f}{_spread(metric, m)}{_shown(m['intervals'][metric])}"
+        f"{metric} {show(m['metrics'][metric])}{_spread(metric, m)}"
+        f"{_shown(metric, m['intervals'][metric])}"
         f"{_costs(m)}"
         for m in summary["models"]
     ]
@@ -58,7 +63,8 @@ def console_summary(summary: dict[str, Any]) -> str:
         lines.append(line)
     for name, compared in comparisons.items():
         differences = ", ".join(
-            f"{found['difference']:+.4f}{_shown(found['interval'])} {_OTHERS[other]}"
+            f"{show(found['difference'], sign='+')}{_shown(metric, found['interval'])} "
+            f"{_OTHERS[other]}"
             for other, found in compared.items()
             if other in _OTHERS
         )
@@ -78,8 +84,9 @@ _OTHERS = {
 }
 
 
-def _shown(bounds: tuple[float, float]) -> str:
-    return f" [{bounds[0]:.4f}, {bounds[1]:.4f}]"
+def _shown(metric: str, bounds: tuple[float, float]) -> str:
+    low, high = (show_score(metric, bound, digits=4) for bound in bounds)
+    return f" [{low}, {high}]"
 
 
 def _costs(model: dict[str, Any]) -> str:
@@ -92,7 +99,8 @@ def _costs(model: dict[str, Any]) -> str:
 def _spread(metric: str, model: dict[str, Any]) -> str:
     if "by_seed" not in model:
         return ""
-    count, deviation = len(model["by_seed"]), model["deviation"][metric]
+    show = functools.partial(show_score, metric, digits=4)
+    count, deviation = len(model["by_seed"]), show(model["deviation"][metric])
     if "mean" in model:
-        return f" (best of {count} seeds: {model['mean'][metric]:.4f} ± {deviation:.4f})"
-    return f" ± {deviation:.4f} ({count} seeds)"
+        return f" (best of {count} seeds: {show(model['mean'][metric])} ± {deviation})"
+    return f" ± {deviation} ({count} seeds)"

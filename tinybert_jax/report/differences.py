@@ -14,9 +14,9 @@ from tinybert_jax.report.tables import finite_number, mapping_of, models_of
 def translations_section(results: dict[str, Any]) -> tuple[str, str]:
     """Title and table of what the models made of the first dev texts; empty without such."""
     models = [m for m in models_of(results) if isinstance(m.get("translations"), list)]
-    if not models:
+    rows = [[mapping_of({"row": row}, "row") for row in m["translations"]] for m in models]
+    if not any(rows):
         return ("", "")
-    rows = [[row for row in m["translations"] if isinstance(row, dict)] for m in models]
     columns = ["Text", "Reference", *(f"{m.get('role')} {m.get('name')}" for m in models)]
     head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in columns)
     body = ""

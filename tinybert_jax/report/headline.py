@@ -3,6 +3,7 @@
 Takes the parsed `results.json` and returns escaped HTML.
 """
 
+import functools
 import html
 import math
 from typing import Any
@@ -26,6 +27,7 @@ from tinybert_jax.report.tables import (
     role_of,
     score_of,
     share_kept,
+    show_score,
     students_of,
 )
 
@@ -43,18 +45,18 @@ def headline(results: dict[str, Any]) -> str:
     if student:
         count = len(students_of(results))
         subject = f"The best of {count} students, {subject}," if count > 1 else "The student"
-    kept = share_kept(results, model) if student else None
+    show = functools.partial(show_score, results.get("metric"))
+    kept, reached = share_kept(results, model) if student else None, show(score)
     alone = _level_baseline(results, student) if student else None
     if alone is not None:
         return (
-            f"{subject} reaches {score:.3f} {metric} and is not clearly ahead of the same student "
-            f"without a teacher, which reaches {_coloured(f'{alone:.3f}', 'baseline')}."
+            f"{subject} reaches {reached} {metric} and is not clearly ahead of the same student "
+            f"without a teacher, which reaches {_coloured(show(alone), 'baseline')}."
         )
     if kept is not None and kept > 1 and student and not _is_ahead(results, student, "teacher"):
-        shown = _coloured(f"{score:.3f}")
-        sentence = f"{subject} is level with its teacher at {shown} {metric}"
+        sentence = f"{subject} is level with its teacher at {_coloured(reached)} {metric}"
     elif kept is None:
-        sentence = f"{subject} reaches {_coloured(f'{score:.3f}', role_of(model))} {metric}"
+        sentence = f"{subject} reaches {_coloured(reached, role_of(model))} {metric}"
     else:
         verb = "keeps" if kept <= 1 else "reaches"
         sentence = f"{subject} {verb} {_coloured(percent(kept))} of its teacher’s {metric}"
@@ -96,13 +98,14 @@ def baseline_sentence(results: dict[str, Any]) -> str:
     score, student_score = score_of(results, baseline), score_of(results, student)
     if baseline is None or score is None or student_score is None:
         return ""
+    show = functools.partial(show_score, results.get("metric"))
     points = in_points(results.get("metric"), student_score - score)
     if results.get("metric") in LOWER_IS_BETTER:
-        verdict = f"the student reaches {student_score:.3f}"
+        verdict = f"the student reaches {show(student_score)}"
     else:
         verdict = f"distillation {'adds' if points >= 0 else 'costs'} {abs(points):.1f} points"
     name = html.escape(str(baseline.get("name", "baseline")))
-    return f"The baseline, {name}, reaches {_coloured(f'{score:.3f}', 'baseline')}: {verdict}."
+    return f"The baseline, {name}, reaches {_coloured(show(score), 'baseline')}: {verdict}."
 
 
 def heldout_sentence(results: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ Takes the parsed `results.json` and returns escaped HTML. Reads no file and draw
 A role (teacher, student, baseline) has the same colour everywhere on the page.
 """
 
+import functools
 import html
 import math
 from collections.abc import Callable, Iterator
@@ -66,13 +67,13 @@ def _rows(results: dict[str, Any], models: list[Model]) -> Iterator[Row]:
     main = results.get("metric")
     names = list(dict.fromkeys(k for m in models for k in mapping_of(m, "metrics")))
     for name in sorted(names, key=lambda n: n != main):
-        label, digits = metric_name(name), 2 if name in _ALREADY_POINTS else 3
+        label = metric_name(name)
         yield Row(
-            label[0].upper() + label[1:] if name != "chrf" else label,
+            label if name in TRANSLATION_METRICS else label[0].upper() + label[1:],
             lambda m, name=name: _metric(m, name),
-            lambda v, digits=digits: f"{v:.{digits}f}",
-            lambda ref, v, digits=digits: (
-                "" if ref is None else f"{v - ref:+.{digits}f}".replace("-", "−")
+            functools.partial(show_score, name),
+            lambda ref, v, name=name: (
+                "" if ref is None else show_score(name, v - ref, sign="+").replace("-", "−")
             ),
             name == main,
             lambda m, name=name: interval_of(m, name),
@@ -274,12 +275,17 @@ def metric_name(metric: Any) -> str:
     return METRIC_NAMES.get(str(metric), str(metric).replace("_", " ") or "metric")
 
 
-_ALREADY_POINTS = ("bleu", "chrf")  # from 0 to 100; other scores are at most 1
+TRANSLATION_METRICS = ("bleu", "chrf")  # from 0 to 100; other scores are at most 1
 
 
 def in_points(metric: Any, value: float) -> float:
     """A score, or a difference of two, in points: hundredths of the best score."""
-    return value if metric in _ALREADY_POINTS else 100 * value
+    return value if metric in TRANSLATION_METRICS else 100 * value
+
+
+def show_score(metric: Any, value: float, digits: int = 3, sign: str = "") -> str:
+    """A score as text; `digits` after the point of a score that is at most 1."""
+    return f"{value:{sign}.{2 if metric in TRANSLATION_METRICS else digits}f}"
 
 
 def finite_number(value: Any) -> float | None:

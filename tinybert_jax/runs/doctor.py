@@ -21,6 +21,7 @@ from tinybert_jax.performance import host
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
 from tinybert_jax.performance.program_cache import keep_programs
 from tinybert_jax.report.tables import format_si
+from tinybert_jax.runs.environment import float8_note
 from tinybert_jax.training.metric_log import read_rows
 
 _PACKAGES = (
@@ -171,5 +172,7 @@ def _advice_of_config(
         yield "this processor multiplies bfloat16 faster: compute.dtype=bfloat16_products"
     if compute.get("unroll_layers") is False and backend == "cpu":
         yield "layers that are unrolled run faster and compile longer: compute.unroll_layers=true"
+    if note := float8_note(compute.get("teacher_dtype") or "", backend):
+        yield note
     if "baseline" in stages:
         yield "baseline trains the student once more, for comparison alone: baseline=null"

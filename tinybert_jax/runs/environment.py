@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -94,3 +95,18 @@ def all_peak_flops(dtype: str, mesh: Mesh) -> float:
     if platform_of(mesh) == "cpu":
         return measure_gemm_peak(dtype)
     return (peak_flops(device_kind(mesh), dtype) or np.nan) * mesh.size
+
+
+def float8_note(dtype: str, backend: str) -> str:
+    """Why float8 products of a teacher buy nothing on a backend; "" where they may.
+
+    XLA makes no float8 calls while Triton makes its products (docs/scale.md).
+    """
+    if dtype != "float8_products":
+        return ""
+    name = "compute.teacher_dtype float8_products"
+    if backend != "gpu":
+        return f"{name} is slower than bfloat16 on a {backend}: it is for NVIDIA GPUs from H100 on"
+    if "--xla_gpu_enable_triton_gemm=false" not in os.environ.get("XLA_FLAGS", ""):
+        return f"{name} may gain nothing without XLA_FLAGS=--xla_gpu_enable_triton_gemm=false"
+    return ""

@@ -98,9 +98,10 @@ def estimate_costs(run: Run, plan: StagePlan) -> Costs:
 
     State: for every student and its projection the parameters, gradients, two moments and, if
     kept, the moving average, all fp32; for the teacher the parameters, with layers of 2 bytes per
-    value for bfloat16 products and 1 byte for int8 products. Activations of one microbatch of the
-    largest sampled batch: the residuals of differentiating the students' encoders, from a trace of
-    the same model without compilation, on a CPU for one seed at a time; the teacher's arrays that
+    value for bfloat16 products and 1 byte for int8 and float8 products. Activations of one
+    microbatch of the largest sampled batch: the residuals of differentiating the students'
+    encoders, from a trace of the same model without compilation, on a CPU for one seed at a time;
+    the teacher's arrays that
     terms read; the projected hidden states; the score maps that terms build; one chunk of logits.
     For fp32 steps with scanned layers and the terms of tinybert, minilmv2 and distilbert the
     estimate was within 15 % of XLA:CPU's `memory_analysis`.
@@ -329,7 +330,7 @@ def _num_pairs_in_maps(run: Run, work: Work, student: Sizes, batch: Batch) -> in
 def _row(run: Run, batch: Batch) -> Row:
     """The layout of the rows; on a CPU, unrolled fp32 layers keep their score maps."""
     compute = run.compute
-    is_float32 = "bfloat16" not in (compute.dtype, compute.frozen_dtype)
+    is_float32 = not {"bfloat16", "float8_products"} & {compute.dtype, compute.frozen_dtype}
     is_packed = batch.attention_mask.dtype != bool
     return Row(batch.shape[1], is_packed, compute.unroll_layers and is_float32)
 
@@ -353,5 +354,10 @@ def _num_taps(run: Run, work: Work, batch: Batch) -> tuple[int, int]:
     return len(taps) - num_maps, entries
 
 
-_LAYER_BYTES = {"float32": 4, "bfloat16": 2, "bfloat16_products": 2}
-_LAYER_BYTES |= {"int8_products": 1, "float8_products": 1}
+_LAYER_BYTES = {
+    "float32": 4,
+    "bfloat16": 2,
+    "bfloat16_products": 2,
+    "int8_products": 1,
+    "float8_products": 1,
+}

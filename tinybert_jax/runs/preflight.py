@@ -84,6 +84,8 @@ def open_run(
     identity.check_same_inputs(run)
     if processes.count() == 1:  # of several, process 0 alone would write them, and find them again
         keep_programs(platform_of(run.mesh))  # before anything compiles
+    if note := environment.float8_note(config.compute.frozen_dtype, platform_of(run.mesh)):
+        run.log.say(note)
     _check_teachers(run, stages)
 
     def begin() -> None:
