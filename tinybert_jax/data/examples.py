@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+_LONGEST = 240  # characters of a text that is shown
+
 
 class Examples(NamedTuple):
     """n examples: a text or a list of words each, with second texts and labels where there are."""
@@ -23,6 +25,14 @@ class Examples(NamedTuple):
     def num_outputs(self) -> int:
         """Outputs of the head for a unit: one for each label name, or one number."""
         return len(self.label_names) if self.label_names else 1
+
+    def shown(self, place: int, *, is_pair: bool) -> str:
+        """The text of an example for readers; `is_pair`: the second one is read, and no target."""
+        text = self.text[place]
+        whole = text if isinstance(text, str) else " ".join(text)
+        if self.text_pair is not None and is_pair:
+            whole = f"{whole} | {self.text_pair[place]}"
+        return whole if len(whole) <= _LONGEST else whole[:_LONGEST] + "…"
 
     def take(self, rows: Sequence[int] | slice) -> "Examples":
         """The examples at these places, in their order."""

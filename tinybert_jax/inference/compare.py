@@ -11,7 +11,6 @@ from tinybert_jax.metrics.intervals import interval, resampled_scores
 from tinybert_jax.metrics.paired import count_pairs, mcnemar, needed_examples, upper_bound
 
 _NUM_SHOWN = 50  # broken texts
-_LONGEST = 300  # characters of a text
 
 
 def compare(
@@ -76,7 +75,7 @@ def _broken(
     return [
         {
             "row": place + 1,
-            "text": _text(old.scored.examples, place),
+            "text": old.scored.examples.shown(place, is_pair=not old.task.generates),
             "label": truth[place],
             "old": said[0][place],
             "new": said[1][place],
@@ -128,11 +127,3 @@ def _groups(values: Sequence[str], old: np.ndarray, new: np.ndarray) -> list[dic
     groups = [(name, named == name) for name in dict.fromkeys(values)]
     rows = [{"name": n, **count_pairs(old[own], new[own])._asdict()} for n, own in groups]
     return sorted(rows, key=lambda row: -row["broken"])
-
-
-def _text(examples: Any, place: int) -> str:
-    text = examples.text[place]
-    whole = text if isinstance(text, str) else " ".join(text)
-    if examples.text_pair is not None:
-        whole = f"{whole} | {examples.text_pair[place]}"
-    return whole if len(whole) <= _LONGEST else whole[:_LONGEST] + "…"

@@ -9,7 +9,6 @@ import numpy as np
 
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.stages import PRETRAIN
-from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.splits import label_notes
 from tinybert_jax.huggingface.hub import find_folder
 from tinybert_jax.inference.seq2seq import TinyBertForConditionalGeneration
@@ -39,7 +38,6 @@ LINEAR = "TF-IDF, linear"  # the name of the linear model
 _LATENCY_BATCH, _LATENCY_LENGTH = 1, 32
 _TAIL = 0.2  # of the steps
 _NUMBERS = {"square": "value", "similarity": "similarity"}  # form -> key of an answer's number
-_LONGEST = 240  # characters of such a text
 _NUM_SHOWN = 20  # texts on which student and teacher differ
 
 
@@ -194,7 +192,7 @@ def _differing(task: Task, teacher: SeedScores, student: SeedScores) -> dict[str
     places = [int(place) for place in order if is_other[place]]
     texts = [
         {
-            "text": _whole_text(examples, place, is_pair=not task.generates),
+            "text": examples.shown(place, is_pair=not task.generates),
             "label": true[place],
             "teacher": said[0][place],
             "student": said[1][place],
@@ -208,15 +206,6 @@ def _differing(task: Task, teacher: SeedScores, student: SeedScores) -> dict[str
             "num_student_right": int(right[1][places].sum()),
         }
     return {**numbers, "texts": texts}
-
-
-def _whole_text(examples: Examples, place: int, *, is_pair: bool) -> str:
-    """`is_pair`: whether the second text is read too, and not a target."""
-    text = examples.text[place]
-    whole = text if isinstance(text, str) else " ".join(text)
-    if examples.text_pair is not None and is_pair:
-        whole = f"{whole} | {examples.text_pair[place]}"
-    return whole if len(whole) <= _LONGEST else whole[:_LONGEST] + "…"
 
 
 class BestSeed(NamedTuple):
