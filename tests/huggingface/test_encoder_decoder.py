@@ -20,6 +20,7 @@ from transformers import BertForMaskedLM, DistilBertConfig, EncoderDecoderModel
 
 from tinybert_jax.huggingface.encoder_decoder import (
     Tokenizers,
+    check_tables,
     load_encoder_decoder,
     load_tokenizers,
     save_encoder_decoder,
@@ -27,6 +28,7 @@ from tinybert_jax.huggingface.encoder_decoder import (
 )
 from tinybert_jax.huggingface.folder import read_model
 from tinybert_jax.huggingface.hub import load_tokenizer
+from tinybert_jax.inference.seq2seq import TinyBertForConditionalGeneration
 from tinybert_jax.models.params import flatten, unflatten
 from tinybert_jax.models.seq2seq import make_seq2seq
 
@@ -46,7 +48,7 @@ def folder(model, tmp_path):
 
 def test_a_folder_of_transformers_comes_back_bit_for_bit(model, folder, tmp_path):
     loaded = load_encoder_decoder(folder)
-    tokens = load_tokenizers(loaded)
+    tokens = load_tokenizers(loaded.folder)
     assert tokens.source is tokens.target
     saved = save_encoder_decoder(tmp_path / "ours", loaded.params, loaded.config, tokens)
     theirs, ours = (load_file(path / "model.safetensors") for path in (folder, saved))
@@ -66,12 +68,11 @@ def test_two_vocabularies_have_a_tokenizer_each(model, folder, tmp_path):
     other = load_tokenizer(folder)
     other.add_tokens(["[NEW]"])
     tokens = Tokenizers(load_tokenizer(folder), other)
-    with pytest.raises(ValueError, match="the decoder's table has 61 rows"):
-        load_tokenizers(
-            loaded._replace(
-                folder=save_encoder_decoder(tmp_path / "a", loaded.params, loaded.config, tokens)
-            )
-        )
+    saved = save_encoder_decoder(tmp_path / "a", loaded.params, loaded.config, tokens)
+    with pytest.raises(ValueError, match="the model's decoder's table has 61 rows"):
+        check_tables(load_tokenizers(saved), loaded.config, "the model")
+    with pytest.raises(ValueError, match="the model's decoder's table has 61 rows"):
+        TinyBertForConditionalGeneration.from_pretrained(saved)
     tokens = Tokenizers(other, load_tokenizer(folder))
     config = loaded.config.model_copy(
         update={"encoder": loaded.config.encoder.model_copy(update={"vocab_size": 62})}
@@ -79,9 +80,8 @@ def test_two_vocabularies_have_a_tokenizer_each(model, folder, tmp_path):
     flat = flatten(loaded.params)
     words = "encoder/embeddings/word/embedding"
     params = unflatten({**flat, words: np.pad(flat[words], ((0, 1), (0, 0)))})
-    found = load_tokenizers(
-        load_encoder_decoder(save_encoder_decoder(tmp_path / "b", params, config, tokens))
-    )
+    found = load_tokenizers(save_encoder_decoder(tmp_path / "b", params, config, tokens))
+    check_tables(found, config, "the model")
     assert (len(found.source), len(found.target)) == (62, 61)
 
 

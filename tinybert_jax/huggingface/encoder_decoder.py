@@ -128,8 +128,8 @@ def check_tables(tokenizers: Tokenizers, config: Sizes, owner: str) -> None:
     if not isinstance(config, EncoderDecoderConfig):
         check_table(tokenizers.source, config, owner)
         return
-    check_table(tokenizers.source, config.encoder, f"the encoder of {owner}")
-    check_table(tokenizers.target, config.decoder, f"the decoder of {owner}")
+    check_table(tokenizers.source, config.encoder, f"{owner}'s encoder")
+    check_table(tokenizers.target, config.decoder, f"{owner}'s decoder")
 
 
 def check_tokenizers(tokenizers: Tokenizers, path: str | Path, role: str) -> None:
