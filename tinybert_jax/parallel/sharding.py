@@ -3,6 +3,7 @@
 The spec of a parameter is a pure function of the parameter's path and shape.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tinybert_jax.parallel import processes
-from tinybert_jax.parallel.mesh import BATCH_AXES, num_batch_shards
+from tinybert_jax.parallel.mesh import BATCH_AXES, num_batch_shards, platform_of
 
 # The dim (counted from the end) that the `tensor` axis splits, by path.
 _TENSOR_DIM = (
@@ -139,6 +141,37 @@ def copy_per_shard(tree: Any, num_shards: int) -> Any:
     if num_shards == 1:
         return tree
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_shards, *x.shape)), tree)
+
+
+def in_stored_layout(gradients: Any, mesh: Mesh) -> Any:
+    """Gradients in the layout in which TPUs store their parameters; elsewhere as they are.
+
+    An optimizer computes in the layout of the gradients: where it is another one, parameters and
+    moments are copied there and back in every step.
+    """
+    if platform_of(mesh) != "tpu":
+        return gradients
+
+    def constrain(leaf: jax.Array) -> jax.Array:
+        is_matrix = leaf.ndim > 1
+        return with_layout_constraint(leaf, Layout(stored_order(leaf.shape))) if is_matrix else leaf
+
+    return jax.tree.map(constrain, gradients)
+
+
+def stored_order(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The dims of an fp32 array as TPUs store it, from major to minor.
+
+    Of a matrix and its transpose they take the smaller one, in tiles of 8 × 128.
+    """
+    dims = tuple(range(len(shape)))
+    if len(shape) > 1 and _num_tiles(*shape[:-3:-1]) < _num_tiles(*shape[-2:]):
+        return (*dims[:-2], dims[-1], dims[-2])
+    return dims
+
+
+def _num_tiles(rows: int, columns: int) -> int:
+    return math.ceil(rows / 8) * math.ceil(columns / 128)
 
 
 def shard_map_over_batch(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -129,6 +129,7 @@ def make_train_step(
         num_tokens = jnp.count_nonzero(batch.attention_mask)
         share = jnp.minimum(state.step / max(num_steps - 1, 1), 1.0)
         (loss, metrics), grads = gradients(state, batch, share, frozen)
+        grads = sharding.in_stored_layout(grads, mesh)
         losses = losses_of(loss, metrics, objective.members)
         limits = jnp.full_like(losses, jnp.inf) if limit is None else limit.reshape(losses.shape)
         decay = jnp.minimum(average_decay, (1 + state.step) / (10 + state.step))
