@@ -179,3 +179,13 @@ def test_a_run_on_a_machine_without_the_device_is_refused(world):
     stage = {"batching": "pack", "max_length": 128}
     sections = {"intermediate": stage, "prediction": stage, "compute": {"attention": "splash"}}
     world.fails("run", world.distil(**sections), naming=("expected a TPU, got cpu; run it there",))
+
+
+def test_heads_that_are_too_wide_for_a_kernel_are_refused_before_the_run(world):
+    compute = {"attention": "triton", "dtype": "bfloat16"}
+    wide = {"num_hidden_layers": 1, "hidden_size": 96, "num_attention_heads": 1}
+    world.fails(
+        "run",
+        world.distil(compute=compute, student=wide),
+        naming=("compute.attention triton: expected heads of at most 64 dims, got 96",),
+    )

@@ -195,7 +195,7 @@ def _missing_requirement(
     backend: AttentionBackend, queries: jax.Array, keys: jax.Array, dropout_rate: float
 ) -> str | None:
     """What a fused backend expects and the inputs or devices do not offer; None: it can run."""
-    most_dims = _MOST_DIMS.get(backend)
+    most_dims = MOST_DIMS.get(backend)
     if most_dims and queries.dtype != jnp.bfloat16:
         return f"activations in bfloat16, got {queries.dtype}"
     if most_dims and queries.shape[-1] > most_dims:
@@ -211,7 +211,7 @@ def _missing_requirement(
 
 def fused_score_distance(*taps: Array) -> Callable[..., Array] | None:
     """`score_distance` of such queries and keys of two models; None where it cannot run."""
-    most_dims = _MOST_DIMS["triton"]
+    most_dims = MOST_DIMS["triton"]
     fits = all(x.dtype == jnp.bfloat16 and x.shape[-1] <= most_dims for x in taps)
     if not fits or missing_device("triton") is not None:
         return None
@@ -288,7 +288,7 @@ _ORDER: dict[AttentionBackend, tuple[AttentionBackend, ...]] = {
     "auto": ("cudnn",),
     "triton": ("cudnn", "triton"),
 }
-_MOST_DIMS = {"cudnn": 128, "triton": 64}  # of a head
+MOST_DIMS = {"cudnn": 128, "triton": 64}  # of a head
 
 
 def attention_scores(

@@ -128,7 +128,7 @@ def _to_float8(kernel: Any) -> tuple[Any, Any]:
 
 def dense(linear: Linear, x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq out"]:
     """Applies a linear map to tokens with `affine`, in the dtypes of the linear map."""
-    if isinstance(linear, Int8Linear | Float8Linear):
+    if not isinstance(linear, nnx.Linear):
         return linear(x)
     assert linear.bias is not None
     kernel, bias = linear.kernel[...], linear.bias[...]
@@ -187,14 +187,14 @@ def to_heads(linear: Linear, x: Array, num_heads: int) -> Float[Array, "batch se
     On TPUs as one einsum in bfloat16: there, an array of merged heads has another layout, and to
     split it is a copy. docs/scale.md has the cycles of whole steps.
     """
-    if isinstance(linear, Int8Linear | Float8Linear) or linear.dtype != jnp.bfloat16:
+    if not isinstance(linear, nnx.Linear) or linear.dtype != jnp.bfloat16:
         return dense(linear, x).reshape(*x.shape[:2], num_heads, -1)
     return _bfloat16_dense(linear, split_form(x.shape[-1], num_heads), x)
 
 
 def from_heads(linear: Linear, x: Array) -> Float[Array, "batch seq dim"]:
     """`dense` of merged heads [batch, seq, heads, head_dim]; see `to_heads`."""
-    if isinstance(linear, Int8Linear | Float8Linear) or linear.dtype != jnp.bfloat16:
+    if not isinstance(linear, nnx.Linear) or linear.dtype != jnp.bfloat16:
         return dense(linear, x.reshape(*x.shape[:2], -1))
     return _bfloat16_dense(linear, merge_form(*x.shape[2:]), x)
 

@@ -19,7 +19,7 @@ from tinybert_jax.huggingface import encoder_decoder
 from tinybert_jax.huggingface.families import format_of
 from tinybert_jax.huggingface.folder import check_start, has_pooler, read_model
 from tinybert_jax.huggingface.head import is_unnamed
-from tinybert_jax.models.attention import missing_device
+from tinybert_jax.models.attention import MOST_DIMS, missing_device
 from tinybert_jax.models.families import DEFAULT
 from tinybert_jax.models.heads import Model, make_encoder, make_masked_lm
 from tinybert_jax.objectives.alignment import check_same_vocabulary
@@ -31,7 +31,7 @@ from tinybert_jax.settings.sizes import EncoderDecoderConfig, Side, Sizes, depth
 from tinybert_jax.tasks.table import task_of
 from tinybert_jax.terms.table import reads_of
 from tinybert_jax.terms.term import Reads
-from tinybert_jax.training.optimizer import make_schedule
+from tinybert_jax.training.optimizer import schedule_of
 
 
 def check_lengths(run: Run, plans: Sequence[StagePlan]) -> None:
@@ -140,13 +140,19 @@ def _check_attention(run: Run, plan: StagePlan) -> None:
     if backend in ("auto", "xla"):
         return
     origin, fix = f"compute.attention {backend}", "or set compute.attention=auto"
+    trained = [run.teacher]
+    if plan.stage.role == "student":
+        trained = [student.sizes for student in run.students]
+    dims = max(model.hidden_size // model.num_attention_heads for model in trained)
+    if dims > MOST_DIMS.get(backend, dims):
+        raise ValueError(
+            f"{origin}: expected heads of at most {MOST_DIMS[backend]} dims, got {dims} in {stage}"
+            f"; give the model more heads, {fix}"
+        )
     with jax.set_mesh(run.mesh):
         missing = missing_device(backend)
     if missing:
         raise ValueError(f"{origin}: expected {missing}; run it there, {fix}")
-    trained = [run.teacher]
-    if plan.stage.role == "student":
-        trained = [student.sizes for student in run.students]
     rates = [model.attention_probs_dropout_prob for model in trained]
     rate = max(rates) if plan.section.dropout is None else plan.section.dropout
     if rate and backend != "triton":
@@ -159,15 +165,7 @@ def _check_attention(run: Run, plan: StagePlan) -> None:
 def check_schedule(stage: str, section: StageSection) -> None:
     """Raises ValueError for schedule settings that do not fit together, before the stage starts."""
     try:
-        make_schedule(
-            section.schedule,
-            learning_rate=section.learning_rate,
-            num_steps=1000,
-            warmup_steps=round(section.warmup * 1000),
-            end_factor=section.end_factor,
-            decay_steps=round(section.decay * 1000),
-            power=section.power,
-        )
+        schedule_of(section, num_steps=1000)
     except ValueError as error:
         raise ValueError(f"{stage}.schedule {section.schedule}, for 1000 steps: {error}") from None
 

@@ -12,16 +12,8 @@ from tinybert_jax.training.step import TrainState, TrainStep, make_train_step
 
 def make_optimizer(training: Training) -> tuple[optax.Schedule, optax.GradientTransformation]:
     """The schedule and the optimizer of all members of a stage."""
-    section, num_steps = training.section, training.num_steps
-    schedule = optimizers.make_schedule(
-        section.schedule,
-        learning_rate=section.learning_rate,
-        num_steps=num_steps,
-        warmup_steps=round(section.warmup * num_steps),
-        end_factor=section.end_factor,
-        decay_steps=round(section.decay * num_steps),
-        power=section.power,
-    )
+    section = training.section
+    schedule = optimizers.schedule_of(section, training.num_steps)
     optimizer = optimizers.make_optimizer(
         schedule,
         weight_decay=section.weight_decay,

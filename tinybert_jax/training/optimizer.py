@@ -1,4 +1,4 @@
-"""Learning-rate schedules and the optimizer, made from plain values.
+"""Learning-rate schedules and the optimizer.
 
 This module owns the shapes of the schedules, weight decay by parameter, and the order of the optax
 chain. It does not own the train state, gradient accumulation or which steps are skipped.
@@ -12,6 +12,8 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
+from tinybert_jax.config.stages import StageSection
+
 SCHEDULES = (
     "constant",
     "cosine",
@@ -23,6 +25,19 @@ SCHEDULES = (
 
 # Name of a leaf -> whether weight decay applies: to weights, not to biases and LayerNorm scales.
 DECAYS = {"kernel": True, "embedding": True, "bias": False, "scale": False}
+
+
+def schedule_of(section: StageSection, num_steps: int) -> optax.Schedule:
+    """`make_schedule` by the settings of a stage."""
+    return make_schedule(
+        section.schedule,
+        learning_rate=section.learning_rate,
+        num_steps=num_steps,
+        warmup_steps=round(section.warmup * num_steps),
+        end_factor=section.end_factor,
+        decay_steps=round(section.decay * num_steps),
+        power=section.power,
+    )
 
 
 def make_schedule(

@@ -126,7 +126,6 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: Batch, frozen: Any, limit: jax.Array | None
     ) -> tuple[TrainState, Metrics]:
-        num_tokens = jnp.count_nonzero(batch.attention_mask)
         share = jnp.minimum(state.step / max(num_steps - 1, 1), 1.0)
         (loss, metrics), grads = gradients(state, batch, share, frozen)
         grads = sharding.in_stored_layout(grads, mesh)
@@ -139,7 +138,7 @@ def make_train_step(
         metrics = {"loss": loss} | metrics | {"grad_norm": grad_norm}
         metrics = jax.tree.map(jnp.mean, metrics) | {
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "num_tokens": num_tokens,
+            "num_tokens": jnp.count_nonzero(batch.attention_mask),
             "skipped": ~is_applied.reshape(-1).squeeze(),
         }
         metrics |= {} if limit is None else {"losses": losses.reshape(limit.shape)}
