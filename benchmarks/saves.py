@@ -75,6 +75,7 @@ def write_config(folder: Path, preset: str, args: argparse.Namespace, num_steps:
     config = {
         "name": "saves",
         "run_dir": str(folder / "run"),
+        "keep_checkpoints": True,
         "teacher": {"preset": preset},
         "tokenizer": {"path": os.environ["TEACHER"]},
         "corpus": {"builtin": True},

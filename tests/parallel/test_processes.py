@@ -38,6 +38,7 @@ def _write(folder, num_steps, stages=STAGES):
         folder,
         folder / "run",
         student=tiny_inputs.STUDENT,
+        keep_checkpoints=True,
         distillation={"keep_logits": True, "teacher_margin": -1},
         **sections,
     )

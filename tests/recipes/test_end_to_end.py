@@ -55,7 +55,7 @@ def _write_inputs(folder):
     settings["finetune"] |= {"learning_rate": 1e-2, "average_decay": 0.9, "batching": "pack"}
     phases = [{"share": 0.1, "max_length": 8}, {"share": 0.2, "global_batch_size": 16}]
     settings["pretrain"] = {**stage, "learning_rate": 1e-3, "eval_every": 40, "phases": phases}
-    settings["general"] = {**stage, "phases": phases[:1]}
+    settings["general"] = {**stage, "phases": phases[:1], "keep_every": 24}
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
 
 
@@ -98,7 +98,8 @@ def test_run_folder_holds_what_it_promises(golden):
     run = folder / "golden"
     for name in ("config.yaml", "env.json", "metrics.jsonl", "results.json", "report.html"):
         assert (run / name).is_file()
-    assert (run / "checkpoints" / "finetune" / "last").is_dir()
+    left = sorted(str(path.relative_to(run)) for path in run.glob("checkpoints/*/*/*"))
+    assert left == [f"checkpoints/general/last/{step}" for step in (24, 48, 72)], "keep_every"
     results = json.loads((run / "results.json").read_text())
     scores = {m["role"]: m["metrics"]["accuracy"] for m in results["models"]}
     assert scores["teacher"] >= 0.9, "two words of a kind are enough for any model"
@@ -110,7 +111,6 @@ def test_run_folder_holds_what_it_promises(golden):
     heldout = [r for r in _metrics(run) if r["kind"] == "eval" and r["stage"] == "pretrain"]
     assert [row["step"] for row in heldout] == [40, 80]
     assert heldout[1]["perplexity"] < heldout[0]["perplexity"] < 120  # the vocabulary's size
-    assert not (run / "checkpoints" / "pretrain" / "best").exists()
     layers = [row["loss"] for row in train if row["stage"] == "intermediate"]
     assert layers[-1] < layers[0]
     assert "left" in output and "tok/s" in output and "mfu" in output

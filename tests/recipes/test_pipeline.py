@@ -30,7 +30,11 @@ def inputs(tmp_path_factory, cheap_programs):
 
 def _run(inputs, name, **finetune):
     config = write_config(
-        inputs / f"{name}.yaml", inputs, inputs / name, finetune={**STAGE, **finetune}
+        inputs / f"{name}.yaml",
+        inputs,
+        inputs / name,
+        finetune={**STAGE, **finetune},
+        keep_checkpoints=True,
     )
     assert cli.main(["run", config]) == 0
     return inputs / name

@@ -25,6 +25,7 @@ def _run(folder, name, words):
         folder,
         folder / name,
         num_seeds=2,
+        keep_checkpoints=True,
         students={
             "same": {**SIZES, "init": "teacher_layers"},
             "slim": {**SIZES, "hidden_size": 8, "init": "teacher_reduced"},

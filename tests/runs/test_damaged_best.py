@@ -27,7 +27,9 @@ def trained(tmp_path_factory, models):
     """A run whose only stage is done; its last states are those of the steps 2, 6 and 8."""
     folder = tmp_path_factory.mktemp("trained")
     stage = {"num_steps": 8, "save_every": 2, "eval_every": 2}
-    path = bad_world.World(folder, models, None).config("finetune", finetune=stage)
+    path = bad_world.World(folder, models, None).config(
+        "finetune", finetune=stage, keep_checkpoints=True
+    )
     assert cli.main(["run", path]) == 0
     return folder
 

@@ -44,7 +44,9 @@ def inputs(tmp_path_factory, cheap_programs):
 
 
 def _config(inputs, name, **sections):
-    return write_config(inputs / f"{name}.yaml", inputs, inputs / name, **sections)
+    return write_config(
+        inputs / f"{name}.yaml", inputs, inputs / name, keep_checkpoints=True, **sections
+    )
 
 
 def _finetune(inputs, name, **settings):

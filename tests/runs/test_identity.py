@@ -79,7 +79,7 @@ def test_one_bit_of_a_finished_stage_is_refused(spoilt, name):
     _fails(spoilt, str(file), "that finetune wrote, got other bytes", "delete")
 
 
-def test_a_model_that_was_deleted_is_written_again_from_the_checkpoints(spoilt):
+def test_a_model_that_was_deleted_is_made_again(spoilt):
     copy, config, capfd = spoilt
     folder = copy / "run" / "models" / "finetune"
     before = (folder / "model.safetensors").read_bytes()

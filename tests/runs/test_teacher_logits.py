@@ -56,6 +56,7 @@ def _config(inputs, run_dir, *, stage=None, student=STUDENT, unroll=False, **dis
         run_dir,
         teacher={"path": str(inputs / "teacher"), "finetuned": _teacher(inputs, 0)},
         student=student,
+        keep_checkpoints=True,
         prediction={**STAGE, **(stage or {})},
         distillation=distillation,
         compute={"unroll_layers": unroll},

@@ -73,6 +73,11 @@ class RunConfig(Section):
         description="URL of fsspec, such as gs://bucket/run or s3://bucket/run, to which the run "
         "folder is copied after every save; a run whose folder is gone or older is fetched from it",
     )
+    keep_checkpoints: bool = Field(
+        False,
+        description="whether a stage that has finished keeps its checkpoints; without them it has "
+        "its models, and the states that keep_every names",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of all random numbers")
     num_seeds: PositiveInt = Field(
         1,

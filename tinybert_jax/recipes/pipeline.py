@@ -44,6 +44,7 @@ from tinybert_jax.runs.preflight import (
 )
 from tinybert_jax.runs.results import best_seed, collect_results
 from tinybert_jax.runs.run import CARD, Run, RunTask, export_models, remove_export
+from tinybert_jax.runs.stage_state import remove_states
 from tinybert_jax.runs.topologies import devices_of
 from tinybert_jax.runs.used_words import with_used_words
 from tinybert_jax.runs.workload import rough_flops
@@ -96,6 +97,8 @@ def main(
         with _shown(run, plans, is_live=is_live):
             for plan in plans:
                 is_new = _run_once(run, plan)
+                if not config.keep_checkpoints:
+                    processes.on_main("removal of states", lambda: remove_states(run))
                 if is_new and plan.stage is FINETUNE and reads_task_teacher(plans):
                     for teacher in run.own_teachers or [run.task_teacher]:
                         check_teacher(run, teacher, run.teacher)

@@ -74,7 +74,7 @@ def check_finished(run: Run) -> None:
             raise ValueError(
                 f"{run.folder / 'models' / changed[0]}: expected the file that {name} wrote, got "
                 f"{'other bytes' if changed[0] in now else 'none'}; put it back, or delete "
-                f"{folder}, and {name} writes it again from its checkpoints"
+                f"{folder}, and {name} makes it again"
             )
 
 

@@ -42,6 +42,7 @@ _MODEL_PATHS = ("path", "finetuned", "target_path")  # of a section: folders or 
 _MAY_CHANGE = (
     "run_dir",  # the folder may be moved, or named by another path
     "run_store",
+    "keep_checkpoints",
     "distillation.teacher_margin",
     "export",
     "mesh.data",

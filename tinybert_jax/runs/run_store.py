@@ -313,12 +313,13 @@ def _names(folder: Path) -> list[str]:
 
 
 def _progress(names: Iterable[str]) -> list[tuple[bool, int]]:
-    """(whether it has finished, step of its newest state) of each stage; [] without any file."""
+    """(whether it has finished, else the step of its newest state) by stage; [] without files."""
     found = [name.split("/") for name in names]
 
     def of_stage(stage: str) -> tuple[bool, int]:
         states = [int(own[3]) for own in found if own[:3] == ["checkpoints", stage, "last"]]
-        return [IDENTITIES, f"{stage}.json"] in found, max(states, default=0)
+        is_done = [IDENTITIES, f"{stage}.json"] in found  # its states are removed, sooner or later
+        return is_done, 0 if is_done else max(states, default=0)
 
     return [of_stage(stage) for stage in STAGE_NAMES] if found else []
 

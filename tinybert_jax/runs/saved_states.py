@@ -117,7 +117,10 @@ def _checkpoints(run_dir: Path) -> Iterator[Path]:
     folders = sorted(run_dir.glob("checkpoints/*/*/"))
     found = [folder / str(step) for folder in folders for step in checkpoint.steps(folder)]
     if not found:
-        raise ValueError(f"run_dir: expected a run folder with checkpoints, got {run_dir}")
+        raise ValueError(
+            f"run_dir: expected a run folder with checkpoints, got {run_dir}; stages that have "
+            "finished keep theirs with keep_checkpoints: true"
+        )
     yield from found
 
 

@@ -106,14 +106,26 @@ def best_steps(states: Path, steps: Iterable[int]) -> set[int]:
     return needed - {None}
 
 
-def prune_best(folder: Path, also: Collection[int] = ()) -> list[int]:
+def prune_best(folder: Path, also: Collection[int] = (), *, last: int = 1) -> list[int]:
     """Removes best parameters that no state in `folder/last` goes on with; returns their steps.
 
-    Kept are the newest and the steps `also`.
+    Kept are the newest `last` and the steps `also`.
     """
     states = folder / "last"
     needed = best_steps(states, checkpoint.steps(states))
-    return checkpoint.prune(folder / "best", last=1, also={*needed, *also})
+    return checkpoint.prune(folder / "best", last=last, also={*needed, *also})
+
+
+def remove_states(run: Run) -> None:
+    """Removes the states of all finished stages: their models are all that is read from now on.
+
+    Kept are those of multiples of `keep_every`, with the best parameters that they go on with.
+    """
+    for plan in run.plans.values():
+        if run.is_done(plan.name):
+            folder, every = run.folder / "checkpoints" / plan.name, plan.section.keep_every
+            checkpoint.prune(folder / "last", last=0, every=every)
+            prune_best(folder, last=0)
 
 
 class StageCheckpoints:

@@ -121,7 +121,8 @@ def prune(
     Kept are the newest `last`, those of multiples of `every`, the steps `also`, and every
     checkpoint that somebody reads.
     """
-    old = [step for step in steps(folder)[:-last] if step not in also]
+    found = steps(folder)
+    old = [step for step in found[: max(0, len(found) - last)] if step not in also]
     unwanted = [step for step in old if not every or step % every]
     return [step for step in unwanted if _remove(folder / str(step))]
 
