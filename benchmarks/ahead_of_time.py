@@ -49,7 +49,7 @@ TPU_LINES = [
     for work in ("distill", "mlm")
     for layers in ("loop", "unrolled")
 ]
-TPU_LINES += [Line(work, "v6e:16x16") for work in ("distill", "mlm")]
+TPU_LINES += [Line("distill", "v6e:16x16")]
 GPU_LINES = [
     Line(work, "h200:1", "unrolled", attention, 32768 // width, width)
     for work, width in (("distill", 128), ("distill", 512), ("mlm", 128))
