@@ -67,7 +67,7 @@ def test_corpus_and_task_are_large_enough(corpus, task):
 def test_classes_are_balanced_and_mixed(task, split):
     texts = task[split]
     assert texts.text_pair is None and texts.labels.dtype == np.int32
-    assert len(texts.label_names) == 6
+    assert len(texts.label_names) == 6 and "science" in texts.label_names
     counts = np.bincount(texts.labels)
     assert len(counts) == 6 and counts.min() == counts.max()
     first = np.bincount(texts.labels[:300], minlength=6)

@@ -1,8 +1,9 @@
 """The built-in data set of the quickstart, made of text that every installation has on disk.
 
 The text is the English prose in the docstrings of installed packages; the labelled task is to tell
-which package a sentence comes from. Packages are read as files, never imported. The text changes
-slightly with the package versions; in one installation every call returns the same text.
+what a sentence is about, which is the topic of the package that it comes from. Packages are read as
+files, never imported. The text changes slightly with the package versions; in one installation
+every call returns the same text.
 
 The task drops sentences that name a package, because the name gives the label away. The hash of
 its text puts a whole docstring into train or dev. Dropped are also sentences found in two packages
@@ -24,8 +25,15 @@ import numpy as np
 
 from tinybert_jax.data.examples import Examples
 
-_CLASSES = ("huggingface_hub", "jax", "orbax", "pandas", "scipy", "transformers")
-# Corpus only: packages with little text, or with text that is too similar to a class.
+_TOPICS = {
+    "huggingface_hub": "model hub",
+    "jax": "array programs",
+    "orbax": "checkpoints",
+    "pandas": "tables",
+    "scipy": "science",
+    "transformers": "language models",
+}
+# Corpus only: packages with little text, or with text that is too similar to a topic.
 _TEXT_ONLY = ("datasets", "flax", "numpy", "optax", "pydantic")
 _MAX_CHARS = 300_000  # of prose per package, so that scipy does not dominate the corpus
 _MIN_WORDS = 6  # per sentence
@@ -42,7 +50,7 @@ def builtin_corpus() -> list[str]:
 
 
 def builtin_task(split: str, *, max_per_class: int = 2000) -> Examples:
-    """Sentences labelled with their package, in a fixed order that mixes the classes.
+    """Sentences labelled with their topic, in a fixed order that mixes the classes.
 
     Every class has as many sentences as the smallest class, at most `max_per_class`; a smaller
     limit selects a subset. Raises ValueError for split not in train, dev and missing packages.
@@ -62,7 +70,7 @@ def builtin_task(split: str, *, max_per_class: int = 2000) -> Examples:
         text=[text for _, text, _ in rows],
         text_pair=None,
         labels=np.array([label for *_, label in rows], np.int32),
-        label_names=_CLASSES,
+        label_names=tuple(_TOPICS.values()),
     )
 
 
@@ -80,10 +88,10 @@ def _task_sentences() -> dict[str, list[list[str]]]:
         for sentence in _document_sentences(doc):
             origins[_normalise(sentence)].add((doc.package, doc.is_dev))
 
-    train: dict[str, dict[str, str]] = {package: {} for package in _CLASSES}
-    dev: dict[str, dict[str, str]] = {package: {} for package in _CLASSES}
+    train: dict[str, dict[str, str]] = {package: {} for package in _TOPICS}
+    dev: dict[str, dict[str, str]] = {package: {} for package in _TOPICS}
     for doc in _documents():
-        if doc.package not in _CLASSES:
+        if doc.package not in _TOPICS:
             continue
         for sentence in _document_sentences(doc):
             words = _normalise(sentence)
@@ -106,7 +114,7 @@ def _task_sentences() -> dict[str, list[list[str]]]:
 def _documents() -> tuple[_Document, ...]:
     """All docstrings with prose; keeps only the first of repeated paragraphs (boilerplate)."""
     documents, seen = [], set()
-    for package in _CLASSES + _TEXT_ONLY:
+    for package in (*_TOPICS, *_TEXT_ONLY):
         num_chars = 0
         for docstring in _docstrings(package):
             paragraphs = []
