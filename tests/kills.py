@@ -136,7 +136,7 @@ class Runner:
             assert status == 2 and str(file) in told and " 1/12" not in told, told
             stage = file.relative_to(self.folder / name / "models").parts[0]
             shutil.rmtree(self.folder / name / "models" / stage)
-            return "refused by name; the stage writes it again"
+            return "refused by name; the stage trains again"
         step = next(p for p in file.parents if p.name.isdigit())
         damaged = step.with_name(f"damaged-{step.name}")
         shutil.rmtree(damaged, ignore_errors=True)

@@ -52,7 +52,12 @@ def _write_inputs(folder):
     }
     for name in ("finetune", "prediction", "baseline"):
         settings[name] = {**stage, "eval_every": 10}
-    settings["finetune"] |= {"learning_rate": 1e-2, "average_decay": 0.9, "batching": "pack"}
+    settings["finetune"] |= {
+        "keep_every": 24,
+        "learning_rate": 1e-2,
+        "average_decay": 0.9,
+        "batching": "pack",
+    }
     phases = [{"share": 0.1, "max_length": 8}, {"share": 0.2, "global_batch_size": 16}]
     settings["pretrain"] = {**stage, "learning_rate": 1e-3, "eval_every": 40, "phases": phases}
     settings["general"] = {**stage, "phases": phases[:1], "keep_every": 24}
@@ -98,8 +103,12 @@ def test_run_folder_holds_what_it_promises(golden):
     run = folder / "golden"
     for name in ("config.yaml", "env.json", "metrics.jsonl", "results.json", "report.html"):
         assert (run / name).is_file()
-    left = sorted(str(path.relative_to(run)) for path in run.glob("checkpoints/*/*/*"))
-    assert left == [f"checkpoints/general/last/{step}" for step in (24, 48, 72)], "keep_every"
+    left = {str(path.relative_to(run / "checkpoints")) for path in run.glob("checkpoints/*/*/*")}
+    kept = {f"{name}/last/{step}" for name in ("general", "finetune") for step in (24, 48, 72)}
+    states = [run / "checkpoints" / name for name in kept if name.startswith("finetune")]
+    best = {json.loads((state / "meta.json").read_text())["best_step"] for state in states}
+    assert left == kept | {f"finetune/best/{step}" for step in best}, "those of keep_every"
+    assert "removed the checkpoints of a finished run" in output
     results = json.loads((run / "results.json").read_text())
     scores = {m["role"]: m["metrics"]["accuracy"] for m in results["models"]}
     assert scores["teacher"] >= 0.9, "two words of a kind are enough for any model"

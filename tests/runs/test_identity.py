@@ -85,8 +85,18 @@ def test_a_model_that_was_deleted_is_made_again(spoilt):
     before = (folder / "model.safetensors").read_bytes()
     shutil.rmtree(folder)
     assert cli.main(["finetune", str(config)]) == 0
-    assert "lacks a model folder; runs again" in capfd.readouterr().out
+    told = capfd.readouterr().out
+    assert "lacks a model folder; runs again" in told and "wrote other files" not in told
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_stage_that_writes_another_model_than_before_says_so(spoilt):
+    copy, config, capfd = spoilt
+    record = copy / "run" / IDENTITIES / "finetune.json"
+    record.write_text(record.read_text().replace("0", "1"))  # as written by another machine
+    shutil.rmtree(copy / "run" / "models" / "finetune")
+    assert cli.main(["finetune", str(config)]) == 0
+    assert "finetune: wrote other files than before" in capfd.readouterr().out
 
 
 def test_a_run_folder_may_be_moved(spoilt):

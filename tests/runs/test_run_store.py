@@ -259,6 +259,39 @@ def test_a_flipped_bit_is_found(url, tmp_path):
     assert cli.main(["ckpt", "verify", url]) == 0
 
 
+@local_only
+def test_a_finished_stage_needs_none_of_its_states(url, tmp_path):
+    """As where `keep_every` has kept one, which is damaged; its model is what a run reads."""
+    run = tmp_path / "run"
+    _write_run(run, steps=(4,))
+    for name in ("stages/prediction.json", "models/prediction/config.json"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("{}")
+    store = _copy(url, run)
+    state = "checkpoints/prediction/last/4/meta.json"
+    damaged = store.generations.kept[0].files[state].sha256
+    next(tmp_path.glob(f"store/**/{damaged}")).write_text("{}")
+    _, said = _open(url, tmp_path / "new")
+    assert "leaves checkpoints/prediction/last/4 " in said[0] and "fetched" in said[-1]
+    assert (tmp_path / "new/models/prediction/config.json").is_file()
+
+
+@local_only
+def test_a_finished_stage_is_ahead_of_its_states(url, tmp_path):
+    """The store has the states that the run has removed since; the run is further all the same."""
+    run = tmp_path / "run"
+    _write_run(run)
+    _copy(url, run)
+    for name in ("stages/prediction.json", "models/prediction/config.json"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("{}")
+    shutil.rmtree(run / "checkpoints")
+    (run / ".run_store.json").unlink()  # as on a machine that knows nothing of the store
+    before = _files(run)
+    _open(url, run)
+    assert _files(run) == before
+
+
 def test_a_run_of_another_config_or_other_inputs_is_refused(url, tmp_path):
     def refuse(file):
         assert file.read_text() == "seed: 0"

@@ -75,8 +75,8 @@ class RunConfig(Section):
     )
     keep_checkpoints: bool = Field(
         False,
-        description="whether a stage that has finished keeps its checkpoints; without them it has "
-        "its models, and the states that keep_every names",
+        description="whether a run keeps its checkpoints once all stages have finished; multiples "
+        "of keep_every stay in any case",
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of all random numbers")
     num_seeds: PositiveInt = Field(

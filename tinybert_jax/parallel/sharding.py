@@ -146,23 +146,26 @@ def copy_per_shard(tree: Any, num_shards: int) -> Any:
 def in_stored_layout(gradients: Any, mesh: Mesh) -> Any:
     """Gradients in the layout in which TPUs store their parameters; elsewhere as they are.
 
-    An optimizer computes in the layout of the gradients: where it is another one, parameters and
-    moments are copied there and back in every step.
+    An optimizer computes in the layout of the gradients: if the parameters have another one, they
+    and their moments are copied there and back in every step. Split gradients stay as they are,
+    because the constraint would gather them.
     """
-    if platform_of(mesh) != "tpu":
+    is_split = mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+    if platform_of(mesh) != "tpu" or is_split:
         return gradients
 
     def constrain(leaf: jax.Array) -> jax.Array:
-        is_matrix = leaf.ndim > 1
-        return with_layout_constraint(leaf, Layout(stored_order(leaf.shape))) if is_matrix else leaf
+        if leaf.ndim < 2 or min(leaf.shape[-2:]) < 8:  # small ones are stored in other ways too
+            return leaf
+        return with_layout_constraint(leaf, Layout(stored_order(leaf.shape)))
 
     return jax.tree.map(constrain, gradients)
 
 
 def stored_order(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The dims of an fp32 array as TPUs store it, from major to minor.
+    """The dims of an fp32 array, of at least 8 rows and columns, from major to minor on TPUs.
 
-    Of a matrix and its transpose they take the smaller one, in tiles of 8 × 128.
+    They store a matrix or its transpose, whichever has fewer tiles of 8 × 128.
     """
     dims = tuple(range(len(shape)))
     if len(shape) > 1 and _num_tiles(*shape[:-3:-1]) < _num_tiles(*shape[-2:]):

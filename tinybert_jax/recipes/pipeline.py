@@ -44,13 +44,14 @@ from tinybert_jax.runs.preflight import (
 )
 from tinybert_jax.runs.results import best_seed, collect_results
 from tinybert_jax.runs.run import CARD, Run, RunTask, export_models, remove_export
-from tinybert_jax.runs.stage_state import remove_states
+from tinybert_jax.runs.saved_states import remove_finished
 from tinybert_jax.runs.topologies import devices_of
 from tinybert_jax.runs.used_words import with_used_words
 from tinybert_jax.runs.workload import rough_flops
 from tinybert_jax.training import live_view
 from tinybert_jax.training.metric_log import read_rows
 from tinybert_jax.training.preemption import NEVER, Stop
+from tinybert_jax.training.saver import reason, try_again
 
 _RECIPES = {
     PRETRAIN: pretrain,
@@ -97,8 +98,6 @@ def main(
         with _shown(run, plans, is_live=is_live):
             for plan in plans:
                 is_new = _run_once(run, plan)
-                if not config.keep_checkpoints:
-                    processes.on_main("removal of states", lambda: remove_states(run))
                 if is_new and plan.stage is FINETUNE and reads_task_teacher(plans):
                     for teacher in run.own_teachers or [run.task_teacher]:
                         check_teacher(run, teacher, run.teacher)
@@ -108,9 +107,23 @@ def main(
                 processes.on_main("results", lambda: _write_results(run, command, config))
         run.saver.copy_soon()
         run.saver.drain()
+        if not config.keep_checkpoints:
+            processes.on_main("removal of checkpoints", lambda: _remove_checkpoints(run))
+            run.saver.copy_soon()
+            run.saver.drain()
         if config.run_store:
             run.log.say(f"copy:   {config.run_store}")
         return run.folder
+
+
+def _remove_checkpoints(run: Run) -> None:
+    """Removes those of a run that has finished; says how many bytes, or why they are left."""
+    try:
+        told = try_again("removing checkpoints", lambda: remove_finished(run), run.log.say)
+    except OSError as error:
+        told = f"checkpoints of a finished run are left: {reason(error)}"
+    if told:
+        run.log.say(told)
 
 
 def _overwrite(config: RunConfig, stages: Sequence[Stage]) -> None:

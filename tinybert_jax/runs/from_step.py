@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.performance import disk
-from tinybert_jax.runs import identity
 from tinybert_jax.runs.run import Run
 from tinybert_jax.training import checkpoint
 from tinybert_jax.training.manifest import find_damage
@@ -63,7 +62,7 @@ def check_from_step(run: Run, plans: Sequence[StagePlan], chosen: FromStep | Non
             raise _diverged(run, plan)
     if chosen is None:
         return
-    if run.is_done(chosen.stage) or identity.has_finished(run, by_name[chosen.stage]):
+    if run.is_done(chosen.stage):
         raise ValueError(
             f"--from-step: expected a stage that is not finished, got {chosen.stage}; choose "
             "another run_dir to train it with other settings"

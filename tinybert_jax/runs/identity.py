@@ -74,7 +74,7 @@ def check_finished(run: Run) -> None:
             raise ValueError(
                 f"{run.folder / 'models' / changed[0]}: expected the file that {name} wrote, got "
                 f"{'other bytes' if changed[0] in now else 'none'}; put it back, or delete "
-                f"{folder}, and {name} makes it again"
+                f"{folder}, and {name} trains again"
             )
 
 
@@ -96,6 +96,11 @@ def finish(run: Run, plan: StagePlan) -> None:
     }
     disk.make_folder(run.folder / IDENTITIES)
     file = run.folder / IDENTITIES / f"{plan.name}.json"
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != identity:
+        run.log.say(
+            f"{plan.name}: wrote other files than before; stages that finished since learned from "
+            "the earlier ones: delete their folders in models/ to train them again"
+        )
     disk.replace_text(file, json.dumps(identity, indent=1) + "\n")
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -270,17 +270,18 @@ def _fetch_file(store: RunStore, file: File, target: Path) -> None:
         raise _unreadable(generations.url, error) from error
 
 
-def _missing(names: Iterable[str], damage: Iterable[str]) -> str:
+def _missing(names: Collection[str], damage: Iterable[str]) -> str:
     """The first damaged part that a run cannot do without; "" where there is none.
 
-    A stage needs one of its states.
+    A stage that has not finished needs one of its states.
     """
+    finished = {Path(name).stem for name in names if name.startswith(f"{IDENTITIES}/")}
     states: dict[str, set[str]] = {}
     for part in map(_part_of, names):
         if part.startswith("checkpoints/") and part.split("/")[2] == "last":
             states.setdefault(str(Path(part).parent), set()).add(part)
     lost = [part for part in damage if part.split("/")[0] not in _OPTIONAL]
-    lost += [folder for folder, of_stage in states.items() if of_stage <= {*damage}]
+    lost += [f for f, own in states.items() if own <= {*damage} and f.split("/")[1] not in finished]
     return min(lost, default="")
 
 
@@ -313,13 +314,14 @@ def _names(folder: Path) -> list[str]:
 
 
 def _progress(names: Iterable[str]) -> list[tuple[bool, int]]:
-    """(whether it has finished, else the step of its newest state) by stage; [] without files."""
+    """(is finished, step of the newest state; 0 if finished) by stage; [] without any file."""
     found = [name.split("/") for name in names]
 
     def of_stage(stage: str) -> tuple[bool, int]:
         states = [int(own[3]) for own in found if own[:3] == ["checkpoints", stage, "last"]]
-        is_done = [IDENTITIES, f"{stage}.json"] in found  # its states are removed, sooner or later
-        return is_done, 0 if is_done else max(states, default=0)
+        has_model = any(own[0] == "models" and own[1].startswith(stage) for own in found)
+        is_done = has_model and [IDENTITIES, f"{stage}.json"] in found
+        return is_done, 0 if is_done else max(states, default=0)  # no state of it is needed
 
     return [of_stage(stage) for stage in STAGE_NAMES] if found else []
 

@@ -1,5 +1,6 @@
 """Lists, verifies, removes and exports the checkpoints of a run folder; see `tinybert ckpt`."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,9 +9,12 @@ from typing import Any
 from tinybert_jax.performance import host
 from tinybert_jax.report.console import printable
 from tinybert_jax.runs import run_store
+from tinybert_jax.runs.run import INPUTS, Run
 from tinybert_jax.runs.stage_state import best_steps, prune_best
 from tinybert_jax.training import checkpoint
 from tinybert_jax.training.manifest import find_damage
+
+_NONE = "no checkpoints: a run that has finished keeps them with keep_checkpoints: true"
 
 
 def act(action: str, run_dir: str, **options: Any) -> int:
@@ -36,7 +40,7 @@ def describe(run_dir: str | Path) -> str:
     for path in _checkpoints(Path(run_dir)):
         saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
         lines.append(f"{_name(path):<32} {_num_bytes(path) / 1e6:>10,.1f} MB  {saved}")
-    return "\n".join(lines)
+    return "\n".join(lines) or _NONE
 
 
 def verify(run_dir: str | Path) -> tuple[str, bool]:
@@ -56,6 +60,8 @@ def verify(run_dir: str | Path) -> tuple[str, bool]:
             damage = find_damage(path)
         is_intact &= damage is None
         lines.append(f"{_name(path):<32} {damage or 'intact'}")
+    if not lines:
+        return _NONE, True
     rate = num_bytes / max(time.monotonic() - start, 1e-9)
     return "\n".join([*lines, f"{num_bytes / 1e6:,.1f} MB at {rate / 1e6:,.0f} MB/s"]), is_intact
 
@@ -73,6 +79,26 @@ def prune(run_dir: str | Path, keep: int) -> str:
             removed += [_name(states / str(step)) for step in gone]
             removed += [_name(stage / "best" / str(step)) for step in prune_best(stage)]
     return "\n".join(["removed:", *sorted(removed)]) if removed else "nothing to remove"
+
+
+def remove_finished(run: Run) -> str:
+    """Removes the states of a run whose stages are all finished; tells how many bytes, or nothing.
+
+    Kept are those of multiples of `keep_every` with the best parameters that they go on with, and
+    what somebody reads.
+    """
+    if not all(run.is_done(name) for name in run.plans):
+        return ""
+    folder = run.folder / "checkpoints"
+    before = _num_bytes(folder)
+    for plan in run.plans.values():
+        checkpoint.prune(folder / plan.name / "last", last=0, every=plan.section.keep_every)
+        prune_best(folder / plan.name, last=0)
+        for damaged in folder.glob(f"{plan.name}/*/damaged-*"):
+            shutil.rmtree(damaged)
+    freed = (before - _num_bytes(folder)) / 1e6
+    told = f"removed the checkpoints of a finished run, {freed:,.1f} MB; keep_checkpoints: true"
+    return f"{told} keeps them" if freed else ""
 
 
 def export(run_dir: str | Path, stage: str, step: int | None, output: str) -> str:
@@ -116,11 +142,8 @@ def export(run_dir: str | Path, stage: str, step: int | None, output: str) -> st
 def _checkpoints(run_dir: Path) -> Iterator[Path]:
     folders = sorted(run_dir.glob("checkpoints/*/*/"))
     found = [folder / str(step) for folder in folders for step in checkpoint.steps(folder)]
-    if not found:
-        raise ValueError(
-            f"run_dir: expected a run folder with checkpoints, got {run_dir}; stages that have "
-            "finished keep theirs with keep_checkpoints: true"
-        )
+    if not found and not (run_dir / INPUTS).is_file():
+        raise ValueError(f"run_dir: expected a run folder with checkpoints, got {run_dir}")
     yield from found
 
 

@@ -116,18 +116,6 @@ def prune_best(folder: Path, also: Collection[int] = (), *, last: int = 1) -> li
     return checkpoint.prune(folder / "best", last=last, also={*needed, *also})
 
 
-def remove_states(run: Run) -> None:
-    """Removes the states of all finished stages: their models are all that is read from now on.
-
-    Kept are those of multiples of `keep_every`, with the best parameters that they go on with.
-    """
-    for plan in run.plans.values():
-        if run.is_done(plan.name):
-            folder, every = run.folder / "checkpoints" / plan.name, plan.section.keep_every
-            checkpoint.prune(folder / "last", last=0, every=every)
-            prune_best(folder, last=0)
-
-
 class StageCheckpoints:
     """The checkpoints of a stage: `last`, to resume from, and `best`, by score.
 

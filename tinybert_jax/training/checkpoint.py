@@ -158,7 +158,7 @@ def _remove(checkpoint: Path, *, even_if_read: bool = False) -> bool:
         removed = checkpoint.with_name(f"{_PARTIAL}removed-{checkpoint.name}")
         shutil.rmtree(removed, ignore_errors=True)
         checkpoint.rename(removed)
-        shutil.rmtree(removed)
+    shutil.rmtree(removed)  # with its manifest closed: NFS keeps the name of an open file
     return True
 
 
