@@ -1,6 +1,7 @@
 """Translation: losses on factors of logits, batches of pairs, and a run from files to a folder."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -199,6 +200,8 @@ def test_a_run_ends_in_a_folder_that_translates_alike_in_transformers(world, cap
     assert cli.main(["evaluate", str(world / "run" / "hf"), *words]) == 0
     assert json.loads(capsys.readouterr().out) == student["metrics"] | {"num_examples": 12}
     folders = [str(world / "run" / name) for name in ("models/finetune", "hf")]
+    assert cli.main(["compare", *folders, *words, "--max-regressions", "5%"]) == 2
+    assert "whose answers are right or wrong, got translation" in capsys.readouterr().err
     assert cli.main(["compare", *folders, *words]) == 0
     assert "bleu" in capsys.readouterr().out
     # Again: nothing is trained or translated.
@@ -261,7 +264,7 @@ def test_damage_in_the_kept_translations_is_told(world, capsys):
         ({"train_target": "blank", "blank": "refuse"}, ("1 blank rows: 3", "blank: drop")),
         ({"train_target": "same"}, ("same text on both sides", "train_target")),
         ({"train_target": "gone"}, ("gone", "nothing")),
-        ({"train_target": None, "dev_target": None}, ("expected a table", "train_target")),
+        ({"train_target": None, "dev_target": None}, (".jsonl table", "task.train_target")),
     ],
 )
 def test_files_that_are_not_parallel_are_refused(world, change, told, capsys):
@@ -301,6 +304,7 @@ def test_settings_that_translation_lacks_are_refused(world, sections, told, caps
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("cheap_programs")
 def test_blank_and_long_rows_are_left_out_and_counted(world, capsys):
     lines = (world / "train.de").read_text(encoding="utf-8").splitlines()
     lines[3], lines[4] = " ", "Hund " * 40
@@ -314,3 +318,43 @@ def test_blank_and_long_rows_are_left_out_and_counted(world, capsys):
     (world / "run.yaml").write_text(yaml.safe_dump(config))
     assert cli.main(["run", str(world / "run.yaml"), "--dry-run"]) == 2
     assert "set task.long=drop" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("cheap_programs")
+def test_a_text_with_characters_that_the_vocabulary_lacks_is_counted(world, capsys):
+    """A Chinese character that occurs once stays out of a vocabulary trained on the text."""
+    lines = (world / "train.de").read_text(encoding="utf-8").splitlines()
+    (world / "train.de").write_text("\n".join([lines[0] + " 龘", *lines[1:]]) + "\n", "utf-8")
+    assert cli.main(["run", write_config(world), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "1 of 12 targets have characters that the vocabulary" in told
+    assert "sources have characters" not in told
+
+
+@pytest.mark.parametrize("place", ["teacher", "student"])
+def test_an_encoder_is_no_translator(world, tokenizer, place, capsys):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=len(tokenizer), **sizes, intermediate_size=32)
+    folder = world / "encoder"
+    transformers.BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert (
+        cli.main(
+            [
+                "run",
+                write_config(
+                    world, **{place: {"path": str(folder)}, "tokenizer": {"path": str(folder)}}
+                ),
+                "--dry-run",
+            ]
+        )
+        == 2
+    )
+    told = capsys.readouterr().err
+    assert f"{place}: expected a folder of an encoder-decoder" in told, told
+
+
+def test_a_run_without_sacrebleu_is_refused_before_it_begins(world, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    assert cli.main(["run", write_config(world), "--dry-run"]) == 2
+    assert "pip install 'tinybert-jax[translation]'" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Reads sentences and their translations, from a table or from two files of lines."""
 
 import os
+from pathlib import Path
 
 from tinybert_jax.data.corpus import is_plain_text
 from tinybert_jax.data.errors import fail, fail_missing
@@ -41,8 +42,10 @@ def read_parallel(
             )
     else:
         path = os.path.expanduser(path)
-        if is_plain_text(path, format):
-            fail(path, "a table", "plain text", "name the file of its translations (train_target)")
+        is_lines = format == "auto" and Path(path).suffix not in (".tsv", ".csv", ".jsonl")
+        if os.path.isfile(path) and (is_lines or is_plain_text(path, format)):
+            fix = "name the file of its translations too, task.train_target or task.dev_target"
+            fail(path, "a .tsv, .csv or .jsonl table", "another file", fix)
         table = read_table(path, format_of(path, format), split, [text, target])
         sides = [texts_or_blank(table, column) for column in (text, target)]
     blank = [number for number, pair in enumerate(zip(*sides, strict=True), 1) if not all(pair)]

@@ -145,14 +145,18 @@ def add_max_regressions(command) -> None:
 
 def _add_labelled_text(command) -> None:
     """The file of labelled text and how it is read; after the models, which come first."""
-    command.add_argument("data", help=".tsv, .csv or .jsonl, a saved datasets folder, hub:…")
+    command.add_argument(
+        "data",
+        help=".tsv, .csv or .jsonl, a saved datasets folder, hub:…; for a translation also lines, "
+        "with task.dev_target=FILE",
+    )
     command.add_argument("--label", help="column of the labels; default: label")
     _add_columns(command)
     command.add_argument(
         "overrides",
         nargs="*",
         metavar="task.key=value",
-        help="how the file is read, as in a config: task.separator, task.scheme, …",
+        help="how the file is read, as in a config: task.separator, task.scheme, task.words, …",
     )
 
 

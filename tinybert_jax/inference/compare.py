@@ -30,12 +30,18 @@ def compare(
     exact match, a number within half a standard deviation of the labels. `by`: a column of the file
     whose values group the examples. `max_regressions`: the largest share of broken examples that is
     allowed; `is_allowed` says whether the 95 % upper bound of the share is below. Raises ValueError
-    for models of different tasks and for text that cannot be read.
+    for models of different tasks, for text that cannot be read, and for `max_regressions` of
+    translations.
     """
     sides = [score_file(model, data, split, max_length, settings) for model in (old, new)]
     kinds = [side.task.kind for side in sides]
     if kinds[0] != kinds[1]:
         raise ValueError(f"{new}: expected a model for {kinds[0]}, as {old} is, got {kinds[1]}")
+    if max_regressions is not None and sides[0].task.generates:
+        raise ValueError(
+            f"--max-regressions: expected a task whose answers are right or wrong, got {kinds[0]}; "
+            "remove it, and judge by the interval of the scores' difference"
+        )
     right = [side.task.is_right(side.scored, side.settings) for side in sides]
     said = [_said(side) for side in sides]
     pairs = count_pairs(*right)

@@ -137,8 +137,8 @@ def _still_learning(results: dict[str, Any], name: str, subject: str) -> str:
     first, last = (show_score(results.get("metric"), score) for score in (first, last))
     return (
         f"{subject} was still learning: its {metric_name(results.get('metric'))} rose from "
-        f"{first} to {last} in the last fifth of the {step:,.0f} steps and was best at the "
-        f"end: {_longer(results, name)}"
+        f"{first} to {last} over its last evaluations and was best at the end, after "
+        f"{step:,.0f} steps: {_longer(results, name)}"
     )
 
 

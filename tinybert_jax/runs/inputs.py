@@ -25,7 +25,7 @@ from tinybert_jax.config.models import (
 from tinybert_jax.config.tasks import TaskSection
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.splits import TaskData, corpus_documents, read_task, split_heldout
-from tinybert_jax.data.wordpiece import train_wordpiece
+from tinybert_jax.data.wordpiece import plain_backend, train_wordpiece
 from tinybert_jax.huggingface.encoder_decoder import (
     Tokenizers,
     is_encoder_decoder,
@@ -73,16 +73,17 @@ def read_inputs(
     Where the folder `kept_tokenizer` exists, the tokenizer is read from it. Raises one ValueError
     with one line for every input that cannot be read.
     """
+    translates = task is not None and TASKS[task.kind].generates
     # Models before the tokenizer: transformers reads config.json too, with a less clear error.
     given, _, *sizes, examples, text, _, _ = _read_all(
-        lambda: _read_sizes("teacher", teacher.path),
-        lambda: _read_sizes("teacher.finetuned", teacher.finetuned),
+        lambda: _read_sizes("teacher", teacher.path, translates),
+        lambda: _read_sizes("teacher.finetuned", teacher.finetuned, translates),
         *(
-            functools.partial(_read_sizes, student_origin(name), section.path)
+            functools.partial(_read_sizes, student_origin(name), section.path, translates)
             for name, section in students.items()
         ),
         *(
-            functools.partial(_read_sizes, further_origin(number), section.path)
+            functools.partial(_read_sizes, further_origin(number), section.path, translates)
             for number, section in enumerate(further)
         ),
         lambda: read_task(task, TASKS[task.kind].read) if task else None,
@@ -92,9 +93,10 @@ def read_inputs(
             for name, path in (("path", tokenizer.path), ("target_path", tokenizer.target_path))
         ),
     )
-    translates = task is not None and TASKS[task.kind].generates
     pairs = examples.train if translates and examples is not None else None
     pieces = _make_tokenizers(tokenizer, teacher.path, kept_tokenizer, text.documents, pairs)
+    if pairs is not None:
+        _tell_unknown(pieces, pairs)
     teacher_sizes = given or _new_teacher(teacher, pieces, translates)
     named = tuple(
         Student(name, section, read or _student_sizes(name, section, teacher_sizes))
@@ -172,6 +174,23 @@ def _make_tokenizers(
     return tokenizers
 
 
+def _tell_unknown(tokenizers: Tokenizers, pairs: Examples) -> None:
+    """Prints how many texts have characters that the vocabulary of their side lacks."""
+    sides = (
+        ("sources", tokenizers.source, pairs.text),
+        ("targets", tokenizers.target, pairs.text_pair),
+    )
+    for name, tokenizer, texts in sides:
+        rows = plain_backend(tokenizer).encode_batch(list(texts or []))
+        count = sum(tokenizer.unk_token_id in row.ids for row in rows)
+        if count:
+            print(
+                f"task.train: {count:,} of {len(rows):,} {name} have characters that the "
+                f"vocabulary of {len(tokenizer):,} pieces lacks; they are read as [UNK]",
+                flush=True,
+            )
+
+
 def _find_tokenizer(origin: str, path: str | None) -> None:
     with prefix_errors(origin):
         if path:
@@ -214,13 +233,24 @@ def _with_decoder(
     return EncoderDecoderConfig(encoder=encoder, decoder=decoder, **ids)
 
 
-def _read_sizes(origin: str, path: str | None) -> Sizes | None:
+def _read_sizes(origin: str, path: str | None, translates: bool) -> Sizes | None:
     if path is None:
         return None
     with prefix_errors(origin):
-        if is_encoder_decoder(path):
-            return load_encoder_decoder(path).config
-        return read_model(path).config
+        is_joined = is_encoder_decoder(path)
+        if is_joined == translates:
+            return load_encoder_decoder(path).config if is_joined else read_model(path).config
+        if is_joined:
+            raise ValueError(
+                f"expected a folder of an encoder, got {path}, an encoder-decoder; use another "
+                "folder, or task.kind=translation"
+            )
+        read_model(path)  # says what else is wrong with the folder
+        raise ValueError(
+            f"expected a folder of an encoder-decoder for translation, got {path}, an encoder; "
+            "give sizes, or join two encoders by from_encoder_decoder_pretrained of "
+            "TinyBertForConditionalGeneration and give what it saves"
+        )
 
 
 def _student_sizes(name: str, section: StudentSection, teacher: Sizes) -> Sizes:

@@ -15,7 +15,7 @@ from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.parallel import check_sides, read_parallel, without_blank
 from tinybert_jax.data.splits import Reading
 from tinybert_jax.data.wordpiece import plain_backend
-from tinybert_jax.metrics.translation import Words, corpus_scores, sentence_counts
+from tinybert_jax.metrics.translation import Words, check_installed, corpus_scores, sentence_counts
 from tinybert_jax.models.seq2seq import make_seq2seq
 from tinybert_jax.settings.sizes import EncoderDecoderConfig
 from tinybert_jax.tasks.task import Scored, Settings, Task
@@ -24,7 +24,11 @@ _NUM_SAMPLES = 20  # translations that the report shows
 
 
 def read(path: str, section: TranslationTask, how: Reading) -> Examples:
-    """Reads the pairs; rows with a blank side are left out where `section.blank` says so."""
+    """Reads the pairs; rows with a blank side are left out where `section.blank` says so.
+
+    Raises ValueError without sacreBLEU, which every run needs at its first score.
+    """
+    check_installed()
     examples = read_parallel(
         path,
         section.dev_target if how.is_dev else section.train_target,
