@@ -66,6 +66,7 @@ def test_eight_devices_equal_one(kind):
     one, history_one = _run(kind, 1)
     eight, history_eight = _run(kind, 8)
     for a, b in zip(history_one, history_eight, strict=True):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6)
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=2e-5, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), one, eight)
 
