@@ -117,7 +117,7 @@ def main(
 
 
 def _remove_checkpoints(run: Run) -> None:
-    """Removes those of a run that has finished; says how many bytes, or why they are left."""
+    """Removes the checkpoints of a finished run; says how much that freed, or why they stay."""
     try:
         told = try_again("removing checkpoints", lambda: remove_finished(run), run.log.say)
     except OSError as error:
