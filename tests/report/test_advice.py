@@ -184,8 +184,19 @@ def test_the_headline_says_where_a_student_is_not_ahead_of_itself(tmp_path):
     assert (
         "reaches 0.885 accuracy and is not clearly ahead of the same student without" in page.text
     )
-    assert "keeps 97.8 % of its teacher" not in page.text
+    assert "a difference of +2.4 points, 95 % interval [-1.0, +5.0]." in page.text
+    assert "distillation adds" not in page.text and "keeps 97.8 % of its teacher" not in page.text
     assert "What to do next" in page.text and "not clearly higher" in page.text
+
+
+def test_advice_gives_nothing_that_the_run_has():
+    results = _results()
+    results["comparisons"]["student-model"]["baseline"]["interval"] = [-0.01, 0.05]
+    (line,) = advice(results)
+    assert "start the student from the teacher's layers" in line and "give task.unlabelled" in line
+    results["models"][1]["start"], results["unlabelled_examples"] = "teacher_layers", 6000
+    (line,) = advice(results)
+    assert "start the student" not in line and "give more task.unlabelled text" in line
 
 
 def test_the_table_shows_intervals_and_the_gap_closed(tmp_path):

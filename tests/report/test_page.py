@@ -228,7 +228,7 @@ def test_headline_of_a_student_above_its_teacher_by_no_more_than_chance():
     models = [make_model("teacher", 0.8, 1.0), make_model("student", 0.82, 1.0)]
     results = {"metric": "accuracy", "models": models}
     for low, expected in ((-0.01, "is level with its teacher at 0.820"), (0.01, "reaches 102.5 %")):
-        compared = {"teacher": {"interval": [low, 0.05]}}
+        compared = {"teacher": {"difference": 0.02, "interval": [low, 0.05]}}
         sentence = text_of(headline(results | {"comparisons": {models[1]["name"]: compared}}))
         assert sentence.startswith(f"The student {expected}"), sentence
 

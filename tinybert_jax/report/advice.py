@@ -12,6 +12,7 @@ from tinybert_jax.report.tables import (
     LOWER_IS_BETTER,
     TRANSLATION_METRICS,
     Model,
+    difference_to,
     finite_number,
     in_points,
     interval_of,
@@ -63,21 +64,20 @@ def _guessing_teacher(results: dict[str, Any]) -> str:
 
 
 def _beaten_by_itself(results: dict[str, Any], student: Model) -> str:
-    compared = _compared(results, student, "baseline")
+    compared = difference_to(results, student, "baseline")
     if compared is None or compared[1] > 0:
         return ""
     difference, low, high = _in_points(results, *compared)
     verdict = "lower than" if difference < 0 else "not clearly higher than"
-    changes = [
-        "distil for longer (intermediate.num_epochs, prediction.num_epochs)",
-        "start the student from the teacher's layers (init: teacher_layers or teacher_reduced)",
-        "give task.unlabelled text",
-    ]
-    if results.get("metric") in TRANSLATION_METRICS:  # which has none of the others
-        changes = [
-            "distil for longer (prediction.num_epochs)",
-            "start the student from the teacher's layers (init: teacher_layers)",
-        ]
+    is_translation = results.get("metric") in TRANSLATION_METRICS
+    stages = ("prediction",) if is_translation else ("intermediate", "prediction")
+    inits = ("teacher_layers",) if is_translation else ("teacher_layers", "teacher_reduced")
+    changes = [f"distil for longer ({', '.join(f'{stage}.num_epochs' for stage in stages)})"]
+    if student.get("start") in (None, "random", "teacher_embeddings"):
+        changes.append(f"start the student from the teacher's layers (init: {' or '.join(inits)})")
+    if not is_translation:
+        more = "more " if results.get("unlabelled_examples") else ""
+        changes.append(f"give {more}task.unlabelled text")
     if results.get("export") != "best":
         changes.append("take the better one with export=best")
     return (
@@ -87,7 +87,7 @@ def _beaten_by_itself(results: dict[str, Any], student: Model) -> str:
 
 
 def _beaten_by_linear(results: dict[str, Any], student: Model) -> str:
-    compared = _compared(results, student, "linear")
+    compared = difference_to(results, student, "linear")
     if compared is None or compared[1] > 0:
         return ""
     difference, low, high = _in_points(results, *compared)
@@ -165,21 +165,6 @@ def _longer(results: dict[str, Any], name: str) -> str:
         if (value := finite_number(stage.get(key))) is not None:
             return f"train longer, {name}.{key}={2 * value:g} (in another run_dir)"
     return f"train longer ({name}.num_epochs)"
-
-
-def _compared(
-    results: dict[str, Any], student: Model, other: str
-) -> tuple[float, float, float] | None:
-    """(difference, low, high) of a student to another model; None without such a comparison."""
-    found: Any = results.get("comparisons")
-    for key in (str(student.get("name")), other):
-        found = found.get(key) if isinstance(found, dict) else None
-    if not isinstance(found, dict) or not isinstance(found.get("interval"), list | tuple):
-        return None
-    values = [finite_number(value) for value in (found.get("difference"), *found["interval"])]
-    if len(values) != 3 or any(value is None for value in values):
-        return None
-    return values[0], values[1], values[2]  # type: ignore[return-value]
 
 
 def _stage(results: dict[str, Any], name: str) -> dict[str, Any]:

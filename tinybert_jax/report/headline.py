@@ -14,6 +14,7 @@ from tinybert_jax.report.tables import (
     Model,
     compare,
     conditions_of,
+    difference_to,
     find_baseline,
     find_model,
     finite_number,
@@ -74,10 +75,8 @@ def _level_baseline(results: dict[str, Any], student: Model) -> float | None:
 
 def _is_ahead(results: dict[str, Any], student: Model, role: str) -> bool:
     """Whether the student is ahead by more than chance, as far as the results tell."""
-    compared = mapping_of(mapping_of(results, "comparisons"), str(student.get("name")))
-    bounds = mapping_of(compared, role).get("interval")
-    low = finite_number(bounds[0]) if isinstance(bounds, list | tuple) and bounds else None
-    return low is None or low > 0
+    difference = difference_to(results, student, role)
+    return difference is None or difference[1] > 0
 
 
 def _savings(teacher: Model, student: Model) -> str:
@@ -93,15 +92,22 @@ def _savings(teacher: Model, student: Model) -> str:
 
 
 def baseline_sentence(results: dict[str, Any]) -> str:
-    """The baseline's score and the gain by distillation; empty where a score is missing."""
+    """The baseline's score and the gain by distillation; empty where a score is missing.
+
+    Where chance may explain the gain, it is a difference with its interval, as in the headline.
+    """
     student, baseline = find_model(results, "student"), find_baseline(results)
     score, student_score = score_of(results, baseline), score_of(results, student)
     if baseline is None or score is None or student_score is None:
         return ""
     show = functools.partial(show_score, results.get("metric"))
+    compared = difference_to(results, student, "baseline") if student else None
     points = in_points(results.get("metric"), student_score - score)
     if results.get("metric") in LOWER_IS_BETTER:
         verdict = f"the student reaches {show(student_score)}"
+    elif compared and compared[1] <= 0:
+        low, high = (in_points(results.get("metric"), bound) for bound in compared[1:])
+        verdict = f"a difference of {points:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}]"
     else:
         verdict = f"distillation {'adds' if points >= 0 else 'costs'} {abs(points):.1f} points"
     name = html.escape(str(baseline.get("name", "baseline")))

@@ -328,6 +328,23 @@ def interval_of(model: Model, metric: Any) -> tuple[float, float] | None:
     return values[0], values[1]
 
 
+def difference_to(
+    results: dict[str, Any], model: Model, role: str
+) -> tuple[float, float, float] | None:
+    """(difference, low, high): a student's score less that of the model of a role, and its 95 %
+    interval; None where the results hold none.
+    """
+    compared = mapping_of(mapping_of(results, "comparisons"), str(model.get("name")))
+    found = mapping_of(compared, role)
+    bounds = found.get("interval")
+    if not isinstance(bounds, list | tuple):
+        return None
+    values = [finite_number(value) for value in (found.get("difference"), *bounds)]
+    if len(values) != 3 or any(value is None for value in values):
+        return None
+    return values[0], values[1], values[2]  # type: ignore[return-value]
+
+
 def gap_closed(results: dict[str, Any], model: Model) -> float | None:
     """(student - alone) / (teacher - alone); None for other models and where it is not known."""
     compared = mapping_of(mapping_of(results, "comparisons"), str(model.get("name")))

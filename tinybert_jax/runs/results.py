@@ -56,6 +56,7 @@ def collect_results(
         "metric": run.task.metric if run.task else None,
         "dev_examples": len(data.dev.text) if data else 0,
         "select_examples": len(data.select.text) if data and data.select else 0,
+        "unlabelled_examples": len(data.unlabelled.text) if data and data.unlabelled else 0,
         "label_names": data.label_names if data else None,
         "export": export,
         **(_evaluate(run) if run.task else {"models": []}),
@@ -250,6 +251,9 @@ def _describe(
         "metrics": by_seed[scores.best] if is_teacher else _over_seeds(np.mean, by_seed),
         "intervals": _intervals(scores),
     }
+    if evaluated.role == "student":
+        (section,) = (s.section for s in run.students if s.name == evaluated.member)
+        description["start"] = section.path or section.init
     if len(by_seed) > 1:
         deviation = _over_seeds(functools.partial(np.std, ddof=1), by_seed)
         description |= {"by_seed": by_seed, "deviation": deviation, "best_seed": scores.best}
