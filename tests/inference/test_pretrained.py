@@ -167,7 +167,7 @@ def test_the_head_of_another_class_is_not_taken(folder, tmp_path, tokenizer, cap
     inputs = tokenizer(TEXTS, PAIRS, padding=True, return_tensors="np")
     model = TinyBertForTokenClassification.from_pretrained(folder)
     said = capsys.readouterr().out
-    assert "no weights for classifier/" in said and "no place for them: bert.pooler" in said
+    assert "with a new head in place of its own" in said
     assert model(**inputs).logits.shape == (*inputs["input_ids"].shape, len(NAMES))
     renamed = TinyBertForTokenClassification.from_pretrained(folder, label_names=("a", "b"))
     assert renamed.label_names == ("a", "b")

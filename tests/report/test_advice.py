@@ -123,12 +123,22 @@ def test_each_line_in_the_run_that_deserves_it(changes, told):
     assert all(words in line for words in told), line
 
 
+def test_builtin_text_has_a_line_of_its_own_in_place_of_all_others():
+    results = _results() | {"dev_examples": 100, "is_builtin": True}
+    results["models"][1]["intervals"]["accuracy"] = [0.82, 0.94]
+    (line,) = advice(results)
+    assert line.startswith("built-in text shows that the pipeline works, not what distillation")
+
+
 def test_few_rows_tell_how_many_are_wanted():
     results = _results()
     results["dev_examples"] = 100
     results["models"][1]["intervals"]["accuracy"] = [0.82, 0.94]
+    results["train_examples"] = 9000
     (line,) = advice(results)
-    assert "100 dev rows" in line and "± 6.0" in line and "900 rows" in line
+    assert "100 dev rows" in line and "± 6.0 points" in line and "900 rows: raise task.dev" in line
+    results["train_examples"] = 900  # of which they would leave next to none
+    assert "900 rows: give task.dev a larger file" in advice(results)[0]
 
 
 def test_bleu_is_in_points_already():
@@ -143,7 +153,7 @@ def test_bleu_is_in_points_already():
     (line,) = advice(results)
     assert "(-0.5 points [-1.2, +0.2])" in line
     results["models"][1]["intervals"]["bleu"] = [34.0, 42.0]
-    assert "± 4.0); ± 2 takes about 4,000 rows" in advice(results)[-1]
+    assert "± 4.0 points); ± 2 points take about 4,000 rows" in advice(results)[-1]
 
 
 def test_a_rise_is_held_against_the_error_of_the_rows_that_choose():

@@ -119,7 +119,8 @@ def test_dry_run_names_all_stages_and_writes_nothing(inputs, tmp_path, capsys, m
     assert cli.main(["run", str(tmp_path / "run.yaml"), "--dry-run"]) == 0
     assert sorted(tmp_path.rglob("*")) == before
     *_, text = capsys.readouterr().out.partition("pretrain: 4 steps")
-    *blocks, together = ("pretrain: 4 steps" + text).replace("\xa0", " ").strip().split("\n\n")
+    text = ("pretrain: 4 steps" + text).replace("\xa0", " ").strip()
+    *blocks, together, note = text.split("\n\n")
     assert [block.split(":")[0] for block in blocks] == list(STAGES)
     for name, block in zip(STAGES, blocks, strict=True):
         assert "4 steps, 256 tokens in 512 slots (50% padding), rows of up to 16" in block
@@ -127,12 +128,12 @@ def test_dry_run_names_all_stages_and_writes_nothing(inputs, tmp_path, capsys, m
         assert ("teacher   5.38 k parameters" in block) == (
             name in ("general", "intermediate", "prediction")
         )
-        assert "float32 peak" in block
     # 32 rows · 3 passes of the teacher, at 40 % of 1,000 FLOP/s
     flops = 3 * SLOTS // WIDTH * (WIDTH * TEACHER_LAYER + _last(TEACHER_LAYER, 16, 1))
     assert f"whole stage {flops:.3g}" in blocks[1]
     time = datetime.timedelta(seconds=math.ceil(flops / 400))
     assert f"this CPU {time}" in blocks[1]
+    assert "at 40% of its float32 peak" in note
     (total,) = re.findall(r"^together: (\S+) FLOPs\n  time      this CPU ", together)
     of_stages = [float(re.findall(r"whole stage (\S+)", block)[0]) for block in blocks]
     assert float(total) == pytest.approx(sum(of_stages), rel=0.01)
@@ -159,7 +160,7 @@ def test_stages_that_are_done_are_not_priced_again(inputs, tmp_path, monkeypatch
     run = _run(inputs, tmp_path)
     run.model_folder("pretrain").mkdir(parents=True)
     (run.model_folder("pretrain") / "config.json").touch()
-    done, pending = _describe(run, "pretrain", "finetune").split("\n\n")
+    done, pending, _ = _describe(run, "pretrain", "finetune").split("\n\n")
     assert done == "pretrain: done before" and pending.startswith("finetune: 4 steps")
 
 

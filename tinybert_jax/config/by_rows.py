@@ -131,7 +131,7 @@ def _task(given: dict[str, Any], facts: Facts, lines: list[str]) -> tuple[dict[s
     task = {"select_share": None if is_few else _SELECT_SHARE, **given}
     if not any(task.get(name) for name in ("dev", "dev_share", "builtin")):
         task["dev_share"] = _DEV_SHARE
-        lines.append(f"task: {_DEV_SHARE:.0%} of the rows are dev: they score the models alone")
+        lines.append(f"task: {_DEV_SHARE:.0%} of the rows are dev: they only score the models")
     share = task["select_share"]
     if isinstance(share, float) and 0 < share < 1:
         lines.append(f"task: {share:.0%} of the labelled rows choose checkpoints, not dev")
@@ -265,8 +265,8 @@ def _is_finite(value: Any) -> bool:
 
 def _describe(name: str, settings: dict[str, Any], num_rows: int) -> str:
     length = f"{_num_steps(settings, num_rows):,} steps"
-    if settings.get("num_epochs"):
-        length = f"{settings['num_epochs']} epochs of {num_rows:,} rows, about {length}"
+    if epochs := settings.get("num_epochs"):
+        length = f"{epochs} epoch{'' if epochs == 1 else 's'} of {num_rows:,} rows, about {length}"
     probe = ", from a linear probe" if settings.get("head_init") == "linear_probe" else ""
     batch = f"{settings['global_batch_size']} examples each"
     return f"{name}: {length} of {batch}{probe}; learning rate {settings['learning_rate']}"

@@ -59,9 +59,7 @@ def complete(
     draft = validate(RunConfig, _filled(tree, by_rows.TYPICAL, origin)[0], origin)
     facts = measure(draft)
     filled, lines = _filled(tree, facts or by_rows.TYPICAL, origin)
-    if facts is None:
-        lines.insert(0, f"text or teacher not read: as for {by_rows.TYPICAL.num_labelled:,} rows")
-    for line in lines:
+    for line in lines if facts else ():  # without them the run tells what cannot be read
         say(f"recipe: {line}")
     return validate(RunConfig, filled, origin)
 

@@ -6,7 +6,7 @@ Weights are read from safetensors only: no pickle is opened and no code from a f
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,16 +206,28 @@ def start_params(
     loaded = _load_start(path, jax.eval_shape(init, key), lambda: fresh(key), whole, label_names)
     missing = _missing_weights(path, loaded, whole)
     is_quiet = is_quiet or not processes.is_main()
-    if missing and not is_quiet:
-        print(f"{path}: no weights for {', '.join(missing)}: these start anew", flush=True)
-    # Nobody misses the heads of pretraining. `header` refuses names that a terminal would obey.
-    names = ", ".join(n for n in loaded.surplus if not n.startswith(_PRETRAINING_HEADS))
-    if names and not is_quiet:
-        print(f"{path}: left out, as this model has no place for them: {names}", flush=True)
+    for line in () if is_quiet else _differences(loaded, missing):
+        print(f"{path}: {line}", flush=True)
     return loaded.params
 
 
-_PRETRAINING_HEADS = ("cls.", "vocab_")  # of BERT and of DistilBERT, in transformers
+# Heads of pretraining (BERT, DistilBERT), poolers and heads of tasks, in transformers.
+_NOT_MISSED = ("cls.", "vocab_", "pooler.", "bert.pooler.", "pre_classifier.")
+_HEADS = ("classifier.", "qa_outputs.")
+
+
+def _differences(loaded: Loaded, missing: list[str]) -> Iterator[str]:
+    """What a folder and the model that starts from it do not share, where it matters."""
+    part = head_part(flatten(loaded.params))
+    is_new = part is not None and f"{part}/kernel" in missing
+    own = [name for name in loaded.surplus if name.startswith(_HEADS)]
+    if is_new:
+        yield f"its encoder, with a new head{' in place of its own' if own else ''}"
+    if rest := [name for name in missing if not (is_new and name.startswith(f"{part}/"))]:
+        yield f"no weights for {', '.join(rest)}: these start anew"
+    # `header` refuses names that a terminal would obey.
+    if names := ", ".join(n for n in loaded.surplus if not n.startswith(_NOT_MISSED + _HEADS)):
+        yield f"left out, as this model has no place for them: {names}"
 
 
 def _load_start(

@@ -96,12 +96,16 @@ def main(
             run.log.say(_describe_task(run.task))
         plans = [run.plans[stage.name] for stage in chosen]
         with _shown(run, plans, is_live=is_live):
+            num_new = 0
             for plan in plans:
                 is_new = _run_once(run, plan)
+                num_new += is_new
                 if is_new and plan.stage is FINETUNE and reads_task_teacher(plans):
                     for teacher in run.own_teachers or [run.task_teacher]:
                         check_teacher(run, teacher, run.teacher)
             stop.place = "after its last stage"
+            if not num_new:
+                run.log.say("every stage was done before: scores and latency are measured anew")
             run.log.enter("results")
             with run.log.doing("scores the models and measures their latency"):
                 processes.on_main("results", lambda: _write_results(run, command, config))

@@ -24,6 +24,7 @@ from tinybert_jax.report.tables import (
 _NEAR_CHANCE = 0.8  # of the loss of guessing
 _WIDE = 3.0  # points, half of an interval; wider ones tell few models apart
 _WANTED = 2.0
+_MOST_DEV = 0.3  # of the rows; the others are needed to train on
 _TAIL = 0.2  # of the steps: a score that rose in them was still rising
 
 
@@ -31,6 +32,11 @@ def advice(results: dict[str, Any]) -> list[str]:
     """The lines in the order of their weight; empty where there is nothing to say."""
     if results.get("metric") in LOWER_IS_BETTER:
         return []
+    if results.get("is_builtin"):
+        return [
+            "built-in text shows that the pipeline works, not what distillation brings: take a "
+            "table of your own (tinybert run --data) and a pretrained --teacher"
+        ]
     lines = [_guessing_teacher(results)]
     for student in (m for m in models_of(results) if m.get("role") == "student"):
         lines += [_beaten_by_itself(results, student), _beaten_by_linear(results, student)]
@@ -71,14 +77,15 @@ def _beaten_by_itself(results: dict[str, Any], student: Model) -> str:
     verdict = "lower than" if difference < 0 else "not clearly higher than"
     is_translation = results.get("metric") in TRANSLATION_METRICS
     stages = ("prediction",) if is_translation else ("intermediate", "prediction")
-    inits = ("teacher_layers",) if is_translation else ("teacher_layers", "teacher_reduced")
+    init = "teacher_layers, or teacher_reduced for a narrower one"
     changes = [f"distil for longer ({', '.join(f'{stage}.num_epochs' for stage in stages)})"]
     if student.get("start") in (None, "random", "teacher_embeddings"):
-        changes.append(f"start the student from the teacher's layers (init: {' or '.join(inits)})")
+        init = "teacher_layers" if is_translation else init
+        changes.append(f"start the student from the teacher's layers (init: {init})")
     if not is_translation:
         more = "more " if results.get("unlabelled_examples") else ""
         changes.append(f"give {more}task.unlabelled text")
-    if results.get("export") != "best":
+    if results.get("export") != "best" and difference < 0:
         changes.append("take the better one with export=best")
     return (
         f"{student.get('name')} scores {verdict} the same student without a teacher "
@@ -152,10 +159,12 @@ def _few_rows(results: dict[str, Any]) -> str:
     if half <= _WIDE:
         return ""
     wanted = count * (half / _WANTED) ** 2
+    others = (finite_number(results.get(f"{part}_examples")) or 0 for part in ("train", "select"))
+    share = "raise task.dev_share, or " if wanted < _MOST_DEV * (count + sum(others)) else ""
     return (
         f"{count:,.0f} dev rows tell two models apart only where they differ by several points "
-        f"(the student's score is known to ± {half:.1f}); ± {_WANTED:.0f} takes about "
-        f"{wanted:,.0f} rows: raise task.dev_share, or give task.dev a larger file"
+        f"(the student's score is known to ± {half:.1f} points); ± {_WANTED:.0f} points take about "
+        f"{wanted:,.0f} rows: {share}give task.dev a larger file"
     )
 
 

@@ -75,14 +75,19 @@ def describe(run: Run, plans: Sequence[StagePlan]) -> str:
     by_stage = {p.name: estimate_costs(run, p) for p in plans if not run.is_done(p.name)}
     peaks = _peaks(dtype) if by_stage else {}
     parts = [
-        _description(run, plan, by_stage[plan.name], peaks, dtype)
+        _description(run, plan, by_stage[plan.name], peaks)
         if plan.name in by_stage
         else f"{plan.name}: done before"
         for plan in plans
     ]
     if len(by_stage) > 1:
         total = sum(costs.total_flops for costs in by_stage.values())
-        parts.append(f"together: {total:.3g} FLOPs\n{_time_line(total, peaks, dtype)}")
+        parts.append(f"together: {total:.3g} FLOPs\n{_time_line(total, peaks)}")
+    if by_stage:
+        parts.append(
+            f"Times are the least that one device takes: at {_UTILISATION:.0%} of its {dtype} "
+            "peak, which small models do not reach; compiling and scoring come on top."
+        )
     return "\n\n".join(parts)
 
 
@@ -149,9 +154,7 @@ def _peaks(dtype: str) -> dict[str, float]:
     return peaks
 
 
-def _description(
-    run: Run, plan: StagePlan, costs: Costs, peaks: dict[str, float], dtype: str
-) -> str:
+def _description(run: Run, plan: StagePlan, costs: Costs, peaks: dict[str, float]) -> str:
     work, devices = work_of(run, plan), run.mesh.size
     times = f" × {work.num_seeds} seeds" if work.num_seeds > 1 else ""
     lines = [
@@ -173,16 +176,13 @@ def _description(
         f"{format_si(costs.state_bytes, 'B')} of state, "
         f"{format_si(costs.activation_bytes, 'B')} of activations"
     )
-    lines.append(_time_line(costs.total_flops, peaks, dtype))
+    lines.append(_time_line(costs.total_flops, peaks))
     return "\n".join(lines)
 
 
-def _time_line(flops: float, peaks: dict[str, float], dtype: str) -> str:
+def _time_line(flops: float, peaks: dict[str, float]) -> str:
     times = (f"{name} {_clock(flops / peak / _UTILISATION)}" for name, peak in peaks.items())
-    return (
-        f"  time      {', '.join(times)} (one device, at {_UTILISATION:.0%} of its {dtype} peak, "
-        "which small models do not reach; without compilation and evaluation)"
-    )
+    return f"  time      {', '.join(times)}"
 
 
 def _size(model: Sizes, times: str = "") -> str:

@@ -54,10 +54,12 @@ def collect_results(
     summary = {
         "name": run.name,
         "metric": run.task.metric if run.task else None,
+        "train_examples": len(data.train.text) if data else 0,
         "dev_examples": len(data.dev.text) if data else 0,
         "select_examples": len(data.select.text) if data and data.select else 0,
         "unlabelled_examples": len(data.unlabelled.text) if data and data.unlabelled else 0,
         "label_names": data.label_names if data else None,
+        "is_builtin": bool(run.task and run.task.section.builtin),
         "export": export,
         **(_evaluate(run) if run.task else {"models": []}),
         **({"heldout": heldout} if heldout else {}),

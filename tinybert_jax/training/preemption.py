@@ -46,6 +46,9 @@ class Stopped(Exception):
     """The run has stopped as a signal asked; the message says where, and how to go on."""
 
 
+_BEFORE = "before its first stage"
+
+
 class Stop:
     """A request to stop a run, and what has to be saved then.
 
@@ -54,7 +57,7 @@ class Stop:
 
     def __init__(self, command: str = ""):
         self.command = command
-        self.place = "before its first stage"  # where the run is
+        self.place = _BEFORE  # where the run is
         self._signal = ""
         self._agreed = ""  # of several processes: the signal, until the step that they agreed on
         self._lock = threading.Lock()
@@ -125,9 +128,11 @@ class Stop:
         if processes.count() > 1:
             own = " with its own --process-id" if "--process-id" in self.command else ""
             where = f" in all processes, each{own}" if own else " in all processes"
+        is_begun = self.place != _BEFORE
+        kept = "everything until then is saved" if is_begun else "nothing was to be saved"
         return (
-            f"stopped by {self._signal} {self.place}; everything until then is saved. To go on, "
-            f"repeat the command{where}: {self.command}"
+            f"stopped by {self._signal} {self.place}; {kept}. To go on, repeat the command{where}: "
+            f"{self.command}"
         )
 
     def ask(self, name: str, report: Callable[[Exception], int]) -> None:
