@@ -35,7 +35,7 @@ from tinybert_jax.runs import command as runs
 from tinybert_jax.training import preemption
 
 _STAGES = {
-    "run": (STAGE_NAMES, "run all stages of a config, then export and report"),
+    "run": (STAGE_NAMES, "run all stages of a config, or of --data TABLE, then export and report"),
     "pretrain": (("pretrain",), "run only the masked-LM stage of a config"),
     "finetune": (("finetune", "baseline"), "run only the supervised stages of a config"),
     "distill": (
@@ -46,7 +46,7 @@ _STAGES = {
 
 # The options of a run on a table, in place of a config.
 _TABLE = {
-    "data": "labelled text: a .csv, .tsv or .jsonl file, …, as task.train takes",
+    "data": "in place of a config, labelled text: a .csv, .tsv, .jsonl file, or as task.train",
     "teacher": "a BERT folder or hub id",
     "text": "column of the text",
     "text_pair": "column of a second text",
@@ -133,7 +133,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tinybert",
-        description="Compact Transformers on JAX.",
+        description="Compact Transformers on JAX: tinybert run --data TABLE --teacher FOLDER",
         epilog=preemption.STATUSES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -85,7 +85,7 @@ def _add_embed(commands) -> None:
 
 
 def _add_search(commands) -> None:
-    text = "find the texts of a file that are closest to a question, as in a list of frequent ones"
+    text = "find the texts of a file that are closest in meaning to a question"
     command = commands.add_parser("search", help=text, description=text)
     command.add_argument("model", help="a folder or hub id of a model of sentence vectors")
     command.add_argument("data", type=os.path.expanduser, help=".tsv, .csv, .jsonl or .txt")
