@@ -20,9 +20,9 @@ ROOMS = {
     "by_rows load schema command",
     "metrics": "classification regression multi_label tagging spans intervals paired calibration "
     "cosines translation",
-    "report": "charts style shell run_files tables figures headline confusion per_class pareto "
-    "advice calibration differences console card page comparison settings_table several_runs "
-    "run_comparison command",
+    "report": "charts style shell run_files tables score_table figures headline confusion "
+    "per_class pareto advice calibration differences console card page comparison "
+    "settings_table several_runs run_comparison command",
     "performance": "flops accelerators gpu_target device_peaks hlo latency trace disk host "
     "program_cache",
     "parallel": "mesh group processes replicas sharding",

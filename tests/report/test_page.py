@@ -11,7 +11,8 @@ from tinybert_jax.report.charts import MAX_DRAWN_POINTS
 from tinybert_jax.report.headline import headline
 from tinybert_jax.report.page import write_report
 from tinybert_jax.report.pareto import pareto_front
-from tinybert_jax.report.tables import choice_note, compare, format_si
+from tinybert_jax.report.score_table import choice_note
+from tinybert_jax.report.tables import compare, format_si
 
 
 def test_the_page_shows_the_numbers_of_the_run(tmp_path):

@@ -14,7 +14,8 @@ import yaml
 
 from tinybert_jax import __version__
 from tinybert_jax.report.console import printable
-from tinybert_jax.report.tables import choice_note, format_si, interval_of, show_score
+from tinybert_jax.report.score_table import choice_note
+from tinybert_jax.report.tables import format_si, interval_of, show_score
 
 # The end of an architecture -> the task of the hub; others give features.
 _TASKS = {

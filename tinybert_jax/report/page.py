@@ -38,10 +38,10 @@ from tinybert_jax.report.headline import (
 from tinybert_jax.report.pareto import pareto_section
 from tinybert_jax.report.per_class import per_class_section
 from tinybert_jax.report.run_files import read_environment, read_results, read_rows, read_text
+from tinybert_jax.report.score_table import comparison_table
 from tinybert_jax.report.shell import whole_page
 from tinybert_jax.report.tables import (
     LOWER_IS_BETTER,
-    comparison_table,
     find_model,
     format_si,
     metric_name,
