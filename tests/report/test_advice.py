@@ -6,6 +6,7 @@ import pytest
 from report_page import make_results, render
 
 from tinybert_jax.report.advice import advice
+from tinybert_jax.report.console import console_summary
 
 
 def _results():
@@ -213,3 +214,34 @@ def test_the_table_shows_intervals_and_the_gap_closed(tmp_path):
     page = render(tmp_path, _results() | {"select_examples": 100})
     for expected in ("[0.865, 0.905]", "Gap closed", "54.5 %", "chosen on 100 rows"):
         assert expected in page.text, expected
+
+
+def test_bars_of_scores_and_shares_are_as_long_as_the_number(tmp_path):
+    results = _results()
+    results["comparisons"]["student-model"]["gap_closed"] = {"value": 1.37, "interval": [0.9, 1.8]}
+    page = render(tmp_path, results)
+    bars = [a for tag, a in page.tags if tag == "i" and a.get("class", "").startswith("bar ")]
+    widths = [bar["style"] for bar in bars if "--" not in bar["style"]]
+    scores, kept, gap = widths[:6], widths[6:9], widths[9]
+    assert scores[:3] == ["width:90.5%", "width:88.5%", "width:86.1%"]
+    assert kept == ["width:100.0%", "width:97.8%", "width:95.1%"]
+    assert gap == "width:100.0%" and "137.0 %" in page.text
+
+
+@pytest.mark.parametrize("bounds", [None, [-5.0, 9.0], "missing"])
+def test_a_gap_closed_that_chance_may_make_is_a_dash_with_the_reason(tmp_path, bounds):
+    results = _results()
+    closed = results["comparisons"]["student-model"]["gap_closed"]
+    closed |= {"value": 1.37, "interval": bounds}
+    if bounds == "missing":
+        del closed["interval"]
+    page = render(tmp_path, results)
+    assert "137" not in page.text
+    titles = [a["title"] for tag, a in page.tags if tag == "td" and "title" in a]
+    assert any("may be chance" in title for title in titles)
+    assert "Gap closed, –: the teacher’s lead over the student without a teacher" in page.text
+    assert "closes" not in console_summary(results)
+
+
+def test_the_console_says_how_much_of_a_clear_gap_is_closed():
+    assert "keeps 97.8% of its teacher and closes 55% [20%, 80%]" in console_summary(_results())

@@ -12,7 +12,7 @@ from tinybert_jax.report.headline import headline
 from tinybert_jax.report.page import write_report
 from tinybert_jax.report.pareto import pareto_front
 from tinybert_jax.report.score_table import choice_note
-from tinybert_jax.report.tables import compare, format_si
+from tinybert_jax.report.tables import compare, format_si, metric_name
 
 
 def test_the_page_shows_the_numbers_of_the_run(tmp_path):
@@ -308,6 +308,28 @@ def test_several_students_have_a_column_each_and_a_plot_of_score_and_cost(tmp_pa
 
 def test_one_student_has_no_plot_of_score_and_cost(tmp_path):
     assert render(tmp_path, make_results()).count("front") == 0
+
+
+def test_sizes_are_named_and_stand_beside_the_space_on_disk(tmp_path):
+    page = render(tmp_path, make_results())
+    assert "Encoder parameters, without embeddings, drawn to scale:10.6 M to 1.33 M" in page.text
+    assert "On disk: 90.9 MB to 90.9 MB" in page.text
+
+
+@pytest.mark.parametrize(
+    "labels, metrics, name",
+    [
+        (["negative", "positive"], ("f1", "matthews"), "F1 of positive"),
+        (["a", "b", "c"], ("f1", "matthews"), "macro F1"),
+        (["PER", "ORG", "LOC"], ("f1", "precision"), "F1"),
+        (None, ("f1", "exact_match"), "F1"),
+    ],
+)
+def test_the_name_of_f1_says_which_one_it_is(labels, metrics, name):
+    models = [make_model("student", 0.8, 1.0, metrics=dict.fromkeys(metrics, 0.8))]
+    results = {"metric": "f1", "models": models, "label_names": labels}
+    assert metric_name("f1", results) == name
+    assert f"reaches 0.800 {name}." in text_of(headline(results))
 
 
 def test_the_front_holds_the_points_that_no_point_beats():

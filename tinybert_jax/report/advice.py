@@ -142,8 +142,9 @@ def _still_learning(results: dict[str, Any], name: str, subject: str) -> str:
     if stage.get("best_step") != step or last - first <= scale * min(widths) / 4:
         return ""
     first, last = (show_score(results.get("metric"), score) for score in (first, last))
+    metric = metric_name(results.get("metric"), results)
     return (
-        f"{subject} was still learning: its {metric_name(results.get('metric'))} rose from "
+        f"{subject} was still learning: its {metric} rose from "
         f"{first} to {last} over its last evaluations and was best at the end, after "
         f"{step:,.0f} steps: {_longer(results, name)}"
     )

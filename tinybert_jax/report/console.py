@@ -3,10 +3,10 @@
 import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from tinybert_jax.report.tables import show_score
+from tinybert_jax.report.tables import clear_gap, show_score
 
 # Control characters but tab and line break, characters that turn the direction of writing, and
 # halves of characters (lone surrogates), which no file holds.
@@ -53,12 +53,12 @@ def console_summary(summary: dict[str, Any]) -> str:
     for name, share in shares.items():
         compared = comparisons[name] if name in comparisons else next(iter(comparisons.values()))
         line = f"{name} keeps {share:.1%} of its teacher"
-        if closed := compared.get("gap_closed"):
-            bounds = closed["interval"]
-            shown = f" [{bounds[0]:.0%}, {bounds[1]:.0%}]" if bounds else ""
+        closed = compared.get("gap_closed", {})
+        if (value := clear_gap(closed)) is not None:
+            low, high = closed["interval"]
             line += (
-                f" and closes {closed['value']:.0%}{shown} of the gap between itself without a "
-                "teacher and the teacher"
+                f" and closes {value:.0%} [{low:.0%}, {high:.0%}] of the gap between itself "
+                "without a teacher and the teacher"
             )
         lines.append(line)
     for name, compared in comparisons.items():
@@ -84,7 +84,7 @@ _OTHERS = {
 }
 
 
-def _shown(metric: str, bounds: tuple[float, float]) -> str:
+def _shown(metric: str, bounds: Sequence[float]) -> str:
     low, high = (show_score(metric, bound, digits=4) for bound in bounds)
     return f" [{low}, {high}]"
 

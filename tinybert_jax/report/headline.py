@@ -36,7 +36,7 @@ from tinybert_jax.report.tables import (
 def headline(results: dict[str, Any]) -> str:
     """The result of the run in one sentence, without the parts that `results.json` lacks."""
     teacher, student = find_model(results, "teacher"), find_model(results, "student")
-    metric = html.escape(metric_name(results.get("metric")))
+    metric = html.escape(metric_name(results.get("metric"), results))
     model = student or next(iter(models_of(results)), None)
     score = score_of(results, model)
     if model is None or score is None:
@@ -138,14 +138,21 @@ def size_figure(results: dict[str, Any]) -> str:
             f'<rect class="{role}" x="1" y="{159 - side:.1f}" '
             f'width="{side:.1f}" height="{side:.1f}"/>'
         )
+    files = [finite_number((m or {}).get("bytes_on_disk")) for m in (teacher, student)]
+    disk = f"<br>On disk: {_from_to(files[0], files[1], 'B')}" if files[0] and files[1] else ""
     return (
         '<figure class="mark"><svg viewBox="0 0 160 160" role="img" '
         f'aria-label="Encoder parameters: teacher {format_si(sizes[0])}, '
         f'student {format_si(sizes[1])}">'
-        f"{marks}</svg><figcaption>Encoder parameters, drawn to scale:<br>"
-        f'<b class="teacher">{format_si(sizes[0])}</b> to '
-        f'<b class="student">{format_si(sizes[1])}</b>'
-        "</figcaption></figure>"
+        f"{marks}</svg><figcaption>Encoder parameters, without embeddings, drawn to scale:<br>"
+        f"{_from_to(sizes[0], sizes[1])}{disk}</figcaption></figure>"
+    )
+
+
+def _from_to(teacher: float, student: float, unit: str = "") -> str:
+    return (
+        f'<b class="teacher">{format_si(teacher, unit)}</b> to '
+        f'<b class="student">{format_si(student, unit)}</b>'
     )
 
 

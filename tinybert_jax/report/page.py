@@ -189,11 +189,16 @@ def _small_figures(stage: Stage, results: dict) -> Iterator[str]:
     if bounded:
         yield figure(
             "Evaluation",
-            [Series(metric_name(key), points, i) for i, (key, points) in enumerate(bounded)],
+            [
+                Series(metric_name(key, results), points, i)
+                for i, (key, points) in enumerate(bounded)
+            ],
             best=max(bounded[0][1], key=lambda p: p[1]) if bounded[0][0] == main else None,
         )
     for key, points in others:
-        yield figure(f"Evaluation: {metric_name(key)}", [Series(metric_name(key), points)])
+        yield figure(
+            f"Evaluation: {metric_name(key, results)}", [Series(metric_name(key, results), points)]
+        )
     for key, title, from_zero in (
         ("tokens_per_second", "Throughput, tokens/s", True),
         ("learning_rate", "Learning rate", True),

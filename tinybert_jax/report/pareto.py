@@ -64,7 +64,7 @@ def _figure(results: dict[str, Any], title: str, cost_of: Callable[[Model], floa
     values = ", ".join(
         f"{d.kind} {d.label}: {d.point[1]:.3f} at {format_si(d.point[0])}" for d in dots
     )
-    metric = metric_name(results.get("metric"))
+    metric = metric_name(results.get("metric"), results)
     chart = scatter_chart(
         dots, front, description=f"{metric} against {title}: {values}", x_label=title
     )

@@ -84,7 +84,7 @@ def _headline(runs: Sequence[RunFiles]) -> str:
     if not order:
         return "The runs have no score in common."
     best = order[0]
-    metric = html.escape(metric_name(best.metric))
+    metric = html.escape(metric_name(best.metric, best.results))
     word = "lowest" if best.metric in LOWER_IS_BETTER else "highest"
     return (
         f"{html.escape(best.label)} has the {word} {metric}: "
@@ -124,9 +124,10 @@ def _scores(runs: Sequence[RunFiles]) -> str:
                 rows.setdefault(role_of(model), []).append((name, score, bounds))
     if not rows:
         return note("No model of these runs has a score.")
-    metrics = {run.metric for run in runs if run.score is not None}
+    scored = [run for run in runs if run.score is not None]
+    metrics = {run.metric for run in scored}
     if len(metrics) > 1:
-        names = ", ".join(sorted(metric_name(metric) for metric in metrics))
+        names = ", ".join(sorted({metric_name(run.metric, run.results) for run in scored}))
         return note(f"The runs have different metrics ({names}), so there is no common scale.")
     ends = [v for own in rows.values() for _, score, bounds in own for v in (bounds or (score,))]
     low, high = min(ends), max(ends)
@@ -142,7 +143,7 @@ def _scores(runs: Sequence[RunFiles]) -> str:
     count = {finite_number(run.results.get("dev_examples")) for run in runs}
     total = count.pop() if len(count) == 1 else None
     examples = f" of {total:,.0f} examples" if total else ""
-    metric = metric_name(metrics.pop())
+    metric = metric_name(scored[0].metric, scored[0].results)
     text = (
         f"{metric[0].upper()}{metric[1:]} on the dev set{examples}, with the 95 % interval over "
         f"resamples of its examples. The scale runs from {low:.3f} to {high:.3f}."
@@ -224,7 +225,9 @@ def _costs(runs: Sequence[RunFiles]) -> str:
     columns: dict[str, Callable[[RunFiles], str]] = {
         "Model": lambda run: html.escape(str((run.model or {}).get("name", MISSING))),
         "Gap closed": lambda run: _number(gap_closed(run.results, run.model or {}), percent),
-        "Encoder parameters": lambda run: _number(_of(run, "num_encoder_parameters"), format_si),
+        "Encoder parameters, without embeddings": lambda run: _number(
+            _of(run, "num_encoder_parameters"), format_si
+        ),
         "On disk": lambda run: _number(_of(run, "bytes_on_disk"), lambda v: format_si(v, "B")),
         "Latency": lambda run: _number(latency_of(run.model or {}), lambda v: f"{v:.3g} ms"),
         "Time of the stages": lambda run: _number(
@@ -297,7 +300,9 @@ def _curves(runs: Sequence[RunFiles]) -> str:
 
 
 def _evaluation_title(runs: Sequence[RunFiles]) -> str:
-    return f"Evaluation: {', '.join(sorted({metric_name(run.metric) for run in runs}))}"
+    return (
+        f"Evaluation: {', '.join(sorted({metric_name(run.metric, run.results) for run in runs}))}"
+    )
 
 
 def _series_of(runs: Sequence[RunFiles], name: str, kind: str, key: str | None) -> list[Series]:

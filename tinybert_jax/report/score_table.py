@@ -9,15 +9,18 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from tinybert_jax.report.tables import (
+    LOWER_IS_BETTER,
     MISSING,
     NBSP,
     TRANSLATION_METRICS,
+    UNCLEAR_GAP,
     Model,
     compare,
     conditions_of,
     finite_number,
     format_si,
     gap_closed,
+    has_unclear_gap,
     interval_of,
     latency_of,
     mapping_of,
@@ -35,7 +38,7 @@ class Row(NamedTuple):
     """A row of the comparison table.
 
     `read` takes a value from a model, `show` formats the value, and `relate` compares the teacher's
-    value with the value of another model in words.
+    value with the value of another model in words. `missing` says why a model has no value.
     """
 
     label: str
@@ -44,6 +47,8 @@ class Row(NamedTuple):
     relate: Callable[[float | None, float], str]
     is_main: bool = False
     bounds: Callable[[Model], tuple[float, float] | None] = lambda model: None
+    full_bar: float | None = None  # the value of a whole bar; None: the largest of the row
+    missing: Callable[[Model], str] = lambda model: ""
 
 
 def comparison_table(results: dict[str, Any]) -> str:
@@ -68,7 +73,7 @@ def _rows(results: dict[str, Any], models: list[Model]) -> Iterator[Row]:
     main = results.get("metric")
     names = list(dict.fromkeys(k for m in models for k in mapping_of(m, "metrics")))
     for name in sorted(names, key=lambda n: n != main):
-        label = metric_name(name)
+        label = metric_name(name, results)
         yield Row(
             label if name in TRANSLATION_METRICS else label[0].upper() + label[1:],
             lambda m, name=name: metric_of(m, name),
@@ -78,11 +83,23 @@ def _rows(results: dict[str, Any], models: list[Model]) -> Iterator[Row]:
             ),
             name == main,
             lambda m, name=name: interval_of(m, name),
+            None if name in LOWER_IS_BETTER else 100 if name in TRANSLATION_METRICS else 1,
         )
     yield Row(
-        "Share of the teacher’s score", lambda m: share_kept(results, m), percent, lambda _, v: ""
+        "Share of the teacher’s score",
+        lambda m: share_kept(results, m),
+        percent,
+        lambda _, v: "",
+        full_bar=1,
     )
-    yield Row("Gap closed", lambda m: gap_closed(results, m), percent, lambda _, v: "")
+    yield Row(
+        "Gap closed",
+        lambda m: gap_closed(results, m),
+        percent,
+        lambda _, v: "",
+        full_bar=1,
+        missing=lambda m: UNCLEAR_GAP if has_unclear_gap(results, m) else "",
+    )
 
     def cost(label: str, key: str, unit: str, less: str, more: str) -> Row:
         return Row(
@@ -93,7 +110,9 @@ def _rows(results: dict[str, Any], models: list[Model]) -> Iterator[Row]:
         )
 
     yield cost("Parameters", "num_parameters", "", "fewer", "more")
-    yield cost("Encoder parameters", "num_encoder_parameters", "", "fewer", "more")
+    yield cost(
+        "Encoder parameters, without embeddings", "num_encoder_parameters", "", "fewer", "more"
+    )
     yield cost("FLOPs per token", "flops_per_token", "", "fewer", "more")
     yield cost("Size on disk", "bytes_on_disk", "B", "smaller", "larger")
     conditions = {conditions_of(m) for m in models if latency_of(m) is not None}
@@ -108,17 +127,19 @@ def _rows(results: dict[str, Any], models: list[Model]) -> Iterator[Row]:
 
 def _table_row(row: Row, models: list[Model]) -> str:
     values = [row.read(m) for m in models]
-    if all(v is None for v in values):
+    reasons = [row.missing(m) for m in models]
+    if all(v is None for v in values) and not any(reasons):
         return ""
     teachers = [i for i, m in enumerate(models) if m.get("role") == "teacher"]
     reference = values[teachers[0]] if teachers else None
-    largest = max(v for v in values if v is not None)
+    full = row.full_bar or max((v for v in values if v is not None), default=0)
     cells = ""
     for i, (model, value) in enumerate(zip(models, values, strict=True)):
         if value is None:
-            cells += f"<td>{MISSING}</td>"
+            title = f' title="{html.escape(reasons[i])}"' if reasons[i] else ""
+            cells += f"<td{title}>{MISSING}</td>"
             continue
-        width = 100 * max(value, 0) / largest if largest > 0 else 0
+        width = 100 * min(max(value, 0) / full, 1) if full > 0 else 0
         bar = f'<i class="bar {role_of(model)}" style="width:{width:.1f}%"></i>'
         relation = "" if i in teachers[:1] else row.relate(reference, value)
         bounds, shown = row.bounds(model), ""
@@ -147,6 +168,9 @@ def _uncertainty_note(results: dict[str, Any]) -> str:
         parts.append(
             "Gap closed: the share of the way from the student without a teacher to the teacher."
         )
+    if any(has_unclear_gap(results, m) for m in models_of(results)):
+        parts.append(f"Gap closed, {MISSING}: {UNCLEAR_GAP}.")
+    parts.append("A whole bar is a score or a share of 100 %, or the largest cost of its row.")
     return f'<p class="note">{" ".join(parts)}</p>{seeds}'
 
 
@@ -192,9 +216,10 @@ def _seeds_note(results: dict[str, Any]) -> str:
             return f"{subject}: mean of {count} seeds, ± {deviation:.4f}"
         return f"{subject}: best of {count} seeds, mean {mean:.4f} ± {deviation:.4f}"
 
+    shown = "; ".join(described(m) for m in several)
     return (
         f'<p class="note">Scores over seeds, with the standard deviation of the '
-        f"{html.escape(metric_name(metric))}: {'; '.join(described(m) for m in several)}. The "
+        f"{html.escape(metric_name(metric, results))}: {shown}. The "
         "exported model, the confusion matrix and the scores per class are those of the best seed."
         "</p>"
     )

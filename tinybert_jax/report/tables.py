@@ -4,6 +4,7 @@ A role (teacher, student, baseline) has the same colour everywhere on the page.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 NBSP = "\u00a0"
@@ -54,7 +55,7 @@ def compare(reference: float | None, value: float | None, less: str, more: str) 
     return (f"{ratio:.1f}×" if ratio < 100 else f"{ratio:,.0f}×") + NBSP + word
 
 
-def models_of(results: dict[str, Any]) -> list[Model]:
+def models_of(results: Mapping[str, Any]) -> list[Model]:
     """The models of a run: teacher, student, baseline, then the rest."""
     models = results.get("models")
     known = [m for m in models if isinstance(m, dict)] if isinstance(models, list) else []
@@ -97,9 +98,20 @@ def score_of(results: dict[str, Any], model: Model | None) -> float | None:
     return metric_of(model or {}, str(results.get("metric")))
 
 
-def metric_name(metric: Any) -> str:
-    """The name of a metric for readers, not escaped."""
+def metric_name(metric: Any, results: Mapping[str, Any]) -> str:
+    """The name of a metric for readers, not escaped.
+
+    F1 of classes is that of the second of two labels, and of more labels the mean over them.
+    """
+    labels = results.get("label_names")
+    if metric == "f1" and isinstance(labels, list) and _has_classes(results):
+        return f"F1 of {labels[1]}" if len(labels) == 2 else "macro F1"
     return METRIC_NAMES.get(str(metric), str(metric).replace("_", " ") or "metric")
+
+
+def _has_classes(results: Mapping[str, Any]) -> bool:
+    """Whether a model has the scores of metrics.classification; spans and answers have others."""
+    return any("matthews" in mapping_of(model, "metrics") for model in models_of(results))
 
 
 TRANSLATION_METRICS = ("bleu", "chrf")  # from 0 to 100; other scores are at most 1
@@ -172,11 +184,31 @@ def difference_to(
     return values[0], values[1], values[2]  # type: ignore[return-value]
 
 
+UNCLEAR_GAP = "the teacher’s lead over the student without a teacher may be chance"
+_WIDEST_GAP = 2.0  # of an interval of the gap closed; a wider one tells nothing
+
+
 def gap_closed(results: dict[str, Any], model: Model) -> float | None:
-    """(student - alone) / (teacher - alone); None for other models and where it is not known."""
+    """(student - alone) / (teacher - alone); None for other models and where chance may make it."""
     compared = mapping_of(mapping_of(results, "comparisons"), str(model.get("name")))
     is_student = model.get("role") == "student"
-    return finite_number(mapping_of(compared, "gap_closed").get("value")) if is_student else None
+    return clear_gap(mapping_of(compared, "gap_closed")) if is_student else None
+
+
+def has_unclear_gap(results: dict[str, Any], model: Model) -> bool:
+    """Whether the gap that a student closes is recorded, and the lead of its teacher unclear."""
+    compared = mapping_of(mapping_of(results, "comparisons"), str(model.get("name")))
+    is_recorded = model.get("role") == "student" and "gap_closed" in compared
+    return is_recorded and gap_closed(results, model) is None
+
+
+def clear_gap(closed: Mapping[str, Any]) -> float | None:
+    """The value of a gap closed whose interval is known and not too wide to mean anything."""
+    bounds = closed.get("interval")
+    ends = [finite_number(v) for v in bounds] if isinstance(bounds, list | tuple) else []
+    if len(ends) != 2 or ends[0] is None or ends[1] is None or ends[1] - ends[0] > _WIDEST_GAP:
+        return None
+    return finite_number(closed.get("value"))
 
 
 def metric_of(model: Model, name: str) -> float | None:
