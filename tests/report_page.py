@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 from tinybert_jax.report.page import write_report
 
-VOID = {"meta", "link", "br"}
+VOID = {"meta", "link", "br", "wbr"}
 SELF_CLOSED = {"path", "circle", "polyline", "rect"}
 
 

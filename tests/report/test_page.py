@@ -8,6 +8,7 @@ import pytest
 from report_page import Page, eval_rows, make_model, make_results, render, train_rows
 
 from tinybert_jax.report.charts import MAX_DRAWN_POINTS
+from tinybert_jax.report.confusion import short_names
 from tinybert_jax.report.headline import headline
 from tinybert_jax.report.page import write_report
 from tinybert_jax.report.pareto import pareto_front
@@ -330,6 +331,64 @@ def test_the_name_of_f1_says_which_one_it_is(labels, metrics, name):
     results = {"metric": "f1", "models": models, "label_names": labels}
     assert metric_name("f1", results) == name
     assert f"reaches 0.800 {name}." in text_of(headline(results))
+
+
+LONG = (
+    "balance_not_updated_after_bank_transfer",
+    "balance_not_updated_after_cheque_or_cash_deposit",
+)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (*LONG, "atm_support"),
+        [f"the same long beginning {i} and the same long end" for i in range(20)],
+        [f"{i}, a long name with the same end" for i in range(9)],
+    ],
+)
+def test_short_names_of_columns_stay_distinct(names):
+    short = short_names(names)
+    assert len(set(short)) == len(names) and all(len(name) <= 20 for name in short)
+    assert "atm_support" not in names or short == [
+        *("balance_n…k_transfer", "balance_n…sh_deposit", "atm_support")
+    ]
+
+
+def test_columns_of_the_matrix_can_be_told_apart(tmp_path):
+    names = [*LONG, *(f"team {i}" for i in range(6))]
+    counts = [[3] * 8 for _ in names]
+    models = [make_model("student", 0.9, 1.0, confusion=counts)]
+    page = render(tmp_path, make_results(models=models, label_names=names))
+    heads = [a["title"] for tag, a in page.tags if tag == "th" and "title" in a]
+    assert heads == names
+    assert "balance_n…k_transfer" in page.text and LONG[1] in page.text
+
+
+def test_long_labels_of_differing_texts_break_and_leave_room_for_the_text(tmp_path):
+    row = {"text": "Where is it?", "label": LONG[0], "teacher": LONG[0], "student": LONG[1]}
+    render(tmp_path, make_results(differing={"num_texts": 1, "texts": [row]}))
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert '<table class="differing answers">' in source and ".answers th:first-child{" in source
+    assert f"<td>{LONG[1].replace('_', '_<wbr>')}</td>" in source
+
+
+def test_calibration_has_dots_of_bins_with_enough_texts_and_the_student_on_top(tmp_path):
+    results = make_results()
+    bins = {
+        "teacher": ([0.4, 0.7, 0.9], [0.0, 1.0, 0.9], [1, 4, 85]),
+        "student": ([0.99], [0.92], [90]),
+        "baseline": ([0.4, 0.9], [0.5, 0.8], [5, 85]),
+    }
+    for model in results["models"]:
+        lists = dict(zip(("confidence", "accuracy", "count"), bins[model["role"]], strict=True))
+        model["calibration"] = {"error": 0.07, **lists}
+    page = render(tmp_path, results)
+    roles = ["teacher", "baseline", "student"]
+    drawn = [a["class"] for tag, a in page.tags if tag == "polyline"]
+    assert drawn == ["diagonal", *roles]
+    dots = [a["class"].split()[-1] for tag, a in page.tags if tag == "circle"]
+    assert dots == ["teacher", "baseline", "baseline", "student"]
 
 
 def test_the_front_holds_the_points_that_no_point_beats():

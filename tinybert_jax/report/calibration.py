@@ -18,6 +18,8 @@ from tinybert_jax.report.tables import (
 )
 
 _SIDE = 220
+_FEWEST = 5  # texts of a bin; the share of right answers of fewer is mostly chance
+_ORDER = ("teacher", "baseline", "student")  # of drawing: no curve covers the student's
 
 
 def calibration_section(results: dict[str, Any]) -> str:
@@ -27,12 +29,7 @@ def calibration_section(results: dict[str, Any]) -> str:
     curves = {role_of(m): points for m in known if (points := _points(m))}
     if not curves:
         return ""
-    lines = "".join(
-        f'<polyline class="{role}" points="'
-        + " ".join(f"{_SIDE * x:.1f},{_SIDE * (1 - y):.1f}" for x, y in points)
-        + '"/>'
-        for role, points in curves.items()
-    )
+    lines = "".join(_drawn(role, curves[role]) for role in _ORDER if role in curves)
     shown = "; ".join(
         f"{role}: " + ", ".join(f"{y:.2f} at {x:.2f}" for x, y in points)
         for role, points in curves.items()
@@ -51,17 +48,30 @@ def calibration_section(results: dict[str, Any]) -> str:
         f"<figcaption>Accuracy (upwards) of predictions by their probability (to the right), both "
         f"from 0 to 1</figcaption><ul>{keys}</ul></figure>"
         '<p class="note">On the dashed line a probability of 0.8 is right in 80 % of the cases. '
+        f"A point stands for at least {_FEWEST} texts. "
         "The figures are the expected calibration errors: the mean distance from the line.</p>"
     )
 
 
+def _drawn(role: str, points: list[tuple[float, float]]) -> str:
+    """A curve with a dot for each bin, so that a curve of one bin is seen too."""
+    placed = [(f"{_SIDE * x:.1f}", f"{_SIDE * (1 - y):.1f}") for x, y in points]
+    dots = "".join(f'<circle class="dot {role}" cx="{x}" cy="{y}" r="3.5"/>' for x, y in placed)
+    line = " ".join(f"{x},{y}" for x, y in placed)
+    return f'<polyline class="{role}" points="{line}"/>{dots}'
+
+
 def _points(model: Model) -> list[tuple[float, float]]:
     held = mapping_of(model, "calibration")
-    lists = [held.get(name) for name in ("confidence", "accuracy")]
+    lists = [held.get(name) for name in ("confidence", "accuracy", "count")]
     if not all(isinstance(own, list) for own in lists):
         return []
-    pairs = zip(*([finite_number(v) for v in own or ()] for own in lists), strict=False)
-    return [(x, y) for x, y in pairs if x is not None and y is not None]
+    bins = zip(*([finite_number(v) for v in own or ()] for own in lists), strict=False)
+    return [
+        (x, y)
+        for x, y, count in bins
+        if x is not None and y is not None and count is not None and count >= _FEWEST
+    ]
 
 
 def _error(model: Model) -> float | None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from tinybert_jax.report.tables import (
     Model,
+    breakable,
     find_model,
     finite_number,
     models_of,
@@ -49,12 +50,17 @@ def _matrix(model: Model, subject: str, results: dict[str, Any]) -> str:
         names = list(range(len(counts)))
     if len(counts) > MAX_MATRIX_CLASSES:
         return _confused_pairs(_worst_pairs(counts), names, "")
-    return _heat_map(counts, [html.escape(str(name)) for name in names])
+    return _heat_map(counts, [str(name) for name in names])
 
 
 def _heat_map(counts: list[list[float]], labels: list[str]) -> str:
-    size = "few" if len(labels) <= 6 else "many"
-    head = "".join(f'<th scope="col"><span>{label}</span></th>' for label in labels)
+    size, heads = "few", [breakable(name) for name in labels]
+    if len(labels) > 6:
+        size, heads = "many", [html.escape(name) for name in short_names(labels)]
+    head = "".join(
+        f'<th scope="col" title="{html.escape(label)}"><span>{name}</span></th>'
+        for label, name in zip(labels, heads, strict=True)
+    )
     body = ""
     for i, row in enumerate(counts):
         total = sum(row)
@@ -65,13 +71,31 @@ def _heat_map(counts: list[list[float]], labels: list[str]) -> str:
             kind += "" if count else " none"
             text = f"<b>{count:,.0f}</b>" + (f"<small>{percent(share)}</small>" if total else "")
             cells += f'<td class="{kind}" style="--v:{math.sqrt(share):.2f}">{text}</td>'
-        body += f'<tr><th scope="row">{labels[i]}</th>{cells}</tr>'
+        body += f'<tr><th scope="row">{breakable(labels[i])}</th>{cells}</tr>'
     return (
         f'<div class="scroll"><table class="heat {size}"><thead><tr><td>true ↓ predicted →</td>'
         f"{head}</tr></thead><tbody>{body}</tbody></table></div>"
         '<p class="note">A stronger colour means a larger share of the true class: '
         '<b class="hit">correct</b> or <b class="miss">wrong</b> predictions.</p>'
     )
+
+
+def short_names(names: Sequence[str], length: int = 20) -> list[str]:
+    """Names of at most `length` characters, cut in the middle, that stay distinct.
+
+    Where no cut tells two names apart, such names begin with their place in the list.
+    """
+
+    def cut(name: str, num_first: int) -> str:
+        num_last = length - 1 - num_first
+        return name if len(name) <= length else f"{name[:num_first]}…{name[-num_last:]}"
+
+    cuts = [[cut(name, num_first) for name in names] for num_first in (9, 6, 12, 3, 15)]
+    best = max(cuts, key=lambda found: len(set(found)))
+    return [
+        f"{place} {name}"[:length] if best.count(name) > 1 else name
+        for place, name in enumerate(best, 1)
+    ]
 
 
 class _Pair(NamedTuple):
@@ -107,7 +131,7 @@ def _mistakes(held: Any) -> list[_Pair] | None:
 
 def _confused_pairs(pairs: list[_Pair], names: Sequence[Any], remark: str) -> str:
     def name_of(place: int) -> str:
-        return html.escape(str(names[place] if place < len(names) else place))
+        return breakable(names[place] if place < len(names) else place)
 
     if not pairs:
         return f'<p class="note">No mistakes in {len(names)} classes.</p>'

@@ -8,7 +8,7 @@ Takes the parsed `results.json` and returns escaped HTML. It may hold `differing
 import html
 from typing import Any
 
-from tinybert_jax.report.tables import finite_number, mapping_of, models_of
+from tinybert_jax.report.tables import breakable, finite_number, mapping_of, models_of
 
 
 def translations_section(results: dict[str, Any]) -> tuple[str, str]:
@@ -36,10 +36,12 @@ def differences_section(results: dict[str, Any]) -> str:
     if not rows:
         return ""
     body = "".join(
-        "<tr>" + "".join(f"<td>{_cell(row, key)}</td>" for key in _COLUMNS) + "</tr>"
+        f"<tr><td>{_cell(row, 'text')}</td>"
+        + "".join(f"<td>{breakable(row.get(key, ''))}</td>" for key in ("label", *_ROLES))
+        + "</tr>"
         for row in rows
     )
-    head = "".join(f'<th scope="col">{name}</th>' for name in _COLUMNS.values())
+    head = "".join(f'<th scope="col">{name}</th>' for name in _COLUMNS)
     counts = [finite_number(held.get(f"num_{key}")) for key in ("texts", *_RIGHT)]
     student = html.escape(str(held.get("student", "the student")))
     note = f"Of {student}: {counts[0] or len(rows):,.0f} texts of the dev set have other answers"
@@ -48,13 +50,14 @@ def differences_section(results: dict[str, Any]) -> str:
         note += f"; the teacher is right on {counts[1]:,.0f}, the student on {counts[2]:,.0f}"
         order = "those that the teacher alone has right before the others"
     return (
-        f'<div class="scroll"><table class="differing"><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll"><table class="differing answers"><thead><tr>{head}</tr></thead>'
         f'<tbody>{body}</tbody></table></div><p class="note">{note}. Shown are the first '
         f"{len(rows):,}: {order}.</p>"
     )
 
 
-_COLUMNS = {"text": "Text", "label": "True", "teacher": "Teacher", "student": "Student"}
+_ROLES = ("teacher", "student")
+_COLUMNS = ("Text", "True", "Teacher", "Student")
 _RIGHT = ("teacher_right", "student_right")
 
 

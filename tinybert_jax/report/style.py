@@ -52,9 +52,14 @@ th{font-weight:400;text-align:left}
 .calibration{max-width:260px;margin:0}.calibration polyline{fill:none;stroke-width:2}
 .calibration rect{fill:none;stroke:var(--line)}
 .calibration .diagonal{stroke:var(--soft);stroke-dasharray:4 4;stroke-width:1}
-.calibration .teacher{stroke:var(--teacher)}.calibration .student{stroke:var(--student)}
-.calibration .baseline{stroke:var(--baseline)}
-.differing td,.differing th{padding:6px 16px 6px 0;vertical-align:top;font-size:.875rem}
+.calibration polyline.teacher{stroke:var(--teacher);stroke-width:4;opacity:.55}
+.calibration polyline.student{stroke:var(--student)}
+.calibration polyline.baseline{stroke:var(--baseline);stroke-dasharray:5 3}
+.differing{width:100%;table-layout:fixed}
+.differing td,.differing th{padding:6px 16px 6px 0;vertical-align:top;font-size:.875rem;
+overflow-wrap:anywhere}
+.differing thead th{color:var(--soft)}
+.answers th:first-child{width:52%}
 .compare{width:100%;table-layout:fixed}
 .compare th,.compare td{padding:10px 20px 8px 0;vertical-align:top}
 .compare tbody tr{border-top:1px solid var(--line)}
@@ -72,7 +77,8 @@ th{font-weight:400;text-align:left}
 .heat thead td{font-size:.75rem;color:var(--soft);white-space:nowrap;padding-right:10px;
 vertical-align:bottom}
 .heat thead th{text-align:center;vertical-align:bottom;font-size:.85rem;padding:0 2px 4px}
-.heat tbody th{text-align:right;padding-right:10px;font-size:.85rem;white-space:nowrap;
+.heat tbody th{text-align:right;padding-right:10px;font-size:.85rem;max-width:24em;
+overflow-wrap:break-word;
 position:sticky;left:0;z-index:1;background:var(--paper)}
 .heat td[style]{position:relative;isolation:isolate;min-width:44px;padding:8px 6px;
 text-align:center;line-height:1.2}
@@ -85,8 +91,7 @@ opacity:var(--v);background:var(--miss)}
 .heat .deep{color:var(--paper)}
 .heat.few td[style]{min-width:104px;padding:18px 8px}.heat.few td b{font-size:1.25rem}
 .heat.many small{display:none}.heat.many td[style]{font-size:.8rem}
-.heat.many thead th span{writing-mode:vertical-rl;transform:rotate(180deg);max-height:9em;
-overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+.heat.many thead th span{writing-mode:vertical-rl;transform:rotate(180deg);white-space:nowrap}
 b.hit{color:var(--student)}b.miss{color:var(--miss)}
 .pairs th,.pairs td,.classes th,.classes td{padding:7px 28px 7px 0}
 .pairs tbody tr,.classes tbody tr{border-top:1px solid var(--line)}
@@ -142,6 +147,11 @@ header>div{flex:none}
 .times tr{display:grid;grid-template-columns:minmax(0,1fr) auto;padding-bottom:8px}
 .times th{white-space:normal;overflow-wrap:anywhere}.times .soft{display:none}
 .heat.many td[style]{min-width:36px;padding:6px 2px}
+.heat tbody th{max-width:8.5em;overflow-wrap:anywhere;line-height:1.2}
+.answers tr{display:grid;grid-template-columns:repeat(3,minmax(0,1fr))}
+.answers td:first-child,.answers th:first-child{grid-column:1/-1;width:auto;padding-bottom:0}
+.answers tbody tr{border-top:1px solid var(--line)}
+.differing:not(.answers){min-width:560px}
 .times .track{grid-row:2;grid-column:1/-1;padding:0}.track .bar{height:6px}
 .compare thead tr,.compare tbody tr{display:grid;grid-auto-flow:column;
 grid-auto-columns:minmax(84px,1fr)}

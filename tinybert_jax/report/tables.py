@@ -3,6 +3,7 @@
 A role (teacher, student, baseline) has the same colour everywhere on the page.
 """
 
+import html
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -125,6 +126,11 @@ def in_points(metric: Any, value: float) -> float:
 def show_score(metric: Any, value: float, digits: int = 3, sign: str = "") -> str:
     """A score as text; `digits` after the point of a score that is at most 1."""
     return f"{value:{sign}.{2 if metric in TRANSLATION_METRICS else digits}f}"
+
+
+def breakable(name: Any) -> str:
+    """A name as HTML that may go on in a new line after an underscore."""
+    return html.escape(str(name)).replace("_", "_<wbr>")
 
 
 def finite_number(value: Any) -> float | None:
