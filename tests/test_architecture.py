@@ -21,7 +21,7 @@ ROOMS = {
     "metrics": "classification regression multi_label tagging spans intervals paired calibration "
     "cosines translation",
     "report": "charts style shell run_files tables score_table figures headline confusion "
-    "per_class pareto advice calibration differences console card page comparison "
+    "per_class pareto advice calibration differences console card provenance page comparison "
     "settings_table several_runs run_comparison command",
     "performance": "flops accelerators gpu_target device_peaks hlo latency trace disk host "
     "program_cache",

@@ -1,6 +1,7 @@
 """metrics.jsonl of whole runs, at the ends that kills and early stops bring."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -68,6 +69,15 @@ def test_an_early_stop_logs_the_last_steps_once(inputs, resumes):
     _run(inputs, "stopped", **settings)
     assert [row["step"] for row in _train_rows(run)] == [4, 6]
     assert [row["loss"] for row in _train_rows(run)] == [row["loss"] for row in rows]
+
+
+def test_the_score_of_a_single_evaluation_is_not_called_the_best(inputs, capsys):
+    _run(inputs, "once", eval_every=12)
+    told = capsys.readouterr().out
+    assert re.search(r"^finetune: accuracy \d\.\d{4} at the end \(step 6\)$", told, re.M)
+    _run(inputs, "twice", eval_every=3)
+    told = capsys.readouterr().out
+    assert re.search(r"^finetune: best accuracy \d\.\d{4} by step [36]$", told, re.M)
 
 
 def test_a_student_reduced_from_its_teacher_starts_nearest_to_it(inputs):

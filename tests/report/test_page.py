@@ -36,6 +36,25 @@ def test_the_page_shows_the_numbers_of_the_run(tmp_path):
         assert expected in page.text, expected
 
 
+def test_a_single_evaluation_is_not_called_the_best(tmp_path):
+    page = render(tmp_path, make_results(), train_rows() + eval_rows()[:1])
+    assert "Evaluation" in page.text and "best accuracy" not in page.text
+
+
+def test_the_environment_is_told_in_words_and_leaves_out_what_says_nothing(tmp_path):
+    now = {"started": "2026-11-30T13:43", "jax": "0.10.2", "num_devices": 1, "git_commit": "none"}
+    now |= {"program_cache": None}
+    earlier = [now | {"started": "2026-11-29T08:00", "jax": "0.9.0"}, {"started": "2026-11-30T12"}]
+    (tmp_path / "env.json").write_text(json.dumps(now | {"earlier": earlier}))
+    page = render(tmp_path, make_results())
+    assert "started before2026-11-29T08:00 (jax 0.9.0); 2026-11-30T12" in page.text
+    assert "devices1" in page.text
+    for word in ("{", "earlier", "program_cache", "git_commit", "None"):
+        assert word not in page.text
+    (tmp_path / "env.json").write_text(json.dumps(now | {"earlier": []}))
+    assert "started before" not in render(tmp_path, make_results()).text
+
+
 def test_the_page_loads_nothing_from_outside(tmp_path):
     page = render(tmp_path, make_results(), train_rows())
     source = (tmp_path / "report.html").read_text(encoding="utf-8")

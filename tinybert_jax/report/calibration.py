@@ -19,7 +19,8 @@ from tinybert_jax.report.tables import (
 
 _SIDE = 220
 _FEWEST = 5  # texts of a bin; the share of right answers of fewer is mostly chance
-_ORDER = ("teacher", "baseline", "student")  # of drawing: no curve covers the student's
+# Role -> radius of its dots, in the order of drawing: no curve or dot covers a later one.
+_RADII = {"teacher": 6, "baseline": 4.5, "student": 3}
 
 
 def calibration_section(results: dict[str, Any]) -> str:
@@ -29,7 +30,7 @@ def calibration_section(results: dict[str, Any]) -> str:
     curves = {role_of(m): points for m in known if (points := _points(m))}
     if not curves:
         return ""
-    lines = "".join(_drawn(role, curves[role]) for role in _ORDER if role in curves)
+    lines = "".join(_drawn(role, curves[role]) for role in _RADII if role in curves)
     shown = "; ".join(
         f"{role}: " + ", ".join(f"{y:.2f} at {x:.2f}" for x, y in points)
         for role, points in curves.items()
@@ -47,16 +48,18 @@ def calibration_section(results: dict[str, Any]) -> str:
         f'<polyline class="diagonal" points="0,{_SIDE} {_SIDE},0"/>{lines}</svg>'
         f"<figcaption>Accuracy (upwards) of predictions by their probability (to the right), both "
         f"from 0 to 1</figcaption><ul>{keys}</ul></figure>"
-        '<p class="note">On the dashed line a probability of 0.8 is right in 80 % of the cases. '
+        '<p class="note">On the diagonal a probability of 0.8 is right in 80 % of the cases. '
         f"A point stands for at least {_FEWEST} texts. "
-        "The figures are the expected calibration errors: the mean distance from the line.</p>"
+        "The figures are the expected calibration errors: the mean distance from the diagonal.</p>"
     )
 
 
 def _drawn(role: str, points: list[tuple[float, float]]) -> str:
     """A curve with a dot for each bin, so that a curve of one bin is seen too."""
     placed = [(f"{_SIDE * x:.1f}", f"{_SIDE * (1 - y):.1f}") for x, y in points]
-    dots = "".join(f'<circle class="dot {role}" cx="{x}" cy="{y}" r="3.5"/>' for x, y in placed)
+    dots = "".join(
+        f'<circle class="dot {role}" cx="{x}" cy="{y}" r="{_RADII[role]}"/>' for x, y in placed
+    )
     line = " ".join(f"{x},{y}" for x, y in placed)
     return f'<polyline class="{role}" points="{line}"/>{dots}'
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tinybert_jax.report.advice import advice_list
 from tinybert_jax.report.calibration import calibration_section
-from tinybert_jax.report.charts import LARGE, Series
+from tinybert_jax.report.charts import LARGE, Point, Series
 from tinybert_jax.report.confusion import confusion_section
 from tinybert_jax.report.console import printable
 from tinybert_jax.report.differences import differences_section, translations_section
@@ -37,7 +37,8 @@ from tinybert_jax.report.headline import (
 )
 from tinybert_jax.report.pareto import pareto_section
 from tinybert_jax.report.per_class import per_class_section
-from tinybert_jax.report.run_files import read_environment, read_results, read_rows, read_text
+from tinybert_jax.report.provenance import provenance
+from tinybert_jax.report.run_files import read_environment, read_results, read_rows
 from tinybert_jax.report.score_table import comparison_table
 from tinybert_jax.report.shell import whole_page
 from tinybert_jax.report.tables import (
@@ -62,15 +63,15 @@ def write_report(run_dir: Path, output: str | Path | None = None) -> Path:
     environment = read_environment(run_dir)
     results = with_latency_device(read_results(run_dir), environment.get("device"))
     rows, num_unreadable = read_rows(run_dir / "metrics.jsonl")
-    provenance = _provenance(run_dir, results, environment)
-    page = _page(run_dir.name, results, read_stages(rows), num_unreadable, provenance)
+    begun = provenance(run_dir, results, environment)
+    page = _page(run_dir.name, results, read_stages(rows), num_unreadable, begun)
     path = run_dir / REPORT_NAME if output is None else Path(output)
     path.write_text(printable(page), encoding="utf-8")
     return path
 
 
 def _page(
-    folder_name: str, results: dict, stages: list[Stage], num_unreadable: int, provenance: str
+    folder_name: str, results: dict, stages: list[Stage], num_unreadable: int, begun: str
 ) -> str:
     name = html.escape(str(results.get("name", folder_name)))
     lead = [baseline_sentence(results)]
@@ -86,7 +87,7 @@ def _page(
         ("Where student and teacher differ", differences_section(results)),
         ("Time per stage", _time_bars(results, stages)),
         ("Training", _training(stages, results, num_unreadable)),
-        ("Run", provenance),
+        ("Run", begun),
     ]
     header = (
         f'<div><p class="run">{name}</p><h1>{headline(results)}</h1>'
@@ -193,7 +194,7 @@ def _small_figures(stage: Stage, results: dict) -> Iterator[str]:
                 Series(metric_name(key, results), points, i)
                 for i, (key, points) in enumerate(bounded)
             ],
-            best=max(bounded[0][1], key=lambda p: p[1]) if bounded[0][0] == main else None,
+            best=_best(bounded[0][1]) if bounded[0][0] == main else None,
         )
     for key, points in others:
         yield figure(
@@ -209,6 +210,11 @@ def _small_figures(stage: Stage, results: dict) -> Iterator[str]:
             is_schedule = key == "learning_rate"
             series = Series(title, points) if is_schedule else make_series(title, points)
             yield figure(title, [series], from_zero=from_zero)
+
+
+def _best(points: list[Point]) -> Point | None:
+    """The point with the highest score; None of a single one, which is not the best of any."""
+    return max(points, key=lambda point: point[1]) if len(points) > 1 else None
 
 
 def _time_bars(results: dict, stages: list[Stage]) -> str:
@@ -233,26 +239,3 @@ def _time_bars(results: dict, stages: list[Stage]) -> str:
         f'<table class="times"><tbody>{rows}</tbody></table>'
         f'<p class="note">{duration(total)} in total.</p>'
     )
-
-
-def _provenance(run_dir: Path, results: dict, environment: dict) -> str:
-    commands = results.get("commands")
-    lines = "\n".join(str(c) for c in commands) if isinstance(commands, list) else ""
-    parts = [f"<pre>{html.escape(lines)}</pre>" if lines else note("No command was recorded.")]
-    if environment:
-        rows = "".join(
-            f'<tr><th scope="row">{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>'
-            for k, v in environment.items()
-        )
-        parts.append(f'<table class="env"><tbody>{rows}</tbody></table>')
-    else:
-        parts.append(note("No environment: env.json is missing or unreadable."))
-    config = read_text(run_dir / "config.yaml")
-    if config:
-        summary = "Resolved configuration (config.yaml)"
-        parts.append(
-            f"<details><summary>{summary}</summary><pre>{html.escape(config)}</pre></details>"
-        )
-    else:
-        parts.append(note("No configuration: config.yaml is missing or unreadable."))
-    return "".join(parts)

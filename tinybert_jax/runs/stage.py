@@ -317,7 +317,9 @@ class _EvaluationHook:
             is_all = all(is_better.all() for is_better in flags.values())
             kept = state.evaluated if is_all else self._merged(state, flags)
             self.checkpoints.save_best(step, kept, is_whole=is_all)
+        num_before = self.progress.get("num_evals", int("best_scores" in self.progress))
         self.progress |= {name: merge_members(getattr(standing, name)) for name in names}
+        self.progress["num_evals"] = num_before + 1
         self.run.log.tell_best(self.checkpoints.describe_best())
         if standing.is_over:
             self.progress["stopped"] = True

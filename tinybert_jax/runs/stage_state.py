@@ -222,11 +222,15 @@ class StageCheckpoints:
         return self.progress["best_step"]
 
     def describe_best(self) -> str:
-        """The best scores by member."""
+        """The best scores by member; those of a single evaluation are not the best of any."""
         by_name = split_members(self.progress["best_scores"], self.training.members)
         shown = "; ".join(
             f"{name} {', '.join(f'{score:.4f}' for score in scores)}".lstrip()
             for name, scores in by_name.items()
         )
         name, metric = self.training.name, self.training.metric
-        return f"{name}: best {metric} {shown} by step {self.best_step}"
+        if self.progress.get("num_evals") != 1:
+            return f"{name}: best {metric} {shown} by step {self.best_step}"
+        is_end = self.best_step == self.training.num_steps
+        when = f"the end (step {self.best_step})" if is_end else f"step {self.best_step}"
+        return f"{name}: {metric} {shown} at {when}"
