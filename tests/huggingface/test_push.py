@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -202,6 +203,17 @@ def test_a_dry_run_asks_no_network(folder, capsys):
     shown = capsys.readouterr().out
     assert "one commit to the private repository owner/name" in shown
     assert "model.safetensors" in shown and "left out: notes.log" in shown
+
+
+def test_a_dry_run_shows_the_license(folder, capsys, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    for card, line in (
+        ("---\nlicense: apache-2.0\n---\n", "license: apache-2.0, by README.md; check that it"),
+        ("# A model", "license: none that README.md names"),
+    ):
+        (copy / "README.md").write_text(card)
+        assert cli.main(["push", str(copy), NAME, "--dry-run"]) == 0
+        assert line in capsys.readouterr().out
 
 
 def test_what_the_hub_refuses_is_one_line(hub, folder):

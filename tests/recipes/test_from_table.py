@@ -57,7 +57,9 @@ def test_one_command_ends_in_a_model_and_a_report(finished):
     assert sorted(path.name for path in finished.parent.parent.iterdir()) == ["mail.csv", "runs"]
     assert read_model(finished / "hf").label_names == ("neg", "pos")
     assert "mail" in (finished / "report.html").read_text()
-    assert "from teacher for mail with" in (finished / "hf" / "README.md").read_text()
+    card = (finished / "hf" / "README.md").read_text()
+    assert "from teacher with the text of mail.csv, by" in card
+    assert "% of the rows of mail.csv, set apart by a hash of their text" in card
     results = json.loads((finished / "results.json").read_text())
     assert {model["role"] for model in results["models"]} >= {"teacher", "student"}
 

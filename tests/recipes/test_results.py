@@ -100,6 +100,11 @@ def test_scores_are_of_dev_and_the_best_seed_is_of_the_rows_that_choose(run, res
     assert learnt["best_step"] == 10 * (1 + int(np.argmax(scores)))
 
 
+def test_results_say_where_the_rows_are_from_and_how_long_they_were(results):
+    assert results["data"] == {"train": "train.tsv", "dev": "dev.tsv"}
+    assert results["max_length"]["prediction"] == JUDGED["max_length"]
+
+
 def test_intervals_and_comparisons_are_those_of_the_scores(results):
     metric = results["metric"]
     values = {}

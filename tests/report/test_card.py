@@ -53,9 +53,54 @@ def test_the_hub_reads_scores_license_and_base_model(tmp_path):
     assert (accuracy.dataset_name, f1.metric_value) == ("news", 0.9)
     assert "| its teacher | 0.9300 [0.9100, 0.9500] | 0.9200 | 10.6" in text
     assert "| the same model without a teacher | 0.8500 | 0.8400 |" in text
-    assert "distilled from owner/bert for news" in text and "distillation" in data.tags
+    assert "distilled from owner/bert with the text of news" in text and "distillation" in data.tags
     origin = ORIGIN._replace(teacher="", is_hub_teacher=False)
     assert "a teacher that was trained in the same run" in model_card(_results(), CONFIG, origin)
+
+
+def test_the_card_says_how_to_use_the_model_and_what_it_was_made_of(tmp_path):
+    results = _results(max_length={"finetune": 64, "prediction": 96})
+    data, text = _read(model_card(results, CONFIG, ORIGIN), tmp_path)
+    for expected in (
+        "Exported after the stage `prediction`.",
+        "# FOLDER: this folder, or its name on the hub as owner/name\nfrom transformers",
+        "# FOLDER: this folder, or its name on the hub as owner/name\ntinybert predict FOLDER",
+        'model("A text.", truncation=True, max_length=96)',
+        "trained on texts of at most 96 tokens. Texts of more than 512 tokens do not fit: give "
+        "`truncation=True`",
+        "## Licence\n\nAs the teacher's, apache-2.0; check that it fits your data.",
+        "22.7 M parameters, 1.52 M without embeddings",
+        "| model | accuracy | F1 | encoder parameters, without embeddings | on disk | latency |",
+        "1.52 M | 90.9 MB |",
+    ):
+        assert expected in text.replace("\u00a0", " "), expected
+    card = model_card(_results(), CONFIG, ORIGIN._replace(teacher_card={}))
+    assert "truncation=True, max_length=512" in card and "None is named: add `license`" in card
+
+
+@pytest.mark.parametrize(
+    "data, told",
+    [
+        (
+            {"train": "news.csv", "dev_share": 0.1},
+            "These are about 10 % of the rows of news.csv, set apart by a hash of their text",
+        ),
+        (
+            {"train": "new.csv", "old": "old.csv", "dev_share": 0.25},
+            "These are about 25 % of the rows of new.csv and old.csv,",
+        ),
+        ({"train": "a.tsv", "dev": "dev.tsv"}, "These are rows of their own, of dev.tsv."),
+        (
+            {"train": "owner/set", "dev": "owner/set", "dev_split": "test"},
+            "of owner/set, split test.",
+        ),
+        ({"builtin": True}, "They are of the built-in text."),
+    ],
+)
+def test_the_card_says_where_the_dev_rows_are_from(data, told):
+    card = model_card(_results(data=data), CONFIG, ORIGIN)
+    assert told in card
+    assert ("with the text of news.csv" in card) == (data.get("train") == "news.csv")
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinybert_jax.huggingface.untrusted import CONFIG, check_folder
+from tinybert_jax.report.card import card_metadata
 from tinybert_jax.report.tables import format_si
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_CARD = "README.md"
 _SUFFIXES = (".json", ".safetensors", ".txt", ".md", ".model")
 _WEIGHTS = re.compile(r"model[^/]*\.safetensors(\.index\.json)?")
 
@@ -20,6 +22,7 @@ class Plan(NamedTuple):
     files: dict[str, Path]
     left_out: list[str]
     is_public: bool
+    license: str = ""  # that README.md names
 
     def describe(self) -> str:
         sizes = {path: float(file.stat().st_size) for path, file in self.files.items()}
@@ -29,6 +32,8 @@ class Plan(NamedTuple):
             f"{kind} repository {self.name}:",
             *(f"  {path}  {format_si(size, 'B')}" for path, size in sizes.items()),
         ]
+        named = f"{self.license}, by {_CARD}; check that it fits your data"
+        lines.append(f"license: {named if self.license else f'none that {_CARD} names'}")
         if self.left_out:
             lines.append(f"left out: {', '.join(self.left_out)}")
         return "\n".join(lines)
@@ -59,7 +64,8 @@ def make_plan(folder: str | Path, name: str, *, is_public: bool = False) -> Plan
             files[str(path)] = file
         else:
             left_out.append(str(path))
-    return Plan(name, files, left_out, is_public)
+    card = files[_CARD].read_text("utf-8", "replace") if _CARD in files else ""
+    return Plan(name, files, left_out, is_public, card_metadata(card).get("license", ""))
 
 
 def push(plan: Plan, message: str) -> str:

@@ -15,7 +15,7 @@ import yaml
 from tinybert_jax import __version__
 from tinybert_jax.report.console import printable
 from tinybert_jax.report.score_table import choice_note
-from tinybert_jax.report.tables import format_si, interval_of, show_score
+from tinybert_jax.report.tables import format_si, interval_of, metric_name, show_score
 
 # The end of an architecture -> the task of the hub; others give features.
 _TASKS = {
@@ -29,7 +29,10 @@ _TASKS = {
 _DEFAULT = "feature-extraction"
 # Task -> (a call in Python, a command or a call of this package).
 _CALLS = {
-    "text-classification": ('model("A text.")', 'tinybert predict FOLDER -t "A text."'),
+    "text-classification": (
+        'model("A text.", truncation=True)',
+        'tinybert predict FOLDER -t "A text."',
+    ),
     "token-classification": ('model("A text.")', 'tinybert predict FOLDER -t "A text."'),
     "question-answering": (
         'model(question="Who?", context="A text.")',
@@ -48,12 +51,21 @@ _CALLS = {
     ),
     _DEFAULT: ('model("A text.")', 'TinyBertModel.from_pretrained("FOLDER")'),
 }
+# Task -> what to do with texts that do not fit.
+_LONG = {
+    "text-classification": "give `truncation=True` as above, which cuts them",
+    "sentence-similarity": "sentence-transformers cuts them",
+    "question-answering": "both calls above read such a text in parts",
+}
+_SPLIT = "split them"
+_FOLDER = "# FOLDER: this folder, or its name on the hub as owner/name\n"
 _METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
 _ROLES = {
     "teacher": "its teacher",
     "baseline": "the same model without a teacher",
     "linear": "TF-IDF with logistic regression",
 }
+_NO_LICENCE = "None is named: add `license` to the lines at the top before you publish the model."
 _NUM_LABELS = 100  # of them are listed
 _WITHOUT_TEACHER = ("pretrain", "finetune", "baseline")
 
@@ -78,11 +90,12 @@ def model_card(results: Mapping[str, Any], config: Mapping[str, Any], origin: Or
     parts = [
         f"---\n{_metadata(results, config, origin, model, title)}---",
         f"# {_text(title)}",
-        _summary(config, origin, model),
+        _summary(results, config, origin, model),
         _scores(results, model, others) if model else _heldout(results),
-        _use(config, origin),
+        _use(results, config, origin),
         _training(results, origin),
-        _limits(results, config),
+        _limits(results, config, origin),
+        _licence(origin),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -134,7 +147,11 @@ def _metadata(
     if model:
         slug = re.sub(r"[^A-Za-z0-9._/-]+", "-", origin.data).strip("-") or "data"
         scores = [
-            {"type": _METRICS.get(name, name), "name": name, "value": round(float(value), 4)}
+            {
+                "type": _METRICS.get(name, name),
+                "name": metric_name(name, results),
+                "value": round(float(value), 4),
+            }
             for name, value in model["metrics"].items()
             if math.isfinite(value)
         ]
@@ -155,7 +172,12 @@ def _task(config: Mapping[str, Any], origin: Origin) -> str:
     return next((task for name, task in _TASKS.items() if architecture.endswith(name)), _DEFAULT)
 
 
-def _summary(config: Mapping[str, Any], origin: Origin, model: dict[str, Any] | None) -> str:
+def _summary(
+    results: Mapping[str, Any],
+    config: Mapping[str, Any],
+    origin: Origin,
+    model: dict[str, Any] | None,
+) -> str:
     depth = config.get("num_hidden_layers", config.get("n_layers"))
     kind = "Transformer encoder"
     if "decoder" in config:
@@ -165,7 +187,8 @@ def _summary(config: Mapping[str, Any], origin: Origin, model: dict[str, Any] | 
     width = config.get("hidden_size", config.get("dim"))
     size = f"{depth} layers, {width} wide"
     if model:
-        size += f", {format_si(float(model['num_encoder_parameters']))} parameters in the encoder"
+        counts = [float(model[f"num_{own}parameters"]) for own in ("", "encoder_")]
+        size += f", {format_si(counts[0])} parameters, {format_si(counts[1])} without embeddings"
     made = {"finetune": "fine-tuned from", "pretrain": "trained on text; it began as"}
     if origin.stage == "baseline":
         begun = "trained without a teacher"
@@ -175,9 +198,11 @@ def _summary(config: Mapping[str, Any], origin: Origin, model: dict[str, Any] | 
         begun = "trained from random weights"
     else:
         begun = "distilled from a teacher that was trained in the same run"
-    data = f" for {_text(origin.data)}" if origin.data else ""
+    train = str(results.get("data", {}).get("train", ""))
+    data = train if train.rpartition(".")[0] == origin.data else origin.data
+    data = f" with the text of {_text(data)}" if data else ""
     size = f"{config['model_type']}, {size}"
-    return f"A {kind} ({size}), {begun}{data} with tinybert_jax {__version__}."
+    return f"A {kind} ({size}), {begun}{data}, by tinybert_jax {__version__}."
 
 
 def _scores(results: Mapping[str, Any], model: dict[str, Any], others: list[dict[str, Any]]) -> str:
@@ -186,9 +211,11 @@ def _scores(results: Mapping[str, Any], model: dict[str, Any], others: list[dict
     lines = [
         "## Scores and costs",
         f"On {results['dev_examples']:,} dev rows, with 95 % intervals over the rows. "
+        + _dev_rows(results)
         + _chosen(results, model),
-        f"| model | {' | '.join(names)} | encoder parameters | latency |",
-        "|---|" + "---|" * (len(names) + 2),
+        f"| model | {' | '.join(_text(metric_name(name, results)) for name in names)} | "
+        "encoder parameters, without embeddings | on disk | latency |",
+        "|---|" + "---|" * (len(names) + 3),
     ]
     for own in [model, *others]:
         called = "**this model**" if own is model else _ROLES.get(own["role"], str(own["role"]))
@@ -200,6 +227,8 @@ def _scores(results: Mapping[str, Any], model: dict[str, Any], others: list[dict
             cells.append(shown + (f" [{show(bounds[0])}, {show(bounds[1])}]" if bounds else ""))
         size, latency = own.get("num_encoder_parameters"), own.get("latency_ms")
         cells.append(format_si(float(size)) if size else "")
+        disk = own.get("bytes_on_disk")
+        cells.append(format_si(float(disk), "B") if disk else "")
         cells.append(f"{latency['median']:.1f} ms" if latency else "")
         lines.append(f"| {' | '.join(cells)} |")
     if latency := model.get("latency_ms"):
@@ -210,6 +239,21 @@ def _scores(results: Mapping[str, Any], model: dict[str, Any], others: list[dict
         ]
     head, told, *table = lines
     return "\n\n".join([head, told, "\n".join(table)])
+
+
+def _dev_rows(results: Mapping[str, Any]) -> str:
+    """Where the dev rows come from; empty in results of an older version."""
+    data = results.get("data", {})
+    if share := data.get("dev_share"):
+        files = " and ".join(_text(str(data[name])) for name in ("train", "old") if name in data)
+        return (
+            f"These are about {100 * share:.3g} % of the rows of {files}, set apart by a hash of "
+            "their text; no model was trained on them. "
+        )
+    if dev := data.get("dev"):
+        split = f", split {_text(str(data['dev_split']))}" if "dev_split" in data else ""
+        return f"These are rows of their own, of {_text(str(dev))}{split}. "
+    return "They are of the built-in text. " if data.get("builtin") else ""
 
 
 def _chosen(results: Mapping[str, Any], model: dict[str, Any]) -> str:
@@ -225,7 +269,7 @@ def _heldout(results: Mapping[str, Any]) -> str:
     return f"## Scores\n\nOn held-out text: {values}." if values else ""
 
 
-def _use(config: Mapping[str, Any], origin: Origin) -> str:
+def _use(results: Mapping[str, Any], config: Mapping[str, Any], origin: Origin) -> str:
     task = _task(config, origin)
     theirs, ours = _CALLS.get(task, _CALLS[_DEFAULT])
     if origin.is_embedder:
@@ -247,31 +291,55 @@ def _use(config: Mapping[str, Any], origin: Origin) -> str:
             "from transformers import pipeline\n\n"
             f'model = pipeline("{task}", model="FOLDER")\n{theirs}'
         )
-    return f"## Use\n\n```python\n{code}\n```\n\nWith tinybert_jax:\n\n```\n{ours}\n```"
+        length = _trained_length(results, origin) or _longest(config)
+        code = code.replace("truncation=True", f"truncation=True, max_length={length}")
+    return (
+        f"## Use\n\n```python\n{_FOLDER}{code}\n```\n\nWith tinybert_jax:\n\n"
+        f"```\n{_FOLDER}{ours}\n```"
+    )
 
 
 def _training(results: Mapping[str, Any], origin: Origin) -> str:
     return (
-        f"## How it was made\n\nStages of the run: {', '.join(results['seconds'])}. This model is "
-        f"of {origin.stage}. `lineage.json` holds hashes of the data, the config and the models "
-        "that it began with."
+        f"## How it was made\n\nStages of the run: {', '.join(results['seconds'])}. Exported "
+        f"after the stage `{origin.stage}`. `lineage.json` holds hashes of the data, the config "
+        "and the models that it began with."
     )
 
 
-def _limits(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def _limits(results: Mapping[str, Any], config: Mapping[str, Any], origin: Origin) -> str:
     labels = results.get("label_names") or []
     lines = ["## Intended use and limits"]
     if labels:
         shown = ", ".join(_text(str(label)) for label in labels[:_NUM_LABELS])
         more = f" and {len(labels) - _NUM_LABELS} more" if len(labels) > _NUM_LABELS else ""
         lines.append(f"Labels: {shown}{more}. The model knows no others.")
-    longest = min(side["max_position_embeddings"] for side in _sides(config))
     lines.append(
         "The scores hold for texts like those of the dev rows. Errors and biases of the teacher "
-        "and of the training data carry over. Texts of more than "
-        f"{longest} tokens do not fit."
+        "and of the training data carry over."
     )
+    trained = _trained_length(results, origin)
+    told = f"The model was trained on texts of at most {trained} tokens. " if trained else ""
+    fix = _LONG.get(_task(config, origin), _SPLIT)
+    lines.append(f"{told}Texts of more than {_longest(config)} tokens do not fit: {fix}.")
     return "\n\n".join(lines)
+
+
+def _trained_length(results: Mapping[str, Any], origin: Origin) -> int | None:
+    """Tokens of the longest row of the stage; None in results of an older version."""
+    return results.get("max_length", {}).get(origin.stage)
+
+
+def _longest(config: Mapping[str, Any]) -> int:
+    return min(side["max_position_embeddings"] for side in _sides(config))
+
+
+def _licence(origin: Origin) -> str:
+    name = origin.teacher_card.get("license")
+    told = (
+        f"As the teacher's, {_text(name)}; check that it fits your data." if name else _NO_LICENCE
+    )
+    return f"## Licence\n\n{told}"
 
 
 def _sides(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.stages import PRETRAIN
+from tinybert_jax.config.tasks import TaskSection
 from tinybert_jax.data.splits import label_notes
 from tinybert_jax.huggingface.hub import find_folder
 from tinybert_jax.inference.seq2seq import TinyBertForConditionalGeneration
@@ -61,6 +63,8 @@ def collect_results(
         "label_names": data.label_names if data else None,
         "is_builtin": bool(run.task and run.task.section.builtin),
         "export": export,
+        **({"data": _sources(run.task.section)} if run.task else {}),
+        "max_length": {name: plan.section.max_length for name, plan in run.plans.items()},
         **(_evaluate(run) if run.task else {"models": []}),
         **({"heldout": heldout} if heldout else {}),
         "stages": _learning(run, lines),
@@ -75,6 +79,21 @@ def collect_results(
         task = run.task.kind
         notes = label_notes(run.task.data, task.count_labels, task.unit)
     return {**summary, "advice": [*notes, *advice(summary)]}
+
+
+def _sources(section: TaskSection) -> dict[str, Any]:
+    """Where the rows to train on and the dev rows come from: files by their names, hub data by id.
+
+    `dev_share`: the dev rows are this share of the rows of `train` and `old`.
+    """
+    named = {name: getattr(section, name) for name in ("train", "old", "dev")}
+    found = {
+        name: Path(path).name if Path(path).expanduser().exists() else path
+        for name, path in named.items()
+        if path
+    }
+    rest = {name: getattr(section, name) for name in ("builtin", "dev_split", "dev_share")}
+    return found | {name: value for name, value in rest.items() if value}
 
 
 def _seconds(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
