@@ -26,8 +26,8 @@ ROOMS = {
     "performance": "flops accelerators gpu_target device_peaks hlo latency trace disk host "
     "program_cache",
     "parallel": "mesh group processes replicas sharding",
-    "data": "errors encoding examples json_text tables conll squad corpus parallel records builtin "
-    "wordpiece splits guess",
+    "data": "errors encoding examples json_text csv_rows tables conll squad corpus parallel "
+    "records builtin wordpiece splits guess",
     "models": "inputs activations dropout linear params norm triton_blocks attention_kernel "
     "score_kernel attention encoder bert distilbert families heads seq2seq decoding",
     "batches": "batch tokenize bucketing packing loader",

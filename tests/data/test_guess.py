@@ -154,9 +154,9 @@ def test_a_saved_data_set_is_read_by_its_splits(tmp_path, splits):
             ("a column 'foldr'; got columns 'body', 'folder'", "did you mean 'folder'"),
         ),
         (
-            _csv("body;folder", BODIES),
+            _csv("body|folder", BODIES),
             {},
-            ("a column of text and one of labels", "separated by ';'"),
+            ("a column of text and one of labels", "separated by '|'"),
         ),
     ],
 )

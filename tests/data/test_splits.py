@@ -185,7 +185,8 @@ def test_labels_that_nearly_every_row_has_for_itself_are_refused(tmp_path, num_l
 @pytest.mark.parametrize(
     ("name", "header", "fix"),
     [
-        ("rows.csv", "body;label", "separated by ';'"),
+        ("rows.csv", "body|label", "separated by '|'"),
+        ("rows.tsv", "body;label", "name it .csv"),
         ("rows.csv", "body\tlabel", "name it .tsv"),
         ("rows.tsv", "body,label", "name it .csv"),
         ("rows.csv", "good; really good,1", "without a header give '0'"),

@@ -391,7 +391,7 @@ def test_real_corpus():
 
 def test_quoted_columns_with_another_separator_are_recognised(tmp_path):
     file = tmp_path / "rows.csv"
-    for sep, fix in ((";", "separate them by commas or tabs"), ("\t", "set task.format=tsv")):
+    for sep, fix in (("|", "separate them by commas or tabs"), ("\t", "set task.format=tsv")):
         file.write_text(f'"text"{sep}"label"\n"a, b"{sep}"x"\n')
         with pytest.raises(ValueError, match="columns seem to be separated by") as error:
             read_labelled(file, text="text", label="label")

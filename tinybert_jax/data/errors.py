@@ -41,6 +41,7 @@ def separator_hint(names: Sequence[str]) -> str:
     fixes = {
         "\t": "set task.format=tsv, or name it .tsv",
         ",": "set task.format=csv, or name it .csv",
+        ";": "set task.format=csv, or name it .csv",
     }
     if found is None:
         return ""
@@ -50,7 +51,7 @@ def separator_hint(names: Sequence[str]) -> str:
 
 def fix_of_csv(first_line: str) -> str:
     """A fix for a .csv file with broken rows: another separator, or quotes inside of fields."""
-    if re.fullmatch(r'"[^",]*"(?:[;|\t]"[^",]*")+', first_line):
+    if re.fullmatch(r'"[^",]*"(?:[|\t]"[^",]*")+', first_line):
         return separator_hint([first_line]).removeprefix("; ")
     return 'double every quote inside a quoted field (""), close the field; or format="tsv"'
 

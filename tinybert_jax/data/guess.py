@@ -153,14 +153,14 @@ def _read_columns(path: str, given: Mapping[str, Any]) -> _Columns:
         return _read_dataset(path, given)
     if form == "jsonl":
         return _Columns(path, read_jsonl(path, None).columns)
-    rows, _ = read_rows(path, form)
-    names, note = rows[0], ""
+    rows, _, separator = read_rows(path, form)
+    names, note = rows[0], ", columns separated by ';'" if separator == ";" else ""
     rows = [row for row in rows if len(row) == len(names)]  # the reader tells of the others
     if _has_names(rows):
         rows = rows[1:]
     else:
         names = [str(place) for place in range(len(names))]
-        note = " (counted from 0, as the first line is like the others)"
+        note += " (counted from 0, as the first line is like the others)"
     if len(names) == 1 or not rows:
         got = f"the only column {names[0]!r}" if rows else "no rows, only a header"
         fix = separator_hint(names).removeprefix("; ") or "check how the file was written"

@@ -4,8 +4,6 @@ A source is read whole or not at all: what is wrong with it becomes one ValueErr
 was expected, what was got and where (file, line, the first five places) and how to fix it.
 """
 
-import csv
-import io
 import os
 import re
 import sys
@@ -16,12 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinybert_jax.data.csv_rows import Rows, read_csv_rows
 from tinybert_jax.data.encoding import check_utf16, conversion_of_bytes
 from tinybert_jax.data.errors import (
     fail,
     fail_column,
     fail_missing,
-    fix_of_csv,
     listed,
     nearest,
     short,
@@ -45,7 +43,8 @@ def read_labelled(
 ) -> Examples:
     """Reads one table of texts and, unless `label` is None, their labels.
 
-    `path`: .tsv (no quoting), .csv (standard quoting), .jsonl, a folder saved by `datasets`, or
+    `path`: .tsv (no quoting), .csv (standard quoting; semicolons between columns where the first
+    line has no comma), .jsonl, a folder saved by `datasets`, or
     `hub:owner/name[:config]`; `split` belongs to the last two. `text`, `text_pair` and `label` name
     columns. In a TSV or CSV without header all of them are positions ("0", "3"), and a row may have
     further columns to their right.
@@ -158,38 +157,20 @@ def read_table(path: str, format: str, split: str | None, wanted: list[str]) -> 
         fail(path, f"no split: a {format} file has none", repr(split), "leave split out")
     if format == "jsonl":
         return read_jsonl(path, wanted)
-    return _by_column(path, *read_rows(path, format), wanted)
+    return _by_column(path, read_rows(path, format, wanted), wanted)
 
 
-def read_rows(path: str, format: str) -> tuple[list[list[str]], Sequence[int]]:
-    """(the fields of every row of a .csv or .tsv file, header included; the line of each row)."""
+def read_rows(path: str, format: str, wanted: Sequence[str] = ()) -> Rows:
+    """The rows of a .csv or .tsv file; `wanted`: see `column_separator`."""
     if format == "csv":
-        return _csv_rows(path)
+        return read_csv_rows(path, read_utf8(path), wanted)
     rows = [line.split("\t") for line in split_lines(read_utf8(path))]
-    return rows, range(1, len(rows) + 1)
+    return Rows(rows, range(1, len(rows) + 1), "\t")
 
 
-def _csv_rows(path: str) -> tuple[list[list[str]], list[int]]:
-    reader = csv.reader(io.StringIO(read_utf8(path).rstrip("\r\n"), newline=""), strict=True)
-    rows, numbers, start = [], [], 1
-    limit = csv.field_size_limit(2**31 - 1)  # the default cuts off at 128 KiB
-    try:
-        for row in reader:
-            rows.append(row)
-            numbers.append(start)
-            start = reader.line_num + 1
-    except csv.Error as error:
-        fix = fix_of_csv(read_utf8(path).split("\n", 1)[0].strip())
-        fail(f"{path}, line {start}", "a CSV row", f"a broken one ({error})", fix)
-    finally:
-        csv.field_size_limit(limit)
-    return rows, numbers
-
-
-def _by_column(
-    path: str, rows: list[list[str]], numbers: Sequence[int], wanted: list[str]
-) -> Table:
+def _by_column(path: str, read: Rows, wanted: list[str]) -> Table:
     """Splits off the header, unless columns are positions, and checks every row's width."""
+    rows, numbers = read.fields, read.numbers
     num_positions = sum(column.isdecimal() for column in wanted)
     if 0 < num_positions < len(wanted):
         fix = "without a header give every column as a position; with one, every name"
