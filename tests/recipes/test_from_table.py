@@ -56,6 +56,7 @@ def finished(folder):
 def test_one_command_ends_in_a_model_and_a_report(finished):
     assert sorted(path.name for path in finished.parent.parent.iterdir()) == ["mail.csv", "runs"]
     assert read_model(finished / "hf").label_names == ("neg", "pos")
+    assert read_model(finished / "hf").head.columns == {"text": "body"}
     assert "mail" in (finished / "report.html").read_text()
     card = (finished / "hf" / "README.md").read_text()
     assert "from teacher with the text of mail.csv, by" in card

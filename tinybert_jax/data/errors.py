@@ -1,9 +1,10 @@
 """Errors of the text readers: one ValueError that says what was expected, what was got, the fix."""
 
+import contextlib
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,12 +22,29 @@ def fail(where: str, expected: str, got: str, fix: str) -> NoReturn:
     raise ValueError(f"{where}: expected {expected}; got {got}; fix: {fix}")
 
 
+class ColumnError(ValueError):
+    """A column that is not there; the message names all options and settings of columns."""
+
+    def __init__(self, before: str, after: str):
+        self.before, self.after = before, after  # the message around the options
+        options = "--text, --text-pair or --label; in a config text, text_pair or label"
+        super().__init__(f"{before} ({options}){after}")
+
+
 def fail_column(path: str, column: str, available: list[str], hint: str = "") -> NoReturn:
     if column in available:
         fail(path, f"one column {column!r}", f"{available.count(column)}", "rename the others")
-    where = " (--text, --text-pair or --label; in a config text, text_pair or label)"
-    fix = nearest(column, available) + where + separator_hint(available) + hint
-    fail(path, f"a column {column!r}", f"columns {listed(available)}", fix)
+    told = f"{path}: expected a column {column!r}; got columns {listed(available)}; fix: "
+    raise ColumnError(told + nearest(column, available), separator_hint(available) + hint)
+
+
+@contextlib.contextmanager
+def columns_named_by(options: str) -> Iterator[None]:
+    """Errors about a column name these options of a command alone."""
+    try:
+        yield
+    except ColumnError as error:
+        raise ValueError(f"{error.before} ({options}){error.after}") from None
 
 
 def fail_missing(path: str) -> NoReturn:

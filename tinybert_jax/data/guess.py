@@ -97,6 +97,10 @@ def guess_task(path: str, given: Mapping[str, Any]) -> Guess:
     if kind in (_TAGS, _ANSWERS):
         return Guess({"kind": kind}, f"{kind}, {sign}; if not: --task")
     columns = _read_columns(path, given)
+    if len(columns.values) == 1:
+        (name,) = columns.values
+        fix = separator_hint([name]).removeprefix("; ") or "check how the file was written"
+        fail(path, "rows with a column of text and one of labels", f"the only column {name!r}", fix)
     text, pair = _text_columns(columns, given)
     indicators = _indicators(columns, given, kind, text, pair)
     found = {"text": text} | ({"text_pair": pair} if pair else {})
@@ -112,6 +116,45 @@ def guess_task(path: str, given: Mapping[str, Any]) -> Guess:
     settings = {**labels, "kind": kind or labels["kind"], **found, "label": label}
     told = f"{settings['kind']}, {read}, {amount} in column {label!r}{columns.note}"
     return Guess({**columns.settings, **settings}, f"{told}; {_OTHERWISE}")
+
+
+def guess_text(
+    path: str, given: Mapping[str, Any], trained: Mapping[str, str], *, reads_pairs: bool
+) -> Guess:
+    """The columns of text that a model reads in a file; settings that are `given` stay.
+
+    `trained`: the columns that the model was trained on, taken where the file has all of them; else
+    `text`, and then what `guess_task` takes. Raises ValueError for a file that cannot be read, and
+    where several columns may be the text.
+    """
+    if not trained and not reads_pairs and _begins_with_text(path):
+        return Guess({}, "")
+    columns = _read_columns(path, given)
+    wanted = {name: column for name, column in trained.items() if name not in given}
+    if trained and set(wanted.values()) <= set(columns.values):
+        return Guess(wanted, f"text in {_in_columns(wanted)}, as the model was trained on")
+    if "text" in columns.values and not reads_pairs:
+        return Guess({}, "text in column 'text'")
+    text, pair = _text_columns(columns, given)
+    if pair and not (reads_pairs or given.get("text_pair")):
+        _fail_choice(columns, "text", [text, pair])
+    found = {"text": text} | ({"text_pair": pair} if pair else {})
+    found = {name: column for name, column in found.items() if name not in given}
+    return Guess({**columns.settings, **found}, f"text in {_in_columns(found)}{columns.note}")
+
+
+def _begins_with_text(path: str) -> bool:
+    """Whether the first line names a column `text`; the rest is left to the reader."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        line = file.readline(10_000)
+    if Path(path).suffix.lower() == ".jsonl":
+        return re.search(r'"text"\s*:', line) is not None
+    return "text" in [name.strip('" \r\n') for name in re.split("[\t,;]", line)]
+
+
+def _in_columns(found: Mapping[str, str]) -> str:
+    named = [repr(column) for column in found.values()]
+    return f"column{'s' * (len(named) > 1)} {' and '.join(named)}"
 
 
 def _kind_of_form(path: str, given: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -161,10 +204,8 @@ def _read_columns(path: str, given: Mapping[str, Any]) -> _Columns:
     else:
         names = [str(place) for place in range(len(names))]
         note += " (counted from 0, as the first line is like the others)"
-    if len(names) == 1 or not rows:
-        got = f"the only column {names[0]!r}" if rows else "no rows, only a header"
-        fix = separator_hint(names).removeprefix("; ") or "check how the file was written"
-        fail(path, "rows with a column of text and one of labels", got, fix)
+    if not rows:
+        fail(path, "rows", "no rows, only a header", "check how the file was written")
     values = map(list, zip(*rows, strict=True))
     return _Columns(path, dict(zip(names, values, strict=True)), note=note)
 

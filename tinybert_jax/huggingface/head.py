@@ -14,6 +14,8 @@ _KINDS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 _PARTS = {"classifier": "classifier", "spans": "qa_outputs"}  # our name -> that in transformers
 _SETTINGS = "tinybert_answers"  # the key of config.json for a head's settings
 _TASK = "tinybert_task"  # the key of config.json for the kind of task
+_COLUMNS = "tinybert_columns"  # the key of config.json for the columns that were read
+_READ = ("text", "text_pair")
 _PAIRS = "tinybert_pairs"  # the key of config.json of a model for pairs of texts
 
 
@@ -26,6 +28,7 @@ class Head(NamedTuple):
     settings: Mapping[str, float] = {}  # for predictions, such as a threshold
     task: str | None = None  # the kind of task; None in folders of other programs
     reads_pairs: bool = False  # trained on pairs of texts; False where the folder does not say
+    columns: Mapping[str, str] = {}  # those of the training file: text, text_pair
 
 
 def head_part(paths: Iterable[str]) -> str | None:
@@ -76,7 +79,7 @@ def read_label_names(raw: Mapping[str, Any], folder: Path) -> tuple[str, ...] | 
     if not isinstance(names, dict) or set(names) != {str(i) for i in range(len(names))}:
         raise ValueError(f"{place} the ids from 0 on, got {shorten(names)}; correct {CONFIG}")
     by_id = [names[str(i)] for i in range(len(names))]
-    wrong = [i for i, name in enumerate(by_id) if not _is_name(name)]
+    wrong = [i for i, name in enumerate(by_id) if not is_name(name)]
     if wrong:
         raise ValueError(
             f"{place} a name for each id, got {shorten(by_id[wrong[0]])} for {wrong[0]}; "
@@ -91,7 +94,7 @@ def read_label_names(raw: Mapping[str, Any], folder: Path) -> tuple[str, ...] | 
     return found
 
 
-def _is_name(value: Any) -> bool:
+def is_name(value: Any) -> bool:
     """Whether a value can name a label: text that UTF-8 can encode and a screen show, or a number.
 
     Surrogates and control characters are in the Unicode categories Cs and Cc.
@@ -154,7 +157,20 @@ def read_head(raw: Mapping[str, Any], folder: Path, shape: tuple[int, ...]) -> H
             f"{folder}: expected true or false as {_PAIRS}, got {shorten(reads_pairs)}; remove "
             "that key from config.json"
         )
-    return Head(kinds[0], problem_type, names, _read_settings(raw, folder), task, reads_pairs)
+    settings, columns = _read_settings(raw, folder), _read_columns(raw, folder)
+    return Head(kinds[0], problem_type, names, settings, task, reads_pairs, columns)
+
+
+def _read_columns(raw: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """The columns of the training file; raises ValueError where they are not names."""
+    columns = raw.get(_COLUMNS) or {}
+    named = columns.items() if isinstance(columns, dict) else [("", None)]
+    if not all(key in _READ and isinstance(own, str) and is_name(own) for key, own in named):
+        raise ValueError(
+            f"{folder}: expected names of columns for {' and '.join(_READ)} as {_COLUMNS}, got "
+            f"{shorten(columns)}; remove that key from {CONFIG}"
+        )
+    return dict(columns)
 
 
 def _read_settings(raw: Mapping[str, Any], folder: Path) -> Mapping[str, float]:
@@ -187,6 +203,7 @@ def write_head(head: Head, num_outputs: int) -> dict[str, Any]:
     fields |= {"problem_type": head.problem_type} if head.problem_type else {}
     fields |= {_TASK: head.task} if head.task else {}
     fields |= {_PAIRS: True} if head.reads_pairs else {}
+    fields |= {_COLUMNS: dict(head.columns)} if head.columns else {}
     return fields | ({_SETTINGS: dict(head.settings)} if head.settings else {})
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tinybert_jax.config import load as config_files
+from tinybert_jax.data.errors import columns_named_by
 from tinybert_jax.inference import translate
 from tinybert_jax.report.console import json_line, printable
 
@@ -272,7 +273,8 @@ def _predict(arguments, command: str) -> int:
             f"--output: expected another file than the data, got {output} for both; choose "
             "another name"
         )
-    with contextlib.redirect_stdout(sys.stderr):  # nothing but JSON on standard output
+    # Nothing but JSON on standard output.
+    with contextlib.redirect_stdout(sys.stderr), columns_named_by("--text or --text-pair"):
         rows = predict.predict(
             arguments.model,
             arguments.data or arguments.sentence,
@@ -281,6 +283,7 @@ def _predict(arguments, command: str) -> int:
             pairs=pairs if arguments.sentence and pairs else None,
             split=arguments.split,
             max_length=arguments.max_length,
+            say=lambda line: print(printable(line)),
         )
     lines = "".join(json_line(row) + "\n" for row in rows)
     if output:
@@ -314,7 +317,8 @@ def _embed(arguments, command: str) -> int:
         raise ValueError(
             f"--output: expected a .npy file in a folder that exists, got {output}; correct it"
         )
-    with contextlib.redirect_stdout(sys.stderr):  # nothing but JSON on standard output
+    # Nothing but JSON on standard output.
+    with contextlib.redirect_stdout(sys.stderr), columns_named_by("--text"):
         texts = search.read_texts(arguments.data, arguments.text, split=arguments.split)
         options = {"max_length": arguments.max_length, "width": arguments.width}
         vectors = predict.embed(arguments.model, texts.texts, **options)
@@ -331,7 +335,7 @@ def _search(arguments, command: str) -> int:
     from tinybert_jax.inference import search
 
     names = ("top", "text", "label", "split", "max_length", "width", "index", "rerank")
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), columns_named_by("--text or --label"):
         found = search.search(
             arguments.model,
             arguments.data,

@@ -1,16 +1,18 @@
 """Predictions, metrics and sentence vectors of a model folder, as the commands give them."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tinybert_jax.batches.tokenize import MIN_TOKENS
 from tinybert_jax.config.load import validate
-from tinybert_jax.config.tasks import TaskSection
+from tinybert_jax.config.tasks import TaskSection, TextTask
 from tinybert_jax.data.errors import short
 from tinybert_jax.data.examples import Examples
+from tinybert_jax.data.guess import guess_text
 from tinybert_jax.data.json_text import is_utf8
 from tinybert_jax.data.splits import Reading
 from tinybert_jax.huggingface.encoder_decoder import is_encoder_decoder
@@ -48,19 +50,22 @@ def predict(
     split: str | None = None,
     max_length: int | None = None,
     pairs: Sequence[str] | None = None,
+    say: Callable[[str], None] = lambda line: None,
     **columns: str | None,
 ) -> list[dict[str, Any]]:
     """One object per text, in order: `row` from 1, `text`, and the prediction of the model's task.
 
     `data` is a file or a list of texts, `pairs` their second texts. `columns`: settings of the task
-    that name the columns of the file. A blank text has `problem` instead of a prediction; where the
-    model's outputs are not finite, every entry of the prediction is None beside a `problem`. Texts
-    longer than `max_length` (default: the model's positions) are cut, but a tagging model refuses a
-    text that does not fit its positions. Raises ValueError for a model without a task head, and
-    for one of pairs that gets single texts.
+    that name the columns of the file; `say` is told which one of the text is chosen where none is
+    given and the file has no column `text`. A blank text has `problem` instead of a prediction;
+    where the model's outputs are not finite, every entry of the prediction is None beside a
+    `problem`. Texts longer than `max_length` (default: the model's positions) are cut, but a
+    tagging model refuses a text that does not fit its positions. Raises ValueError for a model
+    without a task head, and for one of pairs that gets single texts.
     """
     loaded = Model(model, max_length)
     if isinstance(data, str):
+        columns = _with_text(loaded, data, columns, say)
         section = _section(loaded.task, data, columns)
         how = Reading(split, is_labelled=False, keep_blank=True)
         examples = loaded.task.read(data, section, how)
@@ -79,6 +84,20 @@ def predict(
         {"row": place + 1, "text": _plain(text), **answers.get(place, {"problem": "no text"})}
         for place, text in enumerate(examples.text)
     ]
+
+
+def _with_text(
+    loaded: "Model", data: str, columns: Mapping[str, str | None], say: Callable[[str], None]
+) -> dict[str, str | None]:
+    """The columns, with those of text that the model was trained on or that the file suggests."""
+    given = {name: column for name, column in columns.items() if column is not None}
+    is_table = Path(data).suffix.lower() in (".csv", ".tsv", ".jsonl") and Path(data).is_file()
+    if "text" in given or not is_table or not issubclass(loaded.task.section, TextTask):
+        return given
+    guess = guess_text(data, given, loaded.head.columns, reads_pairs=loaded.head.reads_pairs)
+    if guess.told:
+        say(f"{data}: {guess.told}; if not: --text or --text-pair")
+    return {**given, **guess.settings}
 
 
 def _given(texts: Sequence[str], pairs: Sequence[str] | None) -> Examples:

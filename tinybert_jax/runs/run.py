@@ -15,7 +15,7 @@ from tinybert_jax.config.distillation import DistillSection
 from tinybert_jax.config.models import SOLE, FurtherTeacher, Student, TeacherSection
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import FINETUNE, PRETRAIN, StageSection
-from tinybert_jax.config.tasks import TaskSection
+from tinybert_jax.config.tasks import TaskSection, TextTask
 from tinybert_jax.data.splits import TaskData
 from tinybert_jax.huggingface.encoder_decoder import (
     Tokenizers,
@@ -23,7 +23,7 @@ from tinybert_jax.huggingface.encoder_decoder import (
     start_any,
 )
 from tinybert_jax.huggingface.folder import save_model, write_json
-from tinybert_jax.huggingface.head import Head
+from tinybert_jax.huggingface.head import Head, is_name
 from tinybert_jax.models.heads import Model
 from tinybert_jax.models.params import Apply, Params, frozen_params
 from tinybert_jax.parallel import processes
@@ -296,7 +296,20 @@ def _head_of(run: Run, settings: Settings) -> Head:
     kind = task.kind
     assert kind.hf_head is not None
     reads_pairs = kind.unit != "span" and task.data.train.text_pair is not None
-    return Head(kind.hf_head, kind.problem_type, names, dict(settings), kind.kind, reads_pairs)
+    columns = _columns_of(task.section)
+    return Head(
+        kind.hf_head, kind.problem_type, names, dict(settings), kind.kind, reads_pairs, columns
+    )
+
+
+def _columns_of(section: TaskSection) -> dict[str, str]:
+    """The columns of text, to be read again; none where they have the usual name or none."""
+    if not isinstance(section, TextTask) or section.builtin:
+        return {}
+    given = {"text": section.text, "text_pair": section.text_pair}
+    columns = {name: column for name, column in given.items() if column is not None}
+    is_usual = columns == {"text": "text"} or any(map(str.isdecimal, columns.values()))
+    return columns if not is_usual and all(map(is_name, columns.values())) else {}
 
 
 LINEAGE, CARD = "lineage.json", "README.md"

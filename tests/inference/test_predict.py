@@ -1,0 +1,84 @@
+"""`tinybert predict` on a table: the columns that it reads, keeps and writes."""
+
+import json
+
+import jax
+import pytest
+from tiny_inputs import TEACHER, TEXTS, write_inputs
+
+from tinybert_jax import cli
+from tinybert_jax.huggingface.folder import read_model, save_model
+from tinybert_jax.huggingface.head import Head
+from tinybert_jax.models.heads import make_classifier
+
+KIND = ("SequenceClassification", "single_label_classification", ("neg", "pos"))
+BODY = {"text": "body"}
+PAIR = {"text": "one", "text_pair": "two"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Models that were trained on unnamed columns, on `body`, and on the pair `one`, `two`."""
+    folder = tmp_path_factory.mktemp("models")
+    _, config, tokenizer = write_inputs(folder, **TEACHER)
+    params = make_classifier(config, 2)[1](jax.random.key(0))
+    for name, columns in (("plain", {}), ("body", BODY), ("pair", PAIR)):
+        head = Head(*KIND, reads_pairs=name == "pair", columns=columns)
+        save_model(folder / name, params, config, tokenizer, head=head)
+        assert read_model(folder / name).head == head
+    return folder
+
+
+@pytest.fixture
+def predict(models, tmp_path, capsys):
+    """(status, rows, standard error) of the command on a file with this content."""
+
+    def run(model, content, *words, name="new.csv"):
+        (tmp_path / name).write_text(content)
+        status = cli.main(["predict", str(models / model), str(tmp_path / name), *words])
+        out, err = capsys.readouterr()
+        return status, [json.loads(line) for line in out.splitlines()], err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("model", "content", "told"),
+    [
+        ("body", "text,body\n{1},{0}\n", "text in column 'body', as the model was trained on"),
+        ("plain", "id;question\n1;{0}\n", "text in column 'question', columns separated by ';'"),
+        ("plain", "anything\n{0}\n", "text in column 'anything'"),
+        ("body", "text,n\n{0},1\n", "text in column 'text'"),
+        ("plain", "text,other\n{0},{1}\n", ""),
+    ],
+)
+def test_the_column_of_the_text_is_found_and_told(predict, model, content, told):
+    status, rows, err = predict(model, content.format(*TEXTS))
+    assert status == 0 and [row["text"] for row in rows] == [TEXTS[0]]
+    assert f"new.csv: {told}; if not: --text" in err if told else "column" not in err
+
+
+def test_a_pair_is_found_by_the_names_of_the_training_file(predict):
+    content = f"two,one,n\n{TEXTS[1]},{TEXTS[0]},1\n"
+    status, rows, err = predict("pair", content)
+    assert status == 0 and "text in columns 'one' and 'two', as the model" in err
+    assert rows == predict("plain", content, "--text", "one", "--text-pair", "two")[1]
+
+
+def test_errors_name_the_options_of_the_command(predict):
+    for words in (["--text", "bdy"], ["--text-pair", "bdy"]):
+        status, rows, err = predict("plain", f"text,body\n{TEXTS[0]},{TEXTS[1]}\n", *words)
+        assert status == 2 and rows == []
+        assert "did you mean 'body'? (--text or --text-pair)" in err
+    status, _, err = predict("plain", f"question,answer\n{TEXTS[0]},{TEXTS[1]}\n")
+    assert status == 2 and "one column that can be the text" in err and "--text COLUMN" in err
+
+
+def test_columns_that_are_no_names_are_refused(models):
+    file = models / "body" / "config.json"
+    before = file.read_text()
+    for wrong in (["body"], {"text": 1}, {"label": "x"}, {"text": "\x1b"}):
+        file.write_text(json.dumps(json.loads(before) | {"tinybert_columns": wrong}))
+        with pytest.raises(ValueError, match="expected names of columns for text and text_pair"):
+            read_model(models / "body")
+    file.write_text(before)
