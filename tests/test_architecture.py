@@ -38,8 +38,8 @@ ROOMS = {
     "translation linear table",
     "objectives": "alignment linear_probe reduction factored objective masking masked_lm "
     "supervised similarity distillation",
-    "inference": "scorer pretrained seq2seq predict pipeline vector_index search compare translate "
-    "command",
+    "inference": "scorer pretrained seq2seq columns predict pipeline vector_index search compare "
+    "translate command",
     "training": "members optimizer early_stopping loop step skipping shards manifest checkpoint "
     "trackers live_view metric_log throughput preemption saver generations",
     "runs": "shared_folder inputs run judges identity run_store from_step corpus_checks checks "

@@ -67,7 +67,7 @@ def test_outputs_that_are_not_finite_are_null_and_named(world, overflowing):
     assert rows[1] == {
         "row": 2,
         "text": "tea and toast",
-        **{"label": None, "probability": None, "logits": None},
+        **{"label": None, "probability": None},
         "problem": "the model's outputs are not finite",
     }
     assert rows[2]["problem"] == "no text"

@@ -82,3 +82,61 @@ def test_columns_that_are_no_names_are_refused(models):
         with pytest.raises(ValueError, match="expected names of columns for text and text_pair"):
             read_model(models / "body")
     file.write_text(before)
+
+
+def test_columns_are_copied_and_logits_come_when_asked_for(predict, tmp_path):
+    content = f"id;text;team\n7;{TEXTS[0]};a\n8; ;b\n9;{TEXTS[1]};\n"
+    status, rows, _ = predict("plain", content, "--keep", "id", "--keep", "team")
+    assert status == 0 and [(row["id"], row["team"]) for row in rows] == [
+        ("7", "a"),
+        ("8", "b"),
+        ("9", ""),
+    ]
+    assert list(rows[0]) == ["row", "text", "id", "team", "label", "probability"]
+    _, again, _ = predict("plain", content, "--logits")
+    assert list(again[0]["logits"]) == ["neg", "pos"]
+    assert again[0]["label"] == max(again[0]["logits"], key=again[0]["logits"].get)
+    lines = "".join(json.dumps({"text": text, "n": [1]}) + "\n" for text in TEXTS[:2])
+    assert predict("plain", lines, "--keep", "n", name="a.jsonl")[1][1]["n"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--keep", "teams"), "did you mean 'team'? (--keep)"),
+        (("--keep", "label"), "--keep: expected other columns than those of the output"),
+        (("--keep", "text"), "got ['text']; rename them in the file"),
+    ],
+)
+def test_columns_that_cannot_be_copied_are_refused_before_a_byte_is_written(
+    predict, tmp_path, words, told
+):
+    output = tmp_path / "out.jsonl"
+    content = f"text,label,team\n{TEXTS[0]},a,b\n"
+    status, rows, err = predict("plain", content, *words, "-o", str(output))
+    assert (status, rows, output.exists()) == (2, [], False) and told in err
+
+
+def test_rows_that_are_written_and_texts_that_are_cut_are_counted(
+    models, predict, tmp_path, capsys
+):
+    output = tmp_path / "out.jsonl"
+    content = f"text\n{TEXTS[0]}\n{'tea ' * 600}\nsea\n \n"
+    status, _, err = predict("plain", content, "-o", str(output))
+    limit = read_model(models / "plain").config.max_position_embeddings
+    assert status == 0 and f"{output}: 4 rows\n" in err
+    assert f"1 of 3 texts has more than {limit} tokens: the rest is not read\n" in err
+    words = [
+        "predict",
+        str(models / "plain"),
+        "--max-length",
+        "4",
+        "-t",
+        "tea tea tea",
+        "-t",
+        "tea",
+    ]
+    assert cli.main([*words, "-t", "tea tea tea tea"]) == 0
+    assert "2 of 3 texts have more than 4 tokens" in capsys.readouterr().err
+    assert cli.main(["predict", str(models / "plain"), "-t", "tea", "--keep", "id"]) == 2
+    assert "--keep: expected a data file, got texts" in capsys.readouterr().err

@@ -31,7 +31,8 @@ def test_the_mean_of_all_seeds_is_kept_and_read(tmp_path):
     run = read_run(config_files.load(config), ())
     folders = [tmp_path / "run" / "models" / f"finetune-seed-{seed}" for seed in (0, 1)]
     said = [
-        np.array([answer["logits"] for answer in predict(str(folder), TEXTS)]) for folder in folders
+        np.array([list(answer["logits"].values()) for answer in predict(str(folder), TEXTS)])
+        for folder in folders
     ]
     assert np.abs(said[0] - said[1]).max() > 1e-2
     rows = tokenize_texts(run.tokenizer, run.required_task.data.distilled, 16)

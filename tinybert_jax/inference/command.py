@@ -56,6 +56,16 @@ def _add_predict(commands) -> None:
         help="write to this file; default: standard output",
     )
     _add_columns(command, has_pair=False)
+    command.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="COLUMN",
+        help="copy this column of the file into the output; may be given several times",
+    )
+    command.add_argument(
+        "--logits", action="store_true", help="also write the logits of a classifier, by label"
+    )
     command.set_defaults(act=_predict)
 
 
@@ -283,11 +293,14 @@ def _predict(arguments, command: str) -> int:
             pairs=pairs if arguments.sentence and pairs else None,
             split=arguments.split,
             max_length=arguments.max_length,
+            keep=arguments.keep,
+            has_logits=arguments.logits,
             say=lambda line: print(printable(line)),
         )
     lines = "".join(json_line(row) + "\n" for row in rows)
     if output:
         output.write_text(lines, encoding="utf-8")
+        print(printable(f"{output}: {len(rows):,} rows"), file=sys.stderr)
     else:
         print(lines, end="")
     return 0

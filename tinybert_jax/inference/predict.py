@@ -2,23 +2,22 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tinybert_jax.batches.tokenize import MIN_TOKENS
 from tinybert_jax.config.load import validate
-from tinybert_jax.config.tasks import TaskSection, TextTask
+from tinybert_jax.config.tasks import TaskSection
 from tinybert_jax.data.errors import short
 from tinybert_jax.data.examples import Examples
-from tinybert_jax.data.guess import guess_text
 from tinybert_jax.data.json_text import is_utf8
 from tinybert_jax.data.splits import Reading
 from tinybert_jax.huggingface.encoder_decoder import is_encoder_decoder
 from tinybert_jax.huggingface.folder import read_model, start_params
 from tinybert_jax.huggingface.head import Head
 from tinybert_jax.huggingface.hub import check_table, load_tokenizer
+from tinybert_jax.inference.columns import kept_columns, text_columns
 from tinybert_jax.inference.scorer import Scorer, make_scorer
 from tinybert_jax.metrics.cosines import unit_vectors
 from tinybert_jax.models.params import Params
@@ -50,6 +49,8 @@ def predict(
     split: str | None = None,
     max_length: int | None = None,
     pairs: Sequence[str] | None = None,
+    keep: Sequence[str] = (),
+    has_logits: bool = True,
     say: Callable[[str], None] = lambda line: None,
     **columns: str | None,
 ) -> list[dict[str, Any]]:
@@ -57,47 +58,62 @@ def predict(
 
     `data` is a file or a list of texts, `pairs` their second texts. `columns`: settings of the task
     that name the columns of the file; `say` is told which one of the text is chosen where none is
-    given and the file has no column `text`. A blank text has `problem` instead of a prediction;
-    where the model's outputs are not finite, every entry of the prediction is None beside a
-    `problem`. Texts longer than `max_length` (default: the model's positions) are cut, but a
-    tagging model refuses a text that does not fit its positions. Raises ValueError for a model
-    without a task head, and for one of pairs that gets single texts.
+    given and the file has no column `text`, and how many texts are cut. `keep`: columns of the file
+    that are copied. `has_logits`: whether a class comes with the logits by class. A blank text has
+    `problem` instead of a prediction; where the model's outputs are not finite, every entry of the
+    prediction is None beside a `problem`. Texts longer than `max_length` (default: the model's
+    positions) are cut, but a tagging model refuses a text that does not fit its positions.
+    Raises ValueError for a model without a task head, for one of pairs that gets single texts, and
+    for columns that cannot be kept.
     """
     loaded = Model(model, max_length)
-    if isinstance(data, str):
-        columns = _with_text(loaded, data, columns, say)
-        section = _section(loaded.task, data, columns)
-        how = Reading(split, is_labelled=False, keep_blank=True)
-        examples = loaded.task.read(data, section, how)
-    else:
-        if pairs is not None and "text_pair" not in loaded.task.section.model_fields:
-            raise ValueError(
-                f"{model}: expected single texts for a model of {loaded.task.kind}, got pairs; "
-                "leave the second texts out (tinybert ask takes questions about a text)"
-            )
-        examples = _given(data, pairs)
+    examples = _read(loaded, data, pairs, split, columns, say)
     filled = [place for place, text in enumerate(examples.text) if _has_text(text)]
+    kept: dict[str, list[Any]] = {}
+    if keep:
+        names = loaded.answer(examples.take(filled[:1]))[0] if filled else ()
+        kept = kept_columns(
+            data, split, keep, ["row", "text", "problem", *names], len(examples.text)
+        )
     answers: dict[int, dict[str, Any]] = {}
     if filled:
         answers = dict(zip(filled, loaded.answer(examples.take(filled)), strict=True))
+        if told := loaded.cut_line():
+            say(told)
+    if not has_logits:
+        for answer in answers.values():
+            answer.pop("logits", None)
     return [
-        {"row": place + 1, "text": _plain(text), **answers.get(place, {"problem": "no text"})}
+        {
+            "row": place + 1,
+            "text": _plain(text),
+            **{column: values[place] for column, values in kept.items()},
+            **answers.get(place, {"problem": "no text"}),
+        }
         for place, text in enumerate(examples.text)
     ]
 
 
-def _with_text(
-    loaded: "Model", data: str, columns: Mapping[str, str | None], say: Callable[[str], None]
-) -> dict[str, str | None]:
-    """The columns, with those of text that the model was trained on or that the file suggests."""
-    given = {name: column for name, column in columns.items() if column is not None}
-    is_table = Path(data).suffix.lower() in (".csv", ".tsv", ".jsonl") and Path(data).is_file()
-    if "text" in given or not is_table or not issubclass(loaded.task.section, TextTask):
-        return given
-    guess = guess_text(data, given, loaded.head.columns, reads_pairs=loaded.head.reads_pairs)
-    if guess.told:
-        say(f"{data}: {guess.told}; if not: --text or --text-pair")
-    return {**given, **guess.settings}
+def _read(
+    loaded: "Model",
+    data: str | Sequence[str],
+    pairs: Sequence[str] | None,
+    split: str | None,
+    columns: Mapping[str, str | None],
+    say: Callable[[str], None],
+) -> Examples:
+    """The texts of a file, or those that are given; see `predict`."""
+    if isinstance(data, str):
+        columns = text_columns(data, columns, loaded.task, loaded.head, say)
+        section = _section(loaded.task, data, columns)
+        how = Reading(split, is_labelled=False, keep_blank=True)
+        return loaded.task.read(data, section, how)
+    if pairs is not None and "text_pair" not in loaded.task.section.model_fields:
+        raise ValueError(
+            f"{loaded.name}: expected single texts for a model of {loaded.task.kind}, got pairs; "
+            "leave the second texts out (tinybert ask takes questions about a text)"
+        )
+    return _given(data, pairs)
 
 
 def _given(texts: Sequence[str], pairs: Sequence[str] | None) -> Examples:
@@ -270,6 +286,7 @@ class Model:
         self.name, self.source = model, read_model(model)
         self.task, self.head = task_of(self.source), self.source.head or Head("", None, ())
         self._given_length = max_length
+        self._num_cut = self._num_read = 0  # texts of the last score
 
     def answer(self, examples: Examples) -> list[dict[str, Any]]:
         """The predictions; None for each entry of those whose logits are not finite."""
@@ -296,7 +313,21 @@ class Model:
             self.task.check_lengths(tokenizer, examples, positions)
         score, params = self._scorer
         rows = self.task.encode(tokenizer, examples, max_length)
+        self._num_cut, self._num_read = rows.num_truncated, len(examples.text)
         return Scored(score(params, rows), rows, examples)
+
+    def cut_line(self) -> str:
+        """How many texts of the last score are cut; "" where none is."""
+        if not self._num_cut:
+            return ""
+        what, most = "texts", self._max_length
+        if self.task.unit == "span":  # a text is read in windows
+            what, most = "questions", most // 2
+        verb = "has" if self._num_cut == 1 else "have"
+        return (
+            f"{self._num_cut:,} of {self._num_read:,} {what} {verb} more than {most:,} tokens: "
+            "the rest is not read"
+        )
 
     @functools.cached_property
     def _tokenizer(self) -> Any:

@@ -78,13 +78,13 @@ def metrics(found: np.ndarray, names: Sequence[str]) -> dict[str, float]:
 
 
 def answers(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
-    """Per example the class with the highest logit, its probability, and all logits."""
+    """Per example the class with the highest logit, its probability, and the logits by class."""
     predicted, probabilities = scored.logits.argmax(-1), softmax(scored.logits)
     return [
         {
             "label": scored.label_names[label],
             "probability": float(row[label]),
-            "logits": [float(value) for value in logits],
+            "logits": dict(zip(scored.label_names, logits.tolist(), strict=True)),
         }
         for label, row, logits in zip(predicted, probabilities, scored.logits, strict=True)
     ]
