@@ -45,7 +45,7 @@ def test_pairs_on_the_command_line_are_those_of_a_file(models, tmp_path, capsys)
         assert cli.main(["predict", model, *pairs]) == 0
         assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == expected
     answer = tinybert_jax.pipeline("text-classification", model)
-    assert answer(TEXTS[0], TEXTS[1])["label"] == expected[0]["label"]
+    assert answer(TEXTS[0], TEXTS[1])[0]["label"] == expected[0]["label"]
 
 
 def test_a_search_is_ranked_again_by_a_model_that_reads_both_texts(models, tmp_path, capsys):

@@ -25,18 +25,29 @@ def _save(folder, head, **config):
     return folder
 
 
+def _rounded(found):
+    """The same lists and dicts, with scores of four digits."""
+    if isinstance(found, list):
+        return [_rounded(own) for own in found]
+    return {**found, "score": round(found["score"], 4)}
+
+
 def test_classification_gives_the_labels_and_scores_of_transformers(tmp_path):
     labels = {0: "neg", 1: "pos", 2: "tea"}
     names = {"id2label": labels, "label2id": {own: number for number, own in labels.items()}}
     folder = _save(tmp_path, "ForSequenceClassification", **names)
     ours = tinybert_jax.pipeline("text-classification", folder)
-    theirs = transformers.pipeline("text-classification", model=str(folder), device="cpu")(TEXTS)
-    for own, expected in zip(ours(TEXTS), theirs, strict=True):
-        assert own["label"] == expected["label"]
-        assert own["score"] == pytest.approx(expected["score"], abs=1e-5)
-    assert ours(TEXTS[0]) == ours(TEXTS)[0]
+    theirs = transformers.pipeline("text-classification", model=str(folder), device="cpu")
+    for options in ({}, {"top_k": None}, {"top_k": 1}, {"top_k": 2}, {"top_k": 9}):
+        for texts in (TEXTS[0], TEXTS[:1], TEXTS):
+            assert _rounded(ours(texts, **options)) == _rounded(theirs(texts, **options))
+    alias = tinybert_jax.pipeline("sentiment-analysis", folder)
+    assert alias(TEXTS) == ours(TEXTS)
     pair = ours("tea", "toast")
-    assert pair == ours(["tea"], ["toast"])[0] and pair != ours("tea")
+    assert pair == ours(["tea"], ["toast"]) and pair != ours("tea")
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match="top_k: expected 1 or more, or None"):
+            ours("tea", top_k=wrong)
     for texts, pairs, told in (
         (["tea", " "], None, "a blank one in place 2"),
         ([], None, "got none"),
@@ -45,6 +56,15 @@ def test_classification_gives_the_labels_and_scores_of_transformers(tmp_path):
     ):
         with pytest.raises(ValueError, match=told):
             ours(texts, pairs)
+
+
+def test_texts_that_are_cut_warn_once(tmp_path):
+    folder = _save(tmp_path, "ForSequenceClassification", num_labels=3)
+    ours = tinybert_jax.pipeline("text-classification", folder)
+    ours("tea")
+    with pytest.warns(UserWarning, match="1 of 2 texts has more than 32 tokens: the rest is not"):
+        ours(["tea", "tea " * 40])
+    ours("tea " * 40)
 
 
 def test_answers_are_parts_of_the_context(tmp_path):
@@ -73,11 +93,14 @@ def test_entities_have_the_keys_of_transformers(tmp_path):
 
 def test_vectors_and_models_of_another_task(tmp_path):
     folder = _save(tmp_path / "plain", "ForSequenceClassification", num_labels=1)
-    assert set(tinybert_jax.pipeline("text-classification", folder)("tea")) == {"score"}
+    numbers = tinybert_jax.pipeline("text-classification", folder)
+    assert set(numbers("tea")) == {"score"}
+    with pytest.raises(ValueError, match="top_k: expected none for a model without classes"):
+        numbers("tea", top_k=1)
     with pytest.raises(ValueError, match="use pipeline.'text-classification'"):
         tinybert_jax.pipeline("token-classification", folder)
     with pytest.raises(ValueError, match="expected one of"):
-        tinybert_jax.pipeline("sentiment", folder)
+        tinybert_jax.pipeline("sentiments", folder)
     folder = _save(tmp_path / "vectors", "Model")
     (folder / "modules.json").write_text(
         '[{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},'

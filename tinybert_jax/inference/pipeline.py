@@ -1,5 +1,7 @@
 """`pipeline`: a model folder that answers calls with texts, as that of transformers does."""
 
+import enum
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,8 @@ import numpy as np
 
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.inference.predict import Model
+from tinybert_jax.tasks.classification import CLASSIFICATION
+from tinybert_jax.tasks.task import softmax
 
 # The hub's names of what a model does -> the head of transformers' model; None: sentence vectors.
 _HEADS = {
@@ -17,7 +21,17 @@ _HEADS = {
     "sentence-similarity": None,
     "feature-extraction": None,
 }
+_ALIASES = {"sentiment-analysis": "text-classification"}
 _ENTITY = {"label": "entity_group", "text": "word", "probability": "score"}
+
+
+class _Default(enum.Enum):
+    """What `top_k` is where none is given: None has a meaning."""
+
+    BEST = "the best label, not in a list"
+
+
+_DEFAULT = _Default.BEST
 
 
 class Pipeline:
@@ -25,6 +39,7 @@ class Pipeline:
 
     def __init__(self, model: Model):
         self._model = model
+        self._has_warned = False  # of texts that are cut
 
     def __call__(
         self,
@@ -33,13 +48,16 @@ class Pipeline:
         *,
         question: str | Sequence[str] | None = None,
         context: str | Sequence[str] | None = None,
+        top_k: int | None | _Default = _DEFAULT,
     ) -> Any:
         """The answer to a text (or pair), or a list of answers to a list of them.
 
-        Classification: {label, score}. Several labels: {labels, scores}. Regression: {score}.
-        Tagging: a list of {entity_group, score, word, start, end}. Questions (`question` and
-        `context`): {answer, score, start, end}. Sentence vectors: fp32 [dim] or [texts, dim].
-        Raises ValueError for a blank text.
+        Classification as in transformers: a list of one {label, score}, or of one for each text of
+        a list; with `top_k` a list of so many labels for each text (None: all), the best first.
+        Several labels: {labels, scores}. Regression: {score}. Tagging: a list of {entity_group,
+        score, word, start, end}. Questions (`question` and `context`): {answer, score, start, end}.
+        Sentence vectors: fp32 [dim] or [texts, dim]. Texts with more tokens than the model reads
+        are cut, with one warning. Raises ValueError for a blank text.
         """
         first, second = (texts, text_pair) if question is None else (question, context)
         if first is None:
@@ -48,14 +66,26 @@ class Pipeline:
         rows = [first] if is_one else list(first)
         pairs = [second] * len(rows) if isinstance(second, str) else second
         self._check(rows, pairs)
+        is_class = self._model.task.kind == CLASSIFICATION.kind
+        _check_top(top_k, is_class)
         answers = self._model.answer(
             Examples(rows, None if pairs is None else list(pairs), None, None)
         )
+        self._warn()
         if "vector" in answers[0]:
             vectors = np.array([answer["vector"] for answer in answers], np.float32)
             return vectors[0] if is_one else vectors
+        if is_class and not isinstance(top_k, _Default):
+            ranked = [_ranked(answer, top_k) for answer in answers]
+            return ranked[0] if is_one else ranked
         found = [_renamed(answer) for answer in answers]
-        return found[0] if is_one else found
+        return found[0] if is_one and not is_class else found
+
+    def _warn(self) -> None:
+        told = self._model.cut_line()
+        if told and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(f"{self._model.name}: {told}", stacklevel=3)
 
     def _check(self, rows: list[str], pairs: Sequence[str] | None) -> None:
         needs_context = self._model.task.unit == "span"
@@ -70,13 +100,15 @@ class Pipeline:
 
 
 def pipeline(task: str, model: str | Path, *, max_length: int | None = None) -> Pipeline:
-    """A `Pipeline` for `model`, a folder or hub id, as `transformers.pipeline(task, model)` makes.
+    """A `Pipeline` for `model`, a folder or hub id, in the way of `transformers.pipeline`.
 
-    `task`: text-classification, token-classification, question-answering, sentence-similarity or
-    feature-extraction. Raises ValueError for a model of another task.
+    `task`: text-classification (or sentiment-analysis), token-classification, question-answering,
+    sentence-similarity or feature-extraction. A model of classes answers as that of transformers
+    does; for the others see `Pipeline.__call__`. Raises ValueError for a model of another task.
     """
+    task = _ALIASES.get(task, task)
     if task not in _HEADS:
-        raise ValueError(f"task: expected one of {list(_HEADS)}, got '{task}'; choose one")
+        raise ValueError(f"task: expected one of {[*_HEADS, *_ALIASES]}, got '{task}'; choose one")
     loaded = Model(str(model), max_length)
     if loaded.task.hf_head != _HEADS[task]:
         fits = next(name for name, own in _HEADS.items() if own == loaded.task.hf_head)
@@ -85,6 +117,25 @@ def pipeline(task: str, model: str | Path, *, max_length: int | None = None) -> 
             f"use pipeline('{fits}', …)"
         )
     return Pipeline(loaded)
+
+
+def _check_top(top_k: int | None | _Default, is_class: bool) -> None:
+    if isinstance(top_k, _Default):
+        return
+    if not is_class:
+        raise ValueError("top_k: expected none for a model without classes, got one; remove it")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k: expected 1 or more, or None for all labels, got {top_k}")
+
+
+def _ranked(answer: dict[str, Any], top_k: int | None) -> list[dict[str, Any]]:
+    """The best labels of a text; [answer] where the outputs are not finite."""
+    if "problem" in answer:
+        return [_renamed(answer)]
+    scores = softmax(np.array(list(answer["logits"].values()), np.float32))
+    pairs = zip(answer["logits"], scores.tolist(), strict=True)
+    found = [{"label": label, "score": score} for label, score in pairs]
+    return sorted(found, key=lambda own: -own["score"])[:top_k]
 
 
 def _renamed(answer: dict[str, Any]) -> Any:
