@@ -23,6 +23,13 @@ def test_one_version():
     assert tinybert_jax.__version__ == PROJECT["version"] == citation["version"] == newest
 
 
+def test_public_names_are_listed_before_they_are_imported():
+    program = "import sys, tinybert_jax as tj; "
+    program += "print({*tj.__all__} <= {*dir(tj)}, 'jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "False"]
+
+
 def test_one_licence_and_one_author():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     (author,) = PROJECT["authors"]

@@ -21,3 +21,8 @@ def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module 'tinybert_jax' has no attribute '{name}'")
     return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names too, which are imported on first use."""
+    return sorted({*globals(), *__all__})
