@@ -225,5 +225,7 @@ def test_a_local_path_is_never_asked_of_the_hub(path, tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     with pytest.raises(ValueError, match="found none; check the path"):
         find_folder(path)
-    with pytest.raises(ValueError, match="the hub could not be read"):
-        find_folder("owner/name")
+    for name in ("owner/name", "mail-model"):
+        told = f"there is no folder '{name}' here, and the hub huggingface.co cannot be reached"
+        with pytest.raises(ValueError, match=told):
+            find_folder(name)

@@ -35,20 +35,28 @@ def find_folder(path: str | Path) -> Path:
         raise ValueError(f"{path}: expected {wanted}, got a file; give the folder of the file")
     if not _is_hub_id(str(path)):
         raise ValueError(f"{path}: expected {wanted}, found none; check the path")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     name, _, revision = str(path).partition("@")
     wanted_files = ["*.safetensors", "*.json", "*vocab.txt", "README.md"]
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted_files))
     except Exception as error:  # the hub client raises many kinds of errors
+        host = constants.ENDPOINT.partition("://")[2]
+        told = _NOT_READ.get(type(error).__name__, "could not be read")
         raise ValueError(
-            f"'{path}': expected a local model folder or a hub id; no such folder, and the hub "
-            f"could not be read ({type(error).__name__}); check the name and the network, and run "
-            "the command again: it goes on with what was downloaded"
+            f"'{path}': expected a model folder or a hub id; there is no folder '{path}' here, and "
+            f"the hub {host} {told} ({type(error).__name__}); give the path of a folder, such as "
+            "one that was downloaded elsewhere, or check the name and the network and run the "
+            "command again: it goes on with what was downloaded"
         ) from error
 
 
+_NOT_READ = {
+    "LocalEntryNotFoundError": "cannot be reached",
+    "OfflineModeIsEnabled": "cannot be reached",
+    "RepositoryNotFoundError": "has no such model, or none for you",
+}
 _NAME = r"[A-Za-z0-9][\w.-]{0,95}"
 _HUB_ID = re.compile(rf"{_NAME}(/{_NAME})?(@[0-9a-f]{{40}})?", re.ASCII)
 
