@@ -343,6 +343,12 @@ def _settings(arguments):
     if table["data"] is not None:
         from tinybert_jax.recipes import from_table
 
+        configs = [w for w in words if "=" not in w and w.lower().endswith((".yaml", ".yml"))]
+        if configs:
+            raise ValueError(
+                f"expected a config, or --data with a table, got {configs[0]} and --data "
+                f"{table['data']}; give one of them"
+            )
         tree = from_table.make_tree(**table, overrides=words, say=_tell)
         return config_files.complete(tree, "command line", _measure, _tell)
     given = [f"--{name.replace('_', '-')} alone" for name in table if table[name] is not None]

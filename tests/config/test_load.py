@@ -240,6 +240,10 @@ def test_all_mistakes_at_once_with_paths_and_nearest_names(tmp_path):
         ("teacher.path=somewhere", "either path or sizes"),
         ("task.metric=pearson", "task.metric: .*'matthews', got 'pearson'"),
         ("teacher.preset=bert-bass", "did you mean 'bert-base'"),
+        (
+            "student.num_layers=2",
+            "student.num_layers: unknown key; did you mean 'num_hidden_layers'",
+        ),
         ("pretrain={num_steps: 1, learning_rate: 1}", "need a corpus section"),
         ("general={num_steps: 1, learning_rate: 1}", "need a student section"),
         ("tokenizer.path=null", "expected a tokenizer"),

@@ -126,6 +126,8 @@ def test_mistakes_are_told_before_anything_is_written(folder, tmp_path, monkeypa
         (("--data", "mails.csv", *teacher), "mails.csv: expected a file or folder; got nothing"),
         (("--text", "body"), "expected a config, or --data with a table, got --text alone"),
         ((), "expected a config, or --data with a table, got neither"),
+        (("mail.csv",), "got a table; to train on it, tinybert run --data mail.csv"),
+        (("a.yaml", "--data", "mail.csv"), "got a.yaml and --data mail.csv; give one of them"),
     ):
         assert _tinybert("run", *words) == 2
         assert message in capsys.readouterr().err

@@ -21,6 +21,7 @@ from tinybert_jax.config.run import RunConfig
 
 Root = TypeVar("Root", bound=BaseModel)
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
+_TABLES = (".csv", ".tsv", ".jsonl")
 _BOOLEAN = "tag:yaml.org,2002:bool"
 
 
@@ -83,6 +84,9 @@ def load_as(root: type[Root], path: str | Path, overrides: Sequence[str] = ()) -
 
 
 def _load_tree(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    if path.suffix.lower() in _TABLES:
+        fix = f"to train on it, tinybert run --data {shlex.quote(str(path))}"
+        raise ConfigError(f"{path}: expected a YAML config file, got a table; {fix}")
     if not path.is_file():
         raise ConfigError(f"{path}: expected a YAML config file, found none{_nearest_file(path)}")
     return with_overrides(_read(path), overrides, path)
@@ -365,10 +369,17 @@ def _section_types(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _nearest(name: str, known: Sequence[str], list_all: bool = True) -> str:
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    longer = [key for key in known if _has_words(key, name)]  # as num_hidden_layers of num_layers
+    match = difflib.get_close_matches(name, longer or known, n=1, cutoff=0.0 if longer else 0.5)
     if match:
         return f"; did you mean '{match[0]}'?"
     return f"; known here: {', '.join(known)}" if list_all else ""
+
+
+def _has_words(key: str, name: str) -> bool:
+    """Whether all words of a name of several are in the key, in their order."""
+    words, rest = name.split("_"), iter(key.split("_"))
+    return len(words) > 1 and all(word in rest for word in words)
 
 
 def _nearest_file(path: Path) -> str:
