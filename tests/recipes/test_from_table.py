@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 
 import pytest
 import tiny_inputs
@@ -11,6 +13,7 @@ import tinybert_jax
 from tinybert_jax import cli
 from tinybert_jax.config import load as config_files
 from tinybert_jax.huggingface.folder import read_model
+from tinybert_jax.training.throughput import Meter
 
 ROWS = list(zip(tiny_inputs.TEXTS, tiny_inputs.LABELS, strict=True))
 # The whole recipe in a few steps.
@@ -159,5 +162,31 @@ def test_the_same_from_python(finished, folder, monkeypatch, tmp_path, capsys):
         tinybert_jax.distill("mail.csv", folder / "teacher", settings={"name": tmp_path})
     with pytest.raises(ValueError, match="'😀'"):  # told as it was given
         tinybert_jax.distill("mail.csv", folder / "teacher", settings={"task.kind": "😀"})
-    with pytest.raises(ValueError, match="1l-16"):
-        tinybert_jax.distill("mail.csv", folder / "teacher", "1l-16", **options)
+    for wrong in ("1l-16", "3x384"):
+        with pytest.raises(ValueError, match=f"as '3l-384d', .*bert-tiny.*, got '{wrong}'"):
+            tinybert_jax.distill("mail.csv", folder / "teacher", wrong, **options)
+
+
+def test_ctrl_c_in_python_saves_and_the_same_call_goes_on(folder, monkeypatch, capfd):
+    monkeypatch.chdir(folder / "empty")
+    _write_mail(folder / "empty" / "mail.csv")
+    settings = {name: yaml.safe_load(own) for name, _, own in (s.partition("=") for s in SHORT)}
+    options = {"text": "body", "label": "folder", "run_dir": "stopped", "settings": settings}
+    record, calls = Meter.record, []
+
+    def interrupted(self, *arguments, **named):
+        calls.append(0)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return record(self, *arguments, **named)
+
+    monkeypatch.setattr(Meter, "record", interrupted)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        tinybert_jax.distill("mail.csv", folder / "teacher", **options)
+    assert raised.value.__suppress_context__ and len(raised.traceback) < 8
+    told = capfd.readouterr().err
+    assert "stopped by SIGINT after step" in told and "Ctrl-C again stops at once" in told
+    assert "everything until then is saved. To go on, call again: tinybert_jax.distill" in told
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert tinybert_jax.distill("mail.csv", folder / "teacher", **options).report.is_file()
+    assert "finetune: resumes at step" in capfd.readouterr().out

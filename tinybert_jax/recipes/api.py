@@ -13,7 +13,10 @@ from tinybert_jax.inference.pipeline import Pipeline
 from tinybert_jax.inference.predict import Model
 from tinybert_jax.recipes import by_rows, from_table
 from tinybert_jax.recipes import pipeline as recipe
+from tinybert_jax.settings.sizes import PRESETS
+from tinybert_jax.training import preemption
 
+_CALL = "tinybert_jax.distill"
 _SIZES = re.compile(r"(\d+)l-(\d+)d")
 
 
@@ -71,8 +74,9 @@ def distill(
     `data`: a .csv, .tsv or .jsonl file. `teacher`: a BERT folder or hub id. `student`: layers and
     width as "3l-384d", the name of a preset, or settings of the section student; None: the recipe
     chooses. `task`: the kind of the task; what is None is guessed from the columns. `settings`: by
-    path, such as {"finetune.num_epochs": 3}. A run that was interrupted goes on. Raises ValueError,
-    before anything is written, for a wrong input.
+    path, such as {"finetune.num_epochs": 3}. Ctrl-C saves, says so and
+    raises KeyboardInterrupt; the same call goes on. Raises ValueError, before anything is written,
+    for a wrong input.
     """
     overrides = [_override(name, value) for name, value in (settings or {}).items()]
     if student is not None:
@@ -90,7 +94,8 @@ def distill(
         say=print,
     )
     config = config_files.complete(tree, "distill", by_rows.measure, print)
-    return Result(recipe.main(config, command="tinybert_jax.distill"))
+    with preemption.interruptible(_CALL) as stop:
+        return Result(recipe.main(config, command=_CALL, stop=stop))
 
 
 def _override(name: str, value: Any) -> str:
@@ -108,6 +113,11 @@ def _student(given: str | Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(given, str):
         return given
     sizes = _SIZES.fullmatch(given)
+    if not sizes and given not in PRESETS:
+        raise ValueError(
+            f"student: expected layers and width, as '3l-384d', the name of a preset "
+            f"({', '.join(PRESETS)}), or settings as a mapping, got '{given}'"
+        )
     if not sizes:
         return {"preset": given}
     return {"num_hidden_layers": int(sizes[1]), "hidden_size": int(sizes[2])}

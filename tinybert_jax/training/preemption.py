@@ -55,8 +55,8 @@ class Stop:
     Nobody asks unless `handled` gave this object, so library use never stops.
     """
 
-    def __init__(self, command: str = ""):
-        self.command = command
+    def __init__(self, command: str = "", how: str = "repeat the command"):
+        self.command, self._how = command, how  # to go on
         self.place = _BEFORE  # where the run is
         self._signal = ""
         self._agreed = ""  # of several processes: the signal, until the step that they agreed on
@@ -131,7 +131,7 @@ class Stop:
         is_begun = self.place != _BEFORE
         kept = "everything until then is saved" if is_begun else "nothing was to be saved"
         return (
-            f"stopped by {self._signal} {self.place}; {kept}. To go on, repeat the command{where}: "
+            f"stopped by {self._signal} {self.place}; {kept}. To go on, {self._how}{where}: "
             f"{self.command}"
         )
 
@@ -143,6 +143,11 @@ class Stop:
             self._signal = name
             if self._act is not None:
                 os._exit(self._finish(self._act, report))
+
+    def ask_softly(self, name: str) -> bool:
+        """Asks the run to stop after the step; whether there is anything to save before that."""
+        self._signal = name
+        return self._act is not _nothing
 
     def agree(self, report: Callable[[Exception], int], what: set[str]) -> None:
         """Hears what all processes agreed on; ends this one where it saves nothing with others."""
@@ -216,6 +221,38 @@ def handled(command: str, report: Callable[[Exception], int]) -> Iterator[Stop]:
         thread.join()
         reader.close()
         writer.close()
+
+
+@contextlib.contextmanager
+def interruptible(call: str) -> Iterator[Stop]:
+    """Ctrl-C stops a run that Python calls: it saves, says so in a line, and raises as Ctrl-C does.
+
+    The process goes on, unlike in `handled`. A second Ctrl-C raises at once. In another thread than
+    the main one, and where the program has its own handler, nothing is handled.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield NEVER
+        return
+    stop = Stop(call, "call again")
+
+    def ask(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not stop.ask_softly("SIGINT"):
+            raise KeyboardInterrupt
+        os.write(2, b"stops when the step is done and saved; Ctrl-C again stops at once\n")
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop
+    except Stopped as stopped:
+        say(stopped)
+        raise KeyboardInterrupt from None
+    except KeyboardInterrupt:
+        say(Stopped(f"interrupted {stop.place}; to go on from what is saved, call again: {call}"))
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def say(error: Exception) -> None:
