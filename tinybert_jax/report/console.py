@@ -47,6 +47,8 @@ def console_summary(summary: dict[str, Any]) -> str:
         f"{_costs(m)}"
         for m in summary["models"]
     ]
+    if lines:
+        lines.insert(0, _legend(summary))
     kept = summary.get("share_kept", {})
     shares = kept if isinstance(kept, dict) else {"the student": kept}
     comparisons = summary.get("comparisons", {})
@@ -75,6 +77,14 @@ def console_summary(summary: dict[str, Any]) -> str:
         lines.append(f"pretrain  on held-out text: {', '.join(values)}")
     lines += [f"advice: {line}" for line in summary.get("advice", ())]
     return "\n".join(lines)
+
+
+def _legend(summary: dict[str, Any]) -> str:
+    """What the numbers of the models are."""
+    measured = [m["latency_ms"] for m in summary["models"] if "latency_ms" in m]
+    length = f"; milliseconds for a text of {measured[0]['seq_len']} tokens" if measured else ""
+    rows = f"{summary['dev_examples']:,} dev rows, with its 95% interval"
+    return f"{summary['metric']} on {rows}; parameters of the layers{length}"
 
 
 _OTHERS = {

@@ -37,7 +37,7 @@ b.teacher{color:var(--soft)}b.student{color:var(--student)}b.baseline{color:var(
 .mark figcaption{margin-top:8px;font-size:.8rem;line-height:1.35;color:var(--soft)}
 section{border-top:1px solid var(--line);padding:28px 0 32px}
 h2{margin:0 0 18px;font-size:1.2rem;letter-spacing:-.01em}
-.note,.soft{color:var(--soft)}
+.note,.soft{color:var(--soft)}.compare td .soft{white-space:nowrap}
 .note{margin:12px 0 0;font-size:.875rem;max-width:60em}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
@@ -154,7 +154,7 @@ header>div{flex:none}
 .differing:not(.answers){min-width:560px}
 .times .track{grid-row:2;grid-column:1/-1;padding:0}.track .bar{height:6px}
 .compare thead tr,.compare tbody tr{display:grid;grid-auto-flow:column;
-grid-auto-columns:minmax(84px,1fr)}
+grid-auto-columns:minmax(132px,1fr)}
 .compare thead td{display:none}
 .compare tbody th{grid-row:1;grid-column:1;padding-bottom:0;color:var(--soft);font-size:.875rem;
 white-space:nowrap}
