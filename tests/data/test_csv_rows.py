@@ -48,7 +48,7 @@ def test_a_corpus_is_read_with_semicolons_too(tmp_path):
         ("body\na; b\nc\n", "body", ["a; b", "c"]),
         ("a; b\nc\n", "0", ["a; b", "c"]),
         ("a; b\n", "0", ["a; b"]),
-        ("a;b\nc;d\n", "0", ["a", "c"]),
+        ("a;b\nc;d\n", "0", ["a;b", "c;d"]),
         ("a;b\nc;d\n", "1", ["b", "d"]),
     ],
 )

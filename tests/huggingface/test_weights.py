@@ -225,6 +225,16 @@ def test_a_left_over_head_is_not_missed(original, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_weights_that_are_left_out_are_named(original, tmp_path, capsys):
+    folder = tmp_path / "more"
+    shutil.copytree(original[0], folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "adapter.weight": np.ones(2, np.float32)}, folder / "model.safetensors")
+    start_params(folder, make_encoder(CONFIG)[1])
+    told = f"{folder}: left out, as this model has no place for them: adapter.weight\n"
+    assert capsys.readouterr().out == told
+
+
 def test_head_of_another_size_is_refused_or_makes_way_for_a_fresh_one(original, capsys):
     with pytest.raises(ValueError, match="expected a head with 5 labels, got one with 3.*'mixed'"):
         load(original[0], num_labels=5)

@@ -1,7 +1,9 @@
 """`tinybert predict` on a table: the columns that it reads, keeps and writes."""
 
+import datetime
 import json
 
+import datasets
 import jax
 import pytest
 from tiny_inputs import TEACHER, TEXTS, write_inputs
@@ -46,8 +48,8 @@ def predict(models, tmp_path, capsys):
     ("model", "content", "told"),
     [
         ("body", "text,body\n{1},{0}\n", "text in column 'body', as the model was trained on"),
-        ("plain", "id;question\n1;{0}\n", "text in column 'question', columns separated by ';'"),
-        ("plain", "anything\n{0}\n", "text in column 'anything'"),
+        ("plain", "id;question\n1;{0}\n", "text in column 'question'"),
+        ("plain", "Review\n{0}\n", "text in column 'Review'"),
         ("body", "text,n\n{0},1\n", "text in column 'text'"),
         ("plain", "text,other\n{0},{1}\n", ""),
     ],
@@ -70,8 +72,16 @@ def test_errors_name_the_options_of_the_command(predict):
         status, rows, err = predict("plain", f"text,body\n{TEXTS[0]},{TEXTS[1]}\n", *words)
         assert status == 2 and rows == []
         assert "did you mean 'body'? (--text or --text-pair)" in err
-    status, _, err = predict("plain", f"question,answer\n{TEXTS[0]},{TEXTS[1]}\n")
-    assert status == 2 and "one column that can be the text" in err and "--text COLUMN" in err
+    for content in (
+        f"question,review\n{TEXTS[0]},{TEXTS[1]}\n",  # two that may be it
+        f"{TEXTS[0]}\n{TEXTS[1]}\n",  # none: it has no line of names
+    ):
+        status, _, err = predict("plain", content)
+        assert status == 2 and "one column that can be the text" in err
+        assert "--text COLUMN" in err and "0, 1 … in a file without a line of names" in err
+    rows = '{"body": "a"}\n{"title": "b"}\n'
+    status, _, err = predict("body", rows, name="a.jsonl")
+    assert status == 2 and "'body'" in err and "line 2" in err
 
 
 def test_columns_that_are_no_names_are_refused(models):
@@ -106,13 +116,14 @@ def test_columns_are_copied_and_logits_come_when_asked_for(predict, tmp_path):
         (("--keep", "teams"), "did you mean 'team'? (--keep)"),
         (("--keep", "label"), "--keep: expected other columns than those of the output"),
         (("--keep", "text"), "got ['text']; rename them in the file"),
+        (("--keep", "logits", "--logits"), "got ['logits']; rename them in the file"),
     ],
 )
 def test_columns_that_cannot_be_copied_are_refused_before_a_byte_is_written(
     predict, tmp_path, words, told
 ):
     output = tmp_path / "out.jsonl"
-    content = f"text,label,team\n{TEXTS[0]},a,b\n"
+    content = f"text,label,team,logits\n{TEXTS[0]},a,b,c\n"
     status, rows, err = predict("plain", content, *words, "-o", str(output))
     assert (status, rows, output.exists()) == (2, [], False) and told in err
 
@@ -140,3 +151,19 @@ def test_rows_that_are_written_and_texts_that_are_cut_are_counted(
     assert "2 of 3 texts have more than 4 tokens" in capsys.readouterr().err
     assert cli.main(["predict", str(models / "plain"), "-t", "tea", "--keep", "id"]) == 2
     assert "--keep: expected a data file, got texts" in capsys.readouterr().err
+
+
+def test_kept_values_that_json_has_not_are_refused(predict):
+    rows = [{"text": TEXTS[0], "n": 1.0}, {"text": TEXTS[1], "n": float("nan")}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    status, _, err = predict("plain", lines, "--keep", "n", name="a.jsonl")
+    assert status == 2 and "row 2, column 'n': --keep: expected a value that JSON has" in err
+
+
+def test_a_data_set_is_read_by_the_trained_column_and_its_dates_are_kept(models, tmp_path, capsys):
+    row = {"text": TEXTS[1], "body": TEXTS[0], "day": datetime.date(2026, 1, 2)}
+    datasets.Dataset.from_list([row]).save_to_disk(tmp_path / "set")
+    command = ["predict", str(models / "body"), str(tmp_path / "set"), "--keep", "day"]
+    assert cli.main(command) == 0
+    (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (row["text"], row["day"]) == (TEXTS[0], "2026-01-02")

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import tiny_inputs
@@ -13,6 +14,7 @@ import tinybert_jax
 from tinybert_jax import cli
 from tinybert_jax.config import load as config_files
 from tinybert_jax.huggingface.folder import read_model
+from tinybert_jax.recipes import pipeline
 from tinybert_jax.training.throughput import Meter
 
 ROWS = list(zip(tiny_inputs.TEXTS, tiny_inputs.LABELS, strict=True))
@@ -188,5 +190,15 @@ def test_ctrl_c_in_python_saves_and_the_same_call_goes_on(folder, monkeypatch, c
     assert "stopped by SIGINT after step" in told and "Ctrl-C again stops at once" in told
     assert "everything until then is saved. To go on, call again: tinybert_jax.distill" in told
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    scores = pipeline.collect_results
+    monkeypatch.setattr(
+        pipeline, "collect_results", lambda *a: os.kill(os.getpid(), signal.SIGINT) or scores(*a)
+    )
+    with pytest.raises(KeyboardInterrupt):  # no step is awaited, as none runs
+        tinybert_jax.distill("mail.csv", folder / "teacher", **options)
+    told = capfd.readouterr()
+    assert "finetune: resumes at step" in told.out
+    assert "interrupted after its last stage; to go on from what is saved, call again" in told.err
+    assert not Path("stopped", "results.json").exists()
+    monkeypatch.setattr(pipeline, "collect_results", scores)
     assert tinybert_jax.distill("mail.csv", folder / "teacher", **options).report.is_file()
-    assert "finetune: resumes at step" in capfd.readouterr().out

@@ -39,7 +39,7 @@ def load(
 
     A config with `recipe: by_rows` is filled in with settings for the facts that `measure` finds
     in the text and the teacher, and `say` is told a line for each choice. Without facts (None) they
-    are those of a typical text, and `say` is told that too.
+    are those of a typical text, and `say` is told that alone.
     """
     return complete(_load_tree(Path(path), overrides), path, measure, say)
 
@@ -60,7 +60,10 @@ def complete(
     draft = validate(RunConfig, _filled(tree, by_rows.TYPICAL, origin)[0], origin)
     facts = measure(draft)
     filled, lines = _filled(tree, facts or by_rows.TYPICAL, origin)
-    for line in lines if facts else ():  # without them the run tells what cannot be read
+    if facts is None:
+        num_rows = by_rows.TYPICAL.num_labelled
+        lines = [f"text or teacher not read: lengths and rates are those of {num_rows:,} rows"]
+    for line in lines:
         say(f"recipe: {line}")
     return validate(RunConfig, filled, origin)
 

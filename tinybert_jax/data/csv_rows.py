@@ -3,13 +3,15 @@
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from tinybert_jax.data.errors import fail, fix_of_csv
 
-_HEADER = re.compile(r'(?:"(?:[^"]|"")*"|[^"\n])*')  # up to a line break outside of quotes
-_QUOTED = re.compile(r'"(?:[^"]|"")*"')
+# Up to a line break outside of quotes. Possessive: a quote that is not closed costs no memory.
+_HEADER = re.compile(r'(?:"(?:[^"]|"")*+"|[^"\n])*+')
+_QUOTED = re.compile(r'"(?:[^"]|"")*+"')
+_LONGEST = 1 << 20  # characters of a first line
 
 
 class Rows(NamedTuple):
@@ -23,22 +25,29 @@ class Rows(NamedTuple):
 def read_csv_rows(path: str, text: str, wanted: Sequence[str] = ()) -> Rows:
     """The rows of the text of `path`; see `column_separator` for what is between columns.
 
-    Without a header and with the first column alone `wanted`, each row has to have as many
-    semicolons, or they are part of the text. Raises ValueError with the line of a broken row.
+    Raises ValueError with the line of a broken row.
     """
-    rows = _read(path, text, column_separator(text, wanted))
-    if rows.separator == ";" and set(wanted) == {"0"}:
-        widths = [len(fields) for fields in rows.fields]
-        if len(widths) == 1 or len(set(widths)) > 1:
-            return _read(path, text, ",")
-    return rows
+    return _read(path, text, column_separator(text[:_LONGEST], wanted))
+
+
+def first_record(lines: Iterator[str]) -> list[str]:
+    """The first line of a .csv file, and the lines that its quoted line breaks take along."""
+    found = [next(lines, "")]
+    num_quotes, length = found[0].count('"'), len(found[0])
+    while num_quotes % 2 and length < _LONGEST and (more := next(lines, "")):
+        found.append(more)
+        num_quotes, length = num_quotes + more.count('"'), length + len(more)
+    return found
 
 
 def column_separator(text: str, wanted: Sequence[str] = ()) -> str:
     """';' where the first line of a .csv file has one and no comma, both outside quotes; else ','.
 
-    A first line that is one of the columns that are `wanted` is the name of a single column.
+    Where the first column alone is `wanted` by its position, and where the first line is one of the
+    columns that are `wanted`, the file has a single column, and semicolons are text.
     """
+    if set(wanted) == {"0"}:
+        return ","
     match = _HEADER.match(text)
     header = match[0].strip() if match else ""
     bare = _QUOTED.sub("", header)

@@ -21,6 +21,7 @@ from tinybert_jax.config.tasks import (
 )
 from tinybert_jax.data.conll import SUFFIXES as TAGGED_SUFFIXES
 from tinybert_jax.data.errors import fail, fail_column, listed, separator_hint
+from tinybert_jax.data.json_text import parse_json
 from tinybert_jax.data.squad import SUFFIXES as QUESTION_SUFFIXES
 from tinybert_jax.data.tables import (
     format_of,
@@ -123,33 +124,35 @@ def guess_text(
 ) -> Guess:
     """The columns of text that a model reads in a file; settings that are `given` stay.
 
-    `trained`: the columns that the model was trained on, taken where the file has all of them; else
-    `text`, and then what `guess_task` takes. Raises ValueError for a file that cannot be read, and
-    where several columns may be the text.
+    `trained`: the columns that the model was trained on, taken where the file has them; else
+    `text`; else, for single texts, the only column with a name of text. Raises ValueError for a
+    file that cannot be read, and where no column or several may be the text: a file without a line
+    of names has positions in place of names, which nobody guesses.
     """
-    if not trained and not reads_pairs and _begins_with_text(path):
-        return Guess({}, "")
-    columns = _read_columns(path, given)
+    names = _names_of(path, given)
     wanted = {name: column for name, column in trained.items() if name not in given}
-    if trained and set(wanted.values()) <= set(columns.values):
+    if trained and set(wanted.values()) <= set(names):
         return Guess(wanted, f"text in {_in_columns(wanted)}, as the model was trained on")
-    if "text" in columns.values and not reads_pairs:
-        return Guess({}, "text in column 'text'")
-    text, pair = _text_columns(columns, given)
-    if pair and not (reads_pairs or given.get("text_pair")):
-        _fail_choice(columns, "text", [text, pair])
-    found = {"text": text} | ({"text_pair": pair} if pair else {})
-    found = {name: column for name, column in found.items() if name not in given}
-    return Guess({**columns.settings, **found}, f"text in {_in_columns(found)}{columns.note}")
+    if "text" in names:
+        return Guess({}, "text in column 'text'" if trained else "")
+    likely = [name for name in names if name.strip().casefold() in _TEXT_NAMES]
+    if reads_pairs or given.get("text_pair") or len(likely) != 1:
+        shown = _Columns(path, {name: [] for name in names})
+        _fail_choice(shown, "text", likely, "; 0, 1 … in a file without a line of names")
+    return Guess({"text": likely[0]}, f"text in {_in_columns({'text': likely[0]})}")
 
 
-def _begins_with_text(path: str) -> bool:
-    """Whether the first line names a column `text`; the rest is left to the reader."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        line = file.readline(10_000)
-    if Path(path).suffix.lower() == ".jsonl":
-        return re.search(r'"text"\s*:', line) is not None
-    return "text" in [name.strip('" \r\n') for name in re.split("[\t,;]", line)]
+def _names_of(path: str, given: Mapping[str, Any]) -> list[str]:
+    """The names of a file's columns: its first line, the keys of all objects, or features."""
+    form = format_of(path, given.get("format", "auto"))
+    if form in ("hub", "datasets"):
+        return list(load_dataset(path, given.get("train_split"), []).features)
+    if form == "jsonl":
+        read_jsonl(path, [])  # tells of lines that are no objects
+        rows = map(parse_json, split_lines(read_utf8(path)))
+        return list(dict.fromkeys(key for row in rows for key in row))
+    rows = read_rows(path, form).fields
+    return rows[0] if rows else []
 
 
 def _in_columns(found: Mapping[str, str]) -> str:
@@ -378,11 +381,13 @@ def _mean_length(values: Sequence[Any]) -> float:
     return sum(len(value or "") for value in values) / max(len(values), 1)
 
 
-def _fail_choice(columns: _Columns, what: str, candidates: Sequence[str]) -> NoReturn:
+def _fail_choice(
+    columns: _Columns, what: str, candidates: Sequence[str], hint: str = ""
+) -> NoReturn:
     got = f"columns {listed(list(columns.values))}"
     if 1 < len(candidates) < len(columns.values):
         got += f", of which it may be {listed(list(candidates))}"
     fix = f"give --{what} COLUMN"
     if what == "text" and len(candidates) == 2:
         fix += ", and of a pair of texts --text-pair COLUMN too"
-    fail(columns.path, f"one column that can be the {what}", got, fix)
+    fail(columns.path, f"one column that can be the {what}", got, fix + hint)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinybert_jax.data.corpus import COMPRESSED, corpus_files
-from tinybert_jax.data.csv_rows import column_separator
+from tinybert_jax.data.csv_rows import column_separator, first_record
 from tinybert_jax.data.errors import fail, fail_column, short
 from tinybert_jax.data.json_text import parse_json
 from tinybert_jax.data.tables import load_dataset
@@ -267,9 +267,9 @@ def _csv_texts(source: Source, options: Options) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(2**31 - 1)  # the default refuses fields over 128 KiB
     with _open(source) as stream:
         lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        first = next(lines, "")
-        separator = "," if options.text == "0" else column_separator(first, [options.text])
-        reader = csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
+        first = first_record(lines)
+        separator = column_separator("".join(first), [options.text])
+        reader = csv.reader(itertools.chain(first, lines), delimiter=separator, strict=True)
         position, num_columns = None, 0
         if options.text.isdecimal():
             position = int(options.text)

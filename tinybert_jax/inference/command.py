@@ -55,7 +55,7 @@ def _add_predict(commands) -> None:
         type=os.path.expanduser,
         help="write to this file; default: standard output",
     )
-    _add_columns(command, has_pair=False)
+    _add_columns(command, has_pair=False, default="that trained on, or text")
     command.add_argument(
         "--keep",
         action="append",
@@ -184,8 +184,8 @@ def _share(text: str) -> float:
     return value
 
 
-def _add_columns(command, *, has_pair: bool = True) -> None:
-    command.add_argument("--text", help="column of the text; default: text")
+def _add_columns(command, *, has_pair: bool = True, default: str = "text") -> None:
+    command.add_argument("--text", help=f"column of the text; default: {default}")
     if has_pair:
         command.add_argument("--text-pair", help="column of a second text")
     command.add_argument("--split", help="split of a datasets folder or hub data set")
@@ -283,6 +283,8 @@ def _predict(arguments, command: str) -> int:
             f"--output: expected another file than the data, got {output} for both; choose "
             "another name"
         )
+    if arguments.logits:
+        predict.check_has_logits(arguments.model)
     # Nothing but JSON on standard output.
     with contextlib.redirect_stdout(sys.stderr), columns_named_by("--text or --text-pair"):
         rows = predict.predict(

@@ -67,7 +67,7 @@ class Pipeline:
         pairs = [second] * len(rows) if isinstance(second, str) else second
         self._check(rows, pairs)
         is_class = self._model.task.kind == CLASSIFICATION.kind
-        _check_top(top_k, is_class)
+        _check_top(top_k, self._model.task.kind)
         answers = self._model.answer(
             Examples(rows, None if pairs is None else list(pairs), None, None)
         )
@@ -119,13 +119,16 @@ def pipeline(task: str, model: str | Path, *, max_length: int | None = None) -> 
     return Pipeline(loaded)
 
 
-def _check_top(top_k: int | None | _Default, is_class: bool) -> None:
+def _check_top(top_k: Any, kind: str) -> None:
     if isinstance(top_k, _Default):
         return
-    if not is_class:
-        raise ValueError("top_k: expected none for a model without classes, got one; remove it")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: expected 1 or more, or None for all labels, got {top_k}")
+    if kind != CLASSIFICATION.kind:
+        raise ValueError(
+            f"top_k: expected a model that gives a text one of several labels, got one of "
+            f"{kind}; leave top_k out"
+        )
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k: expected 1 or more, or None for all labels, got {top_k!r}")
 
 
 def _ranked(answer: dict[str, Any], top_k: int | None) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from tinybert_jax.inference.columns import kept_columns, text_columns
 from tinybert_jax.inference.scorer import Scorer, make_scorer
 from tinybert_jax.metrics.cosines import unit_vectors
 from tinybert_jax.models.params import Params
+from tinybert_jax.tasks.classification import CLASSIFICATION
 from tinybert_jax.tasks.table import task_of
 from tinybert_jax.tasks.task import Scored, Settings, Task
 from tinybert_jax.tasks.translation import TRANSLATION
@@ -71,10 +72,10 @@ def predict(
     filled = [place for place, text in enumerate(examples.text) if _has_text(text)]
     kept: dict[str, list[Any]] = {}
     if keep:
-        names = loaded.answer(examples.take(filled[:1]))[0] if filled else ()
-        kept = kept_columns(
-            data, split, keep, ["row", "text", "problem", *names], len(examples.text)
-        )
+        first = loaded.answer(examples.take(filled[:1])) if filled else []
+        names = {"row", "text", "problem"}.union(*first)
+        names -= set() if has_logits else {"logits"}
+        kept = kept_columns(data, split, keep, names, len(examples.text))
     answers: dict[int, dict[str, Any]] = {}
     if filled:
         answers = dict(zip(filled, loaded.answer(examples.take(filled)), strict=True))
@@ -104,7 +105,7 @@ def _read(
 ) -> Examples:
     """The texts of a file, or those that are given; see `predict`."""
     if isinstance(data, str):
-        columns = text_columns(data, columns, loaded.task, loaded.head, say)
+        columns = text_columns(data, columns, loaded.task, loaded.head, split, say)
         section = _section(loaded.task, data, columns)
         how = Reading(split, is_labelled=False, keep_blank=True)
         return loaded.task.read(data, section, how)
@@ -274,6 +275,12 @@ def _score_translations(
     assert loaded.tokenizers is not None, "translate has refused a folder without tokenizers"
     rows = task.encode(loaded.tokenizers.source, examples, length)
     return ScoredFile(task, Scored(np.zeros((len(texts), 0)), rows, examples, texts), {})
+
+
+def check_has_logits(model: str) -> None:
+    """Raises ValueError for a model that does not give a text one of several labels."""
+    if (kind := Model(model).task.kind) != (wanted := CLASSIFICATION.kind):
+        raise ValueError(f"--logits: expected a model of {wanted}, got one of {kind}; leave it out")
 
 
 class Model:

@@ -74,8 +74,9 @@ def distill(
     `data`: a .csv, .tsv or .jsonl file. `teacher`: a BERT folder or hub id. `student`: layers and
     width as "3l-384d", the name of a preset, or settings of the section student; None: the recipe
     chooses. `task`: the kind of the task; what is None is guessed from the columns. `settings`: by
-    path, such as {"finetune.num_epochs": 3}. Ctrl-C saves, says so and
-    raises KeyboardInterrupt; the same call goes on. Raises ValueError, before anything is written,
+    path, such as {"finetune.num_epochs": 3}. In the main thread, and where the
+    program has no handler of its own, Ctrl-C saves, says so and raises KeyboardInterrupt; the same
+    call goes on. Raises ValueError, before anything is written,
     for a wrong input.
     """
     overrides = [_override(name, value) for name, value in (settings or {}).items()]

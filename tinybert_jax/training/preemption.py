@@ -52,7 +52,7 @@ _BEFORE = "before its first stage"
 class Stop:
     """A request to stop a run, and what has to be saved then.
 
-    Nobody asks unless `handled` gave this object, so library use never stops.
+    Nobody asks unless `handled` or `interruptible` gave this object.
     """
 
     def __init__(self, command: str = "", how: str = "repeat the command"):
@@ -145,9 +145,15 @@ class Stop:
                 os._exit(self._finish(self._act, report))
 
     def ask_softly(self, name: str) -> bool:
-        """Asks the run to stop after the step; whether there is anything to save before that."""
+        """Asks the main thread, which calls this, to stop: True where it will after its step.
+
+        False where it need not go on before that: what was to be saved is saved then.
+        """
         self._signal = name
-        return self._act is not _nothing
+        if self._act is None:
+            return True
+        self._act()
+        return False
 
     def agree(self, report: Callable[[Exception], int], what: set[str]) -> None:
         """Hears what all processes agreed on; ends this one where it saves nothing with others."""
