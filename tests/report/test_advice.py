@@ -131,6 +131,16 @@ def test_builtin_text_has_a_line_of_its_own_in_place_of_all_others():
     assert line.startswith("built-in text shows that the pipeline works, not what distillation")
 
 
+def test_seeds_that_all_give_the_same_are_told():
+    results = _results()
+    results["models"][1]["by_seed"] = [{"accuracy": 0.885}, {"accuracy": 0.885}]
+    results["models"][1]["deviation"] = {"accuracy": 0.0}
+    (line,) = advice(results)
+    assert "the 2 seeds of student-model gave the same scores" in line and "num_seeds=1" in line
+    results["models"][1]["by_seed"][1]["accuracy"] = 0.884
+    assert advice(results) == []
+
+
 def test_few_rows_tell_how_many_are_wanted():
     results = _results()
     results["dev_examples"] = 100

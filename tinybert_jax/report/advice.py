@@ -40,6 +40,7 @@ def advice(results: dict[str, Any]) -> list[str]:
     lines = [_guessing_teacher(results)]
     for student in (m for m in models_of(results) if m.get("role") == "student"):
         lines += [_beaten_by_itself(results, student), _beaten_by_linear(results, student)]
+        lines.append(_equal_seeds(student))
     lines += [_still_learning(results, "finetune", "the teacher")]
     lines += [_still_learning(results, "prediction", "the student"), _few_rows(results)]
     return [line for line in lines if line]
@@ -109,6 +110,17 @@ def _beaten_by_linear(results: dict[str, Any], student: Model) -> str:
     return (
         f"TF-IDF with a linear model scores higher than {name} ({-difference:.1f} points "
         f"{_bracket(-high, -low)}) and costs next to nothing: take that, or {change}"
+    )
+
+
+def _equal_seeds(student: Model) -> str:
+    """Where all seeds have the same scores: nothing in the run is random."""
+    by_seed = student.get("by_seed")
+    if not isinstance(by_seed, list) or any(scores != by_seed[0] for scores in by_seed):
+        return ""
+    return (
+        f"the {len(by_seed)} seeds of {student.get('name')} gave the same scores, as nothing of it "
+        "is random (no dropout, no random start): num_seeds=1 is enough"
     )
 
 
