@@ -8,6 +8,8 @@ import pytest
 from tiny_inputs import TEACHER, write_config, write_inputs
 
 from tinybert_jax import cli
+from tinybert_jax.config.tasks import ClassificationTask
+from tinybert_jax.recipes.pipeline import _data_name
 from tinybert_jax.training.metric_log import read_rows
 
 STAGE = {
@@ -101,3 +103,16 @@ def test_a_student_reduced_from_its_teacher_starts_nearest_to_it(inputs):
 
 def _train_rows(run):
     return [row for row in read_rows(run / "metrics.jsonl") if row["kind"] == "train"]
+
+
+@pytest.mark.parametrize(
+    "given, name",
+    [
+        ({"builtin": True}, ""),
+        ({"builtin": True, "name": "demo"}, "demo"),
+        ({"train": "a/mail.csv", "dev": "dev.csv"}, "mail"),
+        ({"train": "a/mail.csv", "dev": "dev.csv", "name": "task"}, "mail"),  # a dumped config
+    ],
+)
+def test_the_default_name_of_a_task_is_not_that_of_its_data(given, name):
+    assert _data_name(ClassificationTask(**given)) == name

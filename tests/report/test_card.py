@@ -65,9 +65,9 @@ def test_the_card_says_how_to_use_the_model_and_what_it_was_made_of(tmp_path):
         "Exported after the stage `prediction`.",
         "# FOLDER: this folder, or its name on the hub as owner/name\nfrom transformers",
         "# FOLDER: this folder, or its name on the hub as owner/name\ntinybert predict FOLDER",
-        'model("A text.", truncation=True, max_length=96)',
-        "trained on texts of at most 96 tokens. Texts of more than 512 tokens do not fit: give "
-        "`truncation=True`",
+        'model("A text.", truncation=True, max_length=512)',
+        "trained on texts of at most 96 tokens. Both calls above read up to 512 tokens of a text "
+        "and cut the rest.",
         "## Licence\n\nAs the teacher's, apache-2.0; check that it fits your data.",
         "22.7 M parameters, 1.52 M without embeddings",
         "| model | accuracy | F1 | encoder parameters, without embeddings | on disk | latency |",
@@ -83,11 +83,14 @@ def test_the_card_says_how_to_use_the_model_and_what_it_was_made_of(tmp_path):
     [
         (
             {"train": "news.csv", "dev_share": 0.1},
-            "These are about 10 % of the rows of news.csv, set apart by a hash of their text",
+            "These are about 10 % of the rows of news.csv, set apart by a hash of their text; no "
+            "stage of this run trains on them. ",
         ),
         (
             {"train": "new.csv", "old": "old.csv", "dev_share": 0.25},
-            "These are about 25 % of the rows of new.csv and old.csv,",
+            "These are about 25 % of the rows of new.csv and old.csv, set apart by a hash of their "
+            "text; no stage of this run trains on them, but the earlier model may have been "
+            "trained on some. ",
         ),
         ({"train": "a.tsv", "dev": "dev.tsv"}, "These are rows of their own, of dev.tsv."),
         (
@@ -123,6 +126,45 @@ def test_every_kind_of_model(architecture, is_embedder, task, call, tmp_path):
     )
     assert data.pipeline_tag == task
     assert call in text and "3 layers, 192 wide" in text
+
+
+@pytest.mark.parametrize(
+    "architecture, call, told",
+    [
+        (
+            "BertForQuestionAnswering",
+            "max_seq_len=512)",
+            "trained in windows of 96 tokens. Both calls above read a longer text in windows of "
+            "512 tokens.",
+        ),
+        (
+            "BertForTokenClassification",
+            'model("A text.")',
+            "trained on texts of at most 96 tokens. Texts of more than 512 tokens do not fit: "
+            "split them.",
+        ),
+    ],
+)
+def test_the_card_says_what_happens_to_long_texts(architecture, call, told):
+    results = _results(max_length={"prediction": 96})
+    card = model_card(results, {**CONFIG, "architectures": [architecture]}, ORIGIN)
+    assert call in card and told in card
+
+
+def test_a_translation_is_cut_at_the_positions_of_the_encoder():
+    sides = {
+        side: {"num_hidden_layers": 2, "hidden_size": 64, "max_position_embeddings": length}
+        for side, length in (("encoder", 256), ("decoder", 128))
+    }
+    names = {"architectures": ["EncoderDecoderModel"], "model_type": "encoder-decoder"}
+    card = model_card(_results(), {**names, **sides}, ORIGIN)
+    assert "truncation=True, max_length=256, return_tensors" in card
+    assert "Both calls above read up to 256 tokens of a text and cut the rest." in card
+
+
+def test_data_without_a_name_are_not_named():
+    card = model_card(_results(), CONFIG, ORIGIN._replace(data=""))
+    assert "distilled from owner/bert, by" in card and "with the text of" not in card
 
 
 def test_a_pretrained_model_has_the_scores_of_heldout_text(tmp_path):

@@ -20,6 +20,7 @@ from tinybert_jax.config.stages import (
     UPDATE,
     Stage,
 )
+from tinybert_jax.config.tasks import TaskSection
 from tinybert_jax.data.errors import GateError
 from tinybert_jax.data.splits import describe_labels
 from tinybert_jax.huggingface.encoder_decoder import DECODER_TOKENIZER
@@ -207,7 +208,7 @@ def _cards(run: Run, summary: dict[str, Any], exported: dict[str, Path]) -> dict
         origin = Origin(
             stage=stages[folder],
             member=member,
-            data=_data_name(run.task) if run.task else "",
+            data=_data_name(run.task.section) if run.task else "",
             teacher=Path(path).name if is_local else path.partition("@")[0],
             teacher_card=card_metadata(told),
             is_hub_teacher=bool(path) and not is_local,
@@ -219,10 +220,11 @@ def _cards(run: Run, summary: dict[str, Any], exported: dict[str, Path]) -> dict
     return cards
 
 
-def _data_name(task: RunTask) -> str:
-    """The task's name; that of the file to train on where the config gives none."""
-    is_given, file = "name" in task.section.model_fields_set, task.section.train
-    return task.name if is_given or not file else Path(file).stem
+def _data_name(section: TaskSection) -> str:
+    """The task's name; without one that of the file to train on, "" without such a file."""
+    if section.name != TaskSection.model_fields["name"].default:
+        return section.name
+    return Path(section.train).stem if section.train else ""
 
 
 def _reasons_against(run: Run, exported: dict[str, Path]) -> list[str]:

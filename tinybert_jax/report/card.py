@@ -27,15 +27,15 @@ _TASKS = {
     "EncoderDecoderModel": "translation",
 }
 _DEFAULT = "feature-extraction"
-# Task -> (a call in Python, a command or a call of this package).
+# Task -> (a call in Python, a command or a call of this package). LENGTH: see `_longest`.
 _CALLS = {
     "text-classification": (
-        'model("A text.", truncation=True)',
+        'model("A text.", truncation=True, max_length=LENGTH)',
         'tinybert predict FOLDER -t "A text."',
     ),
     "token-classification": ('model("A text.")', 'tinybert predict FOLDER -t "A text."'),
     "question-answering": (
-        'model(question="Who?", context="A text.")',
+        'model(question="Who?", context="A text.", max_seq_len=LENGTH)',
         'tinybert ask FOLDER manual.txt -q "Who?"',
     ),
     "sentence-similarity": (
@@ -44,20 +44,23 @@ _CALLS = {
     ),
     "fill-mask": ('model("A [MASK].")', 'TinyBertForMaskedLM.from_pretrained("FOLDER")'),
     "translation": (
-        'inputs = tokenizer("A text.", return_tensors="pt", return_token_type_ids=False)\n'
+        'inputs = tokenizer("A text.", truncation=True, max_length=LENGTH, return_tensors="pt", '
+        "return_token_type_ids=False)\n"
         "ids = model.generate(**inputs, num_beams=4)\n"
         "text = tokenizer.batch_decode(ids, skip_special_tokens=True)",
         'tinybert translate FOLDER -t "A text."',
     ),
     _DEFAULT: ('model("A text.")', 'TinyBertModel.from_pretrained("FOLDER")'),
 }
-# Task -> what to do with texts that do not fit.
+_CUT = "Both calls above read up to {} tokens of a text and cut the rest."
+# Task -> what both calls do with a long text; for other tasks the two calls differ.
 _LONG = {
-    "text-classification": "give `truncation=True` as above, which cuts them",
-    "sentence-similarity": "sentence-transformers cuts them",
-    "question-answering": "both calls above read such a text in parts",
+    "text-classification": _CUT,
+    "sentence-similarity": _CUT,
+    "translation": _CUT,
+    "question-answering": "Both calls above read a longer text in windows of {} tokens.",
 }
-_SPLIT = "split them"
+_SPLIT = "Texts of more than {} tokens do not fit: split them."
 _FOLDER = "# FOLDER: this folder, or its name on the hub as owner/name\n"
 _METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
 _ROLES = {
@@ -75,7 +78,7 @@ class Origin(NamedTuple):
 
     stage: str  # that trained the exported model
     member: str  # the exported student, "" where there is one
-    data: str  # the name of the task's data, "" without a task
+    data: str  # the name of the task's data, "" without a task or a name
     teacher: str  # a hub id, or the name of a folder; "" without a teacher
     teacher_card: Mapping[str, Any]  # its license and language, where it has a card
     is_hub_teacher: bool
@@ -246,9 +249,10 @@ def _dev_rows(results: Mapping[str, Any]) -> str:
     data = results.get("data", {})
     if share := data.get("dev_share"):
         files = " and ".join(_text(str(data[name])) for name in ("train", "old") if name in data)
+        earlier = ", but the earlier model may have been trained on some" if "old" in data else ""
         return (
             f"These are about {100 * share:.3g} % of the rows of {files}, set apart by a hash of "
-            "their text; no model was trained on them. "
+            f"their text; no stage of this run trains on them{earlier}. "
         )
     if dev := data.get("dev"):
         split = f", split {_text(str(data['dev_split']))}" if "dev_split" in data else ""
@@ -291,8 +295,7 @@ def _use(results: Mapping[str, Any], config: Mapping[str, Any], origin: Origin) 
             "from transformers import pipeline\n\n"
             f'model = pipeline("{task}", model="FOLDER")\n{theirs}'
         )
-        length = _trained_length(results, origin) or _longest(config)
-        code = code.replace("truncation=True", f"truncation=True, max_length={length}")
+    code = code.replace("LENGTH", str(_longest(config)))
     return (
         f"## Use\n\n```python\n{_FOLDER}{code}\n```\n\nWith tinybert_jax:\n\n"
         f"```\n{_FOLDER}{ours}\n```"
@@ -318,10 +321,10 @@ def _limits(results: Mapping[str, Any], config: Mapping[str, Any], origin: Origi
         "The scores hold for texts like those of the dev rows. Errors and biases of the teacher "
         "and of the training data carry over."
     )
-    trained = _trained_length(results, origin)
-    told = f"The model was trained on texts of at most {trained} tokens. " if trained else ""
-    fix = _LONG.get(_task(config, origin), _SPLIT)
-    lines.append(f"{told}Texts of more than {_longest(config)} tokens do not fit: {fix}.")
+    task, trained = _task(config, origin), _trained_length(results, origin)
+    rows = "in windows of" if task == "question-answering" else "on texts of at most"
+    told = f"The model was trained {rows} {trained} tokens. " if trained else ""
+    lines.append(told + _LONG.get(task, _SPLIT).format(_longest(config)))
     return "\n\n".join(lines)
 
 
@@ -331,7 +334,8 @@ def _trained_length(results: Mapping[str, Any], origin: Origin) -> int | None:
 
 
 def _longest(config: Mapping[str, Any]) -> int:
-    return min(side["max_position_embeddings"] for side in _sides(config))
+    """Tokens of a text that the commands of this package read: the positions of the encoder."""
+    return _sides(config)[0]["max_position_embeddings"]
 
 
 def _licence(origin: Origin) -> str:
