@@ -125,7 +125,7 @@ def test_each_line_in_the_run_that_deserves_it(changes, told):
 
 
 def test_builtin_text_has_a_line_of_its_own_in_place_of_all_others():
-    results = _results() | {"dev_examples": 100, "is_builtin": True}
+    results = _results() | {"dev_examples": 100, "data": {"builtin": True}}
     results["models"][1]["intervals"]["accuracy"] = [0.82, 0.94]
     (line,) = advice(results)
     assert line.startswith("built-in text shows that the pipeline works, not what distillation")
@@ -210,6 +210,20 @@ def test_the_headline_says_where_a_student_is_not_ahead_of_itself(tmp_path):
     assert "What to do next" in page.text and "not clearly higher" in page.text
 
 
+def test_a_clear_loss_to_the_student_without_a_teacher_is_called_one(tmp_path):
+    results = _results()
+    lost = {"difference": -0.03, "interval": [-0.05, -0.01]}
+    results["comparisons"]["student-model"]["baseline"] = lost
+    results["models"][2]["metrics"]["accuracy"] = 0.915
+    text = render(tmp_path, results).text
+    assert (
+        "reaches 0.885 accuracy and is behind the same student without a teacher, which reaches "
+        "0.915." in text
+    )
+    assert "distillation costs 3.0 points." in text
+    assert "not clearly ahead" not in text and "a difference of" not in text
+
+
 def test_advice_gives_nothing_that_the_run_has():
     results = _results()
     results["comparisons"]["student-model"]["baseline"]["interval"] = [-0.01, 0.05]
@@ -238,8 +252,25 @@ def test_bars_of_scores_and_shares_are_as_long_as_the_number(tmp_path):
     assert gap == "width:100.0%" and "137.0 %" in page.text
 
 
-@pytest.mark.parametrize("bounds", [None, [-5.0, 9.0], "missing"])
-def test_a_gap_closed_that_chance_may_make_is_a_dash_with_the_reason(tmp_path, bounds):
+GAP_REASONS = {
+    "lead": "the teacher’s lead over the student without a teacher may be chance",
+    "width": "its interval is wider than 200 points",
+    "none": "no interval is recorded",
+}
+
+
+def test_a_page_of_one_model_has_no_bars_to_explain(tmp_path):
+    results = _results()
+    assert "A whole bar is" in render(tmp_path, results).text
+    text = render(tmp_path, results | {"models": results["models"][1:2]}).text
+    assert "Measured on 872" in text and "A whole bar" not in text
+
+
+@pytest.mark.parametrize(
+    "bounds, reason",
+    [(None, "lead"), ([-5.0, 9.0], "width"), ([-0.5, 1.6], "width"), ("missing", "none")],
+)
+def test_a_gap_closed_that_chance_may_make_is_a_dash_with_the_reason(tmp_path, bounds, reason):
     results = _results()
     closed = results["comparisons"]["student-model"]["gap_closed"]
     closed |= {"value": 1.37, "interval": bounds}
@@ -248,8 +279,9 @@ def test_a_gap_closed_that_chance_may_make_is_a_dash_with_the_reason(tmp_path, b
     page = render(tmp_path, results)
     assert "137" not in page.text
     titles = [a["title"] for tag, a in page.tags if tag == "td" and "title" in a]
-    assert any("may be chance" in title for title in titles)
-    assert "Gap closed, –: the teacher’s lead over the student without a teacher" in page.text
+    for name, words in GAP_REASONS.items():
+        assert (words in titles) == (name == reason)
+        assert (f"Gap closed, –: {words}." in page.text) == (name == reason)
     assert "closes" not in console_summary(results)
 
 

@@ -8,7 +8,7 @@ import pytest
 from report_page import Page, eval_rows, make_model, make_results, render, train_rows
 
 from tinybert_jax.report.charts import MAX_DRAWN_POINTS
-from tinybert_jax.report.confusion import short_names
+from tinybert_jax.report.confusion import cut_names
 from tinybert_jax.report.headline import headline
 from tinybert_jax.report.page import write_report
 from tinybert_jax.report.pareto import pareto_front
@@ -366,8 +366,8 @@ LONG = (
         [f"{i}, a long name with the same end" for i in range(9)],
     ],
 )
-def test_short_names_of_columns_stay_distinct(names):
-    short = short_names(names)
+def test_cut_names_of_columns_stay_distinct(names):
+    short = cut_names(names)
     assert len(set(short)) == len(names) and all(len(name) <= 20 for name in short)
     assert "atm_support" not in names or short == [
         *("balance_n…k_transfer", "balance_n…sh_deposit", "atm_support")

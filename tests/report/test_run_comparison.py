@@ -114,6 +114,26 @@ def test_runs_of_several_metrics_are_not_ranked(tmp_path):
     assert "no score in common" in text and "no common scale" in text
 
 
+@pytest.mark.parametrize(
+    "labels, is_common",
+    [(["ham", "spam"], False), (["negative", "positive"], True), (["a", "b", "c"], False)],
+)
+def test_f1_of_other_classes_has_no_common_scale(tmp_path, labels, is_common):
+    runs = [
+        _write_run(tmp_path / name, label_names=own, metric="f1", resamples=_resamples(0))
+        for name, own in (("a", ["negative", "positive"]), ("b", labels))
+    ]
+    for run in runs:  # matthews: the scores are those of classes
+        results = json.loads((run / "results.json").read_text())
+        for model in results["models"]:
+            model["metrics"]["matthews"] = 0.7
+        (run / "results.json").write_text(json.dumps(results))
+    text = Page(comparison_page(runs)).text
+    assert ("no common scale" in text) == ("no score in common" in text) == (not is_common)
+    assert ("F1 of positive on the dev set" in text) == is_common
+    assert ("+0.000" in text) == is_common
+
+
 def test_equal_scores_are_called_so(tmp_path):
     runs = [_write_run(tmp_path / name, resamples=_resamples(0)) for name in "ab"]
     assert "b has the same." in Page(comparison_page(runs)).text
@@ -135,6 +155,7 @@ def test_names_and_settings_are_escaped(tmp_path):
         {},
         {"models": [{}], "metric": 3},
         {"models": 3, "seconds": [], "dev_examples": []},
+        {"metric": "f1", "models": [{"role": "linear", "metrics": {"f1": 0.5}}]},
         {"metric": "accuracy", "models": [{"role": "student", "metrics": {"accuracy": 1e300}}]},
     ],
 )

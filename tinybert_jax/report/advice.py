@@ -16,6 +16,7 @@ from tinybert_jax.report.tables import (
     finite_number,
     in_points,
     interval_of,
+    mapping_of,
     metric_name,
     models_of,
     show_score,
@@ -32,7 +33,7 @@ def advice(results: dict[str, Any]) -> list[str]:
     """The lines in the order of their weight; empty where there is nothing to say."""
     if results.get("metric") in LOWER_IS_BETTER:
         return []
-    if results.get("is_builtin"):
+    if mapping_of(results, "data").get("builtin"):
         return [
             "built-in text shows that the pipeline works, not what distillation brings: take a "
             "table of your own (tinybert run --data) and a pretrained --teacher"

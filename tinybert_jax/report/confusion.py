@@ -56,7 +56,7 @@ def _matrix(model: Model, subject: str, results: dict[str, Any]) -> str:
 def _heat_map(counts: list[list[float]], labels: list[str]) -> str:
     size, heads = "few", [breakable(name) for name in labels]
     if len(labels) > 6:
-        size, heads = "many", [html.escape(name) for name in short_names(labels)]
+        size, heads = "many", [html.escape(name) for name in cut_names(labels)]
     head = "".join(
         f'<th scope="col" title="{html.escape(label)}"><span>{name}</span></th>'
         for label, name in zip(labels, heads, strict=True)
@@ -80,7 +80,7 @@ def _heat_map(counts: list[list[float]], labels: list[str]) -> str:
     )
 
 
-def short_names(names: Sequence[str], length: int = 20) -> list[str]:
+def cut_names(names: Sequence[str], length: int = 20) -> list[str]:
     """Names of at most `length` characters, cut in the middle, that stay distinct.
 
     Where no cut tells two names apart, such names begin with their place in the list.

@@ -48,10 +48,11 @@ def headline(results: dict[str, Any]) -> str:
         subject = f"The best of {count} students, {subject}," if count > 1 else "The student"
     show = functools.partial(show_score, results.get("metric"))
     kept, reached = share_kept(results, model) if student else None, show(score)
-    alone = _level_baseline(results, student) if student else None
-    if alone is not None:
+    alone = _baseline_not_beaten(results, student) if student else None
+    if alone is not None and student:
+        place = "behind" if _is_behind(results, student) else "not clearly ahead of"
         return (
-            f"{subject} reaches {reached} {metric} and is not clearly ahead of the same student "
+            f"{subject} reaches {reached} {metric} and is {place} the same student "
             f"without a teacher, which reaches {_coloured(show(alone), 'baseline')}."
         )
     if kept is not None and kept > 1 and student and not _is_ahead(results, student, "teacher"):
@@ -64,13 +65,19 @@ def headline(results: dict[str, Any]) -> str:
     return sentence + (_savings(teacher, student) if teacher and student else "") + "."
 
 
-def _level_baseline(results: dict[str, Any], student: Model) -> float | None:
+def _baseline_not_beaten(results: dict[str, Any], student: Model) -> float | None:
     """The score of the student's baseline where the student is not ahead of it by more than chance.
 
     None where it is ahead, or where the results hold no interval of the difference.
     """
-    is_level = not _is_ahead(results, student, "baseline")
-    return score_of(results, find_baseline(results)) if is_level else None
+    is_beaten = _is_ahead(results, student, "baseline")
+    return None if is_beaten else score_of(results, find_baseline(results))
+
+
+def _is_behind(results: dict[str, Any], student: Model) -> bool:
+    """Whether the student is behind its baseline by more than chance."""
+    difference = difference_to(results, student, "baseline")
+    return difference is not None and difference[2] < 0
 
 
 def _is_ahead(results: dict[str, Any], student: Model, role: str) -> bool:
@@ -105,7 +112,7 @@ def baseline_sentence(results: dict[str, Any]) -> str:
     points = in_points(results.get("metric"), student_score - score)
     if results.get("metric") in LOWER_IS_BETTER:
         verdict = f"the student reaches {show(student_score)}"
-    elif compared and compared[1] <= 0:
+    elif compared and compared[1] <= 0 <= compared[2]:
         low, high = (in_points(results.get("metric"), bound) for bound in compared[1:])
         verdict = f"a difference of {points:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}]"
     else:

@@ -38,7 +38,6 @@ from tinybert_jax.report.tables import (
     gap_closed,
     interval_of,
     latency_of,
-    metric_name,
     models_of,
     percent,
     role_of,
@@ -84,7 +83,7 @@ def _headline(runs: Sequence[RunFiles]) -> str:
     if not order:
         return "The runs have no score in common."
     best = order[0]
-    metric = html.escape(metric_name(best.metric, best.results))
+    metric = html.escape(best.metric_name)
     word = "lowest" if best.metric in LOWER_IS_BETTER else "highest"
     return (
         f"{html.escape(best.label)} has the {word} {metric}: "
@@ -115,6 +114,7 @@ def _lead(runs: Sequence[RunFiles]) -> str:
 def _scores(runs: Sequence[RunFiles]) -> str:
     """A row for each model with its score, the 95 % interval drawn on one scale for all."""
     rows: dict[str, list[tuple[str, float, tuple[float, float] | None]]] = {}
+    metrics: set[str] = set()
     for run in runs:
         for model in models_of(run.results):
             score = score_of(run.results, model)
@@ -122,12 +122,12 @@ def _scores(runs: Sequence[RunFiles]) -> str:
                 name = f"{run.label}: {model.get('name', '')}"
                 bounds = interval_of(model, run.metric)
                 rows.setdefault(role_of(model), []).append((name, score, bounds))
+                metrics.add(run.metric_name)
     if not rows:
         return note("No model of these runs has a score.")
-    scored = [run for run in runs if run.score is not None]
-    metrics = {run.metric for run in scored}
-    if len(metrics) > 1:
-        names = ", ".join(sorted({metric_name(run.metric, run.results) for run in scored}))
+    metric, *others = sorted(metrics)
+    if others:
+        names = ", ".join([metric, *others])
         return note(f"The runs have different metrics ({names}), so there is no common scale.")
     ends = [v for own in rows.values() for _, score, bounds in own for v in (bounds or (score,))]
     low, high = min(ends), max(ends)
@@ -143,7 +143,6 @@ def _scores(runs: Sequence[RunFiles]) -> str:
     count = {finite_number(run.results.get("dev_examples")) for run in runs}
     total = count.pop() if len(count) == 1 else None
     examples = f" of {total:,.0f} examples" if total else ""
-    metric = metric_name(scored[0].metric, scored[0].results)
     text = (
         f"{metric[0].upper()}{metric[1:]} on the dev set{examples}, with the 95 % interval over "
         f"resamples of its examples. The scale runs from {low:.3f} to {high:.3f}."
@@ -190,7 +189,8 @@ def _differences(runs: Sequence[RunFiles]) -> str:
     rows, reasons = "", []
     for run in others:
         cells = MISSING
-        if run.score is not None and first.score is not None and run.metric == first.metric:
+        is_same = run.metric_name == first.metric_name
+        if run.score is not None and first.score is not None and is_same:
             bounds, reason = paired_interval(first, run), why_not_paired(first, run)
             cells = f"<b>{_signed(run.score - first.score)}</b> {_brackets(bounds, is_signed=True)}"
             reasons += [f"{run.label}: {reason}"] if reason else []
@@ -300,9 +300,7 @@ def _curves(runs: Sequence[RunFiles]) -> str:
 
 
 def _evaluation_title(runs: Sequence[RunFiles]) -> str:
-    return (
-        f"Evaluation: {', '.join(sorted({metric_name(run.metric, run.results) for run in runs}))}"
-    )
+    return f"Evaluation: {', '.join(sorted({run.metric_name for run in runs}))}"
 
 
 def _series_of(runs: Sequence[RunFiles], name: str, kind: str, key: str | None) -> list[Series]:

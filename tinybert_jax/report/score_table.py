@@ -13,14 +13,12 @@ from tinybert_jax.report.tables import (
     MISSING,
     NBSP,
     TRANSLATION_METRICS,
-    UNCLEAR_GAP,
     Model,
     compare,
     conditions_of,
     finite_number,
     format_si,
     gap_closed,
-    has_unclear_gap,
     interval_of,
     latency_of,
     mapping_of,
@@ -28,6 +26,7 @@ from tinybert_jax.report.tables import (
     metric_of,
     models_of,
     percent,
+    reason_without_gap,
     role_of,
     share_kept,
     show_score,
@@ -98,7 +97,7 @@ def _rows(results: dict[str, Any], models: list[Model]) -> Iterator[Row]:
         percent,
         lambda _, v: "",
         full_bar=1,
-        missing=lambda m: UNCLEAR_GAP if has_unclear_gap(results, m) else "",
+        missing=lambda m: reason_without_gap(results, m),
     )
 
     def cost(label: str, key: str, unit: str, less: str, more: str) -> Row:
@@ -168,9 +167,10 @@ def _uncertainty_note(results: dict[str, Any]) -> str:
         parts.append(
             "Gap closed: the share of the way from the student without a teacher to the teacher."
         )
-    if any(has_unclear_gap(results, m) for m in models_of(results)):
-        parts.append(f"Gap closed, {MISSING}: {UNCLEAR_GAP}.")
-    parts.append("A whole bar is a score or a share of 100 %, or the largest cost of its row.")
+    reasons = dict.fromkeys(reason_without_gap(results, m) for m in models_of(results))
+    parts += [f"Gap closed, {MISSING}: {reason}." for reason in reasons if reason]
+    if len(models_of(results)) > 1:  # one model has no bars
+        parts.append("A whole bar is a score or a share of 100 %, or the largest cost of its row.")
     return f'<p class="note">{" ".join(parts)}</p>{seeds}'
 
 

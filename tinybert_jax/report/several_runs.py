@@ -21,6 +21,7 @@ from tinybert_jax.report.tables import (
     Model,
     find_model,
     finite_number,
+    metric_name,
     score_of,
     with_latency_device,
 )
@@ -39,6 +40,11 @@ class RunFiles(NamedTuple):
     @property
     def metric(self) -> str:
         return str(self.results.get("metric"))
+
+    @property
+    def metric_name(self) -> str:
+        """For readers: F1 of two classes is another metric in each run whose class differs."""
+        return metric_name(self.metric, self.results)
 
     @property
     def model(self) -> Model | None:
@@ -78,7 +84,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 def ranked(runs: Sequence[RunFiles]) -> list[RunFiles]:
     """The runs from the best score to the worst; empty where they have several metrics."""
     scored = [run for run in runs if run.score is not None]
-    if len({run.metric for run in scored}) != 1:
+    if len({run.metric_name for run in scored}) != 1:
         return []
     is_lower = scored[0].metric in LOWER_IS_BETTER
     return sorted(scored, key=lambda run: (run.score or 0) * (1 if is_lower else -1))
@@ -95,7 +101,7 @@ def why_not_paired(first: RunFiles, run: RunFiles) -> str:
 
 def paired_interval(first: RunFiles, run: RunFiles) -> tuple[float, float] | None:
     """The 95 % interval of the score of `run` minus that of `first`; None where not known."""
-    if first.metric != run.metric or why_not_paired(first, run):
+    if first.metric_name != run.metric_name or why_not_paired(first, run):
         return None
     drawn = [np.array(_resampled(own)) for own in (first, run)]
     differences = drawn[1] - drawn[0]

@@ -190,31 +190,46 @@ def difference_to(
     return values[0], values[1], values[2]  # type: ignore[return-value]
 
 
-UNCLEAR_GAP = "the teacher’s lead over the student without a teacher may be chance"
+_UNSURE_LEAD = "the teacher’s lead over the student without a teacher may be chance"
 _WIDEST_GAP = 2.0  # of an interval of the gap closed; a wider one tells nothing
+_WIDE_GAP = f"its interval is wider than {100 * _WIDEST_GAP:.0f} points"
+_NO_INTERVAL = "no interval is recorded"
 
 
 def gap_closed(results: dict[str, Any], model: Model) -> float | None:
     """(student - alone) / (teacher - alone); None for other models and where chance may make it."""
-    compared = mapping_of(mapping_of(results, "comparisons"), str(model.get("name")))
-    is_student = model.get("role") == "student"
-    return clear_gap(mapping_of(compared, "gap_closed")) if is_student else None
+    return clear_gap(_recorded_gap(results, model) or {})
 
 
-def has_unclear_gap(results: dict[str, Any], model: Model) -> bool:
-    """Whether the gap that a student closes is recorded, and the lead of its teacher unclear."""
-    compared = mapping_of(mapping_of(results, "comparisons"), str(model.get("name")))
-    is_recorded = model.get("role") == "student" and "gap_closed" in compared
-    return is_recorded and gap_closed(results, model) is None
+def reason_without_gap(results: dict[str, Any], model: Model) -> str:
+    """Why the gap that a student closes is recorded and not shown; empty for other models."""
+    closed = _recorded_gap(results, model)
+    return "" if closed is None else _unclear(closed)
 
 
 def clear_gap(closed: Mapping[str, Any]) -> float | None:
     """The value of a gap closed whose interval is known and not too wide to mean anything."""
-    bounds = closed.get("interval")
+    return None if _unclear(closed) else finite_number(closed.get("value"))
+
+
+def _recorded_gap(results: dict[str, Any], model: Model) -> dict[str, Any] | None:
+    compared = mapping_of(mapping_of(results, "comparisons"), str(model.get("name")))
+    is_recorded = model.get("role") == "student" and "gap_closed" in compared
+    return mapping_of(compared, "gap_closed") if is_recorded else None
+
+
+def _unclear(closed: Mapping[str, Any]) -> str:
+    """Why the value of a gap closed means nothing; empty where it means something.
+
+    runs.results writes the interval null where the teacher's lead is not sure.
+    """
+    bounds = closed.get("interval", ())
+    if bounds is None:
+        return _UNSURE_LEAD
     ends = [finite_number(v) for v in bounds] if isinstance(bounds, list | tuple) else []
-    if len(ends) != 2 or ends[0] is None or ends[1] is None or ends[1] - ends[0] > _WIDEST_GAP:
-        return None
-    return finite_number(closed.get("value"))
+    if len(ends) != 2 or ends[0] is None or ends[1] is None:
+        return _NO_INTERVAL
+    return _WIDE_GAP if ends[1] - ends[0] > _WIDEST_GAP else ""
 
 
 def metric_of(model: Model, name: str) -> float | None:

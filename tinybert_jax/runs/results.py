@@ -61,7 +61,6 @@ def collect_results(
         "select_examples": len(data.select.text) if data and data.select else 0,
         "unlabelled_examples": len(data.unlabelled.text) if data and data.unlabelled else 0,
         "label_names": data.label_names if data else None,
-        "is_builtin": bool(run.task and run.task.section.builtin),
         "export": export,
         **({"data": _sources(run.task.section)} if run.task else {}),
         "max_length": {name: plan.section.max_length for name, plan in run.plans.items()},
