@@ -133,9 +133,9 @@ def test_every_kind_of_model(architecture, is_embedder, task, call, tmp_path):
     [
         (
             "BertForQuestionAnswering",
-            "max_seq_len=512)",
-            "trained in windows of 96 tokens. Both calls above read a longer text in windows of "
-            "512 tokens.",
+            'truncation="only_second", max_length=512',
+            "trained in windows of 96 tokens. The first call above cuts question and text at 512 "
+            "tokens, the second reads a longer text in windows of 512.",
         ),
         (
             "BertForTokenClassification",

@@ -385,6 +385,11 @@ def test_a_whole_run_predicts_as_it_was_evaluated(tmp_path, capsys, cheap_progra
     assert cli.main(["run", str(config)]) == 0
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert {model["role"] for model in results["models"]} == {"teacher", "student", "baseline"}
+    folder = tmp_path / "run/hf"
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    names: dict = {}
+    exec(code.replace('"FOLDER"', repr(str(folder))), names)  # what the card says of transformers
+    assert isinstance(names["answer"], str)
     told = (tmp_path / "run/hf/config.json").read_text()
     assert "BertForQuestionAnswering" in told and "no_answer_threshold" in told
     capsys.readouterr()

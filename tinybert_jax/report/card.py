@@ -35,7 +35,11 @@ _CALLS = {
     ),
     "token-classification": ('model("A text.")', 'tinybert predict FOLDER -t "A text."'),
     "question-answering": (
-        'model(question="Who?", context="A text.", max_seq_len=LENGTH)',
+        'inputs = tokenizer("Who?", "A text.", truncation="only_second", max_length=LENGTH, '
+        'return_tensors="pt")\n'
+        "found = model(**inputs)\n"
+        "start, end = found.start_logits.argmax(), found.end_logits.argmax() + 1\n"
+        'answer = tokenizer.decode(inputs["input_ids"][0, start:end])',
         'tinybert ask FOLDER manual.txt -q "Who?"',
     ),
     "sentence-similarity": (
@@ -52,13 +56,21 @@ _CALLS = {
     ),
     _DEFAULT: ('model("A text.")', 'TinyBertModel.from_pretrained("FOLDER")'),
 }
+# Task without a pipeline in transformers -> the class that loads a folder.
+_CLASSES = {
+    "question-answering": "AutoModelForQuestionAnswering",
+    "translation": "EncoderDecoderModel",
+}
 _CUT = "Both calls above read up to {} tokens of a text and cut the rest."
 # Task -> what both calls do with a long text; for other tasks the two calls differ.
 _LONG = {
     "text-classification": _CUT,
     "sentence-similarity": _CUT,
     "translation": _CUT,
-    "question-answering": "Both calls above read a longer text in windows of {} tokens.",
+    "question-answering": (
+        "The first call above cuts question and text at {0} tokens, the second reads a longer text "
+        "in windows of {0}."
+    ),
 }
 _SPLIT = "Texts of more than {} tokens do not fit: split them."
 _FOLDER = "# FOLDER: this folder, or its name on the hub as owner/name\n"
@@ -281,10 +293,11 @@ def _use(results: Mapping[str, Any], config: Mapping[str, Any], origin: Origin) 
             "from sentence_transformers import SentenceTransformer\n\n"
             f'model = SentenceTransformer("FOLDER")\n{theirs}'
         )
-    elif task == "translation":
+    elif task in _CLASSES:
+        own = _CLASSES[task]
         code = (
-            "from transformers import AutoTokenizer, EncoderDecoderModel\n\n"
-            'model = EncoderDecoderModel.from_pretrained("FOLDER")\n'
+            f"from transformers import AutoTokenizer, {own}\n\n"
+            f'model = {own}.from_pretrained("FOLDER")\n'
             f'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n{theirs}'
         )
         if origin.target_tokenizer:
