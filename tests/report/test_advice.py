@@ -220,8 +220,18 @@ def test_a_clear_loss_to_the_student_without_a_teacher_is_called_one(tmp_path):
         "reaches 0.885 accuracy and is behind the same student without a teacher, which reaches "
         "0.915." in text
     )
-    assert "distillation costs 3.0 points." in text
+    assert "distillation costs 3.0 points, 95 % interval [-5.0, -1.0]." in text
     assert "not clearly ahead" not in text and "a difference of" not in text
+
+
+def test_where_the_teacher_is_not_ahead_either_there_is_little_to_distil():
+    results = _results()
+    compared = results["comparisons"]["student-model"]
+    compared["baseline"]["interval"] = [-0.01, 0.05]
+    for closed in ({"value": 1.3, "interval": None}, None):
+        compared["gap_closed"] = closed
+        (line,) = advice(results)
+        assert "there is little to distil" in line and "for longer" not in line
 
 
 def test_advice_gives_nothing_that_the_run_has():

@@ -298,7 +298,7 @@ def _fail_bytes(path: str, content: bytes) -> None:
         except UnicodeDecodeError as error:
             wrong.append((number, f"0x{line[error.start]:02x} at byte {offset + error.start}"))
         offset += len(line) + 1
-    table = Table(path, {}, range(content.count(b"\n") + 1))
+    table = Table(path, {}, range(content.rstrip(b"\n").count(b"\n") + 1))
     fail_rows(table, "UTF-8", wrong, conversion_of_bytes(path, content))
 
 

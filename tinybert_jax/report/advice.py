@@ -77,6 +77,14 @@ def _beaten_by_itself(results: dict[str, Any], student: Model) -> str:
         return ""
     difference, low, high = _in_points(results, *compared)
     verdict = "lower than" if difference < 0 else "not clearly higher than"
+    found = mapping_of(mapping_of(results, "comparisons"), str(student.get("name")))
+    if "teacher" in found and not mapping_of(found, "gap_closed").get("interval"):
+        return (
+            f"{student.get('name')} scores {verdict} the same student without a teacher "
+            f"({difference:+.1f} points {_bracket(low, high)}), and its teacher is not clearly "
+            "ahead of that one either: there is little to distil. Take the student without a "
+            "teacher, a better teacher, or a larger dev set that tells them apart"
+        )
     is_translation = results.get("metric") in TRANSLATION_METRICS
     stages = ("prediction",) if is_translation else ("intermediate", "prediction")
     init = "teacher_layers, or teacher_reduced for a narrower one"

@@ -112,11 +112,13 @@ def baseline_sentence(results: dict[str, Any]) -> str:
     points = in_points(results.get("metric"), student_score - score)
     if results.get("metric") in LOWER_IS_BETTER:
         verdict = f"the student reaches {show(student_score)}"
-    elif compared and compared[1] <= 0 <= compared[2]:
-        low, high = (in_points(results.get("metric"), bound) for bound in compared[1:])
-        verdict = f"a difference of {points:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}]"
     else:
         verdict = f"distillation {'adds' if points >= 0 else 'costs'} {abs(points):.1f} points"
+    if compared and results.get("metric") not in LOWER_IS_BETTER:
+        low, high = (in_points(results.get("metric"), bound) for bound in compared[1:])
+        if low <= 0 <= high:
+            verdict = f"a difference of {points:+.1f} points"
+        verdict += f", 95 % interval [{low:+.1f}, {high:+.1f}]"
     name = html.escape(str(baseline.get("name", "baseline")))
     return f"The baseline, {name}, reaches {_coloured(show(score), 'baseline')}: {verdict}."
 

@@ -237,5 +237,6 @@ def _time_bars(results: dict, stages: list[Stage]) -> str:
         )
     return (
         f'<table class="times"><tbody>{rows}</tbody></table>'
-        f'<p class="note">{duration(total)} in total.</p>'
+        f'<p class="note">{duration(total)} in total; of a stage that was stopped, the time since '
+        "it went on.</p>"
     )

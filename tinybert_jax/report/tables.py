@@ -105,7 +105,7 @@ def metric_name(metric: Any, results: Mapping[str, Any]) -> str:
     F1 of classes is that of the second of two labels, and of more labels the mean over them.
     """
     labels = results.get("label_names")
-    if metric == "f1" and isinstance(labels, list) and _has_classes(results):
+    if metric == "f1" and isinstance(labels, list | tuple) and _has_classes(results):
         return f"F1 of {labels[1]}" if len(labels) == 2 else "macro F1"
     return METRIC_NAMES.get(str(metric), str(metric).replace("_", " ") or "metric")
 

@@ -85,8 +85,8 @@ def describe(run: Run, plans: Sequence[StagePlan]) -> str:
         parts.append(f"together: {total:.3g} FLOPs\n{_time_line(total, peaks)}")
     if by_stage:
         parts.append(
-            f"Times are the least that one device takes: at {_UTILISATION:.0%} of its {dtype} "
-            "peak, which small models do not reach; compiling and scoring come on top."
+            f"Times are estimates for one device at {_UTILISATION:.0%} of its {dtype} peak; small "
+            "models reach less, busy machines too, and compiling and scoring come on top."
         )
     return "\n\n".join(parts)
 

@@ -54,7 +54,8 @@ def init_head(
     )
     if not is_quiet:
         of = "the teacher's logits" if is_taught else "the labels"
-        run.log.say(f"{stage}: the head starts from a linear probe of {of} of {len(read):,} units")
+        count = f"{len(read):,} {task.unit}s"
+        run.log.say(f"{stage}: the head starts from a linear probe of {of} of {count}")
     return cast(Params, {**params, "classifier": head})
 
 
