@@ -65,6 +65,7 @@ def folder(tmp_path_factory):
         ("faq_search", {"MODEL": "vectors"}, r"I can't log in any more\n    -?[01]\.\d\d  "),
     ],
 )
+@pytest.mark.filterwarnings("ignore:answers. 1 of 3 questions has more than 32 tokens")
 def test_a_notebook_runs(name, constants, shown, folder, monkeypatch, capsys):
     text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
     for constant, value in constants.items():

@@ -169,6 +169,15 @@ def test_the_same_from_python(finished, folder, monkeypatch, tmp_path, capsys):
             tinybert_jax.distill("mail.csv", folder / "teacher", wrong, **options)
 
 
+@pytest.fixture
+def heard():
+    """SIGINT raises KeyboardInterrupt, as in Python without a runner that ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_ctrl_c_in_python_saves_and_the_same_call_goes_on(folder, monkeypatch, capfd):
     monkeypatch.chdir(folder / "empty")
     _write_mail(folder / "empty" / "mail.csv")
