@@ -143,6 +143,7 @@ def test_the_better_model_is_exported_and_the_advice_says_why(run, results):
     )
     assert exported == baseline
     assert any("the same student without a teacher" in line for line in results["advice"])
+    assert not any(_model(results, role)["has_equal_seeds"] for role in ("teacher", "baseline"))
     assert _model(results, "student")["start"] == "random" and not results["unlabelled_examples"]
     assert results["train_examples"] == 180 and "builtin" not in results["data"]
     page = (run / "out" / "report.html").read_text()

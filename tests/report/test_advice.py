@@ -135,10 +135,10 @@ def test_seeds_that_all_give_the_same_are_told():
     results = _results()
     results["models"][1]["by_seed"] = [{"accuracy": 0.885}, {"accuracy": 0.885}]
     results["models"][1]["deviation"] = {"accuracy": 0.0}
+    assert advice(results) == []  # scores on a few rows may be equal by chance
+    results["models"][1]["has_equal_seeds"] = True
     (line,) = advice(results)
-    assert "the 2 seeds of student-model gave the same scores" in line and "num_seeds=1" in line
-    results["models"][1]["by_seed"][1]["accuracy"] = 0.884
-    assert advice(results) == []
+    assert "the 2 seeds of student-model gave the same weights" in line and "num_seeds=1" in line
 
 
 def test_few_rows_tell_how_many_are_wanted():
@@ -224,14 +224,14 @@ def test_a_clear_loss_to_the_student_without_a_teacher_is_called_one(tmp_path):
     assert "not clearly ahead" not in text and "a difference of" not in text
 
 
-def test_where_the_teacher_is_not_ahead_either_there_is_little_to_distil():
+def test_where_the_teacher_is_not_ahead_either_no_longer_run_is_advised():
     results = _results()
     compared = results["comparisons"]["student-model"]
     compared["baseline"]["interval"] = [-0.01, 0.05]
     for closed in ({"value": 1.3, "interval": None}, None):
         compared["gap_closed"] = closed
         (line,) = advice(results)
-        assert "there is little to distil" in line and "for longer" not in line
+        assert "do not tell what distillation brings" in line and "for longer" not in line
 
 
 def test_advice_gives_nothing_that_the_run_has():

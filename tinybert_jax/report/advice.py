@@ -82,8 +82,9 @@ def _beaten_by_itself(results: dict[str, Any], student: Model) -> str:
         return (
             f"{student.get('name')} scores {verdict} the same student without a teacher "
             f"({difference:+.1f} points {_bracket(low, high)}), and its teacher is not clearly "
-            "ahead of that one either: there is little to distil. Take the student without a "
-            "teacher, a better teacher, or a larger dev set that tells them apart"
+            "ahead of that one either, so these dev rows do not tell what distillation brings: "
+            "give task.dev a larger file; if it stays so, take the student without a teacher, or a "
+            "better teacher"
         )
     is_translation = results.get("metric") in TRANSLATION_METRICS
     stages = ("prediction",) if is_translation else ("intermediate", "prediction")
@@ -123,13 +124,12 @@ def _beaten_by_linear(results: dict[str, Any], student: Model) -> str:
 
 
 def _equal_seeds(student: Model) -> str:
-    """Where all seeds have the same scores: nothing in the run is random."""
     by_seed = student.get("by_seed")
-    if not isinstance(by_seed, list) or any(scores != by_seed[0] for scores in by_seed):
+    if not student.get("has_equal_seeds") or not isinstance(by_seed, list):
         return ""
     return (
-        f"the {len(by_seed)} seeds of {student.get('name')} gave the same scores, as nothing of it "
-        "is random (no dropout, no random start): num_seeds=1 is enough"
+        f"the {len(by_seed)} seeds of {student.get('name')} gave the same weights, as nothing of "
+        "it is random (no dropout, no random start): num_seeds=1 is enough"
     )
 
 

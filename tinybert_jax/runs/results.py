@@ -1,5 +1,6 @@
 """Compares the models of a run: scores, sizes, FLOPs and measured latency, for `results.json`."""
 
+import filecmp
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -277,11 +278,19 @@ def _describe(
     if len(by_seed) > 1:
         deviation = _over_seeds(functools.partial(np.std, ddof=1), by_seed)
         description |= {"by_seed": by_seed, "deviation": deviation, "best_seed": scores.best}
+        description["has_equal_seeds"] = _have_equal_weights(evaluated.folders)
         if is_teacher:
             description["mean"] = _over_seeds(np.mean, by_seed)
     chosen_by = scores.selection[scores.best]
     description["selection_score"] = chosen_by[run.required_task.metric]
     return description | task.details(scores.scored, scores.settings)
+
+
+def _have_equal_weights(folders: Sequence[str | Path]) -> bool:
+    """Whether the weights of all folders have the same bits."""
+    files = [sorted(find_folder(own).glob("model*.safetensors")) for own in folders]
+    pairs = [zip(files[0], own, strict=True) for own in files[1:]]
+    return all(filecmp.cmp(ours, theirs, shallow=False) for pair in pairs for ours, theirs in pair)
 
 
 def _describe_linear(task: Task, scores: SeedScores, size: int) -> dict[str, Any]:

@@ -145,9 +145,10 @@ class Stop:
                 os._exit(self._finish(self._act, report))
 
     def ask_softly(self, name: str) -> bool:
-        """Asks the main thread, which calls this, to stop: True where it will after its step.
+        """Stops the run, from a signal handler in the main thread; whether it has to go on first.
 
-        False where it need not go on before that: what was to be saved is saved then.
+        True within a step: the run saves and raises Stopped after it. False elsewhere: what had to
+        be saved is saved when this returns, and the handler may raise.
         """
         self._signal = name
         if self._act is None:
