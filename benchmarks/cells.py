@@ -6,9 +6,10 @@
 The rows of the data set are put in an order of their own (by hash): the last quarter, at most
 2,000, is the dev set, which chooses nothing, and the first are trained on. SST-2 has its own dev
 set of 872 sentences, as the rows to train on are phrases of each other. The recipe was tuned with
-`--tune`, whose dev set is the rows that follow those trained on. STS-B (scored pairs) has its own
-dev set too; MRPC is pairs. Two students, 3 × 384 and 3 × 192, three seeds. A finished cell is only
-printed. Scores are means over seeds, in brackets 95 % intervals over the dev rows.
+`--tune`, whose dev set is the rows that follow those trained on. STS-B (scored pairs) and clinc150
+have their own dev sets too; MRPC is pairs. Two students, 3 × 384 and 3 × 192, three seeds. A
+finished cell is only printed. Scores are means over seeds, in brackets 95 % intervals over the dev
+rows.
 """
 
 import argparse
@@ -140,6 +141,12 @@ def _banking(folder: Path) -> Iterator[tuple[str, str]]:
             yield _plain(row["text"]), row["category"]
 
 
+def _intents(folder: Path, part: str = "train") -> Iterator[tuple[str, str]]:
+    file = folder / "cls/clinc150/train_val.json"
+    for text, label in json.loads(file.read_text(encoding="utf-8"))[part]:
+        yield _plain(text), label
+
+
 def _sms(folder: Path) -> Iterator[tuple[str, str]]:
     for line in (folder / "cls/sms_spam/train.tsv").read_text(encoding="utf-8").split("\n"):
         label, tab, text = line.partition("\t")
@@ -186,6 +193,7 @@ def _subsets(folder: Path) -> Iterator[tuple[str, str]]:
 READERS = {
     "trec": _trec,
     "banking77": _banking,
+    "clinc150": _intents,
     "sms": _sms,
     "agnews": _news,
     "sst2": _reviews,
@@ -193,6 +201,7 @@ READERS = {
     "stsb": _similar,
 }
 DEV_READERS = {
+    "clinc150": functools.partial(_intents, part="val"),
     "sst2": functools.partial(_reviews, file="dev.tsv"),
     "stsb": functools.partial(_similar, file="sts-dev.tsv"),
 }
