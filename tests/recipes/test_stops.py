@@ -3,6 +3,9 @@
 import errno
 import json
 import os
+import pty
+import subprocess
+import sys
 
 import faulty
 import forked
@@ -146,3 +149,23 @@ def test_a_corrupt_cache_of_programs_is_compiled_again(world, answers):
         for name in ("recompiled", "golden")
     )
     assert recompiled == golden
+
+
+def test_a_terminal_is_told_at_once_that_a_step_ends_first():
+    program = """
+import os, signal, time
+from tinybert_jax.training import preemption
+with preemption.handled("tinybert run run.yaml", lambda error: 75) as stop:
+    with stop.between_steps():
+        os.kill(os.getpid(), signal.SIGINT)
+        while not stop.is_asked:
+            time.sleep(0.01)
+        time.sleep(3)  # the other thread prints
+"""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stderr=theirs, stdout=subprocess.PIPE) as child:
+        os.close(theirs)
+        assert os.read(ours, 1000).startswith(b"stops when the step is done and saved; Ctrl-C")
+    os.close(ours)
+    assert child.returncode == 1  # nothing has caught Stopped

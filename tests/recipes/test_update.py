@@ -116,6 +116,7 @@ def test_the_chosen_weights_lie_where_the_record_says(folder, finished):
             "task.labels: expected those of model first",
         ),
         (OLD, ["update.num_steps=3"], "holds a run of another config"),
+        (OLD, ["task.max_old_rows=1", "run_dir=other"], "1 of 1 rows of old.tsv in that part"),
         (OLD, ["task.dev=old.tsv", "task.dev_share=null"], "a share of old and of new rows is dev"),
         (OLD, ["task.old=null"], "expected a section update and task.old, got one of them"),
         (OLD, ["student=null"], "student.path, the folder of the old model"),

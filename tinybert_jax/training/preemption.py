@@ -31,6 +31,7 @@ exit status:
   75   stopped by SIGTERM, SIGINT or SIGUSR1, and saved: repeat the command to go on
   128 + n  ended at once by the second signal n; the command goes on from the last checkpoint"""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SOON = b"stops when the step is done and saved; Ctrl-C again stops at once\n"
 _SAME_SECONDS = 0.5  # a terminal and a launcher may both send the same signal: that is one request
 
 _SAVE = "save"  # what processes agree on, beside the names of signals
@@ -143,6 +144,9 @@ class Stop:
             self._signal = name
             if self._act is not None:
                 os._exit(self._finish(self._act, report))
+        if os.isatty(2):
+            console.close_view()
+            os.write(2, _SOON)
 
     def ask_softly(self, name: str) -> bool:
         """Stops the run, from a signal handler in the main thread; whether it has to go on first.
@@ -247,7 +251,7 @@ def interruptible(call: str) -> Iterator[Stop]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if not stop.ask_softly("SIGINT"):
             raise KeyboardInterrupt
-        os.write(2, b"stops when the step is done and saved; Ctrl-C again stops at once\n")
+        os.write(2, _SOON)
 
     signal.signal(signal.SIGINT, ask)
     try:
