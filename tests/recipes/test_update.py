@@ -21,7 +21,15 @@ from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.models.inputs import Text
 from tinybert_jax.objectives.distillation import Context, Options, Outputs
 from tinybert_jax.objectives.objective import count_units
-from tinybert_jax.recipes.update import _between, _choose, _count, _grown_head, _Old
+from tinybert_jax.recipes.update import (
+    _Answers,
+    _between,
+    _choose,
+    _count,
+    _grown_head,
+    _mean,
+    _Old,
+)
 from tinybert_jax.terms.logits import LogitsTerm
 
 OLD = list(zip(tiny_inputs.TEXTS, tiny_inputs.LABELS, strict=True))
@@ -190,20 +198,44 @@ def test_the_choice_is_no_worse_on_new_rows_and_breaks_fewest_old_ones():
     rng = np.random.default_rng(2)
     is_old = np.arange(60) < 40
     examples = Examples(["x"] * 60, None, np.zeros(60, np.int32), ("a",), is_old=is_old)
+
+    def answers(share):
+        return _Answers(rng.random(60) < share, rng.random(60).astype(np.float32))
+
+    num_chosen = set()
     for _ in range(50):
-        before = rng.random(60) < 0.8
+        before = answers(0.8)
         points = [
-            {"share": share, **_count(before, rng.random(60) < 0.7, examples)}
-            for share in (0.0, 0.5, 1.0)
+            {"share": share, **_count(before, answers(0.7), examples)} for share in (0.0, 0.5, 1.0)
         ]
         chosen = _choose(points)
+        num_chosen.add(chosen["share"])
 
         def right(point):
             return point["new"]["both"] + point["new"]["fixed"]
 
-        assert right(chosen) >= right(points[-1])
-        better = [p for p in points if right(p) >= right(points[-1])]
-        assert chosen["old"]["broken"] == min(p["old"]["broken"] for p in better)
+        last = points[-1]
+        assert right(chosen) >= right(last) and chosen["new"]["loss"] <= last["new"]["loss"]
+        good = [
+            p for p in points if right(p) >= right(last) and p["new"]["loss"] <= last["new"]["loss"]
+        ]
+        assert chosen["old"]["broken"] == min(p["old"]["broken"] for p in good)
+    assert num_chosen == {0.0, 0.5, 1.0}
+
+
+def test_among_equals_the_lowest_loss_is_chosen():
+    counts = {"both": 9, "fixed": 0, "broken": 0}
+    points = [
+        {"share": share, "old": {**counts, "loss": old}, "new": {**counts, "loss": new}}
+        for share, old, new in ((0.0, 0.1, 0.9), (0.5, 0.2, 0.4), (0.8, 0.1, 0.4), (1.0, 0.3, 0.5))
+    ]
+    assert _choose(points)["share"] == 0.8
+
+
+def test_the_weights_of_several_seeds_are_averaged():
+    models = [{"a": np.float32([1, 2])}, {"a": np.float32([4, 0])}, {"a": np.float32([1, 4])}]
+    np.testing.assert_array_equal(_mean(models)["a"], [2, 2])
+    assert _mean(models[:1]) is models[0]
 
 
 def test_the_ends_of_the_way_are_the_two_models():

@@ -83,7 +83,7 @@ class RunConfig(Section):
         1,
         description="number of students of each size, trained in the same batches from the seeds "
         "seed, seed + 1, …; they share the teacher's forward passes, and the one with the best "
-        "score is exported",
+        "score is exported; the stage update exports the mean of their weights",
     )
     teacher: TeacherSection
     student: StudentSection | None = None

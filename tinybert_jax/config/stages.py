@@ -325,7 +325,7 @@ class UpdateSection(TaskStageSection):
     """Training of a model on new rows, with rows and answers of its earlier state."""
 
     old_weight: NonNegative = Field(
-        1.0,
+        0.05,
         description="weight of the old model's answers beside the labels; they count on the rows "
         "that the old model has right",
     )
@@ -333,8 +333,8 @@ class UpdateSection(TaskStageSection):
     interpolations: Annotated[tuple[Fraction, ...], Field(min_length=1)] = Field(
         tuple(step / 10 for step in range(11)),
         description="shares of the way from the old weights to the trained ones; of those that "
-        "are no worse on new rows than the trained weights the one that breaks fewest old rows is "
-        "taken",
+        "are no worse on new rows than the trained weights (rows right, and loss) the one that "
+        "breaks fewest old rows is taken",
     )
     max_regressions: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None,
@@ -370,6 +370,7 @@ class Stage(NamedTuple):
     teacher: Literal["pretrained", "task"] | None = None  # the teacher of a distillation
     starts_from: tuple[str, ...] = ()  # it starts from the first of these that is done
     trains_head: bool = False  # it trains a task head, and scores choose the checkpoint
+    averages_seeds: bool = False  # its model is the mean of the weights of its seeds
 
     @property
     def reads_corpus(self) -> bool:
@@ -388,7 +389,7 @@ PREDICTION = Stage(
     "prediction", 4, "student", "distilled", "task", ("intermediate", "general"), trains_head=True
 )
 BASELINE = Stage("baseline", 5, "student", "labelled", trains_head=True)
-UPDATE = Stage("update", 7, "student", "labelled", trains_head=True)
+UPDATE = Stage("update", 7, "student", "labelled", trains_head=True, averages_seeds=True)
 # In running order.
 STAGES = (PRETRAIN, FINETUNE, GENERAL, INTERMEDIATE, PREDICTION, BASELINE, UPDATE)
 HELDOUT_SALT = 6  # for the masks on held-out text

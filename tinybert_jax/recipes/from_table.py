@@ -16,6 +16,7 @@ from tinybert_jax.tasks.classification import CLASSIFICATION
 from tinybert_jax.tasks.table import task_of
 
 _ORIGIN = "command line"
+_NUM_SEEDS = 3  # whose weights an update averages
 _SHARE = 0.1  # of the rows of an update that are dev, and of the others that choose
 _MAX_LENGTH = 128
 _READING = ("text", "text_pair", "label", "format", "train_split")
@@ -110,12 +111,13 @@ def make_update_tree(
     num_rows = sum(len(part.text) for part in rows.values())
     sizes, name = source.config, _name_of(data)
     update, line = by_rows.fill_update(num_rows, sizes.hidden_size)
-    say(f"recipe: {line}")
+    say(f"recipe: {line}; the mean of {_NUM_SEEDS} seeds")
     update["max_length"] = min(_MAX_LENGTH, sizes.max_position_embeddings)
     shares = {"dev_share": _SHARE, "select_share": _SHARE}
     tree = {
         "name": name,
         "run_dir": os.path.join("runs", f"{name}-update"),
+        "num_seeds": _NUM_SEEDS,
         "teacher": {"path": model},
         "student": {"path": model},
         "task": {"name": name, "train": data, "old": old, **shares, **options},

@@ -1,8 +1,9 @@
 """Further training of a classifier on new rows, so that it keeps what it had right.
 
-Old rows are trained on again beside the new ones; the old model teaches where it is right; and of
-the weights between the old and the trained ones those are taken that break fewest old rows
-(Wortsman et al. 2022, arXiv 2109.01903). A paired test of the old and the new model is the gate.
+Old rows are trained on again beside the new ones; the old model teaches where it is right; the
+trained weights are the mean of several seeds (Wortsman et al. 2022, arXiv 2203.05482); and of the
+weights between the old and the trained ones those are taken that break fewest old rows (Wortsman
+et al. 2022, arXiv 2109.01903). A paired test of the old and the new model is the gate.
 """
 
 import functools
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
 from tinybert_jax.config.models import Student
 from tinybert_jax.config.run import StagePlan
@@ -70,23 +72,21 @@ def main(run: Run, plan: StagePlan) -> None:
 
     # Train.
     training, evaluator = _make(run, plan, batches, start)
-    trained = train_stage(run, training)
+    trained = train_stage(run, training)[student.name]
+    end = _mean([params["student"] for params in trained])
 
     # Choose how far to go from the old weights to the trained ones, and count what breaks.
-    right = _make_right(run, plan, student)
-    for folder, params in zip(
-        run.seed_folders(plan, student.name), trained[student.name], strict=True
-    ):
-        data = task.data
-        points = _sweep(right, start, teacher, params["student"], section, data.selection)
-        chosen = _choose(points)
-        mixed = _between(start, params["student"], chosen["share"])
-        counts = _count(right(teacher, data.dev), right(mixed, data.dev), data.dev)
-        record = {"share": chosen["share"], "chosen_on": data.selection_name, "sweep": points}
-        record["dev"] = counts
-        run.log.say(f"{plan.name}: {_describe(points, chosen, data.selection_name)}")
-        extra = {RECORD: functools.partial(_write, record)}
-        save_task_model(run, folder, mixed, student.sizes, evaluator.tune(mixed), extra)
+    answer, data = _make_answer(run, plan, student), task.data
+    points = _sweep(answer, start, teacher, end, section, data.selection)
+    chosen = _choose(points)
+    mixed = _between(start, end, chosen["share"])
+    counts = _count(answer(teacher, data.dev), answer(mixed, data.dev), data.dev)
+    record = {"share": chosen["share"], "chosen_on": data.selection_name, "sweep": points}
+    record["dev"] = counts
+    run.log.say(f"{plan.name}: {_describe(points, chosen, data.selection_name)}")
+    extra = {RECORD: functools.partial(_write, record)}
+    (folder,) = run.seed_folders(plan, student.name)
+    save_task_model(run, folder, mixed, student.sizes, evaluator.tune(mixed), extra)
 
 
 def make_training(run: Run, plan: StagePlan) -> Training:
@@ -192,6 +192,13 @@ def _beside_old(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return softmax_cross_entropy(whole, targets[:, 0].astype(jnp.int32), jnp.ones(len(logits)))
 
 
+def _mean(models: Sequence[Params]) -> Params:
+    """The mean of the weights of models that started from the same ones, fp32 on the host."""
+    if len(models) == 1:
+        return models[0]
+    return jax.tree.map(lambda *own: np.mean([np.asarray(x, np.float32) for x in own], 0), *models)
+
+
 def _between(start: Params, end: Params, share: float) -> Params:
     """The weights at this share of the way from `start` to `end`, fp32 on the host."""
 
@@ -202,26 +209,34 @@ def _between(start: Params, end: Params, share: float) -> Params:
     return jax.tree.map(mix, start, end)
 
 
-Right = Callable[[Params, Examples], np.ndarray]
+class _Answers(NamedTuple):
+    is_right: np.ndarray  # bool [n]
+    losses: np.ndarray  # fp32 [n], cross-entropy
 
 
-def _make_right(run: Run, plan: StagePlan, student: Student) -> Right:
-    """right(params, examples): bool [n], the examples that a model has right."""
+Answer = Callable[[Params, Examples], _Answers]
+
+
+def _make_answer(run: Run, plan: StagePlan, student: Student) -> Answer:
+    """answer(params, examples): how well a model knows the labels of the examples."""
     task, section = run.required_task.kind, plan.section
     apply, _ = make_task_model(run, student.sizes)
     score_rows = make_scorer(  # one for all models, so that it compiles once
         apply, buckets=section.buckets(), pad_token_id=run.tokenizer.pad_token_id
     )
 
-    def right(params: Params, examples: Examples) -> np.ndarray:
+    def answer(params: Params, examples: Examples) -> _Answers:
         rows = task.encode(run.tokenizer, examples, section.max_length)
-        return task.is_right(Scored(score_rows(params, rows), rows, examples), {})
+        logits = score_rows(params, rows)
+        losses = scipy.special.logsumexp(logits, axis=1)
+        losses -= np.take_along_axis(logits, examples.labels[:, None], axis=1)[:, 0]
+        return _Answers(task.is_right(Scored(logits, rows, examples), {}), losses)
 
-    return right
+    return answer
 
 
 def _sweep(
-    right: Right,
+    answer: Answer,
     start: Params,
     teacher: Params,
     end: Params,
@@ -229,21 +244,22 @@ def _sweep(
     examples: Examples,
 ) -> list[dict[str, Any]]:
     """What each interpolation has right and breaks among the examples that choose."""
-    before = right(teacher, examples)
+    before = answer(teacher, examples)
     return [
-        {"share": share, **_count(before, right(_between(start, end, share), examples), examples)}
+        {"share": share, **_count(before, answer(_between(start, end, share), examples), examples)}
         for share in sorted({*section.interpolations, 1.0})
     ]
 
 
-def _count(old: np.ndarray, new: np.ndarray, examples: Examples) -> dict[str, Any]:
-    """By old and new rows: the pairs, the share that broke with its bound, and McNemar's p."""
+def _count(old: _Answers, new: _Answers, examples: Examples) -> dict[str, Any]:
+    """By old and new rows: pairs, share that broke with its bound, McNemar's p, the new loss."""
     assert examples.is_old is not None
     found = {}
     for name, own in (("old", examples.is_old), ("new", ~examples.is_old)):
-        pairs = count_pairs(old[own], new[own])
+        pairs = count_pairs(old.is_right[own], new.is_right[own])
         found[name] = {
             **pairs._asdict(),
+            "loss": float(new.losses[own].mean()),
             "num_examples": pairs.total,
             "broken_share": pairs.broken / pairs.total,
             "broken_bound": upper_bound(pairs.broken, pairs.total),
@@ -259,14 +275,16 @@ def _num_right(counts: dict[str, Any]) -> int:
 def _choose(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The point that breaks fewest old rows, of those no worse on new rows than the last one.
 
-    Among equals it is the one with most rows right, then the one nearest to the old weights.
+    No worse means as many rows right and no higher mean loss: many points have as many of few rows
+    right. Among equals it is the one with the lowest loss on old and new rows.
     """
-    least = _num_right(points[-1]["new"])
-    good = [point for point in points if _num_right(point["new"]) >= least]
-    return min(
-        good,
-        key=lambda p: (p["old"]["broken"], -_num_right(p["new"]) - _num_right(p["old"])),
-    )
+    last = points[-1]["new"]
+    good = [
+        point
+        for point in points
+        if _num_right(point["new"]) >= _num_right(last) and point["new"]["loss"] <= last["loss"]
+    ]
+    return min(good, key=lambda p: (p["old"]["broken"], p["old"]["loss"] + p["new"]["loss"]))
 
 
 def _describe(points: Sequence[dict[str, Any]], chosen: dict[str, Any], selection_name: str) -> str:

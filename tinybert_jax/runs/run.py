@@ -116,10 +116,10 @@ class Run(NamedTuple):
         """The model folder of each seed, in the order of `plan.seeds`.
 
         With several seeds the names end in `-seed-<seed>`, except for the student of the first
-        seed.
+        seed. A stage that averages its seeds has one folder.
         """
         first = self.model_folder(plan.name, member)
-        if len(plan.seeds) == 1:
+        if len(plan.seeds) == 1 or plan.stage.averages_seeds:
             return [first]
         folders = [first.with_name(f"{first.name}-seed-{seed}") for seed in plan.seeds]
         return folders if plan.stage.role == "teacher" else [first, *folders[1:]]
