@@ -44,7 +44,7 @@ LINES = [
     ("distill/general-3l", ["general.global_batch_size=1024"], [ALL]),
     ("distill/embeddings", [], [ALL]),
     ("distill/multi-label", [], [ALL]),
-    ("distill/squad", [], [ALL]),
+    ("distill/squad", ["num_seeds=3"], [ALL]),
     ("distill/sst2", [*TASK, "general.global_batch_size=256"], [ALL]),
     ("distill/sst2-english", [*TASK, TEXT], [ALL]),
     ("distill/sst2-family", TASK, [ALL]),

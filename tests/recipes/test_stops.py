@@ -153,19 +153,19 @@ def test_a_corrupt_cache_of_programs_is_compiled_again(world, answers):
 
 def test_a_terminal_is_told_at_once_that_a_step_ends_first():
     program = """
-import os, signal, time
+import os, signal, sys
 from tinybert_jax.training import preemption
 with preemption.handled("tinybert run run.yaml", lambda error: 75) as stop:
     with stop.between_steps():
         os.kill(os.getpid(), signal.SIGINT)
-        while not stop.is_asked:
-            time.sleep(0.01)
-        time.sleep(3)  # the other thread prints
+        sys.stdin.readline()  # the step ends when the line was read
 """
     ours, theirs = pty.openpty()
     command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, stderr=theirs, stdout=subprocess.PIPE) as child:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=theirs) as child:
         os.close(theirs)
-        assert os.read(ours, 1000).startswith(b"stops when the step is done and saved; Ctrl-C")
+        told = os.read(ours, 1000)
+        child.communicate(b"\n")
     os.close(ours)
+    assert told.startswith(b"stops when the step is done and saved; Ctrl-C again stops at once")
     assert child.returncode == 1  # nothing has caught Stopped

@@ -21,12 +21,13 @@ from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.models.inputs import Text
 from tinybert_jax.objectives.distillation import Context, Options, Outputs
 from tinybert_jax.objectives.objective import count_units
+from tinybert_jax.recipes import update
 from tinybert_jax.recipes.update import (
-    _Answers,
     _between,
     _choose,
     _count,
     _grown_head,
+    _Judged,
     _mean,
     _Old,
 )
@@ -199,14 +200,14 @@ def test_the_choice_is_no_worse_on_new_rows_and_breaks_fewest_old_ones():
     is_old = np.arange(60) < 40
     examples = Examples(["x"] * 60, None, np.zeros(60, np.int32), ("a",), is_old=is_old)
 
-    def answers(share):
-        return _Answers(rng.random(60) < share, rng.random(60).astype(np.float32))
+    def judged(share):
+        return _Judged(rng.random(60) < share, rng.random(60).astype(np.float32))
 
     num_chosen = set()
     for _ in range(50):
-        before = answers(0.8)
+        before = judged(0.8)
         points = [
-            {"share": share, **_count(before, answers(0.7), examples)} for share in (0.0, 0.5, 1.0)
+            {"share": share, **_count(before, judged(0.7), examples)} for share in (0.0, 0.5, 1.0)
         ]
         chosen = _choose(points)
         num_chosen.add(chosen["share"])
@@ -225,17 +226,48 @@ def test_the_choice_is_no_worse_on_new_rows_and_breaks_fewest_old_ones():
 
 def test_among_equals_the_lowest_loss_is_chosen():
     counts = {"both": 9, "fixed": 0, "broken": 0}
-    points = [
-        {"share": share, "old": {**counts, "loss": old}, "new": {**counts, "loss": new}}
-        for share, old, new in ((0.0, 0.1, 0.9), (0.5, 0.2, 0.4), (0.8, 0.1, 0.4), (1.0, 0.3, 0.5))
-    ]
-    assert _choose(points)["share"] == 0.8
+
+    def points(*losses):
+        shares = np.linspace(0, 1, len(losses))
+        sides = [
+            {name: {**counts, "loss": x} for name, x in (("old", a), ("new", b))} for a, b in losses
+        ]
+        return [{"share": share, **own} for share, own in zip(shares, sides, strict=True)]
+
+    # Lowest of the old rows is the first, of the new rows the third, of both the second.
+    assert _choose(points((0.1, 0.9), (0.2, 0.4), (0.6, 0.3), (1.0, 0.9)))["share"] == 1 / 3
+    assert _choose(points((0.1, 0.9), (0.2, np.nan)))["share"] == 1.0
 
 
 def test_the_weights_of_several_seeds_are_averaged():
-    models = [{"a": np.float32([1, 2])}, {"a": np.float32([4, 0])}, {"a": np.float32([1, 4])}]
-    np.testing.assert_array_equal(_mean(models)["a"], [2, 2])
+    rng = np.random.default_rng(3)
+    models = [{"a": rng.normal(size=100).astype(np.float32)} for _ in range(3)]
+    mean = _mean(models)["a"]
+    np.testing.assert_allclose(mean, sum(model["a"] for model in models) / 3, rtol=1e-5)
+    same = models[0]["a"]
+    np.testing.assert_array_equal(_mean([models[0]] * 3)["a"], same)  # bit for bit
     assert _mean(models[:1]) is models[0]
+
+
+def test_the_model_is_the_mean_of_its_seeds(folder, monkeypatch, capsys):
+    seen = []
+
+    def mean(models):
+        seen.append((models, _mean(models)))
+        return seen[0][1]
+
+    monkeypatch.setattr(update, "_mean", mean)
+    settings = ["update.interpolations=[1.0]", "update.dropout=0.3", "run_dir=seeds"]
+    assert _update(folder, *settings, "--max-regressions", "99%") == 0
+    ((models, expected),) = seen
+    kernels = [np.asarray(model["classifier"]["kernel"]) for model in models]
+    assert len(kernels) == 3 and not np.array_equal(kernels[0], kernels[1])
+    assert "the weights are the mean of 3 seeds\n" in capsys.readouterr().out
+    assert [path.name for path in (folder / "seeds" / "models").iterdir()] == ["update"]
+    own = read_model(folder / "seeds" / "hf")
+    params = start_params(own.folder, make_classifier(own.config, 3)[1], whole=True)
+    for one, two in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 def test_the_ends_of_the_way_are_the_two_models():

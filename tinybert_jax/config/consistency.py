@@ -255,7 +255,8 @@ def _needs_of_attention(config: Any) -> Iterator[str]:
     for stage in config.stages:
         num_seeds = len(config.seeds(stage))
         if num_seeds > 1:
-            yield f"{origin}: expected one seed, got {num_seeds} in {stage.name}: use one, {fix}"
+            told = f"expected one seed, got {num_seeds} in {stage.name}: set num_seeds=1"
+            yield f"{origin}: {told}, {fix}"
         for part in getattr(config, stage.name).parts():
             has_stores = stage.reads_corpus and config.corpus and config.corpus.stores
             is_one_width = part.section.batching == "pack" or has_stores

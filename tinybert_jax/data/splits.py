@@ -129,11 +129,12 @@ def _read_unlabelled(section: TaskSection, read: Reader) -> Examples:
 
 def _with_old(section: TaskSection, new: Examples, old: Examples) -> TaskData:
     """New and old rows, each with its share of dev and of those that choose."""
-    of_old = {"train": section.old, "max_train_rows": section.max_old_rows}
+    changes = {"train": section.old, "max_train_rows": section.max_old_rows}
+    old_section = section.model_copy(update=changes)
     parts = []
-    for own, examples in ((section, new), (section.model_copy(update=of_old), old)):
-        rest, dev = _split_share(own, "dev_share", examples)
-        parts.append(_task_data(own, rest, dev, None))
+    for part_section, examples in ((section, new), (old_section, old)):
+        rest, dev = _split_share(part_section, "dev_share", examples)
+        parts.append(_task_data(part_section, rest, dev, None))
     one, two = parts
     select = join_old(one.select, two.select) if one.select and two.select else None
     return TaskData(join_old(one.train, two.train), join_old(one.dev, two.dev), None, select)

@@ -37,7 +37,7 @@ def softmax_cross_entropy(
     must lie in 0..classes-1.
     """
     logits = logits.astype(jnp.float32)
-    nll = _negative_log_likelihood(logits, jnp.where(weights != 0, labels, 0))
+    nll = negative_log_likelihood(logits, jnp.where(weights != 0, labels, 0))
     uniform_nll = jax.nn.logsumexp(logits, axis=-1) - logits.mean(-1)
     per_example = (1 - label_smoothing) * nll + label_smoothing * uniform_nll
     return _weighted_mean(per_example, weights, count)
@@ -55,7 +55,7 @@ def masked_lm(
     Source: Devlin et al. 2019, section 3.1; -100 is the ignored label of PyTorch and Hugging Face.
     """
     is_label = labels != IGNORED_LABEL
-    nll = _negative_log_likelihood(logits.astype(jnp.float32), jnp.where(is_label, labels, 0))
+    nll = negative_log_likelihood(logits.astype(jnp.float32), jnp.where(is_label, labels, 0))
     return _weighted_mean(nll, is_label.astype(jnp.float32), count)
 
 
@@ -278,7 +278,10 @@ def _reduce_classes(per_class: Array, reduction: str) -> Array:
     )
 
 
-def _negative_log_likelihood(logits: Array, labels: Array) -> Array:
+def negative_log_likelihood(
+    logits: Float[Array, "units classes"], labels: Int[Array, " units"]
+) -> Float[Array, " units"]:
+    """The cross-entropy of each unit with its label."""
     label_logits = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
     return jax.nn.logsumexp(logits, axis=-1) - label_logits
 

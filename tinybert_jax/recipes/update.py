@@ -1,9 +1,10 @@
 """Further training of a classifier on new rows, so that it keeps what it had right.
 
 Old rows are trained on again beside the new ones; the old model teaches where it is right; the
-trained weights are the mean of several seeds (Wortsman et al. 2022, arXiv 2203.05482); and of the
-weights between the old and the trained ones those are taken that break fewest old rows (Wortsman
-et al. 2022, arXiv 2109.01903). A paired test of the old and the new model is the gate.
+trained weights are the mean of several seeds, which differ in dropout alone (after Wortsman et al.
+2022, arXiv 2203.05482, whose models differ in more); and of the weights between the old and the
+trained ones those are taken that break fewest old rows (Wortsman et al. 2022, arXiv 2109.01903). A
+paired test of the old and the new model is the gate.
 """
 
 import functools
@@ -15,14 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
 
 from tinybert_jax.config.models import Student
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.huggingface.folder import read_model, start_params
 from tinybert_jax.inference.scorer import make_scorer
-from tinybert_jax.losses.pointwise import softmax_cross_entropy
+from tinybert_jax.losses.pointwise import negative_log_likelihood, softmax_cross_entropy
 from tinybert_jax.metrics.paired import count_pairs, mcnemar, upper_bound
 from tinybert_jax.models.params import Params, sha256
 from tinybert_jax.objectives.distillation import Options, Role, make_distill
@@ -74,15 +74,17 @@ def main(run: Run, plan: StagePlan) -> None:
     training, evaluator = _make(run, plan, batches, start)
     trained = train_stage(run, training)[student.name]
     end = _mean([params["student"] for params in trained])
+    if len(trained) > 1:
+        run.log.say(f"update: the weights are the mean of {len(trained)} seeds{_alike(trained)}")
 
     # Choose how far to go from the old weights to the trained ones, and count what breaks.
-    answer, data = _make_answer(run, plan, student), task.data
-    points = _sweep(answer, start, teacher, end, section, data.selection)
+    judge_rows, data = _make_judge(run, plan, student), task.data
+    points = _sweep(judge_rows, start, teacher, end, section, data.selection)
     chosen = _choose(points)
     mixed = _between(start, end, chosen["share"])
-    counts = _count(answer(teacher, data.dev), answer(mixed, data.dev), data.dev)
+    counts = _count(judge_rows(teacher, data.dev), judge_rows(mixed, data.dev), data.dev)
     record = {"share": chosen["share"], "chosen_on": data.selection_name, "sweep": points}
-    record["dev"] = counts
+    record |= {"dev": counts, "seeds": list(plan.seeds)}
     run.log.say(f"{plan.name}: {_describe(points, chosen, data.selection_name)}")
     extra = {RECORD: functools.partial(_write, record)}
     (folder,) = run.seed_folders(plan, student.name)
@@ -196,7 +198,17 @@ def _mean(models: Sequence[Params]) -> Params:
     """The mean of the weights of models that started from the same ones, fp32 on the host."""
     if len(models) == 1:
         return models[0]
-    return jax.tree.map(lambda *own: np.mean([np.asarray(x, np.float32) for x in own], 0), *models)
+
+    def mean(*arrays: Any) -> np.ndarray:  # in fp64: a weight that no seed changed keeps its bits
+        return np.mean(arrays, 0, dtype=np.float64).astype(np.float32)
+
+    return jax.tree.map(mean, *models)
+
+
+def _alike(models: Sequence[Params]) -> str:
+    """What is to be said of seeds that trained to the same weights."""
+    is_alike = len({sha256(params) for params in models}) == 1
+    return ", which are all the same (no dropout): num_seeds=1 is enough" if is_alike else ""
 
 
 def _between(start: Params, end: Params, share: float) -> Params:
@@ -209,34 +221,35 @@ def _between(start: Params, end: Params, share: float) -> Params:
     return jax.tree.map(mix, start, end)
 
 
-class _Answers(NamedTuple):
+class _Judged(NamedTuple):
+    """How well a model knows the labels of some rows."""
+
     is_right: np.ndarray  # bool [n]
     losses: np.ndarray  # fp32 [n], cross-entropy
 
 
-Answer = Callable[[Params, Examples], _Answers]
+Judge = Callable[[Params, Examples], _Judged]
 
 
-def _make_answer(run: Run, plan: StagePlan, student: Student) -> Answer:
-    """answer(params, examples): how well a model knows the labels of the examples."""
+def _make_judge(run: Run, plan: StagePlan, student: Student) -> Judge:
+    """judge_rows(params, examples), for any weights of the student."""
     task, section = run.required_task.kind, plan.section
     apply, _ = make_task_model(run, student.sizes)
     score_rows = make_scorer(  # one for all models, so that it compiles once
         apply, buckets=section.buckets(), pad_token_id=run.tokenizer.pad_token_id
     )
 
-    def answer(params: Params, examples: Examples) -> _Answers:
+    def judge_rows(params: Params, examples: Examples) -> _Judged:
         rows = task.encode(run.tokenizer, examples, section.max_length)
         logits = score_rows(params, rows)
-        losses = scipy.special.logsumexp(logits, axis=1)
-        losses -= np.take_along_axis(logits, examples.labels[:, None], axis=1)[:, 0]
-        return _Answers(task.is_right(Scored(logits, rows, examples), {}), losses)
+        losses = negative_log_likelihood(jnp.asarray(logits), jnp.asarray(examples.labels))
+        return _Judged(task.is_right(Scored(logits, rows, examples), {}), np.asarray(losses))
 
-    return answer
+    return judge_rows
 
 
 def _sweep(
-    answer: Answer,
+    judge_rows: Judge,
     start: Params,
     teacher: Params,
     end: Params,
@@ -244,15 +257,19 @@ def _sweep(
     examples: Examples,
 ) -> list[dict[str, Any]]:
     """What each interpolation has right and breaks among the examples that choose."""
-    before = answer(teacher, examples)
-    return [
-        {"share": share, **_count(before, answer(_between(start, end, share), examples), examples)}
-        for share in sorted({*section.interpolations, 1.0})
-    ]
+    before = judge_rows(teacher, examples)
+    points = []
+    for share in sorted({*section.interpolations, 1.0}):
+        after = judge_rows(_between(start, end, share), examples)
+        points.append({"share": share, **_count(before, after, examples)})
+    return points
 
 
-def _count(old: _Answers, new: _Answers, examples: Examples) -> dict[str, Any]:
-    """By old and new rows: pairs, share that broke with its bound, McNemar's p, the new loss."""
+def _count(old: _Judged, new: _Judged, examples: Examples) -> dict[str, Any]:
+    """By old and new rows: pairs, share that broke with its bound, McNemar's p, mean loss.
+
+    The loss is that of the new model.
+    """
     assert examples.is_old is not None
     found = {}
     for name, own in (("old", examples.is_old), ("new", ~examples.is_old)):
@@ -275,16 +292,19 @@ def _num_right(counts: dict[str, Any]) -> int:
 def _choose(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The point that breaks fewest old rows, of those no worse on new rows than the last one.
 
-    No worse means as many rows right and no higher mean loss: many points have as many of few rows
-    right. Among equals it is the one with the lowest loss on old and new rows.
+    No worse means as many rows right and no higher mean loss. The loss decides too, because few
+    new rows leave many points with equal counts. Among equals the point is taken that has the
+    lowest loss on old and new rows.
     """
     last = points[-1]["new"]
     good = [
         point
-        for point in points
+        for point in points[:-1]
         if _num_right(point["new"]) >= _num_right(last) and point["new"]["loss"] <= last["loss"]
     ]
-    return min(good, key=lambda p: (p["old"]["broken"], p["old"]["loss"] + p["new"]["loss"]))
+    return min(
+        [*good, points[-1]], key=lambda p: (p["old"]["broken"], p["old"]["loss"] + p["new"]["loss"])
+    )
 
 
 def _describe(points: Sequence[dict[str, Any]], chosen: dict[str, Any], selection_name: str) -> str:

@@ -177,12 +177,13 @@ def _uncertainty_note(results: dict[str, Any]) -> str:
 def choice_note(results: dict[str, Any]) -> str:
     """What the dev examples have chosen: a sentence."""
     chosen = finite_number(results.get("select_examples"))
+    stages, models = mapping_of(results, "stages"), models_of(results)
     if chosen:
+        what = "seeds" if "update" not in stages else "the mixture of old and trained weights"
         return (
-            f"Checkpoints and seeds were chosen on {chosen:,.0f} rows of the training text, so "
+            f"Checkpoints and {what} were chosen on {chosen:,.0f} rows of the training text, so "
             "these examples chose nothing."
         )
-    stages, models = mapping_of(results, "stages"), models_of(results)
     is_last = all(mapping_of(stages, name).get("num_evals") == 1 for name in stages)
     # The score of several teachers is that of the best one, that of students is a mean.
     is_best = any("by_seed" in model and role_of(model) == "teacher" for model in models)

@@ -107,16 +107,16 @@ class Run(NamedTuple):
     def model_folder(self, stage: str, member: str = SOLE) -> Path:
         """The folder `models/<stage>[-<member>]`.
 
-        With one seed it holds the only model; with several, the student of the first seed or the
-        teacher with the best score.
+        With one seed it holds the only model; with several, the student of the first seed, the
+        teacher with the best score, or the mean of a stage that averages its seeds.
         """
         return self.folder / "models" / (f"{stage}-{member}" if member else stage)
 
     def seed_folders(self, plan: StagePlan, member: str = SOLE) -> list[Path]:
-        """The model folder of each seed, in the order of `plan.seeds`.
+        """The model folders that a stage keeps: one for each seed, or one for their mean.
 
-        With several seeds the names end in `-seed-<seed>`, except for the student of the first
-        seed. A stage that averages its seeds has one folder.
+        They are in the order of `plan.seeds`. With several the names end in `-seed-<seed>`, except
+        for the student of the first seed.
         """
         first = self.model_folder(plan.name, member)
         if len(plan.seeds) == 1 or plan.stage.averages_seeds:

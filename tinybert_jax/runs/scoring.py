@@ -23,7 +23,7 @@ from tinybert_jax.tasks.task import Scored, Settings
 
 
 class EvaluatedModel(NamedTuple):
-    """A model with a head of the task, and one folder per seed."""
+    """A model with a head of the task, and its folders: one for each seed, or for their mean."""
 
     role: str
     stage: str
@@ -68,7 +68,7 @@ def evaluated_models(run: Run) -> list[EvaluatedModel]:
 
 
 def _folders(run: Run, stage: str, member: str) -> list[Path]:
-    """The model folder of each seed; empty where the stage is not done."""
+    """The folders of the model's seeds; empty where the stage is not done."""
     return run.seed_folders(run.plans[stage], member) if run.is_done(stage) else []
 
 

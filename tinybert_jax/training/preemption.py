@@ -144,9 +144,10 @@ class Stop:
             self._signal = name
             if self._act is not None:
                 os._exit(self._finish(self._act, report))
-        if os.isatty(2):
-            console.close_view()
-            os.write(2, _SOON)
+            if name == "SIGINT" and os.isatty(2):  # before the main thread can end the step
+                console.close_view()
+                with contextlib.suppress(OSError):
+                    os.write(2, _SOON)
 
     def ask_softly(self, name: str) -> bool:
         """Stops the run, from a signal handler in the main thread; whether it has to go on first.
