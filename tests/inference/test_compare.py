@@ -13,6 +13,7 @@ from tinybert_jax.huggingface.folder import save_model
 from tinybert_jax.huggingface.head import Head
 from tinybert_jax.inference.predict import predict
 from tinybert_jax.models.heads import make_classifier
+from tinybert_jax.report import comparison
 
 NAMES = ("neg", "pos")
 
@@ -62,6 +63,9 @@ def test_the_counts_are_those_of_the_predictions(models, tmp_path, capsys):
     assert [row["row"] - 1 for row in found["broken"]] == np.flatnonzero(one & ~two).tolist()
     shown = capsys.readouterr().out
     assert f"broken {found['pairs']['broken']}" in shown and "by group:" in shown
+    assert ("more: -o comparison.html" in shown) == (len(found["broken"]) > 5)
+    first = comparison.lines(found, num_texts=1)
+    assert f"  … and {len(found['broken']) - 1} more: -o comparison.html" in first[-1]
 
 
 def test_the_gate(models, tmp_path, capsys):

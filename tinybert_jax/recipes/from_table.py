@@ -98,7 +98,7 @@ def make_update_tree(
     options["kind"] = CLASSIFICATION.kind
     if not {"text", "label"} <= set(options):
         guess = guess_task(data, options)
-        say(f"task: {guess.told}")
+        say(f"task: {guess.told.removesuffix(' or --task')}")  # which an update does not take
         options = {**guess.settings, **options}
     rows = {path: _read_rows(path, options) for path in (data, old)}
     names = source.label_names or ()

@@ -37,6 +37,9 @@ def lines(found: dict[str, Any], num_texts: int = 5) -> list[str]:
         ]
     for row in found["broken"][:num_texts]:
         told.append(f"  row {row['row']}: {row['old']} -> {row['new']}: {row['text']}")
+    more = pairs["broken"] - num_texts
+    if num_texts and more > 0:
+        told.append(f"  … and {more:,} more: -o comparison.html shows more of them")
     return told
 
 
