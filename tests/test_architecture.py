@@ -20,7 +20,7 @@ ROOMS = {
     "by_rows load schema command",
     "metrics": "classification regression multi_label tagging spans intervals paired calibration "
     "cosines translation",
-    "report": "charts style shell run_files tables score_table figures headline confusion "
+    "report": "charts style shell run_files tables gate score_table figures headline confusion "
     "per_class pareto advice calibration differences console card provenance page comparison "
     "settings_table several_runs run_comparison command",
     "performance": "flops accelerators gpu_target device_peaks hlo latency trace disk host "

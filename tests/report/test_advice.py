@@ -305,3 +305,23 @@ def test_the_console_says_what_its_numbers_are():
         "accuracy on 872 dev rows, with its 95% interval; parameters of the layers"
     )
     assert first.endswith("milliseconds for a text of 32 tokens")
+
+
+def _updated(fixed):
+    counts = {"both": 7, "broken": 0, "neither": 9 - fixed, "fixed": fixed, "mcnemar_p": 1.0}
+    side = counts | {"broken_bound": 0.15}
+    update = {"dev": {"old": side, "new": side}, "reasons": [], "broken": []}
+    return make_results(update=update, models=[], share_kept={})
+
+
+def test_an_update_that_learnt_nothing_is_told(tmp_path):
+    (line,) = advice(_updated(0) | {"stages": {"update": {"num_epochs": 5.0}}})
+    assert "of 16 it has 7 right, and the old model 7" in line and "update.num_epochs=10" in line
+    assert advice(_updated(1)) == []
+    told = console_summary(_updated(2))
+    assert (
+        "gate: new rows of dev: of 16 the old model has 7 right and the new one 9; 2 fixed" in told
+    )
+    page = render(tmp_path, _updated(2)).text
+    assert "has 9 of 16 new rows right, 7 before, and breaks 0 of 16 old ones." in page
+    assert "The gate passed." in page

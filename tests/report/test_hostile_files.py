@@ -59,6 +59,9 @@ def _full_results():
     models[0]["calibration"] = models[1]["calibration"] = lines
     closed = {"gap_closed": {"value": 0.5}, "baseline": {"difference": 0.1, "interval": [0, 0.2]}}
     differing = {"num_texts": 1, "texts": [{"text": "t", "label": "l"}], "student": "a"}
+    counts = {name: 1 for name in ("both", "fixed", "broken", "neither")}
+    counts |= {"broken_bound": 0.1, "mcnemar_p": 1.0}
+    broken = {"text": "t", "label": "l", "old": "l", "new": "n"}
     return make_results(
         models=models,
         comparisons={"a": closed},
@@ -68,6 +71,12 @@ def _full_results():
         heldout={"perplexity": 3.0},
         share_kept={"a": 0.9, "b": 0.8},
         select_examples=3,
+        update={
+            "old": "m",
+            "dev": {"old": counts, "new": counts},
+            "reasons": ["r"],
+            "broken": [broken],
+        },
     )
 
 

@@ -172,10 +172,12 @@ def label_notes(
     trained, judged = count(data.train), count(data.dev)
     order, notes = np.argsort(-trained, kind="stable"), []
     absent = [f"{short(names[i])} ({judged[i]:,} in dev)" for i in order if not trained[i]]
+    is_update = data.train.is_old is not None  # of a model that knows labels without rows
     if absent:
-        notes.append(f"no {unit} to train on has the label {_first(absent)}")
+        fix = "; the model may forget it: give more old rows" if is_update else ""
+        notes.append(f"no {unit} to train on has the label {_first(absent)}{fix}")
     rare = [f"{short(names[i])} {trained[i]}" for i in order if 0 < trained[i] <= _RARE]
-    if rare:
+    if rare and not is_update:
         fix = f"nobody learns a label from so few: add {unit}s, or leave the label out"
         notes.append(f"labels of one or two {unit}s: {_first(rare, 3)}; {fix}")
     missing = [f"{short(n)} {trained[i]:,}" for i, n in enumerate(names) if _is_missing(n)]

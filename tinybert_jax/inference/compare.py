@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.tables import format_of, read_table
 from tinybert_jax.inference.predict import ScoredFile, score_file
 from tinybert_jax.metrics.intervals import interval, resampled_scores
 from tinybert_jax.metrics.paired import count_pairs, mcnemar, needed_examples, upper_bound
+from tinybert_jax.tasks.task import Task
 
 _NUM_SHOWN = 50  # broken texts
 
@@ -70,18 +72,22 @@ def compare(
             "is_allowed": bound <= max_regressions,
             "needed_examples": needed_examples(max_regressions),
         }
-    return found | {"broken": _broken(sides[0], right, said)}
+    task, examples = sides[0].task, sides[0].scored.examples
+    return found | {"broken": broken_rows(task, examples, right, said)}
 
 
-def _broken(
-    old: ScoredFile, right: Sequence[np.ndarray], said: Sequence[Sequence[str]]
+def broken_rows(
+    task: Task, examples: Examples, right: Sequence[np.ndarray], said: Sequence[Sequence[str]]
 ) -> list[dict[str, Any]]:
-    """The first examples that only the old model has right."""
-    truth = old.task.truth(old.scored.examples)
+    """The first examples that only the first of two models has right, with what both said.
+
+    `right`: bool [examples] of each model.
+    """
+    truth = task.truth(examples)
     return [
         {
             "row": place + 1,
-            "text": old.scored.examples.shown(place, is_pair=not old.task.generates),
+            "text": examples.shown(place, is_pair=not task.generates),
             "label": truth[place],
             "old": said[0][place],
             "new": said[1][place],

@@ -169,9 +169,10 @@ def _write_results(run: Run, command: str, config: RunConfig) -> None:
     Raises GateError where the gate of the stage update refuses the model.
     """
     lines = read_rows(run.folder / "metrics.jsonl")
-    summary = collect_results(run, lines, command, config.export)
+    gate = update.judge(run, run.plans[UPDATE.name]) if run.is_done(UPDATE.name) else None
+    summary = collect_results(run, lines, command, config.export, gate)
     exported = _exported(run, summary, is_best=config.export == "best")
-    reasons = _reasons_against(run, exported)
+    reasons = gate["reasons"] if gate else []
     if reasons:
         remove_export(run)  # of the same model, where the gate was wider before
     else:
@@ -225,14 +226,6 @@ def _data_name(section: TaskSection) -> str:
     if section.name != TaskSection.model_fields["name"].default:
         return section.name
     return Path(section.train).stem if section.train else ""
-
-
-def _reasons_against(run: Run, exported: dict[str, Path]) -> list[str]:
-    """Why the gate of the stage update refuses the exported model; empty where it passes."""
-    if not run.is_done(UPDATE.name):
-        return []
-    (folder,) = exported.values()
-    return update.judge(run, run.plans[UPDATE.name], folder)
 
 
 def _exported(run: Run, summary: dict[str, Any], *, is_best: bool) -> dict[str, Path]:

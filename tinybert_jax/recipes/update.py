@@ -21,6 +21,7 @@ from tinybert_jax.config.models import Student
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.huggingface.folder import read_model, start_params
+from tinybert_jax.inference.compare import broken_rows
 from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.losses.pointwise import negative_log_likelihood, softmax_cross_entropy
 from tinybert_jax.metrics.paired import count_pairs, mcnemar, upper_bound
@@ -226,6 +227,7 @@ class _Judged(NamedTuple):
 
     is_right: np.ndarray  # bool [n]
     losses: np.ndarray  # fp32 [n], cross-entropy
+    answers: np.ndarray  # int [n], the label with the highest logit
 
 
 Judge = Callable[[Params, Examples], _Judged]
@@ -243,7 +245,8 @@ def _make_judge(run: Run, plan: StagePlan, student: Student) -> Judge:
         rows = task.encode(run.tokenizer, examples, section.max_length)
         logits = score_rows(params, rows)
         losses = negative_log_likelihood(jnp.asarray(logits), jnp.asarray(examples.labels))
-        return _Judged(task.is_right(Scored(logits, rows, examples), {}), np.asarray(losses))
+        is_right = task.is_right(Scored(logits, rows, examples), {})
+        return _Judged(is_right, np.asarray(losses), logits.argmax(-1))
 
     return judge_rows
 
@@ -321,19 +324,38 @@ def _write(record: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def judge(run: Run, plan: StagePlan, folder: Path) -> list[str]:
-    """Says what the exported model mends and breaks; returns the reasons against it."""
+def judge(run: Run, plan: StagePlan) -> dict[str, Any]:
+    """What the trained model mends and breaks on dev, and the reasons against it.
+
+    The entry `update` of `results.json`, which report.gate reads.
+    """
+    (student,), data = run.students, run.required_task.data
+    (folder,) = run.seed_folders(plan, student.name)
     dev = json.loads((folder / RECORD).read_text(encoding="utf-8"))["dev"]
     limit, reasons = plan.section.max_regressions, []
     for name, own in dev.items():
-        run.log.say(
-            f"gate: {name} rows of dev: {own['fixed']} fixed, {own['broken']} broken of "
-            f"{own['num_examples']:,} ({own['broken_share']:.2%}, at most "
-            f"{own['broken_bound']:.2%} with 95 % confidence); McNemar p = {own['mcnemar_p']:.2g}"
-        )
         if own["broken"] > own["fixed"] and own["mcnemar_p"] < _SURE:
             reasons.append(f"it is worse on {name} rows, p = {own['mcnemar_p']:.2g}")
     bound = dev["old"]["broken_bound"]
     if limit is not None and bound > limit:
         reasons.append(f"up to {bound:.2%} of the old rows may be broken, allowed are {limit:.2%}")
-    return reasons
+    found = {"old": student.section.path, "max_regressions": limit, "dev": dev, "reasons": reasons}
+    return found | {"broken": _broken(run, plan, folder, data.dev)}
+
+
+def _broken(run: Run, plan: StagePlan, folder: Path, examples: Examples) -> list[dict[str, Any]]:
+    """The first old rows that the old model alone has right, with both answers."""
+    (student,), kind = run.students, run.required_task.kind
+    num_labels = run.required_task.data.num_outputs
+    assert examples.is_old is not None
+    old, judge_rows = _read_old(run, student), _make_judge(run, plan, student)
+    _, init = kind.make_head(student.sizes, num_labels)
+    models = [
+        {**old.params, "classifier": _padded_head(old, num_labels)},
+        start_params(folder, init, whole=True),
+    ]
+    sides = [judge_rows(model, examples) for model in models]
+    names = run.required_task.data.label_names or ()
+    said = [[names[label] for label in side.answers] for side in sides]
+    right = [side.is_right & examples.is_old for side in sides]
+    return broken_rows(kind, examples, right, said)

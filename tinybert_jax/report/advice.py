@@ -8,6 +8,7 @@ import html
 import math
 from typing import Any
 
+from tinybert_jax.report.gate import sides_of
 from tinybert_jax.report.tables import (
     LOWER_IS_BETTER,
     TRANSLATION_METRICS,
@@ -38,7 +39,7 @@ def advice(results: dict[str, Any]) -> list[str]:
             "built-in text shows that the pipeline works, not what distillation brings: take a "
             "table of your own (tinybert run --data) and a pretrained --teacher"
         ]
-    lines = [_guessing_teacher(results)]
+    lines = [_guessing_teacher(results), _nothing_new(results)]
     for student in (m for m in models_of(results) if m.get("role") == "student"):
         lines += [_beaten_by_itself(results, student), _beaten_by_linear(results, student)]
         lines.append(_equal_seeds(student))
@@ -68,6 +69,18 @@ def _guessing_teacher(results: dict[str, Any]) -> str:
         f"the teacher has hardly learnt: its loss ended at {loss:.2f}, and guessing has "
         f"{chance:.2f}; a student cannot learn more from it: {_longer(results, 'finetune')}, or "
         "raise finetune.learning_rate"
+    )
+
+
+def _nothing_new(results: dict[str, Any]) -> str:
+    """Where an update has no more of the new rows right than the model before it."""
+    new = next((side for side in sides_of(results) if side.name == "new"), None)
+    if new is None or new.after > new.before:
+        return ""
+    return (
+        f"the update has learnt nothing that the new rows of dev show: of {new.total:,} it has "
+        f"{new.after:,} right, and the old model {new.before:,}: give more new rows, or "
+        f"{_longer(results, 'update')}"
     )
 
 

@@ -14,6 +14,7 @@ import yaml
 
 from tinybert_jax import __version__
 from tinybert_jax.report.console import printable
+from tinybert_jax.report.gate import COLUMNS, sides_of
 from tinybert_jax.report.score_table import choice_note
 from tinybert_jax.report.tables import format_si, interval_of, metric_name, show_score
 
@@ -82,7 +83,7 @@ _ROLES = {
 }
 _NO_LICENCE = "None is named: add `license` to the lines at the top before you publish the model."
 _NUM_LABELS = 100  # of them are listed
-_WITHOUT_TEACHER = ("pretrain", "finetune", "baseline")
+_WITHOUT_TEACHER = ("pretrain", "finetune", "baseline", "update")
 
 
 class Origin(NamedTuple):
@@ -107,6 +108,7 @@ def model_card(results: Mapping[str, Any], config: Mapping[str, Any], origin: Or
         f"# {_text(title)}",
         _summary(results, config, origin, model),
         _scores(results, model, others) if model else _heldout(results),
+        _change(results),
         _use(results, config, origin),
         _training(results, origin),
         _limits(results, config, origin),
@@ -204,7 +206,11 @@ def _summary(
     if model:
         counts = [float(model[f"num_{own}parameters"]) for own in ("", "encoder_")]
         size += f", {format_si(counts[0])} parameters, {format_si(counts[1])} without embeddings"
-    made = {"finetune": "fine-tuned from", "pretrain": "trained on text; it began as"}
+    made = {
+        "finetune": "fine-tuned from",
+        "pretrain": "trained on text; it began as",
+        "update": "updated from",
+    }
     if origin.stage == "baseline":
         begun = "trained without a teacher"
     elif origin.teacher:
@@ -254,6 +260,19 @@ def _scores(results: Mapping[str, Any], model: dict[str, Any], others: list[dict
         ]
     head, told, *table = lines
     return "\n\n".join([head, told, "\n".join(table)])
+
+
+def _change(results: Mapping[str, Any]) -> str:
+    """The table of what an update mends and breaks."""
+    sides = sides_of(results)
+    if not sides:
+        return ""
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *(side.cells for side in sides)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return (
+        f"## What changed\n\n{table}\n\nRight before: by the model that it was updated from. The "
+        "bound holds with 95 % confidence; p is McNemar's."
+    )
 
 
 def _dev_rows(results: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tinybert_jax.report.gate import gate_lines
 from tinybert_jax.report.tables import clear_gap, show_score
 
 # Control characters but tab and line break, characters that turn the direction of writing, and
@@ -75,6 +76,7 @@ def console_summary(summary: dict[str, Any]) -> str:
     if heldout := summary.get("heldout"):
         values = (f"{name} {float(value):.4g}" for name, value in heldout.items())
         lines.append(f"pretrain  on held-out text: {', '.join(values)}")
+    lines += gate_lines(summary)
     lines += [f"advice: {line}" for line in summary.get("advice", ())]
     return "\n".join(lines)
 

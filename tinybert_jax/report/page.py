@@ -29,6 +29,7 @@ from tinybert_jax.report.figures import (
     read_stages,
     seconds_of,
 )
+from tinybert_jax.report.gate import gate_section, gate_sentence
 from tinybert_jax.report.headline import (
     baseline_sentence,
     headline,
@@ -80,6 +81,7 @@ def _page(
     lead = " ".join(sentence for sentence in lead if sentence)
     sections = [
         ("What to do next", advice_list(results)),
+        ("Old and new model", gate_section(results)),
         ("Comparison", comparison_table(results)),
         ("Score and cost", pareto_section(results)),
         _details(results),
@@ -90,7 +92,7 @@ def _page(
         ("Run", begun),
     ]
     header = (
-        f'<div><p class="run">{name}</p><h1>{headline(results)}</h1>'
+        f'<div><p class="run">{name}</p><h1>{gate_sentence(results) or headline(results)}</h1>'
         + (f'<p class="lead">{lead}</p>' if lead else "")
         + f"</div>{size_figure(results)}"
     )

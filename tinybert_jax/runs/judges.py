@@ -1,5 +1,6 @@
 """How a run judges models of its task: on the examples that choose, and against no learning."""
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from tinybert_jax.data.errors import GateError
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.inference.scorer import Evaluator, Scorer, make_scorer
 from tinybert_jax.inference.seq2seq import TinyBertForConditionalGeneration, translate
+from tinybert_jax.metrics.paired import needed_examples, upper_bound
 from tinybert_jax.models.params import Apply, Params, restack_layers
 from tinybert_jax.parallel import sharding
 from tinybert_jax.runs.run import Run, load_frozen, place_frozen_params
@@ -106,4 +108,17 @@ def check_teacher(run: Run, path: str | Path, sizes: Sizes) -> None:
             f"{needed:.4f} (a model that learnt nothing has {floor:.4f}), got {got:.4f} from "
             f"{path}; check the order of its labels, fine-tune it on the task, or for longer (in "
             "another run_dir), or accept it with distillation.teacher_margin=-1"
+        )
+
+
+def check_gate(limit: float | None, dev: Examples) -> None:
+    """Raises ValueError for a limit that no model passes, because dev has too few old rows."""
+    assert dev.is_old is not None
+    count, needed = int(dev.is_old.sum()), needed_examples(limit) if limit else 0
+    if limit and count < needed:
+        least = math.ceil(1000 * upper_bound(0, count)) / 1000
+        raise ValueError(
+            f"update.max_regressions: expected at least {needed:,} old rows in dev for a limit of "
+            f"{limit:.3%} (--max-regressions), got {count:,}, so that no model could pass; give "
+            f"more old rows, raise task.dev_share, or allow {least:.1%} or more"
         )

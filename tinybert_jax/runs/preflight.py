@@ -28,7 +28,7 @@ from tinybert_jax.performance.program_cache import keep_programs
 from tinybert_jax.runs import checks, corpus_checks, environment, identity, overwrite, shared_folder
 from tinybert_jax.runs.from_step import FromStep, check_from_step, go_back
 from tinybert_jax.runs.inputs import read_inputs
-from tinybert_jax.runs.judges import check_teacher
+from tinybert_jax.runs.judges import check_gate, check_teacher
 from tinybert_jax.runs.run import Run, RunTask
 from tinybert_jax.runs.run_store import RunStore, open_store
 from tinybert_jax.tasks.table import TASKS
@@ -354,8 +354,10 @@ def _check(run: Run, plans: Sequence[StagePlan]) -> None:
         checks.check_teacher_labels(run.task_teacher, run.required_task)
     if any(plan.keeps_logits for plan in plans):
         checks.check_further_teachers(run)
-    for student in run.students if any(plan.stage is UPDATE for plan in plans) else ():
+    for plan in (plan for plan in plans if plan.stage is UPDATE):
+        (student,) = run.students
         checks.check_old_labels(student.section.path, run.required_task.data.label_names)
+        check_gate(plan.section.max_regressions, run.required_task.data.dev)
     checks.check_weights(run, plans)
 
 

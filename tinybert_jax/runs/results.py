@@ -45,12 +45,17 @@ _NUM_SHOWN = 20  # texts on which student and teacher differ
 
 
 def collect_results(
-    run: Run, lines: Sequence[dict[str, Any]], command: str, export: str
+    run: Run,
+    lines: Sequence[dict[str, Any]],
+    command: str,
+    export: str,
+    gate: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of `results.json`: every evaluated model, and how the students compare.
 
     With a task its entry `resamples` is the content of a file of its own: see `_resamples`.
     `lines`: those of metrics.jsonl. `command`: the command line. `export`: see `RunConfig`.
+    `gate`: what an update mends and breaks.
     """
     heldout = _heldout(lines)
     data = run.task.data if run.task else None
@@ -67,6 +72,7 @@ def collect_results(
         "max_length": {name: plan.section.max_length for name, plan in run.plans.items()},
         **(_evaluate(run) if run.task else {"models": []}),
         **({"heldout": heldout} if heldout else {}),
+        **({"update": gate} if gate else {}),
         "stages": _learning(run, lines),
         "seconds": _seconds(lines),
         "commands": [command] if command else [],
