@@ -6,7 +6,7 @@ import numpy as np
 
 from tinybert_jax.batches.batch import TokenRows
 from tinybert_jax.data.examples import Examples
-from tinybert_jax.metrics.intervals import resampled_scores
+from tinybert_jax.metrics.intervals import interval, resampled_scores
 from tinybert_jax.tasks.classification import CLASSIFICATION, MAX_CONFUSION
 from tinybert_jax.tasks.task import Scored
 
@@ -41,3 +41,20 @@ def test_more_classes_have_the_most_frequent_mistakes_and_take_little_memory():
     assert "confusion" not in details and len(details["mistakes"]) == 15
     assert details["mistakes"][0] == {"true": 0, "predicted": 1, "count": 1, "support": 3}
     assert peak < 100e6  # the matrix took 1.3 GB
+
+
+def test_the_interval_of_f1_lies_around_it_where_classes_are_predicted_in_error_alone():
+    """Twelve classes without a row, each of them predicted once, as of labels that are new."""
+    labels = np.repeat(np.arange(6), 20)
+    answers = labels.copy()
+    answers[np.arange(12) * 10] = 6 + np.arange(12)
+    found, names = np.stack([labels, answers], axis=1), [f"class {n}" for n in range(20)]
+    score = CLASSIFICATION.metrics(found, names)["f1"]
+    low, high = interval(CLASSIFICATION.resampled(found, names)["f1"])
+    assert low < score < high
+    fewer = resampled_scores(lambda rows: CLASSIFICATION.metrics(rows, names), found)["f1"]
+    assert interval(fewer)[0] > score  # what it is without the classes that a resample lacks
+    others = CLASSIFICATION.resampled(found, names)
+    plain = resampled_scores(lambda rows: CLASSIFICATION.metrics(rows, names), found)
+    for name in ("accuracy", "matthews"):
+        np.testing.assert_array_equal(others[name], plain[name])

@@ -8,7 +8,7 @@ import numpy as np
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.tables import format_of, read_table
 from tinybert_jax.inference.predict import ScoredFile, score_file
-from tinybert_jax.metrics.intervals import interval, resampled_scores
+from tinybert_jax.metrics.intervals import interval
 from tinybert_jax.metrics.paired import count_pairs, mcnemar, needed_examples, upper_bound
 from tinybert_jax.tasks.task import Task
 
@@ -105,12 +105,8 @@ def _metrics(sides: Sequence[ScoredFile]) -> dict[str, dict[str, Any]]:
     scores, resampled = [], []
     for side in sides:
         outcomes = side.task.outcomes(side.scored, side.settings)
-
-        def metrics(rows: np.ndarray, side: ScoredFile = side) -> dict[str, float]:
-            return side.task.metrics(rows, side.scored.label_names)
-
-        scores.append(metrics(outcomes))
-        resampled.append(resampled_scores(metrics, outcomes))
+        scores.append(side.task.metrics(outcomes, side.scored.label_names))
+        resampled.append(side.task.resampled(outcomes, side.scored.label_names))
     return {
         name: {
             "old": scores[0][name],

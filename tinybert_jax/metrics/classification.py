@@ -7,22 +7,35 @@ from jaxtyping import Float, Int
 
 
 def classification_metrics(
-    predictions: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], num_classes: int
+    predictions: Int[np.ndarray, " n"],
+    labels: Int[np.ndarray, " n"],
+    num_classes: int,
+    absent_f1: Float[np.ndarray, " num_classes"] | None = None,
 ) -> dict[str, float]:
     """Accuracy, F1 and Matthews correlation of predicted classes, as fractions.
 
     With two classes `f1` is the F1 of class 1 (GLUE's MRPC and QQP), with more the unweighted mean
     over the classes that occur in labels or predictions. A score with denominator 0 is 0.0, as in
-    scikit-learn. Raises ValueError for an empty set or a class outside of `num_classes`.
+    scikit-learn. `absent_f1`: of classes that occur in neither; NaN: such a class is not in the
+    mean, which is the default. Raises ValueError for an empty set or a class outside of
+    `num_classes`.
     """
     counts = _class_counts(predictions, labels, num_classes)
     f1 = _f1_per_class(counts)
-    occurs = counts.true + counts.predicted > 0
+    if len(f1) > 2 and absent_f1 is not None:
+        f1 = np.where(np.isnan(f1), absent_f1, f1)
     return {
         "accuracy": float(counts.right.sum() / counts.true.sum()),
-        "f1": float(f1[1] if len(f1) == 2 else f1[occurs].mean()),
+        "f1": float(np.nan_to_num(f1[1]) if len(f1) == 2 else f1[~np.isnan(f1)].mean()),
         "matthews": _matthews(counts),
     }
+
+
+def f1_per_class(
+    predictions: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], num_classes: int
+) -> Float[np.ndarray, " num_classes"]:
+    """The F1 of each class; NaN for a class that occurs in neither labels nor predictions."""
+    return _f1_per_class(_class_counts(predictions, labels, num_classes))
 
 
 def predicted_classes(logits: Float[np.ndarray, "n classes"]) -> Int[np.ndarray, " n"]:
@@ -91,7 +104,8 @@ def _class_counts(predictions: np.ndarray, labels: np.ndarray, num_classes: int)
 
 def _f1_per_class(counts: _ClassCounts) -> np.ndarray:
     """2·tp / (2·tp + fp + fn); the denominator is the sum of true and predicted examples."""
-    return 2 * counts.right / np.maximum(counts.true + counts.predicted, 1)
+    total = counts.true + counts.predicted
+    return np.where(total > 0, 2 * counts.right / np.maximum(total, 1), np.nan)
 
 
 def _matthews(counts: _ClassCounts) -> float:

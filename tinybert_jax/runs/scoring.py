@@ -13,7 +13,7 @@ from tinybert_jax.data.examples import Examples
 from tinybert_jax.huggingface.encoder_decoder import start_any
 from tinybert_jax.huggingface.folder import read_model
 from tinybert_jax.inference.scorer import make_scorer
-from tinybert_jax.metrics.intervals import mean_over_seeds, resampled_scores
+from tinybert_jax.metrics.intervals import mean_over_seeds
 from tinybert_jax.models.params import Apply, Params
 from tinybert_jax.runs.judges import score_generated
 from tinybert_jax.runs.run import Run, make_task_model
@@ -104,9 +104,6 @@ def _scores(
     outcomes = [task.outcomes(own, given) for own, given in zip(dev, settings, strict=True)]
     best = best_index(selection, run.required_task.metric)
 
-    def resampled(seed: int) -> dict[str, np.ndarray]:
-        return resampled_scores(lambda rows: task.metrics(rows, names), outcomes[seed])
-
     seeds = [best] if is_best_alone else range(len(dev))
     return SeedScores(
         by_seed=[task.metrics(own, names) for own in outcomes],
@@ -114,7 +111,7 @@ def _scores(
         best=best,
         scored=dev[best],
         settings=settings[best],
-        resampled=mean_over_seeds([resampled(seed) for seed in seeds]),
+        resampled=mean_over_seeds([task.resampled(outcomes[seed], names) for seed in seeds]),
     )
 
 

@@ -14,9 +14,11 @@ from tinybert_jax.metrics.calibration import calibration
 from tinybert_jax.metrics.classification import (
     classification_metrics,
     confusion_matrix,
+    f1_per_class,
     frequent_mistakes,
     predicted_classes,
 )
+from tinybert_jax.metrics.intervals import Metrics
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.tasks.task import Scored, Settings, Task, softmax
 
@@ -77,6 +79,16 @@ def metrics(found: np.ndarray, names: Sequence[str]) -> dict[str, float]:
     return classification_metrics(found[:, 1], found[:, 0], len(names))
 
 
+def resample_metrics(whole: np.ndarray, names: Sequence[str]) -> Metrics:
+    """As `metrics`, but a class that a resample lacks keeps the F1 that it has on all examples.
+
+    Else the mean would be over fewer classes there, and its interval beside the score: a class
+    that is predicted once in error has F1 0 and is missing in a third of the resamples.
+    """
+    absent = f1_per_class(whole[:, 1], whole[:, 0], len(names))
+    return lambda rows: classification_metrics(rows[:, 1], rows[:, 0], len(names), absent)
+
+
 def answers(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
     """Per example the class with the highest logit, its probability, and the logits by class."""
     predicted, probabilities = scored.logits.argmax(-1), softmax(scored.logits)
@@ -131,6 +143,7 @@ CLASSIFICATION = Task(
     floor_metric="accuracy",
     outcomes=outcomes,
     metrics=metrics,
+    resample_metrics=resample_metrics,
     answers=answers,
     details=details,
     in_words=lambda answer: answer["label"],

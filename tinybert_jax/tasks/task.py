@@ -14,6 +14,7 @@ from tinybert_jax.batches.batch import TokenRows
 from tinybert_jax.config.tasks import Form, TaskSection
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.splits import Reader
+from tinybert_jax.metrics.intervals import Metrics, resampled_scores
 from tinybert_jax.models.heads import MakeHead
 
 # Numbers that turn logits into predictions, such as a threshold; saved in config.json.
@@ -64,6 +65,9 @@ class Task(NamedTuple):
     # End of the class name in transformers, such as SequenceClassification; None: no head there.
     hf_head: str | None
     problem_type: str | None  # in config.json; kinds may share it: see `table.task_of`
+    # (outcomes of all examples, label names) -> the metrics of a resample of them, where these need
+    # to know what it lacks; None: `metrics`
+    resample_metrics: Callable[[np.ndarray, Sequence[str]], Metrics] | None = None
     # -> bool [n]: the examples whose answer is right; None: the words of answer and truth are equal
     rights: Callable[[Scored, Settings], np.ndarray] | None = None
     tune: Callable[[Scored], Settings] | None = None  # -> settings with the best score
@@ -89,6 +93,12 @@ class Task(NamedTuple):
     def measure(self, scored: Scored, settings: Settings) -> dict[str, float]:
         """The metrics of a data set by name."""
         return self.metrics(self.outcomes(scored, settings), scored.label_names)
+
+    def resampled(self, outcomes: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Each metric on resamples of the examples, see `resampled_scores`."""
+        if self.resample_metrics is not None:
+            return resampled_scores(self.resample_metrics(outcomes, names), outcomes)
+        return resampled_scores(lambda rows: self.metrics(rows, names), outcomes)
 
     def is_right(self, scored: Scored, settings: Settings) -> np.ndarray:
         """bool [n]: the examples whose answer is right."""
