@@ -45,6 +45,7 @@ _STAGES = {
 }
 
 # The options of a run on a table, in place of a config.
+_DRY_RUN = "print FLOPs, memory and time of each stage and stop"
 _TABLE = {
     "data": "in place of a config, labelled text: a .csv, .tsv, .jsonl file, or as task.train",
     "teacher": "a BERT folder or hub id",
@@ -145,11 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "run":
             _add_table(command)
         either = command.add_mutually_exclusive_group()
-        either.add_argument(
-            "--dry-run",
-            action="store_true",
-            help="print FLOPs, memory and time of each stage and stop",
-        )
+        either.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
         either.add_argument(
             "--profile",
             action="store_true",
@@ -254,8 +251,9 @@ def _add_update(commands) -> None:
         "overrides", nargs="*", metavar="key.path=value", help="change one setting"
     )
     command.add_argument("--print-config", action="store_true", help="print the config and stop")
+    command.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
     _add_plain(command)
-    command.set_defaults(act=_run, dry_run=False, profile=False, from_step=None, overwrite=False)
+    command.set_defaults(act=_run, profile=False, from_step=None, overwrite=False)
 
 
 def _add_completion(commands) -> None:

@@ -236,3 +236,12 @@ def test_config_json_that_is_not_ours(world, setting, named):
 def test_folder_that_is_not_there(world):
     path = world.config("finetune", teacher={"path": str(world.folder / "gone")})
     world.fails("run", path, naming=("gone", "expected", "model folder"))
+
+
+def test_the_folder_of_a_run_names_its_models(world):
+    run = world.folder / "run"
+    for name in ("small", "large"):
+        (run / "hf" / name).mkdir(parents=True)
+        (run / "hf" / name / "config.json").write_text("{}")
+    named = ("got that of a run", str(run / "hf" / "large"), str(run / "hf" / "small"))
+    world.fails("predict", str(run), "-t", "x", naming=named)

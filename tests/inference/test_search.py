@@ -35,3 +35,15 @@ def test_columns_of_tables_and_lines(tmp_path):
     assert (list(found.rows), found.texts, found.labels) == ([2, 4], ["tea", "jam"], None)
     with pytest.raises(ValueError, match="expected no label for plain text"):
         read_texts(str(plain), label="a")
+
+
+def test_the_column_of_questions_is_found(tmp_path, capsys):
+    table = tmp_path / "faq.csv"
+    table.write_text("question,answer\nWhere is tea?,Here\n")
+    assert read_texts(str(table), label="answer").texts == ["Where is tea?"]
+    assert "text in column 'question'; if not: --text" in capsys.readouterr().out
+    table.write_text("question,text\nWhere is tea?,Tea is here.\n")
+    assert read_texts(str(table)).texts == ["Tea is here."]
+    table.write_text("question,title\nWhere is tea?,Tea\n")
+    with pytest.raises(ValueError, match="'question'.*'title'"):
+        read_texts(str(table))

@@ -110,6 +110,7 @@ def test_a_gate_that_refuses_leaves_a_report_and_no_model(folder, refused):
     results, page = refused
     (reason,), old = results["update"]["reasons"], results["update"]["dev"]["old"]
     assert "allowed are 40.00%" in reason and "exported" not in results
+    assert not list((folder / "refused" / "checkpoints").rglob("*.*"))
     texts = results["update"]["broken"]
     assert len(texts) == old["broken"] > 0
     assert all(row["old"] == row["label"] != row["new"] for row in texts)

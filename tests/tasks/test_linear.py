@@ -40,6 +40,12 @@ def test_classes_that_no_training_row_has_are_never_predicted():
     assert _score(CLASSIFICATION, only, only)[1]["accuracy"] == 1.0
 
 
+def test_as_many_classes_as_rows_are_fitted_without_a_word_of_the_library():
+    labels = np.arange(20)
+    train = Examples([f"w{n}" for n in labels], None, labels, tuple(map(str, labels)))
+    assert _score(CLASSIFICATION, train, train)[1]["accuracy"] == 1.0
+
+
 def test_each_label_of_several_has_a_logit():
     labels = np.array([[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 1, 0]] * 5)
     train = Examples(TEXTS, None, labels, ("food", "film", "war"))

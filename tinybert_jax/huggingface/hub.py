@@ -29,6 +29,7 @@ def find_folder(path: str | Path) -> Path:
     """
     folder = Path(os.path.expanduser(path))
     if folder.is_dir():
+        _refuse_run(folder)
         return folder
     wanted = "a Hugging Face model folder (config.json, model.safetensors)"
     if folder.exists():
@@ -50,6 +51,18 @@ def find_folder(path: str | Path) -> Path:
             "one that was downloaded elsewhere, or check the name and the network and run the "
             "command again: it goes on with what was downloaded"
         ) from error
+
+
+def _refuse_run(folder: Path) -> None:
+    """Raises ValueError for the folder of a run, naming its exported models."""
+    if (folder / "config.json").exists() or not (folder / "hf").is_dir():
+        return
+    models = sorted(str(file.parent) for file in (folder / "hf").rglob("config.json"))
+    if models:
+        raise ValueError(
+            f"{folder}: expected a model folder, got that of a run; give the model that it "
+            f"exported: {', or '.join(models)}"
+        )
 
 
 _NOT_READ = {

@@ -121,7 +121,9 @@ def _add_search(commands) -> None:
 
 
 def _add_vectors(command) -> None:
-    command.add_argument("--text", help="column of the text; default: text")
+    command.add_argument(
+        "--text", help="column of the text; default: text, or the one that may be it"
+    )
     command.add_argument("--split", help="split of a datasets folder or hub data set")
     command.add_argument(
         "--max-length", type=int, help="tokens of a text; default: as the model's folder says"

@@ -12,6 +12,7 @@ import numpy as np
 
 from tinybert_jax.data.corpus import is_plain_text, read_lines
 from tinybert_jax.data.examples import Examples
+from tinybert_jax.data.guess import guess_text
 from tinybert_jax.data.tables import format_of, read_table, texts_in
 from tinybert_jax.inference.predict import Model, embed
 from tinybert_jax.inference.vector_index import search_index
@@ -38,7 +39,8 @@ def search(
     """One object per question: `question` and its `results`, the closest texts of `data` first.
 
     A result has the `row` of the file from 1, `score` (the cosine), `text`, and `label`, the value
-    of that column. `data`: a table whose column `text` is searched, or plain text, a text a line.
+    of that column. `data`: a table whose column `text` is searched (None: see `read_texts`), or
+    plain text, a text a line.
     `index`: a folder that keeps the vectors of the texts (see `vector_index`). `rerank`: a
     regression model of pairs, which reads the question with each of the closest texts, `top` or
     `_CANDIDATES` if that is more, cut at its own positions; `score` is its number then, and
@@ -137,7 +139,10 @@ class Texts(NamedTuple):
 def read_texts(
     path: str, text: str | None = None, label: str | None = None, split: str | None = None
 ) -> Texts:
-    """The column `text` of a table, or the lines of plain text; see `search`."""
+    """The column `text` of a table, or the lines of plain text; see `search`.
+
+    Without `text`: the column of that name, else the only one with a name of text (`guess_text`).
+    """
     if is_plain_text(path, "auto"):
         if label is not None:
             raise ValueError(
@@ -147,7 +152,11 @@ def read_texts(
         lines = enumerate(read_lines(path, keep_blank=True), 1)
         filled = [(number, line) for number, line in lines if line]
         return Texts([number for number, _ in filled], [line for _, line in filled], None)
-    text = text or "text"
+    if text is None:
+        guess = guess_text(path, {"train_split": split}, {}, reads_pairs=False)
+        text = guess.settings.get("text", "text")
+        if guess.told:
+            print(f"{path}: {guess.told}; if not: --text")
     wanted = [text] if label is None else [text, label]
     table = read_table(path, format_of(path, "auto"), split, wanted)
     texts = texts_in(table, text)

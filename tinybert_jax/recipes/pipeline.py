@@ -108,8 +108,12 @@ def main(
             if not num_new:
                 run.log.say("every stage was done before: scores and latency are measured anew")
             run.log.enter("results")
-            with run.log.doing("scores the models and measures their latency"):
-                processes.on_main("results", lambda: _write_results(run, command, config))
+            refused = None
+            try:
+                with run.log.doing("scores the models and measures their latency"):
+                    processes.on_main("results", lambda: _write_results(run, command, config))
+            except GateError as error:
+                refused = error  # once the checkpoints are removed, which no other gate needs
         run.saver.copy_soon()
         run.saver.drain()
         if not config.keep_checkpoints:
@@ -118,6 +122,8 @@ def main(
             run.saver.drain()
         if config.run_store:
             run.log.say(f"copy:   {config.run_store}")
+        if refused is not None:
+            raise refused
         return run.folder
 
 

@@ -8,6 +8,7 @@ pair of texts is one text for the words, and the cosine of the two is a feature 
 import importlib.util
 import math
 import re
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -95,7 +96,9 @@ def _classes(inputs, labels: np.ndarray, num_classes: int, scored: list) -> list
         for logits in found:
             logits[:, known] = 0.0
         return found
-    model = _logistic_regression().fit(inputs, labels)
+    with warnings.catch_warnings():  # nearly as many classes as rows are told by `label_notes`
+        warnings.filterwarnings("ignore", message="The number of unique classes", module="sklearn")
+        model = _logistic_regression().fit(inputs, labels)
     for logits, part in zip(found, scored, strict=True):
         logits[:, model.classes_] = model.predict_log_proba(part)
     return found

@@ -113,7 +113,7 @@ def _known(
         for number, labels in zip(table.numbers, sets, strict=True)
         if not set(labels) <= set(known)
     ]
-    fix = "correct these rows or complete `labels`"
+    fix = "correct these rows, leave them out, or complete `labels` where a config lists them"
     expected = f"some of the labels {listed(list(known))} in column {column!r}"
     fail_rows(table, expected, unknown, fix)
     if not known:
