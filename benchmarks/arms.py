@@ -67,6 +67,7 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--together", type=int, default=1, help="arms at one time")
     parser.add_argument("--data", action="append", help="only this data set; may be repeated")
+    parser.add_argument("--arm", action="append", help="only this arm; may be repeated")
     parser.add_argument("--tune", action="store_true", help="dev rows of cells that are not theirs")
     args = parser.parse_intermixed_args()
     if args.together < 1:
@@ -77,10 +78,14 @@ def main() -> int:
     known = comparison.get("data", {"": {}})
     if unknown := set(args.data or ()) - set(known):
         parser.error(f"--data: expected one of {list(known)}, got {sorted(unknown)}")
+    if unknown := set(args.arm or ()) - set(comparison["arms"]):
+        parser.error(f"--arm: expected one of {list(comparison['arms'])}, got {sorted(unknown)}")
+    arms_of = comparison["arms"].items()
+    named = {name: own for name, own in arms_of if not args.arm or name in args.arm}
     folder = args.runs / (args.comparison + ("-tune" if args.tune else ""))
     chosen = {name: own for name, own in known.items() if not args.data or name in args.data}
     teachers, arms = plan(
-        {**comparison, "data": chosen}, folder, args.settings, is_tuning=args.tune
+        {**comparison, "data": chosen, "arms": named}, folder, args.settings, is_tuning=args.tune
     )
     with concurrent.futures.ThreadPoolExecutor(args.together) as pool:
         failed = [
