@@ -177,6 +177,7 @@ def test_the_chosen_weights_lie_where_the_record_says(folder, finished):
         (OLD, ["task.dev=old.tsv", "task.dev_share=null"], "a share of old and of new rows is dev"),
         (OLD, ["task.old=null"], "expected a section update and task.old, got one of them"),
         (OLD, ["student=null"], "student.path, the folder of the old model"),
+        (OLD, ["update=3"], "update: expected a section, got 3"),
     ],
 )
 def test_mistakes_are_told(folder, finished, capsys, old, words, message):

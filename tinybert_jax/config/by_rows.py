@@ -103,8 +103,11 @@ def fill(tree: Mapping[str, Any], facts: Facts) -> tuple[dict[str, Any], list[st
     return filled, lines
 
 
-def fill_update(num_rows: int, hidden_size: int) -> tuple[dict[str, Any], str]:
-    """(the section update for so many rows and a model of this width, what was chosen)."""
+def fill_update(num_rows: int, hidden_size: int, given: Any) -> tuple[dict[str, Any], str]:
+    """(the section update for so many rows and a model of this width, what was chosen).
+
+    Settings that are `given` stay; raises ValueError where these are no section.
+    """
     batch = _BATCH if num_rows >= _NUM_SMALL else _SMALL_BATCH
     section = {
         "learning_rate": _FAST if hidden_size <= _WIDE else _SLOW,
@@ -113,6 +116,10 @@ def fill_update(num_rows: int, hidden_size: int) -> tuple[dict[str, Any], str]:
         "batching": "pack",
         "trained_words": "used",
     }
+    own = _section("update", given)
+    if own.get("num_steps"):
+        del section["num_epochs"]
+    section |= own
     return section, _describe("update", section, num_rows)
 
 

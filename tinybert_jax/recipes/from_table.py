@@ -110,7 +110,7 @@ def make_update_tree(
     say(f"task: {told} beside the {len(names)} of {model}")
     num_rows = sum(len(part.text) for part in rows.values())
     sizes, name = source.config, _name_of(data)
-    update, line = by_rows.fill_update(num_rows, sizes.hidden_size)
+    update, line = by_rows.fill_update(num_rows, sizes.hidden_size, given.get("update"))
     say(f"recipe: {line}")
     update["max_length"] = min(_MAX_LENGTH, sizes.max_position_embeddings)
     shares = {"dev_share": _SHARE, "select_share": _SHARE}
