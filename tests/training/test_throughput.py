@@ -39,6 +39,22 @@ def test_the_first_step_which_compiles_is_not_timed(tmp_path, monkeypatch):
     assert [line["seconds_left"] for line in lines] == pytest.approx([8, 2, 0])
 
 
+@pytest.mark.parametrize(("seconds", "is_told"), [(25.0, True), (2.0, False)])
+def test_a_long_stage_tells_its_time_before_the_first_line(
+    tmp_path, monkeypatch, capsys, seconds, is_told
+):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    meter = _meter(tmp_path / "metrics.jsonl")
+    for step in range(1, 5):
+        meter.record(step, BATCH, _metrics(loss=1.0))
+        now[0] += seconds
+    told = capsys.readouterr().out.splitlines()
+    line = "finetune: about 25.0 s a step, 2m05s left"
+    assert (told[0] == line) == is_told and sum("a step" in own for own in told) == is_told
+    assert read_rows(tmp_path / "metrics.jsonl")[0]["seconds"] == 2 * seconds
+
+
 def test_finish_logs_the_steps_since_the_last_line(tmp_path):
     meter = _meter(tmp_path / "metrics.jsonl")
     for step in range(1, 6):

@@ -77,6 +77,14 @@ class MetricLog:
         if self.view is not None:
             self.view.at_step(step, num_steps)
 
+    def foresee(self, stage: str, step_seconds: float, num_left: int) -> None:
+        """Tells, before the first line of a long stage, how long it will take."""
+        if self.view is not None:
+            self.view.step_seconds = step_seconds
+        else:
+            left = duration(step_seconds * num_left)
+            self.say(f"{stage}: about {step_seconds:.1f} s a step, {left} left")
+
     def doing(self, text: str) -> contextlib.AbstractContextManager[None]:
         """Tells the view, inside the block, what takes so long; lines do not tell it."""
         return contextlib.nullcontext() if self.view is None else self.view.doing(text)

@@ -15,6 +15,7 @@ from tinybert_jax.training.step import TrainState
 
 _NO_MEANS = ("num_tokens", "learning_rate", "skipped", "losses")  # metrics of a step
 
+_SILENCE = 20  # seconds to the first line of a stage, above which a step's time is told before it
 _TRIM_SECONDS = 30  # seconds between malloc_trim calls; each costs about one step
 
 
@@ -40,7 +41,7 @@ class Meter:
         self.log_every, self.num_steps, self.peak_flops = log_every, num_steps, peak_flops
         # (metrics, rows, width) of every step since the last line; a checkpoint restores the first.
         self.pending: list[tuple[dict[str, Any], int, int]] = [tuple(step) for step in pending]
-        self.num_untimed, self.is_first = len(self.pending), True
+        self.num_untimed, self.num_recorded = len(self.pending), 0
         self.last_step, self.start, self.pause = start_step, time.perf_counter(), 0.0
         self.last_trim = self.start
 
@@ -49,13 +50,18 @@ class Meter:
         self.log.at_step(step, self.num_steps)
         self.pending.append((metrics, num_rows, width))
         is_logged = step % self.log_every == 0 or step == self.num_steps
-        if self.is_first and not is_logged:
+        self.num_recorded += 1
+        if is_logged:
+            self._log_pending(step, self.num_steps - step)
+        elif self.num_recorded == 1:
             jax.block_until_ready(metrics)
             self.start, self.pause = time.perf_counter(), 0.0
             self.num_untimed += 1
-        self.is_first = False
-        if is_logged:
-            self._log_pending(step, self.num_steps - step)
+        elif self.num_recorded == 2:
+            jax.block_until_ready(metrics)
+            seconds = time.perf_counter() - self.start - self.pause
+            if seconds * (self.log_every - step % self.log_every) > _SILENCE:
+                self.log.foresee(self.stage, seconds, self.num_steps - step)
 
     def finish(self, step: int) -> None:
         """Logs the steps since the last line, for training that ends before `num_steps`."""
