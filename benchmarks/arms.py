@@ -9,7 +9,8 @@ runs so many at one time, to fill a GPU or its host. Further arguments are setti
 that have the section, over their own: `compute.unroll_layers=true`.
 
 The scores of students are means ± deviations over seeds, those of teachers the best seed's. The
-difference is that to the first arm, with a 95 % interval from the same resamples of the dev rows.
+difference is that to the first arm of these, with a 95 % interval from the same resamples of the
+dev rows.
 """
 
 import argparse
@@ -67,7 +68,11 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--together", type=int, default=1, help="arms at one time")
     parser.add_argument("--data", action="append", help="only this data set; may be repeated")
-    parser.add_argument("--arm", action="append", help="only this arm; may be repeated")
+    parser.add_argument(
+        "--arm",
+        action="append",
+        help="only this arm; may be repeated",
+    )
     parser.add_argument("--tune", action="store_true", help="dev rows of cells that are not theirs")
     args = parser.parse_intermixed_args()
     if args.together < 1:
@@ -80,13 +85,12 @@ def main() -> int:
         parser.error(f"--data: expected one of {list(known)}, got {sorted(unknown)}")
     if unknown := set(args.arm or ()) - set(comparison["arms"]):
         parser.error(f"--arm: expected one of {list(comparison['arms'])}, got {sorted(unknown)}")
-    arms_of = comparison["arms"].items()
-    named = {name: own for name, own in arms_of if not args.arm or name in args.arm}
+    arms = comparison["arms"].items()
+    chosen_arms = {name: own for name, own in arms if not args.arm or name in args.arm}
     folder = args.runs / (args.comparison + ("-tune" if args.tune else ""))
-    chosen = {name: own for name, own in known.items() if not args.data or name in args.data}
-    teachers, arms = plan(
-        {**comparison, "data": chosen, "arms": named}, folder, args.settings, is_tuning=args.tune
-    )
+    chosen_data = {name: own for name, own in known.items() if not args.data or name in args.data}
+    chosen = {**comparison, "data": chosen_data, "arms": chosen_arms}
+    teachers, arms = plan(chosen, folder, args.settings, is_tuning=args.tune)
     with concurrent.futures.ThreadPoolExecutor(args.together) as pool:
         failed = [
             arm for arm, status in zip(teachers, pool.map(Arm.run, teachers), strict=True) if status

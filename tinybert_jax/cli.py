@@ -44,8 +44,8 @@ _STAGES = {
     ),
 }
 
-# The options of a run on a table, in place of a config.
 _DRY_RUN = "print FLOPs, memory and time of each stage and stop"
+# The options of a run on a table, in place of a config.
 _TABLE = {
     "data": "in place of a config, labelled text: a .csv, .tsv, .jsonl file, or as task.train",
     "teacher": "a BERT folder or hub id",

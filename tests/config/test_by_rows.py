@@ -236,3 +236,12 @@ def test_stages_are_no_longer_than_the_teacher_s_positions():
     assert {filled[name]["max_length"] for name in ("prediction", "baseline")} == {64}
     filled, _ = fill(tree, _facts(500, num_positions=512))
     assert "max_length" not in filled["prediction"]
+
+
+def test_an_update_keeps_what_is_given_and_tells_it():
+    section, line = by_rows.fill_update(900, 384, {"num_steps": 20, "learning_rate": 2e-5})
+    assert section["num_steps"] == 20 and "num_epochs" not in section
+    assert line == "update: 20 steps of 16 examples each; learning rate 2e-05"
+    given = {"num_epochs": None, "global_batch_size": 8}
+    section, line = by_rows.fill_update(900, 384, given)
+    assert section["num_epochs"] == 8 and "of 8 examples each; learning rate 0.0001" in line

@@ -7,6 +7,7 @@ import pytest
 
 from tinybert_jax.config.tasks import ClassificationTask
 from tinybert_jax.data import splits
+from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.splits import split_heldout
 from tinybert_jax.tasks.classification import CLASSIFICATION
 
@@ -99,6 +100,16 @@ def test_labels_that_look_like_mistakes_are_told(tmp_path, labels, told):
     data = read_task(_task(tmp_path, rows, dev_share=1e-9))  # one row
     notes = splits.label_notes(data, CLASSIFICATION.count_labels)
     assert [told in note for note in notes] == [True] if told else notes == []
+
+
+def test_labels_of_an_update_are_rare_where_the_old_model_does_not_know_them():
+    names, is_old = ("known", "new", "gone"), np.array([True, False, False, False])
+    labels = np.array([0, 0, 1, 1], np.int32)
+    train = Examples(["x"] * 4, None, labels, names, is_old=is_old)
+    dev = train._replace(labels=labels + 1)
+    absent, rare = splits.label_notes(splits.TaskData(train, dev), CLASSIFICATION.count_labels)
+    assert absent.endswith("'gone' (2 in dev); the model may forget it: give more old rows")
+    assert rare.startswith("labels of one or two rows: 'new' 2; nobody learns")
 
 
 def test_a_dev_share_of_few_rows_is_that_share(tmp_path):

@@ -37,13 +37,15 @@ def test_columns_of_tables_and_lines(tmp_path):
         read_texts(str(plain), label="a")
 
 
-def test_the_column_of_questions_is_found(tmp_path, capsys):
-    table = tmp_path / "faq.csv"
+def test_the_column_of_questions_is_found(tmp_path):
+    table, told = tmp_path / "faq.csv", []
     table.write_text("question,answer\nWhere is tea?,Here\n")
-    assert read_texts(str(table), label="answer").texts == ["Where is tea?"]
-    assert "text in column 'question'; if not: --text" in capsys.readouterr().out
+    assert read_texts(str(table), label="answer", say=told.append).texts == ["Where is tea?"]
+    assert told == [f"{table}: text in column 'question'; if not: --text"]
     table.write_text("question,text\nWhere is tea?,Tea is here.\n")
     assert read_texts(str(table)).texts == ["Tea is here."]
     table.write_text("question,title\nWhere is tea?,Tea\n")
-    with pytest.raises(ValueError, match="'question'.*'title'"):
+    with pytest.raises(ValueError, match="'question'.*'title'") as caught:
         read_texts(str(table))
+    assert "--text-pair" not in str(caught.value)
+    assert read_texts(str(table), label="title").texts == ["Where is tea?"]

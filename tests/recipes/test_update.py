@@ -74,7 +74,7 @@ def finished(folder):
 
 @pytest.fixture(scope="module")
 def refused(folder):
-    """Results and page of an update that forgets: allowed, refused, then allowed.
+    """Results and page of an update that forgets: refused, then allowed, and so again.
 
     The old model has every second old row right.
     """
@@ -86,23 +86,18 @@ def refused(folder):
         for n, (text, label) in enumerate(zip(texts, said, strict=True))
     ]
     _write_rows(folder / "known.tsv", rows)
-    settings = [
-        "task.old=known.tsv",
-        "task.dev_share=0.4",
-        "update.interpolations=[1.0]",
-        "run_dir=refused",
-    ]
+    settings = ["task.old=known.tsv", "task.dev_share=0.4", "update.interpolations=[1.0]"]
+    settings += ["run_dir=refused"]
     settings += ["update.learning_rate=0.03", "update.num_steps=20", "num_seeds=1"]
-    limits, statuses, has_model, out = ("99%", "40%", "99%"), [], [], folder / "refused"
+    limits, statuses, has_model, out = ("40%", "99%", "40%", "99%"), [], [], folder / "refused"
     for limit in limits:
         statuses.append(_update(folder, "--max-regressions", limit, *settings))
         has_model.append((out / "hf").exists())
-        if statuses[-1]:
-            found = (
-                json.loads((out / "results.json").read_text()),
-                (out / "report.html").read_text(),
-            )
-    assert statuses == [0, 3, 0] and has_model == [True, False, True]
+        if len(statuses) == 1:
+            assert not [path for path in (out / "checkpoints").rglob("*") if path.is_file()]
+            results = json.loads((out / "results.json").read_text())
+            found = results, (out / "report.html").read_text()
+    assert statuses == [3, 0, 3, 0] and has_model == [False, True, False, True]
     return found
 
 
@@ -110,7 +105,6 @@ def test_a_gate_that_refuses_leaves_a_report_and_no_model(folder, refused):
     results, page = refused
     (reason,), old = results["update"]["reasons"], results["update"]["dev"]["old"]
     assert "allowed are 40.00%" in reason and "exported" not in results
-    assert not list((folder / "refused" / "checkpoints").rglob("*.*"))
     texts = results["update"]["broken"]
     assert len(texts) == old["broken"] > 0
     assert all(row["old"] == row["label"] != row["new"] for row in texts)
@@ -187,6 +181,13 @@ def test_mistakes_are_told(folder, finished, capsys, old, words, message):
     finally:
         _write_rows(folder / "old.tsv", OLD)
     assert message in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_the_costs_and_writes_nothing(folder, capsys):
+    assert _update(folder, "run_dir=dry", "--dry-run", "update.num_steps=3") == 0
+    told = capsys.readouterr()
+    assert "update: 3 steps" in told.out and "recipe: update: 3 steps of 16" in told.err
+    assert not (folder / "dry").exists()
 
 
 def test_only_classifiers_are_updated(folder, capsys):

@@ -307,21 +307,42 @@ def test_the_console_says_what_its_numbers_are():
     assert first.endswith("milliseconds for a text of 32 tokens")
 
 
-def _updated(fixed):
-    counts = {"both": 7, "broken": 0, "neither": 9 - fixed, "fixed": fixed, "mcnemar_p": 1.0}
-    side = counts | {"broken_bound": 0.15}
-    update = {"dev": {"old": side, "new": side}, "reasons": [], "broken": []}
+def _updated(new):
+    """Results of an update; the numbers of the new rows are (both, fixed, broken, neither)."""
+    old = {"both": 200, "fixed": 7, "broken": 5, "neither": 30}
+    new = dict(zip(old, new, strict=True))
+    sides = {"old": old | {"broken_bound": 0.043, "mcnemar_p": 0.77}}
+    sides["new"] = new | {"broken_bound": 0.15, "mcnemar_p": 0.5}
+    update = {"old": "<old>", "dev": sides, "reasons": [], "broken": []}
     return make_results(update=update, models=[], share_kept={})
 
 
-def test_an_update_that_learnt_nothing_is_told(tmp_path):
-    (line,) = advice(_updated(0) | {"stages": {"update": {"num_epochs": 5.0}}})
-    assert "of 16 it has 7 right, and the old model 7" in line and "update.num_epochs=10" in line
-    assert advice(_updated(1)) == []
-    told = console_summary(_updated(2))
+def test_an_update_that_learnt_nothing_is_told():
+    stages = {"stages": {"update": {"num_epochs": 5.0}}}
+    (line,) = advice(_updated((6, 1, 2, 9)) | stages)
+    assert "7 of 18, and 8 before" in line and "update.num_epochs=10" in line
+    assert len(advice(_updated((7, 0, 0, 9)))) == 1
+    assert advice(_updated((6, 3, 2, 9))) == [] == advice(_updated((18, 0, 0, 0)))
+
+
+def test_an_update_tells_what_was_right_before_and_after(tmp_path):
+    results = _updated((6, 3, 1, 9))
+    told = console_summary(results)
     assert (
-        "gate: new rows of dev: of 16 the old model has 7 right and the new one 9; 2 fixed" in told
+        "gate: new rows of dev: of 19 the old model has 7 right and the new one 9; 3 fixed, 1 "
+        "broken (at most 15.00% with 95 % confidence); McNemar p = 0.5" in told
     )
-    page = render(tmp_path, _updated(2)).text
-    assert "has 9 of 16 new rows right, 7 before, and breaks 0 of 16 old ones." in page
-    assert "The gate passed." in page
+    page = render(tmp_path, results).text
+    assert "has 9 of 19 new rows right, 7 before, and breaks 5 of 242 old ones." in page
+    assert "242 old205207754.30%0.77" in page and "19 new793115.00%0.5" in page
+    assert "The gate passed. Right before: by <old>; right after: by the new model." in page
+
+
+def test_a_student_that_is_no_better_than_one_answer_is_told(tmp_path):
+    results = _results() | {"floor": 0.87}
+    (line,) = advice(results)
+    assert "not clearly higher than always giving the most frequent answer" in line
+    assert "0.870: it has hardly learnt the task" in line
+    page = render(tmp_path, results).text
+    assert "The student reaches 0.885 accuracy, not clearly above the 0.870 of always" in page
+    assert advice(_results() | {"floor": 0.86}) == []

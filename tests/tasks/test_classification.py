@@ -58,3 +58,9 @@ def test_the_interval_of_f1_lies_around_it_where_classes_are_predicted_in_error_
     plain = resampled_scores(lambda rows: CLASSIFICATION.metrics(rows, names), found)
     for name in ("accuracy", "matthews"):
         np.testing.assert_array_equal(others[name], plain[name])
+
+
+def test_a_class_of_two_that_a_resample_lacks_keeps_its_f1():
+    found = np.stack([np.arange(40) == 0] * 2, axis=1).astype(np.int64)
+    f1 = CLASSIFICATION.resampled(found, ["no", "yes"])["f1"]
+    assert set(f1) == {1.0} and CLASSIFICATION.metrics(found[1:], ["no", "yes"])["f1"] == 0.0

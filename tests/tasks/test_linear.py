@@ -41,7 +41,7 @@ def test_classes_that_no_training_row_has_are_never_predicted():
 
 
 def test_as_many_classes_as_rows_are_fitted_without_a_word_of_the_library():
-    labels = np.arange(20)
+    labels = np.arange(30)
     train = Examples([f"w{n}" for n in labels], None, labels, tuple(map(str, labels)))
     assert _score(CLASSIFICATION, train, train)[1]["accuracy"] == 1.0
 

@@ -304,3 +304,12 @@ def test_transformers_reads_the_same_model(run):
 
 def _logits(probabilities):
     return np.log(probabilities / (1 - probabilities))
+
+
+def test_a_label_that_a_resample_lacks_keeps_its_f1():
+    labels = np.eye(20, dtype=np.int32)
+    found = np.stack([labels, labels], axis=1)
+    names = [f"label {n}" for n in range(20)]
+    scores = MULTI_LABEL.resampled(found, names)
+    assert set(scores["f1_macro"]) == {1.0} == set(scores["f1_micro"])
+    assert MULTI_LABEL.metrics(found[1:], names)["f1_macro"] == pytest.approx(0.95)

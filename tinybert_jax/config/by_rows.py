@@ -116,7 +116,7 @@ def fill_update(num_rows: int, hidden_size: int, given: Any) -> tuple[dict[str, 
         "batching": "pack",
         "trained_words": "used",
     }
-    own = _section("update", given)
+    own = {name: v for name, v in _section("update", given).items() if v is not None}
     if own.get("num_steps"):
         del section["num_epochs"]
     section |= own

@@ -120,14 +120,14 @@ def guess_task(path: str, given: Mapping[str, Any]) -> Guess:
 
 
 def guess_text(
-    path: str, given: Mapping[str, Any], trained: Mapping[str, str], *, reads_pairs: bool
+    path: str, given: Mapping[str, Any], trained: Mapping[str, str], *, reads_pairs: bool | None
 ) -> Guess:
     """The columns of text that a model reads in a file; settings that are `given` stay.
 
     `trained`: the columns that the model was trained on, taken where the file has them; else
-    `text`; else, for single texts, the only column with a name of text. Raises ValueError for a
-    file that cannot be read, and where no column or several may be the text: a file without a line
-    of names has positions in place of names, which nobody guesses.
+    `text`; else, for single texts, the only column with a name of text but that of labels.
+    `reads_pairs`: None where there are no pairs. Raises ValueError for a file that cannot be read,
+    and where no column or several may be the text: nobody guesses positions, without names.
     """
     names = _names_of(path, given)
     wanted = {name: column for name, column in trained.items() if name not in given}
@@ -135,10 +135,12 @@ def guess_text(
         return Guess(wanted, f"text in {_in_columns(wanted)}, as the model was trained on")
     if "text" in names:
         return Guess({}, "text in column 'text'" if trained else "")
-    likely = [name for name in names if name.strip().casefold() in _TEXT_NAMES]
+    others = [name for name in names if name != given.get("label")]
+    likely = [name for name in others if name.strip().casefold() in _TEXT_NAMES]
     if reads_pairs or given.get("text_pair") or len(likely) != 1:
         shown = _Columns(path, {name: [] for name in names})
-        _fail_choice(shown, "text", likely, "; 0, 1 … in a file without a line of names")
+        hint = "; 0, 1 … in a file without a line of names"
+        _fail_choice(shown, "text", likely, hint, has_pairs=reads_pairs is not None)
     return Guess({"text": likely[0]}, f"text in {_in_columns({'text': likely[0]})}")
 
 
@@ -382,12 +384,17 @@ def _mean_length(values: Sequence[Any]) -> float:
 
 
 def _fail_choice(
-    columns: _Columns, what: str, candidates: Sequence[str], hint: str = ""
+    columns: _Columns,
+    what: str,
+    candidates: Sequence[str],
+    hint: str = "",
+    *,
+    has_pairs: bool = True,
 ) -> NoReturn:
     got = f"columns {listed(list(columns.values))}"
     if 1 < len(candidates) < len(columns.values):
         got += f", of which it may be {listed(list(candidates))}"
     fix = f"give --{what} COLUMN"
-    if what == "text" and len(candidates) == 2:
+    if what == "text" and len(candidates) == 2 and has_pairs:
         fix += ", and of a pair of texts --text-pair COLUMN too"
     fail(columns.path, f"one column that can be the {what}", got, fix + hint)

@@ -176,8 +176,13 @@ def label_notes(
     if absent:
         fix = "; the model may forget it: give more old rows" if is_update else ""
         notes.append(f"no {unit} to train on has the label {_first(absent)}{fix}")
-    rare = [f"{short(names[i])} {trained[i]}" for i in order if 0 < trained[i] <= _RARE]
-    if rare and not is_update:
+    known = np.zeros_like(trained)  # rows that an earlier model was trained on
+    if data.train.is_old is not None:
+        known = count(data.train.take(np.flatnonzero(data.train.is_old).tolist()))
+    rare = [
+        f"{short(names[i])} {trained[i]}" for i in order if 0 < trained[i] <= _RARE and not known[i]
+    ]
+    if rare:
         fix = f"nobody learns a label from so few: add {unit}s, or leave the label out"
         notes.append(f"labels of one or two {unit}s: {_first(rare, 3)}; {fix}")
     missing = [f"{short(n)} {trained[i]:,}" for i, n in enumerate(names) if _is_missing(n)]

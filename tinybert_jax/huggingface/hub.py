@@ -55,9 +55,11 @@ def find_folder(path: str | Path) -> Path:
 
 def _refuse_run(folder: Path) -> None:
     """Raises ValueError for the folder of a run, naming its exported models."""
-    if (folder / "config.json").exists() or not (folder / "hf").is_dir():
+    exported = folder / "hf"
+    if (folder / "config.json").exists() or not exported.is_dir():
         return
-    models = sorted(str(file.parent) for file in (folder / "hf").rglob("config.json"))
+    folders = [exported] if (exported / "config.json").is_file() else exported.iterdir()
+    models = sorted(str(own) for own in folders if (own / "config.json").is_file())
     if models:
         raise ValueError(
             f"{folder}: expected a model folder, got that of a run; give the model that it "

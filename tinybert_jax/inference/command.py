@@ -299,7 +299,7 @@ def _predict(arguments, command: str) -> int:
             max_length=arguments.max_length,
             keep=arguments.keep,
             has_logits=arguments.logits,
-            say=lambda line: print(printable(line)),
+            say=_say,
         )
     lines = "".join(json_line(row) + "\n" for row in rows)
     if output:
@@ -308,6 +308,10 @@ def _predict(arguments, command: str) -> int:
     else:
         print(lines, end="")
     return 0
+
+
+def _say(line: str) -> None:
+    print(printable(line), file=sys.stderr)
 
 
 def _ask(arguments, command: str) -> int:
@@ -336,7 +340,7 @@ def _embed(arguments, command: str) -> int:
         )
     # Nothing but JSON on standard output.
     with contextlib.redirect_stdout(sys.stderr), columns_named_by("--text"):
-        texts = search.read_texts(arguments.data, arguments.text, split=arguments.split)
+        texts = search.read_texts(arguments.data, arguments.text, split=arguments.split, say=_say)
         options = {"max_length": arguments.max_length, "width": arguments.width}
         vectors = predict.embed(arguments.model, texts.texts, **options)
     if output:
@@ -358,6 +362,7 @@ def _search(arguments, command: str) -> int:
             arguments.data,
             arguments.question,
             **{name: getattr(arguments, name) for name in names},
+            say=_say,
         )
     for answer in found:
         print(json_line(answer))

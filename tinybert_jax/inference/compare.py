@@ -12,7 +12,7 @@ from tinybert_jax.metrics.intervals import interval
 from tinybert_jax.metrics.paired import count_pairs, mcnemar, needed_examples, upper_bound
 from tinybert_jax.tasks.task import Task
 
-_NUM_SHOWN = 50  # broken texts
+NUM_SHOWN = 50  # broken texts
 
 
 def compare(
@@ -72,27 +72,31 @@ def compare(
             "is_allowed": bound <= max_regressions,
             "needed_examples": needed_examples(max_regressions),
         }
-    task, examples = sides[0].task, sides[0].scored.examples
-    return found | {"broken": broken_rows(task, examples, right, said)}
+    return found | {"broken": _broken(sides[0], right, said)}
 
 
-def broken_rows(
-    task: Task, examples: Examples, right: Sequence[np.ndarray], said: Sequence[Sequence[str]]
+def _broken(
+    old: ScoredFile, right: Sequence[np.ndarray], said: Sequence[Sequence[str]]
 ) -> list[dict[str, Any]]:
-    """The first examples that only the first of two models has right, with what both said.
+    """The first examples that only the old model has right."""
+    places = np.flatnonzero(right[0] & ~right[1])[:NUM_SHOWN].tolist()
+    rows = differing_rows(old.task, old.scored.examples, places, said)
+    return [{"row": place + 1, **row} for place, row in zip(places, rows, strict=True)]
 
-    `right`: bool [examples] of each model.
-    """
+
+def differing_rows(
+    task: Task, examples: Examples, places: Sequence[int], said: Sequence[Sequence[str]]
+) -> list[dict[str, str]]:
+    """The examples at these places with their labels, and what two models said of them."""
     truth = task.truth(examples)
     return [
         {
-            "row": place + 1,
             "text": examples.shown(place, is_pair=not task.generates),
             "label": truth[place],
             "old": said[0][place],
             "new": said[1][place],
         }
-        for place in np.flatnonzero(right[0] & ~right[1])[:_NUM_SHOWN].tolist()
+        for place in places
     ]
 
 

@@ -4,7 +4,7 @@ Without an index the search is exact.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ def search(
     width: int | None = None,
     index: str | Path | None = None,
     rerank: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """One object per question: `question` and its `results`, the closest texts of `data` first.
 
@@ -49,7 +50,7 @@ def search(
     if top < 1:
         raise ValueError(f"top: expected at least 1 result, got {top}; raise it")
     second = None if rerank is None else _pair_model(rerank)
-    rows, texts, labels = read_texts(data, text, label, split)
+    rows, texts, labels = read_texts(data, text, label, split, say)
     options = {"max_length": max_length, "width": width}
     asked = embed(model, questions, **options)
     make_vectors = functools.partial(embed, model, texts, **options)
@@ -137,11 +138,16 @@ class Texts(NamedTuple):
 
 
 def read_texts(
-    path: str, text: str | None = None, label: str | None = None, split: str | None = None
+    path: str,
+    text: str | None = None,
+    label: str | None = None,
+    split: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Texts:
     """The column `text` of a table, or the lines of plain text; see `search`.
 
-    Without `text`: the column of that name, else the only one with a name of text (`guess_text`).
+    Without `text`: the column of that name, else the only one with a name of text (`guess_text`);
+    `say` is told which.
     """
     if is_plain_text(path, "auto"):
         if label is not None:
@@ -153,10 +159,10 @@ def read_texts(
         filled = [(number, line) for number, line in lines if line]
         return Texts([number for number, _ in filled], [line for _, line in filled], None)
     if text is None:
-        guess = guess_text(path, {"train_split": split}, {}, reads_pairs=False)
+        guess = guess_text(path, {"train_split": split, "label": label}, {}, reads_pairs=None)
         text = guess.settings.get("text", "text")
         if guess.told:
-            print(f"{path}: {guess.told}; if not: --text")
+            say(f"{path}: {guess.told}; if not: --text")
     wanted = [text] if label is None else [text, label]
     table = read_table(path, format_of(path, "auto"), split, wanted)
     texts = texts_in(table, text)

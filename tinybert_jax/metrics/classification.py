@@ -16,13 +16,13 @@ def classification_metrics(
 
     With two classes `f1` is the F1 of class 1 (GLUE's MRPC and QQP), with more the unweighted mean
     over the classes that occur in labels or predictions. A score with denominator 0 is 0.0, as in
-    scikit-learn. `absent_f1`: of classes that occur in neither; NaN: such a class is not in the
-    mean, which is the default. Raises ValueError for an empty set or a class outside of
+    scikit-learn. `absent_f1`: of classes that occur in neither, which else are not in the mean, and
+    have 0.0 of two classes. Raises ValueError for an empty set or a class outside of
     `num_classes`.
     """
     counts = _class_counts(predictions, labels, num_classes)
     f1 = _f1_per_class(counts)
-    if len(f1) > 2 and absent_f1 is not None:
+    if absent_f1 is not None:
         f1 = np.where(np.isnan(f1), absent_f1, f1)
     return {
         "accuracy": float(counts.right.sum() / counts.true.sum()),

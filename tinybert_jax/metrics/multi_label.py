@@ -5,20 +5,32 @@ from jaxtyping import Float, Int
 
 
 def multilabel_metrics(
-    predictions: Int[np.ndarray, "n labels"], labels: Int[np.ndarray, "n labels"]
+    predictions: Int[np.ndarray, "n labels"],
+    labels: Int[np.ndarray, "n labels"],
+    absent_f1: Float[np.ndarray, " labels"] | None = None,
 ) -> dict[str, float]:
     """Micro F1, macro F1 and the share of examples with all labels correct, as fractions.
 
     The arrays hold 0 and 1. Macro F1 is the unweighted mean over labels; a label that occurs in
-    neither array has F1 0, as in scikit-learn. Raises ValueError without examples.
+    neither array has F1 0, as in scikit-learn, or its `absent_f1`. Raises ValueError without
+    examples.
     """
-    scores = scores_per_label(predictions, labels)
+    f1 = f1_per_label(predictions, labels)
     correct, predicted, gold = _counts(predictions, labels)
+    if absent_f1 is not None:
+        f1 = np.where(predicted + gold > 0, f1, absent_f1)
     return {
         "f1_micro": _f1(correct.sum(), predicted.sum(), gold.sum()),
-        "f1_macro": float(np.mean([score["f1"] for score in scores])),
+        "f1_macro": float(np.mean(f1)),
         "subset_accuracy": float((predictions == labels).all(axis=1).mean()),
     }
+
+
+def f1_per_label(
+    predictions: Int[np.ndarray, "n labels"], labels: Int[np.ndarray, "n labels"]
+) -> Float[np.ndarray, " labels"]:
+    """The F1 of each label; see `scores_per_label`."""
+    return np.array([score["f1"] for score in scores_per_label(predictions, labels)])
 
 
 def scores_per_label(

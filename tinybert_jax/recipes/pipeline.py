@@ -108,12 +108,10 @@ def main(
             if not num_new:
                 run.log.say("every stage was done before: scores and latency are measured anew")
             run.log.enter("results")
-            refused = None
-            try:
-                with run.log.doing("scores the models and measures their latency"):
-                    processes.on_main("results", lambda: _write_results(run, command, config))
-            except GateError as error:
-                refused = error  # once the checkpoints are removed, which no other gate needs
+            with run.log.doing("scores the models and measures their latency"):
+                refusal = processes.from_main(
+                    "results", lambda: _write_results(run, command, config)
+                )
         run.saver.copy_soon()
         run.saver.drain()
         if not config.keep_checkpoints:
@@ -122,8 +120,8 @@ def main(
             run.saver.drain()
         if config.run_store:
             run.log.say(f"copy:   {config.run_store}")
-        if refused is not None:
-            raise refused
+        if refusal:
+            raise GateError(refusal)
         return run.folder
 
 
@@ -169,10 +167,10 @@ def _shown(run: Run, plans: Sequence[StagePlan], *, is_live: bool) -> Iterator[N
         run.log.view = None
 
 
-def _write_results(run: Run, command: str, config: RunConfig) -> None:
+def _write_results(run: Run, command: str, config: RunConfig) -> str:
     """Compares the models, exports one and writes `results.json` and the report.
 
-    Raises GateError where the gate of the stage update refuses the model.
+    Returns why the gate of the stage update refuses the model; "" where it is exported.
     """
     lines = read_rows(run.folder / "metrics.jsonl")
     gate = update.judge(run, run.plans[UPDATE.name]) if run.is_done(UPDATE.name) else None
@@ -191,13 +189,14 @@ def _write_results(run: Run, command: str, config: RunConfig) -> None:
     report = write_report(run.folder)
     run.log.say(console_summary(summary))
     if reasons:
-        raise GateError(
+        return (
             f"gate: expected a model that keeps what {run.students[0].section.path} had "
             f"right, got one that is refused: {'; '.join(reasons)}; it is not exported, see "
             f"{report}; give more old rows (task.old), train for shorter, or allow more "
             "(--max-regressions)"
         )
     run.log.say(f"model:  {run.folder / 'hf'}\nreport: {report}")
+    return ""
 
 
 def _cards(run: Run, summary: dict[str, Any], exported: dict[str, Path]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from tinybert_jax.config.models import Student
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.huggingface.folder import read_model, start_params
-from tinybert_jax.inference.compare import broken_rows
+from tinybert_jax.inference.compare import NUM_SHOWN, differing_rows
 from tinybert_jax.inference.scorer import make_scorer
 from tinybert_jax.losses.pointwise import negative_log_likelihood, softmax_cross_entropy
 from tinybert_jax.metrics.paired import count_pairs, mcnemar, upper_bound
@@ -340,22 +340,26 @@ def judge(run: Run, plan: StagePlan) -> dict[str, Any]:
     if limit is not None and bound > limit:
         reasons.append(f"up to {bound:.2%} of the old rows may be broken, allowed are {limit:.2%}")
     found = {"old": student.section.path, "max_regressions": limit, "dev": dev, "reasons": reasons}
-    return found | {"broken": _broken(run, plan, folder, data.dev)}
+    broken = _broken(run, plan, folder, data.dev) if dev["old"]["broken"] else []
+    return found | {"broken": broken}
 
 
-def _broken(run: Run, plan: StagePlan, folder: Path, examples: Examples) -> list[dict[str, Any]]:
-    """The first old rows that the old model alone has right, with both answers."""
+def _broken(run: Run, plan: StagePlan, folder: Path, examples: Examples) -> list[dict[str, str]]:
+    """The first old rows that the old model alone has right, with both answers.
+
+    They are scored here again, because texts of dev must not lie in the model's folder.
+    """
     (student,), kind = run.students, run.required_task.kind
-    num_labels = run.required_task.data.num_outputs
-    assert examples.is_old is not None
+    names, num_labels = examples.label_names, examples.num_outputs
+    assert examples.is_old is not None and names is not None
     old, judge_rows = _read_old(run, student), _make_judge(run, plan, student)
     _, init = kind.make_head(student.sizes, num_labels)
     models = [
         {**old.params, "classifier": _padded_head(old, num_labels)},
         start_params(folder, init, whole=True),
     ]
-    sides = [judge_rows(model, examples) for model in models]
-    names = run.required_task.data.label_names or ()
-    said = [[names[label] for label in side.answers] for side in sides]
-    right = [side.is_right & examples.is_old for side in sides]
-    return broken_rows(kind, examples, right, said)
+    before, after = (judge_rows(model, examples) for model in models)
+    is_broken = before.is_right & ~after.is_right & examples.is_old
+    places = np.flatnonzero(is_broken)[:NUM_SHOWN].tolist()
+    said = [[names[label] for label in side.answers] for side in (before, after)]
+    return differing_rows(kind, examples, places, said)

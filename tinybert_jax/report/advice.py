@@ -15,6 +15,7 @@ from tinybert_jax.report.tables import (
     Model,
     difference_to,
     finite_number,
+    floor_not_beaten,
     in_points,
     interval_of,
     mapping_of,
@@ -41,6 +42,7 @@ def advice(results: dict[str, Any]) -> list[str]:
         ]
     lines = [_guessing_teacher(results), _nothing_new(results)]
     for student in (m for m in models_of(results) if m.get("role") == "student"):
+        lines += [_no_better_than_one_answer(results, student)]
         lines += [_beaten_by_itself(results, student), _beaten_by_linear(results, student)]
         lines.append(_equal_seeds(student))
     lines += [_still_learning(results, "finetune", "the teacher")]
@@ -75,12 +77,25 @@ def _guessing_teacher(results: dict[str, Any]) -> str:
 def _nothing_new(results: dict[str, Any]) -> str:
     """Where an update has no more of the new rows right than the model before it."""
     new = next((side for side in sides_of(results) if side.name == "new"), None)
-    if new is None or new.after > new.before:
+    if new is None or new.after > new.before or new.before == new.total:
         return ""
     return (
-        f"the update has learnt nothing that the new rows of dev show: of {new.total:,} it has "
-        f"{new.after:,} right, and the old model {new.before:,}: give more new rows, or "
+        f"the update has no more of the new rows of dev right than the old model: {new.after:,} "
+        f"of {new.total:,}, and {new.before:,} before: give more new rows, or "
         f"{_longer(results, 'update')}"
+    )
+
+
+def _no_better_than_one_answer(results: dict[str, Any], student: Model) -> str:
+    floor = floor_not_beaten(results, student)
+    if floor is None:
+        return ""
+    metric = results.get("metric")
+    name, shown = metric_name(metric, results), show_score(metric, floor)
+    return (
+        f"{student.get('name')} scores not clearly higher than always giving the most frequent "
+        f"answer, whose {name} is {shown}: it has hardly learnt the task, whatever share of its "
+        "teacher it keeps; train for longer, or on more rows"
     )
 
 

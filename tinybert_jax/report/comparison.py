@@ -3,7 +3,7 @@
 import html
 from typing import Any
 
-from tinybert_jax.report.shell import whole_page
+from tinybert_jax.report.shell import table, whole_page
 
 _COLUMNS = {"row": "Row", "text": "Text", "label": "True", "old": "Old", "new": "New"}
 _PAIRS = {"both": "both right", "fixed": "fixed", "broken": "broken", "neither": "both wrong"}
@@ -61,7 +61,7 @@ def verdict(found: dict[str, Any]) -> list[str]:
 def page(found: dict[str, Any]) -> str:
     """The comparison as one HTML page; whatever the texts hold is escaped."""
     head = html.escape(f"{found['old']} and {found['new']}")
-    scores = _table(
+    scores = table(
         ("Score", "Old", "New", "Difference", "95 % interval"),
         [
             (
@@ -80,10 +80,10 @@ def page(found: dict[str, Any]) -> str:
             (row["name"], *(f"{row[key]:,}" for key in _PAIRS)) for row in found["by"]["groups"]
         ]
         names = (str(found["by"]["column"]), *_PAIRS.values())
-        sections.append((f"By {found['by']['column']}", _table(names, rows)))
+        sections.append((f"By {found['by']['column']}", table(names, rows)))
     broken = [tuple(str(row[key]) for key in _COLUMNS) for row in found["broken"]]
     if broken:
-        sections.append(("Broken", _table(tuple(_COLUMNS.values()), broken)))
+        sections.append(("Broken", table(tuple(_COLUMNS.values()), broken)))
     header = f'<div><p class="run">{html.escape(str(found["data"]))}</p><h1>{head}</h1></div>'
     escaped = [(html.escape(title), content) for title, content in sections]
     return whole_page(f"{found['old']} and {found['new']}", header, escaped)
@@ -98,15 +98,4 @@ def _pairs_table(found: dict[str, Any]) -> str:
         *verdict(found),
     ]
     note = html.escape("; ".join(notes))
-    return f'{_table(("Right", "Examples"), rows)}<p class="note">{note}.</p>'
-
-
-def _table(names: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in names)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-        "</div>"
-    )
+    return f'{table(("Right", "Examples"), rows)}<p class="note">{note}.</p>'

@@ -1,18 +1,19 @@
 """What an updated model mends and breaks of the old one: lines, a sentence, a section, a table.
 
-Takes the entry `update` of `results.json`: {"old": the old model, "dev": {"old" and "new" rows:
-{"both", "fixed", "broken", "neither", "broken_bound", "mcnemar_p"}}, "reasons": why the model is
-refused, "broken": [{"text", "label", "old", "new"}, …]}.
+Takes `results.json`, whose entry `update` holds {"old": the old model, "max_regressions", "dev":
+{"old" and "new" rows: {"both", "fixed", "broken", "neither", "broken_bound", "mcnemar_p", …}},
+"reasons": why the model is refused, "broken": [{"text", "label", "old", "new"}, …]}.
 """
 
 import html
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from tinybert_jax.report.tables import breakable, finite_number, mapping_of
+from tinybert_jax.report.shell import table
+from tinybert_jax.report.tables import finite_number, mapping_of
 
 _COUNTS = ("both", "fixed", "broken", "neither", "broken_bound", "mcnemar_p")
-_TEXTS = {"text": "Text", "label": "True", "old": "Old model", "new": "New model"}
+_ANSWERS = ("text", "label", "old", "new")
 COLUMNS = ("dev rows", "right before", "right after", "fixed", "broken", "broken at most", "p")
 
 
@@ -74,38 +75,30 @@ def gate_sentence(results: Mapping[str, Any]) -> str:
 
 def gate_section(results: dict[str, Any]) -> str:
     """The counts, the verdict and the old rows that broke; empty for a run that is no update."""
-    sides = sides_of(results)
+    sides, reasons = sides_of(results), _reasons(results)
     if not sides:
         return ""
-    reasons = "; ".join(html.escape(str(reason)) for reason in _reasons(results))
-    verdict = f"Refused: {reasons}; the model is not exported." if reasons else "The gate passed."
-    old = html.escape(str(mapping_of(results, "update").get("old", "")))
-    names = [name.capitalize() if name != "p" else "McNemar’s p" for name in COLUMNS]
-    counts = _table(names, [tuple(map(html.escape, side.cells)) for side in sides])
-    note = f"{verdict} The old model: {old}. Right after is the new one."
-    return f'{counts}<p class="note">{note}</p>{_broken(results)}'
+    verdict = "The gate passed."
+    if reasons:
+        verdict = f"Refused: {'; '.join(map(str, reasons))}; the model is not exported."
+    old = mapping_of(results, "update").get("old", "")
+    note = html.escape(
+        f"{verdict} Right before: by {old}; right after: by the new model. The bound holds with 95 "
+        "% confidence; p is McNemar’s."
+    )
+    counts = table([name.capitalize() for name in COLUMNS], [side.cells for side in sides])
+    return f'{counts}<p class="note">{note}</p>{_broken(results, sides[0].broken)}'
 
 
-def _broken(results: dict[str, Any]) -> str:
+def _broken(results: dict[str, Any], count: int) -> str:
+    """The rows that results.json holds of the `count` old ones that broke."""
     held = mapping_of(results, "update").get("broken")
     rows = [row for row in held if isinstance(row, dict)] if isinstance(held, list) else []
     if not rows:
         return ""
-    cells = [
-        (html.escape(str(text)), *(breakable(answer) for answer in answers))
-        for text, *answers in ([row.get(key, "") for key in _TEXTS] for row in rows)
-    ]
-    table = _table(list(_TEXTS.values()), cells, "differing answers")
-    return f'{table}<p class="note">The first {len(rows):,} rows that broke.</p>'
-
-
-def _table(names: list[str], rows: list[tuple[str, ...]], kind: str = "") -> str:
-    head = "".join(f'<th scope="col">{name}</th>' for name in names)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    cells = [[str(row.get(key, "")) for key in _ANSWERS] for row in rows]
+    texts = table(["Text", "True", "Old model", "New model"], cells, "differing answers")
+    return f'{texts}<p class="note">{len(rows):,} of the {count:,} old rows that broke.</p>'
 
 
 def _reasons(results: Mapping[str, Any]) -> list[Any]:

@@ -18,6 +18,7 @@ from tinybert_jax.report.tables import (
     find_baseline,
     find_model,
     finite_number,
+    floor_not_beaten,
     format_si,
     in_points,
     latency_of,
@@ -54,6 +55,12 @@ def headline(results: dict[str, Any]) -> str:
         return (
             f"{subject} reaches {reached} {metric} and is {place} the same student "
             f"without a teacher, which reaches {_coloured(show(alone), 'baseline')}."
+        )
+    floor = floor_not_beaten(results, student) if student else None
+    if floor is not None:
+        return (
+            f"{subject} reaches {reached} {metric}, not clearly above the {show(floor)} of always "
+            "giving the most frequent answer."
         )
     if kept is not None and kept > 1 and student and not _is_ahead(results, student, "teacher"):
         sentence = f"{subject} is level with its teacher at {_coloured(reached)} {metric}"

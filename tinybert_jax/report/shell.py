@@ -1,7 +1,7 @@
 """The frame of every HTML page: its head, its policy and its sections."""
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tinybert_jax.report.style import STYLE
 
@@ -24,4 +24,17 @@ def whole_page(title: str, header: str, sections: Iterable[tuple[str, str]]) -> 
         f'<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>"
         f"<header>{header}</header>{body}</main></body></html>\n"
+    )
+
+
+def table(names: Sequence[str], rows: Iterable[Sequence[str]], css_class: str = "") -> str:
+    """A table of plain text, which is escaped, with a line of names."""
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in names)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    opening = f'<table class="{css_class}">' if css_class else "<table>"
+    return (
+        f'<div class="scroll">{opening}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        "</div>"
     )

@@ -173,6 +173,16 @@ def interval_of(model: Model, metric: Any) -> tuple[float, float] | None:
     return values[0], values[1]
 
 
+def floor_not_beaten(results: Mapping[str, Any], model: Model) -> float | None:
+    """The score of always giving the most frequent answer, where the model's interval reaches it.
+
+    None where the model is above it, and where the results do not tell.
+    """
+    floor = finite_number(results.get("floor"))
+    bounds = interval_of(model, results.get("metric"))
+    return None if floor is None or bounds is None or bounds[0] > floor else floor
+
+
 def difference_to(
     results: dict[str, Any], model: Model, role: str
 ) -> tuple[float, float, float] | None:

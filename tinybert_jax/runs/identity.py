@@ -12,6 +12,7 @@ from typing import Any
 
 from tinybert_jax import __version__
 from tinybert_jax.config.run import StagePlan
+from tinybert_jax.config.tasks import TaskSection
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.splits import TaskData
 from tinybert_jax.huggingface.encoder_decoder import DECODER_TOKENIZER
@@ -208,3 +209,18 @@ def _hash_json(value: Any) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sources(section: TaskSection) -> dict[str, Any]:
+    """Where the rows to train on and the dev rows come from: files by their names, hub data by id.
+
+    `dev_share`: the dev rows are this share of the rows of `train` and `old`.
+    """
+    named = {name: getattr(section, name) for name in ("train", "old", "dev")}
+    found = {
+        name: Path(path).name if Path(path).expanduser().exists() else path
+        for name, path in named.items()
+        if path
+    }
+    rest = {name: getattr(section, name) for name in ("builtin", "dev_split", "dev_share")}
+    return found | {name: value for name, value in rest.items() if value}

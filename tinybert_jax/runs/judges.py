@@ -113,12 +113,14 @@ def check_teacher(run: Run, path: str | Path, sizes: Sizes) -> None:
 
 def check_gate(limit: float | None, dev: Examples) -> None:
     """Raises ValueError for a limit that no model passes, because dev has too few old rows."""
+    if limit is None:
+        return
     assert dev.is_old is not None
-    count, needed = int(dev.is_old.sum()), needed_examples(limit) if limit else 0
-    if limit and count < needed:
+    count, needed = int(dev.is_old.sum()), needed_examples(limit)
+    if count < needed:
         least = math.ceil(1000 * upper_bound(0, count)) / 1000
         raise ValueError(
             f"update.max_regressions: expected at least {needed:,} old rows in dev for a limit of "
-            f"{limit:.3%} (--max-regressions), got {count:,}, so that no model could pass; give "
-            f"more old rows, raise task.dev_share, or allow {least:.1%} or more"
+            f"{100 * limit:.3g} % (--max-regressions), got {count:,}, so that no model could pass; "
+            f"give more old rows, raise task.dev_share, or allow {least:.1%} or more"
         )

@@ -11,7 +11,6 @@ import numpy as np
 
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.stages import PRETRAIN
-from tinybert_jax.config.tasks import TaskSection
 from tinybert_jax.data.splits import label_notes
 from tinybert_jax.huggingface.hub import find_folder
 from tinybert_jax.inference.seq2seq import TinyBertForConditionalGeneration
@@ -23,7 +22,7 @@ from tinybert_jax.performance.latency import measure_in_turn
 from tinybert_jax.report.advice import advice
 from tinybert_jax.runs import identity
 from tinybert_jax.runs.environment import device_kind
-from tinybert_jax.runs.run import Run
+from tinybert_jax.runs.run import Run, RunTask
 from tinybert_jax.runs.scoring import (
     EvaluatedModel,
     SeedScores,
@@ -49,13 +48,13 @@ def collect_results(
     lines: Sequence[dict[str, Any]],
     command: str,
     export: str,
-    gate: dict[str, Any] | None = None,
+    update: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of `results.json`: every evaluated model, and how the students compare.
 
     With a task its entry `resamples` is the content of a file of its own: see `_resamples`.
     `lines`: those of metrics.jsonl. `command`: the command line. `export`: see `RunConfig`.
-    `gate`: what an update mends and breaks.
+    `update`: what one mends and breaks.
     """
     heldout = _heldout(lines)
     data = run.task.data if run.task else None
@@ -67,12 +66,13 @@ def collect_results(
         "select_examples": len(data.select.text) if data and data.select else 0,
         "unlabelled_examples": len(data.unlabelled.text) if data and data.unlabelled else 0,
         "label_names": data.label_names if data else None,
+        **({"floor": _floor(run.task)} if run.task else {}),
         "export": export,
-        **({"data": _sources(run.task.section)} if run.task else {}),
+        **({"data": identity.sources(run.task.section)} if run.task else {}),
         "max_length": {name: plan.section.max_length for name, plan in run.plans.items()},
         **(_evaluate(run) if run.task else {"models": []}),
         **({"heldout": heldout} if heldout else {}),
-        **({"update": gate} if gate else {}),
+        **({"update": update} if update else {}),
         "stages": _learning(run, lines),
         "seconds": _seconds(lines),
         "commands": [command] if command else [],
@@ -87,19 +87,9 @@ def collect_results(
     return {**summary, "advice": [*notes, *advice(summary)]}
 
 
-def _sources(section: TaskSection) -> dict[str, Any]:
-    """Where the rows to train on and the dev rows come from: files by their names, hub data by id.
-
-    `dev_share`: the dev rows are this share of the rows of `train` and `old`.
-    """
-    named = {name: getattr(section, name) for name in ("train", "old", "dev")}
-    found = {
-        name: Path(path).name if Path(path).expanduser().exists() else path
-        for name, path in named.items()
-        if path
-    }
-    rest = {name: getattr(section, name) for name in ("builtin", "dev_split", "dev_share")}
-    return found | {name: value for name, value in rest.items() if value}
+def _floor(task: RunTask) -> float | None:
+    """The main metric on dev of always giving the most frequent answer; None where not known."""
+    return task.kind.floor(task.data.dev) if task.metric == task.kind.floor_metric else None
 
 
 def _seconds(lines: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -24,7 +24,13 @@ from tinybert_jax.data.tables import (
     texts_in,
     texts_or_blank,
 )
-from tinybert_jax.metrics.multi_label import best_threshold, multilabel_metrics, scores_per_label
+from tinybert_jax.metrics.intervals import Metrics
+from tinybert_jax.metrics.multi_label import (
+    best_threshold,
+    f1_per_label,
+    multilabel_metrics,
+    scores_per_label,
+)
 from tinybert_jax.models.heads import make_classifier
 from tinybert_jax.tasks.task import Scored, Settings, Task
 
@@ -146,6 +152,12 @@ def metrics(found: np.ndarray, names: Sequence[str]) -> dict[str, float]:
     return multilabel_metrics(found[:, 1], found[:, 0])
 
 
+def resample_metrics(whole: np.ndarray, names: Sequence[str]) -> Metrics:
+    """As `metrics`, but a label that a resample lacks keeps the F1 that it has on all examples."""
+    absent = f1_per_label(whole[:, 1], whole[:, 0])
+    return lambda found: multilabel_metrics(found[:, 1], found[:, 0], absent)
+
+
 def answers(scored: Scored, settings: Settings) -> list[dict[str, Any]]:
     """Per example the predicted labels, and the probability of every label."""
     names = scored.label_names
@@ -195,6 +207,7 @@ MULTI_LABEL = Task(
     floor_metric="f1_micro",
     outcomes=outcomes,
     metrics=metrics,
+    resample_metrics=resample_metrics,
     answers=answers,
     details=details,
     in_words=lambda answer: _joined(answer["labels"]),
