@@ -44,6 +44,7 @@ _STAGES = {
     ),
 }
 
+_OVERWRITE = "remove the earlier run in run_dir first; refused where other files are there"
 _DRY_RUN = "print FLOPs, memory and time of each stage and stop"
 # The options of a run on a table, in place of a config.
 _TABLE = {
@@ -158,11 +159,7 @@ def _parser() -> argparse.ArgumentParser:
             help="train a stage again from an older step, as after it has diverged; its settings "
             "may differ, such as finetune.learning_rate=1e-5",
         )
-        either.add_argument(
-            "--overwrite",
-            action="store_true",
-            help="remove the earlier run in run_dir first; refused where other files are there",
-        )
+        either.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
         _add_plain(command)
         _add_processes(command)
         command.set_defaults(act=_run)
@@ -253,7 +250,8 @@ def _add_update(commands) -> None:
     command.add_argument("--print-config", action="store_true", help="print the config and stop")
     command.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
     _add_plain(command)
-    command.set_defaults(act=_run, profile=False, from_step=None, overwrite=False)
+    command.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
+    command.set_defaults(act=_run, profile=False, from_step=None)
 
 
 def _add_completion(commands) -> None:

@@ -54,7 +54,7 @@ def test_multiclass_matthews_is_the_correlation_of_one_hot_matrices(rng):
     assert got["matthews"] == pytest.approx(expected)
 
 
-def test_macro_f1_is_the_mean_over_classes_that_occur(rng):
+def test_macro_f1_is_the_mean_over_the_classes_of_the_labels(rng):
     labels, predictions = rng.integers(0, 3, (2, 100))
     scores = []
     for c in range(3):
@@ -65,6 +65,12 @@ def test_macro_f1_is_the_mean_over_classes_that_occur(rng):
     for num_labels in (3, 4):
         got = classification_metrics(predictions, labels, num_labels)
         assert got["f1"] == pytest.approx(np.mean(scores))
+
+
+def test_a_class_that_is_predicted_alone_does_not_join_the_mean():
+    labels, predictions = np.array([0, 0, 1, 1, 1, 1]), np.array([0, 0, 1, 1, 1, 2])
+    got = classification_metrics(predictions, labels, 3)
+    assert got["f1"] == pytest.approx((1 + 6 / 7) / 2)
 
 
 def test_perfect_and_inverted_predictions_score_1_and_0():

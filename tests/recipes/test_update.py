@@ -108,7 +108,7 @@ def test_a_gate_that_refuses_leaves_a_report_and_no_model(folder, refused):
     texts = results["update"]["broken"]
     assert len(texts) == old["broken"] > 0
     assert all(row["old"] == row["label"] != row["new"] for row in texts)
-    assert "it is refused." in page and f"Refused: {reason}" in page
+    assert "it is refused." in page and f"The gate: refused, not exported: {reason}" in page
     assert all(html.escape(row["text"]) in page for row in texts)
 
 
@@ -139,6 +139,8 @@ def test_the_chosen_weights_lie_where_the_record_says(folder, finished):
     record = json.loads((finished / "models" / "update" / "update.json").read_text())
     assert [point["share"] for point in record["sweep"]] == [0.0, 0.5, 1.0]
     assert record["chosen_on"] == "select" and record["share"] in (0.0, 0.5, 1.0)
+    assert set(record["dev"]) == {"old", "new", "new_labels"}
+    assert 0 < record["dev"]["new_labels"]["num_examples"] <= record["dev"]["new"]["num_examples"]
     for side in record["dev"].values():
         assert side["num_examples"] == sum(side[n] for n in ("both", "fixed", "broken", "neither"))
     model = read_model(finished / "models" / "update")
@@ -168,7 +170,11 @@ def test_the_chosen_weights_lie_where_the_record_says(folder, finished):
         (OLD, ["update.num_steps=3"], "holds a run of another config"),
         (OLD, ["--max-regressions", "0.1%"], "expected at least 2,995 old rows in dev for a limit"),
         (OLD, ["task.max_old_rows=1", "run_dir=other"], "1 of 1 rows of old.tsv in that part"),
-        (OLD, ["task.dev=old.tsv", "task.dev_share=null"], "a share of old and of new rows is dev"),
+        (
+            OLD,
+            ["task.dev=old.tsv", "task.dev_share=null"],
+            "a share of old and of new rows is dev in",
+        ),
         (OLD, ["task.old=null"], "expected a section update and task.old, got one of them"),
         (OLD, ["student=null"], "student.path, the folder of the old model"),
         (OLD, ["update=3"], "update: expected a section, got 3"),

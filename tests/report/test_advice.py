@@ -335,7 +335,13 @@ def test_an_update_tells_what_was_right_before_and_after(tmp_path):
     page = render(tmp_path, results).text
     assert "has 9 of 19 new rows right, 7 before, and breaks 5 of 242 old ones." in page
     assert "242 old205207754.30%0.77" in page and "19 new793115.00%0.5" in page
-    assert "The gate passed. Right before: by <old>; right after: by the new model." in page
+    chance = "passed; what it gains on new rows may be chance (p = 0.5)"
+    assert f"The gate: {chance}. Right before: by <old>; right after: by the new" in page
+    assert f"gate: {chance}" in told
+    limited = _updated((6, 3, 1, 9))
+    limited["update"] |= {"max_regressions": 0.05}
+    limited["update"]["dev"]["new"]["mcnemar_p"] = 0.01
+    assert console_summary(limited).endswith("gate: passed, as at most 5.00% may be broken")
 
 
 def test_a_student_that_is_no_better_than_one_answer_is_told(tmp_path):

@@ -105,7 +105,13 @@ def test_labels_that_are_wrong(write):
     fails(["art", ""], "without an empty one", "an empty list")
     fails(["art", None], "without an empty one")
     fails(["art", " art"], "each once", "leave the repeated labels out")
-    fails(["art", "tea"], "'art', 'sea'", "'tea'", "or complete `labels`", labels=["art", "sea"])
+    fails(
+        ["art", "tea"],
+        "'art', 'sea'",
+        "'tea'",
+        "or complete `labels`",
+        labels=["art", "sea"],
+    )
     fails("art,,sea", "without an empty one")
     _fails(write("b.jsonl", _jsonl([[], []])), "labels in column 'labels'", "none", "add them")
     table = write("a.tsv", "text\tart\na film\t1\na sea\tyes\n")

@@ -60,6 +60,11 @@ class TaskSection(Section):
     def _sources(self) -> "TaskSection":
         if self.builtin:
             self._refuse_beside_builtin()
+        if self.old and self.dev:
+            raise ValueError(
+                "a share of old and of new rows is dev in an update: remove dev, and compare both "
+                "models on that file (tinybert compare)"
+            )
         if self.dev and self.dev_share:
             raise ValueError(
                 f"expected dev or dev_share, got dev '{self.dev}' and dev_share {self.dev_share}; "
@@ -72,7 +77,7 @@ class TaskSection(Section):
         if self.dev_share and self.dev_split:
             raise ValueError("dev_share takes the dev rows from train: remove dev_split")
         if self.old and not self.dev_share:
-            raise ValueError("a share of old and of new rows is dev: set dev_share, not dev")
+            raise ValueError("a share of old and of new rows is dev: set dev_share")
         if self.old and self.unlabelled:
             raise ValueError("old is for the stage update, which reads labels: remove unlabelled")
         if self.max_old_rows and not self.old:

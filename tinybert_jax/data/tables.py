@@ -364,7 +364,7 @@ def _class_ids(
         integers = all(re.fullmatch(r"-?\d{1,999}", value) for value in found)
         known = {v: v for v in sorted(found, key=lambda v: (int(v) if integers else 0, v))}
     unknown = [(n, short(v)) for n, v in zip(table.numbers, raw, strict=True) if v not in known]
-    fix = "correct these rows, leave them out, or complete `labels` where a config lists them"
+    fix = "correct these rows, leave out what a model cannot answer, or complete `labels`"
     expected = f"one of the labels {listed(list(known))} in column {column!r}"
     fail_rows(table, expected, unknown, fix)
     names = tuple(dict.fromkeys(known.values()))

@@ -15,18 +15,19 @@ def classification_metrics(
     """Accuracy, F1 and Matthews correlation of predicted classes, as fractions.
 
     With two classes `f1` is the F1 of class 1 (GLUE's MRPC and QQP), with more the unweighted mean
-    over the classes that occur in labels or predictions. A score with denominator 0 is 0.0, as in
-    scikit-learn. `absent_f1`: of classes that occur in neither, which else are not in the mean, and
-    have 0.0 of two classes. Raises ValueError for an empty set or a class outside of
-    `num_classes`.
+    over the classes of the labels: a class that is predicted alone counts as the errors that it is,
+    so that models which know other classes have the mean of the same ones. A score with denominator
+    0 is 0.0, as in scikit-learn. `absent_f1`: of classes that the labels lack, NaN for those that
+    are not in the mean, which is the default. Raises ValueError for an empty set or a class outside
+    of `num_classes`.
     """
     counts = _class_counts(predictions, labels, num_classes)
-    f1 = _f1_per_class(counts)
-    if absent_f1 is not None:
-        f1 = np.where(np.isnan(f1), absent_f1, f1)
+    absent = np.full(num_classes, np.nan) if absent_f1 is None else absent_f1
+    f1 = np.where(counts.true > 0, _f1_per_class(counts), absent)[int(num_classes == 2) :]
+    f1 = f1[~np.isnan(f1)]
     return {
         "accuracy": float(counts.right.sum() / counts.true.sum()),
-        "f1": float(np.nan_to_num(f1[1]) if len(f1) == 2 else f1[~np.isnan(f1)].mean()),
+        "f1": float(f1.mean()) if len(f1) else 0.0,
         "matthews": _matthews(counts),
     }
 
@@ -34,8 +35,9 @@ def classification_metrics(
 def f1_per_class(
     predictions: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], num_classes: int
 ) -> Float[np.ndarray, " num_classes"]:
-    """The F1 of each class; NaN for a class that occurs in neither labels nor predictions."""
-    return _f1_per_class(_class_counts(predictions, labels, num_classes))
+    """The F1 of each class; NaN for a class that the labels lack."""
+    counts = _class_counts(predictions, labels, num_classes)
+    return np.where(counts.true > 0, _f1_per_class(counts), np.nan)
 
 
 def predicted_classes(logits: Float[np.ndarray, "n classes"]) -> Int[np.ndarray, " n"]:
@@ -104,8 +106,7 @@ def _class_counts(predictions: np.ndarray, labels: np.ndarray, num_classes: int)
 
 def _f1_per_class(counts: _ClassCounts) -> np.ndarray:
     """2·tp / (2·tp + fp + fn); the denominator is the sum of true and predicted examples."""
-    total = counts.true + counts.predicted
-    return np.where(total > 0, 2 * counts.right / np.maximum(total, 1), np.nan)
+    return 2 * counts.right / np.maximum(counts.true + counts.predicted, 1)
 
 
 def _matthews(counts: _ClassCounts) -> float:

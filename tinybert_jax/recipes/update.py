@@ -83,7 +83,12 @@ def main(run: Run, plan: StagePlan) -> None:
     points = _sweep(judge_rows, start, teacher, end, section, data.selection)
     chosen = _choose(points)
     mixed = _between(start, end, chosen["share"])
-    counts = _count(judge_rows(teacher, data.dev), judge_rows(mixed, data.dev), data.dev)
+    before, after = (judge_rows(params, data.dev) for params in (teacher, mixed))
+    counts = _count(before, after, data.dev)
+    assert data.dev.labels is not None
+    has_new_label = data.dev.labels >= len(old.label_names)
+    if has_new_label.any():
+        counts["new_labels"] = _count_side(before, after, has_new_label)
     record = {"share": chosen["share"], "chosen_on": data.selection_name, "sweep": points}
     record |= {"dev": counts, "seeds": list(plan.seeds)}
     run.log.say(f"{plan.name}: {_describe(points, chosen, data.selection_name)}")
@@ -269,23 +274,26 @@ def _sweep(
 
 
 def _count(old: _Judged, new: _Judged, examples: Examples) -> dict[str, Any]:
-    """By old and new rows: pairs, share that broke with its bound, McNemar's p, mean loss.
+    """The counts of the old and of the new rows; see `_count_side`."""
+    assert examples.is_old is not None
+    sides = {"old": examples.is_old, "new": ~examples.is_old}
+    return {name: _count_side(old, new, own) for name, own in sides.items()}
+
+
+def _count_side(old: _Judged, new: _Judged, own: np.ndarray) -> dict[str, Any]:
+    """Pairs, share that broke with its bound, McNemar's p, mean loss of the rows `own` (bool [n]).
 
     The loss is that of the new model.
     """
-    assert examples.is_old is not None
-    found = {}
-    for name, own in (("old", examples.is_old), ("new", ~examples.is_old)):
-        pairs = count_pairs(old.is_right[own], new.is_right[own])
-        found[name] = {
-            **pairs._asdict(),
-            "loss": float(new.losses[own].mean()),
-            "num_examples": pairs.total,
-            "broken_share": pairs.broken / pairs.total,
-            "broken_bound": upper_bound(pairs.broken, pairs.total),
-            "mcnemar_p": mcnemar(pairs.fixed, pairs.broken),
-        }
-    return found
+    pairs = count_pairs(old.is_right[own], new.is_right[own])
+    return {
+        **pairs._asdict(),
+        "loss": float(new.losses[own].mean()),
+        "num_examples": pairs.total,
+        "broken_share": pairs.broken / pairs.total,
+        "broken_bound": upper_bound(pairs.broken, pairs.total),
+        "mcnemar_p": mcnemar(pairs.fixed, pairs.broken),
+    }
 
 
 def _num_right(counts: dict[str, Any]) -> int:

@@ -134,7 +134,7 @@ def _beaten_by_itself(results: dict[str, Any], student: Model) -> str:
 
 def _beaten_by_linear(results: dict[str, Any], student: Model) -> str:
     compared = difference_to(results, student, "linear")
-    if compared is None or compared[1] > 0:
+    if compared is None or compared[1] > 0 or sides_of(results):  # whose model is in use already
         return ""
     difference, low, high = _in_points(results, *compared)
     name = student.get("name")
@@ -211,10 +211,13 @@ def _few_rows(results: dict[str, Any]) -> str:
     wanted = count * (half / _WANTED) ** 2
     others = (finite_number(results.get(f"{part}_examples")) or 0 for part in ("train", "select"))
     share = "raise task.dev_share, or " if wanted < _MOST_DEV * (count + sum(others)) else ""
+    fix = f"{share}give task.dev a larger file"
+    if sides_of(results):
+        fix = "give more rows, or compare both models on a file of its own"
     return (
         f"{count:,.0f} dev rows tell two models apart only where they differ by several points "
         f"(the student's score is known to ± {half:.1f} points); ± {_WANTED:.0f} points take about "
-        f"{wanted:,.0f} rows: {share}give task.dev a larger file"
+        f"{wanted:,.0f} rows: {fix}"
     )
 
 

@@ -82,8 +82,8 @@ def metrics(found: np.ndarray, names: Sequence[str]) -> dict[str, float]:
 def resample_metrics(whole: np.ndarray, names: Sequence[str]) -> Metrics:
     """As `metrics`, but a class that a resample lacks keeps the F1 that it has on all examples.
 
-    Else the mean would be over fewer classes there, and its interval beside the score: a class
-    that is predicted once, in error, has F1 0 and is missing in a third of the resamples.
+    Else the mean would be over fewer classes there, and its interval beside the score: a class with
+    one row is missing in a third of the resamples.
     """
     absent = f1_per_class(whole[:, 1], whole[:, 0], len(names))
     return lambda rows: classification_metrics(rows[:, 1], rows[:, 0], len(names), absent)

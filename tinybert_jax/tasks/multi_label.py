@@ -119,7 +119,7 @@ def _known(
         for number, labels in zip(table.numbers, sets, strict=True)
         if not set(labels) <= set(known)
     ]
-    fix = "correct these rows, leave them out, or complete `labels` where a config lists them"
+    fix = "correct these rows, leave out what a model cannot answer, or complete `labels`"
     expected = f"some of the labels {listed(list(known))} in column {column!r}"
     fail_rows(table, expected, unknown, fix)
     if not known:
