@@ -271,7 +271,7 @@ def _change(results: Mapping[str, Any]) -> str:
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (
         f"## What changed\n\n{table}\n\nRight before: by the model that it was updated from. The "
-        "bound holds with 95 % confidence; p is McNemar's."
+        "bound holds with 95 % confidence."
     )
 
 

@@ -18,7 +18,15 @@ _COUNTS = ("both", "fixed", "broken", "neither", "broken_bound", "mcnemar_p")
 _SIDES = {"old": "old", "new": "new", "new_labels": "new-label"}
 _CHANCE = 0.05  # p-value from which a difference may be chance
 _ANSWERS = ("text", "label", "old", "new")
-COLUMNS = ("dev rows", "right before", "right after", "fixed", "broken", "broken at most", "p")
+COLUMNS = (
+    "dev rows",
+    "right before",
+    "right after",
+    "fixed",
+    "broken",
+    "broken at most",
+    "McNemar's p",
+)
 
 
 class Side(NamedTuple):
@@ -104,10 +112,10 @@ def gate_section(results: dict[str, Any]) -> str:
     old = mapping_of(results, "update").get("old", "")
     note = html.escape(
         f"The gate: {_verdict(results)}. Right before: by {old}; right after: by the new model. "
-        "The bound holds with 95 % confidence; p is McNemar’s. Old rows that the old model was "
-        "trained on flatter it; a comparison of both models on a file of its own does not."
+        "The bound holds with 95 % confidence. Old rows that the old model was trained on flatter "
+        "it; a comparison of both models on a file of its own does not."
     )
-    counts = table([name.capitalize() for name in COLUMNS], [side.cells for side in sides])
+    counts = table([name[0].upper() + name[1:] for name in COLUMNS], [side.cells for side in sides])
     return f'{counts}<p class="note">{note}</p>{_broken(results, sides[0].broken)}'
 
 

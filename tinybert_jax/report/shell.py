@@ -27,14 +27,13 @@ def whole_page(title: str, header: str, sections: Iterable[tuple[str, str]]) -> 
     )
 
 
-def table(names: Sequence[str], rows: Iterable[Sequence[str]], css_class: str = "") -> str:
+def table(names: Sequence[str], rows: Iterable[Sequence[str]], css_class: str = "plain") -> str:
     """A table of plain text, which is escaped, with a line of names."""
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in names)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
-    opening = f'<table class="{css_class}">' if css_class else "<table>"
     return (
-        f'<div class="scroll">{opening}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-        "</div>"
+        f'<div class="scroll"><table class="{css_class}"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )

@@ -60,6 +60,8 @@ th{font-weight:400;text-align:left}
 overflow-wrap:anywhere}
 .differing thead th{color:var(--soft)}
 .answers th:first-child{width:52%}
+.plain td,.plain th{padding:4px 24px 4px 0;vertical-align:top}
+.plain thead th{color:var(--soft);font-size:.875rem}
 .compare{width:100%;table-layout:fixed}
 .compare th,.compare td{padding:10px 20px 8px 0;vertical-align:top}
 .compare tbody tr{border-top:1px solid var(--line)}
