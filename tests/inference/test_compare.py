@@ -68,6 +68,18 @@ def test_the_counts_are_those_of_the_predictions(models, tmp_path, capsys):
     assert f"  … and {len(found['broken']) - 1} more: -o comparison.html" in first[-1]
 
 
+def test_the_column_of_text_is_found(models, tmp_path, capsys):
+    old, new, data = models
+    file = tmp_path / "reviews.tsv"
+    file.write_text(Path(data).read_text().replace("text\t", "review\t", 1))
+    assert cli.main(["compare", old, new, str(file)]) == 0
+    told = capsys.readouterr()
+    assert "text in column 'review'; if not: --text" in told.err
+    assert cli.main(["compare", old, new, data]) == 0
+    expected = capsys.readouterr()
+    assert told.out == expected.out and "in column" not in expected.err
+
+
 def test_the_gate(models, tmp_path, capsys):
     old, new, data = models
     assert cli.main(["compare", old, new, data, "--max-regressions", "99%"]) == 0

@@ -16,13 +16,14 @@ from tinybert_jax.tasks.task import Task
 
 def text_columns(
     data: str,
-    columns: Mapping[str, str | None],
+    columns: Mapping[str, Any],
     task: Task,
     head: Head,
     split: str | None,
     say: Callable[[str], None],
-) -> dict[str, str]:
-    """The given columns, with those of text that the model was trained on or the file suggests.
+) -> dict[str, Any]:
+    """The given settings, with the columns of text that the model was trained on or the file
+    suggests.
 
     `say` is told a line where a column is chosen. Raises ValueError where several may be the text.
     """

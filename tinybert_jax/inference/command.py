@@ -55,7 +55,7 @@ def _add_predict(commands) -> None:
         type=os.path.expanduser,
         help="write to this file; default: standard output",
     )
-    _add_columns(command, has_pair=False, default="that trained on, or text")
+    _add_columns(command, has_pair=False)
     command.add_argument(
         "--keep",
         action="append",
@@ -186,8 +186,8 @@ def _share(text: str) -> float:
     return value
 
 
-def _add_columns(command, *, has_pair: bool = True, default: str = "text") -> None:
-    command.add_argument("--text", help=f"column of the text; default: {default}")
+def _add_columns(command, *, has_pair: bool = True) -> None:
+    command.add_argument("--text", help="column of the text; default: that trained on, or text")
     if has_pair:
         command.add_argument("--text-pair", help="column of a second text")
     command.add_argument("--split", help="split of a datasets folder or hub data set")

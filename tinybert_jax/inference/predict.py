@@ -18,7 +18,7 @@ from tinybert_jax.huggingface.folder import read_model, start_params
 from tinybert_jax.huggingface.head import Head
 from tinybert_jax.huggingface.hub import check_table, load_tokenizer
 from tinybert_jax.inference.columns import kept_columns, text_columns
-from tinybert_jax.inference.scorer import Scorer, make_scorer
+from tinybert_jax.inference.scorer import Scorer, finite_examples, make_scorer
 from tinybert_jax.metrics.cosines import unit_vectors
 from tinybert_jax.models.params import Params
 from tinybert_jax.tasks.classification import CLASSIFICATION
@@ -238,7 +238,8 @@ def score_file(
     if is_encoder_decoder(model):
         return _score_translations(model, data, split, max_length, settings or {})
     loaded = Model(model, max_length)
-    section = _section(loaded.task, data, settings or {})
+    columns = text_columns(data, settings or {}, loaded.task, loaded.head, split, print)
+    section = _section(loaded.task, data, columns)
     examples = loaded.task.read(data, section, Reading(split, is_dev=True))
     names = loaded.head.label_names
     if examples.label_names is not None:
@@ -246,7 +247,7 @@ def score_file(
         known = ids if raw <= set(ids) and not raw <= set(names) else names
         examples = loaded.task.read(data, section, Reading(split, known, is_dev=True))
     scored = loaded.score(examples)
-    bad = np.flatnonzero(~_is_finite(scored))
+    bad = np.flatnonzero(~finite_examples(scored))
     if len(bad):
         raise ValueError(
             f"{model}: expected finite outputs, got NaN or infinite ones for {len(bad)} of "
@@ -298,7 +299,10 @@ class Model:
     def answer(self, examples: Examples) -> list[dict[str, Any]]:
         """The predictions; None for each entry of those whose logits are not finite."""
         scored = self.score(examples._replace(label_names=self.head.label_names))
-        is_finite, logits = _is_finite(scored), np.nan_to_num(scored.logits, posinf=0.0, neginf=0.0)
+        is_finite, logits = (
+            finite_examples(scored),
+            np.nan_to_num(scored.logits, posinf=0.0, neginf=0.0),
+        )
         with np.errstate(over="ignore"):  # exp of a large logit: the probability is 0 or 1
             found = self.task.answers(scored._replace(logits=logits), self.head.settings)
         problem = {"problem": "the model's outputs are not finite"}
@@ -378,17 +382,6 @@ def _section(task: Task, data: str, settings: Mapping[str, Any]) -> TaskSection:
     if "dev_target" in given:
         given["train_target"] = given["dev_target"]
     return validate(task.section, {"train": data, "dev": data, **given}, f"task of {task.kind}")
-
-
-def _is_finite(scored: Scored) -> np.ndarray:
-    """bool [examples]: whether all logits of the example are finite."""
-    is_finite, rows = np.asarray(np.isfinite(scored.logits).all(axis=-1)), scored.rows
-    if rows.is_unit is not None:
-        is_finite = np.logical_and.reduceat(is_finite, rows.offsets[:-1])
-    if rows.windows is None:  # an example may be several rows
-        return np.asarray(is_finite.reshape(len(scored.examples.text), -1).all(axis=1))
-    wrong = np.bincount(rows.windows.examples[~is_finite], minlength=len(scored.examples.text))
-    return wrong == 0
 
 
 def _plain(text: str | Sequence[str]) -> str:

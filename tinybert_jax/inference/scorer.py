@@ -17,6 +17,7 @@ from tinybert_jax.models.params import Apply, Params
 from tinybert_jax.objectives import masking
 from tinybert_jax.parallel import sharding
 from tinybert_jax.parallel.mesh import num_batch_shards
+from tinybert_jax.tasks.task import Scored
 
 Scorer = Callable[[Any, TokenRows], np.ndarray]  # (params, rows) -> logits
 # The same rate for all runs, whatever rate they train with, so that their figures are comparable.
@@ -195,3 +196,14 @@ def _make_masked_sums(
         return nll, hits, count, jnp.sum(is_right & is_pair), jnp.sum(is_pair)
 
     return sums
+
+
+def finite_examples(scored: Scored) -> np.ndarray:
+    """bool [examples]: whether all logits of the example are finite."""
+    is_finite, rows = np.asarray(np.isfinite(scored.logits).all(axis=-1)), scored.rows
+    if rows.is_unit is not None:
+        is_finite = np.logical_and.reduceat(is_finite, rows.offsets[:-1])
+    if rows.windows is None:  # an example may be several rows
+        return np.asarray(is_finite.reshape(len(scored.examples.text), -1).all(axis=1))
+    wrong = np.bincount(rows.windows.examples[~is_finite], minlength=len(scored.examples.text))
+    return wrong == 0
