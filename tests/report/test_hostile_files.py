@@ -73,7 +73,7 @@ def _full_results():
         select_examples=3,
         update={
             "old": "m",
-            "dev": {"old": counts, "new": counts},
+            "dev": {"old": counts, "new": counts, "new_labels": counts},
             "reasons": ["r"],
             "broken": [broken],
         },

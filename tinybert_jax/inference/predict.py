@@ -21,6 +21,7 @@ from tinybert_jax.inference.columns import kept_columns, text_columns
 from tinybert_jax.inference.scorer import Scorer, finite_examples, make_scorer
 from tinybert_jax.metrics.cosines import unit_vectors
 from tinybert_jax.models.params import Params
+from tinybert_jax.report.console import printable
 from tinybert_jax.tasks.classification import CLASSIFICATION
 from tinybert_jax.tasks.table import task_of
 from tinybert_jax.tasks.task import Scored, Settings, Task
@@ -238,7 +239,8 @@ def score_file(
     if is_encoder_decoder(model):
         return _score_translations(model, data, split, max_length, settings or {})
     loaded = Model(model, max_length)
-    columns = text_columns(data, settings or {}, loaded.task, loaded.head, split, print)
+    say = lambda line: print(printable(line))  # noqa: E731
+    columns = text_columns(data, settings or {}, loaded.task, loaded.head, split, say)
     section = _section(loaded.task, data, columns)
     examples = loaded.task.read(data, section, Reading(split, is_dev=True))
     names = loaded.head.label_names
@@ -299,10 +301,8 @@ class Model:
     def answer(self, examples: Examples) -> list[dict[str, Any]]:
         """The predictions; None for each entry of those whose logits are not finite."""
         scored = self.score(examples._replace(label_names=self.head.label_names))
-        is_finite, logits = (
-            finite_examples(scored),
-            np.nan_to_num(scored.logits, posinf=0.0, neginf=0.0),
-        )
+        is_finite = finite_examples(scored)
+        logits = np.nan_to_num(scored.logits, posinf=0.0, neginf=0.0)
         with np.errstate(over="ignore"):  # exp of a large logit: the probability is 0 or 1
             found = self.task.answers(scored._replace(logits=logits), self.head.settings)
         problem = {"problem": "the model's outputs are not finite"}

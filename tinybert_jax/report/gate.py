@@ -94,7 +94,7 @@ def _verdict(results: Mapping[str, Any]) -> str:
 def gate_sentence(results: Mapping[str, Any]) -> str:
     """The result of an update as HTML; empty for another run."""
     sides = {side.name: side for side in sides_of(results)}
-    if len(sides) < 2:
+    if not {"old", "new"} <= set(sides):
         return ""
     old, new = sides["old"], sides["new"]
     sentence = (
