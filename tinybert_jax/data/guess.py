@@ -127,7 +127,7 @@ def guess_text(
     `trained`: the columns that the model was trained on, taken where the file has them; else
     `text`; else, for single texts, the only column with a name of text but that of labels.
     `reads_pairs`: None where there are no pairs. Raises ValueError for a file that cannot be read,
-    and where no column or several may be the text: nobody guesses positions, without names.
+    and where no column, or several, may be the text. Columns without names are never guessed.
     """
     names = _names_of(path, given)
     wanted = {name: column for name, column in trained.items() if name not in given}
