@@ -68,7 +68,7 @@ def test_the_card_says_how_to_use_the_model_and_what_it_was_made_of(tmp_path):
         'model("A text.", truncation=True, max_length=512)',
         "trained on texts of at most 96 tokens. Both calls above read up to 512 tokens of a text "
         "and cut the rest.",
-        "## Licence\n\nAs the teacher's, apache-2.0; check that it fits your data.",
+        "## Licence\n\nAs that of the teacher, apache-2.0; check that it fits your data.",
         "22.7 M parameters, 1.52 M without embeddings",
         "| model | accuracy | F1 | encoder parameters, without embeddings | on disk | latency |",
         "1.52 M | 90.9 MB |",
@@ -76,6 +76,13 @@ def test_the_card_says_how_to_use_the_model_and_what_it_was_made_of(tmp_path):
         assert expected in text.replace("\u00a0", " "), expected
     card = model_card(_results(), CONFIG, ORIGIN._replace(teacher_card={}))
     assert "truncation=True, max_length=512" in card and "None is named: add `license`" in card
+
+
+def test_the_card_of_an_update_speaks_of_the_earlier_model():
+    card = model_card(_results(), CONFIG, ORIGIN._replace(stage="update"))
+    assert "Errors and biases of the earlier model and of the training data carry over." in card
+    assert "As that of the earlier model, apache-2.0" in card
+    assert "of the teacher" not in card
 
 
 @pytest.mark.parametrize(

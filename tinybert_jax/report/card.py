@@ -84,6 +84,8 @@ _ROLES = {
 _NO_LICENCE = "None is named: add `license` to the lines at the top before you publish the model."
 _NUM_LABELS = 100  # of them are listed
 _WITHOUT_TEACHER = ("pretrain", "finetune", "baseline", "update")
+# Stage -> what the model began with; other stages have a teacher.
+_BEGAN = {"update": "earlier model", **dict.fromkeys(("pretrain", "finetune"), "model it began as")}
 
 
 class Origin(NamedTuple):
@@ -350,8 +352,8 @@ def _limits(results: Mapping[str, Any], config: Mapping[str, Any], origin: Origi
         more = f" and {len(labels) - _NUM_LABELS} more" if len(labels) > _NUM_LABELS else ""
         lines.append(f"Labels: {shown}{more}. The model knows no others.")
     lines.append(
-        "The scores hold for texts like those of the dev rows. Errors and biases of the teacher "
-        "and of the training data carry over."
+        "The scores hold for texts like those of the dev rows. Errors and biases of the "
+        f"{_BEGAN.get(origin.stage, 'teacher')} and of the training data carry over."
     )
     task, trained = _task(config, origin), _trained_length(results, origin)
     rows = "in windows of" if task == "question-answering" else "on texts of at most"
@@ -373,7 +375,10 @@ def _longest(config: Mapping[str, Any]) -> int:
 def _licence(origin: Origin) -> str:
     name = origin.teacher_card.get("license")
     told = (
-        f"As the teacher's, {_text(name)}; check that it fits your data." if name else _NO_LICENCE
+        f"As that of the {_BEGAN.get(origin.stage, 'teacher')}, {_text(name)}; check that it fits "
+        "your data."
+        if name
+        else _NO_LICENCE
     )
     return f"## Licence\n\n{told}"
 
