@@ -58,6 +58,14 @@ def test_teacher_of_other_labels(world, names, named):
     world.fails("run", path, naming=("labels", *named))
 
 
+def test_a_teacher_without_names_of_labels_is_told(world):
+    folder = world.model("classifier", id2label={"0": "LABEL_0", "1": "LABEL_1"})
+    path = world.distil(teacher={"path": str(folder)}, distillation={"teacher_margin": -1})
+    assert cli.main(["run", path, "--dry-run"]) == 0
+    told = "its outputs have no names, and are taken for 'neg', 'pos'; task.labels sets another"
+    assert told in world.capfd.readouterr().out
+
+
 def test_a_finetune_section_mends_a_teacher_of_other_labels(world):
     folder = world.model("classifier", id2label={"0": "a", "1": "b", "2": "c"})
     change(folder, "classifier.weight", np.zeros((3, 16), np.float32))

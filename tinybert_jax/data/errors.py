@@ -96,3 +96,12 @@ def short(value: Any) -> str:
     except RecursionError:
         text = f"a {type(value).__name__} that is nested too deeply"
     return text if len(text) <= 60 else text[:59] + "…"
+
+
+@contextlib.contextmanager
+def prefix_errors(origin: str) -> Iterator[None]:
+    """Prefixes the message of a ValueError with `origin`, such as a place in the config."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None

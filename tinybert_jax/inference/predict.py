@@ -9,7 +9,7 @@ import numpy as np
 from tinybert_jax.batches.tokenize import MIN_TOKENS
 from tinybert_jax.config.load import validate
 from tinybert_jax.config.tasks import TaskSection
-from tinybert_jax.data.errors import listed, short
+from tinybert_jax.data.errors import prefix_errors, short
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.json_text import is_utf8
 from tinybert_jax.data.splits import Reading
@@ -247,12 +247,8 @@ def score_file(
     if examples.label_names is not None:
         ids, raw = tuple(str(i) for i in range(len(names))), set(examples.label_names)
         known = ids if raw <= set(ids) and not raw <= set(names) else names
-        if unknown := sorted(raw - set(known)):
-            raise ValueError(
-                f"{data}: expected labels that {model} knows, got {listed(unknown)}; correct these "
-                "rows or leave them out, or score a model that knows them with tinybert evaluate"
-            )
-        examples = loaded.task.read(data, section, Reading(split, known, is_dev=True))
+        with prefix_errors(f"{model} does not know all labels"):
+            examples = loaded.task.read(data, section, Reading(split, known, is_dev=True))
     scored = loaded.score(examples)
     bad = np.flatnonzero(~finite_examples(scored))
     if len(bad):

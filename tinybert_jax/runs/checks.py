@@ -14,6 +14,7 @@ import jax
 from tinybert_jax.config.models import Student
 from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import FINETUNE, PRETRAIN, StageSection
+from tinybert_jax.data.errors import prefix_errors
 from tinybert_jax.data.wordpiece import is_continuation
 from tinybert_jax.huggingface import encoder_decoder
 from tinybert_jax.huggingface.families import format_of
@@ -24,7 +25,6 @@ from tinybert_jax.models.families import DEFAULT
 from tinybert_jax.models.heads import Model, make_encoder, make_masked_lm
 from tinybert_jax.objectives.alignment import check_same_vocabulary
 from tinybert_jax.parallel.mesh import num_batch_shards
-from tinybert_jax.runs.inputs import prefix_errors
 from tinybert_jax.runs.run import Run, RunTask, make_task_model
 from tinybert_jax.settings.layer_maps import make_layer_pairs
 from tinybert_jax.settings.sizes import EncoderDecoderConfig, Side, Sizes, depths, side_of

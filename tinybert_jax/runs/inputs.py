@@ -3,9 +3,8 @@
 `runs.checks` and `runs.corpus_checks` check that the inputs fit together.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from tinybert_jax.config.models import (
     student_origin,
 )
 from tinybert_jax.config.tasks import TaskSection
+from tinybert_jax.data.errors import prefix_errors
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.splits import TaskData, corpus_documents, read_task, split_heldout
 from tinybert_jax.data.wordpiece import plain_backend, train_wordpiece
@@ -107,15 +107,6 @@ def read_inputs(
         for (number, section), read in zip(enumerate(further), sizes[len(students) :], strict=True)
     )
     return Inputs(pieces, teacher_sizes, others, named, examples, text)
-
-
-@contextlib.contextmanager
-def prefix_errors(origin: str) -> Iterator[None]:
-    """Prefixes the message of a ValueError with `origin`, a place in the config."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from None
 
 
 def _read_all(*readers: Callable[[], Any]) -> list[Any]:

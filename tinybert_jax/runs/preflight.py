@@ -18,7 +18,10 @@ from tinybert_jax.config import load as config_files
 from tinybert_jax.config.compute import ComputeSection
 from tinybert_jax.config.run import RunConfig, StagePlan
 from tinybert_jax.config.stages import FINETUNE, PRETRAIN, STAGE_NAMES, UPDATE, Stage
+from tinybert_jax.data.errors import listed
 from tinybert_jax.huggingface.encoder_decoder import DECODER_TOKENIZER, Tokenizers
+from tinybert_jax.huggingface.folder import read_model
+from tinybert_jax.huggingface.head import is_unnamed
 from tinybert_jax.huggingface.hub import pin_revision
 from tinybert_jax.huggingface.untrusted import read_json
 from tinybert_jax.parallel import processes
@@ -352,6 +355,7 @@ def _check(run: Run, plans: Sequence[StagePlan]) -> None:
     has_teacher = _reads_existing_task_teacher(run, [plan.stage for plan in plans])
     if has_teacher and not run.required_task.kind.generates:  # which has no labels
         checks.check_teacher_labels(run.task_teacher, run.required_task)
+        _tell_unnamed(run)
     if any(plan.keeps_logits for plan in plans):
         checks.check_further_teachers(run)
     for plan in (plan for plan in plans if plan.stage is UPDATE):
@@ -359,6 +363,15 @@ def _check(run: Run, plans: Sequence[StagePlan]) -> None:
         checks.check_old_labels(student.section.path, run.required_task.data.label_names)
         check_gate(plan.section.max_regressions, run.required_task.data.dev)
     checks.check_weights(run, plans)
+
+
+def _tell_unnamed(run: Run) -> None:
+    """Tells which labels the outputs of a teacher that names none are taken for."""
+    task, names = run.required_task, read_model(run.task_teacher).label_names
+    labels = task.data.label_names if task.kind.unit != "span" else None
+    if labels and names and is_unnamed(names):
+        told = f"{run.task_teacher}: its outputs have no names, and are taken for {listed(labels)}"
+        run.log.say(f"{told}; task.labels sets another order")
 
 
 def _reads_existing_task_teacher(run: Run, stages: Sequence[Stage]) -> bool:
