@@ -106,6 +106,10 @@ def test_given_settings_stay_and_null_leaves_a_stage_out(tmp_path):
     assert config.student.path == "mine" and config.student.hidden_size is None
     assert "recipe: student: it starts from the weights of mine" in lines
     assert config.prediction.learning_rate == 5e-5  # as for layers of the teacher
+    small = {"preset": "tinybert-4l-312d", "init": "teacher_embeddings"}
+    _, lines = _load(tmp_path, _facts(3000), student=small)
+    told = "student: tinybert-4l-312d; it starts from the teacher's embeddings"
+    assert f"recipe: {told}" in lines
     config, lines = _load(tmp_path, _facts(300), "finetune.num_epochs=100", "finetune.eval_every=5")
     assert config.finetune.eval_every == 5
     assert any(line.startswith("recipe: finetune: 100 epochs of 300 rows, ab") for line in lines)

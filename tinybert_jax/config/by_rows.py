@@ -213,7 +213,8 @@ def _describe_student(origin: str, student: dict[str, Any], facts: Facts) -> str
         return f"{origin}: it starts from the weights of {student['path']}"
     if "init" not in student:
         return f"{origin}: as given"
-    sizes = f"{student['num_hidden_layers']} layers × {student['hidden_size']}"
+    if not (sizes := student.get("preset")):
+        sizes = f"{student['num_hidden_layers']} layers × {student['hidden_size']}"
     return f"{origin}: {sizes}; {_STARTS.get(student['init'], student['init'])}"
 
 
