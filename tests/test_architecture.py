@@ -27,7 +27,7 @@ ROOMS = {
     "program_cache",
     "parallel": "mesh group processes replicas sharding",
     "data": "errors encoding examples json_text csv_rows tables conll squad corpus parallel "
-    "records builtin wordpiece splits guess",
+    "records builtin wordpiece splits table_columns guess",
     "models": "inputs activations dropout linear params norm triton_blocks attention_kernel "
     "score_kernel attention encoder bert distilbert families heads seq2seq decoding",
     "batches": "batch tokenize bucketing packing loader",
@@ -43,7 +43,7 @@ ROOMS = {
     "training": "members optimizer early_stopping loop step skipping shards manifest checkpoint "
     "trackers live_view metric_log throughput preemption saver generations",
     "runs": "shared_folder inputs run judges identity run_store from_step corpus_checks checks "
-    "environment overwrite preflight stage_batches teacher_logits teacher_text workload estimate "
+    "environment run_folder preflight stage_batches teacher_logits teacher_text workload estimate "
     "scoring results head_init student_start stage_state stage_step divergence stage "
     "used_words topologies compile saved_states doctor command",
     "recipes": "data pretrain finetune distill update by_rows from_table pipeline api",

@@ -425,6 +425,9 @@ def test_foreign_files_in_the_run_folder(world):
 def test_foreign_config_in_the_run_folder(world):
     world.run_dir.mkdir()
     (world.run_dir / "config.yaml").write_text("a: [")
+    named = ("run_dir", str(world.run_dir), "a config.yaml that no run wrote", "rename the file")
+    world.fails("run", world.config("finetune"), naming=named)
+    (world.run_dir / "models").mkdir()
     world.fails("run", world.config("finetune"), naming=("run/config.yaml", "YAML"))
 
 

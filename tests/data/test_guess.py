@@ -6,7 +6,7 @@ import pytest
 
 from tinybert_jax.config.task_kinds import AnyTask
 from tinybert_jax.data.guess import guess_task
-from tinybert_jax.data.splits import Reading
+from tinybert_jax.data.splits import Reading, read_task
 from tinybert_jax.settings.section import Section
 from tinybert_jax.tasks.table import TASKS
 
@@ -133,6 +133,21 @@ def test_a_saved_data_set_is_read_by_its_splits(tmp_path, splits):
     dev = {"dev": str(folder), "dev_split": "validation"} if "validation" in splits else {}
     columns = {"kind": "classification", "text": "sentence", "label": "label"}
     assert guess.settings == {"train_split": "train", **columns, **dev}
+    settings = {"train": str(folder), **({} if dev else {"dev_share": 0.5}), **guess.settings}
+    section = _Holder(task=settings).task
+    data = read_task(section, TASKS[section.kind].read)
+    assert data.label_names == data.dev.label_names == ("no", "yes")
+
+
+def test_objects_that_lack_a_key_keep_its_column(tmp_path):
+    rows = [
+        {"text": text, "source": f"web{len(text) % 2}", "label": label}
+        for text, label in zip(BODIES, FOLDERS, strict=True)
+    ]
+    del rows[3]["label"]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    with pytest.raises(ValueError, match="a key 'label'; got other in 1 of 6 lines"):
+        _guess(tmp_path, "a.jsonl", content)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +173,18 @@ def test_a_saved_data_set_is_read_by_its_splits(tmp_path, splits):
             {},
             ("a column of text and one of labels", "separated by '|'"),
         ),
+        (
+            _csv("body;score", [f"{text};{n},5" for n, text in enumerate(BODIES)]),
+            {},
+            ("numbers with a point in column 'score'", "3.5 for 3,5", "--task multi_label"),
+        ),
+        (
+            _csv("body,folder", range(6), BODIES, FOLDERS),
+            {},
+            ("2 columns, as in the first line", "line 2: 3", "name every column"),
+        ),
+        ("\n" + _csv("body,folder", BODIES, FOLDERS), {}, ("remove the blank first line",)),
+        ("body,folder\ra,b\r", {"format": "tsv"}, ("no rows, only a header", "LF, not with CR")),
     ],
 )
 def test_where_a_person_has_to_choose_the_columns_are_listed(tmp_path, content, given, words):

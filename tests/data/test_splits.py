@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 
+from tinybert_jax.config.task_kinds import TranslationTask
 from tinybert_jax.config.tasks import ClassificationTask
 from tinybert_jax.data import splits
 from tinybert_jax.data.examples import Examples
 from tinybert_jax.data.splits import split_heldout
 from tinybert_jax.tasks.classification import CLASSIFICATION
+from tinybert_jax.tasks.translation import TRANSLATION
 
 
 def test_documents_are_held_out_by_the_hash_of_their_text():
@@ -98,7 +100,7 @@ def test_labels_that_look_like_mistakes_are_told(tmp_path, labels, told):
     rows = [{"text": f"{i} {label}", "label": label} for i, label in enumerate(labels * size)]
     rows += [{"text": "dev", "label": labels[0]}]
     data = read_task(_task(tmp_path, rows, dev_share=1e-9))  # one row
-    notes = splits.label_notes(data, CLASSIFICATION.count_labels)
+    notes = splits.data_notes(data, CLASSIFICATION.count_labels)
     assert [told in note for note in notes] == [True] if told else notes == []
 
 
@@ -106,10 +108,32 @@ def test_labels_of_an_update_are_rare_where_the_old_model_does_not_know_them():
     names, is_old = ("known", "new", "gone"), np.array([True, False, False, False])
     labels = np.array([0, 0, 1, 1], np.int32)
     train = Examples(["x"] * 4, None, labels, names, is_old=is_old)
-    dev = train._replace(labels=labels + 1)
-    absent, rare = splits.label_notes(splits.TaskData(train, dev), CLASSIFICATION.count_labels)
+    dev = train._replace(text=["y"] * 4, labels=labels + 1)
+    absent, rare = splits.data_notes(splits.TaskData(train, dev), CLASSIFICATION.count_labels)
     assert absent.endswith("'gone' (2 in dev); the model may forget it: give more old rows")
     assert rare.startswith("labels of one or two rows: 'new' 2; nobody learns")
+
+
+def test_dev_rows_that_are_trained_on_are_told(tmp_path):
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(20)]
+    dev = tmp_path / "dev.jsonl"
+    dev.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:3], *rows[:1]]))
+    data = read_task(_task(tmp_path, rows, dev=str(dev)))
+    told = "task: 4 of the 4 in dev are also among those to train on; their scores say little"
+    assert told in describe_labels(data)
+    apart = read_task(_task(tmp_path, rows, dev_share=0.2))
+    assert "are also among" not in describe_labels(apart)
+
+
+def test_a_source_is_on_one_side_with_all_its_translations(tmp_path):
+    pairs = [{"text": f"source {i % 100}", "target": f"target {i}"} for i in range(300)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    given = {"train": str(file), "text": "text", "target": "target", "dev_share": 0.1}
+    section = TranslationTask.model_validate({**given, "select_share": 0.1})
+    data = splits.read_task(section, TRANSLATION.read)
+    parts = [set(part.text) for part in (data.train, data.dev, data.select)]
+    assert len(set.union(*parts)) == 100 == sum(map(len, parts))
 
 
 def test_a_dev_share_of_few_rows_is_that_share(tmp_path):

@@ -81,6 +81,8 @@ def test_datasets_dict_wants_a_split_and_brings_its_class_names(tmp_path):
         path, text="text", label="label", split="dev", labels={"0": "no", "1": "yes"}
     )
     assert named.label_names == ("no", "yes")
+    known = read_labelled(path, text="text", label="label", split="train", labels=("pos", "neg"))
+    assert (known.labels.tolist(), known.label_names) == ([0, 1, 0], ("pos", "neg"))
     _fails("splits train, dev", "None", path=path)
     _fails("splits train, dev", "'test'", path=path, split="test")
     _fails(
@@ -182,7 +184,8 @@ def test_a_path_that_is_not_there_or_not_readable(write, tmp_path):
     path = write("train.tsv", _tsv())
     _fails("trian.tsv", "did you mean 'train.tsv'?", path=tmp_path / "trian.tsv")
     _fails("nothing", "check the name", path=tmp_path / "no" / "where.tsv")
-    _fails(".tsv, .csv or .jsonl", "'.parquet'", "task.format", path=write("a.parquet", "x"))
+    _fails(".tsv, .csv or .jsonl", "'.dat'", "task.format", path=write("a.dat", "x"))
+    _fails("'.parquet'", "to_json(PATH, orient='records'", path=write("a.parquet", "x"))
     _fails("no suffix", path=write("a", "x"))
     _fails("'json'", "did you mean 'jsonl'?", path=path, format="json")
     _fails("a folder", "a file", path=path, format="datasets")

@@ -112,7 +112,14 @@ def test_news_and_a_file_of_two_columns(folder, tmp_path, monkeypatch, capsys):
     assert "of 18 rows" in told.err and "num_seeds: 2" in told.out
     assert _tinybert("run", *teacher, "--data", "sms.tsv") == 0
     assert "text in column '1', one of 2 labels in column '0' (counted" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["news.jsonl", "sms.tsv"]
+    lists = ["a|b", "b|c", "a", "c", "b", "a|b|c"] * 3
+    rows = [{"text": text, "tags": own} for (text, _), own in zip(ROWS, lists, strict=False)]
+    (tmp_path / "tags.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--text", "text", "--label", "tags", "--task", "multi_label"]
+    assert _tinybert("run", *teacher, "--data", "tags.jsonl", *options) == 0
+    assert "separator: '|'" in capsys.readouterr().out
+    names = ["news.jsonl", "sms.tsv", "tags.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_mistakes_are_told_before_anything_is_written(folder, tmp_path, monkeypatch, capsys):

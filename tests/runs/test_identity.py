@@ -45,10 +45,10 @@ def spoilt(finished, tmp_path, capfd):
     return copy, config, capfd
 
 
-def _fails(spoilt, *named):
+def _fails(spoilt, *named, more=()):
     copy, config, capfd = spoilt
     capfd.readouterr()
-    assert cli.main(["distill", str(config)]) == 2
+    assert cli.main(["run" if more else "distill", str(config), *more]) == 2
     message = capfd.readouterr().err
     assert message.startswith("tinybert: ") and "Traceback" not in message
     for part in named:
@@ -59,7 +59,11 @@ def _fails(spoilt, *named):
 def test_a_label_that_changed_between_two_stages_is_refused(spoilt):
     rows = (spoilt[0] / "train.tsv").read_text()
     (spoilt[0] / "train.tsv").write_text(rows.replace("\tneg", "\tpos", 1))
+    saved = (spoilt[0] / "run" / "config.yaml").read_bytes()
     _fails(spoilt, "task.train: expected the content that this run began with")
+    step = ["--from-step", "prediction:0", "prediction.learning_rate=1e-5"]
+    _fails(spoilt, "task.train: expected the content that this run began with", more=step)
+    assert (spoilt[0] / "run" / "config.yaml").read_bytes() == saved
 
 
 def test_a_teacher_that_changed_between_two_stages_is_refused(spoilt):

@@ -1,12 +1,13 @@
 """`--overwrite` removes a run, tells what, and nothing that is not of a run."""
 
 import fcntl
+import sys
 
 import pytest
 from tiny_inputs import STAGE, TEACHER, write_config, write_inputs
 
 from tinybert_jax import cli
-from tinybert_jax.runs import overwrite, run_store
+from tinybert_jax.runs import run_folder, run_store
 
 pytestmark = pytest.mark.usefixtures("cheap_programs")
 
@@ -41,18 +42,46 @@ def test_a_run_of_another_config_is_removed_when_asked(world, capsys):
     assert f"removed from {folder / 'run'}: the finished stages" in capsys.readouterr().out
     assert not (folder / "run/checkpoints/a").exists()
     assert (folder / "run/results.json").exists()
-    assert overwrite.check(folder / "run")  # it knows every name that a run writes
+    assert run_folder.check(folder / "run")  # it knows every name that a run writes
     folders = {part.split("/")[0] for part in run_store._PARTS if "/" in part}
-    assert folders <= overwrite._FOLDERS
+    assert folders <= run_folder._FOLDERS
 
 
-def test_a_wrong_input_removes_nothing(world, capsys):
+@pytest.mark.parametrize(
+    "setting, told",
+    [
+        ("finetune.max_length=4000", "max_length"),
+        ("log.trackers=[trackio]", "package trackio"),
+        ("teacher.path=RUN/models/finetune", "that the new one does not read, got "),
+    ],
+)
+def test_what_cannot_begin_removes_nothing(world, capsys, setting, told, monkeypatch):
     folder, config = world
     _write_run(folder / "run")
     before = sorted((folder / "run").rglob("*"))
-    assert cli.main(["run", config(max_length=4000), "--overwrite"]) == 2
-    assert "max_length" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    setting = setting.replace("RUN", str(folder / "run"))
+    assert cli.main(["run", config(), "--overwrite", setting]) == 2
+    assert told in capsys.readouterr().err
     assert sorted((folder / "run").rglob("*")) == before
+
+
+def test_overwrite_is_not_offered_where_the_new_run_reads_the_old_one(world, capsys):
+    folder, config = world
+    _write_run(folder / "run")
+    assert cli.main(["run", config(), f"teacher.path={folder / 'run/models/finetune'}"]) == 2
+    error = capsys.readouterr().err
+    assert "choose another run_dir, or undo these changes" in error and "--overwrite" not in error
+
+
+def test_a_config_of_one_s_own_is_no_run(world, capsys):
+    folder, config = world
+    (folder / "run").mkdir()
+    (folder / "run/config.yaml").write_text("seed: 3  # mine\n")
+    for more in ([], ["--overwrite"]):
+        assert cli.main(["run", config(), *more]) == 2
+        assert "a config.yaml that no run wrote; choose another run_dir" in capsys.readouterr().err
+    assert (folder / "run/config.yaml").read_text() == "seed: 3  # mine\n"
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", ".git", "models-old"])
@@ -87,7 +116,7 @@ def test_a_run_in_use_is_not_removed(tmp_path):
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="in use by another process"):
-            overwrite.remove(tmp_path)
+            run_folder.remove(tmp_path)
     assert (tmp_path / "models/finetune/config.json").exists()
 
 
@@ -97,7 +126,7 @@ def test_the_config_goes_last(tmp_path, monkeypatch):
     def fail(path):
         raise OSError("full")
 
-    monkeypatch.setattr(overwrite.shutil, "rmtree", fail)
+    monkeypatch.setattr(run_folder.shutil, "rmtree", fail)
     with pytest.raises(OSError, match="full"):
-        overwrite.remove(tmp_path)
-    assert overwrite.check(tmp_path)
+        run_folder.remove(tmp_path)
+    assert run_folder.check(tmp_path)

@@ -156,7 +156,10 @@ def test_questions_about_one_article_are_on_one_side(tmp_path):
     section = QuestionAnsweringTask(train=str(file), dev_share=0.01)
     one = json.dumps({"data": data[:1]})
     file.write_text(one)
-    with pytest.raises(ValueError, match="several articles or texts, .*, got 3 about 1; give more"):
+    with pytest.raises(
+        ValueError,
+        match="several articles or texts, .*, got 3 about 1; give more texts, or a file as dev",
+    ):
         read_task(section, QUESTION_ANSWERING.read)
 
 

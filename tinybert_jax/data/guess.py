@@ -4,7 +4,6 @@ A guess is told in one line, and every part of it can be given instead. Where tw
 likely, the error lists the columns.
 """
 
-import json
 import math
 import os
 import re
@@ -23,11 +22,9 @@ from tinybert_jax.data.conll import SUFFIXES as TAGGED_SUFFIXES
 from tinybert_jax.data.errors import fail, fail_column, listed, separator_hint
 from tinybert_jax.data.json_text import parse_json
 from tinybert_jax.data.squad import SUFFIXES as QUESTION_SUFFIXES
+from tinybert_jax.data.table_columns import LABEL_NAMES, TEXT_NAMES, Columns, names_of, read_columns
 from tinybert_jax.data.tables import (
-    format_of,
-    load_dataset,
     read_jsonl,
-    read_rows,
     read_utf8,
     split_lines,
 )
@@ -44,14 +41,6 @@ _CLASSES, _LISTS, _NUMBERS, _TAGS, _ANSWERS = (
 )
 _OTHERWISE = "if not: --text, --label, --text-pair or --task"
 
-_TEXT_NAMES = frozenset(
-    "text sentence body content message mail email review comment utterance question query "
-    "description document article abstract tweet post title subject headline".split()
-)
-_LABEL_NAMES = frozenset(
-    "label labels category categories class classes intent folder topic topics sentiment target "
-    "tag tags genre type department stars rating score similarity relevance y".split()
-)
 _SCORE_NAMES = frozenset("score similarity relevance".split())
 _NUMBER_NAMES = _SCORE_NAMES | frozenset("price amount value".split())
 _PAIRS = (
@@ -62,6 +51,7 @@ _PAIRS = (
     ("question", "answer"),
     ("question", "sentence"),
 )
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+(,\d+)?")
 _TAG = re.compile(r"O|[BIES]-\S+")
 _SEPARATORS = (",", ";", "|")
 _MOST_IDS = 30  # integers that are classes though they are not 0, 1, 2, …
@@ -70,19 +60,6 @@ _MOST_IDS = 30  # integers that are classes though they are not 0, 1, 2, …
 class Guess(NamedTuple):
     settings: dict[str, Any]  # of the section `task`: its kind and columns
     told: str  # the guess in a line
-
-
-class _Columns(NamedTuple):
-    """The columns of a file by name; by position where it has no line of names."""
-
-    path: str
-    values: dict[str, list[Any]]
-    class_names: dict[str, int] = {}  # column -> classes that a data set declares for it
-    settings: dict[str, Any] = {}  # how the file is read
-    note: str = ""  # what else was seen
-
-    def others(self, *names: str | None) -> list[str]:
-        return [name for name in self.values if name not in names]
 
 
 def guess_task(path: str, given: Mapping[str, Any]) -> Guess:
@@ -97,7 +74,7 @@ def guess_task(path: str, given: Mapping[str, Any]) -> Guess:
         kind, sign = _kind_of_form(path, given)
     if kind in (_TAGS, _ANSWERS):
         return Guess({"kind": kind}, f"{kind}, {sign}; if not: --task")
-    columns = _read_columns(path, given)
+    columns = read_columns(path, given)
     if len(columns.values) == 1:
         (name,) = columns.values
         fix = separator_hint([name]).removeprefix("; ") or "check how the file was written"
@@ -111,10 +88,10 @@ def guess_task(path: str, given: Mapping[str, Any]) -> Guess:
         told = f"{_LISTS}, {read}, a column of 0 and 1 for each of {listed(indicators)}"
         return Guess({**columns.settings, **settings}, f"{told}; {_OTHERWISE}")
     label = _label_column(columns, given, kind, text, pair)
-    labels, amount = _kind_of_labels(columns, label)
-    if kind is not None:
-        labels = {name: value for name, value in labels.items() if labels["kind"] == kind}
-    settings = {**labels, "kind": kind or labels["kind"], **found, "label": label}
+    labels, amount = _kind_of_labels(columns, label, kind)
+    if kind is not None and labels["kind"] != kind:
+        labels, amount = {"kind": kind}, "labels"
+    settings = {**labels, **found, "label": label}
     told = f"{settings['kind']}, {read}, {amount} in column {label!r}{columns.note}"
     return Guess({**columns.settings, **settings}, f"{told}; {_OTHERWISE}")
 
@@ -129,32 +106,19 @@ def guess_text(
     `reads_pairs`: None where there are no pairs. Raises ValueError for a file that cannot be read,
     and where no column, or several, may be the text. Columns without names are never guessed.
     """
-    names = _names_of(path, given)
+    names = names_of(path, given)
     wanted = {name: column for name, column in trained.items() if name not in given}
     if trained and set(wanted.values()) <= set(names):
         return Guess(wanted, f"text in {_in_columns(wanted)}, as the model was trained on")
     if "text" in names:
         return Guess({}, "text in column 'text'" if trained else "")
     others = [name for name in names if name != given.get("label")]
-    likely = [name for name in others if name.strip().casefold() in _TEXT_NAMES]
+    likely = [name for name in others if name.strip().casefold() in TEXT_NAMES]
     if reads_pairs or given.get("text_pair") or len(likely) != 1:
-        shown = _Columns(path, {name: [] for name in names})
+        shown = Columns(path, {name: [] for name in names})
         hint = "; 0, 1 … in a file without a line of names"
         _fail_choice(shown, "text", likely, hint, has_pairs=reads_pairs is not None)
     return Guess({"text": likely[0]}, f"text in {_in_columns({'text': likely[0]})}")
-
-
-def _names_of(path: str, given: Mapping[str, Any]) -> list[str]:
-    """The names of a file's columns: its first line, the keys of all objects, or features."""
-    form = format_of(path, given.get("format", "auto"))
-    if form in ("hub", "datasets"):
-        return list(load_dataset(path, given.get("train_split"), []).features)
-    if form == "jsonl":
-        read_jsonl(path, [])  # tells of lines that are no objects
-        rows = map(parse_json, split_lines(read_utf8(path)))
-        return list(dict.fromkeys(key for row in rows for key in row))
-    rows = read_rows(path, form).fields
-    return rows[0] if rows else []
 
 
 def _in_columns(found: Mapping[str, str]) -> str:
@@ -169,6 +133,9 @@ def _kind_of_form(path: str, given: Mapping[str, Any]) -> tuple[str | None, str]
     suffix = Path(path).suffix.lower()
     if suffix == ".jsonl":
         return _kind_of_objects(path)
+    if suffix in QUESTION_SUFFIXES and "format" not in given and not _holds_articles(path):
+        fix = "write an object on each line (pandas: orient='records', lines=True) and name it"
+        fail(path, "SQuAD's form in a .json file", "no key 'data'", f"{fix} .jsonl")
     if suffix in QUESTION_SUFFIXES or given.get("format") == "squad":
         return _ANSWERS, f"as {suffix} files hold SQuAD's questions"
     if suffix == ".tsv" and "format" not in given and _holds_tags(path):
@@ -187,6 +154,15 @@ def _kind_of_objects(path: str) -> tuple[str | None, str]:
     return None, ""
 
 
+def _holds_articles(path: str) -> bool:
+    """Whether a .json file may have the form of SQuAD; its reader tells of one that is broken."""
+    try:
+        tree = parse_json(read_utf8(path))
+    except ValueError:
+        return True
+    return isinstance(tree, dict) and "data" in tree
+
+
 def _holds_tags(path: str) -> bool:
     """Whether the lines of a .tsv end in tags of entities, and blank lines part sentences."""
     lines = split_lines(read_utf8(path))
@@ -195,57 +171,7 @@ def _holds_tags(path: str) -> bool:
     return len(words) < len(lines) and num_tags > 0.9 * len(words)
 
 
-def _read_columns(path: str, given: Mapping[str, Any]) -> _Columns:
-    form = format_of(path, given.get("format", "auto"))
-    if form in ("hub", "datasets"):
-        return _read_dataset(path, given)
-    if form == "jsonl":
-        return _Columns(path, read_jsonl(path, None).columns)
-    rows, _, separator = read_rows(path, form)
-    names, note = rows[0], ", columns separated by ';'" if separator == ";" else ""
-    rows = [row for row in rows if len(row) == len(names)]  # the reader tells of the others
-    if _has_names(rows):
-        rows = rows[1:]
-    else:
-        names = [str(place) for place in range(len(names))]
-        note += " (counted from 0, as the first line is like the others)"
-    if not rows:
-        fail(path, "rows", "no rows, only a header", "check how the file was written")
-    values = map(list, zip(*rows, strict=True))
-    return _Columns(path, dict(zip(names, values, strict=True)), note=note)
-
-
-def _has_names(rows: list[list[str]]) -> bool:
-    """Whether the first row names the columns: then it is not like the rows below.
-
-    It is like them where a value of it is one of those that repeat in its column.
-    """
-    for name, *values in zip(*rows, strict=True):
-        is_known = name.strip().casefold() in _TEXT_NAMES | _LABEL_NAMES
-        if not is_known and name in values and len(set(values)) <= len(values) / 2:
-            return False
-    return True
-
-
-def _read_dataset(path: str, given: Mapping[str, Any]) -> _Columns:
-    settings: dict[str, Any] = {}
-    split = given.get("train_split")
-    splits = Path(path) / "dataset_dict.json"
-    if split is None and splits.is_file():
-        names = json.loads(splits.read_text(encoding="utf-8")).get("splits", [])
-        if "train" in names:
-            settings["train_split"] = split = "train"
-        if "validation" in names and not (given.get("dev") or given.get("dev_share")):
-            settings |= {"dev": path, "dev_split": "validation"}
-    elif split is None and path.startswith("hub:"):
-        settings["train_split"] = split = "train"
-    data = load_dataset(path, split, [])
-    declared = {n: getattr(f, "names", None) for n, f in data.features.items()}
-    class_names = {name: len(names) for name, names in declared.items() if names}
-    return _Columns(path, data.with_format(None)[:], class_names, settings)
-
-
-def _text_columns(columns: _Columns, given: Mapping[str, Any]) -> tuple[str, str | None]:
+def _text_columns(columns: Columns, given: Mapping[str, Any]) -> tuple[str, str | None]:
     """The columns of the text and of the second text, if there is one."""
     text, pair = (_given_column(columns, given, name) for name in ("text", "text_pair"))
     label = _given_column(columns, given, "label")
@@ -256,7 +182,7 @@ def _text_columns(columns: _Columns, given: Mapping[str, Any]) -> tuple[str, str
     for first, second in [*_PAIRS, *_numbered(by_name)] if pair is None else ():
         if first in by_name and second in by_name:
             return by_name[first], by_name[second]
-    named = [by_name[name] for name in by_name if name in _TEXT_NAMES]
+    named = [by_name[name] for name in by_name if name in TEXT_NAMES]
     likely = named or [name for name in free if _is_varied(name, columns.values[name])] or free
     lengths = {name: _mean_length(columns.values[name]) for name in likely}
     order = sorted(lengths, key=lambda name: -lengths[name])
@@ -267,7 +193,7 @@ def _text_columns(columns: _Columns, given: Mapping[str, Any]) -> tuple[str, str
     return order[0], pair
 
 
-def _has_amounts(columns: _Columns, texts: Sequence[str], label: str | None) -> bool:
+def _has_amounts(columns: Columns, texts: Sequence[str], label: str | None) -> bool:
     """Whether the column beside two texts holds scores of them, by its name and its values."""
     beside = [label] if label else columns.others(*texts)
     if len(beside) != 1 or beside[0].strip().casefold() not in _SCORE_NAMES:
@@ -284,7 +210,7 @@ def _numbered(names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
                 yield name, name[:-1] + second
 
 
-def _given_column(columns: _Columns, given: Mapping[str, Any], name: str) -> str | None:
+def _given_column(columns: Columns, given: Mapping[str, Any], name: str) -> str | None:
     column = given.get(name)
     if column is not None and str(column) not in columns.values:
         fail_column(columns.path, str(column), list(columns.values))
@@ -292,13 +218,13 @@ def _given_column(columns: _Columns, given: Mapping[str, Any], name: str) -> str
 
 
 def _indicators(
-    columns: _Columns, given: Mapping[str, Any], kind: str | None, text: str, pair: str | None
+    columns: Columns, given: Mapping[str, Any], kind: str | None, text: str, pair: str | None
 ) -> list[str]:
     """The columns of 0 and 1 of a multi-label table; empty where a column holds the labels."""
     if given.get("label_columns"):
         return list(given["label_columns"])
     free = columns.others(text, pair)
-    is_named = any(name.strip().casefold() in _LABEL_NAMES for name in free)
+    is_named = any(name.strip().casefold() in LABEL_NAMES for name in free)
     if given.get("label") or is_named or kind not in (None, _LISTS):
         return []
     found = [name for name in free if {str(v) for v in columns.values[name]} == {"0", "1"}]
@@ -306,13 +232,13 @@ def _indicators(
 
 
 def _label_column(
-    columns: _Columns, given: Mapping[str, Any], kind: str | None, text: str, pair: str | None
+    columns: Columns, given: Mapping[str, Any], kind: str | None, text: str, pair: str | None
 ) -> str:
     label = _given_column(columns, given, "label")
     if label is not None:
         return label
     free = columns.others(text, pair)
-    named = [name for name in free if name.strip().casefold() in _LABEL_NAMES]
+    named = [name for name in free if name.strip().casefold() in LABEL_NAMES]
     plain = [name for name in named if name.strip().casefold() in ("label", "labels")]
     candidates = plain or named or free
     if len(candidates) > 1 and not named:
@@ -330,8 +256,8 @@ def _is_label(values: Sequence[Any], kind: str | None) -> bool:
     return 2 <= len(set(map(str, values))) <= len(values) / 2
 
 
-def _kind_of_labels(columns: _Columns, label: str) -> tuple[dict[str, Any], str]:
-    """(settings with the kind, what the column holds in words)."""
+def _kind_of_labels(columns: Columns, label: str, kind: str | None) -> tuple[dict[str, Any], str]:
+    """(settings with the kind, what the column holds in words); `kind`: the one that is given."""
     values = columns.values[label]
     if any(isinstance(value, list) for value in values):
         return {"kind": _LISTS}, "lists of labels"
@@ -342,6 +268,9 @@ def _kind_of_labels(columns: _Columns, label: str) -> tuple[dict[str, Any], str]
         return {"kind": _CLASSES}, f"one of {columns.class_names[label]:,} labels"
     if all(map(_is_number, distinct)):
         return ({"kind": _NUMBERS}, "numbers") if _are_amounts(label, distinct) else classes
+    if kind in (None, _NUMBERS) and all(map(_DECIMAL_COMMA.fullmatch, distinct)):
+        fix = "write 3.5 for 3,5; for lists of numbered labels give --task multi_label"
+        fail(columns.path, f"numbers with a point in column {label!r}", "numbers with a comma", fix)
     for separator in _SEPARATORS:
         parts = {part.strip() for value in distinct for part in value.split(separator)}
         several = sum(separator in value for value in raw)
@@ -375,7 +304,7 @@ def _is_text(values: Sequence[Any]) -> bool:
 
 def _is_varied(name: str, values: Sequence[Any]) -> bool:
     """Whether most values differ, as those of text do, in a column that is not named a label."""
-    is_label = name.strip().casefold() in _LABEL_NAMES
+    is_label = name.strip().casefold() in LABEL_NAMES
     return not is_label and len(set(values)) > len(values) / 2
 
 
@@ -384,7 +313,7 @@ def _mean_length(values: Sequence[Any]) -> float:
 
 
 def _fail_choice(
-    columns: _Columns,
+    columns: Columns,
     what: str,
     candidates: Sequence[str],
     hint: str = "",

@@ -152,19 +152,30 @@ def describe_labels(
         more = len(data.unlabelled.text) if data.unlabelled else 0
         return told + (f"; {more:,} more without labels" if more else "")
     if names is None:
-        return f"{told}, labelled with numbers"
-    trained = count(data.train)
-    if unit == "span":
-        return f"{told}: {trained[0]:,} have an answer, {trained[1]:,} have none"
-    order = np.argsort(-trained, kind="stable")
-    counts = [f"{short(names[i])} {trained[i]:,}" for i in order]
-    lines = [f"{told}, of {len(names)} labels: {_first(counts)}"]
-    return "\n".join([*lines, *(f"task: {note}" for note in label_notes(data, count, unit))])
+        told += ", labelled with numbers"
+    else:
+        trained = count(data.train)
+        if unit == "span":
+            told += f": {trained[0]:,} have an answer, {trained[1]:,} have none"
+        else:
+            order = np.argsort(-trained, kind="stable")
+            counts = [f"{short(names[i])} {trained[i]:,}" for i in order]
+            told += f", of {len(names)} labels: {_first(counts)}"
+    return "\n".join([told, *(f"task: {note}" for note in data_notes(data, count, unit))])
 
 
-def label_notes(
+def data_notes(
     data: TaskData, count: Callable[[Examples], np.ndarray], unit: str = "row"
 ) -> list[str]:
+    """What may be a mistake in the data: dev rows to train on, and labels."""
+    trained = set(_keys(data.train))
+    repeated = sum(key in trained for key in _keys(data.dev))
+    told = f"{repeated:,} of the {len(data.dev.text):,} in dev are also among those to train on"
+    fix = "their scores say little of new text: remove them from one side"
+    return [f"{told}; {fix}"] * (repeated > 0) + _label_notes(data, count, unit)
+
+
+def _label_notes(data: TaskData, count: Callable[[Examples], np.ndarray], unit: str) -> list[str]:
     """What may be a mistake in the labels; empty for labels that are numbers or answers."""
     names = data.label_names
     if names is None or unit == "span":
@@ -231,17 +242,18 @@ def _split_share(
     Rows of one group, or else equal texts, are on one side.
     """
     share = getattr(section, setting)
-    pairs = examples.text_pair or [""] * len(examples.text)
-    keys = examples.groups or [
-        f"{one}\n{two}" for one, two in zip(examples.text, pairs, strict=True)
-    ]
+    if section.kind == "translation":  # a source is on one side with all its translations
+        keys = examples.text
+    else:
+        keys = examples.groups or _keys(examples)
     digests = np.array([_digest(key) for key in keys], np.uint64)
     num_chosen = max(round(share * len(keys)), 1)
     is_chosen = digests <= np.sort(digests)[num_chosen - 1]
     if is_chosen.all() and examples.groups:
         raise ValueError(
             f"task.{setting}: expected questions about several articles or texts, which stay "
-            f"together, got {len(keys)} about {len(set(keys))}; give more texts, or a file as dev"
+            f"together, got {len(keys)} about {len(set(keys))}; give more texts, or "
+            + ("a file as dev" if setting == "dev_share" else f"set task.{setting}=null")
         )
     if is_chosen.all():
         raise ValueError(
@@ -251,6 +263,12 @@ def _split_share(
         )
     rest, part = (examples.take(np.flatnonzero(side).tolist()) for side in (~is_chosen, is_chosen))
     return rest, part
+
+
+def _keys(examples: Examples) -> list[str]:
+    """The text of each row, or its pair of texts."""
+    pairs = examples.text_pair or [""] * len(examples.text)
+    return [f"{one}\n{two}" for one, two in zip(examples.text, pairs, strict=True)]
 
 
 def _digest(text: str) -> int:

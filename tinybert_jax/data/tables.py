@@ -123,6 +123,8 @@ def format_of(path: str, format: str) -> str:
     if format not in formats:
         got = f"the suffix {suffix!r}" if suffix else "no suffix"
         fix = "name it .tsv, .csv or .jsonl by what it holds, or in a config set task.format"
+        if suffix.lower() in (".json", ".parquet", ".xlsx"):
+            fix = "convert it, as pandas does by to_json(PATH, orient='records', lines=True)"
         fail(path, "a .tsv, .csv or .jsonl file or a folder saved by datasets", got, fix)
     if is_folder != (format == "datasets"):
         expected = "a folder saved by datasets" if format == "datasets" else f"a {format} file"
@@ -339,6 +341,8 @@ def _numbers(table: Table, column: str) -> np.ndarray:
         if not abs(numbers[-1]) <= largest:
             wrong.append((n, short(value)))
     fix = "correct or remove these rows; for classes set task.kind=classification"
+    if wrong and any("," in got for _, got in wrong):
+        fix = f"write 3.5 for 3,5; or {fix}"
     fail_rows(table, f"a finite number in label column {column!r}", wrong, fix)
     return np.array(numbers, np.float32)
 
@@ -357,8 +361,12 @@ def _class_ids(
     missing = [(n, "none") for n, value in zip(table.numbers, raw, strict=True) if not value]
     fix = "fill in or remove these rows; give no label column to read unlabelled text"
     fail_rows(table, f"a label in column {column!r}", missing, fix)
-    if known is None and table.class_names is not None:
-        known = {str(i): name for i, name in enumerate(table.class_names)}
+    if table.class_names is not None:  # the column holds ids of classes
+        named = {str(i): name for i, name in enumerate(table.class_names)}
+        if known is None:
+            known = named
+        elif not named.keys() & known.keys():
+            raw = [named.get(value, value) for value in raw]
     if known is None:
         found = set(raw)
         integers = all(re.fullmatch(r"-?\d{1,999}", value) for value in found)

@@ -4,6 +4,7 @@ import jax
 
 from tinybert_jax.config.by_rows import Facts
 from tinybert_jax.config.run import RunConfig
+from tinybert_jax.config.tasks import TaskSection
 from tinybert_jax.data.splits import read_task
 from tinybert_jax.huggingface.folder import read_model
 from tinybert_jax.performance import host
@@ -18,7 +19,7 @@ def measure(draft: RunConfig, platform: str | None = None) -> Facts | None:
     be read, together.
     """
     try:
-        task = draft.task and read_task(draft.task, TASKS[draft.task.kind].read)
+        task = draft.task and read_task(_unselected(draft.task), TASKS[draft.task.kind].read)
         path = draft.teacher.finetuned or draft.teacher.path
         teacher = read_model(path).config.model_dump() if path else draft.teacher.sizes()
     except ValueError:
@@ -26,7 +27,7 @@ def measure(draft: RunConfig, platform: str | None = None) -> Facts | None:
     if task is None:
         return None
     return Facts(
-        num_labelled=len(task.train.text) + (len(task.select.text) if task.select else 0),
+        num_labelled=len(task.train.text),
         num_unlabelled=len(task.unlabelled.text) if task.unlabelled else 0,
         hidden_size=teacher["hidden_size"],
         num_layers=teacher["num_hidden_layers"],
@@ -35,6 +36,11 @@ def measure(draft: RunConfig, platform: str | None = None) -> Facts | None:
         intermediate_size=teacher["intermediate_size"],
         num_positions=teacher.get("max_position_embeddings"),
     )
+
+
+def _unselected(section: TaskSection) -> TaskSection:
+    """The task without rows that choose: the draft has a share that few rows may not allow."""
+    return section.model_copy(update={"select_share": None})
 
 
 def _fast_dtype(platform: str) -> ComputeDtype:

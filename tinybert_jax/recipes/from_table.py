@@ -13,6 +13,7 @@ from tinybert_jax.data.guess import guess_task
 from tinybert_jax.data.splits import Reading
 from tinybert_jax.huggingface.folder import HfModel, read_model
 from tinybert_jax.tasks.classification import CLASSIFICATION
+from tinybert_jax.tasks.multi_label import MULTI_LABEL
 from tinybert_jax.tasks.table import task_of
 
 _ORIGIN = "command line"
@@ -47,7 +48,10 @@ def make_tree(
     if "\n" in data or not data.strip():
         fail("--data", "a file", repr(data), "give a .csv, .tsv or .jsonl file")
     options |= {"train": data, **settings}
-    if not {"text", "label", "kind"} <= set(options):
+    is_told = {"text", "label", "kind"} <= set(options)
+    if options.get("kind") == MULTI_LABEL.kind:
+        is_told = is_told and "separator" in options
+    if not is_told:
         guess = guess_task(data, options)
         say(f"task: {guess.told}")
         options = {**guess.settings, **options}

@@ -32,12 +32,12 @@ from tinybert_jax.report.card import Origin, card_metadata, model_card
 from tinybert_jax.report.console import console_summary, printable
 from tinybert_jax.report.page import write_report
 from tinybert_jax.report.run_files import RESAMPLES
-from tinybert_jax.runs import estimate, identity, overwrite, shared_folder
+from tinybert_jax.runs import estimate, identity, run_folder, shared_folder
 from tinybert_jax.runs.compile import Compiled, compile_stage, largest_batch
 from tinybert_jax.runs.from_step import parse
 from tinybert_jax.runs.judges import check_teacher
 from tinybert_jax.runs.preflight import (
-    check_folder,
+    check_teachers,
     folder_of,
     open_run,
     read_run,
@@ -53,6 +53,7 @@ from tinybert_jax.training import live_view
 from tinybert_jax.training.metric_log import read_rows
 from tinybert_jax.training.preemption import NEVER, Stop
 from tinybert_jax.training.saver import reason, try_again
+from tinybert_jax.training.trackers import check_installed
 
 _RECIPES = {
     PRETRAIN: pretrain,
@@ -144,11 +145,18 @@ def _overwrite(config: RunConfig, stages: Sequence[Stage]) -> None:
             f"--overwrite: expected a run of one process without run_store, got {got}; choose "
             "another run_dir, or remove the run yourself"
         )
-    if overwrite.check(folder):
+    if run_folder.check(folder):
+        if names := run_folder.needed(folder, config):
+            raise ValueError(
+                f"--overwrite: expected a run that the new one does not read, got {folder} with "
+                f"{', '.join(names)}; choose another run_dir"
+            )
+        check_installed(config.log.trackers)
         with tempfile.TemporaryDirectory() as empty:
-            read_run(config.model_copy(update={"run_dir": empty}), stages)
-        told = overwrite.describe(folder)
-        overwrite.remove(folder)
+            run = read_run(config.model_copy(update={"run_dir": empty}), stages)
+            check_teachers(run, stages)
+        told = run_folder.describe(folder)
+        run_folder.remove(folder)
         print(printable(f"removed from {folder}: {told}"), flush=True)
 
 
@@ -269,7 +277,7 @@ def _any_folder(config: RunConfig) -> Iterator[tuple[RunConfig, list[str]]]:
     For what only reads.
     """
     try:
-        check_folder(folder_of(config), config)
+        run_folder.check_usable(folder_of(config), config)
     except ValueError as error:
         with tempfile.TemporaryDirectory() as empty:
             notes = [f"tinybert run would be refused: {error}", "In a new run_dir:"]

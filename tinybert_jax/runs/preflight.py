@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from tinybert_jax.config import load as config_files
 from tinybert_jax.config.compute import ComputeSection
 from tinybert_jax.config.run import RunConfig, StagePlan
-from tinybert_jax.config.stages import FINETUNE, PRETRAIN, STAGE_NAMES, UPDATE, Stage
+from tinybert_jax.config.stages import FINETUNE, PRETRAIN, UPDATE, Stage
 from tinybert_jax.data.errors import listed
 from tinybert_jax.huggingface.encoder_decoder import DECODER_TOKENIZER, Tokenizers
 from tinybert_jax.huggingface.folder import read_model
@@ -28,7 +28,14 @@ from tinybert_jax.parallel import processes
 from tinybert_jax.parallel.mesh import make_mesh, platform_of, unrolls_layers
 from tinybert_jax.performance import disk, host
 from tinybert_jax.performance.program_cache import keep_programs
-from tinybert_jax.runs import checks, corpus_checks, environment, identity, overwrite, shared_folder
+from tinybert_jax.runs import (
+    checks,
+    corpus_checks,
+    environment,
+    identity,
+    run_folder,
+    shared_folder,
+)
 from tinybert_jax.runs.from_step import FromStep, check_from_step, go_back
 from tinybert_jax.runs.inputs import read_inputs
 from tinybert_jax.runs.judges import check_gate, check_teacher
@@ -40,28 +47,6 @@ from tinybert_jax.training.metric_log import MetricLog
 from tinybert_jax.training.saver import Saver
 
 _MODEL_PATHS = ("path", "finetuned", "target_path")  # of a section: folders or hub ids
-# Settings that may differ when a run resumes, because no array depends on them, or, with another
-# mesh, on nothing but the rounding of sums.
-_MAY_CHANGE = (
-    "run_dir",  # the folder may be moved, or named by another path
-    "run_store",
-    "keep_checkpoints",
-    "distillation.teacher_margin",
-    "export",
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.tensor",
-    "mesh.dcn_data",
-    "log.trackers",
-    "log.project",
-    "update.max_regressions",
-    *(
-        f"{stage}.{name}"
-        for stage in STAGE_NAMES
-        for name in ("save_every", "save_minutes", "keep_every")
-    ),
-)
-_CONFIG, _LAYOUT = "config.yaml", "compute.unroll_layers"
 _LAST_SAVE_SECONDS = 60.0  # for which a run that fails waits for a save under way
 
 
@@ -90,11 +75,11 @@ def open_run(
         keep_programs(platform_of(run.mesh))  # before anything compiles
     if note := environment.float8_note(config.compute.frozen_dtype, platform_of(run.mesh)):
         run.log.say(note)
-    _check_teachers(run, stages)
+    check_teachers(run, stages)
 
     def begin() -> None:
         # Again, because another run may have begun meanwhile.
-        changes = check_folder(run.folder, config, from_step)
+        changes = run_folder.check_usable(run.folder, config, from_step)
         _remove_leftovers(run.folder, ".*-partial", "models/.*")
         if from_step is not None:
             go_back(run, from_step, changes, command)
@@ -126,7 +111,7 @@ def open_run(
             run.log.trackers.close()
 
 
-def _check_teachers(run: Run, stages: Sequence[Stage]) -> None:
+def check_teachers(run: Run, stages: Sequence[Stage]) -> None:
     """`check_teacher` of those that are there before the run and that a stage reads."""
     if _reads_existing_task_teacher(run, stages):
         for teacher in run.own_teachers or [run.task_teacher]:
@@ -151,7 +136,7 @@ def read_run(
     """
     _check_processes()
     folder = folder_of(config)
-    check_folder(folder, config, from_step)
+    run_folder.check_usable(folder, config, from_step)
     pins = {} if pins is None else pins
     pins |= processes.from_main("pins", lambda: _find_pins(folder, config))
     config = _pinned(config, pins)
@@ -178,7 +163,7 @@ def read_run(
         saver=Saver(log.say),
         seed=config.seed,
         plans=config.plans,
-        compute=_with_layout(config.compute, folder / _CONFIG, mesh),
+        compute=_with_layout(config.compute, folder / run_folder.CONFIG, mesh),
         distillation=config.distillation,
         tokenizers=inputs.tokenizers,
         teacher=inputs.teacher,
@@ -207,47 +192,6 @@ def _check_processes() -> None:
         )
 
 
-def check_folder(folder: Path, config: RunConfig, from_step: FromStep | None = None) -> list[str]:
-    """Raises ValueError where the run folder is a file, or holds another run or other files.
-
-    Returns the settings of the stage of `from_step` that differ, which is allowed.
-    """
-    for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
-            raise ValueError(
-                f"run_dir: expected a folder, got {folder}, but {path} is a file; choose "
-                "another run_dir"
-            )
-    file = folder / _CONFIG
-    if not file.is_file():
-        others = sorted(p.name for p in folder.glob("*") if not p.name.startswith("."))
-        if others:
-            raise ValueError(
-                f"run_dir: expected an empty or new folder or one of an earlier run, got {folder} "
-                f"with {', '.join(others[:3])}{', …' if len(others) > 3 else ''}; choose another "
-                "run_dir"
-            )
-        return []
-    return _check_config(file, config, "run_dir", folder, from_step)
-
-
-def _check_config(
-    file: Path, config: RunConfig, setting: str, place: str | Path, from_step: FromStep | None
-) -> list[str]:
-    is_open = config.compute.unroll_layers == "auto"
-    ignored = (*_MAY_CHANGE, *[_LAYOUT] * is_open)
-    changes = config_files.differences(file, config, ignored=ignored)
-    if not all(from_step and change.startswith(f"{from_step.stage}.") for change in changes):
-        removes = ""
-        if setting == "run_dir":
-            removes = f"remove that run with --overwrite ({overwrite.describe(Path(place))}), "
-        raise ValueError(
-            f"{setting}: {place} holds a run of another config; choose another {setting}, "
-            f"{removes}or undo these changes:\n  " + "\n  ".join(changes)
-        )
-    return changes
-
-
 def _with_layout(compute: ComputeSection, file: Path, mesh: Mesh) -> ComputeSection:
     """The section with a choice for `unroll_layers`: where it is open, that of the run's `file`.
 
@@ -255,7 +199,7 @@ def _with_layout(compute: ComputeSection, file: Path, mesh: Mesh) -> ComputeSect
     """
     if compute.unroll_layers != "auto":
         return compute
-    begun = config_files.read_setting(file, _LAYOUT) if file.is_file() else None
+    begun = config_files.read_setting(file, run_folder.LAYOUT) if file.is_file() else None
     chosen = begun if isinstance(begun, bool) else unrolls_layers(platform_of(mesh))
     return compute.model_copy(update={"unroll_layers": chosen})
 
@@ -268,11 +212,11 @@ def folder_of(config: RunConfig) -> Path:
 def _open_store(config: RunConfig, from_step: FromStep | None) -> RunStore:
     """The store of the run, from which the run folder is fetched if it is gone or older."""
     folder, url = folder_of(config), str(config.run_store)
-    check_folder(folder, config, from_step)
+    run_folder.check_usable(folder, config, from_step)
     return open_store(
         url,
         folder,
-        lambda file: _check_config(file, config, "run_store", url, from_step),
+        lambda file: run_folder.check_config(file, config, "run_store", url, from_step),
         MetricLog(folder / "metrics.jsonl").say,
     )
 

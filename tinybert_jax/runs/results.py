@@ -11,7 +11,7 @@ import numpy as np
 
 from tinybert_jax.config.models import SOLE
 from tinybert_jax.config.stages import PRETRAIN
-from tinybert_jax.data.splits import label_notes
+from tinybert_jax.data.splits import data_notes
 from tinybert_jax.huggingface.hub import find_folder
 from tinybert_jax.inference.seq2seq import TinyBertForConditionalGeneration
 from tinybert_jax.metrics.intervals import interval
@@ -83,7 +83,7 @@ def collect_results(
     notes = []
     if run.task:
         task = run.task.kind
-        notes = label_notes(run.task.data, task.count_labels, task.unit)
+        notes = data_notes(run.task.data, task.count_labels, task.unit)
     return {**summary, "advice": [*notes, *advice(summary)]}
 
 

@@ -96,7 +96,7 @@ def _classes(inputs, labels: np.ndarray, num_classes: int, scored: list) -> list
         for logits in found:
             logits[:, known] = 0.0
         return found
-    with warnings.catch_warnings():  # nearly as many classes as rows are told by `label_notes`
+    with warnings.catch_warnings():  # nearly as many classes as rows are told by `data_notes`
         warnings.filterwarnings("ignore", message="The number of unique classes", module="sklearn")
         model = _logistic_regression().fit(inputs, labels)
     for logits, part in zip(found, scored, strict=True):
