@@ -110,6 +110,9 @@ def test_a_gate_that_refuses_leaves_a_report_and_no_model(folder, refused):
     assert all(row["old"] == row["label"] != row["new"] for row in texts)
     assert "it is refused." in page and f"The gate: refused, not exported: {reason}" in page
     assert all(html.escape(row["text"]) in page for row in texts)
+    new, wrong = results["update"]["dev"]["new"], results["update"]["wrong"]
+    assert len(wrong) == new["broken"] + new["neither"]
+    assert all(row["new"] != row["label"] for row in wrong)
 
 
 def test_a_run_that_another_gate_allows_is_not_trained_again(folder, finished, refused):

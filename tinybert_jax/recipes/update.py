@@ -348,12 +348,13 @@ def judge(run: Run, plan: StagePlan) -> dict[str, Any]:
     if limit is not None and bound > limit:
         reasons.append(f"up to {bound:.2%} of the old rows may be broken, allowed are {limit:.2%}")
     found = {"old": student.section.path, "max_regressions": limit, "dev": dev, "reasons": reasons}
-    broken = _broken(run, plan, folder, data.dev) if dev["old"]["broken"] else []
-    return found | {"broken": broken}
+    return found | _wrong_rows(run, plan, folder, data.dev)
 
 
-def _broken(run: Run, plan: StagePlan, folder: Path, examples: Examples) -> list[dict[str, str]]:
-    """The first old rows that the old model alone has right, with both answers.
+def _wrong_rows(
+    run: Run, plan: StagePlan, folder: Path, examples: Examples
+) -> dict[str, list[dict[str, str]]]:
+    """The first old rows that broke (`broken`) and new rows that are wrong (`wrong`), with answers.
 
     They are scored here again, because texts of dev must not lie in the model's folder.
     """
@@ -367,7 +368,12 @@ def _broken(run: Run, plan: StagePlan, folder: Path, examples: Examples) -> list
         start_params(folder, init, whole=True),
     ]
     before, after = (judge_rows(model, examples) for model in models)
-    is_broken = before.is_right & ~after.is_right & examples.is_old
-    places = np.flatnonzero(is_broken)[:NUM_SHOWN].tolist()
     said = [[names[label] for label in side.answers] for side in (before, after)]
-    return differing_rows(kind, examples, places, said)
+    chosen = {
+        "broken": before.is_right & ~after.is_right & examples.is_old,
+        "wrong": ~after.is_right & ~examples.is_old,
+    }
+    return {
+        name: differing_rows(kind, examples, np.flatnonzero(own)[:NUM_SHOWN].tolist(), said)
+        for name, own in chosen.items()
+    }

@@ -2,8 +2,8 @@
 
 Takes `results.json`, whose entry `update` holds {"old": the old model, "max_regressions", "dev":
 {"old", "new" and maybe "new_labels" rows: {"both", "fixed", "broken", "neither", "broken_bound",
-"mcnemar_p", …}}, "reasons": why the model is refused, "broken": [{"text", "label", "old", "new"},
-…]}.
+"mcnemar_p", …}}, "reasons": why the model is refused, "broken" and "wrong": [{"text", "label",
+"old", "new"}, …]}.
 """
 
 import html
@@ -105,7 +105,7 @@ def gate_sentence(results: Mapping[str, Any]) -> str:
 
 
 def gate_section(results: dict[str, Any]) -> str:
-    """The counts, the verdict and the old rows that broke; empty for a run that is no update."""
+    """The counts, the verdict and the rows that are wrong now; empty where it is no update."""
     sides = sides_of(results)
     if not sides:
         return ""
@@ -116,18 +116,25 @@ def gate_section(results: dict[str, Any]) -> str:
         "it; a comparison of both models on a file of its own does not."
     )
     counts = table([name[0].upper() + name[1:] for name in COLUMNS], [side.cells for side in sides])
-    return f'{counts}<p class="note">{note}</p>{_broken(results, sides[0].broken)}'
+    named = {side.name: side for side in sides}
+    texts = ""
+    if "old" in named:
+        texts += _rows(results, "broken", f"{named['old'].broken:,} old rows that broke")
+    if "new" in named:
+        wrong = named["new"].total - named["new"].after
+        texts += _rows(results, "wrong", f"{wrong:,} new rows that the new model has wrong")
+    return f'{counts}<p class="note">{note}</p>{texts}'
 
 
-def _broken(results: dict[str, Any], count: int) -> str:
-    """The rows that results.json holds of the `count` old ones that broke."""
-    held = mapping_of(results, "update").get("broken")
+def _rows(results: dict[str, Any], name: str, all_of_them: str) -> str:
+    """The rows that results.json holds under `name`, and of how many."""
+    held = mapping_of(results, "update").get(name)
     rows = [row for row in held if isinstance(row, dict)] if isinstance(held, list) else []
     if not rows:
         return ""
     cells = [[str(row.get(key, "")) for key in _ANSWERS] for row in rows]
     texts = table(["Text", "True", "Old model", "New model"], cells, "differing answers")
-    return f'{texts}<p class="note">{len(rows):,} of the {count:,} old rows that broke.</p>'
+    return f'{texts}<p class="note">{len(rows):,} of the {all_of_them}.</p>'
 
 
 def _reasons(results: Mapping[str, Any]) -> list[Any]:
