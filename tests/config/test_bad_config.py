@@ -125,6 +125,13 @@ def test_smoothing_of_labels_that_are_numbers(world):
     world.fails("run", path, "finetune.label_smoothing=0.1", naming=named)
 
 
+def test_smoothing_of_answers(world):
+    terms = {"prediction": [{"term": "label", "label_smoothing": 0.1}]}
+    path = world.config("prediction", task={"kind": "question_answering"}, distillation=terms)
+    named = ("distillation.prediction, label_smoothing: answers have no classes", "remove it")
+    world.fails("run", path, naming=named)
+
+
 def test_distillation_before_its_finetuning(world):
     """`tinybert distill` of a config whose teacher is still to be fine-tuned."""
     path = world.config("finetune", "prediction")

@@ -333,6 +333,9 @@ def _needs_of_terms(config: Any, stage: Stage) -> Iterator[str]:
     is_unlabelled = config.task and config.task.unlabelled
     for name in sorted({term.name for term in terms if is_unlabelled and term.needs_labels}):
         yield f"{origin}: the term {name} needs labels: remove task.unlabelled"
+    is_smooth = any(getattr(term, "label_smoothing", 0) > 0 for term in terms)
+    if is_smooth and config.task and config.task.kind == "question_answering":
+        yield f"{origin}, label_smoothing: answers have no classes to smooth over: remove it"
     stores = stage.reads_corpus and config.corpus and config.corpus.stores
     for name in sorted({term.name for term in terms if stores and term.needs_examples}):
         yield (

@@ -42,7 +42,7 @@ def make_scorer(
     """score(params, rows): fp32 logits [rows, classes], or [tokens, classes] if units are tokens.
 
     Examples are padded to their buckets or, with `packed`, packed into rows of the widest bucket.
-    With a mesh, the parameters have to be on its devices, which share each batch.
+    With a mesh, its devices share each batch; parameters in the host's memory are placed there.
     """
 
     @jax.jit
@@ -53,6 +53,8 @@ def make_scorer(
     def score(params: Params, rows: TokenRows, *, global_batch_size: int = 64) -> np.ndarray:
         if mesh is None:
             params = jax.device_put(params)  # once, not once per batch
+        elif any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
+            params = sharding.place_params(params, mesh)
         pending = []
         for plan in _plans(rows, buckets, packed, global_batch_size, mesh):
             batch = _place_batch(make_batch(rows, plan, pad_token_id), mesh)

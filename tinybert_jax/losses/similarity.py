@@ -37,7 +37,7 @@ def info_nce(
     num_examples, num_texts, dim = units.shape
     others = jnp.moveaxis(units[:, 1:], 1, 0).reshape(-1, dim)  # partners first
     is_there = jnp.tile(weights != 0, num_texts - 1)
-    logits = jnp.where(is_there[None], units[:, 0] @ others.T / temperature, _NEVER)
+    logits = jnp.where(is_there[None], _cosines(units[:, 0], others) / temperature, _NEVER)
     partners = jnp.diagonal(logits[:, :num_examples])
     per_example = jax.nn.logsumexp(logits, axis=-1) - partners
     return _mean(jnp.where(weights != 0, per_example, 0), weights, count)
@@ -58,7 +58,9 @@ def similarity_kl(
     """
     is_other = (weights != 0)[None] & ~jnp.eye(len(weights), dtype=bool)
     taught, learnt = (
-        jax.nn.log_softmax(jnp.where(is_other, units @ units.T / temperature, _NEVER), axis=-1)
+        jax.nn.log_softmax(
+            jnp.where(is_other, _cosines(units, units) / temperature, _NEVER), axis=-1
+        )
         for units in map(unit_vectors, (teacher, student))
     )
     per_text = jnp.sum(jnp.where(is_other, jnp.exp(taught) * (taught - learnt), 0), axis=-1)
@@ -83,6 +85,11 @@ def cosent(
     is_ordered = (scores[:, None] > scores[None]) & is_there[:, None] & is_there[None]
     differences = jnp.where(is_ordered, cosines[None] - cosines[:, None], _NEVER)
     return jax.nn.logsumexp(jnp.append(differences.ravel(), 0.0))
+
+
+def _cosines(one: Array, other: Array) -> Array:
+    """fp32 on all devices, also where the default rounds the inputs."""
+    return jnp.matmul(one, other.T, precision=jax.lax.Precision.HIGHEST)
 
 
 def _mean(per_unit: Array, weights: Array, count: Array | None) -> Array:

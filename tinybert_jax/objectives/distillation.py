@@ -75,6 +75,7 @@ class Options(NamedTuple):
     num_texts: int = 1  # texts of an example, each in a row of its own
     widths: tuple[int, ...] = ()  # of sentence vectors, beside the whole width
     fuses_scores: bool = False  # whether a kernel may compare attention scores, where one can run
+    reads_maps: bool = True  # whether a loss may read the models' own score maps
     all_words: bool = False  # whether the masked-LM head runs at every token, not only masked ones
 
 

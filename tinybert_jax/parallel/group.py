@@ -167,16 +167,24 @@ class Group:
             prefix = f"at/{self.round}/"
             self._set(f"{prefix}{self.index}", json.dumps([self.steps, sorted(self.wanted)]))
             told: list[str] = []
-            while len(told) < self.count:
+            num_ended = 0  # without an answer
+            while len(told) + num_ended < self.count:
                 entries = self._beat(beat := beat + 1)
                 self._look(entries)
                 told = [value for key, value in entries.items() if key.startswith(prefix)]
+                num_ended = sum(
+                    f"ended/{other}" in entries and f"{prefix}{other}" not in entries
+                    for other in range(self.count)
+                )
                 time.sleep(0.05 * _POLL_SECONDS)
             answers = [json.loads(value) for value in told]
             what = set().union(*(own for _, own in answers))
             due = max(steps for steps, _ in answers) + 1
             self.due[due] = self.due.get(due, set()) | what
             self.wanted -= what
+            if self.round:  # who has answered this round has read the answers of the one before
+                before = f"{_STATES}at/{self.round - 1}/{self.index}"
+                self.client.key_value_delete(before)
             self.round += 1
         self.on_agreement(what)
 
@@ -195,11 +203,19 @@ class Group:
         self.leave(status, message)
 
     def leave(self, status: int, message: str) -> NoReturn:
-        """Ends this process; process 0 first waits until the others have ended."""
+        """Ends this process; process 0 first waits until the others have ended.
+
+        The others wait for it, where they end well: it may still copy the run, and JAX ends it some
+        minutes after it has missed a process. A second signal ends the wait.
+        """
+        if self._status is not None and status > 128:
+            os._exit(status)
         self._leaving.acquire()  # one thread alone, and for ever
         self._status = status
         with contextlib.suppress(*_ERRORS):  # process 0 may be gone
             self._set(f"ended/{self.index}", json.dumps([status, message]))
+            while self.index and status in (0, _STOPPED) and not self._has_ended(0):
+                time.sleep(0.1 * _POLL_SECONDS)
             end = time.monotonic() + _LINGER_SECONDS
             while self.index == 0 and time.monotonic() < end:
                 ended = self.client.key_value_dir_get(f"{_STATES}ended/")
@@ -210,6 +226,10 @@ class Group:
                 time.sleep(0.1 * _POLL_SECONDS)  # the others leave the store first
         _flush()
         os._exit(status)
+
+    def _has_ended(self, other: int) -> bool:
+        ended = self.client.key_value_dir_get(f"{_STATES}ended/")
+        return any(key == f"{_STATES}ended/{other}" for key, _ in ended)
 
 
 # In messages of collectives and of the store.

@@ -20,7 +20,7 @@ from tinybert_jax.objectives.alignment import PROJECTIONS
 from tinybert_jax.objectives.distillation import Options, Role, make_distill
 from tinybert_jax.objectives.masked_lm import Mask, make_mask
 from tinybert_jax.parallel import processes
-from tinybert_jax.parallel.mesh import num_batch_shards
+from tinybert_jax.parallel.mesh import num_batch_shards, platform_of
 from tinybert_jax.performance.flops import training_flops_per_token
 from tinybert_jax.runs import teacher_logits, teacher_text
 from tinybert_jax.runs.checks import make_model_factory
@@ -155,6 +155,7 @@ def _make_member(
             num_texts=run.task.texts_per_example if run.task else 1,
             widths=getattr(run.task.section, "widths", ()) if run.task else (),
             fuses_scores=run.compute.attention == "triton",
+            reads_maps=platform_of(run.mesh) == "cpu",
         ),
         _make_mask(run, plan),
     )
@@ -186,12 +187,17 @@ def _save(
     """Saves a student; `evaluator`: of a stage that trains the head of the task."""
     extra: dict[str, Callable[[Path], None]] = {}
     for name in (name for name in PROJECTIONS.values() if name in params):
-        extra[projection_file(name)] = functools.partial(save_file, params[name])
+        extra[projection_file(name)] = functools.partial(save_file, _rows(params[name]))
     student = params["student"]
     if evaluator is None and processes.is_main():
         save_model(folder, student, side_of(sizes, "encoder"), run.tokenizer, extra=extra)
     elif evaluator is not None:
         save_task_model(run, folder, student, sizes, evaluator.tune(student), extra)
+
+
+def _rows(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays in memory by rows, as safetensors writes them: a TPU may store them transposed."""
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
 def _make_mask(run: Run, plan: StagePlan) -> Mask | None:

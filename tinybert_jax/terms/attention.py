@@ -83,8 +83,11 @@ class AttentionTerm(LayerTerm):
     def _kept_maps(self, c: Context, ours: int, theirs: int):
         """Both models' own score maps, where the loss reads them instead of queries and keys.
 
-        Not of bfloat16 activations: their scores are of rounded, scaled queries.
+        Not of bfloat16 activations: their scores are of rounded, scaled queries. Nor where a device
+        rounds the inputs of products in fp32, as accelerators do unless they are told not to.
         """
+        if not c.options.reads_maps:
+            return None
         import jax.numpy as jnp
 
         from tinybert_jax.losses.attention import reads_attention_scores

@@ -43,7 +43,8 @@ def copy_parts(leaves: Iterable[tuple[str, Any]]) -> Parts:
         for shard in leaf.addressable_shards:
             if not shard.replica_id:
                 begin = ",".join(str(part.start or 0) for part in shard.index)
-                parts[f"{name}|{begin}"] = np.array(shard.data)
+                # Of rows, as safetensors writes the memory: a TPU may store an array transposed.
+                parts[f"{name}|{begin}"] = np.array(shard.data, order="C")
     return Parts(parts, shapes, num_bytes)
 
 
@@ -85,13 +86,17 @@ def _source(
         found, num_found = np.empty(0), 0
         for starts, file, key in places:
             with safe_open(file, "numpy") as opened:
+                common = [
+                    (max(start, begin), min(stop, begin + size))
+                    for (start, stop), begin, size in zip(
+                        bounds, starts, opened.get_slice(key).get_shape(), strict=True
+                    )
+                ]
+                if num_found and any(start >= stop for start, stop in common):
+                    continue
                 part = opened.get_tensor(key)
             if not num_found:
                 found = np.empty([stop - start for start, stop in bounds], part.dtype)
-            common = [
-                (max(start, begin), min(stop, begin + size))
-                for (start, stop), begin, size in zip(bounds, starts, part.shape, strict=True)
-            ]
             if any(start >= stop for start, stop in common):
                 continue
             into = tuple(
