@@ -148,6 +148,13 @@ def test_objects_that_lack_a_key_keep_its_column(tmp_path):
     content = "".join(json.dumps(row) + "\n" for row in rows)
     with pytest.raises(ValueError, match="a key 'label'; got other in 1 of 6 lines"):
         _guess(tmp_path, "a.jsonl", content)
+    for row in rows[1:5]:
+        row.pop("label", None)
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    with pytest.raises(ValueError, match="a key 'label'; got other in 4 of 6 lines"):
+        _guess(tmp_path, "a.jsonl", content, text="text", label="label")
+    with pytest.raises(ValueError, match="expected SQuAD's form in a .json file"):
+        _guess(tmp_path, "a.json", content)
 
 
 @pytest.mark.parametrize(

@@ -127,13 +127,14 @@ def test_dev_rows_that_are_trained_on_are_told(tmp_path):
 
 def test_a_source_is_on_one_side_with_all_its_translations(tmp_path):
     pairs = [{"text": f"source {i % 100}", "target": f"target {i}"} for i in range(300)]
+    pairs += [{"text": f"once {i}", "target": f"target {i}"} for i in range(50)]
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in pairs))
     given = {"train": str(file), "text": "text", "target": "target", "dev_share": 0.1}
     section = TranslationTask.model_validate({**given, "select_share": 0.1})
     data = splits.read_task(section, TRANSLATION.read)
     parts = [set(part.text) for part in (data.train, data.dev, data.select)]
-    assert len(set.union(*parts)) == 100 == sum(map(len, parts))
+    assert len(set.union(*parts)) == 150 == sum(map(len, parts))
 
 
 def test_a_dev_share_of_few_rows_is_that_share(tmp_path):

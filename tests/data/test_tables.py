@@ -83,6 +83,12 @@ def test_datasets_dict_wants_a_split_and_brings_its_class_names(tmp_path):
     assert named.label_names == ("no", "yes")
     known = read_labelled(path, text="text", label="label", split="train", labels=("pos", "neg"))
     assert (known.labels.tolist(), known.label_names) == ([0, 1, 0], ("pos", "neg"))
+    stars = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(3)})
+    stars["label"].names = ["1", "2", "3"]
+    data = datasets.Dataset.from_dict({"text": TEXTS, "label": [1, 2, 1]}, features=stars)
+    data.save_to_disk(tmp_path / "stars")
+    read = read_labelled(tmp_path / "stars", text="text", label="label", labels=("1", "2", "3"))
+    assert read.labels.tolist() == [1, 2, 1]
     _fails("splits train, dev", "None", path=path)
     _fails("splits train, dev", "'test'", path=path, split="test")
     _fails(

@@ -83,6 +83,8 @@ def test_the_card_of_an_update_speaks_of_the_earlier_model():
     assert "Errors and biases of the earlier model and of the training data carry over." in card
     assert "As that of the earlier model, apache-2.0" in card
     assert "of the teacher" not in card
+    alone = model_card(_results(), CONFIG, ORIGIN._replace(stage="baseline"))
+    assert "Errors and biases of the training data carry over." in alone
 
 
 @pytest.mark.parametrize(

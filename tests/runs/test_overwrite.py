@@ -53,6 +53,7 @@ def test_a_run_of_another_config_is_removed_when_asked(world, capsys):
         ("finetune.max_length=4000", "max_length"),
         ("log.trackers=[trackio]", "package trackio"),
         ("teacher.path=RUN/models/finetune", "that the new one does not read, got "),
+        ("corpus.files=[RUN/../*/models/*]", "run with corpus.files; choose"),
     ],
 )
 def test_what_cannot_begin_removes_nothing(world, capsys, setting, told, monkeypatch):
@@ -72,12 +73,15 @@ def test_overwrite_is_not_offered_where_the_new_run_reads_the_old_one(world, cap
     assert cli.main(["run", config(), f"teacher.path={folder / 'run/models/finetune'}"]) == 2
     error = capsys.readouterr().err
     assert "choose another run_dir, or undo these changes" in error and "--overwrite" not in error
+    assert cli.main(["run", config(), "name=~models"]) == 2  # neither a path nor a home folder
+    assert "remove that run with --overwrite" in capsys.readouterr().err
 
 
 def test_a_config_of_one_s_own_is_no_run(world, capsys):
     folder, config = world
     (folder / "run").mkdir()
     (folder / "run/config.yaml").write_text("seed: 3  # mine\n")
+    (folder / "run/.lock").touch()
     for more in ([], ["--overwrite"]):
         assert cli.main(["run", config(), *more]) == 2
         assert "a config.yaml that no run wrote; choose another run_dir" in capsys.readouterr().err

@@ -156,10 +156,11 @@ def _kind_of_objects(path: str) -> tuple[str | None, str]:
 
 def _holds_articles(path: str) -> bool:
     """Whether a .json file may have the form of SQuAD; its reader tells of one that is broken."""
+    text = read_utf8(path)
     try:
-        tree = parse_json(read_utf8(path))
+        tree = parse_json(text)
     except ValueError:
-        return True
+        return not text.lstrip().partition("\n")[0].rstrip().endswith("}")  # an object on a line
     return isinstance(tree, dict) and "data" in tree
 
 

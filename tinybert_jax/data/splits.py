@@ -1,5 +1,6 @@
 """The text of a run, as its config names it: a task's splits and a corpus's documents."""
 
+import collections
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -168,8 +169,8 @@ def data_notes(
     data: TaskData, count: Callable[[Examples], np.ndarray], unit: str = "row"
 ) -> list[str]:
     """What may be a mistake in the data: dev rows to train on, and labels."""
-    trained = set(_keys(data.train))
-    repeated = sum(key in trained for key in _keys(data.dev))
+    judged = collections.Counter(_keys(data.dev))
+    repeated = sum(judged[key] for key in set(_keys(data.train)) & judged.keys())
     told = f"{repeated:,} of the {len(data.dev.text):,} in dev are also among those to train on"
     fix = "their scores say little of new text: remove them from one side"
     return [f"{told}; {fix}"] * (repeated > 0) + _label_notes(data, count, unit)
@@ -242,10 +243,12 @@ def _split_share(
     Rows of one group, or else equal texts, are on one side.
     """
     share = getattr(section, setting)
+    keys = examples.groups or _keys(examples)
     if section.kind == "translation":  # a source is on one side with all its translations
-        keys = examples.text
-    else:
-        keys = examples.groups or _keys(examples)
+        counts = collections.Counter(examples.text)
+        keys = [
+            text if counts[text] > 1 else key for text, key in zip(examples.text, keys, strict=True)
+        ]
     digests = np.array([_digest(key) for key in keys], np.uint64)
     num_chosen = max(round(share * len(keys)), 1)
     is_chosen = digests <= np.sort(digests)[num_chosen - 1]

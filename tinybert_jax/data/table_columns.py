@@ -49,7 +49,9 @@ def read_columns(path: str, given: Mapping[str, Any]) -> Columns:
     if form == "jsonl":
         rows = _read_objects(path)
         counts = collections.Counter(key for row in rows for key in row)
-        keys = [key for key, count in counts.items() if 2 * count > len(rows)]
+        named = {given.get(name) for name in ("text", "text_pair", "label")}
+        named |= set(given.get("label_columns") or ())
+        keys = [key for key, count in counts.items() if 2 * count > len(rows) or key in named]
         return Columns(path, {key: [row.get(key) for row in rows] for key in keys})
     rows, numbers, separator = read_rows(path, form)
     names, note = rows[0], ", columns separated by ';'" if separator == ";" else ""

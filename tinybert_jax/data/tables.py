@@ -365,7 +365,7 @@ def _class_ids(
         named = {str(i): name for i, name in enumerate(table.class_names)}
         if known is None:
             known = named
-        elif not named.keys() & known.keys():
+        elif set(named.values()) <= known.keys() or not named.keys() & known.keys():
             raw = [named.get(value, value) for value in raw]
     if known is None:
         found = set(raw)

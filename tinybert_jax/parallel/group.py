@@ -198,7 +198,7 @@ class Group:
         )
 
     def _leave_with(self, status: int, message: str) -> NoReturn:
-        if status != _STOPPED or self.index == 0:
+        if self._status is None and (status != _STOPPED or self.index == 0):
             _write_line(message)
         self.leave(status, message)
 
@@ -206,7 +206,7 @@ class Group:
         """Ends this process; process 0 first waits until the others have ended.
 
         The others wait for it, where they end well: it may still copy the run, and JAX ends it some
-        minutes after it has missed a process. A second signal ends the wait.
+        minutes after it has missed a process. Another signal ends the wait.
         """
         if self._status is not None and status > 128:
             os._exit(status)

@@ -84,8 +84,9 @@ _ROLES = {
 _NO_LICENCE = "None is named: add `license` to the lines at the top before you publish the model."
 _NUM_LABELS = 100  # of them are listed
 _WITHOUT_TEACHER = ("pretrain", "finetune", "baseline", "update")
-# Stage -> what the model began with; other stages have a teacher.
-_BEGAN = {"update": "earlier model", **dict.fromkeys(("pretrain", "finetune"), "model it began as")}
+# Stage -> what the model began with, in place of a teacher.
+_BEGAN = dict.fromkeys(("pretrain", "finetune"), "model that it started from")
+_BEGAN["update"] = "earlier model"
 
 
 class Origin(NamedTuple):
@@ -352,14 +353,19 @@ def _limits(results: Mapping[str, Any], config: Mapping[str, Any], origin: Origi
         more = f" and {len(labels) - _NUM_LABELS} more" if len(labels) > _NUM_LABELS else ""
         lines.append(f"Labels: {shown}{more}. The model knows no others.")
     lines.append(
-        "The scores hold for texts like those of the dev rows. Errors and biases of the "
-        f"{_BEGAN.get(origin.stage, 'teacher')} and of the training data carry over."
+        "The scores hold for texts like those of the dev rows. Errors and biases of "
+        f"{_began(origin)}the training data carry over."
     )
     task, trained = _task(config, origin), _trained_length(results, origin)
     rows = "in windows of" if task == "question-answering" else "on texts of at most"
     told = f"The model was trained {rows} {trained} tokens. " if trained else ""
     lines.append(told + _LONG.get(task, _SPLIT).format(_longest(config)))
     return "\n\n".join(lines)
+
+
+def _began(origin: Origin) -> str:
+    is_first = origin.stage == "baseline" or (origin.stage in _BEGAN and not origin.teacher)
+    return "" if is_first else f"the {_BEGAN.get(origin.stage, 'teacher')} and of "
 
 
 def _trained_length(results: Mapping[str, Any], origin: Origin) -> int | None:

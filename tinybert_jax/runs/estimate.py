@@ -18,7 +18,7 @@ from tinybert_jax.config.run import StagePlan
 from tinybert_jax.config.stages import StageSection
 from tinybert_jax.models.heads import make_masked_lm
 from tinybert_jax.objectives.objective import decoder_inputs, encoder_inputs
-from tinybert_jax.parallel.mesh import num_batch_shards, runs_seeds_sequentially
+from tinybert_jax.parallel.mesh import num_batch_shards, platform_of, runs_seeds_sequentially
 from tinybert_jax.performance import flops as model_flops
 from tinybert_jax.performance.device_peaks import measure_gemm_peak, peak_flops
 from tinybert_jax.report.tables import format_si
@@ -332,7 +332,8 @@ def _row(run: Run, batch: Batch) -> Row:
     compute = run.compute
     is_float32 = not {"bfloat16", "float8_products"} & {compute.dtype, compute.frozen_dtype}
     is_packed = batch.attention_mask.dtype != bool
-    return Row(batch.shape[1], is_packed, compute.unroll_layers and is_float32)
+    keeps_maps = compute.unroll_layers and is_float32 and platform_of(run.mesh) == "cpu"
+    return Row(batch.shape[1], is_packed, keeps_maps)
 
 
 def _num_taps(run: Run, work: Work, batch: Batch) -> tuple[int, int]:

@@ -53,8 +53,16 @@ def check_same_inputs(run: Run) -> None:
             processes.check_same(f"{kind} (of the config)", _hash_json(inputs[kind]))
 
 
+def check_data(run: Run) -> None:
+    """Raises ValueError where the data are not those that the run began with."""
+    file = run.folder / INPUTS
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        _check_same(run, {"data": before["data"]}, _hash_inputs(run))
+
+
 def check_finished(run: Run) -> None:
-    """Raises ValueError where a finished stage's files, data or given models are not as they were.
+    """Raises ValueError where a finished stage's files, or given models, are not as they were.
 
     Nothing is known yet of a run that begins, or that version 0.1 began.
     """
@@ -62,7 +70,7 @@ def check_finished(run: Run) -> None:
     if not file.is_file():
         return
     before = json.loads(file.read_text(encoding="utf-8"))
-    _check_same(run, before, _hash_inputs(run))
+    _check_same(run, {"models": before["models"]}, {"models": _hash_models(run)})
     for name in run.plans:
         identity = run.folder / IDENTITIES / f"{name}.json"
         if not (identity.is_file() and run.is_done(name)):

@@ -68,6 +68,7 @@ def open_run(
         store = processes.on_main("run store", lambda: _open_store(config, from_step))
     run = read_run(config, stages, pins, from_step)
     config = config.model_copy(update={"compute": run.compute})
+    identity.check_data(run)
     check_from_step(run, [run.plans[stage.name] for stage in stages], from_step)
     processes.check_same("settings", config_files.dump(config))
     identity.check_same_inputs(run)

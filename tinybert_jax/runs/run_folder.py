@@ -5,6 +5,8 @@ that was cut short leaves the folder of a run, which can be removed again.
 """
 
 import contextlib
+import glob
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -29,7 +31,11 @@ _FOLDERS = frozenset(
 )
 _HIDDEN = re.compile(r"\.lock|\.run_store\.json|\.hf-before|\.fetched|\.moving|\..*-partial")
 CONFIG, LAYOUT = "config.yaml", "compute.unroll_layers"
-_LONGEST_PATH = 4096
+# Last parts of the names of settings that name files, folders or hub ids.
+_FILE_SETTINGS = frozenset(
+    "path finetuned target_path train dev old unlabelled train_target dev_target files "
+    "heldout_store".split()
+)
 # Settings that may differ when a run resumes, because no array depends on them, or, with another
 # mesh, on nothing but the rounding of sums.
 _MAY_CHANGE = (
@@ -80,8 +86,8 @@ def check_usable(folder: Path, config: BaseModel, from_step: FromStep | None = N
 
 
 def _is_alone(folder: Path) -> bool:
-    """Whether the folder holds a config and nothing else, not even the lock of a run."""
-    return [path.name for path in folder.iterdir()] == [CONFIG]
+    """Whether the folder holds a config and nothing else that a run writes."""
+    return not {path.name for path in folder.iterdir()} & ((_FILES | _FOLDERS) - {CONFIG})
 
 
 def _foreign(folder: Path) -> str:
@@ -95,7 +101,7 @@ def check_config(
 
     `setting` and `place`: what names the run in the message.
     """
-    is_open = dict(_leaves(config.model_dump(mode="json")))[LAYOUT] == "auto"
+    is_open = config.model_dump(mode="json")["compute"]["unroll_layers"] == "auto"
     ignored = (*_MAY_CHANGE, *[LAYOUT] * is_open)
     changes = config_files.differences(file, config, ignored=ignored)
     if not all(from_step and change.startswith(f"{from_step.stage}.") for change in changes):
@@ -111,23 +117,34 @@ def check_config(
 
 def needed(folder: Path, config: BaseModel) -> list[str]:
     """The settings that name a file or folder within the run folder, such as a model to update."""
-
-    def is_within(value: Any) -> bool:
-        if not isinstance(value, str) or len(value) > _LONGEST_PATH or "\0" in value:
-            return False
-        path = Path(value).expanduser().resolve()
-        return folder in path.parents and (path.exists() or "*" in value)
-
-    leaves = _leaves(config.model_dump(mode="json"))
-    return [name for name, value in leaves if name != "run_dir" and is_within(value)]
+    found = _paths(config.model_dump(mode="json"))
+    return list(dict.fromkeys(name for name, path in found if _is_within(folder, path)))
 
 
-def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(the dotted path of a value, the value), of lists too."""
-    if isinstance(tree, dict | list):
-        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from _leaves(value, f"{name}.{key}" if name else str(key))
-    else:
+def _is_within(folder: Path, path: str) -> bool:
+    """Whether the folder holds what the path, or a glob, names, also by a link in the folder."""
+    if "\0" in path:
+        return False
+    expanded = os.path.expanduser(path)
+    for match in glob.iglob(expanded, recursive=True) if glob.has_magic(expanded) else [expanded]:
+        places = Path(os.path.abspath(match)), Path(match).resolve()
+        if os.path.exists(match) and any(folder in place.parents for place in places):
+            return True
+    return False
+
+
+def _paths(tree: Any, name: str = "", *, is_path: bool = False) -> Iterator[tuple[str, str]]:
+    """(dotted name, value) of the settings that may name files."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            dotted = f"{name}.{key}".lstrip(".")
+            if name.endswith("stores"):  # path -> weight
+                yield name, key
+            yield from _paths(value, dotted, is_path=key in _FILE_SETTINGS)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _paths(value, name, is_path=is_path)
+    elif isinstance(tree, str) and is_path:
         yield name, tree
 
 

@@ -5,6 +5,7 @@ processes and devices reads it: a part says where in its array it begins.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,19 +87,16 @@ def _source(
         found, num_found = np.empty(0), 0
         for starts, file, key in places:
             with safe_open(file, "numpy") as opened:
+                sizes = opened.get_slice(key).get_shape()
                 common = [
                     (max(start, begin), min(stop, begin + size))
-                    for (start, stop), begin, size in zip(
-                        bounds, starts, opened.get_slice(key).get_shape(), strict=True
-                    )
+                    for (start, stop), begin, size in zip(bounds, starts, sizes, strict=True)
                 ]
-                if num_found and any(start >= stop for start, stop in common):
+                if any(start >= stop for start, stop in common):
                     continue
                 part = opened.get_tensor(key)
             if not num_found:
                 found = np.empty([stop - start for start, stop in bounds], part.dtype)
-            if any(start >= stop for start, stop in common):
-                continue
             into = tuple(
                 slice(a - start, b - start)
                 for (a, b), (start, _) in zip(common, bounds, strict=True)
@@ -108,8 +106,13 @@ def _source(
             )
             found[into] = part[of]
             num_found += found[into].size
-        if num_found != found.size:
-            raise ValueError(f"{name} lacks {found.size - num_found} of {found.size} values")
+        size = math.prod(stop - start for start, stop in bounds)
+        if not size:
+            with safe_open(places[0][1], "numpy") as opened:
+                dtype = opened.get_tensor(places[0][2]).dtype
+            found = np.empty([stop - start for start, stop in bounds], dtype)
+        if num_found != size:
+            raise ValueError(f"{name} lacks {size - num_found} of {size} values")
         return found
 
     return Source(shape, read)
