@@ -381,7 +381,8 @@ def test_dry_run_answers_whatever_stands_in_the_run_folder(inputs, tmp_path, cap
     (tmp_path / "run").mkdir()
     for name, text, told in (
         ("thesis.txt", "years of work", "with thesis.txt"),
-        ("config.yaml", yaml.safe_dump({**settings, "seed": 3}), "seed: 3 there, 0 here"),
+        ("config.yaml", yaml.safe_dump({**settings, "seed": 3}), "that no run wrote"),
+        ("env.json", "{}", "seed: 3 there, 0 here"),
     ):
         (tmp_path / "run" / name).write_text(text)
         before = sorted(tmp_path.rglob("*"))
