@@ -1,6 +1,7 @@
 """`--overwrite` removes a run, tells what, and nothing that is not of a run."""
 
 import fcntl
+import shutil
 import sys
 
 import pytest
@@ -75,6 +76,17 @@ def test_overwrite_is_not_offered_where_the_new_run_reads_the_old_one(world, cap
     assert "choose another run_dir, or undo these changes" in error and "--overwrite" not in error
     assert cli.main(["run", config(), "name=~models"]) == 2  # neither a path nor a home folder
     assert "remove that run with --overwrite" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_after_it_wrote_its_config_goes_on(world):
+    folder, config = world
+    assert cli.main(["run", config()]) == 0
+    written = (folder / "run/config.yaml").read_text()
+    shutil.rmtree(folder / "run")
+    (folder / "run").mkdir()
+    (folder / "run/config.yaml").write_text(written)  # with a choice for unroll_layers
+    (folder / "run/.lock").touch()
+    assert cli.main(["run", config()]) == 0
 
 
 def test_a_config_of_one_s_own_is_no_run(world, capsys):

@@ -168,7 +168,7 @@ def describe_labels(
 def data_notes(
     data: TaskData, count: Callable[[Examples], np.ndarray], unit: str = "row"
 ) -> list[str]:
-    """What may be a mistake in the data: dev rows to train on, and labels."""
+    """What may be a mistake in the data: dev rows that are also trained on, and odd labels."""
     judged = collections.Counter(_keys(data.dev))
     repeated = sum(judged[key] for key in set(_keys(data.train)) & judged.keys())
     told = f"{repeated:,} of the {len(data.dev.text):,} in dev are also among those to train on"

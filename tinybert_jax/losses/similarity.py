@@ -88,7 +88,7 @@ def cosent(
 
 
 def _cosines(one: Array, other: Array) -> Array:
-    """fp32 on all devices, also where the default rounds the inputs."""
+    """The cosines of unit vectors, in fp32 also where a device rounds the inputs of products."""
     return jnp.matmul(one, other.T, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -80,7 +80,7 @@ def check_usable(folder: Path, config: BaseModel, from_step: FromStep | None = N
                 "run_dir"
             )
         return []
-    if _is_alone(folder) and file.read_text(encoding="utf-8") != config_files.dump(config):
+    if _is_alone(folder) and not _has_begun(file, config):
         raise ValueError(f"run_dir: {_foreign(folder)}; choose another run_dir, or rename the file")
     return check_config(file, config, "run_dir", folder, from_step)
 
@@ -88,6 +88,13 @@ def check_usable(folder: Path, config: BaseModel, from_step: FromStep | None = N
 def _is_alone(folder: Path) -> bool:
     """Whether the folder holds a config and nothing else that a run writes."""
     return not {path.name for path in folder.iterdir()} & ((_FILES | _FOLDERS) - {CONFIG})
+
+
+def _has_begun(file: Path, config: BaseModel) -> bool:
+    """Whether this run wrote its config, and was killed before it wrote anything else."""
+    if file.read_text(encoding="utf-8") == config_files.dump(config):
+        return True
+    return file.with_name(".lock").is_file() and not _changes(file, config)
 
 
 def _foreign(folder: Path) -> str:
@@ -101,9 +108,7 @@ def check_config(
 
     `setting` and `place`: what names the run in the message.
     """
-    is_open = config.model_dump(mode="json")["compute"]["unroll_layers"] == "auto"
-    ignored = (*_MAY_CHANGE, *[LAYOUT] * is_open)
-    changes = config_files.differences(file, config, ignored=ignored)
+    changes = _changes(file, config)
     if not all(from_step and change.startswith(f"{from_step.stage}.") for change in changes):
         removes = ""
         if setting == "run_dir" and not needed(Path(place), config):
@@ -113,6 +118,12 @@ def check_config(
             f"{removes}or undo these changes:\n  " + "\n  ".join(changes)
         )
     return changes
+
+
+def _changes(file: Path, config: BaseModel) -> list[str]:
+    is_open = config.model_dump(mode="json")["compute"]["unroll_layers"] == "auto"
+    ignored = (*_MAY_CHANGE, *[LAYOUT] * is_open)
+    return config_files.differences(file, config, ignored=ignored)
 
 
 def needed(folder: Path, config: BaseModel) -> list[str]:
